@@ -1,0 +1,3674 @@
+"""Tests of together_fake: `python test_together_fake.py`; nothing but Python is needed.
+
+Every test starts from a fresh state: one server serves them all and is reset before each. Cases
+for each route are made from `ROUTES`, so a new endpoint is covered the day it is declared, and
+fails until it has an entry in `VALID`. The classes named ...ClientTests run official clients
+where those are installed; REQUIRE_CLIENTS=together makes a missing one a failure.
+"""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import base64
+import contextlib
+import errno
+import functools
+import hashlib
+import http.client
+import importlib
+import importlib.metadata
+import inspect
+import io
+import json
+import math
+import operator
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import types
+import unittest
+import urllib.error
+import urllib.request
+import wave
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import together_fake as fake
+from together_fake import Request, TogetherAiServer
+
+HERE = Path(__file__).resolve().parent
+KEY = {"Authorization": "Bearer parlel-together"}
+LLAMA = "meta-llama/Llama-3.3-70B-Instruct-Turbo"
+HELLO = {"model": LLAMA, "messages": [{"role": "user", "content": "hello"}]}
+SERVER = TogetherAiServer(port=0)
+
+
+def setUpModule() -> None:
+    SERVER.start()
+
+
+def tearDownModule() -> None:
+    SERVER.stop()
+
+
+class Got:
+    """What came back: status, headers, raw bytes, and their JSON or events."""
+
+    def __init__(self, status, headers, raw):
+        self.status = status
+        self.headers = {name.lower(): value for name, value in headers}
+        self.raw = raw
+
+    @property
+    def json(self):
+        return json.loads(self.raw)
+
+    @property
+    def events(self):
+        lines = self.raw.decode().split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""], lines[-2:]
+        return [json.loads(line[len("data: ") :]) for line in lines[:-2]]
+
+
+class FakeCase(unittest.TestCase):
+    """A test that talks HTTP to the one server."""
+
+    server = SERVER
+
+    def setUp(self):
+        self.server.reset()
+
+    def ask(self, method, path, body=None, headers=KEY):
+        """Send one request; a dict goes as JSON."""
+        if isinstance(body, (dict, list)):
+            body = json.dumps(body)
+            headers = {"Content-Type": "application/json", **headers}
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request(method, path, body, headers)
+            response = connection.getresponse()
+            return Got(response.status, response.getheaders(), response.read())
+
+    def post(self, path, body, **headers):
+        """Send JSON that has to be answered with 200."""
+        got = self.ask("POST", path, body, {**KEY, **headers})
+        self.assertEqual(got.status, 200, got.raw[:500])
+        return got
+
+    def chat(self, text="hello", **fields):
+        """Return the JSON of a whole chat answer."""
+        body = {**HELLO, "messages": [{"role": "user", "content": text}], **fields}
+        return self.post("/v1/chat/completions", body).json
+
+    def text(self, *args, **fields):
+        """Return the text of a chat answer."""
+        return self.chat(*args, **fields)["choices"][0]["message"]["content"]
+
+    def assertApiError(self, got, status, type, param, message, code=None):
+        self.assertEqual(got.status, status, got.raw[:500])
+        self.assertEqual(
+            got.json["error"], {"message": message, "type": type, "param": param, "code": code}
+        )
+
+
+# === Every route ===
+
+# The smallest good request of each route: its body, or a path in place of the template.
+VALID = {
+    "POST /v1/chat/completions": HELLO,
+    "POST /v1/completions": {"model": "mistralai/Mixtral-8x7B-v0.1", "prompt": "Once upon"},
+    "POST /v1/embeddings": {"model": "BAAI/bge-base-en-v1.5", "input": "a text"},
+    "POST /v1/images/generations": {
+        "model": "black-forest-labs/FLUX.1-schnell",
+        "prompt": "a lake",
+        "width": 64,
+        "height": 64,
+    },
+    "GET /v1/models": None,
+    "GET /v1/models/{id...}": "/v1/models/" + LLAMA,
+    "GET /v1/autoscale/models": None,
+    "GET /v2/supported-models": None,
+    "GET /v2/supported-models/{id...}": "/v2/supported-models/" + LLAMA,
+    "GET /shrt/{token}": "/shrt/0123456789abcdef-32x32.png",
+    "GET /": None,
+    "GET /health": None,
+    "POST /__parlel/reset": None,
+    "GET /__parlel/requests": None,
+    "POST /__parlel/fixtures": {"fixtures": []},
+    "GET /__parlel/fixtures": None,
+    "DELETE /__parlel/fixtures": None,
+}
+
+
+def wrong_value(field):
+    """Return a value of a type that the field does not take."""
+    kinds = {*field.kinds, *([int] if float in field.kinds else [])}
+    return next(value for value in (True, {}, "maybe", 7.5, []) if type(value) not in kinds)
+
+
+class RouteTests(FakeCase):
+    """What holds for each operation there is."""
+
+    def cases(self):
+        for route in fake.ROUTES:
+            name = f"{route.method} {route.path}"
+            with self.subTest(route=name):
+                self.assertIn(name, VALID, "a new route needs a good request in VALID")
+                valid = VALID[name]
+                path = valid if isinstance(valid, str) else route.path
+                yield route, path, valid if isinstance(valid, dict) else None
+
+    def test_a_good_request_gets_the_declared_status(self):
+        for route, path, body in self.cases():
+            got = self.ask(route.method, path, body)
+            self.assertEqual(got.status, route.status, got.raw[:300])
+
+    def test_the_same_request_gets_the_same_bytes(self):
+        for route, path, body in self.cases():
+            if route.kind:
+                first = self.ask(route.method, path, body)
+                self.assertEqual(self.ask(route.method, path, body).raw, first.raw)
+
+    def test_no_key_is_a_401_but_for_open_routes(self):
+        for route, path, body in self.cases():
+            got = self.ask(route.method, path, body, headers={})
+            self.assertEqual(got.status, route.status if route.open else 401, got.raw[:300])
+
+    def test_another_method_is_a_405_that_lists_the_right_ones(self):
+        for route, path, _ in self.cases():
+            got = self.ask("TRACE", path)
+            self.assertEqual(got.status, 405)
+            self.assertIn(route.method, got.headers["allow"].split(", "))
+
+    def test_each_required_field_is_asked_for_by_name(self):
+        for route, path, body in self.cases():
+            for name in route.body.required:
+                less = {key: value for key, value in body.items() if key != name}
+                for sent in (less, {**less, name: None}):
+                    message = f"Missing required field: {name}."
+                    got = self.ask(route.method, path, sent)
+                    self.assertApiError(got, 400, "invalid_request_error", name, message)
+
+    def test_each_field_of_a_wrong_type_is_named(self):
+        for route, path, body in self.cases():
+            for field in route.body.values():
+                sent = {**(body or {}), field.name: wrong_value(field)}
+                got = self.ask(route.method, path, sent)
+                self.assertEqual(got.status, 400, (field.name, got.raw[:300]))
+                self.assertEqual(got.json["error"]["param"], field.name)
+
+    def test_each_number_out_of_bounds_is_named(self):
+        for route, path, body in self.cases():
+            for field in route.body.values():
+                if field.kinds[0] in (int, float):
+                    limits = ((field.low, -1), (field.high, 1))
+                    for wrong in [limit + step for limit, step in limits if limit is not None]:
+                        got = self.ask(route.method, path, {**body, field.name: wrong})
+                        self.assertEqual(got.status, 400, (field.name, wrong))
+                        self.assertEqual(got.json["error"]["param"], field.name)
+
+    def test_null_counts_as_absent(self):
+        for route, path, body in self.cases():
+            if body and route.kind:
+                nulls = {field.name: None for field in route.body.values() if not field.required}
+                got = self.ask(route.method, path, {**nulls, **body})
+                self.assertEqual(got.raw, self.ask(route.method, path, body).raw)
+
+    def test_a_stream_folds_to_the_whole_reply(self):
+        for route, path, body in self.cases():
+            if "stream" in route.body and route.kind in FOLDS:
+                for n in (1, 2, 3):
+                    whole = self.post(path, {**body, "n": n}).json
+                    events = self.post(path, {**body, "n": n, "stream": True}).events
+                    self.assertEqual(FOLDS[route.kind](events), FOLDS["whole"](whole))
+
+
+def fold_choices(events):
+    """Fold chunks of chat or text completions into what a whole reply says."""
+    choices = {}
+    usage = None
+    for event in events:
+        usage = event["usage"] or usage
+        for part in event["choices"]:
+            choice = choices.setdefault(part["index"], {"text": "", "tool_calls": []})
+            delta = part["delta"]
+            choice["text"] += delta.get("content") or ""
+            choice["tool_calls"] += delta.get("tool_calls") or []
+            if delta.get("reasoning"):
+                choice["reasoning"] = choice.get("reasoning", "") + delta["reasoning"]
+            if delta.get("function_call"):
+                choice["function_call"] = delta["function_call"]
+            if part["finish_reason"]:
+                choice.update(finish_reason=part["finish_reason"], seed=part["seed"])
+    first = {key: events[0][key] for key in ("id", "created", "model")}
+    return {**first, "usage": usage, "choices": choices}
+
+
+def flatten_whole(reply):
+    """Say a whole reply in the form of `fold_choices`."""
+    choices = {}
+    for part in reply["choices"]:
+        message = part.get("message") or {"content": part["text"]}
+        choices[part["index"]] = choice = {
+            "text": message["content"] or "",
+            "tool_calls": message.get("tool_calls") or [],
+            "finish_reason": part["finish_reason"],
+            "seed": part["seed"],
+        }
+        for key in ("reasoning", "function_call"):
+            if message.get(key):
+                choice[key] = message[key]
+    first = {key: reply[key] for key in ("id", "created", "model")}
+    return {**first, "usage": reply["usage"], "choices": choices}
+
+
+FOLDS = {"chat": fold_choices, "completion": fold_choices, "whole": flatten_whole}
+
+
+# === Chat ===
+
+
+class ChatTests(FakeCase):
+    def test_the_shape_of_an_answer(self):
+        got = self.chat()
+        self.assertEqual(
+            list(got), ["id", "object", "created", "model", "prompt", "choices", "usage"]
+        )
+        self.assertRegex(got["id"], r"^\w{7}-\w{6}-[0-9a-f]{16}$")
+        self.assertEqual(got["object"], "chat.completion")
+        self.assertEqual(got["created"], 1700000000)
+        self.assertEqual(got["model"], LLAMA)
+        self.assertEqual(got["prompt"], [])
+        choice = got["choices"][0]
+        self.assertEqual(choice["message"]["role"], "assistant")
+        self.assertEqual(choice["message"]["tool_calls"], [])
+        self.assertEqual(choice["finish_reason"], "stop")
+        usage = got["usage"]
+        self.assertEqual(usage["total_tokens"], usage["prompt_tokens"] + usage["completion_tokens"])
+
+    def test_the_id_is_in_the_headers_too(self):
+        got = self.ask("POST", "/v1/chat/completions", HELLO)
+        self.assertEqual(got.headers["x-request-id"], got.json["id"])
+        self.assertEqual(got.headers["cf-ray"], got.json["id"][-16:] + "-SEA")
+
+    def test_what_changes_an_answer_and_what_does_not(self):
+        plain = self.text()
+        for fields in (
+            {"model": "Qwen/Qwen2.5-7B-Instruct-Turbo"},
+            {"seed": 1},
+            {"temperature": 0.3},
+            {"top_p": 0.5},
+            {"messages": [{"role": "user", "content": "hello!"}]},
+        ):
+            with self.subTest(changes=fields):
+                self.assertNotEqual(self.text(**fields), plain)
+        for fields in (
+            {"user": "ann"},
+            {"metadata": {"a": "b"}},
+            {"stream": False},
+            {"n": 1},
+            {"temperature": None},
+            {"unknown": 1},
+            {"max_tokens": 2000},
+        ):
+            with self.subTest(changes_not=fields):
+                self.assertEqual(self.text(**fields), plain)
+
+    def test_an_integer_is_a_number(self):
+        self.assertEqual(self.text(temperature=1), self.text(temperature=1.0))
+        self.assertEqual(self.text(max_tokens=4.0), self.text(max_tokens=4))
+
+    def test_max_tokens_cuts_the_same_answer(self):
+        whole = self.text()
+        for name in ("max_tokens", "max_completion_tokens"):
+            got = self.chat(**{name: 5})
+            cut = got["choices"][0]["message"]["content"]
+            self.assertTrue(whole.startswith(cut) and cut != whole)
+            self.assertEqual(got["choices"][0]["finish_reason"], "length")
+            self.assertEqual(got["usage"]["completion_tokens"], 5)
+
+    def test_stop_cuts_before_the_first_hit(self):
+        whole = self.text()
+        words = whole.split()
+        for stop in (words[3], [words[9], words[3]], ["", words[3]]):
+            got = self.chat(stop=stop)["choices"][0]
+            self.assertEqual(got["message"]["content"], whole.partition(words[3])[0])
+            self.assertEqual(got["finish_reason"], "stop")
+
+    def test_n_gives_different_choices(self):
+        choices = self.chat(n=4)["choices"]
+        self.assertEqual([choice["index"] for choice in choices], [0, 1, 2, 3])
+        self.assertEqual(len({choice["message"]["content"] for choice in choices}), 4)
+
+    def test_echo_gives_the_prompt(self):
+        self.assertEqual(self.chat(echo=True)["prompt"], [{"text": "hello"}])
+        part = self.chat(echo=True, logprobs=1)["prompt"][0]["logprobs"]
+        self.assertEqual(part["tokens"], ["hello"])
+        self.assertLess(part["token_logprobs"][0], 0)
+
+    def test_all_roles_and_parts(self):
+        picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "developer", "content": [{"type": "text", "text": "Be kind."}]},
+            {"role": "user", "content": [{"type": "text", "text": "What is this?"}, picture]},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [
+                    {"id": "c1", "type": "function", "function": {"name": "see", "arguments": "{}"}}
+                ],
+            },
+            {"role": "tool", "tool_call_id": "c1", "content": "a cat"},
+            {"role": "function", "name": "see", "content": "a cat"},
+        ]
+        with_picture = self.chat(messages=messages)
+        del messages[2]["content"][1]
+        without = self.chat(messages=messages)
+        tokens = [got["usage"]["prompt_tokens"] for got in (with_picture, without)]
+        self.assertEqual(tokens[0] - tokens[1], fake.MEDIA_TOKENS)
+
+    def test_rules_between_the_fields_of_a_message(self):
+        part = {"type": "text"}
+        for message, param in (
+            ({"role": "robot", "content": "x"}, "messages[0].role"),
+            ({"content": "x"}, "messages[0].role"),
+            ({"role": "user"}, "messages[0].content"),
+            ({"role": "tool", "content": "x"}, "messages[0].tool_call_id"),
+            ({"role": "user", "content": 5}, "messages[0].content"),
+            ({"role": "user", "content": [part]}, "messages[0].content[0].text"),
+            ({"role": "user", "content": [{"text": "x"}]}, "messages[0].content[0].type"),
+            ("hello", "messages[0]"),
+        ):
+            with self.subTest(message=message):
+                got = self.ask("POST", "/v1/chat/completions", {**HELLO, "messages": [message]})
+                self.assertEqual((got.status, got.json["error"]["param"]), (400, param))
+
+    def test_the_context_length_is_kept(self):
+        model = "Qwen/Qwen2.5-7B-Instruct-Turbo"
+        long = {"model": model, "messages": [{"role": "user", "content": "word " * 33000}]}
+        got = self.ask("POST", "/v1/chat/completions", long)
+        self.assertEqual(got.status, 400)
+        self.assertRegex(
+            got.json["error"]["message"], r"^This model's maximum context length is 32768 tokens\. "
+        )
+        cut = self.chat(model=model, max_tokens=40000, context_length_exceeded_behavior="truncate")
+        self.assertEqual(cut["choices"][0]["finish_reason"], "stop")
+        self.post("/v1/chat/completions", {**long, "context_length_exceeded_behavior": "truncate"})
+
+    def test_a_stream_in_exact_bytes(self):
+        got = self.post("/v1/chat/completions", {**HELLO, "max_tokens": 1, "stream": True})
+        self.assertEqual(got.headers["content-type"], "text/event-stream;charset=utf-8")
+        id = got.events[0]["id"]
+        token = got.events[0]["choices"][0]["text"]
+        number = fake.token_id(token)
+        head = f'data: {{"id":"{id}","object":"chat.completion.chunk","created":1700000000,'
+        choice = '"choices":[{"index":0,"text":"%s","logprobs":null,"finish_reason":%s,'
+        choice += '"seed":null,"delta":{"role":"assistant",%s"content":"%s"}}],'
+        usage = '{"prompt_tokens":5,"completion_tokens":1,"total_tokens":6}'
+        self.assertEqual(
+            got.raw.decode(),
+            head
+            + choice % (token, "null", f'"token_id":{number},', token)
+            + f'"model":"{LLAMA}","usage":null}}\n\n'
+            + head
+            + choice % ("", '"length"', "", "")
+            + f'"model":"{LLAMA}","usage":{usage}}}\n\n'
+            + "data: [DONE]\n\n",
+        )
+
+    def test_include_usage_sends_a_chunk_of_its_own(self):
+        body = {**HELLO, "stream": True, "stream_options": {"include_usage": True}}
+        *chunks, last = self.post("/v1/chat/completions", body).events
+        self.assertEqual({chunk["usage"] for chunk in chunks}, {None})
+        self.assertEqual((last["choices"], last["usage"]), ([], self.chat()["usage"]))
+
+    def test_choices_of_a_stream_interleave(self):
+        events = self.post("/v1/chat/completions", {**HELLO, "n": 2, "stream": True}).events
+        self.assertEqual([event["choices"][0]["index"] for event in events[:4]], [0, 1, 0, 1])
+
+    def test_an_early_error_of_a_stream_is_an_http_error(self):
+        got = self.ask("POST", "/v1/chat/completions", {"model": LLAMA, "stream": True})
+        self.assertEqual((got.status, got.json["error"]["param"]), (400, "messages"))
+
+    def test_a_guard_says_safe(self):
+        self.assertEqual(self.text(model="meta-llama/Llama-Guard-4-12B"), "safe")
+
+
+# === Completions, embeddings, images, models ===
+
+
+class CompletionTests(FakeCase):
+    def complete(self, prompt="Once upon", headers=KEY, **fields):
+        body = {"model": "mistralai/Mixtral-8x7B-v0.1", "prompt": prompt, **fields}
+        return self.ask("POST", "/v1/completions", body, headers).json
+
+    def test_the_four_forms_of_a_prompt(self):
+        one = self.complete("Once upon")["choices"][0]["text"]
+        two = self.complete(["Once upon", "a time"])
+        self.assertEqual([choice["index"] for choice in two["choices"]], [0, 1])
+        self.assertEqual(two["choices"][0]["text"], one)
+        tokens = self.complete([1, 2, 3])
+        self.assertEqual(tokens["usage"]["prompt_tokens"], 3)
+        self.assertEqual(self.complete([[1, 2, 3], [4]])["usage"]["prompt_tokens"], 4)
+
+    def test_bad_prompts(self):
+        for prompt, param in (
+            ([], "prompt"),
+            ([1, "a"], "prompt"),
+            ([[]], "prompt[0]"),
+            (5, "prompt"),
+        ):
+            with self.subTest(prompt=prompt):
+                self.assertEqual(self.complete(prompt)["error"]["param"], param)
+        self.assertEqual(self.complete("")["error"]["message"], "Prompt cannot be empty")
+
+    def test_object_by_client(self):
+        for agent, whole, chunk in (
+            ("curl/8", "text_completion", "completion.chunk"),
+            ("OpenAI/Python 3.54.0", "text_completion", "text_completion"),
+            ("AsyncOpenAI/Python 3.54.0", "text_completion", "text_completion"),
+            ("Together/v1 PythonBindings/1.5.35", "text_completion", "completion.chunk"),
+            ("Together/Python 3.1.1", "text.completion", "completion.chunk"),
+        ):
+            headers = {**KEY, "User-Agent": agent}
+            if agent == "Together/Python 3.1.1":
+                headers["X-Stainless-Lang"] = "python"
+            with self.subTest(agent=agent):
+                self.assertEqual(self.complete(headers=headers)["object"], whole)
+                body = {"model": "m", "prompt": "p", "stream": True}
+                got = self.ask("POST", "/v1/completions", body, headers)
+                self.assertEqual({event["object"] for event in got.events}, {chunk})
+
+    def test_echo_goes_where_the_client_looks_for_it(self):
+        text = self.complete()["choices"][0]["text"]
+        got = self.complete(echo=True)
+        self.assertEqual(got["prompt"], [{"text": "Once upon"}])
+        self.assertEqual(got["choices"][0]["text"], text)
+        headers = {**KEY, "User-Agent": "OpenAI/Python 3.54.0"}
+        got = self.complete(echo=True, headers=headers)
+        self.assertEqual(got["choices"][0]["text"], "Once upon" + text)
+
+    def test_logprobs_join_to_the_text(self):
+        choice = self.complete(logprobs=2, max_tokens=6)["choices"][0]
+        part = choice["logprobs"]
+        self.assertEqual("".join(part["tokens"]), choice["text"])
+        self.assertEqual(len(part["top_logprobs"][0]), 2)
+        self.assertEqual(part["text_offset"][:2], [0, len(part["tokens"][0])])
+
+
+class EmbeddingTests(FakeCase):
+    def embed(self, input, model="BAAI/bge-base-en-v1.5", **fields):
+        body = {"model": model, "input": input, **fields}
+        got = self.post("/v1/embeddings", body).json
+        self.assertEqual([item["index"] for item in got["data"]], list(range(len(got["data"]))))
+        return [item["embedding"] for item in got["data"]]
+
+    def test_sizes(self):
+        for model, size in (
+            ("intfloat/multilingual-e5-large-instruct", 1024),
+            ("togethercomputer/m2-bert-80M-8k-retrieval", 768),
+            ("nobody/knows", 768),
+        ):
+            self.assertEqual(len(self.embed("a", model)[0]), size)
+
+    def test_vectors_have_length_one_and_follow_the_words(self):
+        llama, camel, stocks = self.embed(
+            [
+                "The llama is a camelid of the Andes",
+                "camelids near Peru, such as the llama",
+                "stock market prices fell today",
+            ]
+        )
+        self.assertAlmostEqual(sum(x * x for x in llama), 1, places=4)
+        near = sum(x * y for x, y in zip(llama, camel))
+        far = sum(x * y for x, y in zip(llama, stocks))
+        self.assertGreater(near, far + 0.2)
+
+    def test_base64_is_the_same_vector_in_float32(self):
+        floats = self.embed("a text")[0]
+        packed = base64.b64decode(self.embed("a text", encoding_format="base64")[0])
+        for one, other in zip(floats, struct.unpack("<768f", packed)):
+            self.assertAlmostEqual(one, other, places=7)
+
+    def test_dimensions_cut_and_renormalise(self):
+        whole, cut = self.embed("a text")[0], self.embed("a text", dimensions=64)[0]
+        self.assertEqual(len(cut), 64)
+        self.assertAlmostEqual(sum(x * x for x in cut), 1, places=4)
+        self.assertAlmostEqual(cut[0] / cut[1], whole[0] / whole[1], places=2)
+
+    def test_token_ids(self):
+        self.assertEqual(self.embed([1, 2]), self.embed([[1, 2]]))
+
+    def test_usage_counts_the_input(self):
+        body = {"model": "m", "input": ["one two", "three"]}
+        got = self.post("/v1/embeddings", body).json
+        self.assertEqual(got["usage"], {"prompt_tokens": 3, "total_tokens": 3})
+
+
+class ImageTests(FakeCase):
+    def draw(self, prompt="a lake", **fields):
+        body = {"model": "black-forest-labs/FLUX.1-schnell", "prompt": prompt, **fields}
+        return self.ask("POST", "/v1/images/generations", {"width": 64, "height": 48, **body})
+
+    def png_size(self, png):
+        self.assertEqual(png[:8], b"\x89PNG\r\n\x1a\n")
+        return struct.unpack(">II", png[16:24])
+
+    def test_forms(self):
+        both = self.draw().json["data"][0]
+        self.assertEqual(both["type"], "url")
+        png = base64.b64decode(both["b64_json"])
+        self.assertEqual(self.png_size(png), (64, 48))
+        got = self.ask("GET", both["url"].partition(str(self.server.port))[2], headers={})
+        self.assertEqual((got.headers["content-type"], got.raw), ("image/png", png))
+        for form in ("base64", "b64_json"):
+            item = self.draw(response_format=form).json["data"][0]
+            self.assertEqual((item["type"], "url" in item), ("b64_json", False))
+        item = self.draw(response_format="url").json["data"][0]
+        self.assertEqual((item["type"], "b64_json" in item), ("url", False))
+
+    def test_sizes(self):
+        for fields, size in (
+            ({"size": "128x64", "width": None, "height": None}, (128, 64)),
+            ({"width": 100, "height": None}, (100, 1024)),
+            ({"aspect_ratio": "16:9", "width": None, "height": None}, (1360, 768)),
+        ):
+            with self.subTest(fields=fields):
+                item = self.draw(response_format="b64_json", **fields).json["data"][0]
+                self.assertEqual(self.png_size(base64.b64decode(item["b64_json"])), size)
+
+    def test_bad_sizes_and_counts(self):
+        for fields, param in (
+            ({"width": 0}, "width"),
+            ({"height": 9999}, "height"),
+            ({"width": None, "height": None, "size": "huge"}, "size"),
+            ({"width": None, "height": None, "size": "9999x9999"}, "size"),
+            ({"n": 0}, "n"),
+            ({"n": 100}, "n"),
+        ):
+            with self.subTest(fields=fields):
+                got = self.draw(**fields)
+                self.assertEqual((got.status, got.json["error"]["param"]), (400, param))
+
+    def test_each_prompt_seed_and_index_is_another_picture(self):
+        def pictures(*args, **fields):
+            items = self.draw(*args, **fields).json["data"]
+            return [item["b64_json"] for item in items]
+
+        all = pictures(n=3) + pictures("a hill") + pictures(seed=1)
+        self.assertEqual(len(set(all)), 5)
+
+    def test_addresses_that_were_never_given(self):
+        for token in ("x", "0123456789abcdef-9999x9999.png", "0123456789abcdef-0x5.png"):
+            self.assertEqual(self.ask("GET", "/shrt/" + token).status, 404)
+
+
+class ModelTests(FakeCase):
+    def test_the_list_is_bare_but_for_openai(self):
+        models = self.ask("GET", "/v1/models").json
+        self.assertIn("/", models[0]["id"])
+        self.assertEqual(
+            {model["type"] for model in models},
+            {
+                "chat", "moderation", "code", "language", "embedding",
+                "rerank", "image", "audio", "transcribe", "video",
+            },
+        )  # fmt: skip
+        for agent in ("OpenAI/Python 3.54.0", "AsyncOpenAI/Python 1.109.1", "OpenAI/JS 6.49.0"):
+            got = self.ask("GET", "/v1/models", headers={**KEY, "User-Agent": agent}).json
+            self.assertEqual(got["object"], "list")
+            self.assertEqual(got["data"][0]["owned_by"], "Meta")
+
+    def test_one_model_with_slashes_of_both_kinds(self):
+        for id in (LLAMA, LLAMA.replace("/", "%2F")):
+            self.assertEqual(self.ask("GET", "/v1/models/" + id).json["id"], LLAMA)
+        got = self.ask("GET", "/v1/models/no/such")
+        self.assertEqual((got.status, got.json["error"]["code"]), (404, "model_not_available"))
+
+    def test_pages_of_supported_models(self):
+        seen, cursor = [], ""
+        while cursor is not None:
+            after = f"&after={cursor}" if cursor else ""
+            page = self.ask("GET", "/v2/supported-models?limit=20" + after).json
+            seen += [model["name"] for model in page["data"]]
+            cursor = page["next_cursor"]
+        self.assertEqual(seen, list(fake.MODELS))
+
+
+# === Paths, keys, strictness ===
+
+
+class PathTests(FakeCase):
+    def test_one_base_url_serves_every_client(self):
+        whole = self.ask("POST", "/v1/chat/completions", HELLO).raw
+        for path in ("/v1/v1/chat/completions", "/v1//chat/completions", "/v1/chat/completions/"):
+            self.assertEqual(self.ask("POST", path, HELLO).raw, whole)
+        for path in ("/v1/v2/supported-models", "/v1/supported-models"):
+            self.assertEqual(self.ask("GET", path).status, 200)
+
+    def test_an_unknown_path_names_its_neighbours(self):
+        got = self.ask("POST", "/v1/chat/completion", HELLO)
+        self.assertEqual(got.status, 404)
+        self.assertIn("Unknown endpoint /v1/chat/completion.", got.json["error"]["message"])
+        self.assertIn("/v1/chat/completions", got.json["error"]["message"])
+
+    def test_keys(self):
+        for value, status in (
+            ("Bearer x", 200), ("bearer x", 200), ("Bearer", 401), ("Bearer ", 401), ("x", 401),
+        ):  # fmt: skip
+            got = self.ask("GET", "/v1/models", headers={"Authorization": value})
+            self.assertEqual(got.status, status, value)
+        got = self.ask("GET", "/v1/models", headers={})
+        message = (
+            "Invalid API key provided. You can find your API key at"
+            " https://api.together.ai/settings/api-keys."
+        )
+        self.assertApiError(
+            got, 401, "invalid_request_error", None, message, code="invalid_api_key"
+        )
+
+    def test_no_key_is_needed_where_none_is_required(self):
+        server = TogetherAiServer(port=0, require_auth=False)
+        self.assertEqual(server.answer(Request("GET", "/v1/models")).status, 200)
+
+    def test_browsers_may_ask_from_anywhere(self):
+        headers = {"Access-Control-Request-Headers": "authorization,x-stainless-lang"}
+        got = self.ask("OPTIONS", "/v1/chat/completions", headers=headers)
+        self.assertEqual(got.status, 204)
+        self.assertEqual(
+            got.headers["access-control-allow-headers"], "authorization,x-stainless-lang"
+        )
+        self.assertIn("POST", got.headers["access-control-allow-methods"])
+        self.assertEqual(got.headers["access-control-allow-origin"], "*")
+
+    def test_strict(self):
+        server = TogetherAiServer(port=0, strict=True)
+
+        def ask(method, path, body=b"", **headers):
+            headers = {"authorization": "Bearer x", **headers}
+            return server.answer(Request(method, path, body, headers=headers))
+
+        got = ask("POST", "/v1/chat/completions", {**HELLO, "model": "no/such"})
+        self.assertEqual(got.status, 404)
+        self.assertEqual(
+            json.loads(got.body)["error"],
+            {
+                "message": "Unable to access model no/such. Please visit https://api.together.ai"
+                "/models to view the list of supported models.",
+                "type": "invalid_request_error",
+                "param": None,
+                "code": "model_not_available",
+            },
+        )
+        self.assertEqual(ask("POST", "/v1/v1/chat/completions", HELLO).status, 404)
+        models = ask("GET", "/v1/models", **{"user-agent": "OpenAI/Python 3.54.0"})
+        self.assertIsInstance(json.loads(models.body), list)
+        error = json.loads(ask("POST", "/v1/chat/completions", {"model": LLAMA}).body)["error"]
+        self.assertEqual(error["message"], "Input validation error")
+
+
+class BodyTests(FakeCase):
+    """Bodies that are not what they should be."""
+
+    def test_bad_json(self):
+        for raw, start in (
+            (b"{", "The body is not valid JSON: Expecting property name"),
+            (b"[]", "The body is not valid JSON: the body must be a JSON object."),
+            (b'{"a": NaN}', "The body is not valid JSON: NaN is not a JSON value."),
+            (b'{"a": -Infinity}', "The body is not valid JSON: -Infinity is not a JSON value."),
+            (b'{"a": 1e999}', "The body is not valid JSON: the number 1e999 is too large."),
+            (b'{"a": "\\ud800"}', "The body is not valid JSON: a string has half of a surrogate"),
+            (b'{"a": "\xff"}', "The body is not valid JSON: byte 7 is not UTF-8."),
+            (
+                b'{"a": %b}' % (b"9" * 6000),
+                "The body is not valid JSON: a number has more than 400",
+            ),
+            (b"[" * 100000, "The body is not valid JSON: it nests deeper than 200."),
+            (b'{"a": %b}' % (b"[" * 300 + b"]" * 300), "The body is not valid JSON: it nests"),
+            (b"", "Missing required field: model."),
+        ):
+            with self.subTest(raw=raw[:30]):
+                got = self.ask("POST", "/v1/chat/completions", raw)
+                self.assertEqual(got.status, 400)
+                message = got.json["error"]["message"]
+                self.assertTrue(message.startswith(start), message)
+
+    def test_good_json_of_unusual_kinds(self):
+        for raw in (
+            json.dumps({**HELLO, "x": "\U0001f600" + "9" * 500}),
+            json.dumps({**HELLO, "x": [[]] * 300}),
+            json.dumps({**HELLO, "x": "\U0001f600"}, ensure_ascii=False),
+        ):
+            self.assertEqual(self.ask("POST", "/v1/chat/completions", raw.encode()).status, 200)
+
+    def test_sentences_about_values(self):
+        for fields, param, message in (
+            ({"temperature": 3}, "temperature", "temperature must be at most 2, not 3.0"),
+            ({"n": True}, "n", "n must be an integer, not true"),
+            ({"n": 1.5}, "n", "n must be an integer, not 1.5"),
+            ({"stream": "yes"}, "stream", 'stream must be a boolean, not "yes"'),
+            ({"messages": []}, "messages", "messages must have at least 1 items, not 0"),
+            ({"stop": ["a", 1]}, "stop[1]", "stop[1] must be a string, not 1"),
+            ({"model": "x" * 99, "seed": "x" * 99}, "seed",
+             f'seed must be an integer, not "{"x" * 56}...'),
+        ):  # fmt: skip
+            with self.subTest(fields=fields):
+                got = self.ask("POST", "/v1/chat/completions", {**HELLO, **fields})
+                message = f"Input validation error: {message}."
+                self.assertApiError(got, 400, "invalid_request_error", param, message)
+
+
+# === The record ===
+
+
+class RecordTests(FakeCase):
+    def test_what_was_sent_can_be_read(self):
+        self.chat("remember me", extra=1)
+        call = self.server.requests[-1]
+        self.assertEqual(call.body["messages"], [{"role": "user", "content": "remember me"}])
+        self.assertEqual(
+            (call.number, call.method, call.path, call.kind, call.status),
+            (1, "POST", "/v1/chat/completions", "chat", 200),
+        )
+        self.assertEqual(call.warnings, ["nothing reads extra"])
+
+    def test_failed_calls_are_kept(self):
+        self.ask("POST", "/v1/chat/completions", b"{")
+        self.ask("GET", "/nowhere")
+        self.assertEqual([call.status for call in self.server.requests], [400, 404])
+        self.assertIn("Unknown endpoint", self.server.requests[1].error)
+
+    def test_looking_after_the_server_is_not_recorded(self):
+        for method, path in (("GET", "/"), ("GET", "/health"), ("GET", "/__parlel/requests")):
+            self.ask(method, path)
+        self.ask("OPTIONS", "/v1/chat/completions")
+        self.assertEqual(list(self.server.requests), [])
+
+    def test_keys_are_masked(self):
+        self.ask("GET", "/v1/models?api_key=sesame", headers={"Authorization": "Bearer sesame"})
+        body = {**HELLO, "wandb_api_key": "sesame"}
+        self.ask("POST", "/v1/chat/completions", body, {**KEY, "X-Api-Key": "sesame"})
+        got = self.ask("GET", "/__parlel/requests").json
+        self.assertNotIn("sesame", json.dumps(got))
+        self.assertEqual(got["requests"][0]["headers"]["authorization"], "Bearer ***")
+
+    def test_the_control_routes(self):
+        self.chat()
+        self.post("/v1/embeddings", {"model": "m", "input": "x"})
+        got = self.ask("GET", "/__parlel/requests", headers={}).json
+        self.assertEqual(got["count"], 2)
+        self.assertEqual([item["kind"] for item in got["requests"]], ["chat", "embeddings"])
+        self.assertEqual([item["n"] for item in got["requests"]], [1, 2])
+        self.assertEqual(self.ask("POST", "/__parlel/reset", headers={}).json, {"ok": True})
+        got = self.ask("GET", "/__parlel/requests", headers={}).json
+        self.assertEqual(got, {"requests": [], "count": 0})
+
+    def test_the_record_is_bounded(self):
+        server = TogetherAiServer(port=0, record_limit=3)
+        for number in range(5):
+            server.answer(Request("GET", f"/{number}"))
+        self.assertEqual([call.path for call in server.requests], ["/2", "/3", "/4"])
+        big = TogetherAiServer(port=0)
+        with mock.patch.object(fake, "MAX_RECORD_BYTES", 100):
+            for _ in range(5):
+                big.answer(Request("POST", "/x", b"." * 40))
+        self.assertEqual(len(big.requests), 2)
+
+    def test_a_bug_is_a_500_and_kept(self):
+        server = TogetherAiServer(port=0, require_auth=False)
+        server.models = None
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            got = server.answer(Request("GET", "/v1/models"))
+        self.assertEqual(got.status, 500)
+        self.assertEqual(json.loads(got.body)["error"]["type"], "server_error")
+        self.assertIn("AttributeError", stderr.getvalue())
+        self.assertIn("AttributeError", server.requests[-1].error)
+
+
+# === The server and the command line ===
+
+
+class ServerTests(unittest.TestCase):
+    def test_addresses(self):
+        server = TogetherAiServer()
+        self.assertEqual(server.url, "http://127.0.0.1:4863")
+        self.assertEqual(server.base_url, "http://127.0.0.1:4863/v1")
+        self.assertEqual(
+            server.env,
+            {
+                "TOGETHER_API_KEY": "parlel-together",
+                "TOGETHER_BASE_URL": "http://127.0.0.1:4863/v1",
+            },
+        )
+
+    def test_restarting(self):
+        server = TogetherAiServer(port=0)
+        for _ in range(3):
+            with server as started:
+                self.assertIs(started, server)
+                with socket.create_connection(("127.0.0.1", server.port)):
+                    pass
+        server.stop()
+
+    def test_a_taken_port_is_an_error_in_the_caller(self):
+        with TogetherAiServer(port=0) as server, self.assertRaises(OSError):
+            TogetherAiServer(server.port).start()
+
+    def test_no_thread_is_left(self):
+        before = threading.active_count()
+        with TogetherAiServer(port=0) as server:
+            connection = http.client.HTTPConnection("127.0.0.1", server.port)
+            connection.request("GET", "/health")
+            self.assertEqual(connection.getresponse().read(), b'{"status":"ok"}')
+        connection.close()
+        self.assertEqual(threading.active_count(), before)
+
+
+class CommandLineTests(unittest.TestCase):
+    def run_main(self, *args):
+        command = [sys.executable, str(HERE / "together_fake.py"), *args]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30)
+
+    def test_it_says_where_it_listens_and_stops_cleanly(self):
+        command = [sys.executable, str(HERE / "together_fake.py"), "--port", "0"]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            ) as program:
+                lines = [program.stdout.readline() for _ in range(3)]
+                port = int(re.search(r"listens on http://127\.0\.0\.1:(\d+)", lines[0]).group(1))
+                self.assertEqual(lines[1], "export TOGETHER_API_KEY=parlel-together\n")
+                self.assertEqual(lines[2], f"export TOGETHER_BASE_URL=http://127.0.0.1:{port}/v1\n")
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+                connection.request("GET", "/v1/models?api_key=sesame")
+                self.assertEqual(connection.getresponse().status, 401)
+                connection.close()
+                program.send_signal(number)
+                _, log = program.communicate(timeout=10)
+                self.assertEqual(program.returncode, 0)
+                self.assertRegex(log, r'^"GET /v1/models\?api_key=\*\*\*" 401 \d+\.\d ms\n$')
+
+    def test_a_taken_port_is_one_line(self):
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            done = self.run_main("--port", str(port))
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertRegex(done.stderr, rf"^cannot listen on 127\.0\.0\.1:{port}: .+\n$")
+
+    def test_version(self):
+        self.assertEqual(self.run_main("--version").stdout, f"together_fake {fake.__version__}\n")
+
+
+# === Makers ===
+
+
+def golden(number):
+    return fake.Draw.of("golden", number)
+
+
+def read_png(data):
+    """Return width, height, palette and decompressed rows; checks every CRC."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks, place = {}, 8
+    while place < len(data):
+        size, kind = struct.unpack_from(">I4s", data, place)
+        body = data[place + 8 : place + 8 + size]
+        assert zlib.crc32(kind + body) == struct.unpack_from(">I", data, place + 8 + size)[0]
+        chunks[kind] = body
+        place += 12 + size
+    width, height = struct.unpack_from(">II", chunks[b"IHDR"])
+    return width, height, chunks[b"PLTE"], zlib.decompress(chunks[b"IDAT"])
+
+
+class Texts(unittest.TestCase):
+    def test_golden(self):
+        self.assertEqual(
+            fake.make_text(golden(2), 2),
+            "Their modest answer welcomes the pleasure of a task well done, so a short break does no"
+            " harm. On a calm day, the details decide the outcome, and there is always more to"
+            " learn.",
+        )
+        self.assertEqual(fake.make_title(golden(1)), "Beyond the Sturdy Lake")
+
+    def test_lengths(self):
+        texts = [fake.make_text(golden(i)) for i in range(500)]
+        self.assertEqual(len(set(texts)), 500)
+        for text in texts:
+            self.assertTrue(40 <= len(text.split()) <= 100, text)
+            self.assertTrue(text.isascii() and text[0].isupper() and text[-1] == ".", text)
+            self.assertNotRegex(text, r" ,|  |\.\.| \.|,,")
+        self.assertTrue(all(3 <= len(fake.make_title(golden(i)).split()) <= 5 for i in range(500)))
+
+    def test_tables(self):
+        for name, table in vars(fake).items():
+            if name.isupper() and isinstance(table, tuple) and str(table[0])[:1] in " ,":
+                self.assertEqual(len(table), 256, name)
+                self.assertIn(len(set(table)), (8, 16, 32, 64), name)
+
+    def test_words_and_sentences(self):
+        for count in (0, 1, 7, 100, 1000):
+            words = fake.make_words(golden(1), count)
+            self.assertEqual(len(words), count)
+            self.assertTrue(all(word.isalpha() and word.islower() for word in words))
+        self.assertEqual(fake.make_text(golden(1), 9).count("."), 9)
+        self.assertEqual(fake.make_thought(golden(1)).count("."), 3)
+
+
+class Tokens(unittest.TestCase):
+    def test_join(self):
+        everything = "".join(map(chr, range(0x3000))) + "\ud800\U0001f600 x  y\t\t z\n\n\n end "
+        for text in (
+            "",
+            " ",
+            "  a",
+            "a \n b",
+            everything,
+            everything[::-1],
+            fake.make_text(golden(1)),
+        ):
+            pieces = fake.split_tokens(text)
+            self.assertEqual("".join(pieces), text)
+            self.assertEqual(fake.count_tokens(text), len(pieces))
+            self.assertTrue(all(0 <= fake.token_id(piece) < 128000 for piece in pieces))
+
+    def test_golden(self):
+        pieces = fake.split_tokens("Hello, unbelievable world 12345!\n\nIt's")
+        wanted = "Hello|,| unbelie|vable| world| 123|45|!|\n\n|It|'|s"
+        self.assertEqual("|".join(pieces), wanted)
+        self.assertEqual(
+            [fake.token_id(p) for p in fake.split_tokens("Hello, world")], [8578, 878, 85707]
+        )
+
+    def test_logprobs(self):
+        from math import exp
+
+        for i in range(2000):
+            for piece in (" river", "river", ",", " the", "\n", ""):
+                found = fake.make_alternatives(golden(i), piece, 20)
+                self.assertEqual(len({p for p, _ in found}), 20)
+                self.assertEqual(found[0][0], piece)
+                values = [value for _, value in found]
+                self.assertEqual(values, sorted(values, reverse=True))
+                self.assertLess(values[0], 0)
+                self.assertLessEqual(sum(map(exp, values)), 1)
+            self.assertEqual(fake.make_alternatives(golden(i), piece, 1), found[:1])
+
+
+class Vectors(unittest.TestCase):
+    def test_golden(self):
+        vector = fake.make_vector("The llama is a camelid of the Andes", 768, b"model")
+        self.assertEqual(vector[:6], [3893, -1641, -656, -493, -2048, 2364])
+        self.assertEqual(fake.format_floats(vector[:3]), "0.03893,-0.01641,-0.00656")
+        digest = hashlib.sha256(fake.pack_floats(vector)).hexdigest()
+        self.assertEqual(digest[:16], "b7c02b639feb3e8d")
+        fake.WORDS.clear()
+        self.assertEqual(vector, fake.make_vector("THE LLAMA is a camelid: Andes", 768, b"model"))
+
+    def test_norm(self):
+        texts = [
+            "",
+            "!",
+            "the",
+            "caf\u00e9 \ud800",
+            "x" * 999,
+            "word " * 40000,
+            fake.make_text(golden(1)),
+        ]
+        for size in (1, 2, 3, 64, 1023, 4096):
+            for text in texts:
+                vector = fake.make_vector(text, size, b"k")
+                self.assertEqual(len(vector), size)
+                for part in {vector[:1] and 1, size // 2 or 1, size}:
+                    norm = sum([q * q for q in fake.shorten(vector, part)]) ** 0.5 / fake.QUANTUM
+                    self.assertAlmostEqual(norm, 1, delta=2e-5)
+
+    def test_straightforward_sum(self):
+        lanes = [0] * 5
+        for gram, weight in ((b"cat", 2), (b"<ca", 1), (b"cat", 1), (b"at>", 1)):
+            bucket = zlib.crc32(gram) % 4096
+            digest = hashlib.shake_256(b"k" + struct.pack(">H", bucket)).digest(5)
+            lanes = [lane + weight * (byte - 127.5) for lane, byte in zip(lanes, digest)]
+        norm = sum(lane * lane for lane in lanes) ** 0.5
+        for lane, step in zip(lanes, fake.make_vector("cat", 5, b"k")):
+            self.assertAlmostEqual(lane / norm * 100000, step, delta=0.51)
+
+    def test_likeness(self):
+        def near(one, other):
+            return fake.likeness(*(fake.make_vector(text, 768, b"m") for text in (one, other)))
+
+        llama = "The llama is a camelid of the Andes"
+        self.assertGreater(near(llama, "camelids near Peru: llama"), 0.3)
+        self.assertLess(near(llama, "stock market prices"), 0.1)
+        self.assertGreater(near("How do I reset my password?", "password reset instructions"), 0.4)
+        self.assertAlmostEqual(near(llama, llama), 1, places=4)
+
+
+class Media(unittest.TestCase):
+    def test_image_pixels(self):
+        for number, width, height, wanted in (
+            (1, 96, 64, "fd7d954efafa1e95"),
+            (2, 96, 64, "f1c5a069521f6624"),
+            (1, 1024, 1024, "78e89d999d727a7e"),
+        ):
+            image = fake.make_image(golden(number), width, height)
+            _, _, palette, rows = read_png(image)
+            self.assertEqual(hashlib.sha256(palette + rows).hexdigest()[:16], wanted)
+
+    def test_image_sizes(self):
+        seen = set()
+        for number, (width, height) in enumerate(
+            [(1, 1), (1, 2), (2, 1), (3, 200), (200, 3), (1, 2048), (2048, 1), (333, 77)] * 8
+        ):
+            image = fake.make_image(golden(number), width, height)
+            wide, high, palette, rows = read_png(image)
+            self.assertEqual((wide, high, len(rows)), (width, height, (width + 1) * height))
+            self.assertFalse(any(rows[:: width + 1]))
+            indexes = set(rows)
+            self.assertTrue(max(indexes) < len(palette) // 3 <= 256)
+            seen.add(image)
+        self.assertEqual(len(seen), 64)
+
+    def test_wav(self):
+        for encoding, (code, width, _) in fake.ENCODINGS.items():
+            for rate in (8000, 24000, 44100):
+                samples = fake.make_speech(golden(1), "Hello there, friend.", rate, encoding)
+                self.assertEqual(len(samples), rate * 6 // 5 * width)
+                data = fake.wrap_wav(samples, rate, encoding)
+                self.assertEqual(struct.unpack_from("<I", data, 4)[0], len(data) - 8)
+                self.assertEqual(struct.unpack_from("<H", data, 20)[0], code)
+                self.assertAlmostEqual(fake.audio_seconds(data), 1.2)
+        samples = fake.make_speech(golden(1), "")
+        with wave.open(io.BytesIO(fake.wrap_wav(samples, 44100, "pcm_s16le"))) as file:
+            self.assertEqual((file.getnchannels(), file.getsampwidth()), (1, 2))
+            self.assertEqual((file.getframerate(), file.getnframes()), (44100, 10584))
+
+    def test_speech_golden(self):
+        heads = ["a6e8958eda46", "6f37a9703fb8", "bd10f25e50c0", "5fe9faef558d"]
+        for encoding, wanted in zip(fake.ENCODINGS, heads):
+            samples = fake.make_speech(golden(1), "Hello there, friend", 16000, encoding)
+            self.assertEqual(hashlib.sha256(samples).hexdigest()[:12], wanted)
+
+    def test_seconds_of_hostile_audio(self):
+        data = fake.wrap_wav(bytes(32000), 16000, "pcm_s16le")
+        self.assertEqual(fake.audio_seconds(data), 1)
+        listed = data[:12] + b"LIST\x03\0\0\0abc\0" + data[12:]
+        self.assertEqual(fake.audio_seconds(listed), 1)
+        endless = data[:40] + b"\xff\xff\xff\xff" + data[44:]
+        self.assertEqual(fake.audio_seconds(endless), 1)
+        for cut in range(60):
+            self.assertLessEqual(fake.audio_seconds(data[:cut]), 1)
+        zeros = b"RIFF\0\0\0\0WAVE" + bytes(100000)
+        self.assertGreaterEqual(fake.audio_seconds(zeros), 0)
+        no_rate = data[:24] + bytes(8) + data[32:]
+        self.assertEqual(fake.audio_seconds(no_rate), 2)
+        self.assertEqual(fake.audio_seconds(bytes(16000)), 1)
+
+    def test_video(self):
+        video = fake.make_video(golden(1), 64, 36, 2, 24)
+        boxes, place = {}, 0
+        while place < len(video):
+            size, kind = struct.unpack_from(">I4s", video, place)
+            boxes[kind] = video[place + 8 : place + size]
+            place += size
+        self.assertEqual((place, list(boxes)), (len(video), [b"ftyp", b"mdat", b"moov"]))
+        sizes = boxes[b"moov"].index(b"stsz")
+        places = boxes[b"moov"].index(b"stco")
+        count = struct.unpack_from(">I", boxes[b"moov"], sizes + 12)[0]
+        self.assertEqual(count, 48)
+        for frame in range(count):
+            size = struct.unpack_from(">I", boxes[b"moov"], sizes + 16 + 4 * frame)[0]
+            start = struct.unpack_from(">I", boxes[b"moov"], places + 12 + 4 * frame)[0]
+            self.assertEqual(read_png(video[start : start + size])[:2], (64, 36))
+
+
+# === Scripts and faults ===
+
+
+def ask(body=None, kind="chat", path="/v1/chat/completions", **headers):
+    """Build (kind, request) as the pipeline does."""
+    names = {name.replace("_", "-").lower(): value for name, value in headers.items()}
+    request = fake.Request("POST", path, headers=names)
+    request.body = {} if body is None else body
+    return kind, request
+
+
+def chat(*messages, **fields):
+    """Build a chat request from "role: text" lines."""
+    pairs = [line.split(": ", 1) for line in messages]
+    return ask({"messages": [{"role": r, "content": t} for r, t in pairs], **fields})
+
+
+def file_of(*entries):
+    return {"fixtures": list(entries)}
+
+
+def entry(match, response="ok", **options):
+    said = {"content": response} if isinstance(response, str) else response
+    return {"match": match, "response": said, **options}
+
+
+def script_of(*entries, seed=0):
+    script = fake.Script(seed)
+    script.add(fake.parse_fixtures(file_of(*entries)))
+    return script
+
+
+def content(fixture):
+    return fixture and fixture.response.get("content")
+
+
+TOOL_TALK = [
+    {"role": "user", "content": "weather?"},
+    {"role": "assistant", "content": None, "tool_calls": []},
+    {"role": "tool", "tool_call_id": "call_1", "content": [{"type": "text", "text": "18 degrees"}]},
+]
+PARTS = [
+    {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "hel"},
+            {"type": "image_url"},
+            {"type": "text", "text": "lo"},
+        ],
+    }
+]
+PICTURE_LAST = [
+    {"role": "user", "content": "describe"},
+    {"role": "user", "content": [{"type": "image_url"}]},
+]
+TOOLS = [{"type": "function", "function": {"name": "get_weather"}}]
+
+# (match, request, whether it holds)
+MATCHES = [
+    ({}, chat("user: x"), True),
+    ({"userMessage": "hello"}, chat("user: well, hello you"), True),
+    ({"userMessage": "hello"}, chat("user: Hello"), False),
+    ({"userMessage": "hello"}, chat("user: hello", "assistant: hi", "user: bye"), False),
+    ({"userMessage": "hello"}, ask({"messages": PARTS}), True),
+    ({"userMessage": "describe"}, ask({"messages": PICTURE_LAST}), True),
+    ({"userMessage": "x"}, chat("system: x"), False),
+    ({"userMessage": {"pattern": "(?i)^HEL+O$"}}, chat("user: hello"), True),
+    ({"userMessage": {"pattern": "^x"}}, chat("user: hello"), False),
+    ({"userMessage": None}, chat("user: hello"), True),
+    ({"systemMessage": "brief"}, chat("system: Be brief.", "user: x"), True),
+    ({"systemMessage": "a\nb"}, chat("system: a", "user: x", "system: b"), True),
+    ({"systemMessage": ["a", "b"]}, chat("system: a", "system: b"), True),
+    ({"systemMessage": ["a", "z"]}, chat("system: a", "system: b"), False),
+    ({"systemMessage": {"pattern": "^a"}}, chat("system: a"), True),
+    ({"systemMessage": "a"}, chat("user: a"), False),
+    ({"toolCallId": "call_1"}, ask({"messages": TOOL_TALK}), True),
+    ({"toolCallId": "call_2"}, ask({"messages": TOOL_TALK}), False),
+    ({"toolCallId": "call_1"}, ask({"messages": [*TOOL_TALK, {"role": "user"}]}), False),
+    ({"toolCallId": {"pattern": "^call_"}}, ask({"messages": TOOL_TALK}), True),
+    ({"toolResultContains": "18 deg"}, ask({"messages": TOOL_TALK}), True),
+    ({"toolResultContains": "snow"}, ask({"messages": TOOL_TALK}), False),
+    ({"toolName": "get_weather"}, ask({"messages": [], "tools": TOOLS}), True),
+    ({"toolName": "weather"}, ask({"messages": [], "tools": TOOLS}), False),
+    ({"toolName": {"pattern": "weather$"}}, ask({"messages": [], "tools": TOOLS}), True),
+    ({"model": "qwen"}, chat("user: x", model="qwen"), True),
+    ({"model": "qwen"}, chat("user: x", model="qwen-2024"), True),
+    ({"model": "qwen"}, chat("user: x", model="qwen-max"), False),
+    ({"model": "qwen"}, chat("user: x"), False),
+    ({"model": "Qwen/Qwen3"}, chat("user: x", model="Qwen/Qwen3-8B"), False),
+    ({"model": "Qwen/Qwen3"}, chat("user: x", model="Qwen/Qwen3"), True),
+    ({"model": {"pattern": "^Qwen/"}}, chat("user: x", model="Qwen/Qwen3"), True),
+    (
+        {"responseFormat": "json_object"},
+        chat("user: x", response_format={"type": "json_object"}),
+        True,
+    ),
+    ({"responseFormat": "json_object"}, chat("user: x"), False),
+    ({"endpoint": "chat"}, chat("user: x"), True),
+    ({"endpoint": "completion"}, chat("user: x"), False),
+    ({"endpoint": "POST /v1/chat/completions"}, chat("user: x"), True),
+    ({"endpoint": "POST /v1/completions"}, chat("user: x"), False),
+    ({"endpoint": {"pattern": "^POST /v1/chat"}}, chat("user: x"), True),
+    ({"hasToolResult": True}, ask({"messages": TOOL_TALK}), True),
+    ({"hasToolResult": True}, ask({"messages": [*TOOL_TALK, {"role": "user"}]}), False),
+    ({"hasToolResult": False}, ask({"messages": [*TOOL_TALK, {"role": "user"}]}), True),
+    ({"hasToolResult": True}, ask({"messages": [{"role": "tool"}]}), True),
+    ({"context": "a"}, ask({"messages": []}, X_AIMock_Context="a"), True),
+    ({"context": "a"}, ask({"messages": []}), False),
+    ({"body": {"n": 2, "stop": ["a"]}}, ask({"n": 2, "stop": ["a", "b"], "x": 1}), True),
+    ({"body": {"n": 2}}, ask({"n": 2.0}), True),
+    ({"body": {"n": 1}}, ask({"n": True}), False),
+    ({"body": {"stop": ["b"]}}, ask({"stop": ["a", "b"]}), False),
+    ({"body": {"user": None}}, ask({}), False),
+    ({"headers": {"X-Test": "1"}}, ask({}, X_Test="1"), True),
+    ({"headers": {"X-Test": "1"}}, ask({}, X_Test="12"), False),
+    ({"headers": {"X-Test": {"pattern": "^1"}}}, ask({}, X_Test="12"), True),
+    ({"headers": {"X-Test": {"pattern": ""}}}, ask({}), False),
+    ({"not": {"userMessage": "x"}}, chat("user: x"), False),
+    ({"not": {"userMessage": "x"}}, chat("user: y"), True),
+    ({"not": {"userMessage": {"pattern": "x"}, "model": "m"}}, chat("user: x", model="n"), True),
+    ({"userMessage": "a cat"}, ask({"prompt": "a cat"}, "completion"), True),
+    ({"inputText": "a cat"}, ask({"prompt": ["a", "cat"]}, "completion"), True),
+    ({"inputText": "x"}, chat("user: x"), False),
+]
+
+# (response, kind, kinds of endpoint, normalised)
+CALL = {"type": "tool_call", "name": "f", "arguments": '{"a":1}', "id": None}
+EVERY = [
+    "",
+    "chat",
+    "completion",
+    "embedding",
+    "image",
+    "rerank",
+    "speech",
+    "video",
+    "transcription",
+    "translation",
+]
+RESPONSES = [
+    (
+        {"content": "hi"},
+        "text",
+        ["chat", "completion"],
+        {
+            "blocks": [{"type": "text", "text": "hi"}],
+            "content": "hi",
+            "tool_calls": [],
+            "reasoning": None,
+        },
+    ),
+    (
+        {"content": {"a": [1, "é"]}, "reasoning": "why"},
+        "text",
+        ["chat", "completion"],
+        {
+            "blocks": [{"type": "text", "text": '{"a":[1,"é"]}'}],
+            "content": '{"a":[1,"é"]}',
+            "tool_calls": [],
+            "reasoning": "why",
+        },
+    ),
+    (
+        {"toolCalls": [{"name": "f", "arguments": {"a": 1}}], "content": None},
+        "text",
+        ["chat", "completion"],
+        {"blocks": [CALL], "content": None, "tool_calls": [CALL], "reasoning": None},
+    ),
+    (
+        {"content": "x", "toolCalls": [{"name": "f", "arguments": "{}", "id": "c"}]},
+        "text",
+        ["chat", "completion"],
+        {
+            "blocks": [{"type": "text", "text": "x"}, {**CALL, "arguments": "{}", "id": "c"}],
+            "content": "x",
+            "tool_calls": [{**CALL, "arguments": "{}", "id": "c"}],
+            "reasoning": None,
+        },
+    ),
+    (
+        {
+            "blocks": [
+                {"type": "toolCall", "name": "f", "arguments": {"a": 1}},
+                {"type": "text", "text": "b"},
+                {"type": "text", "text": "c"},
+            ]
+        },
+        "text",
+        ["chat", "completion"],
+        {
+            "blocks": [CALL, {"type": "text", "text": "b"}, {"type": "text", "text": "c"}],
+            "content": "bc",
+            "tool_calls": [CALL],
+            "reasoning": None,
+        },
+    ),
+    (
+        {
+            "content": "x",
+            "id": "i",
+            "created": 7,
+            "model": "m",
+            "usage": {"prompt_tokens": 1},
+            "finishReason": "length",
+            "role": "assistant",
+        },
+        "text",
+        ["chat", "completion"],
+        {
+            "blocks": [{"type": "text", "text": "x"}],
+            "content": "x",
+            "tool_calls": [],
+            "reasoning": None,
+            "id": "i",
+            "created": 7,
+            "model": "m",
+            "usage": {"prompt_tokens": 1},
+            "finish_reason": "length",
+            "role": "assistant",
+        },
+    ),
+    (
+        {"error": {"message": "no"}},
+        "error",
+        EVERY,
+        {"status": 500, "error": {"message": "no"}, "retry_after": None},
+    ),
+    (
+        {"status": 429, "retryAfter": 3},
+        "status",
+        EVERY,
+        {"status": 429, "error": None, "retry_after": 3},
+    ),
+    ({"embedding": [1, 2.5]}, "embedding", ["embedding"], {"vectors": [[1, 2.5]]}),
+    ({"embedding": [[1], [2]]}, "embedding", ["embedding"], {"vectors": [[1], [2]]}),
+    (
+        {"image": {"b64Json": "aa", "revisedPrompt": "p"}},
+        "image",
+        ["image"],
+        {"images": [{"b64_json": "aa", "revised_prompt": "p"}]},
+    ),
+    (
+        {"images": [{"url": "u"}, {"url": "v"}]},
+        "image",
+        ["image"],
+        {"images": [{"url": "u"}, {"url": "v"}]},
+    ),
+    (
+        {"audio": "UklGRg=="},
+        "audio",
+        ["speech"],
+        {"audio": b"RIFF", "content_type": None, "format": None},
+    ),
+    (
+        {"audio": {"b64Json": "UklGRg==", "contentType": "audio/wav"}},
+        "audio",
+        ["speech"],
+        {"audio": b"RIFF", "content_type": "audio/wav", "format": None},
+    ),
+    (
+        {
+            "transcription": {
+                "text": "t",
+                "language": "en",
+                "duration": 1.5,
+                "words": [{}],
+                "segments": [],
+            }
+        },
+        "transcription",
+        ["transcription", "translation"],
+        {"text": "t", "language": "en", "duration": 1.5, "words": [{}], "segments": []},
+    ),
+    (
+        {"video": {"id": "v", "status": "failed", "url": "u", "error": "e"}},
+        "video",
+        ["video"],
+        {"id": "v", "status": "failed", "url": "u", "error": "e"},
+    ),
+    ({"scores": [0.5, -1]}, "rerank", ["rerank"], {"scores": [0.5, -1]}),
+    ({"json": None}, "json", EVERY, {"json": None, "status": 200}),
+    ({"json": {"a": 1}, "status": 201}, "json", EVERY, {"json": {"a": 1}, "status": 201}),
+]
+
+# (file, the whole sentence)
+BAD_FILES = [
+    ([], "file: must be an object, not []"),
+    ({}, "file: fixtures is missing"),
+    ({"fixtures": [], "fixture": []}, "file.fixture: unknown key, did you mean fixtures?"),
+    ({"fixtures": {}}, "file.fixtures: must be a list, not {}"),
+    (file_of("x"), 'fixtures[0]: must be an object, not "x"'),
+    (file_of({"response": {"content": "x"}}), "fixtures[0]: match is missing"),
+    (file_of({"match": {}}), "fixtures[0]: needs a response, or an option such as latency"),
+    (
+        file_of(entry({"userMesage": "x"})),
+        "fixtures[0].match.userMesage: unknown key, did you mean userMessage?",
+    ),
+    (
+        file_of(entry({}), entry({"not": {"modle": "x"}})),
+        "fixtures[1].match.not.modle: unknown key, did you mean model?",
+    ),
+    (file_of(entry({"not": {"turnIndex": 1}})), "fixtures[0].match.not.turnIndex: unknown key"),
+    (file_of(entry({"not": {}})), "fixtures[0].match.not: is empty, so it says nothing"),
+    (
+        file_of(entry({"systemMessage": []})),
+        "fixtures[0].match.systemMessage: is empty, so it says nothing",
+    ),
+    (
+        file_of(entry({"systemMessage": ["a", 1]})),
+        "fixtures[0].match.systemMessage[1]: must be a string, not 1",
+    ),
+    (
+        file_of(entry({"userMessage": 1})),
+        "fixtures[0].match.userMessage: must be a string or an object, not 1",
+    ),
+    (
+        file_of(entry({"userMessage": {"patern": "x"}})),
+        "fixtures[0].match.userMessage.patern: unknown key, did you mean pattern?",
+    ),
+    (
+        file_of(entry({"userMessage": {"pattern": "("}})),
+        'fixtures[0].match.userMessage.pattern: must be a regular expression that compiles, not "("',
+    ),
+    (
+        file_of(entry({"hasToolResult": 1})),
+        "fixtures[0].match.hasToolResult: must be true or false, not 1",
+    ),
+    (
+        file_of(entry({"turnIndex": -1})),
+        "fixtures[0].match.turnIndex: must be a whole number from 0 up, not -1",
+    ),
+    (
+        file_of(entry({"sequenceIndex": True})),
+        "fixtures[0].match.sequenceIndex: must be a whole number from 0 up, not true",
+    ),
+    (
+        file_of(entry({"endpoint": "chats"})),
+        'fixtures[0].match.endpoint: "chats" is unknown, did you mean chat?',
+    ),
+    (
+        file_of(entry({"endpoint": "image"})),
+        "fixtures[0].match.endpoint: image cannot serve a response of kind text",
+    ),
+    (file_of(entry({"body": []})), "fixtures[0].match.body: must be an object, not []"),
+    (
+        file_of(entry({"headers": {"a": 1}})),
+        "fixtures[0].match.headers.a: must be a string or an object, not 1",
+    ),
+    (
+        file_of(entry({}, {})),
+        "fixtures[0].response: has none of the keys that say what to answer: error",
+    ),
+    (
+        file_of(entry({}, {"contents": "x"})),
+        "fixtures[0].response.contents: unknown key, did you mean content?",
+    ),
+    (
+        file_of(entry({}, {"error": {"message": "x"}, "content": "x"})),
+        "fixtures[0].response.content: does not go with a response of kind error",
+    ),
+    (
+        file_of(entry({}, {"content": "x", "status": 500})),
+        "fixtures[0].response.status: does not go with a response of kind text",
+    ),
+    (
+        file_of(entry({}, {"content": 1})),
+        "fixtures[0].response.content: must be a string or an object or a list, not 1",
+    ),
+    (
+        file_of(entry({}, {"toolCalls": [{"name": "f"}]})),
+        "fixtures[0].response.toolCalls[0]: arguments is missing",
+    ),
+    (
+        file_of(entry({}, {"blocks": [{"type": "text", "name": "f"}]})),
+        "fixtures[0].response.blocks[0]: text is missing",
+    ),
+    (
+        file_of(entry({}, {"blocks": [{"type": "image"}]})),
+        "fixtures[0].response.blocks[0].type: must be 'text' or 'toolCall', not \"image\"",
+    ),
+    (
+        file_of(entry({}, {"error": {"type": "x"}})),
+        "fixtures[0].response.error: message is missing",
+    ),
+    (
+        file_of(entry({}, {"status": 200})),
+        "fixtures[0].response.status: must be a status from 400 to 999, not 200",
+    ),
+    (
+        file_of(entry({}, {"error": {"message": "x"}, "status": 99})),
+        "fixtures[0].response.status: must be a status from 200 to 999, not 99",
+    ),
+    (
+        file_of(entry({}, {"embedding": ["a"]})),
+        'fixtures[0].response.embedding[0]: must be a number or a list, not "a"',
+    ),
+    (
+        file_of(entry({}, {"audio": "*"})),
+        'fixtures[0].response.audio: must be base64 or an object, not "*"',
+    ),
+    (
+        file_of(entry({}, {"scores": [float("nan")]})),
+        "fixtures[0].response.scores[0]: must be a number, not NaN",
+    ),
+    (
+        file_of(entry({}, {"content": "x", "created": -1})),
+        "fixtures[0].response.created: must be a whole number from 0 up, not -1",
+    ),
+    (file_of(entry({}, latncy=1)), "fixtures[0].latncy: unknown key, did you mean latency?"),
+    (file_of(entry({}, latency=-1)), "fixtures[0].latency: must be a number from 0 up, not -1"),
+    (file_of(entry({}, times=-1)), "fixtures[0].times: must be a whole number from 1 up, not -1"),
+    (
+        file_of(entry({}, chunkSize=0)),
+        "fixtures[0].chunkSize: must be a whole number from 1 up, not 0",
+    ),
+    (
+        file_of(entry({}, truncateAfterChunks=0)),
+        "fixtures[0].truncateAfterChunks: must be a whole number from 1 up, not 0",
+    ),
+    (
+        file_of(entry({}, streamingProfile={"tps": 0})),
+        "fixtures[0].streamingProfile.tps: must be a number above 0, not 0",
+    ),
+    (file_of(entry({}, replaySpeed=0)), "fixtures[0].replaySpeed: must be a number above 0, not 0"),
+    (
+        file_of(entry({}, recordedTimings={"interChunkDelaysMs": [1, -1]})),
+        "fixtures[0].recordedTimings.interChunkDelaysMs[1]: must be a number from 0 up, not -1",
+    ),
+    (
+        file_of(entry({}, chaos={"dropRate": 1.5})),
+        "fixtures[0].chaos.dropRate: must be a number from 0 to 1, not 1.5",
+    ),
+    (
+        file_of(entry({}, chaos={"droprate": 1})),
+        "fixtures[0].chaos.droprate: unknown key, did you mean dropRate?",
+    ),
+    (
+        file_of(entry({}, shouldRetry="no")),
+        'fixtures[0].shouldRetry: must be true or false, not "no"',
+    ),
+]
+
+
+class FixtureTest(unittest.TestCase):
+    def test_each_match_key(self):
+        for match, (kind, request), holds in MATCHES:
+            with self.subTest(match=match, body=request.body):
+                self.assertEqual(
+                    content(script_of(entry(match)).find(kind, request)), "ok" if holds else None
+                )
+
+    def test_each_response_kind(self):
+        for said, kind, kinds, normalised in RESPONSES:
+            with self.subTest(said=said):
+                fixture = fake.parse_fixtures(file_of(entry({}, said)))[0]
+                self.assertEqual((fixture.kind, fixture.kinds), (kind, kinds))
+                self.assertEqual(fixture.response, normalised)
+
+    def test_input_text_of_each_kind(self):
+        for kind, field in [
+            ("embedding", "input"),
+            ("image", "prompt"),
+            ("rerank", "query"),
+            ("speech", "input"),
+            ("video", "prompt"),
+            ("completion", "prompt"),
+        ]:
+            with self.subTest(kind=kind):
+                error = {"error": {"message": "x"}}
+                script = script_of(entry({"inputText": "a cat"}, error))
+                self.assertIsNotNone(script.find(*ask({field: "see a cat"}, kind)))
+                self.assertIsNone(script.find(*ask({field: "see a dog"}, kind)))
+
+    def test_response_serves_only_the_kinds_it_fits(self):
+        script = script_of(entry({}, {"scores": [1]}), entry({}, {"embedding": [1]}), entry({}))
+        self.assertEqual(script.find(*ask({}, "rerank")).kind, "rerank")
+        self.assertEqual(script.find(*ask({}, "embedding")).kind, "embedding")
+        self.assertEqual(script.find(*ask({}, "completion")).kind, "text")
+        self.assertIsNone(script.find(*ask({}, "image")))
+        self.assertIsNone(script.find(*ask({}, "", "/v1/files")))
+
+    def test_bad_files_are_refused_with_the_place(self):
+        for data, sentence in BAD_FILES:
+            with self.subTest(sentence=sentence):
+                with self.assertRaises(ValueError) as caught:
+                    fake.parse_fixtures(data)
+                self.assertEqual(str(caught.exception)[: len(sentence)], sentence)
+                self.assertNotIn("\n", str(caught.exception))
+
+    def test_keys_of_other_providers_are_ignored_with_one_warning(self):
+        warnings = []
+        said = {"content": "x", "webSearches": ["a"], "provider": "p"}
+        fixtures = fake.parse_fixtures(
+            file_of(
+                entry({}, said, metadata={}, openRouterProcessing=True),
+                entry({"endpoint": "fal"}, {"live": {}}),
+                entry({"endpoint": "openai-live"}, {"live": {}}),
+                entry({}, {"audio": "UklGRg==", "toolCalls": []}),
+            ),
+            "a.json",
+            warnings,
+        )
+        self.assertEqual(len(fixtures), 2)
+        self.assertEqual(
+            warnings,
+            [
+                "a.json: ignored, for other providers only: fixtures[0].metadata,"
+                " fixtures[0].openRouterProcessing, fixtures[0].response.webSearches,"
+                " fixtures[0].response.provider, fixtures[1], fixtures[2],"
+                " fixtures[3].response.toolCalls"
+            ],
+        )
+
+    def test_folder_is_loaded_by_name_files_before_folders(self):
+        with tempfile.TemporaryDirectory() as folder:
+            os.mkdir(os.path.join(folder, "a"))
+            for name in ("z.json", "b.json", "a/c.json", "note.txt"):
+                with open(os.path.join(folder, name), "w", encoding="utf-8") as out:
+                    json.dump(file_of(entry({}, name)), out)
+            script = fake.Script()
+            self.assertTrue(script.empty)
+            loaded = script.load(folder)
+            self.assertEqual([content(each) for each in loaded], ["b.json", "z.json", "a/c.json"])
+            self.assertEqual(loaded[2].source, "file a/c.json[0]")
+            self.assertFalse(script.empty)
+            self.assertEqual(len(script.load(os.path.join(folder, "z.json"))), 1)
+
+    def test_nothing_of_a_bad_folder_is_loaded(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in (("a.json", json.dumps(file_of(entry({})))), ("b.json", "{oops")):
+                with open(os.path.join(folder, name), "w", encoding="utf-8") as out:
+                    out.write(text)
+            script = fake.Script()
+            with self.assertRaisesRegex(ValueError, r"^b\.json: is not JSON: "):
+                script.load(folder)
+            self.assertTrue(script.empty)
+
+    def test_templates_quote_the_request(self):
+        request = chat("system: S", 'user: a "q"', model="m", temperature=0.5, stop=["x", "y"])
+        cases = [
+            ("{{model}}/{{ lastUserMessage }}", 'm/a "q"'),
+            ("{{systemMessage}} {{body.temperature}} {{body.stop.1}}", "S 0.5 y"),
+            ("{{body.messages.0.role}}{{body.stop}}", 'system["x","y"]'),
+            ("<{{body.nothing.here}}{{body.stop.9}}{{inputText}}>", "<>"),
+            ("{{name}} {{ x y }} {{{model}}}", "{{name}} {{ x y }} {m}"),
+            ({"q": "{{lastUserMessage}}"}, '{"q":"a \\"q\\""}'),
+        ]
+        for said, wanted in cases:
+            with self.subTest(said=said):
+                fixture = fake.parse_fixtures(file_of(entry({}, {"content": said})))[0]
+                self.assertEqual(fixture.render(*request)["content"], wanted)
+        call = {"toolCalls": [{"name": "f", "arguments": '{"m": "{{model}}"}'}]}
+        fixture = fake.parse_fixtures(file_of(entry({}, call)))[0]
+        self.assertEqual(fixture.render(*request)["tool_calls"][0]["arguments"], '{"m": "m"}')
+
+
+class KeywordTest(unittest.TestCase):
+    def build(self, **keywords):
+        return fake.fixture_from_keywords("reply", keywords)
+
+    def test_keywords_are_the_keys_in_snake_case(self):
+        fixture = self.build(
+            content="Hi",
+            user_message=re.compile("he.*o", re.I),
+            model="m",
+            response_model="r",
+            finish_reason="stop",
+            times=1,
+            chunk_size=3,
+            system_message=("a", "b"),
+            body={"n_x": 1},
+            streaming_profile={"ttft": 5},
+            chaos={"drop_rate": 0.5, "latencyMs": 1},
+            reasoning=None,
+            not_={"tool_name": "f"},
+            headers={"X_a": re.compile("1")},
+        )
+        self.assertEqual(
+            fixture.entry,
+            {
+                "match": {
+                    "userMessage": {"pattern": "(?i)he.*o"},
+                    "model": "m",
+                    "systemMessage": ["a", "b"],
+                    "body": {"n_x": 1},
+                    "not": {"toolName": "f"},
+                    "headers": {"X_a": {"pattern": "1"}},
+                },
+                "response": {"content": "Hi", "model": "r", "finishReason": "stop"},
+                "times": 1,
+                "chunkSize": 3,
+                "streamingProfile": {"ttft": 5},
+                "chaos": {"dropRate": 0.5, "latencyMs": 1},
+            },
+        )
+        self.assertEqual((fixture.source, fixture.chunk_size), ("run time", 3))
+
+    def test_tool_calls_images_and_errors(self):
+        fixture = self.build(tool_calls=[{"name": "f", "arguments": {"to_do": 1}}])
+        self.assertEqual(fixture.response["tool_calls"][0]["arguments"], '{"to_do":1}')
+        fixture = self.build(image={"b64_json": "aa"})
+        self.assertEqual(fixture.response, {"images": [{"b64_json": "aa"}]})
+        fixture = self.build(status=429, retry_after=1, times=2)
+        self.assertEqual(fixture.kind, "status")
+        fixture = self.build(disconnect_after_chunks=3)
+        self.assertEqual((fixture.kind, fixture.faulty), ("generated", True))
+
+    def test_when_is_a_function_of_the_request(self):
+        fixture = fake.fixture_from_keywords(
+            "reply", {"content": "x"}, when=lambda request: request.body["n"] > 1
+        )
+        script = fake.Script()
+        script.add([fixture])
+        self.assertIsNone(script.find(*ask({"n": 1})))
+        self.assertIs(script.find(*ask({"n": 2})), fixture)
+
+    def test_bad_keywords(self):
+        with self.assertRaises(TypeError) as caught:
+            self.build(content="x", user_mesage="x")
+        self.assertEqual(
+            str(caught.exception),
+            "reply() has no keyword 'user_mesage', did you mean user_message?",
+        )
+        for keywords, sentence in [
+            ({"content": 1}, "reply().response.content: must be a string or an object"),
+            ({"content": "x", "times": 0}, "reply().times: must be a whole number from 1 up"),
+            ({}, "reply(): needs a response, or an option such as latency"),
+            ({"content": "x", "status": 429}, "reply().response.status: does not go with"),
+            (
+                {"content": "x", "chaos": {"drop_rat": 1}},
+                "reply().chaos.dropRat: unknown key, did you mean dropRate?",
+            ),
+        ]:
+            with self.subTest(keywords=keywords), self.assertRaises(ValueError) as refused:
+                self.build(**keywords)
+            self.assertTrue(str(refused.exception).startswith(sentence), refused.exception)
+
+
+class ScriptTest(unittest.TestCase):
+    def test_turn_index(self):
+        def turn(index):
+            return entry({} if index is None else {"turnIndex": index}, str(index))
+
+        for turns, count, wanted in [
+            ([0, 1, 2], 1, "1"),
+            ([0, 2], 1, "0"),
+            ([None, 1], 1, "None"),
+            ([1, None], 1, "1"),
+            ([None, 0], 1, "0"),
+            ([2, None], 1, "None"),
+            ([5, 3], 1, "3"),
+            ([3], 0, "3"),
+            ([None, None], 0, "None"),
+            ([0, 0], 0, "0"),
+        ]:
+            with self.subTest(turns=turns, count=count):
+                request = chat(*["assistant: x"] * count, "user: y")
+                script = script_of(*map(turn, turns))
+                self.assertEqual(content(script.find(*request)), wanted)
+
+    def test_sequence_index_and_times(self):
+        script = script_of(
+            entry({"userMessage": "x", "sequenceIndex": 0}, "first"),
+            entry({"userMessage": "x", "sequenceIndex": 1}, "second"),
+            entry({"userMessage": "x"}, "twice", times=2),
+            entry({}, "rest"),
+        )
+        said = [content(script.find(*chat("user: x"))) for _ in range(5)]
+        self.assertEqual(said, ["first", "second", "twice", "twice", "rest"])
+        self.assertEqual([each["served"] for each in script.describe()["fixtures"]], [1, 1, 2, 1])
+
+    def test_order_header_run_time_files(self):
+        script = fake.Script()
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "f.json")
+            with open(path, "w", encoding="utf-8") as out:
+                json.dump(file_of(entry({}, "file")), out)
+            script.load(path)
+        script.add(fake.parse_fixtures(file_of(entry({}, "run time", times=1))))
+        own = json.dumps({"content": "own"})
+        request = chat("user: x")
+        self.assertEqual(content(script.find(*ask({}, X_Parlel_Fixture=own))), "own")
+        self.assertEqual([content(script.find(*request)) for _ in range(2)], ["run time", "file"])
+        self.assertEqual(script.describe()["count"], 2)
+        script.add(fake.parse_fixtures(file_of(entry({"turnIndex": 9}, "ahead"))))
+        self.assertEqual(content(script.find(*request)), "file")
+        script.remove_run_time()
+        self.assertEqual([each["served"] for each in script.describe()["fixtures"]], [2])
+        script.reset()
+        self.assertEqual([each["served"] for each in script.describe()["fixtures"]], [0])
+        self.assertEqual(len(script.unused()), 1)
+
+    def test_header_forms(self):
+        for value, kind in [
+            ({"status": 429}, "status"),
+            ({"disconnectAfterMs": 5}, "generated"),
+            ({"match": {}, "response": {"json": 1}}, "json"),
+            ({"response": {"content": "x"}, "latency": 1}, "text"),
+        ]:
+            with self.subTest(value=value):
+                own = json.dumps(value)
+                self.assertEqual(fake.Script().find(*ask({}, X_Parlel_Fixture=own)).kind, kind)
+        for text, reason in [
+            ("{", "Expecting property name"),
+            ("[]", "X-Parlel-Fixture: must be an object, not []"),
+            (
+                '{"contnt": 1}',
+                "X-Parlel-Fixture.response.contnt: unknown key, did you mean content?",
+            ),
+            (
+                '{"match": {"modl": 1}}',
+                "X-Parlel-Fixture.match.modl: unknown key, did you mean model",
+            ),
+        ]:
+            with self.subTest(text=text), self.assertRaises(fake.ApiError) as caught:
+                fake.Script().find(*ask({}, X_Parlel_Fixture=text))
+            self.assertEqual(caught.exception.status, 400)
+            self.assertTrue(
+                caught.exception.message.startswith("The fixture was refused: " + reason),
+                caught.exception.message,
+            )
+
+    def test_near_misses_name_the_first_difference(self):
+        script = script_of(
+            entry({"userMessage": "bye", "model": "m"}),
+            entry({"model": "m"}),
+            entry({}, {"scores": [1]}),
+            entry({"sequenceIndex": 1}),
+            entry({"not": {"userMessage": "hello"}}),
+            entry({}, times=1),
+            entry({}),
+        )
+        request = chat("user: hello", model="n")
+        script.find(*request)
+        self.assertEqual(
+            script.find_near_misses(*request),
+            [
+                {
+                    "fixture": "run time",
+                    "differs": "match.userMessage",
+                    "wanted": "bye",
+                    "got": "hello",
+                },
+                {"fixture": "run time", "differs": "match.model", "wanted": "m", "got": "n"},
+                {"fixture": "run time", "differs": "response", "wanted": ["rerank"], "got": "chat"},
+                {"fixture": "run time", "differs": "match.sequenceIndex", "wanted": 1, "got": 0},
+                {
+                    "fixture": "run time",
+                    "differs": "match.not",
+                    "wanted": {"userMessage": "hello"},
+                    "got": "it holds",
+                },
+                {"fixture": "run time", "differs": "times", "wanted": 1, "got": 1},
+                {"fixture": "run time", "differs": None},
+            ],
+        )
+        error = script_of(entry({"model": "m"})).miss_error(*request)
+        self.assertEqual(
+            (error.status, error.message),
+            (
+                404,
+                'No fixture matches POST /v1/chat/completions. run time: match.model is "n",'
+                ' the fixture wants "m".',
+            ),
+        )
+
+    def test_many_fixtures_are_found_as_if_each_was_tried(self):
+        needles = [
+            "",
+            "a",
+            "abc",
+            "abcd",
+            "question 7",
+            "é€𝄞x",
+            "question 7 of",
+            *[f"question {index}" for index in range(100)],
+            "abcd",
+        ]
+        script = script_of(
+            *[entry({"userMessage": text}, text) for text in needles],
+            *[entry({"toolName": f"t{index}"}, "tool") for index in range(100)],
+        )
+        for text in ("", "xabc", "xabcdx", "a question 77 of", "é€𝄞x", "zzz", "question 7"):
+            with self.subTest(text=text):
+                facts = fake.Facts(*chat("user: " + text))
+                likely = script._run_time.find_likely(facts)
+                self.assertEqual(
+                    [content(each) for each in likely],
+                    [needle for needle in needles if needle in text],
+                )
+
+    def test_64_threads_share_one_sequence(self):
+        script = script_of(*[entry({}, str(index), times=1) for index in range(640)])
+        said = []
+
+        def take():
+            for _ in range(10):
+                said.append(content(script.find(*chat("user: x"))))
+
+        threads = [threading.Thread(target=take) for _ in range(64)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(said, key=int), [str(index) for index in range(640)])
+
+
+class Clock:
+    """A clock that stands still but for waits; `drift` is lost with every wait."""
+
+    def __init__(self, drift=0.0, stop=False):
+        self.now = 100.0
+        self.drift = drift
+        self.stop = stop
+
+    def wait(self, seconds):
+        self.now += seconds + self.drift
+        return self.stop
+
+    def read(self):
+        return self.now
+
+
+EVENTS = [b'data: {"n": %d}\n\n' % index for index in range(4)] + [b"data: [DONE]\n\n"]
+
+
+def run(options, stream=True, seed=0, call=1, clock=None, events=EVENTS):
+    """Send a reply through a fault: status, [(time, piece)], whether it was cut."""
+    clock = clock or Clock()
+    reply = fake.Reply(b'{"answer": 42}', events=iter(events) if stream else None)
+    fault = fake.Fault(options, fake.Draw.of("fault", [seed, call]))
+    reply = fake.travel(reply, fault, clock.wait, clock.read)
+    got, was_cut = [], False
+    if reply.events is None:
+        return reply.status, [(0, reply.body)], False
+    try:
+        for piece in reply.events:
+            got.append((round(clock.now - 100, 6), piece))
+    except fake.Cut:
+        was_cut = True
+    return reply.status, got, was_cut
+
+
+class FaultTest(unittest.TestCase):
+    def times(self, options, **more):
+        return [at for at, _ in run(options, **more)[1]]
+
+    def test_delays_of_a_stream(self):
+        for options, wanted in [
+            ({}, [0, 0, 0, 0, 0]),
+            ({"latency": 10}, [0.01, 0.02, 0.03, 0.04, 0.04]),
+            ({"latency": 10, "replaySpeed": 2}, [0.005, 0.01, 0.015, 0.02, 0.02]),
+            (
+                {"streamingProfile": {"ttft": 500, "tps": 10}, "latency": 3},
+                [0.5, 0.6, 0.7, 0.8, 0.8],
+            ),
+            ({"streamingProfile": {"ttft": 500}, "latency": 3}, [0.5, 0.503, 0.506, 0.509, 0.509]),
+            ({"streamingProfile": {"tps": 10}}, [0.1, 0.2, 0.3, 0.4, 0.4]),
+            (
+                {"recordedTimings": {"ttftMs": 100, "interChunkDelaysMs": [10, 30]}},
+                [0.1, 0.11, 0.14, 0.16, 0.16],
+            ),
+            ({"recordedTimings": {"ttftMs": 100}, "replaySpeed": 4}, [0.025] * 5),
+            ({"chaos": {"latencyMs": 50}}, [0.05] * 5),
+        ]:
+            with self.subTest(options=options):
+                self.assertEqual(self.times(options), wanted)
+
+    def test_rate_is_kept_when_each_wait_is_late(self):
+        events = [b"data: %d\n\n" % index for index in range(101)]
+        profile = {"streamingProfile": {"ttft": 200, "tps": 50}}
+        times = self.times(profile, clock=Clock(drift=0.004), events=events)
+        self.assertAlmostEqual(times[0], 0.2, delta=0.02)
+        self.assertAlmostEqual(100 / (times[-1] - times[0]), 50, delta=0.5)
+
+    def test_jitter_stays_within_its_share_and_repeats(self):
+        profile = {"streamingProfile": {"tps": 10, "jitter": 0.5}}
+        times = self.times(profile)
+        self.assertEqual(times, self.times(profile))
+        self.assertNotEqual(times, self.times(profile, seed=1))
+        steps = [b - a for a, b in zip([0, *times], times[:4])]
+        self.assertTrue(all(0.05 <= step <= 0.15 for step in steps), steps)
+
+    def test_ends_of_a_stream(self):
+        for options, pieces, cut in [
+            ({"truncateAfterChunks": 2}, EVENTS[:2], True),
+            ({"disconnectAfterChunks": 3}, EVENTS[:3], True),
+            ({"disconnectAfterChunks": 0}, [], True),
+            ({"disconnectAfterChunks": 4}, EVENTS[:4], True),
+            ({"disconnectAfterChunks": 9}, EVENTS, False),
+            ({"disconnectAfterMs": 25, "latency": 10}, EVENTS[:2], True),
+            ({"disconnectAfterMs": 0}, [], True),
+            ({"disconnectAfterMs": 25}, EVENTS, False),
+            ({"chaos": {"disconnectRate": 1}}, [], True),
+            ({"errorAfterChunks": 1}, [EVENTS[0], fake.ERROR_EVENT], False),
+            ({"errorAfterChunks": 0}, [fake.ERROR_EVENT], False),
+            ({"malformed": True}, [b'data: {"n"\n\n', *EVENTS[1:]], False),
+            ({"empty": True}, [b""], False),
+        ]:
+            with self.subTest(options=options):
+                status, got, was_cut = run(options)
+                self.assertEqual((status, [p for _, p in got], was_cut), (200, pieces, cut))
+        self.assertEqual(
+            json.loads(fake.ERROR_EVENT[6:]),
+            {
+                "error": {
+                    "message": "Internal server error",
+                    "type": "server_error",
+                    "param": None,
+                    "code": None,
+                }
+            },
+        )
+
+    def test_whole_replies(self):
+        for options, status, pieces, cut in [
+            ({"latency": 30}, 200, [(0.03, b'{"answe'), (0.03, b'r": 42}')], False),
+            ({"chaos": {"latencyMs": 20}}, 200, [(0.02, b'{"answe'), (0.02, b'r": 42}')], False),
+            ({"disconnectAfterChunks": 3}, 200, [(0, b'{"answe')], True),
+            ({"disconnectAfterChunks": 0}, 200, [], True),
+            ({"disconnectAfterMs": 10, "latency": 20}, 200, [], True),
+            ({"truncateAfterChunks": 1}, 200, [(0, b'{"answer": 42}')], False),
+            ({"malformed": True}, 200, [(0, b'{"answe')], False),
+            ({"empty": True}, 200, [(0, b"")], False),
+            ({"chaos": {"malformedRate": 1}}, 200, [(0, b'{"answe')], False),
+            ({"chaos": {"disconnectRate": 1}}, 200, [], True),
+        ]:
+            with self.subTest(options=options):
+                self.assertEqual(run(options, stream=False), (status, pieces, cut))
+        reply = fake.travel(
+            fake.Reply(b"12345"),
+            fake.Fault({"disconnectAfterChunks": 1}, fake.Draw(b"")),
+            Clock().wait,
+            Clock().read,
+        )
+        self.assertEqual(reply.headers["Content-Length"], "5")
+
+    def test_chaos_statuses(self):
+        for options, status in [
+            ({"chaos": {"dropRate": 1}}, 500),
+            ({"errorAfterChunks": 3}, 500),
+            ({"chaos": {"rateLimitRate": 1}}, 429),
+        ]:
+            for stream in (False, True) if status == 429 else (False,):
+                with self.subTest(options=options, stream=stream):
+                    self.assertEqual(run(options, stream=stream)[0], status)
+
+    def test_chaos_repeats_with_its_seed(self):
+        def statuses(seed):
+            script = script_of(entry({}, chaos={"dropRate": 0.5, "rateLimitRate": 0.5}), seed=seed)
+            found = []
+            for _ in range(200):
+                fault = script.fault(script.find(*chat("user: x")))
+                found.append(fault.chaos)
+            return found
+
+        first = statuses(0)
+        self.assertEqual(first, statuses(0))
+        self.assertNotEqual(first, statuses(1))
+        self.assertTrue(80 <= first.count("dropRate") <= 120, first.count("dropRate"))
+        self.assertTrue(30 <= first.count("rateLimitRate") <= 70, first.count("rateLimitRate"))
+
+    def test_stop_ends_a_wait(self):
+        status, got, was_cut = run({"latency": 10}, clock=Clock(stop=True))
+        self.assertEqual((got, was_cut), ([], True))
+
+    def test_fixture_without_fault_has_none(self):
+        script = script_of(entry({}, times=3, chunkSize=2, shouldRetry=False))
+        self.assertIsNone(script.fault(script.find(*chat("user: x"))))
+
+
+class StatusTest(unittest.TestCase):
+    def send(self, said, body=None, **options):
+        script = script_of(entry({}, said, **options))
+        kind, request = ask(body or {"model": "m"})
+        return fake.error_reply(script.find(kind, request), request)
+
+    def test_status_alone_sends_the_real_body(self):
+        for status, kind, start in [
+            (400, "invalid_request_error", "Input validation error"),
+            (401, "invalid_request_error", "Invalid API key provided."),
+            (402, "credit_limit", "Credit limit exceeded, please [add credits]"),
+            (403, "invalid_request_error", "This request"),
+            (404, "invalid_request_error", "Unable to access model m. Please visit"),
+            (408, "invalid_request_error", "Request timed out"),
+            (409, "invalid_request_error", "The resource"),
+            (413, "request_too_large", "Request entity"),
+            (422, "invalid_request_error", "The parameters"),
+            (429, "rate_limit", "Request was rejected due to request rate limiting. Your rate"),
+            (500, "server_error", "Internal server error"),
+            (503, "service_unavailable", "Service unavailable"),
+            (504, "server_error", "Gateway timeout"),
+            (529, "server_error", "The service is overloaded"),
+            (418, "server_error", "The request failed with status 418"),
+        ]:
+            with self.subTest(status=status):
+                reply = self.send({"status": status})
+                error = json.loads(reply.body)["error"]
+                self.assertEqual((reply.status, error["type"]), (status, kind))
+                self.assertTrue(error["message"].startswith(start), error["message"])
+        reply = self.send({"status": 521})
+        self.assertEqual((reply.status, reply.body), (521, b"error code: 521"))
+        self.assertTrue(reply.content_type.startswith("text/plain"))
+
+    def test_headers(self):
+        self.assertEqual(
+            self.send({"status": 429, "retryAfter": 2}).headers,
+            {
+                "retry-after": "2",
+                "x-ratelimit": "true",
+                "x-ratelimit-limit": "1",
+                "x-ratelimit-remaining": "0",
+                "x-ratelimit-reset": "2",
+                "x-ratelimit-limit-tokens": "1000",
+                "x-ratelimit-remaining-tokens": "979",
+            },
+        )
+        self.assertEqual(self.send({"status": 429}).headers["retry-after"], "1")
+        self.assertEqual(
+            self.send({"status": 503, "retryAfter": 0.5}).headers, {"retry-after": "0.5"}
+        )
+        self.assertEqual(self.send({"status": 503}).headers, {})
+        self.assertEqual(
+            self.send({"status": 503}, shouldRetry=False).headers, {"x-should-retry": "false"}
+        )
+
+    def test_scripted_error_and_json(self):
+        reply = self.send({"error": {"message": "no", "code": "c", "param": None}, "status": 418})
+        self.assertEqual(
+            (reply.status, json.loads(reply.body)),
+            (418, {"error": {"message": "no", "type": "server_error", "param": None, "code": "c"}}),
+        )
+        reply = self.send({"json": [1, None], "status": 202})
+        self.assertEqual((reply.status, json.loads(reply.body)), (202, [1, None]))
+
+
+# === HTTP ===
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer x\r\n"
+BODY = b'{"model":"m","messages":[{"role":"user","content":"hi"}]}'  # 57 bytes
+CHAT = POST + b"Content-Length: 57\r\n\r\n" + BODY
+
+
+class EchoApp:
+    """Answers like the fake where the tests of framing look, and keeps what it was asked."""
+
+    def __init__(self, reply=None):
+        self.reply = reply
+        self.requests = []
+
+    def answer(self, request):
+        self.requests.append(request)
+        if callable(self.reply):
+            return self.reply()
+        if self.reply:
+            return self.reply
+        if request.method == "OPTIONS":
+            return fake.Reply(b"", 204)
+        return fake.Reply(b'{"status":"ok"}')
+
+    def refuse(self, error, method, path):
+        return fake.Reply(json.dumps(error.body()).encode(), error.status)
+
+    def body_limit(self, method, path):
+        return 100 * 2**20 if path == "/v1/files" else fake.MAX_JSON_BYTES
+
+
+def receive_all(client):
+    """Return everything until the server closes; a reset ends it too."""
+    pieces = []
+    with contextlib.suppress(ConnectionError):
+        while True:
+            piece = client.recv(65536)
+            if not piece:
+                break
+            pieces.append(piece)
+    return b"".join(pieces)
+
+
+def split_replies(data):
+    """Take replies that have a length, or none, apart: [(status, headers, body)]."""
+    replies = []
+    while data:
+        head, _, data = data.partition(b"\r\n\r\n")
+        first, *lines = head.decode("latin-1").split("\r\n")
+        headers = {line.partition(": ")[0].lower(): line.partition(": ")[2] for line in lines}
+        size = int(headers.get("content-length", 0))
+        replies.append((int(first.split()[1]), headers, data[:size]))
+        data = data[size:]
+    return replies
+
+
+def dechunk(data):
+    """Return a chunked body's chunks, and whether the last one came."""
+    chunks = []
+    while data:
+        line, _, data = data.partition(b"\r\n")
+        size = int(line, 16)
+        if not size:
+            return chunks, data == b"\r\n"
+        chunks.append(data[:size])
+        data = data[size + 2 :]
+    return chunks, False
+
+
+class WireCase(unittest.TestCase):
+    """A server for each test, on any free port, and raw sockets to talk to it."""
+
+    def serve(self, reply=None, host="127.0.0.1"):
+        self.app = EchoApp(reply)
+        self.server = fake.HttpServer((host, 0), self.app)
+        self.addCleanup(self.server.stop)
+        self.server.start()
+        return self.server
+
+    def connect(self):
+        address = self.server.server_name, self.server.server_port
+        client = socket.create_connection(address, timeout=10)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.addCleanup(client.close)
+        return client
+
+    def exchange(self, *pieces):
+        """Send pieces, each in a segment of its own, and return all that comes back."""
+        client = self.connect()
+        with contextlib.suppress(ConnectionError):
+            for piece in pieces:
+                client.sendall(piece)
+            client.shutdown(socket.SHUT_WR)
+        return receive_all(client)
+
+    def statuses(self, *pieces):
+        return [status for status, _, _ in split_replies(self.exchange(*pieces))]
+
+
+class TestRequests(WireCase):
+    """Each row is sent with GET /health behind it, which shows where the server went on."""
+
+    ACCEPTED = (
+        ("GET", HEALTH, [200, 200]),
+        ("pipelining", HEALTH + CHAT + HEALTH, [200, 200, 200, 200]),
+        ("Content-Length", CHAT, [200, 200]),
+        ("Content-Length of 0", POST + b"Content-Length: 0\r\n\r\n", [200, 200]),
+        (
+            "chunked",
+            POST + b"Transfer-Encoding: chunked\r\n\r\n39\r\n" + BODY + b"\r\n0\r\n\r\n",
+            [200, 200],
+        ),
+        (
+            "chunk extensions and trailers",
+            POST
+            + b"Transfer-Encoding: Chunked\r\n\r\n1;a=b; c\r\n{\r\n0038 ;x\r\n"
+            + BODY[1:]
+            + b"\r\n00\r\nX-Sum: 1\r\nY:\r\n\r\n",
+            [200, 200],
+        ),
+        ("one empty line before", b"\r\n" + HEALTH, [200, 200]),
+        ("absolute target", b"GET http://h:1/health?a=b HTTP/1.1\r\nHost: x\r\n\r\n", [200, 200]),
+        (
+            "absolute target without path",
+            b"OPTIONS HTTP://h HTTP/1.1\r\nHost: x\r\n\r\n",
+            [204, 200],
+        ),
+        ("OPTIONS *", b"OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", [204, 200]),
+        ("blanks around a value", b"GET /health HTTP/1.1\r\nHost: \t x \t\r\n\r\n", [200, 200]),
+        ("no blank, no value", b"GET /health HTTP/1.1\r\nHost:x\r\nA:\r\n\r\n", [200, 200]),
+        ("bytes over 127 in a value", HEALTH[:-2] + b"A: \xc3\xa4\xff\r\n\r\n", [200, 200]),
+        ("100 header lines", HEALTH[:-2] + b"A: b\r\n" * 99 + b"\r\n", [200, 200]),
+        ("Connection: close", HEALTH[:-2] + b"Connection: Close\r\n\r\n", [200]),
+        ("HTTP/1.0", b"GET /health HTTP/1.0\r\n\r\n", [200]),
+        (
+            "keep-alive in 1.0",
+            b"GET /health HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n",
+            [200, 200],
+        ),
+    )
+    REFUSED = (
+        ("both lengths", b"Content-Length: 57\r\nTransfer-Encoding: chunked\r\n", 400),
+        ("two lengths", b"Content-Length: 57\r\nContent-Length: 58\r\n", 400),
+        ("two lengths in one line", b"Content-Length: 57, 58\r\n", 400),
+        ("plus sign", b"Content-Length: +57\r\n", 400),
+        ("minus sign", b"Content-Length: -1\r\n", 400),
+        ("underscore", b"Content-Length: 5_7\r\n", 400),
+        ("superscript", b"Content-Length: \xb2\r\n", 400),
+        ("hexadecimal", b"Content-Length: 0x39\r\n", 400),
+        ("inner blank", b"Content-Length: 5 7\r\n", 400),
+        ("no digit", b"Content-Length:\r\n", 400),
+        ("20 digits", b"Content-Length: 99999999999999999999\r\n", 413),
+        ("5,000 digits", b"Content-Length: " + b"9" * 5000 + b"\r\n", 413),
+        ("unknown coding", b"Transfer-Encoding: gzip\r\n", 501),
+        ("coding before chunked", b"Transfer-Encoding: gzip, chunked\r\n", 501),
+        ("chunked twice", b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n", 400),
+        ("folded header", b"A: b\r\n c: d\r\n", 400),
+        ("nameless header", b": b\r\n", 400),
+        ("header without colon", b"Ab\r\n", 400),
+        ("blank before colon", b"A : b\r\n", 400),
+        ("blank in name", b"A b: c\r\n", 400),
+        ("letter beyond ASCII in name", b"\xc3\xa4: b\r\n", 400),
+        ("bare LF", b"A: b\nC: d\r\n", 400),
+        ("bare CR", b"A: b\rC: d\r\n", 400),
+        ("NUL", b"A: b\0\r\n", 400),
+        ("second Host", b"Host: y\r\n", 400),
+        ("101 header lines", b"A: b\r\n" * 101, 431),
+        ("long header", b"A: " + b"b" * 70_000 + b"\r\n", 431),
+    )
+    HOPELESS = (
+        ("no Host", b"GET /health HTTP/1.1\r\n\r\n", 400),
+        ("line ends of LF alone", b"GET /health HTTP/1.1\nHost: x\n\n", 400),
+        ("two empty lines before", b"\r\n\r\n" + HEALTH, 400),
+        ("HTTP/2", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+        ("TLS", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+        ("HTTP/3.0", b"GET /health HTTP/3.0\r\nHost: x\r\n\r\n", 505),
+        ("HTTP/0.9", b"GET /health\r\n\r\n", 400),
+        ("lower-case version", b"GET /health http/1.1\r\nHost: x\r\n\r\n", 400),
+        ("no target", b"GET  HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        ("blank in target", b"GET /a b HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        ("authority as target", b"CONNECT h:443 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        ("relative target", b"GET health HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        ("target not in ASCII", b"GET /\xc3\xa4 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        ("method with a bracket", b"G(T /health HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+        ("long target", b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n", 431),
+        ("endless line", b"a" * 70_000, 431),
+        ("chunked in 1.0", b"POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
+    )
+    BAD_CHUNKS = (
+        ("no size", b"\r\nabc\r\n0\r\n\r\n", 400),
+        ("sign", b"+1\r\na\r\n0\r\n\r\n", 400),
+        ("prefix", b"0x1\r\na\r\n0\r\n\r\n", 400),
+        ("underscore", b"1_0\r\n0123456789abcdef\r\n0\r\n\r\n", 400),
+        ("LF alone", b"1\na\n0\n\n", 400),
+        ("longer than its size", b"1\r\nabc\r\n0\r\n\r\n", 400),
+        ("folded trailer", b"0\r\nA: b\r\n c\r\n\r\n", 400),
+        ("endless extension", b"1;" + b"a" * 5000, 400),
+        ("101 trailers", b"0\r\n" + b"A: b\r\n" * 101 + b"\r\n", 431),
+        ("over the limit", b"2000001\r\na", 413),
+        ("17 digits", b"10000000000000001\r\na", 400),
+    )
+
+    def setUp(self):
+        self.serve()
+
+    def test_accepted(self):
+        for name, data, expected in self.ACCEPTED:
+            with self.subTest(name):
+                self.assertEqual(self.statuses(data + HEALTH), expected)
+
+    def test_accepted_in_single_bytes(self):
+        for name, data, expected in self.ACCEPTED:
+            if len(data) < 300:
+                with self.subTest(name):
+                    pieces = [bytes([byte]) for byte in data + HEALTH]
+                    self.assertEqual(self.statuses(*pieces), expected)
+
+    def test_refused_and_closed(self):
+        rows = [(name, POST + lines + b"\r\n", status) for name, lines, status in self.REFUSED]
+        chunked = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+        rows += [
+            (f"chunk: {name}", chunked + data, status) for name, data, status in self.BAD_CHUNKS
+        ]
+        for name, data, status in (*rows, *self.HOPELESS):
+            with self.subTest(name):
+                ((got, headers, body),) = split_replies(self.exchange(data + HEALTH))
+                self.assertEqual((got, headers["connection"]), (status, "close"))
+                self.assertIn("message", json.loads(body)["error"])
+        self.assertEqual(self.app.requests, [])
+
+    def test_hopeless_is_refused_without_waiting_for_more(self):
+        for name, data, status in self.HOPELESS:
+            with self.subTest(name):
+                client = self.connect()
+                client.sendall(data)
+                self.assertEqual(client.recv(12), b"HTTP/1.1 %d" % status)
+
+    def test_the_reason_is_told(self):
+        table = [
+            (b"\x16\x03\x01", "this is TLS, but the port speaks http://"),
+            (b"PRI * HTTP/2.0\r\n\r\n", "this is HTTP/2, but the port speaks HTTP/1.1"),
+            (b"GET / HTTP/1.1\r\nA: b\r\n c\r\n\r\n", "a header line is folded"),
+            (b"GET / HTTP/1.1\r\nA : b\r\n\r\n", "a blank stands before a header's colon"),
+            (b"GET / HTTP/1.1\r\n: b\r\n\r\n", "a header has no name"),
+            (b"GET / HTTP/1.1\nA: b\n\n", "it has a bare CR, LF or NUL"),
+        ]
+        for data, reason in table:
+            with self.subTest(reason):
+                self.assertIn(reason.encode(), self.exchange(data))
+
+    def test_what_the_app_is_given(self):
+        data = CHAT.replace(b"/v1/chat/completions", b"HTTP://h/v1/a%2Fb?x=1&y=?")
+        data = data.replace(b"\r\nAuth", b"\r\nX-A: 1\r\nx-a: 2\r\nAuth")
+        self.exchange(data, b"GET / HTTP/1.0\r\n\r\n")
+        first, second = self.app.requests
+        self.assertEqual((first.method, first.path, first.query), ("POST", "/v1/a%2Fb", "x=1&y=?"))
+        self.assertEqual(
+            first.headers,
+            {"host": "x", "x-a": "1, 2", "authorization": "Bearer x", "content-length": "57"},
+        )
+        self.assertEqual((first.raw, first.origin), (BODY, "http://x"))
+        self.assertEqual(second.origin, f"http://127.0.0.1:{self.server.server_port}")
+
+    def test_a_method_is_taken_as_it_is(self):
+        self.exchange(HEALTH.replace(b"GET", b"get"))
+        self.assertEqual(self.app.requests[0].method, "get")
+
+    def test_a_half_request_ends_quietly(self):
+        for data in (b"", b"\r\n", HEALTH[:9], HEALTH[:-2], CHAT[:-1]):
+            with self.subTest(data):
+                self.assertEqual(self.exchange(data), b"")
+
+
+class TestBodies(WireCase):
+    """Expect, limits and large bodies."""
+
+    UPLOAD = b"POST /v1/files HTTP/1.1\r\nHost: x\r\n"
+
+    def setUp(self):
+        self.serve()
+
+    def test_100_continue(self):
+        client = self.connect()
+        client.sendall(POST + b"Content-Length: 57\r\nExpect: 100-Continue\r\n\r\n")
+        self.assertEqual(client.recv(100), b"HTTP/1.1 100 Continue\r\n\r\n")
+        client.sendall(BODY)
+        self.assertEqual(client.recv(15), b"HTTP/1.1 200 OK")
+
+    def test_no_100_continue_when_the_body_is_there(self):
+        expecting = CHAT.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
+        self.assertEqual(self.statuses(expecting + HEALTH), [200, 200])
+
+    def test_too_large_is_refused_before_it_is_read(self):
+        client = self.connect()
+        client.sendall(POST + b"Content-Length: 33554433\r\nExpect: 100-continue\r\n\r\n")
+        ((status, headers, body),) = split_replies(receive_all(client))
+        self.assertEqual((status, headers["connection"]), (413, "close"))
+        self.assertIn(b"33554433 bytes; at most 33554432", body)
+
+    def test_a_client_that_sends_on_reads_the_refusal(self):
+        data = POST + b"Content-Length: 99999999\r\n\r\n" + bytes(2**20)
+        self.assertEqual(self.statuses(data), [413])
+
+    def test_a_route_may_take_more(self):
+        size = 33 * 2**20
+        data = memoryview(bytes(range(256)) * (size // 256))
+        with self.subTest("length"):
+            head = self.UPLOAD + b"Content-Length: %d\r\n\r\n" % size
+            self.assertEqual(self.statuses(head, data, HEALTH), [200, 200])
+        with self.subTest("chunked"):
+            head = self.UPLOAD + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n" % size
+            self.assertEqual(self.statuses(head, data, b"\r\n0\r\n\r\n", HEALTH), [200, 200])
+        for request in self.app.requests[::2]:
+            self.assertTrue(request.raw == data)
+
+    def test_chunks_count_together(self):
+        head = POST + b"Transfer-Encoding: chunked\r\n\r\n"
+        chunk = b"1000000\r\n" + bytes(2**24) + b"\r\n"
+        self.assertEqual(self.statuses(head, chunk, chunk, b"1\r\na\r\n"), [413])
+
+    def test_a_large_reply_arrives_whole(self):
+        self.app.reply = fake.Reply(bytes(range(256)) * 40_000)
+        replies = split_replies(self.exchange(HEALTH + HEALTH))
+        self.assertEqual([body == self.app.reply.body for _, _, body in replies], [True, True])
+
+
+class TestTime(WireCase):
+    """Clients that are slow to send."""
+
+    def test_a_request_must_arrive_in_time(self):
+        self.serve().receive_seconds = 0.03
+        for data in (b"GET", HEALTH[:-2], CHAT[:-1], POST + b"Transfer-Encoding: chunked\r\n\r\n1"):
+            with self.subTest(data):
+                client = self.connect()
+                client.sendall(data)
+                client.settimeout(5)
+                reply = client.recv(65536)
+                self.assertEqual(reply[:12], b"HTTP/1.1 408")
+                self.assertIn(b"within 0.03 seconds", reply)
+
+    def test_drops_of_bytes_do_not_prolong_it(self):
+        self.serve().receive_seconds = 0.05
+        client = self.connect()
+        client.sendall(b"GET / HTTP/1.1\r\nA: ")
+        client.settimeout(0.005)
+        reply = b""
+        end = time.monotonic() + 5
+        while not reply and time.monotonic() < end:
+            with contextlib.suppress(ConnectionError):
+                client.sendall(b"b")
+            with contextlib.suppress(socket.timeout, BlockingIOError):
+                reply = client.recv(12)
+        self.assertEqual(reply, b"HTTP/1.1 408")
+
+    def test_an_idle_connection_closes_without_a_word(self):
+        self.serve().idle_seconds = 0.03
+        client = self.connect()
+        self.assertEqual(receive_all(client), b"")
+        client = self.connect()
+        client.sendall(HEALTH)
+        self.assertEqual(len(split_replies(receive_all(client))), 1)
+
+    def test_a_refused_client_that_stays_is_left(self):
+        self.serve().linger_seconds = 0.03
+        client = self.connect()
+        client.sendall(b"\0")
+        self.assertEqual(len(split_replies(receive_all(client))), 1)
+        while self.server.clients:
+            client.settimeout(0.001)
+            with contextlib.suppress(socket.timeout, OSError):
+                client.recv(1)
+
+
+class FakeSocket:
+    """Takes the place of a connection, to see its sends one by one."""
+
+    def __init__(self, data):
+        self.data = [data, b""]
+        self.sent = []
+
+    def setsockopt(self, *args):
+        pass
+
+    def settimeout(self, seconds):
+        pass
+
+    def recv(self, size, flags=0):
+        return self.data.pop(0)
+
+    def sendall(self, data, flags=0):
+        self.sent.append(bytes(data))
+
+
+class TestReplies(WireCase):
+    def sends(self, reply, request=HEALTH):
+        """Return what each sendall() of a reply carries."""
+        server = fake.HttpServer(("127.0.0.1", 0), EchoApp(reply))
+        self.addCleanup(server.stop)
+        client = FakeSocket(request)
+        fake.Connection(client, ("127.0.0.1", 1), server)
+        return client.sent
+
+    def test_every_reply_has_these_headers(self):
+        self.serve()
+        ((_, headers, _),) = split_replies(self.exchange(HEALTH))
+        self.assertRegex(
+            headers.pop("date"), r"^[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} [\d:]{8} GMT$"
+        )
+        self.assertEqual(
+            headers,
+            {
+                "server": "together-fake",
+                "access-control-allow-origin": "*",
+                "content-type": "application/json; charset=utf-8",
+                "content-length": "15",
+            },
+        )
+
+    def test_one_write_a_reply(self):
+        self.assertEqual(len(self.sends(fake.Reply(b"a" * 65_536))), 1)
+        self.assertEqual(len(self.sends(fake.Reply(b"a" * 65_537))), 2)
+        self.assertEqual(len(self.sends(fake.Reply(b"", 204))), 1)
+
+    def test_one_write_an_event(self):
+        events = [b"data: 1\n\n", b"", b"data: 2\n\n", b"data: [DONE]\n\n"]
+        first, empty, second, last = self.sends(fake.Reply(events=iter(events)))
+        self.assertTrue(first.endswith(b"\r\n\r\n9\r\ndata: 1\n\n\r\n"))
+        self.assertEqual((empty, second), (b"", b"9\r\ndata: 2\n\n\r\n"))
+        self.assertEqual(last, b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
+
+    def test_head_has_no_body(self):
+        request = HEALTH.replace(b"GET", b"HEAD")
+        (whole,) = self.sends(fake.Reply(b"abc"), request)
+        self.assertIn(b"Content-Length: 3\r\n", whole)
+        self.assertTrue(whole.endswith(b"\r\n\r\n"))
+        (stream,) = self.sends(fake.Reply(events=iter([b"abc"])), request)
+        self.assertIn(b"Transfer-Encoding: chunked\r\n", stream)
+        self.assertTrue(stream.endswith(b"\r\n\r\n"))
+
+    def test_204_and_304_end_with_the_head(self):
+        for status in (204, 304):
+            (sent,) = self.sends(fake.Reply(b"abc", status))
+            self.assertTrue(sent.endswith(b"\r\n\r\n"))
+            self.assertNotIn(b"Content-", sent)
+
+    def test_a_header_cannot_bring_another(self):
+        headers = {
+            "A": "1\r\nB: 2",
+            "C\r\nD": "\0\n3",
+            "content-length": "99",
+            "Connection": "close",
+        }
+        for reply in (
+            fake.Reply(b"x", headers=headers),
+            fake.Reply(b"x", 200, "a\r\nE: 5", headers),
+        ):
+            (sent,) = self.sends(reply)
+            ((_, got, _),) = split_replies(sent)
+            self.assertEqual((got["a"], got["cd"], got["content-length"]), ("1B: 2", "3", "1"))
+            self.assertNotIn("connection", got)
+            self.assertNotIn("e", got)
+
+    def test_unknown_statuses_and_letters_go_through(self):
+        (sent,) = self.sends(fake.Reply(b"", 599, headers={"A": "\u4e16\xe4"}))
+        self.assertIn(b"HTTP/1.1 599 \r\n", sent)
+        self.assertIn(b"A: ?\xe4\r\n", sent)
+
+
+class TestStreams(WireCase):
+    def test_each_event_goes_out_at_once(self):
+        received = threading.Semaphore(0)
+
+        def events():
+            for number in (1, 2, 3):
+                yield b"data: %d\n\n" % number
+                received.acquire(timeout=5)
+            yield b"data: [DONE]\n\n"
+
+        self.serve(lambda: fake.Reply(events=events(), content_type="text/event-stream"))
+        client = self.connect()
+        client.sendall(HEALTH + HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
+        head, _, data = client.recv(65536).partition(b"\r\n\r\n")
+        self.assertIn(b"Cache-Control: no-cache, no-transform\r\n", head)
+        self.assertEqual(data, b"9\r\ndata: 1\n\n\r\n")
+        for number in (2, 3):
+            received.release()
+            self.assertEqual(client.recv(65536), b"9\r\ndata: %d\n\n\r\n" % number)
+        received.release(4)
+        rest = receive_all(client)
+        self.assertTrue(rest.startswith(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\nHTTP/1.1 200"))
+
+    def test_http_1_0_ends_with_the_connection(self):
+        self.serve(lambda: fake.Reply(events=iter([b"a", b"data: [DONE]\n\n"])))
+        request = b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
+        head, _, body = self.exchange(request + HEALTH).partition(b"\r\n\r\n")
+        self.assertIn(b"\r\nConnection: close", head)
+        self.assertNotIn(b"chunked", head)
+        self.assertEqual(body, b"adata: [DONE]\n\n")
+
+    def test_a_stream_with_a_length_is_sent_bare(self):
+        self.serve(lambda: fake.Reply(events=iter([b"ab", b"c"]), headers={"Content-Length": "3"}))
+        replies = split_replies(self.exchange(HEALTH + HEALTH))
+        self.assertEqual([body for _, _, body in replies], [b"abc", b"abc"])
+
+    def test_a_cut_ends_the_connection(self):
+        def events(count):
+            yield from [b"ab"] * count
+            raise fake.Cut
+
+        for count, expected in ((0, []), (2, [b"ab", b"ab"])):
+            with self.subTest(count):
+                self.serve(lambda count=count: fake.Reply(events=events(count)))
+                _, _, data = self.exchange(HEALTH + HEALTH).partition(b"\r\n\r\n")
+                self.assertEqual(dechunk(data), (expected, False))
+        headers = {"Content-Length": "9"}
+        self.serve(lambda: fake.Reply(events=events(1), headers=headers))
+        self.assertTrue(self.exchange(HEALTH + HEALTH).endswith(b"\r\n\r\nab"))
+
+    def test_a_bug_ends_the_connection_with_a_traceback(self):
+        def events():
+            yield b"ab"
+            raise ValueError("the generator's bug")
+
+        self.serve(lambda: fake.Reply(events=events()))
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            _, _, data = self.exchange(HEALTH + HEALTH).partition(b"\r\n\r\n")
+        self.assertEqual(dechunk(data), ([b"ab"], False))
+        self.assertIn("ValueError: the generator's bug", stderr.getvalue())
+
+    def test_a_client_that_leaves_is_normal(self):
+        closed = threading.Event()
+
+        def events():
+            try:
+                while True:
+                    yield bytes(65536)
+            finally:
+                closed.set()
+
+        self.serve(lambda: fake.Reply(events=events()))
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
+            client = self.connect()
+            client.sendall(HEALTH)
+            client.recv(10)
+            client.close()
+            self.assertTrue(closed.wait(5))
+            self.server.stop()
+        self.assertEqual(stderr.getvalue(), "")
+
+    def test_an_unread_generator_is_closed(self):
+        states = []
+
+        def events():
+            try:
+                yield b"drawn by the app"
+                yield b"never"
+            finally:
+                states.append("closed")
+
+        def reply():
+            drawn = events()
+            next(drawn)
+            return fake.Reply(events=drawn)
+
+        self.serve(reply)
+        self.exchange(HEALTH.replace(b"GET", b"HEAD"))
+        self.assertEqual(states, ["closed"])
+
+
+class TestLifeCycle(WireCase):
+    def test_a_taken_port_is_an_error_of_the_caller(self):
+        port = self.serve().server_port
+        with self.assertRaises(OSError) as caught:
+            fake.HttpServer(("127.0.0.1", port), self.app)
+        self.assertIn(caught.exception.errno, (errno.EADDRINUSE, 10048))
+
+    def test_a_port_is_free_again_after_stop(self):
+        port = self.serve().server_port
+        self.exchange(HEALTH)
+        for _ in range(3):
+            self.server.stop()
+            self.server = fake.HttpServer(("127.0.0.1", port), self.app)
+            self.addCleanup(self.server.stop)
+            self.server.start()
+            self.assertEqual(self.statuses(HEALTH), [200])
+
+    def test_stop_leaves_no_thread_and_no_socket(self):
+        before = threading.active_count()
+        self.serve()
+        clients = [self.connect() for _ in range(10)]
+        for client in clients:
+            client.sendall(HEALTH)
+            client.recv(65536)
+        clients[0].sendall(CHAT[:-1])
+        started = time.perf_counter()
+        self.server.stop()
+        self.assertLess(time.perf_counter() - started, 0.25)  # 2 ms on a quiet machine
+        self.assertEqual(threading.active_count(), before)
+        self.assertEqual((self.server.clients, self.server.socket.fileno()), (set(), -1))
+        self.assertEqual([receive_all(client) for client in clients], [b""] * 10)
+        self.server.stop()
+
+    def test_stop_ends_a_stream_that_nobody_reads(self):
+        self.serve(lambda: fake.Reply(events=iter(lambda: bytes(65536), None)))
+        client = self.connect()
+        client.sendall(HEALTH)
+        client.recv(1)
+        self.server.stop()
+        self.assertFalse(any(worker.is_alive() for worker in self.server.workers))
+
+    def test_a_handler_may_stop_the_server(self):
+        self.serve(lambda: self.server.stop() or fake.Reply())
+        self.assertEqual(self.exchange(HEALTH), b"")
+        self.server.stop()
+        self.assertFalse(any(worker.is_alive() for worker in self.server.workers))
+
+    def test_stop_without_start(self):
+        server = fake.HttpServer(("127.0.0.1", 0), EchoApp())
+        server.stop()
+        self.assertEqual(server.socket.fileno(), -1)
+
+    def test_bound_to_all_addresses(self):
+        self.serve(host="0.0.0.0")
+        with socket.create_connection(("127.0.0.1", self.server.server_port)) as client:
+            client.sendall(HEALTH)
+            self.assertEqual(client.recv(15), b"HTTP/1.1 200 OK")
+            self.server.stop()
+
+    def test_ipv6(self):
+        try:
+            self.serve(host="::1")
+        except OSError as error:
+            self.skipTest(f"no IPv6 here: {error}")
+        self.exchange(HEALTH.replace(b"Host: x", b"Host:"))
+        port = self.server.server_port
+        self.assertEqual(self.app.requests[0].origin, f"http://[::1]:{port}")
+
+    def test_a_burst_is_answered_by_few_threads(self):
+        self.serve()
+        for _ in range(50):
+            self.assertEqual(self.statuses(HEALTH), [200])
+        self.assertLess(len(self.server.workers), 10)
+        clients = [self.connect() for _ in range(100)]
+        for client in clients:
+            client.sendall(HEALTH)
+        self.assertEqual([client.recv(15) for client in clients], [b"HTTP/1.1 200 OK"] * 100)
+
+    def test_the_host_name_is_not_looked_up(self):
+        def fail(*args):
+            raise AssertionError("looked up")
+
+        real, socket.getfqdn = socket.getfqdn, fail
+        try:
+            self.serve()
+        finally:
+            socket.getfqdn = real
+
+
+@unittest.skipUnless(hasattr(fake, "TogetherAiServer"), "needs the whole file")
+class TestHostileBodies(unittest.TestCase):
+    """What goes through the wire unharmed, and must not harm what is behind it."""
+
+    REFUSED = (
+        ("NaN", b'{"model":"m","temperature":NaN}'),
+        ("lone surrogate", b'{"model":"\\ud800","messages":[{"role":"user","content":"\\udfff"}]}'),
+        ("6,000 digits", b'{"model":"m","max_tokens":' + b"9" * 6000 + b"}"),
+        ("100,000 brackets", b"[" * 100_000 + b"]" * 100_000),
+        ("no UTF-8", b'{"model":"\xff"}'),
+        ("no JSON", b"{"),
+        ("no object", b"[1]"),
+        ("nothing", b""),
+    )
+
+    def test_hostile_json_is_a_400(self):
+        with fake.TogetherAiServer(port=0) as server:
+            for name, body in self.REFUSED:
+                with self.subTest(name):
+                    address = "127.0.0.1", server.port
+                    with socket.create_connection(address, timeout=10) as client:
+                        client.sendall(
+                            POST + b"Content-Length: %d\r\n\r\n" % len(body) + body + CHAT
+                        )
+                        client.shutdown(socket.SHUT_WR)
+                        replies = split_replies(receive_all(client))
+                    self.assertEqual([status for status, _, _ in replies], [400, 200])
+                    self.assertIn("message", json.loads(replies[0][2])["error"])
+
+
+# === The repository ===
+
+
+class RepositoryTests(unittest.TestCase):
+    source = (HERE / "together_fake.py").read_text("utf-8")
+    readme = (HERE / "README.md").read_text("utf-8")
+
+    def test_the_file_reads_downwards(self):
+        tree = ast.parse(self.source)
+        defined = {}
+        for node in tree.body:
+            targets = getattr(node, "targets", [getattr(node, "target", node)])
+            for target in targets:
+                name = getattr(target, "id", getattr(target, "name", None))
+                if name and not isinstance(node, (ast.If, ast.Expr)):
+                    defined.setdefault(name, node.lineno)
+        hints = set()
+        for node in ast.walk(tree):
+            for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
+                hints.update(map(id, ast.walk(part)) if part is not None else ())
+        upward = [
+            f"{node.id} at line {node.lineno}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+            and id(node) not in hints and node.lineno < defined.get(node.id, 0)
+        ]  # fmt: skip
+        self.assertEqual(upward, [])
+
+    def test_the_map_lists_the_sections(self):
+        banners = re.findall(r"^# === (.+) ===$", self.source, re.M)
+        listed = re.findall(r"^    (\w+(?: line)?)  +\w", fake.__doc__, re.M)
+        self.assertEqual(listed, banners)
+
+    def test_only_the_standard_library_is_imported(self):
+        names = set()
+        for node in ast.walk(ast.parse(self.source)):
+            if isinstance(node, ast.Import):
+                names.update(alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module.partition(".")[0])
+        known = getattr(sys, "stdlib_module_names", None) or names
+        self.assertEqual(names - set(known), set())
+
+    def test_the_readme_lists_the_routes(self):
+        done = subprocess.run(
+            [sys.executable, str(HERE / "together_fake.py"), "--routes"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+        )
+        self.assertIn(done.stdout, self.readme)
+
+    def test_snippets_of_the_readme_run(self):
+        snippets = re.findall(r"^```python\n(.*?)^```", self.readme, re.M | re.S)
+        self.assertGreater(len(snippets), 1)
+        for snippet in snippets:
+            with self.subTest(snippet=snippet[:60]):
+                run_snippet(snippet)
+
+    @unittest.skipUnless(shutil.which("curl") and shutil.which("sh"), "there is no curl")
+    def test_commands_of_the_readme_run(self):
+        commands = re.findall(r"^```sh\n(.*?)^```", self.readme, re.M | re.S)
+        self.assertGreater(len(commands), 1)
+        with TogetherAiServer(port=0) as server:
+            for command in commands:
+                here = command.replace("127.0.0.1:4863", f"127.0.0.1:{server.port}")
+                done = subprocess.run(["sh", "-ec", here], capture_output=True, timeout=30)
+                self.assertEqual(done.returncode, 0, (here, done.stderr))
+
+    def test_the_manifest_is_true(self):
+        manifest = json.loads((HERE / "manifest.json").read_text("utf-8"))
+        self.assertEqual(manifest["version"], fake.__version__)
+        self.assertEqual(
+            {key: manifest[key] for key in ("name", "port", "protocol", "healthcheck")},
+            {"name": "together-ai", "port": 4863, "protocol": "http", "healthcheck": "/health"},
+        )
+        self.assertEqual(manifest["env_vars"], TogetherAiServer().env)
+        self.assertAlmostEqual(manifest["size_kb"], len(self.source.encode()) / 1024, delta=5)
+        self.assertLessEqual(manifest["startup_time_ms"], 200)
+
+
+class StandIn:
+    """As much of an OpenAI client as the README's snippets use, where none is installed."""
+
+    def __init__(self, base_url, api_key):
+        self.url = base_url + "/chat/completions"
+        self.headers = {"Authorization": f"Bearer {api_key}"}
+        self.chat = self.completions = self
+
+    def create(self, **body):
+        for _ in range(3):
+            request = urllib.request.Request(self.url, json.dumps(body).encode(), self.headers)
+            try:
+                with urllib.request.urlopen(request, timeout=10) as response:
+                    return json.load(response, object_hook=lambda o: types.SimpleNamespace(**o))
+            except urllib.error.HTTPError as error:
+                error.close()
+        raise AssertionError("three tries failed")
+
+
+def run_snippet(snippet):
+    """Run Python of the README in a namespace of its own, and the tests that it declares."""
+    try:
+        import openai
+    except ImportError:
+        openai = types.SimpleNamespace(OpenAI=StandIn)
+    names = {"__name__": "readme"}
+    with mock.patch.dict(sys.modules, openai=openai), contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(snippet, "README.md", "exec"), names)
+        for case in names.values():
+            if isinstance(case, type) and issubclass(case, unittest.TestCase):
+                result = unittest.defaultTestLoader.loadTestsFromTestCase(case).run(
+                    unittest.TestResult()
+                )
+                assert result.testsRun and result.wasSuccessful(), result.errors + result.failures
+
+
+# === Official clients ===
+
+
+REQUIRED = [name for name in os.environ.get("REQUIRE_CLIENTS", "").split(",") if name]
+
+CHAT_MODEL = "meta-llama/Llama-3.3-70B-Instruct-Turbo"
+REASONING_MODEL = "openai/gpt-oss-20b"
+IMAGE_MODEL = "black-forest-labs/FLUX.1-schnell"
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJ"
+    "AAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+ERRORS = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError"}
+SIDES = {"width": 320, "height": 192}
+SIZE = {"size": "320x192"}
+V1_ERRORS = {400: "InvalidRequestError", 401: "AuthenticationError", 404: "InvalidRequestError"}
+
+
+def say(text):
+    return [{"role": "user", "content": text}]
+
+
+GREETING = say("Tell me about the harbour at night.")
+MADE = {"name": "multiply", "arguments": '{"a": 6, "b": 7}'}
+SHOWN = [
+    {"type": "text", "text": "And what does this picture show?"},
+    {"type": "image_url", "image_url": {"url": PIXEL}},
+]
+ALL_ROLES = [
+    {"role": "system", "content": "You answer briefly."},
+    {"role": "user", "content": "What is 6 times 7?"},
+    {"role": "assistant", "tool_calls": [{"id": "call_1", "type": "function", "function": MADE}]},
+    {"role": "tool", "tool_call_id": "call_1", "content": "42"},
+    {"role": "assistant", "content": "It is 42."},
+    {"role": "user", "content": SHOWN},
+]
+
+
+def need(package: str, *majors: int):
+    """Import a client whose major version is one of `majors`, or skip the tests that want it.
+
+    A package that REQUIRE_CLIENTS names must be there: its absence fails.
+    """
+    os.environ.setdefault("TOGETHER_NO_BANNER", "1")
+    try:
+        module = importlib.import_module(package)
+        version = importlib.metadata.version(package)
+    except ImportError as error:
+        if package in REQUIRED:
+            raise
+        raise unittest.SkipTest(f"{package} is not installed") from error
+    if majors and int(version.split(".")[0]) not in majors:
+        raise unittest.SkipTest(f"{package} {version} is tested by another class")
+    return module
+
+
+async def settle(result):
+    """Wait for whatever an async client returned; a stream becomes a list."""
+    if inspect.isawaitable(result) and not hasattr(result, "__aiter__"):
+        result = await result
+    return [item async for item in result] if hasattr(result, "__aiter__") else result
+
+
+class Driver:
+    """One way to use every client, sync or async: blocking calls, lists instead of streams."""
+
+    def __init__(self, name, client):
+        self.name = name
+        self.client = client
+        self.loop = asyncio.new_event_loop() if "async" in name else None
+        # Strict, openai's client refuses what OpenAI sends: base64, unfinished text completions.
+        self.picky = "openai" in name and "strict" in name
+
+    def __call__(self, path, **fields):
+        """Call the method at `path`; what its signature does not know goes to `extra_body`."""
+        method = operator.attrgetter(path)(self.client)
+        known = inspect.signature(method).parameters
+        if "extra_body" in known:
+            extra = {name: fields.pop(name) for name in list(fields) if name not in known}
+            fields.update({"extra_body": extra} if extra else {})
+        return self.finish(method(**fields))
+
+    def finish(self, result):
+        if self.loop:
+            return self.loop.run_until_complete(settle(result))
+        listed = isinstance(result, Iterator) or hasattr(result, "iter_pages")
+        return list(result) if listed else result
+
+    def close(self):
+        if hasattr(self.client, "close"):
+            self.finish(self.client.close())
+        if self.loop:
+            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+            self.loop.close()
+
+    def chat(self, messages=GREETING, model=CHAT_MODEL, **fields):
+        return self("chat.completions.create", model=model, messages=messages, **fields)
+
+    def complete(self, prompt="Once upon", model=CHAT_MODEL, **fields):
+        return self("completions.create", model=model, prompt=prompt, **fields)
+
+    def embed(self, text, model="intfloat/multilingual-e5-large-instruct", **fields):
+        if self.picky:
+            fields.setdefault("encoding_format", "float")
+        return self("embeddings.create", model=model, input=text, **fields)
+
+    def stream_with_helper(self, **fields):
+        """Return the events and the final completion of openai's own stream helper."""
+        manager = self.client.chat.completions.stream(model=CHAT_MODEL, **fields)
+        if not self.loop:
+            with manager as stream:
+                return list(stream), stream.get_final_completion()
+
+        async def drain():
+            async with manager as stream:
+                return [event async for event in stream], await stream.get_final_completion()
+
+        return self.loop.run_until_complete(drain())
+
+
+def each_client(scenario):
+    """Make a test that runs the scenario with every client of its class on a fresh record."""
+
+    @functools.wraps(scenario)
+    def test(self):
+        for call in self.calls:
+            with self.subTest(client=call.name):
+                self.server.reset()
+                scenario(self, call)
+
+    return test
+
+
+def summarize(reply):
+    """Return `{index: what the choice says}` of a whole reply or of a stream's chunks."""
+    choices = {}
+    for part in reply if isinstance(reply, list) else [reply]:
+        for choice in part.model_dump()["choices"]:
+            said = choice.get("message") or choice.get("delta") or {}
+            known = choices.setdefault(
+                choice.get("index", 0), {"text": "", "reasoning": "", "calls": {}, "finish": None}
+            )
+            known["text"] += said.get("content") or choice.get("text") or ""
+            known["reasoning"] += said.get("reasoning") or ""
+            known["finish"] = choice.get("finish_reason") or known["finish"]
+            for tool in said.get("tool_calls") or []:
+                old = known["calls"].get(tool["index"], ("", "", ""))
+                new = (tool["id"], tool["function"]["name"], tool["function"]["arguments"])
+                known["calls"][tool["index"]] = tuple(map(operator.add, old, new))
+    return choices
+
+
+def called(reply):
+    """Return `[(name, arguments)]` of the tools that the first choice calls."""
+    return [(name, json.loads(text)) for _, name, text in summarize(reply)[0]["calls"].values()]
+
+
+def find_usage(chunks):
+    """Return the counts of the only chunk that has usage."""
+    counts = [chunk.usage for chunk in chunks if chunk.usage]
+    if len(counts) != 1:
+        raise AssertionError(f"usage is on {len(counts)} of {len(chunks)} chunks, not on one")
+    return counts[0]
+
+
+def likeness(one, other):
+    return sum(map(operator.mul, one, other))
+
+
+def png_size(data):
+    if data[:8] != b"\x89PNG\r\n\x1a\n" or data[12:16] != b"IHDR":
+        raise AssertionError(f"not a PNG file: {data[:24]!r}")
+    return struct.unpack(">II", data[16:24])
+
+
+def answer_models():
+    """Return pydantic models whose schemas use references, unions, bounds and recursion."""
+    from typing import Literal, Optional
+
+    from pydantic import BaseModel, Field, create_model
+
+    class Folder(BaseModel):
+        name: str
+        folders: list[Folder]
+
+    address = create_model("Address", street=(str, ...), city=(str, ...))
+    person = create_model(
+        "Person",
+        name=(str, ...),
+        age=(int, Field(ge=18, le=120)),
+        email=(str, Field(pattern=r"^[a-z]+@[a-z]+\.com$")),
+        address=(address, ...),
+        former=(list[address], Field(max_length=2)),
+        nickname=(Optional[str], ...),
+        mood=(Literal["calm", "merry"], ...),
+        files=(Folder, ...),
+    )
+    weather = create_model("Weather", city=(str, ...), unit=(Literal["celsius", "kelvin"], ...))
+    product = create_model("Product", a=(int, ...), b=(int, Field(ge=1, le=9)))
+    return person, weather, product
+
+
+def make_tools():
+    """Return two tools, and the models that their arguments must fit."""
+    _, weather, product = answer_models()
+    models = {"get_weather": weather, "multiply": product}
+    descriptions = ("Get the current weather of a city", "Multiply two numbers")
+    tools = [
+        {"name": name, "description": text, "parameters": model.model_json_schema()}
+        for text, (name, model) in zip(descriptions, models.items())
+    ]
+    return [{"type": "function", "function": tool} for tool in tools], models
+
+
+class ClientScenarios:
+    """What every generation of every client must be able to do."""
+
+    package = ""
+    majors = ()
+    errors = ERRORS
+    key_header = "default_headers"
+    strictness = ({}, {"_strict_response_validation": True})
+    image_size = SIDES
+    image_base64 = "base64"
+    draw = "images.generate"
+
+    @classmethod
+    def setUpClass(cls):
+        cls.module = need(cls.package, *cls.majors)
+        cls.major = int(importlib.metadata.version(cls.package).split(".")[0])
+        cls.server = TogetherAiServer(port=0).start()
+        cls.addClassCleanup(cls.server.stop)
+        cls.calls = [
+            cls.connect(url, is_async, **options)
+            for is_async in (False, True)
+            for options in cls.strictness
+            for url in cls.base_urls(cls.server)
+        ]
+
+    @classmethod
+    def base_urls(cls, server):
+        return [server.base_url]
+
+    @classmethod
+    def connect(cls, url, is_async=False, **options):
+        name = " ".join([cls.package, "async" if is_async else "sync", url, *options])
+        make = getattr(cls.module, ("Async" if is_async else "") + cls.maker)
+        options = {"api_key": "parlel-together", "max_retries": 0, **options}
+        call = Driver(name, make(base_url=url, **options))
+        cls.addClassCleanup(call.close)
+        return call
+
+    def assertRefused(self, call, path, status, param=None, code=None, **fields):
+        base = getattr(self.module, "APIError", None) or self.module.error.TogetherException
+        with self.assertRaises(base) as caught:
+            call(path, **fields)
+        error = caught.exception
+        self.assertEqual(type(error).__name__, self.errors[status], error)
+        if hasattr(error, "api_response"):
+            body = error.api_response.model_dump()
+        else:
+            body = error.body.get("error", error.body)
+        self.assertEqual((body["param"], body["code"]), (param, code), error)
+        self.assertGreater(len(body["message"]), 10, body)
+
+    def assertSameStream(self, call, **fields):
+        """Ask for the whole answer and for the stream: they must be the same. Return the whole."""
+        whole = call.chat(**fields)
+        chunks = call.chat(stream=True, **fields)
+        self.assertEqual(summarize(chunks), summarize(whole))
+        self.assertEqual(find_usage(chunks).model_dump(), whole.usage.model_dump())
+        return whole
+
+    @each_client
+    def test_chat(self, call):
+        reply = call.chat()
+        (choice,) = reply.choices
+        self.assertEqual((choice.index, choice.message.role), (0, "assistant"))
+        self.assertGreater(len(choice.message.content.split()), 3, choice)
+        self.assertEqual(choice.finish_reason, "stop")
+        self.assertFalse(choice.message.tool_calls)
+        usage = reply.usage
+        self.assertEqual(usage.prompt_tokens + usage.completion_tokens, usage.total_tokens)
+        self.assertGreater(min(usage.prompt_tokens, usage.completion_tokens), 3)
+        self.assertEqual((reply.model, reply.object), (CHAT_MODEL, "chat.completion"))
+        self.assertEqual(call.chat().model_dump(), reply.model_dump(), "not repeatable")
+        self.assertNotEqual(call.chat(seed=7).choices[0].message.content, choice.message.content)
+
+    def test_clients_get_the_same_answer(self):
+        self.assertEqual(len({call.chat().choices[0].message.content for call in self.calls}), 1)
+
+    @each_client
+    def test_record_holds_what_was_sent(self, call):
+        call.chat(ALL_ROLES, temperature=0.5)
+        (seen,) = self.server.requests
+        self.assertEqual(seen.body["messages"], ALL_ROLES)
+        self.assertEqual((seen.body["temperature"], seen.status), (0.5, 200))
+
+    @each_client
+    def test_streams_are_the_same_answer(self, call):
+        for fields in ({}, {"n": 2}, {"n": 3, "max_tokens": 9}, {"messages": ALL_ROLES}):
+            with self.subTest(**fields):
+                self.assertSameStream(call, **fields)
+
+    @each_client
+    def test_usage_chunk(self, call):
+        *chunks, last = call.chat(stream=True, stream_options={"include_usage": True})
+        self.assertEqual(last.choices, [])
+        self.assertEqual(last.usage.model_dump(), call.chat().usage.model_dump())
+        self.assertEqual([chunk.usage for chunk in chunks if chunk.usage], [])
+
+    @each_client
+    def test_limits(self, call):
+        whole = call.chat().choices[0].message.content
+        for name in ("max_tokens", "max_completion_tokens"):
+            reply = call.chat(**{name: 5})
+            self.assertEqual(reply.usage.completion_tokens, 5, name)
+            self.assertEqual(reply.choices[0].finish_reason, "length", name)
+            self.assertTrue(whole.startswith(reply.choices[0].message.content), name)
+        word = whole.split()[4]
+        (stopped,) = call.chat(stop=[word]).choices
+        self.assertEqual(stopped.message.content, whole[: whole.index(word)], f"stop {word!r}")
+        self.assertEqual(stopped.finish_reason, "stop")
+        first, second = call.chat(n=2).choices
+        self.assertEqual((first.index, second.index), (0, 1))
+        self.assertNotEqual(first.message.content, second.message.content)
+
+    @each_client
+    def test_completions(self, call):
+        reply = call.complete(max_tokens=12)
+        (choice,) = reply.choices
+        self.assertTrue(choice.text)
+        self.assertEqual((choice.finish_reason, reply.usage.completion_tokens), ("length", 12))
+        self.assertEqual(reply.object, self.completion_object)
+        if not call.picky:
+            chunks = call.complete(max_tokens=12, stream=True)
+            self.assertEqual(summarize(chunks), summarize(reply))
+            self.assertEqual(find_usage(chunks).model_dump(), reply.usage.model_dump())
+
+    @each_client
+    def test_embeddings(self, call):
+        texts = ["a red fox in the snow", "the red fox sleeps", "quarterly tax report"]
+        data = call.embed(texts).data
+        self.assertEqual([item.index for item in data], [0, 1, 2])
+        fox, sleeper, tax = (item.embedding for item in data)
+        for vector in (fox, sleeper, tax):
+            self.assertEqual(len(vector), 1024)
+            self.assertAlmostEqual(math.hypot(*vector), 1, places=5)
+        self.assertGreater(likeness(fox, sleeper), likeness(fox, tax))
+        self.assertEqual(list(call.embed(texts[0]).data[0].embedding), list(fox))
+        for model in ("togethercomputer/m2-bert-80M-8k-retrieval", "somebody/unknown"):
+            self.assertEqual(len(call.embed("one text", model=model).data[0].embedding), 768)
+
+    @each_client
+    def test_images(self, call):
+        draw = functools.partial(
+            call, self.draw, model=IMAGE_MODEL, prompt="a heron", **self.image_size
+        )
+        (image,) = draw(response_format=self.image_base64).data
+        data = base64.b64decode(image.b64_json, validate=True)
+        self.assertEqual(png_size(data), (320, 192))
+        first, second = draw(response_format="url", n=2).data
+        for item in (first, second):
+            with urllib.request.urlopen(item.url) as answer:
+                self.assertEqual(png_size(answer.read()), (320, 192))
+        self.assertNotEqual(first.url, second.url)
+        (default,) = draw().data
+        self.assertTrue(default.url)
+        self.assertEqual(png_size(base64.b64decode(default.b64_json)), (320, 192))
+
+    @each_client
+    def test_refusals(self, call):
+        chat = functools.partial(
+            self.assertRefused, call, "chat.completions.create", model=CHAT_MODEL
+        )
+        chat(status=400, param="messages", messages=[])
+        chat(status=400, param="temperature", messages=GREETING, temperature=9)
+        absent = {"type": "function", "function": {"name": "absent"}}
+        tool = {"type": "function", "function": {"name": "present"}}
+        chat(status=400, param="tool_choice", messages=GREETING, tools=[tool], tool_choice=absent)
+        chat(status=400, param="messages", messages=[], stream=True)
+        self.assertTrue(call.chat().choices, "the connection is of no use after an error")
+
+    def test_wrong_key_and_path(self):
+        request = {"path": "chat.completions.create", "model": CHAT_MODEL, "messages": GREETING}
+        for is_async in (False, True):
+            with self.subTest(is_async=is_async):
+                url = self.server.base_url
+                keyless = self.connect(url, is_async, **{self.key_header: {"Authorization": ""}})
+                self.assertRefused(keyless, status=401, code="invalid_api_key", **request)
+                lost = self.connect(url + "/nowhere", is_async)
+                self.assertRefused(lost, status=404, **request)
+
+    def test_strict_server_knows_its_models(self):
+        with TogetherAiServer(port=0, strict=True) as server:
+            call = self.connect(self.base_urls(server)[0])
+            for path, fields in (
+                ("chat.completions.create", {"messages": GREETING}),
+                ("chat.completions.create", {"messages": GREETING, "stream": True}),
+                ("completions.create", {"prompt": "Once"}),
+                ("embeddings.create", {"input": "text"}),
+                (self.draw, {"prompt": "a heron"}),
+            ):
+                with self.subTest(path, **fields):
+                    facts = {"status": 404, "code": "model_not_available", "model": "no/model"}
+                    self.assertRefused(call, path, **facts, **fields)
+            self.assertTrue(call.chat().choices)
+
+    def test_refusals_are_not_retried(self):
+        call = self.connect(self.server.base_url, max_retries=2)
+        self.server.reset()
+        self.assertRefused(
+            call, "chat.completions.create", 400, "messages", model=CHAT_MODEL, messages=[]
+        )
+        self.assertEqual(len(self.server.requests), 1)
+
+    @each_client
+    def test_tool_choice(self, call):
+        tools, models = make_tools()
+        one = {"type": "function", "function": {"name": "multiply"}}
+        rain = "How is the weather in the city of Lisbon?"
+        for content, choice, names in (
+            (rain, "auto", ["get_weather"]),
+            (rain, one, ["multiply"]),
+            (rain, "none", []),
+            ("Please multiply two numbers.", "auto", ["multiply"]),
+            ("Good evening!", "auto", []),
+            ("Good evening!", "required", ["get_weather", "multiply"]),
+        ):
+            if choice == "none" and self.errors[400] == "InvalidRequestError":
+                continue  # together 1.x cannot say so
+            with self.subTest(content=content, tool_choice=choice):
+                fields = {"tools": tools, "messages": say(content), "tool_choice": choice}
+                reply = self.assertSameStream(call, **fields)
+                (answer,) = summarize(reply).values()
+                self.assertEqual(answer["finish"], "tool_calls" if names else "stop")
+                self.assertEqual(bool(answer["calls"]), bool(names), answer)
+                self.assertEqual(bool(answer["text"]), not names, answer)
+                for name, arguments in called(reply):
+                    self.assertIn(name, names)
+                    models[name].model_validate(arguments)
+
+    @each_client
+    def test_parallel_tool_calls(self, call):
+        tools, _ = make_tools()
+        fields = {"tools": tools, "messages": say("The weather, please; then multiply.")}
+        both = self.assertSameStream(call, **fields)
+        self.assertEqual(sorted(name for name, _ in called(both)), ["get_weather", "multiply"])
+        ids = [known[0] for known in summarize(both)[0]["calls"].values()]
+        self.assertEqual(len(set(ids)), 2, ids)
+        single = self.assertSameStream(call, parallel_tool_calls=False, **fields)
+        self.assertEqual(len(called(single)), 1, called(single))
+
+    @each_client
+    def test_agent_loop_ends(self, call):
+        tools, _ = make_tools()
+        messages = say("Please multiply two numbers for me.")
+        rounds = []
+        for _ in range(5):
+            (choice,) = call.chat(messages, tools=tools).choices
+            rounds.append(choice.finish_reason)
+            messages.append(choice.message.model_dump(exclude_none=True, mode="json"))
+            if choice.finish_reason != "tool_calls":
+                break
+            for tool in messages[-1]["tool_calls"]:
+                messages.append({"role": "tool", "tool_call_id": tool["id"], "content": "42"})
+        self.assertEqual(rounds, ["tool_calls", "stop"])
+        self.assertTrue(messages[-1]["content"])
+
+    @each_client
+    def test_structured_output(self, call):
+        person, _, _ = answer_models()
+        schema = person.model_json_schema()
+        named = {"name": "person", "schema": schema, "strict": True}
+        for format in (
+            {"type": "json_schema", "json_schema": named},
+            {"type": "json_schema", "schema": schema},
+            {"type": "json_object", "schema": schema},
+        ):
+            with self.subTest(format=format["type"], spelling=list(format)[1]):
+                reply = self.assertSameStream(call, response_format=format)
+                person.model_validate_json(reply.choices[0].message.content)
+                self.assertEqual(reply.choices[0].finish_reason, "stop")
+        reply = self.assertSameStream(call, response_format={"type": "json_object"})
+        self.assertIsInstance(json.loads(reply.choices[0].message.content), dict)
+        pattern = r"(yes|no), [A-Z]{3}-\d{4}\.?"
+        format = {"type": "regex", "pattern": pattern}
+        reply = self.assertSameStream(call, response_format=format)
+        self.assertTrue(re.fullmatch(pattern, reply.choices[0].message.content), reply.choices)
+
+    @each_client
+    def test_reasoning(self, call):
+        reply = self.assertSameStream(call, model=REASONING_MODEL)
+        message = reply.choices[0].message
+        self.assertTrue(message.content and message.reasoning, message)
+        self.assertGreater(reply.usage.reasoning_tokens, 0)
+        self.assertLess(reply.usage.reasoning_tokens, reply.usage.completion_tokens)
+        low, high = (
+            call.chat(model=REASONING_MODEL, reasoning_effort=effort).usage.reasoning_tokens
+            for effort in ("low", "high")
+        )
+        self.assertLess(low, high)
+        (choice,) = call.chat(model=REASONING_MODEL, reasoning={"enabled": False}).choices
+        self.assertFalse(choice.message.model_dump().get("reasoning"), "not switched off")
+        self.assertTrue(choice.message.content)
+
+
+class TogetherScenarios(ClientScenarios):
+    """What the clients of every together generation share, and openai's do not."""
+
+    package = "together"
+    maker = "Together"
+
+    @each_client
+    def test_echo(self, call):
+        (part,) = call.complete("Once upon", max_tokens=3, echo=True).prompt
+        self.assertEqual(part.text, "Once upon")
+
+    @each_client
+    def test_logprobs(self, call):
+        reply = self.assertSameStream(call, logprobs=1)
+        (choice,) = reply.choices
+        found = choice.logprobs
+        self.assertEqual("".join(found.tokens), choice.message.content)
+        self.assertEqual(len(found.token_logprobs), reply.usage.completion_tokens)
+        self.assertLessEqual(max(found.token_logprobs), 0)
+        pieces = [part for chunk in call.chat(stream=True, logprobs=1) for part in chunk.choices]
+        floats = [part.logprobs for part in pieces if part.logprobs is not None]
+        self.assertEqual(floats, found.token_logprobs)
+
+    @each_client
+    def test_models(self, call):
+        if self.major < 3:
+            models = call("models.list")
+            self.assertIn(CHAT_MODEL, [model.id for model in models])
+            self.assertEqual({type(model).__name__ for model in models}, {"ModelObject"})
+            return
+        models = call("models.list_supported")
+        self.assertIn(CHAT_MODEL, [model.name for model in models])
+        self.assertEqual({type(model).__name__ for model in models}, {"SupportedModel"})
+        one = call("models.retrieve_supported", id=models[0].id)
+        self.assertEqual(one.model_dump(), models[0].model_dump())
+        paged = call("models.list_supported", limit=7)
+        self.assertEqual([model.id for model in paged], [model.id for model in models])
+
+
+class TogetherV1ClientTests(TogetherScenarios, unittest.TestCase):
+    majors = (1,)
+    completion_object = "text_completion"
+    errors = V1_ERRORS
+    key_header = "supplied_headers"
+    strictness = ({},)
+
+
+class TogetherClientTests(TogetherScenarios, unittest.TestCase):
+    majors = (2, 3)
+    completion_object = "text.completion"
+
+    @classmethod
+    def base_urls(cls, server):
+        return [server.url, server.base_url] if cls.major == 3 else [server.base_url]
+
+
+class OpenAiClientTests(ClientScenarios, unittest.TestCase):
+    package = "openai"
+    maker = "OpenAI"
+    completion_object = "text_completion"
+    image_size = SIZE
+    image_base64 = "b64_json"
+
+    @each_client
+    def test_functions_before_they_were_tools(self, call):
+        tools, models = make_tools()
+        functions = {"functions": [tool["function"] for tool in tools]}
+        reply = call.chat(**functions, function_call={"name": "multiply"})
+        made = reply.choices[0].message.function_call
+        self.assertEqual((made.name, reply.choices[0].finish_reason), ("multiply", "function_call"))
+        models["multiply"].model_validate_json(made.arguments)
+        *_, delta, last = call.chat(**functions, function_call={"name": "multiply"}, stream=True)
+        self.assertEqual(delta.choices[0].delta.function_call.model_dump(), made.model_dump())
+        self.assertEqual(last.choices[0].finish_reason, "function_call")
+
+    @each_client
+    def test_openai_spellings(self, call):
+        self.assertRegex(call.chat(stop=" ").choices[0].message.content, r"^\S+$")
+        odd = {"role": "developer", "content": "Be kind."}
+        old = {"role": "function", "name": "multiply", "content": "42"}
+        self.assertTrue(call.chat([odd, *GREETING, old]).choices[0].message.content)
+        self.assertEqual(self.server.requests[-1].body["messages"], [odd, *GREETING, old])
+
+    @each_client
+    def test_prompts(self, call):
+        for prompt, choices in (
+            (["Once upon", "In the end"], 2),
+            ([11, 22, 33], 1),
+            ([[11, 22], [33]], 2),
+        ):
+            with self.subTest(prompt=prompt):
+                reply = call.complete(prompt, max_tokens=6)
+                self.assertEqual([c.index for c in reply.choices], list(range(choices)))
+                self.assertEqual(reply.usage.completion_tokens, 6 * choices)
+                if not call.picky:
+                    chunks = call.complete(prompt, max_tokens=6, stream=True)
+                    self.assertEqual(summarize(chunks), summarize(reply))
+        self.assertEqual(reply.usage.prompt_tokens, 3)
+
+    @each_client
+    def test_embedding_formats(self, call):
+        if call.picky:
+            return
+        packed = call.embed("a red fox").data[0].embedding
+        self.assertEqual(self.server.requests[-1].body["encoding_format"], "base64")
+        plain = call.embed("a red fox", encoding_format="float").data[0].embedding
+        self.assertEqual(len(packed), len(plain))
+        self.assertLess(max(map(abs, map(operator.sub, packed, plain))), 1e-6)
+        short = call.embed("a red fox", dimensions=64).data[0].embedding
+        self.assertEqual(len(short), 64)
+        self.assertAlmostEqual(math.hypot(*short), 1, places=5)
+        reply = call.embed([[1, 2, 3], [4]])
+        self.assertEqual((len(reply.data), reply.usage.prompt_tokens), (2, 4))
+        self.assertEqual(len(call.embed([1, 2, 3]).data), 1)
+
+    @each_client
+    def test_models(self, call):
+        models = call("models.list")
+        (listed,) = [model for model in models if model.id == CHAT_MODEL]
+        one = call("models.retrieve", model=CHAT_MODEL)
+        self.assertEqual(one.model_dump(), listed.model_dump())
+        self.assertTrue(one.owned_by)
+        self.assertRefused(
+            call, "models.retrieve", 404, "model", "model_not_available", model="no/model"
+        )
+
+    @each_client
+    def test_logprobs(self, call):
+        reply = self.assertSameStream(call, logprobs=True, top_logprobs=2)
+        tokens = reply.choices[0].logprobs.content
+        self.assertEqual("".join(t.token for t in tokens), reply.choices[0].message.content)
+        self.assertEqual(len(tokens), reply.usage.completion_tokens)
+        for token in tokens:
+            self.assertEqual(bytes(token.bytes).decode(), token.token)
+            self.assertEqual(len(token.top_logprobs), 2)
+            self.assertLessEqual(token.logprob, 0)
+        chunks = call.chat(stream=True, logprobs=True, top_logprobs=2)
+        found = [part.logprobs.content for c in chunks for part in c.choices if part.logprobs]
+        self.assertEqual([token for tokens in found for token in tokens or []], tokens)
+
+    @each_client
+    def test_parse(self, call):
+        person, weather, _ = answer_models()
+        parse = functools.partial(
+            call, "chat.completions.parse", model=CHAT_MODEL, messages=GREETING
+        )
+        reply = parse(response_format=person)
+        self.assertIsInstance(reply.choices[0].message.parsed, person)
+        tool = self.module.pydantic_function_tool(weather, name="get_weather")
+        (choice,) = parse(tools=[tool], tool_choice="required").choices
+        (made,) = choice.message.tool_calls
+        self.assertIsInstance(made.function.parsed_arguments, weather)
+
+    @each_client
+    def test_stream_helper(self, call):
+        person, weather, _ = answer_models()
+        events, final = call.stream_with_helper(messages=GREETING, response_format=person)
+        self.assertIsInstance(final.choices[0].message.parsed, person)
+        self.assertIn("content.done", [event.type for event in events])
+        tool = self.module.pydantic_function_tool(weather, name="get_weather")
+        fields = {"messages": GREETING, "tools": [tool], "tool_choice": "required"}
+        events, final = call.stream_with_helper(**fields)
+        (made,) = final.choices[0].message.tool_calls
+        self.assertIsInstance(made.function.parsed_arguments, weather)
+        self.assertRegex(made.id, r"^call_\w+$")
+        done = "tool_calls.function.arguments.done"
+        (event,) = [event for event in events if event.type == done]
+        self.assertEqual((event.name, event.arguments), ("get_weather", made.function.arguments))
+
+
+class RequiredClientsTests(unittest.TestCase):
+    """REQUIRE_CLIENTS means what it says: a client that is not tested is a failure."""
+
+    def test_required_clients_are_tested(self):
+        tested = []
+        for case in (TogetherV1ClientTests, TogetherClientTests, OpenAiClientTests):
+            result = unittest.TestResult()
+            if case.package in REQUIRED:
+                unittest.TestSuite([case("test_chat")]).run(result)
+            if result.testsRun and not result.skipped:
+                self.assertTrue(result.wasSuccessful(), result.failures + result.errors)
+                tested.append(case.package)
+        self.assertEqual(sorted(tested), sorted(REQUIRED), "REQUIRE_CLIENTS asks for the latter")
+
+
+if __name__ == "__main__":
+    unittest.main()

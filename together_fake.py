@@ -1,0 +1,6714 @@
+"""A local, repeatable stand-in for the Together AI HTTP API, in one file without dependencies.
+
+An unmodified Together or OpenAI client that is pointed here behaves as it does in production,
+except that every answer is a repeatable function of the request, costs nothing and arrives at
+once. No model runs: texts are made from word lists, vectors from hashed words, images from
+shapes.
+
+Copied into a repository and started by a test:
+
+    with TogetherAiServer(port=0) as server:
+        client = OpenAI(base_url=server.base_url, api_key="parlel-together")
+        ...
+        server.requests[-1].body["messages"]  # what the program really sent
+
+Run by itself: `python together_fake.py`. Used by any program through the variables
+TOGETHER_BASE_URL and TOGETHER_API_KEY, set before the program builds its client.
+
+The sections, each of which uses only those above it:
+
+    Settings      every default and limit
+    Messages      a request, a reply, a stream
+    Errors        the table of errors, and their JSON
+    Checks        tables of fields; JSON, forms and multipart bodies
+    Draws         repeatable choices from a hash
+    Makers        words, tokens, vectors, images, values for a schema
+    Catalogue     the models
+    Dialects      where clients need different bodies
+    Collections   the record of calls, stored objects and the status ladders of jobs
+    Script        fixtures: scripted answers and faults
+    Routes        the table of operations
+    Endpoints     what each operation does
+    Control       routes that look after the server
+    Wire          sockets and HTTP
+    Server        TogetherAiServer: options, state, the pipeline, life cycle
+    Command line  main()
+
+To add an endpoint: in Endpoints, declare its fields, write a function that takes the server and
+the request and returns JSON, a `Reply` or `Events`, and put `@route(method, path, body=fields)`
+above it. Its cases in the tests, its line in `--routes` and its 405s follow by themselves.
+"""
+
+# === Settings ===
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import hashlib
+import http.server
+import itertools
+import json
+import os
+import re
+import socket
+import socketserver
+import struct
+import sys
+import threading
+import time
+import zlib
+from collections import deque
+from urllib.parse import parse_qsl, unquote
+
+TYPE_CHECKING = False  # as in typing, whose import would cost a cold start 4 ms
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from typing import Any
+
+__all__ = ["ApiError", "Call", "TogetherAiServer", "main"]
+__version__ = "0.1.0"
+
+DEFAULT_PORT = 4863
+DEFAULT_KEY = "parlel-together"
+CREATED = 1700000000  # the clock of every generated answer, in Unix seconds
+
+MAX_JSON_BYTES = 32 * 2**20  # a JSON or form body
+MAX_JSON_DEPTH = 200  # brackets inside brackets
+MAX_NUMBER_DIGITS = 400  # of one JSON number
+MAX_FORM_FIELDS = 1000  # of one form, query or multipart body
+MAX_PART_HEAD_BYTES = 16384  # the headers of one multipart part
+MAX_TOOLS = 1024  # of one chat request
+MAX_INPUT_ITEMS = 2048  # texts of one embedding request
+MAX_DIMENSIONS = 16384  # of an embedding
+MAX_IMAGES = 4  # of one request; documented
+MIN_IMAGE_SIDE, MAX_IMAGE_SIDE, DEFAULT_IMAGE_SIDE = 16, 2048, 1024  # pixels
+MAX_RECORDED_BODY_BYTES = 4 * 2**20  # a larger body is not kept with its call
+MAX_RECORD_BYTES = 64 * 2**20  # bodies of all recorded calls
+
+DEFAULT_MAX_TOKENS = 2048  # recorded: where several models stop when nothing is asked
+MAX_CONTEXT_TOKENS = 2**40  # of a model whose context length is unknown
+MEDIA_TOKENS = 256  # of an image, video or sound in a prompt
+MESSAGE_TOKENS = 3  # of the frame around a message
+
+
+EFFORT_THOUGHTS = {"none": 0, "minimal": 1, "low": 1, "medium": 1, "high": 2, "xhigh": 3, "max": 4}
+CALL_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"  # of a tool call's id
+JSON_MODE_SCHEMA = {  # what a model answers that shall write JSON and is not told which
+    "type": "object",
+    "properties": {
+        "title": {"type": "string"},
+        "summary": {"type": "string"},
+        "tags": {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 4},
+        "confidence": {"type": "number", "minimum": 0, "maximum": 1},
+    },
+    "required": ["title", "summary", "tags", "confidence"],
+}
+# What the record calls the inference kinds that have another name there.
+RECORD_KINDS = {"embedding": "embeddings", "image": "images"}
+SECRET_HEADERS = ("authorization", "proxy-authorization", "x-api-key", "api-key", "cookie")
+SECRET_FIELDS = re.compile(r"(?:^|_)(?:api_key|api_token|hf_token|password|secret)$")
+SECRET_ARGS = re.compile(r"((?:^|[?&])(?:api[_-]?key|key|token)=)[^&]*", re.IGNORECASE)
+
+
+MAX_HEADER_BYTES = 64 * 2**10  # request line and header lines together
+MAX_HEADERS = 100  # header lines, and trailer lines of a chunked body
+MAX_CHUNK_LINE_BYTES = 4096  # a chunk's size with its extensions, or one trailer line
+MAX_JOIN_BYTES = 64 * 2**10  # a larger body is sent after its head, not copied behind it
+MAX_CONNECTIONS = 2000  # at once; further ones wait in the backlog
+BACKLOG = 1024  # connections that wait to be accepted
+RECEIVE_SECONDS = 30.0  # from a request's first byte to its last
+IDLE_SECONDS = 60.0  # without a request on an open connection
+LINGER_SECONDS = 1.0  # for a refused client to read why, before the connection closes
+
+
+# === Messages ===
+
+# Compact JSON, with letters of every alphabet as they are.
+ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
+DONE = b"data: [DONE]\n\n"  # the last event of every stream
+
+
+class Request:
+    """One request as the pipeline sees it; HTTP, tests and batch lines all build these."""
+
+    __slots__ = (
+        "args", "body", "headers", "id", "method", "origin", "params", "path", "query", "raw",
+        "script",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        body: Any = b"",
+        *,
+        query: str = "",
+        headers: Mapping[str, str] | None = None,
+        origin: str = "",
+    ) -> None:
+        self.method = method
+        self.path = path  # percent-encoded, without the query
+        self.query = query  # as received
+        self.headers = headers or {}  # names in lower case
+        self.raw: bytes = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.origin = origin  # "http://host:port", for URLs that point back here
+        self.body: dict[str, Any] = {}  # parsed and checked by answer()
+        self.args: dict[str, Any] = {}  # the query, in the types of the route's table
+        self.params: dict[str, str] = {}  # the path's parameters
+        self.id = ""  # of the answer, once it is drawn
+        self.script: dict[str, Any] | None = None  # what a fixture says instead of the makers
+
+
+class Upload:
+    """A file that came as a part of a multipart body."""
+
+    __slots__ = ("content_type", "data", "filename")
+
+    def __init__(self, filename: str, content_type: str, data: bytes) -> None:
+        self.filename = filename
+        self.content_type = content_type
+        self.data = data
+
+
+class Reply:
+    """A whole answer: bytes with a status, or a stream of events that are each sent at once."""
+
+    __slots__ = ("body", "content_type", "events", "headers", "status")
+
+    def __init__(
+        self,
+        body: bytes = b"",
+        status: int = 200,
+        content_type: str = "application/json; charset=utf-8",
+        headers: Mapping[str, str] | None = None,
+        events: Iterator[bytes] | None = None,
+    ) -> None:
+        self.body = body
+        self.status = status
+        self.content_type = content_type
+        self.headers = headers or {}
+        self.events = events  # encoded events; body is not sent when this is set
+
+
+class Events:
+    """A handler's stream: JSON values, one an event; `data: [DONE]` follows by itself."""
+
+    __slots__ = ("chunks",)
+
+    def __init__(self, chunks: Iterable[Any]) -> None:
+        self.chunks = chunks
+
+
+class Cut(Exception):
+    """Raised by a stream to end its connection here, without the rest of the reply."""
+
+
+# === Errors ===
+
+# name: (status, message), by how it is known. The type follows from the status.
+ERRORS: dict[str, tuple[int, str]] = {
+    # recorded
+    "empty_prompt": (400, "Prompt cannot be empty"),
+    "bad_key": (
+        401,
+        "Invalid API key provided. You can find your API key at"
+        " https://api.together.ai/settings/api-keys.",
+    ),
+    "no_model": (
+        404,
+        "Unable to access model {model}. Please visit https://api.together.ai/models"
+        " to view the list of supported models.",
+    ),
+    # reported by users
+    "too_long": (
+        400,
+        "This model's maximum context length is {room} tokens. However, you requested {total}"
+        " tokens ({prompt} in the messages, {asked} in the completion). Please reduce the length"
+        " of the messages or completion.",
+    ),
+    # chosen: production says "Input validation error" alone, or its words are unknown
+    "missing": (400, "Missing required field: {param}."),
+    "invalid": (400, "Input validation error: {param} {reason}."),
+    "bad_json": (400, "The body is not valid JSON: {reason}."),
+    "bad_body": (400, "The body cannot be read: {reason}."),
+    "bad_http": (400, "The HTTP request is malformed: {reason}."),
+    "no_route": (404, "Unknown endpoint {path}.{reason}"),
+    "no_object": (404, "{noun} {id} was not found."),
+    "bad_method": (405, "{path} does not answer {method}; it answers {allow}."),
+    "slow_request": (408, "The request did not arrive whole within {seconds:g} seconds."),
+    "too_large": (413, "The body has {size} bytes; at most {limit} are accepted."),
+    "headers_too_large": (
+        431,
+        "The request's head is too large; at most {bytes} bytes and {count} fields are accepted.",
+    ),
+    "bug": (500, "Internal server error: {reason}"),
+    "unknown_coding": (501, "Transfer-Encoding {coding!r} is not known; only chunked is."),
+    "bad_version": (505, "The HTTP version is not known; HTTP/1.1 and HTTP/1.0 are."),
+}
+ERROR_TYPES = {
+    402: "credit_limit",
+    413: "request_too_large",
+    429: "rate_limit",
+    503: "service_unavailable",
+}
+ERROR_CODES = {"bad_key": "invalid_api_key", "no_model": "model_not_available"}
+# What production says instead of the sentences above, which name the field.
+RECORDED_WORDING = dict.fromkeys(("missing", "invalid", "bad_json"), "Input validation error")
+
+
+class ApiError(Exception):
+    """An error the client shall see, by its row in `ERRORS`: `ApiError("missing", param="model")`.
+
+    `param` is the field's place (`messages[0].role`); other keywords fill the row's message.
+    """
+
+    def __init__(self, name: str, *, param: str | None = None, **facts: Any) -> None:
+        self.name = name
+        self.status, template = ERRORS[name]
+        usual = "invalid_request_error" if self.status < 500 else "server_error"
+        self.type = ERROR_TYPES.get(self.status, usual)
+        self.code = ERROR_CODES.get(name)
+        self.param = param
+        self.headers: dict[str, str] = {}
+        self.message = template.format(param=param, **facts)
+        super().__init__(self.message)
+
+    def body(self, recorded: bool = False) -> dict[str, Any]:
+        """Return the error envelope, with production's own words where `recorded` asks for them."""
+        wording = RECORDED_WORDING.get(self.name) if recorded else None
+        return {
+            "error": {
+                "message": wording or self.message,
+                "type": self.type,
+                "param": None if wording else self.param,
+                "code": self.code,
+            }
+        }
+
+
+# === Checks ===
+
+KIND_NAMES = {
+    str: "a string",
+    int: "an integer",
+    float: "a number",
+    bool: "a boolean",
+    list: "an array",
+    dict: "an object",
+    Upload: "a file",
+}
+
+
+def refuse_value(place: str, rule: str, value: Any) -> ApiError:
+    """Name the place, the rule and the value that broke it, cut to a readable length."""
+    shown = json.dumps(value, default=str)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return ApiError("invalid", param=place, reason=f"{rule}, not {shown}")
+
+
+class Fields(dict):  # type: ignore[type-arg]
+    """A table of `Field` rows by name."""
+
+    def __init__(self, *rows: Field) -> None:
+        super().__init__((row.name, row) for row in rows)
+        self.required = tuple(row.name for row in rows if row.required)
+
+    def check(self, values: dict[str, Any], place: str = "") -> None:
+        """Check values in place; unknown names pass and `null` counts as absent."""
+        for name in self.required:
+            if values.get(name) is None:
+                raise ApiError("missing", param=place + name)
+        for name, value in values.items():
+            field = self.get(name)
+            if field is not None and value is not None:
+                checked = field.check(value, place + name)
+                if checked is not value:
+                    values[name] = checked  # the keys stay, so iterating is safe
+
+
+NO_FIELDS = Fields()
+
+
+class Field:
+    """One row of a table of fields: what a value must be, by name.
+
+    kinds     Python types of the JSON value; an integer is a number, `True` is not an integer
+    low, high bounds of a number, or of the length of a string, array or object
+    choices   the values allowed
+    each      the row that every item of an array must pass
+    fields    the rows of a nested object
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *kinds: type,
+        required: bool = False,
+        low: float | None = None,
+        high: float | None = None,
+        choices: Sequence[Any] = (),
+        each: Field | None = None,
+        fields: Fields | None = None,
+    ) -> None:
+        self.name = name
+        self.kinds = kinds
+        self.types = frozenset(kinds)
+        self.required = required
+        self.low = low
+        self.high = high
+        self.choices = choices
+        self.each = each
+        self.fields = fields
+        # whether items of an array need more than a look at their type
+        self.deep = bool(choices or each or fields or low is not None or high is not None)
+
+    def check(self, value: Any, place: str) -> Any:
+        """Return the value in its declared type; raise ApiError naming the place."""
+        if type(value) not in self.types:
+            value = self.convert(value, place)
+        if self.low is not None or self.high is not None:
+            self.check_bounds(value, place)
+        if self.choices and type(value) in (str, int, bool) and value not in self.choices:
+            allowed = ", ".join(map(str, self.choices))
+            raise refuse_value(place, f"must be one of {allowed}", value)
+        if self.each is not None and type(value) is list:
+            each = self.each
+            for index, item in enumerate(value):
+                if type(item) not in each.types or each.deep:
+                    value[index] = each.check(item, f"{place}[{index}]")
+        if self.fields is not None and type(value) is dict:
+            self.fields.check(value, place + ".")
+        return value
+
+    def convert(self, value: Any, place: str) -> Any:
+        """Take an integer as a number and 3.0 as the integer 3; refuse every other foreign type."""
+        if type(value) is int and float in self.types:
+            return float(value)
+        if type(value) is float and int in self.types and value.is_integer():
+            return int(value)
+        names = " or ".join(KIND_NAMES[kind] for kind in self.kinds)
+        raise refuse_value(place, f"must be {names}", value)
+
+    def check_bounds(self, value: Any, place: str) -> None:
+        """Compare a number, or the length of anything else, with low and high."""
+        number = type(value) in (int, float)
+        size = value if number else len(value) if type(value) in (str, list, dict) else None
+        if size is None:
+            return
+        unit = "" if number else " characters" if type(value) is str else " items"
+        verb = "be" if number else "have"
+        if self.low is not None and size < self.low:
+            raise refuse_value(place, f"must {verb} at least {self.low}{unit}", size)
+        if self.high is not None and size > self.high:
+            raise refuse_value(place, f"must {verb} at most {self.high}{unit}", size)
+
+    def read_text(self, text: str) -> Any:
+        """Read a form or query value as one of the declared kinds, or leave it as it is."""
+        if str in self.kinds:
+            return text
+        if list in self.kinds and not text.startswith("["):
+            return [self.each.read_text(part) if self.each else part for part in text.split(",")]
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+
+def read_texts(values: dict[str, Any], fields: Fields) -> None:
+    """Give the texts of a form or query the types of their fields, in place."""
+    for name, value in values.items():
+        field = fields.get(name)
+        if field is not None and type(value) is str:
+            values[name] = field.read_text(value)
+        elif field is not None and type(value) is list and field.each is not None:
+            values[name] = [field.each.read_text(v) if type(v) is str else v for v in value]
+
+
+def read_float(text: str) -> float:
+    """Read a JSON number that has a fraction or exponent; refuse 1e999."""
+    number = float(text)
+    if number - number != 0:
+        raise ApiError("bad_json", reason=f"the number {text[:20]} is too large")
+    return number
+
+
+def read_int(text: str) -> int:
+    """Read a JSON integer; refuse thousands of digits, which take quadratic time."""
+    if len(text) > MAX_NUMBER_DIGITS:
+        raise ApiError("bad_json", reason=f"a number has more than {MAX_NUMBER_DIGITS} digits")
+    return int(text)
+
+
+def refuse_constant(name: str) -> Any:
+    """Refuse the NaN and Infinity that Python's parser would take."""
+    raise ApiError("bad_json", reason=f"{name} is not a JSON value")
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=read_float)
+CAREFUL_DECODER = json.JSONDecoder(
+    parse_constant=refuse_constant, parse_float=read_float, parse_int=read_int
+)
+LONG_NUMBER = re.compile(rb"[0-9]{%d}" % MAX_NUMBER_DIGITS)
+
+
+def measure_depth(value: Any) -> int:
+    """Count how deep arrays and objects nest."""
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        inner = [item for item in level if type(item) in (list, dict)]
+        level = [
+            item
+            for outer in inner
+            for item in (outer.values() if type(outer) is dict else outer)
+            if type(item) in (list, dict)
+        ]
+    return depth
+
+
+def parse_json(raw: bytes) -> Any:
+    """Read JSON with limits; raise ApiError for whatever standard JSON does not allow."""
+    decoder = CAREFUL_DECODER if LONG_NUMBER.search(raw) else DECODER
+    try:
+        value = decoder.decode(raw.decode())
+        if b"\\ud" in raw or b"\\uD" in raw:  # pairs are fine, a lone surrogate does not encode
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError("bad_json", reason="a string has half of a surrogate pair") from None
+    except UnicodeDecodeError as error:
+        raise ApiError("bad_json", reason=f"byte {error.start} is not UTF-8") from None
+    except json.JSONDecodeError as error:
+        where = f"{error.msg} at line {error.lineno} column {error.colno}"
+        raise ApiError("bad_json", reason=where) from None
+    except RecursionError:
+        raise ApiError("bad_json", reason=f"it nests deeper than {MAX_JSON_DEPTH}") from None
+    brackets = raw.count(b"[") + raw.count(b"{")
+    if brackets > MAX_JSON_DEPTH and measure_depth(value) > MAX_JSON_DEPTH:
+        raise ApiError("bad_json", reason=f"it nests deeper than {MAX_JSON_DEPTH}")
+    return value
+
+
+def gather(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a dict of form fields; `name[]` and repeated names become arrays."""
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name.endswith("[]"):
+            values.setdefault(name[:-2], []).append(value)
+        elif name in values:
+            earlier = values[name]
+            values[name] = [*(earlier if type(earlier) is list else [earlier]), value]
+        else:
+            values[name] = value
+    return values
+
+
+def parse_form(raw: bytes) -> dict[str, Any]:
+    """Read a urlencoded body, or a query."""
+    try:
+        pairs = parse_qsl(raw.decode(), keep_blank_values=True, max_num_fields=MAX_FORM_FIELDS)
+        return gather((name, str(value.encode(), "utf-8")) for name, value in pairs)
+    except ValueError as error:
+        raise ApiError("bad_body", reason=f"the form fields do not parse ({error})") from None
+
+
+PART_OPTION = re.compile(r';\s*([\w*-]+)="?((?:[^"\\]|\\.)*)"?')
+
+
+def parse_part(head: bytes, data: bytes) -> tuple[str, Any]:
+    """Return the name and value of one multipart part: a string, or an `Upload`."""
+    headers: dict[str, str] = {}
+    for line in head.decode("utf-8", "replace").split("\r\n"):
+        name, _, value = line.partition(":")
+        headers[name.strip().lower()] = value.strip()
+    disposition = headers.get("content-disposition", "")
+    options = {
+        name.lower(): re.sub(r"\\(.)", r"\1", value)
+        for name, value in PART_OPTION.findall(disposition.replace("; ", ";"))
+    }
+    if "name" not in options:
+        raise ApiError("bad_body", reason="a multipart part has no name")
+    if "filename" in options:
+        kind = headers.get("content-type", "application/octet-stream")
+        return options["name"], Upload(options["filename"], kind, data)
+    try:
+        return options["name"], data.decode()
+    except UnicodeDecodeError:
+        reason = f"the part {options['name']} is neither UTF-8 nor a file"
+        raise ApiError("bad_body", reason=reason) from None
+
+
+def parse_multipart(raw: bytes, content_type: str) -> dict[str, Any]:
+    """Read a multipart/form-data body; every file part is copied once."""
+    found = re.search(r'boundary="?([^";,]{1,200})"?', content_type)
+    if found is None:
+        raise ApiError("bad_body", reason="multipart/form-data without a boundary")
+    fence = b"--" + found.group(1).strip().encode()
+    pairs: list[tuple[str, Any]] = []
+    at = raw.find(fence)
+    while at >= 0 and raw[at + len(fence) : at + len(fence) + 2] != b"--":
+        start = at + len(fence) + 2
+        head_end = raw.find(b"\r\n\r\n", start, start + MAX_PART_HEAD_BYTES)
+        at = raw.find(b"\r\n" + fence, max(head_end + 4, start))
+        if head_end < 0 or at < 0 or len(pairs) >= MAX_FORM_FIELDS:
+            break
+        pairs.append(parse_part(raw[start:head_end], raw[head_end + 4 : at]))
+        at += 2
+    else:
+        if at >= 0:
+            return gather(pairs)
+    raise ApiError("bad_body", reason="the multipart parts do not end where they should")
+
+
+def parse_body(raw: bytes, content_type: str, fields: Fields) -> dict[str, Any]:
+    """Read a JSON, urlencoded or multipart body as one dict, texts in the types of its table."""
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        body = parse_multipart(raw, content_type)
+    elif kind == "application/x-www-form-urlencoded" and not raw.lstrip().startswith(b"{"):
+        body = parse_form(raw)
+    else:
+        value = parse_json(raw) if raw else {}
+        if type(value) is not dict:
+            raise ApiError("bad_json", reason="the body must be a JSON object")
+        return value
+    read_texts(body, fields)
+    return body
+
+
+# === Draws ===
+
+
+class Draw:
+    """Repeatable choices from a hash: the same names and facts give the same draw, everywhere.
+
+    `child()` starts an independent draw for one question, so that a new question never
+    changes old answers. Within one draw, each call uses up the next bytes of one
+    shake_256 stream.
+    """
+
+    __slots__ = ("_at", "_pool", "key")
+
+    def __init__(self, key: bytes) -> None:
+        self.key = key
+        self._pool = b""
+        self._at = 0
+
+    @classmethod
+    def of(cls, name: str, facts: Any) -> Draw:
+        """Start from a name and JSON-able facts; the order of keys does not matter."""
+        text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+        return cls(hashlib.sha256(f"{name}\n{text}".encode()).digest())
+
+    def child(self, *names: str | int) -> Draw:
+        """Start the draw of one question about this one."""
+        return Draw(hashlib.sha256(self.key + repr(names).encode()).digest())
+
+    def take(self, size: int) -> bytes:
+        """Return the next `size` bytes."""
+        end = self._at + size
+        if end > len(self._pool):
+            self._pool = hashlib.shake_256(self.key).digest(max(64, 2 * end))
+        start, self._at = self._at, end
+        return self._pool[start:end]
+
+    def below(self, limit: int) -> int:
+        """Return an integer from 0 to `limit - 1`."""
+        size = (limit.bit_length() + 15) // 8  # 8 spare bits: no visible bias
+        return int.from_bytes(self.take(size), "big") * limit >> (8 * size)
+
+    def unit(self) -> float:
+        """Return a number from 0 up to, not including, 1."""
+        return self.below(1 << 32) / 4294967296
+
+    def pick(self, choices: Sequence[Any]) -> Any:
+        """Return one of the choices."""
+        return choices[self.below(len(choices))]
+
+    def hex(self, digits: int) -> str:
+        """Return `digits` hexadecimal digits."""
+        return self.take((digits + 1) // 2).hex()[:digits]
+
+
+BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+def draw_letters(draw: Draw, count: int, alphabet: str = BASE62) -> str:
+    """Return letters of an alphabet, one byte of the draw each."""
+    size = len(alphabet)
+    return "".join([alphabet[byte * size >> 8] for byte in draw.take(count)])
+
+
+def draw_id(draw: Draw) -> str:
+    """Return the id of an answer in its recorded form, `omJK98b-3pDw3Z-a04673c1cf25a2b4`."""
+    source = draw.child("id")
+    return f"{draw_letters(source, 7)}-{draw_letters(source, 6)}-{source.hex(16)}"
+
+
+def draw_uuid(draw: Draw) -> str:
+    """Return a version 4 UUID."""
+    digits = draw.hex(32)
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
+
+
+# === Makers ===
+
+
+def phrases(text: str, first: str = " ", last: str = "") -> tuple[str, ...]:
+    """Split a list at " / " and repeat it up to 256 entries, so that any byte picks one."""
+    found = [first + phrase + last for phrase in text.replace("\n", " ").split(" / ")]
+    return tuple(found * (256 // len(found)))
+
+
+# Every subject is singular, every verb fits a singular subject, every adjective may follow "a".
+DETERMINERS = """\
+a / the / this / every / one / each / that / a / the / some / any / a / the / our / your / their"""
+ADJECTIVES = phrases("""\
+quiet / small / careful / gentle / simple / patient / steady / familiar / bright / calm / clear /
+modest / narrow / wide / warm / cool / soft / slow / long / short / deep / light / plain / fresh /
+kind / brave / thoughtful / generous / playful / practical / humble / curious / lively /
+peaceful / friendly / faithful / sturdy / rural / local / distant / nearby / hidden / silver /
+golden / green / blue / grey / pale / wooden / little / large / useful / common / rare / natural /
+modern / timeless / seasonal / daily / hopeful / graceful / tidy / mild / new""")
+NOUNS = phrases("""\
+garden / river / letter / library / kitchen / morning / evening / journey / question / answer /
+story / idea / plan / habit / lesson / village / market / bridge / window / mountain / valley /
+forest / harbor / road / path / map / book / page / song / melody / painting / workshop /
+project / team / teacher / student / neighbor / friend / traveler / gardener / conversation /
+meeting / memory / pattern / signal / system / process / method / draft / design / tool / table /
+lamp / clock / season / breeze / meadow / lake / island / shore / field / orchard / notebook /
+harvest""")
+VERBS = phrases("""\
+rewards / invites / needs / brings / shows / teaches / suggests / supports / shapes / reflects /
+offers / reveals / welcomes / deserves / inspires / encourages / protects / restores / explains /
+creates / provides / requires / promises / values / holds / builds / lends / adds / gives /
+demands / calls for / points to""")
+OBJECTS = phrases("""\
+a steady kind of attention / a little more patience / the value of a good rest /
+a sense of quiet order / room for a second thought / a clear view of the whole /
+more than first meets the eye / a feeling of shared purpose / the comfort of routine /
+a calm and open mind / small signs of progress / a fair balance of work and play /
+the kind of trust that lasts / simple answers to hard problems / an honest look at the facts /
+a slower and kinder pace / new ways of seeing old things / a lasting interest in detail /
+the courage to begin again / a good deal of practice / time for the things that matter /
+a fresh start for everyone / both skill and good humor / a warm welcome for strangers /
+the pleasure of a task well done / plenty of light and air / a better grasp of the basics /
+deep roots and wide branches / a thread that ties things together / the first step toward change /
+useful hints for later / a story worth telling twice""")
+TAILS = phrases(
+    """\
+over the course of a year / when nobody is in a hurry / long before the work is done /
+in ways that are easy to miss / from the very first day / as the days grow longer /
+even on a rainy afternoon / without any need for noise / at almost every turn /
+in the middle of a busy week / once the basics are in place / far more often than expected /
+with a little help from others / at the end of a long day / one small step at a time /
+before the first cup of tea / when the evening light comes in / as long as people stay curious /
+in every part of the country / after a short period of rest / for those who take the time /
+in the company of good friends / whenever the weather allows it / on both sides of the river /
+by the time spring returns / across many different fields / through practice and repetition /
+if the conditions are right / in a way that feels natural / from one generation to the next /
+without losing sight of the goal / as any beginner soon finds out""",
+    last=".",
+)
+CLAUSES = phrases("""\
+people notice the small details first / a short walk clears the mind /
+the best ideas arrive without much effort / clear notes save a lot of time /
+the simple version is usually the right one / good tools make slow work pleasant /
+children ask the most useful questions / a shared meal brings people together /
+the weather sets the mood of the day / careful reading pays off later /
+small changes add up quickly / there is more than one good answer /
+the details decide the outcome / most plans improve after a pause /
+the numbers tell only part of the story / a good question opens many doors /
+the old path still leads home / practice turns effort into ease /
+everyone learns at a different speed / the first draft is rarely the last /
+some problems solve themselves / a calm voice carries further /
+the light changes from hour to hour / good company shortens any road /
+the work feels lighter in the morning / a clean desk helps the mind settle /
+mistakes are often the best teachers / the quiet hours are the most productive /
+patience matters more than talent / water finds its own way / a second look reveals new patterns /
+nothing has to be perfect at once""")
+CAUSES = phrases(
+    """\
+because good work takes time / since every place has its own pace / so there is no need to rush /
+while the rest can safely wait / and the results speak for themselves /
+because simple things tend to last / which makes the next step easier / and that is often enough /
+so the outcome stays open / because nobody sees the whole picture / and a little order helps /
+which is a comfort to many / since the basics rarely change / so it pays to stay flexible /
+and most people come to agree / because trust grows slowly / while the seasons come and go /
+and the effort is soon repaid / which leaves room for surprise /
+because curiosity keeps things moving / so a clear plan is worth having /
+and few would want it otherwise / since balance is easily lost /
+because small habits shape long years / which explains its lasting appeal /
+and there is always more to learn / so a short break does no harm / because the details matter /
+while the main idea stays the same / and the view is better from there /
+since good advice is hard to find / which is how most good things begin""",
+    first=", ",
+    last=".",
+)
+STEPS = phrases("""\
+start with a short list / leave room for a second try / look at the problem from both sides /
+ask a friend for an honest opinion / write down what is already known /
+keep the first version small / compare the options side by side / rest before making a decision /
+read the instructions twice / measure before and after each change /
+begin with the part that is clear / listen before offering an answer /
+put the hardest task first / take a walk and come back later / explain the idea in plain words /
+check the facts one more time""")
+OPENINGS = phrases("""\
+In most places, / As a rule, / On a calm day, / In the long run, / For many people, /
+More often than not, / In quiet moments, / At first glance, / With some practice, /
+Over the years, / In a small way, / Under an open sky, / Near the coast, / In the early hours, /
+By all accounts, / To a curious mind,""")
+LINKS = phrases("""\
+At the same time, / Even so, / For the same reason, / In much the same way, / After a while, /
+Of course, / As a result, / On the other hand, / Besides, / In turn, / Once in a while, /
+Most of all, / In the end, / Little by little, / Of all these things, / Seen in this light,""")
+RESULTS = phrases("""\
+The result / Such a choice / This way of working / All of this / The whole experience /
+That simple fact / Such an approach / The idea behind it / This kind of care /
+Each of these steps / Every part of it / The long tradition / That sort of thing / The effort /
+Such a view / The change""")
+ADVICE = phrases("""\
+It helps to / It is wise to / It is often enough to / The best step is to / One good way is to /
+It never hurts to / A sensible rule is to / It is worth the time to""")
+SUBJECT = (phrases(DETERMINERS), ADJECTIVES, NOUNS)
+NEW_SUBJECT = (tuple(" " + word[1:].capitalize() for word in SUBJECT[0]), ADJECTIVES, NOUNS)
+PREDICATE = (VERBS, OBJECTS, TAILS)
+OPENING_SENTENCES = (
+    (*NEW_SUBJECT, *PREDICATE),
+    (OPENINGS, *SUBJECT, VERBS, OBJECTS, CAUSES),
+    (OPENINGS, CLAUSES, CAUSES),
+    (*NEW_SUBJECT, VERBS, OBJECTS, CAUSES),
+) * 64
+LATER_SENTENCES = (
+    (*NEW_SUBJECT, *PREDICATE),
+    (LINKS, CLAUSES, CAUSES),
+    (RESULTS, *PREDICATE),
+    (ADVICE, STEPS, CAUSES),
+    (LINKS, *SUBJECT, *PREDICATE),
+    (RESULTS, VERBS, OBJECTS, CAUSES),
+    (OPENINGS, CLAUSES, CAUSES),
+    (ADVICE, STEPS, TAILS),
+) * 32
+
+
+def make_text(draw: Draw, sentences: int | None = None) -> str:
+    """Write calm prose; without a number of sentences, 40 to 90 words."""
+    data = draw.take(8 * (sentences or 5))  # a sentence has at most 7 phrases
+    count = sentences or 4 + (data[-1] & 1)
+    tables = list(OPENING_SENTENCES[data[0]])
+    for byte in data[1:count]:
+        tables += LATER_SENTENCES[byte]
+    return "".join([table[byte] for table, byte in zip(tables, data[count:])])[1:]
+
+
+TITLES = phrases("""\
+The / A / Every / Notes on a / Lessons from a / Portrait of a / Toward a / Finding a /
+Praise for a / Letters from a / Inside the / Beyond the / Life near a / Return to the / One /
+Thoughts on the""")
+TASKS = phrases("""\
+answer in a helpful way / keep the answer short and clear / find out what is really being asked /
+look at the question first / stay close to the facts / choose a friendly tone /
+consider what the reader needs / weigh a few possible answers""")
+REQUESTS = phrases("""\
+asks for a direct reply / wants something they can use / seems to expect a few sentences /
+gives enough context to begin / asks an open question / wants a clear explanation /
+does not ask for a long list / likely knows the basics""")
+
+
+def make_title(draw: Draw) -> str:
+    """Write a title of three to five words."""
+    data = draw.take(3)
+    return (TITLES[data[0]] + ADJECTIVES[data[1]].title() + NOUNS[data[2]].title())[1:]
+
+
+def make_words(draw: Draw, count: int) -> list[str]:
+    """Write plain words in lower case that read like speech."""
+    text = make_text(draw, 1 + count // 8)  # a sentence has at least 8 words
+    return re.findall("[a-z]+", text.lower())[:count]
+
+
+def make_thought(draw: Draw) -> str:
+    """Write what a model might think before it answers."""
+    data = draw.take(4)
+    return (
+        f"We need to{TASKS[data[0]]}. The user{REQUESTS[data[1]]}. So it is best to"
+        f"{STEPS[data[2]]} and then mention{OBJECTS[data[3]]}."
+    )
+
+
+# ASCII classes only: other letters differ between the Unicode tables of Python versions.
+TOKEN = re.compile(
+    r" ?(?:[A-Za-z]{1,7}|[0-9]{1,3}|[^\x00-\x7F]{1,2}|[!-/:-@\[-`{-~])"
+    r"|\n+|[ \t]+(?= )|[\x00-\x20\x7F]"
+)
+
+
+def split_tokens(text: str) -> list[str]:
+    """Cut text into tokens; joined they are the text again."""
+    return TOKEN.findall(text)
+
+
+def count_tokens(text: str) -> int:
+    """Return `len(split_tokens(text))`."""
+    return TOKEN.subn("", text)[1]  # faster than a list
+
+
+def token_id(piece: str) -> int:
+    """Return the number of a token in a vocabulary of 128,000."""
+    return zlib.crc32(piece.encode("utf-8", "surrogatepass")) % 128000
+
+
+MARKS = phrases("""\
+, / . / ; / : / ! / ? / - / ( / ) / and / or / but / so / to / of / in / is / the / a / with / for /
+on / at / by / from / as / it / that / this / 0 / 1 / 2""")
+
+
+def make_logprob(data: bytes) -> float:
+    """Turn two bytes into a natural logarithm: mostly near 0, never below -3.5."""
+    unit = int.from_bytes(data, "big") / 65536
+    return -round(unit * unit * unit * unit * 3.5 + 0.00001, 6)
+
+
+def make_alternatives(draw: Draw, piece: str, count: int) -> list[tuple[str, float]]:
+    """Return the chosen token and up to 19 less likely ones; at most 1 in probability."""
+    data = draw.take(24)
+    chosen = make_logprob(data[:2])
+    # exp(x) > 1 + x leaves the others a share of at least x / (1 + x), more than twice
+    # 2 ** -halvings; each next one gets less than half of the one before.
+    millionths = round(-chosen * 1000000)
+    halvings = ((1000000 + millionths) // millionths).bit_length() + 1
+    logprob = min(-0.693148 * halvings, chosen - 0.1)
+    table = NOUNS if piece.strip().isalpha() else MARKS
+    others = [table[(data[2] + 5 * place) & 255] for place in range(min(count, 20))]
+    if piece[:1] != " ":
+        others = [other[1:] for other in others]
+    others = [other for other in others if other != piece]
+    found = [(piece, chosen)]
+    for other, byte in zip(others[: count - 1], data[3:]):
+        found.append((other, round(logprob - byte / 512, 6)))
+        logprob = found[-1][1] - 0.7
+    return found
+
+
+WORD = re.compile(rb"[a-z0-9]+|[\x80-\xff]+")  # of UTF-8 whose ASCII letters are in lower case
+STOPWORDS = frozenset(
+    b"a an and are as at be but by can do does for from has have how i in into is it its more of"
+    b" on or our so than that the their there these they this to was we were what when where"
+    b" which who why will with would you your".split()
+)
+BUCKETS = 4096
+MAX_TEXT_WORDS = 32768  # that count for a vector; with the next, sums stay below 2 ** 32
+MAX_WORD_BYTES = 40
+CACHE_LANES = 2**22  # of each cache of one model; 4 bytes a lane
+QUANTUM = 100000  # steps from 0 to 1
+
+
+class Buckets(dict):  # type: ignore[type-arg]
+    """A bucket's random vector: one integer of 32-bit lanes, each 0 to 255."""
+
+    def __init__(self, key: bytes, size: int) -> None:
+        self.key = key
+        self.size = size
+
+    def __missing__(self, bucket: int) -> int:
+        lanes = bytearray(4 * self.size)
+        seed = self.key + bucket.to_bytes(2, "big")
+        lanes[::4] = hashlib.shake_256(seed).digest(self.size)
+        if len(self) * self.size >= CACHE_LANES:
+            self.clear()
+        self[bucket] = total = int.from_bytes(lanes, "little")
+        return total
+
+
+class Words(dict):  # type: ignore[type-arg]
+    """A word's weight and the sum of its buckets: the whole word twice, each trigram once."""
+
+    def __init__(self, key: bytes, size: int) -> None:
+        self.buckets = Buckets(key, size)
+
+    def __missing__(self, word: bytes) -> tuple[int, int]:
+        buckets = self.buckets
+        total = 2 * buckets[zlib.crc32(word) % BUCKETS]
+        padded = b"<%b>" % word[:MAX_WORD_BYTES]
+        for start in range(len(padded) - 2):
+            total += buckets[zlib.crc32(padded[start : start + 3]) % BUCKETS]
+        if len(self) * buckets.size >= CACHE_LANES:
+            self.clear()
+        self[word] = found = (len(padded), total)
+        return found
+
+
+WORDS: dict[tuple[bytes, int], Words] = {}  # by model and size
+
+
+def find_words(text: str) -> list[bytes]:
+    """Return the words that carry the topic; all words when there are no others."""
+    words: list[bytes] = WORD.findall(text.encode("utf-8", "surrogatepass").lower())
+    return [word for word in words if word not in STOPWORDS] or words or [b""]
+
+
+def normalise(total: int, size: int, centre: int) -> list[int]:
+    """Scale an integer of 32-bit lanes, each centre / 2 too high, to a unit vector."""
+    from math import dist, isqrt
+
+    lanes = struct.unpack(f"<{size}I", total.to_bytes(4 * size, "little"))
+    # A float of 53 bits gives the exact integer below 2 ** 48.
+    square = round(4 * dist(lanes, (centre / 2,) * size) ** 2)
+    if square >> 48:
+        square = sum([(2 * lane - centre) ** 2 for lane in lanes])
+    if not square:
+        return [QUANTUM] + [0] * (size - 1)
+    scale = (QUANTUM << 64) // isqrt(square << 64)
+    # One product scales all even lanes, widened to 64 bits, and one the odd lanes: ten times
+    # as fast as a loop. The upper half of each is its step.
+    pairs = (size + 1) // 2
+    ones = int.from_bytes(pairs * b"\1\0\0\0\0\0\0\0", "little")
+    vector = [0] * (2 * pairs)
+    for odd in (0, 1):
+        part = (total >> 32 * odd) & (ones * 0xFFFFFFFF)
+        part = (2 * part - ones * centre) * scale + (ones << 31)
+        halves = part.to_bytes(8 * pairs + 1, "little", signed=True)
+        vector[odd::2] = struct.unpack_from("<" + "4xi" * pairs, halves)
+    return vector[:size]
+
+
+def make_vector(text: str, size: int, model_key: bytes) -> list[int]:
+    """Return a unit vector in steps of 1 / QUANTUM; texts that share words are close."""
+    sums = WORDS.get((model_key, size))
+    if sums is None:
+        if len(WORDS) >= 4:
+            WORDS.clear()
+        sums = WORDS[model_key, size] = Words(model_key, size)
+    weight = total = 0
+    for word in find_words(text)[:MAX_TEXT_WORDS]:
+        found = sums[word]
+        weight += found[0]
+        total += found[1]
+    return normalise(total, size, 255 * weight)
+
+
+def shorten(vector: list[int], dimensions: int) -> list[int]:
+    """Keep the first dimensions, as a unit vector again."""
+    lanes = [step + QUANTUM for step in vector[:dimensions]]
+    total = int.from_bytes(struct.pack(f"<{dimensions}I", *lanes), "little")
+    return normalise(total, dimensions, 2 * QUANTUM)
+
+
+def likeness(one: list[int], other: list[int]) -> float:
+    """Return the cosine of two vectors, 0 where it is negative."""
+    return max(0, sum([a * b for a, b in zip(one, other)])) / QUANTUM**2
+
+
+class Decimals(dict):  # type: ignore[type-arg]
+    """The text of each step from -1 to 1."""
+
+    def __missing__(self, step: int) -> str:
+        self[step] = text = f"{step / QUANTUM:.5f}"
+        return text
+
+
+DECIMALS = Decimals()
+
+
+def format_floats(vector: list[int]) -> str:
+    """Return the inside of a JSON array."""
+    return ",".join([DECIMALS[step] for step in vector])
+
+
+def pack_floats(vector: list[int]) -> bytes:
+    """Return little-endian 32-bit floats."""
+    return struct.pack(f"<{len(vector)}f", *[step / QUANTUM for step in vector])
+
+
+def pack_png(width: int, height: int, palette: bytes, pixels: bytes) -> bytes:
+    """Build a PNG file from three bytes a colour and the compressed rows."""
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
+        (b"PLTE", palette),
+        (b"IDAT", pixels),
+        (b"IEND", b""),
+    )
+    parts = [b"\x89PNG\r\n\x1a\n"]
+    for kind, data in chunks:
+        check = zlib.crc32(data, zlib.crc32(kind))
+        parts += (len(data).to_bytes(4, "big"), kind, data, check.to_bytes(4, "big"))
+    return b"".join(parts)
+
+
+def encode_png(width: int, height: int, rows: Iterable[bytes], palette: bytes) -> bytes:
+    """Build a PNG file; each row is a zero byte and then one palette index a pixel."""
+    return pack_png(width, height, palette, zlib.compress(b"".join(rows), 1))
+
+
+# Colours of the sky's top, the horizon, the sun or moon, the farthest and the nearest layer.
+PALETTES = phrases("""\
+5b7db1 f7d9c4 fff1c9 c9a9b8 3d4a63 / 2d2a55 f08a6c ffd9a0 a35d78 241f3d /
+0d1530 3c5480 f4f1de 2f4468 0a1022 / 4a9bd6 dff1f7 fffbe6 9cc7c4 2f6b55 /
+7cc4b5 f3f5dc fffdf0 a5cfae 2c5f5a / e8b77a fbe6c2 fff8e8 d99a6c 7a3f35 /
+c98bab fbe3dc fff4ea c58ca2 5a3358 / a9cbb7 eef3dc ffffff 8fb38d 1f4037 /
+1f5f8b a8dadc fdf0d5 5fa8bd 12344d / 6c63a8 e6d5f0 fff3e6 a694c9 34295a /
+d98555 f9dfa8 fff6d6 c9733f 4e2a1e / 8fb8de eef6fb ffffff b4cfe4 41607f /
+3a1c3f e4572e ffd07b 8f2f4a 1d0f26 / 062c36 2a8c82 e9f5db 1d6a6a 04191f /
+b59f84 efe3cc fffaf0 b39a7c 52432f / 141e46 41b3a3 f6fff8 2b6777 0b132b""")
+
+# A smooth wave of 256 steps from -256 to 256, and its outline in each kind of layer.
+WAVE = [step * (128 - step) >> 4 for step in range(128)]
+WAVE += [-height for height in WAVE]
+
+
+def draw_hills(data: bytes) -> list[int]:
+    """Outline round hills."""
+    one, two, phase = 1 + data[0] % 3, 4 + data[1] % 4, data[2]
+    return [
+        WAVE[(one * x + phase) & 255] * 5 + WAVE[(two * x + data[3]) & 255] * 3 >> 3
+        for x in range(0, 257, 2)
+    ]
+
+
+def draw_waves(data: bytes) -> list[int]:
+    """Outline small waves."""
+    speed = 14 + data[0] % 8
+    return [
+        WAVE[(speed * x + data[1]) & 255] * (128 + WAVE[(3 * x + data[2]) & 255] // 2) >> 10
+        for x in range(257)
+    ]
+
+
+def draw_peaks(data: bytes) -> list[int]:
+    """Outline mountains by halving: each middle is moved, half as far every time."""
+    points = [byte * 2 - 256 for byte in data[:5]]
+    for halving in range(2, 6):
+        middles = [
+            (one + two >> 1) + ((byte - 128) * 3 >> halving)
+            for one, two, byte in zip(points, points[1:], data[5 << halving - 2 :])
+        ]
+        points = [point for pair in zip(points, middles) for point in pair] + points[-1:]
+    return points
+
+
+def draw_firs(data: bytes) -> list[int]:
+    """Outline the tops of fir trees on a gentle slope."""
+    slope = draw_hills(data)[: 48 + data[4] % 48]
+    return [
+        height // 2 + (data[5 + x % 64] >> 1 if x & 1 else -60 - (data[x % 64] >> 3))
+        for x, height in enumerate(slope)
+    ]
+
+
+def draw_roofs(data: bytes) -> list[int]:
+    """Outline the roofs of a town; points twice at one place make a wall."""
+    roofs = []
+    for byte in data[: 20 + data[0] % 16]:
+        roofs += [byte * 2 - 256] * (9 + byte % 17)
+    return roofs
+
+
+# The layers from far to near, each with its height in percent of the picture's smaller side.
+SCENES = (
+    ((draw_peaks, 20), (draw_peaks, 16), (draw_hills, 9), (draw_hills, 7)),
+    ((draw_hills, 8), (draw_hills, 9), (draw_hills, 9), (draw_hills, 8), (draw_hills, 7)),
+    ((draw_peaks, 18), (draw_hills, 6), (draw_firs, 6), (draw_firs, 8)),
+    ((draw_peaks, 13), (draw_waves, 3), (draw_waves, 4), (draw_waves, 5), (draw_waves, 6)),
+    ((draw_roofs, 14), (draw_roofs, 13), (draw_roofs, 10)),
+    ((draw_hills, 9), (draw_firs, 5), (draw_firs, 6), (draw_firs, 8)),
+    ((draw_peaks, 14), (draw_roofs, 8), (draw_waves, 3), (draw_waves, 5)),
+    ((draw_peaks, 12), (draw_peaks, 12), (draw_peaks, 11), (draw_peaks, 10), (draw_peaks, 8)),
+)
+
+
+def blend(one: bytes, other: bytes, share: int, whole: int = 100) -> bytes:
+    """Mix two colours, `share` of `whole` from the other one."""
+    return bytes([a + (b - a) * share // whole for a, b in zip(one, other)])
+
+
+def trace(points: list[int], width: int) -> list[int]:
+    """Join points by straight lines and return one height for each column."""
+    line: list[int] = []
+    last = len(points) - 1
+    for place, (one, other) in enumerate(zip(points, points[1:])):
+        span = width * (place + 1) // last - width * place // last
+        line += [one + (other - one) * step // span for step in range(span)]
+    return line
+
+
+class Canvas:
+    """A picture of things in front of each other; a thing is a smooth change of colour.
+
+    What happens on the way down is kept by row, with one row more below the picture: in a
+    column, thing `new` replaces those up to `limit`. Thing 0 is behind all others.
+    """
+
+    def __init__(self, width: int, height: int) -> None:
+        self.width = width
+        self.height = height
+        self.steps: list[list[tuple[int, int, int]]] = [[] for _ in range(height + 1)]
+        self.columns: list[bytes] = []  # of each thing: the palette index in every row
+        self.palette = b""
+
+    def add(self, first: bytes, last: bytes, shades: int, top: int, bottom: int) -> int:
+        """Add a thing that changes from the first colour at `top` to the last at `bottom`."""
+        offset = len(self.palette) // 3
+        cuts = [top + (bottom - top) * shade // shades for shade in range(shades)]
+        cuts = [0] + [min(max(cut, 0), self.height) for cut in cuts[1:]] + [self.height]
+        rows = [bytes([offset + i]) * (cuts[i + 1] - cuts[i]) for i in range(shades)]
+        self.columns.append(b"".join(rows))
+        for shade in range(shades):
+            self.palette += blend(first, last, shade, shades)
+        return len(self.columns) - 1
+
+    def fill_disc(self, thing: int, x: int, y: int, radius: int) -> None:
+        from math import isqrt
+
+        for column in range(max(0, x - radius), min(self.width, x + radius + 1)):
+            half = isqrt(radius * radius - (column - x) ** 2)
+            first, end = max(0, y - half), min(y + half + 1, self.height)
+            self.steps[first].append((column + 1, thing - 1, thing))
+            self.steps[end].append((column + 1, thing, thing - 1))
+
+    def fill_below(self, edge: int, thing: int, line: list[int]) -> None:
+        """Fill up to a line of heights in quarters of a pixel; `edge` softens it."""
+        steps, height = self.steps, self.height
+        for column, quarters in enumerate(line, 1):
+            row = quarters >> 2
+            if 0 <= row < height:
+                if 0 < quarters & 3 < 3:
+                    steps[row].append((column, edge - 1, edge))
+                row += quarters & 3 > 0
+                steps[row].append((column, thing - 1, thing))
+            elif row < 0:
+                steps[0].append((column, thing - 1, thing))
+
+    def encode(self) -> bytes:
+        rows = []
+        row = bytearray([255]) + bytes(self.width)  # 255 becomes the filter byte 0
+        before = line = b""
+        for steps, indexes in zip(self.steps, zip(*self.columns)):
+            for column, limit, new in steps:
+                if row[column] <= limit:
+                    row[column] = new
+            table = bytes(indexes)
+            if steps or table != before:
+                before = table
+                line = bytes(row.translate(table.ljust(256, b"\0")))
+            rows.append(line)
+        return encode_png(self.width, self.height, rows, self.palette)
+
+
+def make_image(draw: Draw, width: int, height: int) -> bytes:
+    """Paint a landscape as a PNG file; the pixels are the same on every machine."""
+    data = draw.take(432)
+    shift = [byte - 128 >> 3 for byte in data[:3]]
+    top, horizon, sun, far, near = [
+        bytes([min(max(a + b, 0), 255) for a, b in zip(bytes.fromhex(code), shift)])
+        for code in PALETTES[data[3]].split()
+    ]
+    scene = SCENES[data[4] & 7]
+    side = min(width, height)
+    skyline = height * (42 + data[5] % 24) // 100
+    canvas = Canvas(width, height)
+    canvas.add(top, horizon, 80, 0, skyline)
+    x, y = width * (12 + data[6] % 76) // 100, skyline * (25 + data[7] % 70) // 100
+    radius = side * (5 + data[8] % 7) // 100
+    for share, shades, size in (
+        (12, 36, radius * 5 // 2 + 4),
+        (26, 36, radius * 8 // 5 + 2),
+        (65, 8, radius + 1),
+    ):
+        halo = canvas.add(blend(top, sun, share), blend(horizon, sun, share), shades, 0, skyline)
+        canvas.fill_disc(halo, x, y, size)
+    disc = canvas.add(sun, blend(sun, horizon, 14), 5, y - radius, y + radius)
+    canvas.fill_disc(disc, x, y, radius)
+    behind = horizon
+    for place, (outline, percent) in enumerate(scene):
+        base = skyline + (height - skyline) * place // len(scene)
+        swell = side * percent // 100
+        colour = blend(far, near, place, len(scene) - 1)
+        mist = blend(colour, horizon, 30)
+        edge = canvas.add(blend(colour, behind, 50), colour, 1, 0, 1)
+        bottom = base + (height - skyline) // len(scene) + swell
+        layer = canvas.add(colour, mist, 16, base - swell, bottom)
+        points = [4 * base - point * swell // 64 for point in outline(data[16 + 80 * place :])]
+        canvas.fill_below(edge, layer, trace(points, width))
+        behind = mist
+    return canvas.encode()
+
+
+CHARACTER_MS = 60  # of speech
+MAX_SPEECH_CHARACTERS = 5000
+# Strength of the first four harmonics, then loudness of 16.
+VOICES = {
+    **dict.fromkeys("bcdfghjklmnpqrstvwxyzBCDFGHJKLMNPQRSTVWXYZ", (7, 2, 0, 0, 5)),
+    **dict.fromkeys(".,;:!?-()\"'\n\t ", (7, 2, 0, 0, 0)),
+    **dict.fromkeys("aA", (4, 4, 3, 1, 16)),
+    **dict.fromkeys("eE", (5, 2, 2, 2, 14)),
+    **dict.fromkeys("iI", (6, 1, 1, 3, 12)),
+    **dict.fromkeys("oO", (5, 4, 1, 0, 15)),
+    **dict.fromkeys("uU", (7, 3, 0, 0, 12)),
+}
+OTHER_VOICE = (5, 3, 1, 1, 13)
+
+
+def pack_mulaw(samples: list[int]) -> bytes:
+    """Encode 16-bit samples as G.711 mu-law."""
+    found = bytearray()
+    for sample in samples:
+        size = min(abs(sample), 32635) + 132
+        shift = size.bit_length() - 5
+        code = (shift - 3) << 4 | size >> shift & 15
+        found.append(code ^ (0x7F if sample < 0 else 0xFF))
+    return bytes(found)
+
+
+def pack_alaw(samples: list[int]) -> bytes:
+    """Encode 16-bit samples as G.711 A-law."""
+    found = bytearray()
+    for sample in samples:
+        size = (sample if sample >= 0 else ~sample) >> 3
+        part = max(size.bit_length() - 5, 0)
+        code = part << 4 | size >> max(part, 1) & 15
+        found.append(code ^ (0x55 if sample < 0 else 0xD5))
+    return bytes(found)
+
+
+# RIFF format code, bytes a sample, and how 16-bit samples are packed.
+ENCODINGS: dict[str, tuple[int, int, Callable[[list[int]], bytes]]] = {
+    "pcm_s16le": (1, 2, lambda samples: struct.pack(f"<{len(samples)}h", *samples)),
+    "pcm_f32le": (
+        3,
+        4,
+        lambda samples: struct.pack(f"<{len(samples)}f", *[s / 32768 for s in samples]),
+    ),
+    "pcm_mulaw": (7, 1, pack_mulaw),
+    "pcm_alaw": (6, 1, pack_alaw),
+}
+
+
+def hum(voice: tuple[int, ...], size: int) -> list[int]:
+    """Return one period of a voice, from 0 to 0."""
+    first = [WAVE[256 * step // size] for step in range(size)]
+    harmonics = zip(first, (first * 2)[::2], (first * 3)[::3], (first * 4)[::4])
+    one, two, three, four = voice[:4]
+    return [one * a + two * b + three * c + four * d for a, b, c, d in harmonics]
+
+
+def make_speech(
+    draw: Draw, text: str, sample_rate: int = 44100, encoding: str = "pcm_s16le"
+) -> bytes:
+    """Hum a text, `CHARACTER_MS` a character, and return its samples."""
+    _, width, pack = ENCODINGS[encoding]
+    text = text[:MAX_SPEECH_CHARACTERS].ljust(4)
+    data = draw.take(65)
+    pitch = 105 + data[64] % 90  # Hz
+    periods: dict[tuple[Any, ...], bytes] = {}  # one of each, packed, to be repeated
+    parts = []
+    at = before = 0
+    for place, character in enumerate(text):
+        end = sample_rate * CHARACTER_MS * (place + 1) // 1000
+        voice = VOICES.get(character, OTHER_VOICE)
+        size = max(sample_rate // (pitch + data[place >> 3 & 63] % 3 * 8), 2)
+        for loudness in ((before + voice[4]) // 2, voice[4]):
+            key = (voice, loudness, size)
+            if key not in periods:
+                periods[key] = pack([sample * loudness >> 1 for sample in hum(voice, size)])
+            count = 2 if loudness != voice[4] else max(-(-(end - at) // size), 0)
+            parts.append(periods[key] * count)
+            at += count * size
+        before = voice[4]
+    return b"".join(parts)[: sample_rate * CHARACTER_MS * len(text) // 1000 * width]
+
+
+def wrap_wav(samples: bytes, sample_rate: int, encoding: str) -> bytes:
+    """Put the header of a WAV file with one channel before samples."""
+    code, width, _ = ENCODINGS[encoding]
+    form = struct.pack("<HHIIHH", code, 1, sample_rate, sample_rate * width, width, 8 * width)
+    head = b"WAVEfmt " + (b"\x10\0\0\0" + form)
+    if code != 1:  # formats other than plain PCM need an extension and their sample count
+        count = struct.pack("<I", len(samples) // width)
+        head = b"WAVEfmt " + (b"\x12\0\0\0" + form + b"\0\0") + (b"fact\4\0\0\0" + count)
+    head += b"data" + struct.pack("<I", len(samples))
+    return b"RIFF" + struct.pack("<I", len(head) + len(samples)) + head + samples
+
+
+def audio_seconds(data: bytes) -> float:
+    """Return how long a WAV file plays; for anything else guess 16 kB a second."""
+    place, rate = 12, 16000
+    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
+        for _ in range(100):  # chunks
+            name, size = (
+                data[place : place + 4],
+                int.from_bytes(data[place + 4 : place + 8], "little"),
+            )
+            if name == b"fmt ":
+                rate = int.from_bytes(data[place + 16 : place + 20], "little") or rate
+            if name == b"data" or not name:
+                return min(size, max(0, len(data) - place - 8)) / rate
+            place += 8 + size + size % 2
+    return len(data) / rate
+
+
+def box(kind: bytes, *parts: bytes) -> bytes:
+    """Build a box of an MP4 file."""
+    data = b"".join(parts)
+    return struct.pack(">I", len(data) + 8) + kind + data
+
+
+def full_box(kind: bytes, *numbers: int) -> bytes:
+    """Build a box of 32-bit numbers, of which the first holds version and flags."""
+    return box(kind, struct.pack(f">{len(numbers)}I", *numbers))
+
+
+MATRIX = (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)  # pictures stay as they are
+MAX_FRAMES = 7200
+DAYLIGHT = [16 - abs(step) for step in range(-7, 8)]  # of 16, in 15 different frames
+
+
+def make_frames(draw: Draw, width: int, height: int) -> list[bytes]:
+    """Paint one landscape in changing light: PNG files that differ in the palette alone."""
+    image = make_image(draw, width, height)
+    start = 41 + int.from_bytes(image[33:37], "big")  # of the palette's data
+    palette, pixels = image[41:start], image[start + 12 : -16]
+    return [
+        pack_png(width, height, bytes([colour * light >> 4 for colour in palette]), pixels)
+        for light in DAYLIGHT
+    ]
+
+
+def sample_table(entry: bytes, sizes: list[int], places: list[int]) -> bytes:
+    """Describe frames that take one tick each, every one a chunk of its own."""
+    count = len(sizes)
+    return box(
+        b"stbl",
+        box(b"stsd", struct.pack(">II", 0, 1), entry),
+        full_box(b"stts", 0, 1, count, 1),
+        full_box(b"stsc", 0, 1, 1, 1, 1),
+        full_box(b"stsz", 0, 0, count, *sizes),
+        full_box(b"stco", 0, count, *places),
+    )
+
+
+def make_video(draw: Draw, width: int, height: int, seconds: float, fps: int) -> bytes:
+    """Film a landscape as an MP4 file with one track of PNG frames."""
+    frames = make_frames(draw, width, height)
+    count = min(max(round(seconds * fps), 1), MAX_FRAMES)
+    shown = [step * len(frames) // count for step in range(count)]
+    start = box(b"ftyp", b"isom\0\0\2\0isomiso2mp41")
+    places = [len(start) + 8]  # of the frames in the file
+    for frame in frames:
+        places.append(places[-1] + len(frame))
+    entry = struct.pack(">6xH16xHHIIIH", 1, width, height, 0x480000, 0x480000, 0, 1)
+    entry = box(b"png ", entry + bytes(32) + b"\0\x18\xff\xff")
+    media = box(
+        b"minf",
+        full_box(b"vmhd", 1, 0, 0),
+        box(b"dinf", box(b"dref", struct.pack(">II", 0, 1), full_box(b"url ", 1))),
+        sample_table(entry, [len(frames[n]) for n in shown], [places[n] for n in shown]),
+    )
+    clock = full_box(b"mdhd", 0, 0, 0, fps, count, 0x55C40000)  # no language
+    handler = box(b"hdlr", bytes(8) + b"vide" + bytes(13))
+    shape = (0, 0, 0, 0, *MATRIX, width << 16, height << 16)
+    track = full_box(b"tkhd", 3, 0, 0, 1, 0, count, *shape)
+    head = (0, 0, 0, fps, count, 0x10000, 0x1000000, 0, 0, *MATRIX, *[0] * 6, 2)
+    movie = box(b"trak", track, box(b"mdia", clock, handler, media))
+    return start + box(b"mdat", *frames) + box(b"moov", full_box(b"mvhd", *head), movie)
+
+
+def make_scores(draw: Draw, pieces: list[str], count: int) -> list[Any]:
+    """Return for each token its logprob and its `count` likeliest alternatives, itself first."""
+    tops = [make_alternatives(draw, piece, max(count, 1)) for piece in pieces]
+    return [(top[0][1], top[:count]) for top in tops]
+
+
+# Makers, schemas: texts that match a pattern, values that fit a JSON schema.
+
+MAX_STEPS = 60_000  # of work for one schema, about half a second
+MAX_TEXT = 10_000  # characters that a schema may ask of one string
+MAX_ITEMS = 500  # items or properties that a schema may ask of one value
+MAX_PATTERN = 4_000  # characters of a regular expression
+MAX_GROUPS = 30  # groups inside groups
+MAX_INSTANCE_DEPTH = 36  # objects and arrays inside one another
+MAX_BRANCHES = 48  # ways through anyOf, oneOf, if and not that are tried in one place
+TRIES = 12  # values made for one way before it is given up
+LARGE = 400  # made values after which optional properties are left out
+
+
+class Unsatisfiable(Exception):
+    """No value can be made for a schema or pattern; the text names the place and the reason."""
+
+
+class Steps:
+    """The work that is left for one schema, so that no schema keeps a thread busy."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, left: int = MAX_STEPS) -> None:
+        self.left = left
+
+    def spend(self, count: int = 1) -> None:
+        """Use up some steps; once they are gone, every way of making a value is given up."""
+        self.left -= count
+        if self.left < 0:
+            raise Unsatisfiable("the schema: is too large or too entangled to make a value for")
+
+
+def complement(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Return the code point ranges between the given ones."""
+    gaps, start = [], 0
+    for low, high in sorted(ranges):
+        if low > start:
+            gaps.append((start, low - 1))
+        start = max(start, high + 1)
+    return (*gaps, (start, 0x10FFFF)) if start <= 0x10FFFF else tuple(gaps)
+
+
+DIGIT_RANGES = ((48, 57),)
+WORD_RANGES = ((48, 57), (65, 90), (95, 95), (97, 122))
+SPACE_RANGES = (
+    *((9, 13), (32, 32), (160, 160), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029)),
+    *((0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)),
+)
+NOT_LINE_END = complement([(10, 10), (13, 13), (0x2028, 0x2029)])
+CLASS_ESCAPES = {
+    "d": DIGIT_RANGES,
+    "w": WORD_RANGES,
+    "s": SPACE_RANGES,
+    "D": complement(DIGIT_RANGES),
+    "W": complement(WORD_RANGES),
+    "S": complement(SPACE_RANGES),
+}
+CONTROL_ESCAPES = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
+ANCHORS = {"A": "^", "Z": "$", "b": "b", "B": "B"}  # after a backslash
+LOOKS = {"=": True, "!": False}  # after "(?"
+QUANTIFIER = re.compile(r"[*+?]|\{([0-9]+)(?:(,)([0-9]*))?\}")
+GROUP_START = re.compile(r"\?(?:P?<[A-Za-z_]\w*>|:|(?P<look>[=!]))")
+HEX_ESCAPE = re.compile(r"x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|u\{([0-9a-fA-F]{1,5})\}")
+
+
+def is_word_at(text: str, at: int) -> bool:
+    """Tell whether an ASCII letter, digit or underscore stands there."""
+    return 0 <= at < len(text) and text[at] < "\x80" and (text[at].isalnum() or text[at] == "_")
+
+
+def holds(ranges: Any, code: int) -> bool:
+    """Tell whether a code point is in one of the ranges."""
+    return any(low <= code <= high for low, high in ranges)
+
+
+def is_anchored(anchor: str, text: str, at: int) -> bool:
+    """Tell whether `^`, `$`, `b` (a word's edge) or `B` (none) is true at a place."""
+    if anchor in "^$":
+        return at == (0 if anchor == "^" else len(text))
+    return (is_word_at(text, at - 1) != is_word_at(text, at)) is (anchor == "b")
+
+
+class Pattern:
+    """A regular expression as ECMA-262 and Python both read it, for making and matching texts.
+
+    Matching follows all ways at once, so that no expression takes exponential time. Tree nodes:
+    ("set", ranges), ("all", nodes), ("any", nodes), ("repeat", node, low, high),
+    ("look", node, wanted), ("at", anchor).
+    """
+
+    def __init__(self, source: str, steps: Steps) -> None:
+        self.source = source
+        self.steps = steps
+        self._at = 0
+        self._spare: int | None = None  # characters that repeats may still add
+        self._members: dict[Any, tuple[str, str]] = {}
+        if len(source) > MAX_PATTERN:
+            raise Unsatisfiable(f"a pattern has {len(source)} characters, above {MAX_PATTERN}")
+        self.tree = self._read_any(0)
+        if self._at < len(source):
+            raise self._refusal("a parenthesis closes nothing")
+        self.width = self._width(self.tree)
+        if self.width > MAX_TEXT:
+            raise self._refusal(f"its texts are longer than {MAX_TEXT} characters")
+
+    def _refusal(self, reason: str) -> Unsatisfiable:
+        return Unsatisfiable(f"pattern {self.source[:200]!r}: {reason}")
+
+    def _take(self) -> str:
+        self._at += 1
+        if self._at > len(self.source):
+            raise self._refusal("it ends too early")
+        return self.source[self._at - 1]
+
+    def _skip(self, text: str) -> bool:
+        found = self.source.startswith(text, self._at)
+        self._at += len(text) * found
+        return found
+
+    def _skip_match(self, expression: re.Pattern[str]) -> re.Match[str] | None:
+        found = expression.match(self.source, self._at)
+        self._at = found.end() if found else self._at
+        return found
+
+    def _read_any(self, depth: int) -> Any:
+        options = [self._read_all(depth)]
+        while self._skip("|"):
+            options.append(self._read_all(depth))
+        return options[0] if len(options) == 1 else ("any", options)
+
+    def _read_all(self, depth: int) -> Any:
+        nodes = []
+        while self._at < len(self.source) and self.source[self._at] not in "|)":
+            nodes.append(self._read_repeat(self._read_atom(depth)))
+        return nodes[0] if len(nodes) == 1 else ("all", nodes)
+
+    def _read_repeat(self, node: Any) -> Any:
+        found = self._skip_match(QUANTIFIER)
+        if not found:
+            return node
+        self._skip("?")  # lazy or not, the texts are the same
+        if found[1] is None:
+            low, high = {"*": (0, MAX_TEXT), "+": (1, MAX_TEXT), "?": (0, 1)}[found[0]]
+        else:
+            low = int(found[1])
+            high = int(found[3] or MAX_TEXT) if found[2] else low
+        if low > min(high, MAX_TEXT):
+            raise self._refusal(f"{found[0]} cannot be met")
+        return ("repeat", node, low, min(high, MAX_TEXT))
+
+    def _read_atom(self, depth: int) -> Any:
+        char = self._take()
+        if char == "(":
+            return self._read_group(depth + 1)
+        if char in "^$":
+            return ("at", char)
+        if char in "*+?" or self.source.startswith("{,", self._at - 1):
+            raise self._refusal(f"there is nothing that {char} could repeat")
+        if char == "\\" and self.source[self._at : self._at + 1] in ANCHORS:
+            return ("at", ANCHORS[self._take()])
+        if char == "[":
+            return ("set", self._read_class())
+        if char == "\\":
+            return ("set", self._read_escape())
+        return ("set", NOT_LINE_END if char == "." else ((ord(char), ord(char)),))
+
+    def _read_group(self, depth: int) -> Any:
+        start = self._skip_match(GROUP_START)
+        if depth > MAX_GROUPS or (not start and self._skip("?")):
+            raise self._refusal("a group is of a kind that is not supported, or too deep")
+        node = self._read_any(depth)
+        if not self._skip(")"):
+            raise self._refusal("a parenthesis is not closed")
+        return ("look", node, LOOKS[start["look"]]) if start and start["look"] else node
+
+    def _read_class(self) -> tuple[tuple[int, int], ...]:
+        negated = self._skip("^")
+        if self._skip("]"):
+            raise self._refusal("a class is empty")
+        ranges: list[tuple[int, int]] = []
+        while not self._skip("]"):
+            ranges += self._read_range()
+        return complement(ranges) if negated else tuple(ranges)
+
+    def _read_range(self) -> tuple[tuple[int, int], ...]:
+        first = self._read_member()
+        if self.source[self._at : self._at + 1] != "-" or self.source[self._at + 1 :][:1] == "]":
+            return first
+        self._take()
+        last = self._read_member()
+        ends = (first[0][0], last[-1][1])
+        if len(first) + len(last) > 2 or (*first, *last) != ((ends[0],) * 2, (ends[1],) * 2):
+            raise self._refusal("a range in a class has an end that is not one character")
+        if ends[0] > ends[1]:
+            raise self._refusal("a range in a class runs backwards")
+        return (ends,)
+
+    def _read_member(self) -> tuple[tuple[int, int], ...]:
+        char = self._take()
+        if char == "\\":
+            return ((8, 8),) if self._skip("b") else self._read_escape()
+        return ((ord(char), ord(char)),)
+
+    def _read_escape(self) -> tuple[tuple[int, int], ...]:
+        code = self._skip_match(HEX_ESCAPE)
+        if code:
+            point = int(code[1] or code[2] or code[3], 16)
+            return ((point, point),)
+        char = self._take()
+        if char in CLASS_ESCAPES:
+            return CLASS_ESCAPES[char]
+        point = CONTROL_ESCAPES.get(char, ord(char))
+        if char not in CONTROL_ESCAPES and char.isalnum():
+            raise self._refusal(f"the escape \\{char} is not supported")
+        return ((point, point),)
+
+    def _width(self, node: Any) -> int:
+        """Return the fewest characters that the node takes."""
+        kind = node[0]
+        if kind in ("all", "any"):
+            widths = [self._width(part) for part in node[1]]
+            return sum(widths) if kind == "all" else min(widths)
+        if kind == "repeat":
+            return int(node[2] * self._width(node[1]))
+        return int(kind == "set")
+
+    def _ends(self, node: Any, text: str, starts: set[int]) -> set[int]:
+        """Return where the node can end, given where it may start."""
+        self.steps.spend(1 + len(starts) // 8)
+        kind = node[0]
+        if kind == "set":
+            return {at + 1 for at in starts if at < len(text) and holds(node[1], ord(text[at]))}
+        if kind == "all":
+            for part in node[1]:
+                starts = self._ends(part, text, starts)
+            return starts
+        if kind == "any":
+            return {end for part in node[1] for end in self._ends(part, text, starts)}
+        if kind == "look":
+            return {at for at in starts if bool(self._ends(node[1], text, {at})) is node[2]}
+        if kind == "at":
+            return {at for at in starts if is_anchored(node[1], text, at)}
+        return self._repeat_ends(node, text, starts)
+
+    def _repeat_ends(self, node: Any, text: str, starts: set[int]) -> set[int]:
+        _, part, low, high = node
+        ends = set() if low else set(starts)
+        for count in range(1, high + 1):
+            starts = self._ends(part, text, starts)
+            if count >= low:
+                starts = starts - ends
+                ends |= starts
+            if not starts:
+                break
+        return ends
+
+    def is_in(self, text: str) -> bool:
+        """Tell whether the pattern matches somewhere in the text."""
+        return bool(self._ends(self.tree, text, set(range(len(text) + 1))))
+
+    def _pick(self, draw: Draw, ranges: Any, plain: bool) -> str:
+        """Draw a character: a small letter if it may be plain, ASCII if there is any."""
+        if ranges not in self._members:
+            ascii_chars = "".join(chr(code) for code in range(32, 127) if holds(ranges, code))
+            small = "".join(char for char in ascii_chars if char.islower())
+            self._members[ranges] = (small or ascii_chars, ascii_chars)
+        chars = self._members[ranges][0 if plain else 1]
+        if chars:
+            return str(draw.pick(chars))
+        whole = [pair for pair in ranges if not 0xD800 <= pair[0] <= 0xDFFF]
+        if not whole:
+            raise self._refusal("a class has no characters")
+        low, high = draw.pick(whole)
+        code = low + draw.below(min(high - low + 1, 256))
+        return chr(low if 0xD800 <= code <= 0xDFFF else code)
+
+    def _write(self, draw: Draw, node: Any, plain: bool) -> str:
+        """Draw a text for the node; anchors and looks are left to the match afterwards."""
+        self.steps.spend()
+        kind = node[0]
+        if kind == "set":
+            return self._pick(draw, node[1], plain)
+        if kind == "all":
+            return "".join([self._write(draw, part, plain) for part in node[1]])
+        if kind == "any":
+            return self._write(draw, draw.pick(node[1]), plain)
+        if kind != "repeat":
+            return ""
+        count = node[2] + self._extra(draw, node)
+        return "".join([self._write(draw, node[1], plain) for _ in range(count)])
+
+    def _extra(self, draw: Draw, node: Any) -> int:
+        """Return how often to repeat beyond the least: as the spare length asks, or a little."""
+        room = node[3] - node[2]
+        if self._spare is None:
+            return draw.below(min(room, 5) + 1)
+        width = max(1, self._width(node[1]))
+        extra = min(room, self._spare // width)
+        self._spare -= extra * width
+        return int(extra)
+
+    def make(self, draw: Draw, low: int = 0, high: int = MAX_TEXT, others: Any = None) -> str:
+        """Draw a text of `low` to `high` characters that this and the other patterns match.
+
+        If `others` is None, it is the text as a whole that matches.
+        """
+        for attempt in range(4 * TRIES):
+            again = draw.child("pattern", attempt)
+            shortest = max(0, low - self.width)
+            room = max(0, min(high - self.width - shortest, 8))
+            self._spare = shortest + again.below(room + 1) if attempt % 3 else None
+            text = self._write(again, self.tree, attempt < 2)
+            if others is not None and len(text) < low:
+                padding = "".join([again.pick("abcdefgh") for _ in range(low - len(text))])
+                text = padding + text if attempt % 2 else text + padding
+            if low <= len(text) <= high and self._suits(text, others):
+                return text
+        raise self._refusal(f"no text of {low} to {high} characters that meets it was found")
+
+    def _suits(self, text: str, others: Iterable[Pattern] | None) -> bool:
+        if others is None:
+            return len(text) in self._ends(self.tree, text, {0})
+        return self.is_in(text) and all(other.is_in(text) for other in others)
+
+
+def make_matching(draw: Draw, pattern: str) -> str:
+    """Return a text that the pattern matches as a whole, or raise `Unsatisfiable`."""
+    try:
+        return Pattern(pattern, Steps()).make(draw)
+    except RecursionError:
+        raise Unsatisfiable(f"pattern {pattern[:200]!r}: is nested too deep") from None
+
+
+# What `{kind}` or `{kind4}` in a template stands for: one draw, or so many in a row.
+SAMPLES: dict[str, Sequence[str]] = {
+    "d": "0123456789",
+    "x": "0123456789abcdef",
+    "up": "ABCDEFGHJKLMNPRSTUVWXYZ",
+    "byte": [str(number) for number in range(1, 255)],
+    "month": [f"{number:02}" for number in range(1, 13)],
+    "day": [f"{number:02}" for number in range(1, 29)],
+    "hour": [f"{number:02}" for number in range(24)],
+    "minute": [f"{number:02}" for number in range(60)],
+}
+SAMPLES.update(
+    (kind, words.split())
+    for kind, words in {
+        "first": "Ada Ben Clara David Elena Felix Grace Hugo Ines Jonas Lena Marco Nora Omar",
+        "last": "Bauer Chen Diaz Evans Fischer Garcia Haddad Ito Jensen Kaya Lopez Moreau",
+        "user": "ada ben clara david elena felix grace hugo ines jonas lena marco nora omar",
+        "site": "example.com example.org example.net",
+        "city": "Berlin Boston Cairo Dublin Kyoto Lagos Lima Lisbon Oslo Paris Prague Vienna",
+        "country": "Brazil Canada Egypt France Germany India Japan Kenya Norway Portugal",
+        "code": "BR CA DE EG FR GB IN JP KE NO PT US",
+        "language": "de en es fr it ja pt",
+        "currency": "EUR GBP JPY USD",
+        "zone": "Africa/Cairo America/Lima Asia/Tokyo Europe/Berlin Europe/Paris UTC",
+        "color": "amber blue coral green indigo red silver teal violet white",
+        "company": "Alder Borealis Cobalt Driftwood Ember Foxglove Granite Harbor",
+        "form": "Group Labs Partners Studio Systems Works",
+        "street": "Cedar Elm Garden Harbor Hill Lake Maple Mill Oak Park River Station",
+        "job": "analyst architect designer editor engineer manager nurse teacher",
+        "kind": "basic custom general internal primary public standard",
+        "status": "active approved completed open pending ready",
+        "adjective": "bright calm clear careful fresh gentle modern quick quiet simple steady",
+        "noun": "bridge garden harbor journey letter market meadow notebook plan river signal",
+        "verb": "check compare explain improve measure prepare review share update",
+        "unit": "celsius g kg km m ms",
+    }.items()
+)
+SAMPLE = re.compile(r"\{([a-z]+)([0-9]*)\}")
+SENTENCE = "The {adjective} {noun} is easy to {verb} and leads to a {adjective} {noun}."
+DATE, TIME = "202{d}-{month}-{day}", "{hour}:{minute}:{minute}Z"
+
+# By format.
+FORMATS = {
+    "date": DATE,
+    "time": TIME,
+    "date-time": f"{DATE}T{TIME}",
+    "duration": "PT{minute}M",
+    "email": "{user}.{noun}@{site}",
+    "idn-email": "{user}.{noun}@{site}",
+    "hostname": "{noun}.{site}",
+    "idn-hostname": "{noun}.{site}",
+    "ipv4": "10.{byte}.{byte}.{byte}",
+    "ipv6": "2001:db8::{x4}:{x4}",
+    "uri": "https://{site}/{noun}/{adjective}",
+    "url": "https://{site}/{noun}/{adjective}",
+    "iri": "https://{site}/{noun}/{adjective}",
+    "uri-reference": "/{noun}/{adjective}",
+    "iri-reference": "/{noun}/{adjective}",
+    "uri-template": "https://{site}/{noun}",
+    "uuid": "{x8}-{x4}-4{x3}-a{x3}-{x12}",
+    "json-pointer": "/{noun}/{adjective}",
+    "relative-json-pointer": "1/{noun}",
+    "regex": "^{noun}[a-z]+$",
+    "byte": "{x16}",  # also Base64: four characters for three bytes
+    "base64": "{x16}",
+}
+# By the words of a property's name: the longest end of the name first, then single words.
+TEXTS = {
+    **FORMATS,
+    **dict.fromkeys(("name", "full_name", "author", "person", "contact"), "{first} {last}"),
+    **dict.fromkeys(("first_name", "given_name", "firstname"), "{first}"),
+    **dict.fromkeys(("last_name", "family_name", "surname", "lastname"), "{last}"),
+    **dict.fromkeys(("user_name", "username", "login", "handle"), "{user}{d2}"),
+    **dict.fromkeys(("email_address", "mail"), FORMATS["email"]),
+    **dict.fromkeys(("phone", "phone_number", "telephone", "mobile"), "+1-555-01{d2}"),
+    **dict.fromkeys(("website", "link", "href", "homepage"), FORMATS["url"]),
+    **dict.fromkeys(("image", "avatar", "photo", "image_url"), "https://{site}/{noun}.png"),
+    **dict.fromkeys(("at", "timestamp", "datetime", "date_time"), FORMATS["date-time"]),
+    **dict.fromkeys(("day", "birthday", "deadline", "dob"), DATE),
+    **dict.fromkeys(("city", "town", "location", "place", "destination", "origin"), "{city}"),
+    **dict.fromkeys(("address", "street"), "{byte} {street} Street"),
+    **dict.fromkeys(("zip", "postcode", "postal_code", "zip_code"), "{d5}"),
+    **dict.fromkeys(("title", "subject", "headline", "heading"), "A {adjective} {noun}"),
+    **dict.fromkeys(("description", "summary", "text", "content", "reason", "body"), SENTENCE),
+    **dict.fromkeys(("reasoning", "explanation", "comment", "message", "answer"), SENTENCE),
+    **dict.fromkeys(("note", "review", "bio", "thought", "analysis"), SENTENCE),
+    **dict.fromkeys(("question", "prompt"), "How would you {verb} the {adjective} {noun}?"),
+    **dict.fromkeys(("query", "search", "keyword", "topic"), "{adjective} {noun}"),
+    **dict.fromkeys(("company", "organization", "employer", "brand"), "{company} {form}"),
+    **dict.fromkeys(("role", "job", "occupation", "profession", "position"), "{job}"),
+    **dict.fromkeys(("type", "category", "kind", "group"), "{kind}"),
+    **dict.fromkeys(("status", "state"), "{status}"),
+    **dict.fromkeys(("color", "colour"), "{color}"),
+    **dict.fromkeys(("id", "key", "token"), "{noun}_{x8}"),
+    **dict.fromkeys(("sku", "code", "reference"), "{up3}-{d4}"),
+    **dict.fromkeys(("file", "filename", "file_name"), "{noun}.txt"),
+    **dict.fromkeys(("path", "directory", "folder"), "/{noun}/{adjective}"),
+    **dict.fromkeys(("tag", "label", "slug", "word"), "{noun}"),
+    **dict.fromkeys(("step", "action", "task", "instruction"), "{verb} the {noun}"),
+    **dict.fromkeys(("amount", "price"), "{d2}.{d2}"),
+    "country": "{country}",
+    "country_code": "{code}",
+    "language": "{language}",
+    "locale": "{language}",
+    "currency": "{currency}",
+    "timezone": "{zone}",
+    "time_zone": "{zone}",
+    "unit": "{unit}",
+    "version": "1.{d}.{d}",
+    "ip": FORMATS["ipv4"],
+    "host": FORMATS["hostname"],
+    "domain": FORMATS["hostname"],
+    "": "{adjective} {noun}",
+}
+NUMBERS = {
+    **dict.fromkeys(("score", "confidence", "probability", "likelihood", "relevance"), (0, 1)),
+    **dict.fromkeys(("weight", "height", "width", "length", "size"), (1, 200)),
+    **dict.fromkeys(("price", "cost", "amount", "total", "subtotal", "fee"), (5, 250)),
+    **dict.fromkeys(("count", "quantity", "qty", "number", "limit"), (1, 12)),
+    **dict.fromkeys(("percent", "percentage", "progress", "humidity"), (0, 100)),
+    **dict.fromkeys(("at", "timestamp", "created", "updated"), (1_700_000_000, 1_760_000_000)),
+    **dict.fromkeys(("rating", "star", "priority", "level", "rank"), (1, 5)),
+    **dict.fromkeys(("index", "offset", "position"), (0, 9)),
+    "age": (18, 80),
+    "year": (1990, 2025),
+    "month": (1, 12),
+    "day": (1, 28),
+    "hour": (0, 23),
+    "minute": (0, 59),
+    "latitude": (-60, 70),
+    "lat": (-60, 70),
+    "longitude": (-170, 170),
+    "lon": (-170, 170),
+    "lng": (-170, 170),
+    "temperature": (-5, 30),
+    "salary": (30_000, 120_000),
+    "population": (10_000, 5_000_000),
+    "": (1, 100),
+}
+NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+
+
+def find_by_name(table: Mapping[str, Any], name: str) -> Any:
+    """Return the row that a property's name suggests: `homeEmail` finds `email`."""
+    row = table.get(name)
+    if row is not None:
+        return row
+    words = [word.lower() for word in NAME_WORD.findall(name[:100])]
+    ends = ["_".join(words[start:]) for start in range(len(words))]
+    for key in (*ends, *reversed(words)):
+        row = table.get(key) or table.get(key[: -1 if key.endswith("s") else None])
+        if row is not None:
+            return row
+    return table[""]
+
+
+def fill_template(draw: Draw, template: str) -> str:
+    """Replace each `{kind}` of a template by a draw from `SAMPLES`."""
+
+    def sample(found: re.Match[str]) -> str:
+        choices = SAMPLES[found[1]]
+        return "".join([draw.pick(choices) for _ in range(int(found[2] or 1))])
+
+    return SAMPLE.sub(sample, template)
+
+
+def with_whole_numbers(value: Any) -> Any:
+    """Return the value with 2.0 as 2."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [with_whole_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {name: with_whole_numbers(item) for name, item in value.items()}
+    return value
+
+
+def fingerprint(value: Any) -> str:
+    """Return equal texts for values that JSON schema calls equal: 1 and 1.0, but not true."""
+    return json.dumps(with_whole_numbers(value), sort_keys=True)
+
+
+def is_multiple(value: float, step: float) -> bool:
+    """Tell whether a division comes out even, as validators in binary arithmetic see it."""
+    if isinstance(step, int):
+        return value % step == 0
+    quotient = value / step if abs(value) < 1e300 else 1e300  # beyond that, none is known
+    return abs(quotient) < 1e300 and quotient == int(quotient)
+
+
+TYPES = ("string", "number", "integer", "object", "array", "boolean", "null")
+KINDS: dict[type, str] = {
+    **{str: "string", int: "number", float: "number", dict: "object", list: "array"},
+    **{bool: "boolean", type(None): "null"},
+}
+
+
+def is_of_type(value: Any, types: Sequence[str]) -> bool:
+    """Tell whether a value is of one of the types; 2.0 is an integer, True is not a number."""
+    kind = KINDS[type(value)]
+    return kind in types or (kind == "number" and "integer" in types and value == value // 1)
+
+
+# keyword: (the kind of value it speaks of, or "" for all; whether schema `s`, in which it has the
+# argument `a`, accepts value `v`). `r` is the `SchemaReader`.
+CHECKS: dict[str, tuple[str, Callable[[Any, Any, Any, Any], bool]]] = {
+    "type": ("", lambda r, a, v, s: is_of_type(v, a)),
+    "enum": ("", lambda r, a, v, s: r.is_among(v, a)),
+    "const": ("", lambda r, a, v, s: r.is_among(v, [a])),
+    "$ref": ("", lambda r, a, v, s: r.accepts(r.resolve(a), v)),
+    "allOf": ("", lambda r, a, v, s: all(r.accepts(part, v) for part in a)),
+    "anyOf": ("", lambda r, a, v, s: any(r.accepts(part, v) for part in a)),
+    "oneOf": ("", lambda r, a, v, s: sum(r.accepts(part, v) for part in a) == 1),
+    "not": ("", lambda r, a, v, s: not r.accepts(a, v)),
+    "if": (
+        "",
+        lambda r, a, v, s: r.accepts(s.get("then" if r.accepts(a, v) else "else", True), v),
+    ),
+    "minimum": ("number", lambda r, a, v, s: v >= a),
+    "maximum": ("number", lambda r, a, v, s: v <= a),
+    "exclusiveMinimum": ("number", lambda r, a, v, s: v > a),
+    "exclusiveMaximum": ("number", lambda r, a, v, s: v < a),
+    "multipleOf": ("number", lambda r, a, v, s: is_multiple(v, a)),
+    "minLength": ("string", lambda r, a, v, s: len(v) >= a),
+    "maxLength": ("string", lambda r, a, v, s: len(v) <= a),
+    "pattern": ("string", lambda r, a, v, s: r.pattern(a).is_in(v)),
+    "minItems": ("array", lambda r, a, v, s: len(v) >= a),
+    "maxItems": ("array", lambda r, a, v, s: len(v) <= a),
+    "uniqueItems": ("array", lambda r, a, v, s: not a or r.is_unique(v)),
+    "prefixItems": ("array", lambda r, a, v, s: all(map(r.accepts, a, v))),
+    "items": (
+        "array",
+        lambda r, a, v, s: all(r.accepts(a, item) for item in v[len(s.get("prefixItems", ())) :]),
+    ),
+    "contains": (
+        "array",
+        lambda r, a, v, s: (
+            s.get("minContains", 1)
+            <= sum(r.accepts(a, item) for item in v)
+            <= s.get("maxContains", len(v))
+        ),
+    ),
+    "unevaluatedItems": ("array", lambda r, a, v, s: r.accepts_rest(a, v, s)),
+    "minProperties": ("object", lambda r, a, v, s: len(v) >= a),
+    "maxProperties": ("object", lambda r, a, v, s: len(v) <= a),
+    "required": ("object", lambda r, a, v, s: all(name in v for name in a)),
+    "properties": (
+        "object",
+        lambda r, a, v, s: all(r.accepts(a[name], v[name]) for name in v if name in a),
+    ),
+    "patternProperties": (
+        "object",
+        lambda r, a, v, s: all(
+            r.accepts(a[key], v[name]) for key in a for name in v if r.pattern(key).is_in(name)
+        ),
+    ),
+    "additionalProperties": (
+        "object",
+        lambda r, a, v, s: all(r.accepts(a, v[name]) for name in v if not r.declares(s, name)),
+    ),
+    "propertyNames": ("object", lambda r, a, v, s: all(r.accepts(a, name) for name in v)),
+    "unevaluatedProperties": ("object", lambda r, a, v, s: r.accepts_rest(a, v, s)),
+    "dependentRequired": (
+        "object",
+        lambda r, a, v, s: all(name in v for key in a if key in v for name in a[key]),
+    ),
+    "dependentSchemas": (
+        "object",
+        lambda r, a, v, s: all(r.accepts(a[key], v) for key in a if key in v),
+    ),
+}
+NO_CHECK = ("nothing", CHECKS["const"][1])  # for default, examples, then and the like
+# What a made value does not meet by the way it is made, and is therefore tested for.
+TESTED = {
+    *("oneOf", "not", "if", "multipleOf", "contains", "unevaluatedItems", "patternProperties"),
+    *("propertyNames", "dependentRequired", "dependentSchemas", "unevaluatedProperties"),
+}
+# keyword: how its argument is read.
+SHAPES = {
+    keyword: shape
+    for shape, keywords in {
+        "types": "type",
+        "values": "enum",
+        "any": "const default examples",
+        "text": "$ref pattern format",
+        "switch": "uniqueItems",
+        "number": "minimum maximum exclusiveMinimum exclusiveMaximum",
+        "step": "multipleOf",
+        "count": "minLength maxLength minItems maxItems minProperties maxProperties"
+        " minContains maxContains",
+        "names": "required",
+        "schema": "additionalProperties items contains not if then else propertyNames"
+        " unevaluatedItems unevaluatedProperties",
+        "schemas": "allOf anyOf oneOf prefixItems",
+        "schema_map": "properties patternProperties dependentSchemas",
+        "names_map": "dependentRequired",
+        "unsupported": "$dynamicRef $recursiveRef",
+    }.items()
+    for keyword in keywords.split()
+}
+
+
+def join_address(base: str, address: str) -> str:
+    """Return the absolute address of a `$ref` or `$id`."""
+    if address.startswith("#") or not base:
+        return base.partition("#")[0] + address
+    from urllib.parse import urljoin
+
+    return urljoin(base, address)
+
+
+OLD_KEYWORDS = ("exclusiveMinimum", "exclusiveMaximum", "items", "dependencies")
+
+
+def modernize(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the schema with the keywords of drafts 4 to 7 in the words of draft 2020-12."""
+    if schema.keys().isdisjoint(OLD_KEYWORDS):
+        return schema
+    modern = dict(schema)
+    for side in ("minimum", "maximum"):
+        strict = f"exclusive{side.capitalize()}"
+        if isinstance(modern.get(strict), bool) and modern.pop(strict) and side in modern:
+            modern[strict] = modern.pop(side)
+    if isinstance(modern.get("items"), list):
+        modern["prefixItems"] = modern.pop("items")
+        if "additionalItems" in modern:
+            modern["items"] = modern["additionalItems"]
+    dependencies = modern.get("dependencies", {})
+    if isinstance(dependencies, dict):
+        names = {
+            key: dependencies[key] for key in dependencies if isinstance(dependencies[key], list)
+        }
+        schemas = {key: dependencies[key] for key in dependencies if key not in names}
+        modern.setdefault("dependentRequired", names)
+        modern.setdefault("dependentSchemas", schemas)
+    return modern
+
+
+def read_number(argument: Any) -> Any:
+    """Return a number that arithmetic can bear, else None."""
+    if isinstance(argument, (int, float)) and not isinstance(argument, bool):
+        return argument if -1e300 <= argument <= 1e300 else None
+    return None
+
+
+def read_count(argument: Any) -> Any:
+    """Return a whole number from 0, else None."""
+    number = read_number(argument)
+    return None if number is None or number < 0 or number != number // 1 else int(number)
+
+
+def read_types(argument: Any) -> Any:
+    """Return the names of types as a tuple, with integers among the numbers, else None."""
+    names = argument if isinstance(argument, list) else [argument]
+    if not names or not all(isinstance(name, str) and name in TYPES for name in names):
+        return None
+    return tuple(
+        dict.fromkeys(n for name in names for n in (name, "integer")[: 1 + (name == "number")])
+    )
+
+
+def read_names(argument: Any) -> Any:
+    """Return a list of texts without repetitions, else None."""
+    if not isinstance(argument, list) or not all(isinstance(name, str) for name in argument):
+        return None
+    return list(dict.fromkeys(argument))
+
+
+def read_names_map(argument: Any) -> Any:
+    """Return an object whose values are lists of names, else None."""
+    if not isinstance(argument, dict) or any(
+        read_names(names) is None for names in argument.values()
+    ):
+        return None
+    return argument
+
+
+# shape: what turns an argument into the form it is used in, None if that cannot be.
+PLAIN_SHAPES: dict[str, Callable[[Any], Any]] = {
+    "types": read_types,
+    "values": lambda argument: argument if isinstance(argument, list) else None,
+    "any": lambda argument: argument,
+    "text": lambda argument: argument if isinstance(argument, str) else None,
+    "switch": lambda argument: argument if isinstance(argument, bool) else None,
+    "number": read_number,
+    "step": lambda argument: read_number(argument) if (read_number(argument) or 0) > 0 else None,
+    "count": read_count,
+    "names": read_names,
+    "names_map": read_names_map,
+}
+
+
+class SchemaReader:
+    """One schema document: reads its parts into one dialect, follows references, tests values.
+
+    A read schema is True, False, or a dict of supported keywords as in draft 2020-12, with
+    `type` as a tuple and `$ref` as an absolute address.
+    """
+
+    def __init__(self, document: Any, steps: Steps) -> None:
+        self.document = document
+        self.steps = steps
+        self._resolved: dict[str, Any] = {}
+        self._patterns: dict[str, Pattern] = {}
+        self._addresses: dict[str, tuple[Any, str]] = {}  # each to a schema and its base
+        self.root = self.read(document, "", "the schema")
+
+    def read(self, schema: Any, base: str, place: str) -> Any:
+        """Return the schema in one dialect, or raise `Unsatisfiable` where it is malformed."""
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, dict):
+            raise Unsatisfiable(
+                f"{place}: a schema is an object or a boolean, not {json.dumps(schema)[:60]}"
+            )
+        self.steps.spend()
+        if isinstance(schema.get("$id"), str):
+            base = join_address(base, schema["$id"])
+        read = {}
+        for keyword, argument in modernize(schema).items():
+            shape = SHAPES.get(keyword)
+            if shape:
+                reading = self._read_argument(shape, argument, base, f"{place}.{keyword}")
+                if reading is None and shape != "any":
+                    found = json.dumps(argument)[:60]
+                    raise Unsatisfiable(f"{place}: {keyword} cannot be {found}")
+                read[keyword] = reading
+        if "$ref" in read:
+            read["$ref"] = join_address(base, read["$ref"])
+        return read
+
+    def _read_argument(self, shape: str, argument: Any, base: str, place: str) -> Any:
+        """Return the argument of a keyword as it is used, or None if it has the wrong shape."""
+        if shape == "schema":
+            return self.read(argument, base, place.replace("the schema.", ""))
+        if shape == "schemas" and isinstance(argument, list):
+            place = place.replace("the schema.", "")
+            return [self.read(part, base, f"{place}[{n}]") for n, part in enumerate(argument)]
+        if shape == "schema_map" and isinstance(argument, dict):
+            place = place.replace("the schema.", "")
+            return {name: self.read(argument[name], base, f"{place}.{name}") for name in argument}
+        check = PLAIN_SHAPES.get(shape)
+        return check(argument) if check else None
+
+    def resolve(self, address: str) -> Any:
+        """Return the read schema that an absolute address names, in this document."""
+        if address not in self._resolved:
+            source, base = self._find(address)
+            self._resolved[address] = self.read(source, base, address)
+        return self._resolved[address]
+
+    def _find(self, address: str) -> tuple[Any, str]:
+        start, _, fragment = address.partition("#")
+        if not self._addresses:
+            self._index(self.document, "")
+        if not fragment.startswith("/") and address.rstrip("#") in self._addresses:
+            return self._addresses[address.rstrip("#")]
+        found, base = self._addresses.get(start, (None, start))
+        for token in fragment.split("/")[1:]:
+            key: Any = unquote(token).replace("~1", "/").replace("~0", "~")
+            if isinstance(found, list):
+                key = int(key) if key.isascii() and key.isdigit() and len(key) < 6 else -1
+                found = found[key] if 0 <= key < len(found) else None
+            else:
+                found = found.get(key) if isinstance(found, dict) else None
+            if isinstance(found, dict) and isinstance(found.get("$id"), str):
+                base = join_address(base, found["$id"])
+        if found is None or not fragment.startswith("/"):
+            raise Unsatisfiable(f"$ref {address[:200]!r}: names nothing in this schema")
+        return found, base
+
+    def _index(self, part: Any, base: str) -> None:
+        """Note the address of every schema that has a `$id` or an anchor."""
+        self.steps.spend()
+        if isinstance(part, dict):
+            if isinstance(part.get("$id"), str):
+                base = join_address(base, part["$id"])
+                self._addresses.setdefault(base.rstrip("#"), (part, base))
+            if isinstance(part.get("$anchor"), str):
+                self._addresses[f"{base}#{part['$anchor']}"] = (part, base)
+            if part is self.document:
+                self._addresses[""] = self._addresses[base] = (part, base)
+            part = [part[name] for name in part if name not in ("enum", "const", "examples")]
+        if isinstance(part, list):
+            for item in part:
+                if isinstance(item, (dict, list)):
+                    self._index(item, base)
+
+    def pattern(self, source: str) -> Pattern:
+        """Return the compiled pattern."""
+        if source not in self._patterns:
+            self._patterns[source] = Pattern(source, self.steps)
+        return self._patterns[source]
+
+    def accepts(self, schema: Any, value: Any) -> bool:
+        """Tell whether the value is valid; `format` is not tested, as in most validators."""
+        if isinstance(schema, bool):
+            return schema
+        self.steps.spend()
+        kind = KINDS[type(value)]
+        for keyword in schema:
+            speaks_of, check = CHECKS.get(keyword, NO_CHECK)
+            if speaks_of in ("", kind) and not check(self, schema[keyword], value, schema):
+                return False
+        return True
+
+    def is_among(self, value: Any, choices: Any) -> bool:
+        """Tell whether the value equals one of the choices."""
+        self.steps.spend(len(choices) // (64 if isinstance(value, str) else 4))
+        if isinstance(value, str):
+            return value in choices
+        wanted = fingerprint(value)
+        return any(fingerprint(choice) == wanted for choice in choices)
+
+    def is_unique(self, items: Any) -> bool:
+        """Tell whether no two items are equal."""
+        return len({fingerprint(item) for item in items}) == len(items)
+
+    def declares(self, schema: Any, name: str) -> bool:
+        """Tell whether properties or patternProperties speak of the name."""
+        patterns = schema.get("patternProperties", ())
+        return name in schema.get("properties", ()) or any(
+            self.pattern(key).is_in(name) for key in patterns
+        )
+
+    def accepts_rest(self, rest: Any, value: Any, schema: Any) -> bool:
+        """Tell whether all that no other keyword of the schema speaks of is valid for `rest`."""
+        others = {key: schema[key] for key in schema if not key.startswith("unevaluated")}
+        seen = self._evaluated(others, value)
+        keys = value if isinstance(value, dict) else range(len(value))
+        return all(self.accepts(rest, value[key]) for key in keys if key not in seen)
+
+    def _evaluated(self, schema: Any, value: Any) -> set[Any]:
+        """Return the names or indexes of which a schema that accepts the value speaks."""
+        if isinstance(schema, bool):
+            return set()
+        if isinstance(value, dict):
+            everything = "additionalProperties" in schema or "unevaluatedProperties" in schema
+            seen = {name for name in value if everything or self.declares(schema, name)}
+        else:
+            everything = "items" in schema or "unevaluatedItems" in schema
+            seen = set(range(len(value) if everything else len(schema.get("prefixItems", ()))))
+            if "contains" in schema:
+                wanted = schema["contains"]
+                seen |= {n for n, item in enumerate(value) if self.accepts(wanted, item)}
+        for part in self._applied(schema, value):
+            seen |= self._evaluated(part, value)
+        return seen
+
+    def _applied(self, schema: Any, value: Any) -> Iterator[Any]:
+        """Yield the schemas inside this one that accept the same value."""
+        parts = [part for key in ("allOf", "anyOf", "oneOf") for part in schema.get(key, ())]
+        parts += [self.resolve(schema["$ref"])] if "$ref" in schema else []
+        dependent = schema.get("dependentSchemas", {})
+        parts += [dependent[name] for name in dependent if name in value]
+        if "if" in schema:
+            parts += [schema["if"]]
+            branch = "then" if self.accepts(schema["if"], value) else "else"
+            parts += [schema.get(branch, True)]
+        return (part for part in parts if self.accepts(part, value))
+
+
+NUMERIC = ("number", "integer")
+# keyword: the type, the keyword and the change of its argument that rule the keyword out.
+OPPOSITES = {
+    "minimum": (NUMERIC, "exclusiveMaximum", 0),
+    "maximum": (NUMERIC, "exclusiveMinimum", 0),
+    "exclusiveMinimum": (NUMERIC, "maximum", 0),
+    "exclusiveMaximum": (NUMERIC, "minimum", 0),
+    "minLength": (("string",), "maxLength", -1),
+    "maxLength": (("string",), "minLength", 1),
+    "minItems": (("array",), "maxItems", -1),
+    "maxItems": (("array",), "minItems", 1),
+    "minProperties": (("object",), "maxProperties", -1),
+    "maxProperties": (("object",), "minProperties", 1),
+}
+
+
+def negations(schema: Any) -> list[Any]:
+    """Return schemas each of which rules the given one out, as far as that is easy to say."""
+    if isinstance(schema, bool):
+        return [not schema]
+    found: list[Any] = []
+    for keyword, argument in schema.items():
+        if keyword == "type":
+            kept = [name for name in TYPES if name not in argument]
+            found += [{"type": tuple(kept)}] if kept else []
+        elif keyword in OPPOSITES:
+            kind, opposite, shift = OPPOSITES[keyword]
+            found.append({"type": kind, opposite: max(0, argument + shift) if shift else argument})
+        elif keyword == "required":
+            found += [{"type": ("object",), "properties": {name: False}} for name in argument]
+        elif keyword == "properties":
+            found += [
+                {"type": ("object",), "required": [name], "properties": {name: {"not": part}}}
+                for name, part in argument.items()
+            ]
+        elif keyword in ("anyOf", "allOf"):
+            parts = [{"not": part} for part in argument]
+            found += [{"allOf": parts}] if keyword == "anyOf" else parts
+        elif keyword == "not":
+            found.append(argument)
+    return found
+
+
+def list_choices(schema: Any) -> Iterator[tuple[list[Any], list[Any]]]:
+    """Yield each choice that a schema leaves: natural options, then those of last resort."""
+    if "anyOf" in schema:
+        yield schema["anyOf"], []
+    if "oneOf" in schema:
+        options = schema["oneOf"]
+        alone = [
+            {"allOf": [option, *({"not": other} for other in options if other is not option)]}
+            for option in options[:8]
+        ]
+        yield options, alone if len(options) > 1 else []
+    if "if" in schema:
+        otherwise = {"allOf": [{"not": schema["if"]}, schema.get("else", True)]}
+        yield [{"allOf": [schema["if"], schema.get("then", True)]}, otherwise], []
+    if "not" in schema:
+        yield [*negations(schema["not"]), True], []
+    for name, names in schema.get("dependentRequired", {}).items():
+        yield [{"required": names}], [{"properties": {name: False}}]
+    for name, part in schema.get("dependentSchemas", {}).items():
+        yield [part], [{"properties": {name: False}}]
+
+
+class Node:
+    """One place of an instance: the schemas that it must meet together, and how it is drawn."""
+
+    __slots__ = ("deep", "depth", "draw", "name", "parts", "place", "trail")
+
+    def __init__(
+        self, draw: Draw, parts: list[Any], name: str, place: str, above: Node | None = None
+    ) -> None:
+        self.draw = draw
+        self.parts = parts
+        self.name = name  # of the property, for values that look natural
+        self.place = place
+        self.depth: int = above.depth + 1 if above else 0
+        self.trail: tuple[str, ...] = above.trail if above else ("#",)  # references on the way
+        self.deep: bool = above.deep if above else False  # only what must be there is made
+
+    def arguments(self, keyword: str) -> list[Any]:
+        """Return the arguments that the parts give to a keyword."""
+        return [part[keyword] for part in self.parts if keyword in part]
+
+    def count_range(self, keyword: str, limit: int) -> tuple[int, int]:
+        """Return the range of minLength, minItems or minProperties, at most up to `limit`."""
+        low = max(self.arguments(f"min{keyword}"), default=0)
+        high = min(self.arguments(f"max{keyword}"), default=limit)
+        if low > high:
+            raise Unsatisfiable(f"{self.place}: min{keyword} {low} is above {high}")
+        if low > limit:
+            raise Unsatisfiable(f"{self.place}: min{keyword} {low} is above the limit of {limit}")
+        return low, min(high, limit)
+
+
+RELUCTANCE = ({"null": 1}, {"array": 1, "object": 1})  # types tried last: usually, when deep
+
+
+def is_tested(parts: list[Any]) -> bool:
+    """Tell whether a value that is made for the parts has to be tested afterwards."""
+    return not all(TESTED.isdisjoint(part) for part in parts)
+
+
+def list_types(parts: list[Any]) -> list[str]:
+    """Return the types that all parts allow; without any, first those the keywords speak of."""
+    given = [part["type"] for part in parts if "type" in part]
+    if given:
+        return [name for name in given[0] if all(name in other for other in given[1:])]
+    kinds = [CHECKS[key][0] for part in parts for key in part if key in CHECKS]
+    implied = dict.fromkeys(filter(None, kinds))
+    return list(
+        implied if implied and not is_tested(parts) else {**implied, **dict.fromkeys(TYPES)}
+    )
+
+
+def list_known_values(node: Node) -> tuple[bool, list[Any]]:
+    """Return the values that a node names, and whether only these are allowed."""
+    for choices in [[value] for value in node.arguments("const")] + node.arguments("enum"):
+        start = node.draw.child("enum").below(max(1, len(choices)))
+        return True, choices[start:] + choices[:start]
+    named = [list(values) for values in node.arguments("examples") if isinstance(values, list)]
+    values = [value for values in named for value in values]
+    start = node.draw.child("example").below(len(values)) if values else 0
+    defaults = [value for value in node.arguments("default") if value not in (None, "", [], {})]
+    return False, values[start:] + values[:start] + defaults
+
+
+def is_null(schema: Any) -> bool:
+    """Tell whether null is all that a schema allows."""
+    return isinstance(schema, dict) and schema.get("type") == ("null",)
+
+
+def describe(parts: list[Any]) -> str:
+    """Return the names of the keywords that are met by trying."""
+    return ", ".join(sorted({key for part in parts for key in part if key in TESTED}))
+
+
+def inside(place: str) -> str:
+    """Return what to put before the name of a place inside this one."""
+    return "" if place == "the schema" else f"{place}."
+
+
+def fit_length(draw: Draw, text: str, low: int, high: int) -> str:
+    """Return the text with words added or its end cut off."""
+    while len(text) < low:
+        text += fill_template(draw, " {noun}")
+    return text[:high]
+
+
+def number_bounds(node: Node) -> tuple[Any, Any]:
+    """Return the lower bound with whether it is excluded, and the upper one with whether it is not.
+
+    None stands for no bound.
+    """
+    lows = [(n, False) for n in node.arguments("minimum")]
+    lows += [(n, True) for n in node.arguments("exclusiveMinimum")]
+    highs = [(n, True) for n in node.arguments("maximum")]
+    highs += [(n, False) for n in node.arguments("exclusiveMaximum")]
+    low, high = max(lows, default=None), min(highs, default=None)
+    if low and high and (low[0] > high[0] or (low[0] == high[0] and (low[1] or not high[1]))):
+        names = ("exclusiveMinimum" if low[1] else "minimum", "maximum")
+        relation = "not below" if low[0] == high[0] else "above"
+        raise Unsatisfiable(f"{node.place}: {names[0]} {low[0]} is {relation} {names[1]} {high[0]}")
+    return low, high
+
+
+def natural_range(name: str, scale: int) -> tuple[int, int]:
+    """Return a range that suits the name; one from 0 to 1 is multiplied by `scale`."""
+    low, high = find_by_name(NUMBERS, name)
+    return low, high * scale if high == 1 else high
+
+
+def clip_range(natural: tuple[Any, Any], low: Any, high: Any, step: Any = None) -> tuple[Any, Any]:
+    """Return the natural range inside the bounds, or one at a bound; counted in steps if given."""
+    if step is not None:
+        low = None if low is None else int(-(-low // step))
+        high = None if high is None else int(high // step)
+        natural = (int(-(-natural[0] // step)), int(natural[1] // step))
+        natural = natural if natural[0] <= natural[1] else (natural[1], natural[1] + 5)
+    start = natural[0] if low is None else max(natural[0], low)
+    end = natural[1] if high is None else min(natural[1], high)
+    if start <= end:
+        return start, end
+    if high is None or (low is not None and low > natural[1]):
+        return low, low + 100 if high is None else min(high, low + 100)
+    return high - 100 if low is None else max(low, high - 100), high
+
+
+def whole_step(step: Any) -> int:
+    """Return the least whole multiple of a step: 5 for 2.5."""
+    for times in (*range(1, 1001), *(10**digits for digits in range(4, 13))):
+        if step * times == step * times // 1:
+            return int(step * times)
+    raise Unsatisfiable(f"multipleOf {step} has no whole multiple within reach")
+
+
+def least_common(steps: Iterable[int]) -> int:
+    """Return the least common multiple, 1 of none."""
+    common = 1
+    for step in steps:
+        first, second = common, step
+        while second:
+            first, second = second, first % second
+        common = common * step // first
+    return common
+
+
+NAME_SCHEMA = {"type": ("string",)}
+
+
+class InstanceMaker:
+    """Makes one instance of a schema, from the outside in, going back where a way is blocked."""
+
+    def __init__(self, reader: SchemaReader, max_depth: int) -> None:
+        self.reader = reader
+        self.steps = reader.steps
+        self.max_depth = max_depth
+        self.made = 0
+        self._heights: dict[str, int] = {}
+
+    def make(self, node: Node) -> Any:
+        """Return a value for the node by the first way that is not blocked."""
+        self.steps.spend()
+        if node.depth > MAX_INSTANCE_DEPTH:
+            raise Unsatisfiable(f"{node.place}: nests deeper than {MAX_INSTANCE_DEPTH} levels")
+        problem = None
+        for count, way in enumerate(self._ways(node, node.parts, [], [], ())):
+            if count == MAX_BRANCHES:
+                break
+            try:
+                value = self._fill(way)
+                self.made += 1
+                return value
+            except Unsatisfiable as error:
+                if self.steps.left < 0:
+                    raise
+                problem = problem or error
+        raise problem or Unsatisfiable(f"{node.place}: no value is allowed here")
+
+    def _ways(
+        self, node: Node, todo: list[Any], parts: list[Any], choices: list[Any], refs: Any
+    ) -> Iterator[Node]:
+        """Yield the node with its references and choices resolved, one way after the other."""
+        todo, parts, choices = list(todo), list(parts), list(choices)
+        for part in todo:  # grows on the way
+            if part is True:
+                continue
+            if part is False:
+                return
+            self.steps.spend()
+            parts.append(part)
+            todo += part.get("allOf", ())
+            if "$ref" in part and part["$ref"] not in refs:
+                refs = (*refs, part["$ref"])
+                todo.append(self.reader.resolve(part["$ref"]))
+            choices += list_choices(part)
+        way = Node(node.draw, parts, node.name, node.place)
+        way.depth, way.trail = node.depth, (*node.trail, *refs)
+        way.deep = node.deep or any(ref in node.trail for ref in refs)
+        way.deep = way.deep or node.depth >= self.max_depth or self.made >= LARGE
+        if not choices:
+            yield way
+        elif list_types(parts):
+            for option in self._in_order(way, *choices.pop(0)):
+                yield from self._ways(node, [option], parts, choices, refs)
+
+    def _in_order(self, way: Node, natural: list[Any], resort: list[Any]) -> list[Any]:
+        """Return options as they are tried: drawn, null last; the flattest first when deep."""
+        if len(natural) > 1:
+            start = way.draw.child("option").below(len(natural))
+            natural = natural[start:] + natural[:start]
+            natural.sort(key=self.height if way.deep else is_null)
+        return natural + resort
+
+    def height(self, schema: Any) -> int:
+        """Return about how many objects, arrays and references an instance needs at least."""
+        if isinstance(schema, bool) or "enum" in schema or "const" in schema:
+            return 0
+        heights = [self.height(part) for part in schema.get("allOf", ())]
+        for keyword in ("anyOf", "oneOf"):
+            heights.append(min(map(self.height, schema.get(keyword, ())), default=0))
+        properties = schema.get("properties", {})
+        for name in schema.get("required", ()):
+            heights.append(1 + self.height(properties.get(name, True)))
+        if schema.get("minItems"):
+            heights.append(1 + self.height(schema.get("items", True)))
+        if "$ref" in schema:
+            heights.append(self._reference_height(schema["$ref"]))
+        return max(heights, default=0)
+
+    def _reference_height(self, address: str) -> int:
+        if address not in self._heights:
+            self._heights[address] = 999  # what leads back here never ends
+            height = 1 + self.height(self.reader.resolve(address))
+            self._heights[address] = min(999, height)
+        return self._heights[address]
+
+    def _fill(self, node: Node) -> Any:
+        """Return a value that meets all parts of a node without open choices."""
+        parts = node.parts
+        tested = [part for part in parts if not TESTED.isdisjoint(part)]
+        required, known = list_known_values(node)
+        for value in known:
+            if all(self.reader.accepts(part, value) for part in parts):
+                return value
+        if required:
+            raise Unsatisfiable(f"{node.place}: no enum or const value meets the other keywords")
+        problem = None
+        for kind in sorted(list_types(parts), key=lambda kind: RELUCTANCE[node.deep].get(kind, 0)):
+            for attempt in range(TRIES if tested else 1):
+                try:
+                    value = getattr(self, f"make_{kind}")(node, attempt)
+                except Unsatisfiable as error:
+                    if self.steps.left < 0:
+                        raise
+                    problem = problem or error
+                    break
+                if all(self.reader.accepts(part, value) for part in tested):
+                    return value
+        reason = f"meets {describe(tested)}" if tested else "is of all its types"
+        raise problem or Unsatisfiable(f"{node.place}: no value was found that {reason}")
+
+    def make_string(self, node: Node, attempt: int) -> str:
+        """Return a text by format, by name or by pattern."""
+        low, high = node.count_range("Length", MAX_TEXT)
+        patterns = [self.reader.pattern(source) for source in node.arguments("pattern")]
+        formats = [name for name in node.arguments("format") if name in FORMATS]
+        draw = node.draw.child(attempt) if attempt else node.draw
+        template = FORMATS[formats[0]] if formats else find_by_name(TEXTS, node.name)
+        for _ in range(3 if patterns else TRIES):
+            text = fill_template(draw, template)
+            if not formats and not patterns:
+                text = fit_length(draw, text, low, high)
+            self.steps.spend(len(text) // 16)
+            if low <= len(text) <= high and all(pattern.is_in(text) for pattern in patterns):
+                return text
+        if patterns:
+            return patterns[0].make(draw, low, high, patterns[1:])
+        raise Unsatisfiable(
+            f"{node.place}: no {formats[0]} of {low} to {high} characters was found"
+        )
+
+    def make_null(self, node: Node, attempt: int) -> None:
+        """Return null."""
+
+    def make_boolean(self, node: Node, attempt: int) -> bool:
+        """Return true or false, the other one at the next attempt."""
+        return (node.draw.child().below(2) + attempt) % 2 == 0
+
+    def make_integer(self, node: Node, attempt: int) -> Any:
+        """Return a whole number; each attempt another one, as long as there are some."""
+        low, high = number_bounds(node)
+        least = None if low is None else int(low[0] // 1 + 1 if low[1] else -(-low[0] // 1))
+        most = None if high is None else int(high[0] // 1 if high[1] else -(-high[0] // 1) - 1)
+        step = least_common(map(whole_step, node.arguments("multipleOf")))
+        first, last = clip_range(natural_range(node.name, 100), least, most, step)
+        if last < first:
+            raise Unsatisfiable(f"{node.place}: no multiple of {step} is in its range")
+        chosen = node.draw.child().below(last - first + 1) + attempt
+        return (first + chosen % (last - first + 1)) * step
+
+    def make_number(self, node: Node, attempt: int) -> Any:
+        """Return a number with few digits; each attempt another one, as long as there are some."""
+        low, high = number_bounds(node)
+        least, most = low and low[0], high and high[0]
+        factors = node.arguments("multipleOf")
+        draw = node.draw.child(attempt) if attempt else node.draw
+        if factors:
+            step = factors[0] if len(factors) == 1 else least_common(map(whole_step, factors))
+            first, last = clip_range(natural_range(node.name, 1), least, most, step)
+            times = first + (draw.below(max(1, last - first + 1)))
+            choices = [round(times * step, 10), times * step]
+        else:
+            start, end = clip_range(natural_range(node.name, 1), least, most)
+            part = 0.01 + 0.98 * draw.unit()
+            exact = start * (1 - part) + end * part
+            choices = [*(round(exact, digits) for digits in (2, 4, 8)), exact, start, end]
+        for value in choices:
+            if (low is None or value > least or (value == least and not low[1])) and (
+                high is None or value < most or (value == most and high[1])
+            ):
+                return value
+        raise Unsatisfiable(f"{node.place}: no number was found in its range")
+
+    def make_array(self, node: Node, attempt: int) -> list[Any]:
+        """Return a list; items beyond the least number end where they cannot be made."""
+        low, high = node.count_range("Items", MAX_ITEMS)
+        contained = [
+            part["contains"]
+            for part in node.parts
+            for _ in range(min(part.get("minContains", 1), MAX_ITEMS))
+            if "contains" in part
+        ]
+        fixed = max([len(items) for items in node.arguments("prefixItems")], default=0)
+        start = fixed if attempt % 2 == 0 and fixed + len(contained) <= high else 0
+        flat = not any(map(self.height, node.arguments("items")))
+        some = 1 + node.draw.below(3) if (flat or not node.deep) and not attempt else 0
+        low = max(low, len(contained))
+        items: list[Any] = []
+        for index in range(min(high, max(low, fixed, start + len(contained), some))):
+            wanted = contained[index - start : index - start + 1] if index >= start else []
+            parts = self._item_parts(node, index, wanted)
+            if True in node.arguments("uniqueItems"):
+                parts.append({"not": {"enum": list(items)}})
+            draw = node.draw.child("item", index, attempt)
+            place = f"{inside(node.place)}items[{index}]"
+            try:
+                items.append(self.make(Node(draw, parts, node.name, place, node)))
+            except Unsatisfiable:
+                if index < low or self.steps.left < 0:
+                    raise
+                break
+        return items
+
+    def _item_parts(self, node: Node, index: int, wanted: list[Any]) -> list[Any]:
+        """Return the schemas of the item at an index, with those that it is wanted for."""
+        parts = list(wanted)
+        for part in node.parts:
+            fixed = part.get("prefixItems", ())
+            parts += fixed[index : index + 1] if index < len(fixed) else [part.get("items", None)]
+        parts = [part for part in parts if part is not None]
+        return parts or node.arguments("unevaluatedItems")
+
+    def make_object(self, node: Node, attempt: int) -> dict[str, Any]:
+        """Return an object with all that is required, most of what is declared, and extras."""
+        low, high = node.count_range("Properties", MAX_ITEMS)
+        declared = dict.fromkeys(name for part in node.arguments("properties") for name in part)
+        required = dict.fromkeys(name for names in node.arguments("required") for name in names)
+        if len(required) > high:
+            raise Unsatisfiable(f"{node.place}: maxProperties {high} is below what is required")
+        made: dict[str, Any] = {}
+        optional = high - len(required)
+        for name in {**declared, **required}:
+            if name in required:
+                made[name] = self._make_property(node, name, attempt)
+            elif optional and self._is_wanted(node, name, attempt):
+                optional -= self._add_property(node, made, name, attempt)
+        some = 0 if declared or required or node.deep or attempt else 2
+        is_map = any(node.arguments("additionalProperties") + node.arguments("patternProperties"))
+        self._add_extras(node, made, max(low, min(high, some if is_map else 0)), attempt)
+        if len(made) < low:
+            raise Unsatisfiable(f"{node.place}: minProperties {low} is above what can be made")
+        return made
+
+    def _is_wanted(self, node: Node, name: str, attempt: int) -> bool:
+        """Tell whether to make an optional property; later attempts leave some out."""
+        if attempt:
+            return node.draw.child("has", name, attempt).below(2) == 0
+        schemas = [part[name] for part in node.arguments("properties") if name in part]
+        return not node.deep or not any(map(self.height, schemas))
+
+    def _make_property(self, node: Node, name: str, attempt: int) -> Any:
+        parts: list[Any] = []
+        rest: list[Any] = []
+        for part in node.parts:
+            before = len(parts)
+            if name in part.get("properties", ()):
+                parts.append(part["properties"][name])
+            for source, schema in part.get("patternProperties", {}).items():
+                if self.reader.pattern(source).is_in(name):
+                    parts.append(schema)
+            if len(parts) == before and "additionalProperties" in part:
+                parts.append(part["additionalProperties"])
+            rest += [part["unevaluatedProperties"]] if "unevaluatedProperties" in part else []
+        draw = node.draw.child("property", name, *([attempt] if attempt else []))
+        place = f"{inside(node.place)}properties.{name[:60]}"
+        return self.make(Node(draw, parts or rest, name, place, node))
+
+    def _add_property(self, node: Node, made: dict[str, Any], name: str, attempt: int) -> bool:
+        """Add an optional property and return True, unless it cannot be made."""
+        names = node.arguments("propertyNames")
+        if not all(self.reader.accepts(schema, name) for schema in names):
+            return False
+        try:
+            made[name] = self._make_property(node, name, attempt)
+        except Unsatisfiable:
+            if self.steps.left < 0:
+                raise
+            return False
+        return True
+
+    def _add_extras(self, node: Node, made: dict[str, Any], count: int, attempt: int) -> None:
+        """Add properties until there are so many, or no further name is found."""
+        skipped = [name for part in node.arguments("properties") for name in part]
+        for number in range(len(skipped) + 4 * count + TRIES):
+            if len(made) >= count:
+                return
+            if number < len(skipped):
+                name = skipped[number]
+            else:
+                name = self._draw_name(node, number - len(skipped), attempt)
+            if name not in made:
+                self._add_property(node, made, name, attempt)
+
+    def _draw_name(self, node: Node, number: int, attempt: int) -> str:
+        """Draw a name for an extra property: from the patterns, propertyNames or a word list."""
+        draw = node.draw.child("name", number, attempt)
+        patterns = [source for part in node.arguments("patternProperties") for source in part]
+        names = node.arguments("propertyNames")
+        if patterns and number % 3 != 2:
+            return self.reader.pattern(draw.pick(patterns)).make(draw, others=())
+        if names:
+            return str(
+                self.make(Node(draw, [*names, NAME_SCHEMA], "word", inside(node.place), node))
+            )
+        return fill_template(draw, "{noun}" if number < TRIES else "{adjective}_{noun}{d3}")
+
+
+def make_instance(draw: Draw, schema: Any, max_depth: int = 6) -> Any:
+    """Return a value that is valid against a JSON schema, the same for the same draw.
+
+    Supported are the keywords in `SHAPES`; others are ignored, as the standard says. Beyond
+    `max_depth` levels, and inside a recursive schema, only what must be there is made. Raises
+    `Unsatisfiable` when the schema is malformed, contradicts itself or is too entangled.
+    """
+    steps = Steps()
+    try:
+        reader = SchemaReader(schema, steps)
+        problem = None
+        for attempt in range(3):
+            node = Node(draw.child(attempt) if attempt else draw, [reader.root], "", "the schema")
+            value = InstanceMaker(reader, max_depth).make(node)
+            if reader.accepts(reader.root, value):
+                return value
+            problem = f"{node.place}: no value tried meets all of it"
+    except RecursionError:
+        problem = "the schema: its references lead in circles or too deep"
+    raise Unsatisfiable(problem)
+
+
+# === Catalogue ===
+
+
+CREATED_AT = {  # recorded; of most models the service says 0
+    "meta-llama/Llama-3.3-70B-Instruct-Turbo": 1733466629,
+    "openai/gpt-oss-120b": 1754414557,
+    "openai/gpt-oss-20b": 1754414613,
+    "Qwen/Qwen2.5-7B-Instruct-Turbo": 1728671048,
+    "intfloat/multilingual-e5-large-instruct": 1745513588,
+    "black-forest-labs/FLUX.1-schnell": 1778115148,
+}
+
+
+class Model:
+    """One row of the catalogue; prices are USD for a million tokens."""
+
+    def __init__(
+        self,
+        type: str,
+        id: str,
+        organization: str = "",
+        display_name: str = "",
+        context_length: int | None = None,
+        prices: Sequence[float] = (0, 0),
+        *,
+        thinks: bool = False,
+        dimensions: int = 768,
+        pricing: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.type = type
+        self.id = id
+        self.organization = organization
+        self.display_name = display_name or id
+        self.context_length = context_length
+        self.prices = prices  # input, output and, where it is offered, cached input
+        self.thinks = thinks  # writes its reasoning before it answers
+        self.dimensions = dimensions  # of an embedding
+        self.pricing = pricing or {}  # what is paid otherwise than by tokens
+        self.created = CREATED_AT.get(id, 0)
+
+
+# A type's heading, then: id | organization | display name | context length | prices | more.
+# Ids, lengths, names and prices as the service listed them on 2026-08-17; below the second
+# `chat`, older ids that programs and tests still use.
+MODEL_TABLE = """\
+= chat
+meta-llama/Llama-3.3-70B-Instruct-Turbo|Meta|Meta Llama 3.3 70B Instruct Turbo|131072|1.04/1.04|
+openai/gpt-oss-120b|OpenAI|OpenAI GPT-OSS 120B|131072|0.15/0.6|thinks
+openai/gpt-oss-20b|OpenAI|OpenAI GPT-OSS 20B|131072|0.05/0.2|thinks
+deepseek-ai/DeepSeek-V4-Pro|Deepseek|Deepseek V4 Pro|512000|1.74/3.48/0.2|thinks
+moonshotai/Kimi-K2.6|Moonshot AI|Kimi K2.6 Fp4|262144|1.2/4.5/0.2|thinks
+moonshotai/Kimi-K3|Moonshot AI|Kimi K3|1000000|3/15/0.3|thinks
+zai-org/GLM-5.2|Zai Org|GLM 5.2|512000|1.4/4.4/0.26|thinks
+Qwen/Qwen3.5-9B|Qwen|Qwen3.5 9B FP8|262144|0.17/0.25|thinks
+Qwen/Qwen2.5-7B-Instruct-Turbo|Qwen|Qwen2.5 7B Instruct Turbo|32768|0.3/0.3|
+Qwen/Qwen3.6-Plus|Qwen|Qwen3.6 Plus|1000000|0.5/3|thinks
+MiniMaxAI/MiniMax-M2.7|MiniMaxAI|MiniMax M2.7 FP4|196608|0.3/1.2/0.06|thinks
+google/gemma-4-31B-it|Google|Gemma 4 31B-it FP8|262144|0.39/0.97|
+google/gemma-3n-E4B-it|Google|Gemma 3N E4B Instruct|32768|0.06/0.12|
+LiquidAI/LFM2.5-8B-A1B|LiquidAI|LFM2.5-8B-A1B|128000|0.03/0.12|
+nvidia/nemotron-3-ultra-550b-a55b|NVIDIA|NVIDIA Nemotron 3 Ultra 550B A55B NVFP4\
+|512288|0.6/3.6/0.2|thinks
+deepcogito/cogito-v2-1-671b|Deepcogito|Cogito v2.1 671B|163840|1.25/1.25|thinks
+= moderation
+meta-llama/Llama-Guard-4-12B|Meta|Llama Guard 4 12B|1048576|0.2/0.2|
+= code
+facebook/cwm|Meta|Facebook CWM|131072||
+= language
+meta-llama/Meta-Llama-3.1-8B|Meta|Meta Llama 3.1 8B|16384|0.2/0.2|
+mistralai/Mixtral-8x7B-v0.1|mistralai|Mixtral 8X7b V0.1|32768||
+Qwen/Qwen2-72B|Qwen|Qwen 2 (72B)|32768||
+= embedding
+intfloat/multilingual-e5-large-instruct|Intfloat|Multilingual E5 Large Instruct\
+|514|0.02/0.02|1024 dimensions
+BAAI/bge-base-en-v1.5|BAAI|BAAI-Bge-Base-1.5|512|0.008/0.008|
+= rerank
+Salesforce/Llama-Rank-V1|salesforce|Salesforce Llama Rank V1 (8B)|8192|0.1/0.1|
+mixedbread-ai/mxbai-rerank-large-v2|Mixedbread AI|Mxbai Rerank Large V2|32768||
+= image
+black-forest-labs/FLUX.1-schnell|Black Forest Labs|FLUX.1 Schnell|||image_pixel 0.0027
+black-forest-labs/FLUX.2-dev|Black Forest Labs|FLUX.2 [dev]|||image 0.0154
+black-forest-labs/FLUX.2-pro|Black Forest Labs|FLUX.2 [pro]|||image 0.03
+black-forest-labs/FLUX.1-kontext-pro|Black Forest Labs|FLUX.1 Kontext [pro]|0||image_pixel 0.04
+google/flash-image-2.5|Google|Gemini Flash Image 2.5 (Nano Banana)|||image 0.039
+stabilityai/stable-diffusion-xl-base-1.0|stabilityai|SD XL|||image 0.0019
+Qwen/Qwen-Image|Qwen|Qwen Image|||image 0.0058
+= audio
+hexgrad/Kokoro-82M|Hexgrad|Kokoro 82M||4/0|
+canopylabs/orpheus-3b-0.1-ft|Canopy Labs|Orpheus 3B 0.1 FT||15/0|
+cartesia/sonic|Cartesia|Cartesia Sonic|0|65/0|
+cartesia/sonic-2|Cartesia|Cartesia Sonic 2|448|65/0|
+cartesia/sonic-3|Cartesia|Cartesia Sonic 3|448|65/0|
+= transcribe
+openai/whisper-large-v3|OpenAI|Whisper large-v3|1|0.27/0.85|transcribe 0.0015
+nvidia/parakeet-tdt-0.6b-v3|Nvidia|Nvidia Parakeet TDT 0.6B V3|448||transcribe 0.0015
+= video
+minimax/hailuo-02|MiniMaxAI|MiniMax Hailuo 02|||video 0.56 (768p / 10s)
+minimax/video-01-director|MiniMaxAI|MiniMax 01 Director|||
+openai/sora-2|OpenAI|Sora 2|||video 0.8 (720p / 8s)
+ByteDance/Seedance-1.0-pro|ByteDance|ByteDance Seedance 1.0 Pro|||video 0.565 (720p / 5s)
+Wan-AI/wan2.7-t2v|Wan-AI|Wan 2.7 T2V|||video 0.1 (per 5 seconds)
+= chat
+meta-llama/Meta-Llama-3.1-8B-Instruct-Turbo|Meta|Meta Llama 3.1 8B Instruct Turbo|131072|0.18/0.18|
+mistralai/Mixtral-8x7B-Instruct-v0.1|mistralai|Mixtral-8x7B Instruct v0.1|32768|0.6/0.6|
+Qwen/Qwen2.5-72B-Instruct-Turbo|Qwen|Qwen2.5 72B Instruct Turbo|131072|1.2/1.2|
+= embedding
+togethercomputer/m2-bert-80M-8k-retrieval|Together|M2-BERT-Retrieval-8k|8192|0.008/0.008|
+togethercomputer/m2-bert-80M-32k-retrieval|Together|M2-BERT-Retrieval-32K|32768|0.008/0.008|
+togethercomputer/m2-bert-80M-2k-retrieval|Together|M2-BERT-Retrieval-2K|2048|0.008/0.008|
+Alibaba-NLP/gte-modernbert-base|Alibaba Nlp|Gte Modernbert Base|8192|0.08/0.08|
+BAAI/bge-large-en-v1.5|BAAI|BAAI-Bge-Large-1.5|512|0.016/0.016|1024 dimensions
+WhereIsAI/UAE-Large-V1|WhereIsAI|UAE-Large v1|512|0.016/0.016|1024 dimensions
+= rerank
+Salesforce/Llama-Rank-v1|salesforce|Salesforce Llama Rank V1 (8B)|8192|0.1/0.1|
+= image
+black-forest-labs/FLUX.1-schnell-Free|Black Forest Labs|FLUX.1 [schnell] Free|||
+black-forest-labs/FLUX.1.1-pro|Black Forest Labs|FLUX1.1 [pro]|||image_pixel 0.04
+= language
+meta-llama/Llama-2-70b-hf|Meta|LLaMA-2 (70B)|4096|0.9/0.9|
+= moderation
+Meta-Llama/Llama-Guard-7b|Meta|Llama Guard (7B)|4096|0.2/0.2|
+"""
+UNIT_PRICES = {"image_pixel": "price_per_megapixel", "transcribe": "price_per_minute"}
+MORE = re.compile(r"(thinks)|([0-9]+) dimensions|(\w+) ([0-9.]+)(?: \((.+)\))?")
+
+
+def read_model(type: str, row: str) -> Model:
+    """Make a model of one row of the table."""
+    id, organization, display_name, context_length, prices, more = row.split("|")
+    thinks, dimensions, pricing = False, 768, {}
+    for flag, size, unit, price, what in MORE.findall(more):
+        thinks = thinks or bool(flag)
+        dimensions = int(size or dimensions)
+        if unit in UNIT_PRICES:
+            pricing[unit] = {UNIT_PRICES[unit]: float(price)}
+        elif unit:
+            example = what or "1 image"
+            pricing[unit] = {"example_price": float(price), "example_description": example}
+    return Model(
+        type,
+        id,
+        organization,
+        display_name,
+        int(context_length) if context_length else None,
+        [float(price) for price in prices.split("/")] if prices else (0, 0),
+        thinks=thinks,
+        dimensions=dimensions,
+        pricing=pricing,
+    )
+
+
+def read_models(table: str) -> dict[str, Model]:
+    """Return the models of a table by id."""
+    models = {}
+    for group in table.split("= ")[1:]:
+        type, *rows = group.splitlines()
+        models.update((row.partition("|")[0], read_model(type, row)) for row in rows)
+    return models
+
+
+MODELS = read_models(MODEL_TABLE)
+
+# What a model's chat template ends a turn with, by the start of its id (recorded).
+STOP_TOKENS = {
+    "meta-llama/": ["<|eot_id|>", "<|eom_id|>"],
+    "openai/": ["<|return|>"],
+    "Qwen/": ["<|im_end|>"],
+}
+PRICING_KEYS = ("hourly", "base", "finetune", "image_pixel", "transcribe", "image", "video")
+
+
+def model_object(model: Model) -> dict[str, Any]:
+    """Return a model as `GET /v1/models` lists it."""
+    stop = next((s for start, s in STOP_TOKENS.items() if model.id.startswith(start)), [])
+    pricing: dict[str, Any] = dict.fromkeys(PRICING_KEYS, 0)
+    pricing.update(zip(("input", "output", "cached_input"), model.prices), **model.pricing)
+    item: dict[str, Any] = {
+        "id": model.id,
+        "uuid": "endpoint-" + draw_uuid(Draw.of("model", model.id)),
+        "object": "model",
+        "created": model.created,
+        "type": model.type,
+        "running": False,
+        "display_name": model.display_name,
+        "organization": model.organization,
+        "link": f"https://huggingface.co/{model.id}",
+        "license": "other",
+        "config": {"chat_template": None, "stop": stop, "bos_token": None, "eos_token": None},
+        "pricing": pricing,
+    }
+    if model.context_length is not None:
+        item["context_length"] = model.context_length
+    return item
+
+
+CAPABILITIES = {
+    "embedding": "CAPABILITY_EMBEDDING",
+    "rerank": "CAPABILITY_RERANKING",
+    "image": "CAPABILITY_IMAGE_GENERATION",
+    "video": "CAPABILITY_VIDEO_GENERATION",
+}
+# type: input, output
+MODALITIES = {
+    "image": ("TEXT", "IMAGE"),
+    "video": ("TEXT", "VIDEO"),
+    "audio": ("TEXT", "AUDIO"),
+    "transcribe": ("AUDIO", "TEXT"),
+}
+
+
+def supported_model(model: Model) -> dict[str, Any]:
+    """Return a model as `GET /v2/supported-models` lists it."""
+    takes, gives = MODALITIES.get(model.type, ("TEXT", "TEXT"))
+    features = ["FEATURE_TOOL_CALLING", "FEATURE_STRUCTURED_OUTPUT"]
+    features += ["FEATURE_REASONING"] if model.thinks else []
+    day = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.created or CREATED))
+    return {
+        "id": "ml_" + Draw.of("supported model", model.id).hex(24),
+        "name": model.id,
+        "displayName": model.display_name,
+        "displayType": model.type,
+        "publisher": model.organization,
+        "baseModel": "",
+        "baseModelId": "",
+        "capabilities": [CAPABILITIES.get(model.type, "CAPABILITY_CHAT")],
+        "inputModalities": ["MODALITY_" + takes],
+        "outputModalities": ["MODALITY_" + gives],
+        "products": ["PRODUCT_SERVERLESS"],
+        "features": features if model.type == "chat" else [],
+        "deploymentProfiles": [],
+        "contextLength": str(model.context_length or 0),
+        "pricing": dict(zip(("input", "output", "cachedInput"), model.prices)),
+        "serverlessEndpoint": model.id,
+        "status": "SUPPORTED_MODEL_STATUS_SUPPORTED",
+        "createdAt": day,
+        "updatedAt": day,
+    }
+
+
+# === Dialects ===
+
+# Clients of one generation ask for /v1/v1/..., or for v2 and v3 operations under /v1.
+DOUBLED_PREFIX = re.compile(r"/v1(?=/v[123](?:/|$))")
+MOVED_PREFIXES = {
+    "/v1/whoami": "/v3/whoami",
+    "/v1/videos": "/v2/videos",
+    "/v1/supported-models": "/v2/supported-models",
+}
+MOVED = re.compile(r"(/v1/(?:whoami|videos|supported-models))(?=/|$)")
+
+
+def collapse_path(path: str, strict: bool) -> str:
+    """Return the path an operation is declared under: one base URL serves every client."""
+    if "//" in path:
+        path = re.sub("//+", "/", path)
+    if len(path) > 1 and path[-1] == "/":
+        path = path[:-1]
+    if strict or not path.startswith("/v1/"):
+        return path
+    path = DOUBLED_PREFIX.sub("", path, count=1)
+    return MOVED.sub(lambda found: MOVED_PREFIXES[found.group()], path, count=1)
+
+
+def is_openai(request: Request) -> bool:
+    """Say whether an official OpenAI client asks."""
+    return request.headers.get("user-agent", "").startswith(("OpenAI/", "AsyncOpenAI/"))
+
+
+def is_together(request: Request) -> bool:
+    """Say whether an official Together client asks, of whichever generation."""
+    return request.headers.get("user-agent", "").startswith(("Together/", "AsyncTogether/"))
+
+
+def is_stainless(request: Request) -> bool:
+    """Say whether a generated Together client asks: Python 2.x and 3.x, and npm's."""
+    return is_together(request) and "x-stainless-lang" in request.headers
+
+
+def wrap_list(request: Request, items: list[Any], strict: bool) -> Any:
+    """Return the bare array of production, or the envelope that OpenAI's clients parse."""
+    if is_openai(request) and not strict:
+        return {"object": "list", "data": items, "has_more": False}
+    return items
+
+
+def completion_object(request: Request, chunk: bool) -> str:
+    """Return `object` of a text completion, which is a constant in each client's types."""
+    if is_openai(request):
+        return "text_completion"
+    if chunk:
+        return "completion.chunk"
+    return "text.completion" if is_stainless(request) else "text_completion"
+
+
+def shape_top_logprobs(request: Request, tops: list[dict[str, float]]) -> Any:
+    """Return a list, an object a token; generated Together clients know one object alone."""
+    if not is_stainless(request):
+        return tops
+    return {token: value for top in tops for token, value in top.items()}
+
+
+# === Collections ===
+
+
+def copy_json(value: Any) -> Any:
+    """Copy nested dicts and lists; other values are shared."""
+    if type(value) is dict:
+        return {key: copy_json(item) for key, item in value.items()}
+    return [copy_json(item) for item in value] if type(value) is list else value
+
+
+class Collection:
+    """Stored wire objects of one noun, in the order added; hands out copies, raises the 404."""
+
+    def __init__(self, noun: str) -> None:
+        self.noun = noun
+        self._items: dict[str, dict[str, Any]] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._items
+
+    def __getitem__(self, id: str) -> dict[str, Any]:
+        return self.get(id)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.list())
+
+    def add(self, item: dict[str, Any], key: str = "id") -> dict[str, Any]:
+        """Store an object under its id (or the key named); an older one of that id goes."""
+        with self._lock:
+            self._items[item[key]] = copy_json(item)
+        return item
+
+    def get(self, id: str) -> dict[str, Any]:
+        """Return one object; raise ApiError 404 where there is none."""
+        try:
+            return copy_json(self._items[id])
+        except KeyError:
+            raise ApiError("no_object", param="id", noun=self.noun, id=id) from None
+
+    def update(self, id: str, **changes: Any) -> dict[str, Any]:
+        """Change some keys of one object and return the whole."""
+        with self._lock:
+            if id in self._items:
+                self._items[id].update(copy_json(changes))
+        return self.get(id)
+
+    def remove(self, id: str) -> dict[str, Any]:
+        """Take one object out and return it."""
+        item = self.get(id)
+        with self._lock:
+            self._items.pop(id, None)
+        return item
+
+    def list(self, limit: int | None = None, after: str | None = None) -> list[dict[str, Any]]:
+        """Return objects, newest first: at most `limit`, from the one that follows `after`."""
+        with self._lock:
+            items = list(self._items.items())[::-1]
+        if after is not None:
+            ids = [id for id, _ in items]
+            items = items[ids.index(after) + 1 :] if after in ids else []
+        return [copy_json(item) for _, item in items[:limit]]
+
+
+def climb(ladder: Sequence[str], status: str, *, at_once: bool = False) -> str:
+    """Return the next rung of a job's status; one that left the ladder stays where it is."""
+    if status not in ladder:
+        return status
+    return ladder[-1] if at_once else ladder[min(ladder.index(status) + 1, len(ladder) - 1)]
+
+
+def mask(value: str) -> str:
+    """Keep the scheme of a header that holds a key, never the key."""
+    scheme, space, _ = value.partition(" ")
+    return f"{scheme} ***" if space else "***"
+
+
+def mask_query(query: str) -> str:
+    """Hide the keys in a query."""
+    return SECRET_ARGS.sub(r"\1***", query)
+
+
+def summarise(value: Any) -> Any:
+    """Return a value of a body for the record: files as their size, secrets as stars."""
+    if type(value) is Upload:
+        kind = value.content_type
+        return {"filename": value.filename, "content_type": kind, "bytes": len(value.data)}
+    if type(value) is dict:
+        return {
+            name: "***" if SECRET_FIELDS.search(name) and inner else summarise(inner)
+            for name, inner in value.items()
+        }
+    return [summarise(item) for item in value] if type(value) is list else value
+
+
+class Call:
+    """One recorded request, as users read it in their assertions."""
+
+    def __init__(self, number: int, request: Request, at: float) -> None:
+        self.number = number
+        self.method = request.method
+        self.path = request.path
+        self.query = request.query
+        self.headers = {
+            name: mask(value) if name in SECRET_HEADERS else value
+            for name, value in request.headers.items()
+        }
+        self.kind = ""  # chat, completion, embeddings, images, or the family of the path
+        self.at = at  # Unix seconds
+        self.status = 0  # of the reply; 0 until there is one
+        self.duration = 0.0  # seconds until the reply, or the first event, was there
+        self.error = ""  # why it failed, where it did
+        self.size = len(request.raw)  # bytes of the body
+        self.warnings: list[str] = []  # a collapsed prefix, fields that nothing reads
+        self.fixture = ""  # the source of the one that answered
+        self.find_near_misses: Callable[[], list[dict[str, Any]]] = list
+        self._raw = request.raw if self.size <= MAX_RECORDED_BODY_BYTES else b""
+
+    @property
+    def body(self) -> Any:
+        """The body: JSON or form fields as a dict, files summarised, else None."""
+        if not self._raw:
+            return None
+        try:
+            body = parse_body(self._raw, self.headers.get("content-type", ""), NO_FIELDS)
+        except ApiError:
+            return None
+        return summarise(body)
+
+    @property
+    def model(self) -> str | None:
+        """The model that the body names."""
+        body = self.body
+        return body.get("model") if type(body) is dict else None
+
+    @property
+    def near_misses(self) -> list[dict[str, Any]]:
+        """The other fixtures, each with the first key that differed, by today's counts."""
+        return self.find_near_misses()
+
+    def __repr__(self) -> str:
+        return f"<Call {self.number}: {self.method} {self.path} -> {self.status}>"
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the call as the control route lists it."""
+        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self.at))
+        return {
+            "n": self.number,
+            "kind": self.kind,
+            "at": f"{at}.{int(self.at % 1 * 1000):03}Z",
+            "method": self.method,
+            "path": self.path,
+            "query": mask_query(self.query),
+            "headers": self.headers,
+            "body": self.body,
+            "status": self.status,
+            "duration_ms": round(self.duration * 1000, 3),
+            "error": self.error,
+            "warnings": self.warnings,
+            "fixture": self.fixture,
+            "near_misses": self.near_misses,
+        }
+
+
+# === Script ===
+
+# Rows that only scripts and faults send.
+ERRORS.update(
+    # recorded
+    rejected=(400, "Input validation error"),
+    rate_limit=(
+        429,
+        "Request was rejected due to request rate limiting. Your rate limits are 60 RPM (1 QPS)"
+        " and 60000 TPM (1000 TPS). See details: https://docs.together.ai/docs/rate-limits",
+    ),
+    server_error=(500, "Internal server error"),
+    service_unavailable=(503, "Service unavailable"),
+    # reported by users
+    credit_limit=(
+        402,
+        "Credit limit exceeded, please [add credits](https://api.together.ai/settings/billing)."
+        " If you've already made a payment, please wait up to 5 minutes for balances to update"
+        " and try again.",
+    ),
+    # chosen: the statuses are documented, their bodies are not
+    forbidden=(403, "This request is not permitted"),
+    timeout=(408, "Request timed out"),
+    conflict=(409, "The resource already exists"),
+    entity_too_large=(413, "Request entity too large"),
+    unprocessable=(422, "The parameters are malformed"),
+    gateway_timeout=(504, "Gateway timeout"),
+    overloaded=(529, "The service is overloaded"),
+    other_status=(500, "The request failed with status {status}"),
+    bad_fixture=(400, "The fixture was refused: {reason}"),
+    no_fixture=(404, "No fixture matches {method} {path}.{reason}"),
+)
+STATUS_ERRORS = {
+    400: "rejected",
+    401: "bad_key",
+    402: "credit_limit",
+    403: "forbidden",
+    404: "no_model",
+    408: "timeout",
+    409: "conflict",
+    413: "entity_too_large",
+    422: "unprocessable",
+    429: "rate_limit",
+    500: "server_error",
+    503: "service_unavailable",
+    504: "gateway_timeout",
+    529: "overloaded",
+}
+PROXY_STATUSES = (520, 521, 522, 523, 524)  # sent as text by the proxy in front of production
+RATE_LIMIT_HEADERS = {  # recorded, but for the seconds
+    "retry-after": "{seconds}",
+    "x-ratelimit": "true",
+    "x-ratelimit-limit": "1",
+    "x-ratelimit-remaining": "0",
+    "x-ratelimit-reset": "{seconds}",
+    "x-ratelimit-limit-tokens": "1000",
+    "x-ratelimit-remaining-tokens": "979",
+}
+
+
+def is_number(value: Any) -> bool:
+    """Tell a finite number from everything else, booleans among it."""
+    return type(value) in (int, float) and value - value == 0
+
+
+def decode_base64(text: str) -> bytes:
+    """Decode base64 without the characters that a lenient decoder skips."""
+    return base64.b64decode(text, validate=True)
+
+
+def passes(read: Callable[[Any], Any], value: Any) -> bool:
+    """Tell whether a value can be read."""
+    try:
+        read(value)
+    except (TypeError, ValueError, re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+# What a value can be: its name in errors, and the test. A shape is one of these names, a list
+# of one shape, a table of keys (`!`: required, `*`: any key), or a tuple of such alternatives.
+LEAVES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "any": ("anything", lambda value: True),
+    "text": ("a string", lambda value: isinstance(value, str)),
+    "flag": ("true or false", lambda value: isinstance(value, bool)),
+    "object": ("an object", lambda value: isinstance(value, dict)),
+    "list": ("a list", lambda value: isinstance(value, list)),
+    "number": ("a number", is_number),
+    "rate": ("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1),
+    "time": ("a number from 0 up", lambda value: is_number(value) and value >= 0),
+    "speed": ("a number above 0", lambda value: is_number(value) and value > 0),
+    "count": ("a whole number from 0 up", lambda value: type(value) is int and value >= 0),
+    "size": ("a whole number from 1 up", lambda value: type(value) is int and value >= 1),
+    "status": ("a status from 200 to 999", lambda value: type(value) is int and 199 < value < 1000),
+    "failure": (
+        "a status from 400 to 999",
+        lambda value: type(value) is int and 399 < value < 1000,
+    ),
+    "block": ("'text' or 'toolCall'", lambda value: value in ("text", "toolCall")),
+    "base64": ("base64", lambda value: passes(decode_base64, value)),
+    "regex": ("a regular expression that compiles", lambda value: passes(re.compile, value)),
+}
+OUTER_LEAVES: dict[Any, str] = {dict: "object", list: "list"}
+IGNORED = "ignored"  # the shape of a key that means something to other providers only
+TEXT = ("text", {"pattern!": "regex"})
+
+
+INPUT_FIELDS = {
+    "completion": "prompt",
+    "embedding": "input",
+    "image": "prompt",
+    "rerank": "query",
+    "speech": "input",
+    "video": "prompt",
+}
+PROMPT_KINDS = ("completion", "image", "speech", "video")
+ENDPOINT_KINDS = ("chat", *INPUT_FIELDS, "transcription", "translation")
+FOREIGN_ENDPOINTS = re.compile(r"(audio-gen|elevenlabs-.+|fal|fal-audio|openai-live|realtime.*)\Z")
+
+
+def read_content(content: Any) -> str | None:
+    """Join the text parts of a message's content; None when it has no text at all."""
+    if isinstance(content, list):
+        parts = [p for p in content if isinstance(p, dict) and p.get("type") == "text"]
+        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        return "".join(texts) if texts else None
+    return content if isinstance(content, str) else None
+
+
+def read_input(facts: Facts) -> str | None:
+    """Join what a request other than chat asks about."""
+    value = facts["body"].get(INPUT_FIELDS.get(facts["kind"], ""))
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def read_messages(facts: Facts) -> list[dict[str, Any]]:
+    """Return the chat's messages; a prompt counts as one user message."""
+    if facts["kind"] in PROMPT_KINDS:
+        return [{"role": "user", "content": facts["input"]}]
+    messages = facts["body"].get("messages")
+    return messages if facts["kind"] == "chat" and isinstance(messages, list) else []
+
+
+def read_texts_of(facts: Facts, role: str) -> list[str]:
+    """Return the texts of the messages with a role, oldest first."""
+    texts = [read_content(m.get("content")) for m in facts["messages"] if m.get("role") == role]
+    return [text for text in texts if text is not None]
+
+
+def has_tool_result(facts: Facts) -> bool:
+    """Tell whether a tool message follows the last user message."""
+    for message in reversed(facts["messages"]):
+        if message.get("role") in ("user", "tool"):
+            return bool(message["role"] == "tool")
+    return False
+
+
+def read_tool_message(facts: Facts) -> dict[str, Any]:
+    """Return the last message if it is a tool's, else an empty one."""
+    last = facts["messages"][-1] if facts["messages"] else {}
+    return last if last.get("role") == "tool" else {}
+
+
+def read_tool_names(facts: Facts) -> tuple[str, ...]:
+    """Return the names of the functions that the request offers."""
+    tools = facts["body"].get("tools") or []
+    return tuple(tool.get("function", {}).get("name", "") for tool in tools)
+
+
+FACTS: dict[str, Callable[[Facts], Any]] = {
+    "all": lambda facts: facts,
+    "context": lambda facts: facts["headers"].get("x-aimock-context"),
+    "endpoint": lambda facts: (
+        facts["kind"],
+        f"{facts['request'].method} {facts['request'].path}",
+    ),
+    "format": lambda facts: (facts["body"].get("response_format") or {}).get("type"),
+    "has_tool_result": has_tool_result,
+    "input": read_input,
+    "messages": read_messages,
+    "model": lambda facts: facts["body"].get("model"),
+    "system": lambda facts: "\n".join(read_texts_of(facts, "system")) or None,
+    "tool_message": read_tool_message,
+    "tool_call_id": lambda facts: facts["tool_message"].get("tool_call_id"),
+    "tool_result": lambda facts: read_content(facts["tool_message"].get("content")),
+    "tool_names": read_tool_names,
+    "turn": lambda facts: sum(m.get("role") == "assistant" for m in facts["messages"]),
+    "user": lambda facts: next(iter(read_texts_of(facts, "user")[::-1]), None),
+}
+
+
+class Facts(dict):  # type: ignore[type-arg]
+    """What fixtures ask about one request, each fact read when it is first asked for."""
+
+    def __init__(self, kind: str, request: Request) -> None:
+        super().__init__(kind=kind, request=request, body=request.body, headers=request.headers)
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = fact = FACTS[name](self)
+        return fact
+
+
+def contains_text(got: str | None, wanted: str | list[str]) -> bool:
+    """Look for one text, or for each of several."""
+    needles = [wanted] if isinstance(wanted, str) else wanted
+    return got is not None and all(needle in got for needle in needles)
+
+
+def fits_model(got: str | None, wanted: str) -> bool:
+    """Compare a model: whole, or as the name before a dated version (`name-2024`)."""
+    if got is None or "/" in wanted:
+        return got == wanted
+    return re.match(re.escape(wanted) + r"(-[0-9]|\Z)", got) is not None
+
+
+def contains_json(got: Any, wanted: Any) -> bool:
+    """Compare JSON where `wanted` may leave out keys and the end of lists."""
+    if isinstance(wanted, dict):
+        return isinstance(got, dict) and all(
+            key in got and contains_json(got[key], value) for key, value in wanted.items()
+        )
+    if isinstance(wanted, list):
+        long_enough = isinstance(got, list) and len(got) >= len(wanted)
+        return long_enough and all(map(contains_json, got, wanted))
+    return bool(got == wanted) and isinstance(got, bool) == isinstance(wanted, bool)
+
+
+def is_among(got: tuple[str, ...], wanted: str) -> bool:
+    """Look for one of several names."""
+    return wanted in got
+
+
+def find_text(got: Any, wanted: Any) -> bool:
+    """Find a pattern in a text, or in one of several; anything else must be equal."""
+    if not isinstance(wanted, re.Pattern):
+        return bool(got == wanted)
+    texts = got if isinstance(got, tuple) else (got,)
+    return any(text is not None and wanted.search(text) for text in texts)
+
+
+def find_difference(tests: list[tuple[Any, ...]], facts: Facts) -> tuple[Any, ...] | None:
+    """Return the first test (key, wanted, fact, what must hold) that fails, or None."""
+    for test in tests:
+        if not test[3](facts[test[2]], test[1]):
+            return test
+    return None
+
+
+def contains_headers(got: Mapping[str, str], wanted: dict[str, Any]) -> bool:
+    """Compare headers, whose wanted names are in lower case already."""
+    return all(find_text(got.get(name), value) for name, value in wanted.items())
+
+
+def match_none(facts: Facts, tests: list[tuple[Any, ...]]) -> bool:
+    """Tell whether one of the inner tests fails."""
+    return find_difference(tests, facts) is not None
+
+
+# key: (shape, name of the fact, what must hold for (fact, wanted value))
+MATCH: dict[str, tuple[Any, str, Callable[[Any, Any], bool]]] = {
+    "endpoint": (TEXT, "endpoint", is_among),
+    "userMessage": (TEXT, "user", contains_text),
+    "systemMessage": ((*TEXT, ["text"]), "system", contains_text),
+    "inputText": (TEXT, "input", contains_text),
+    "toolCallId": (TEXT, "tool_call_id", find_text),
+    "toolResultContains": (TEXT, "tool_result", contains_text),
+    "toolName": (TEXT, "tool_names", is_among),
+    "model": (TEXT, "model", fits_model),
+    "responseFormat": (TEXT, "format", find_text),
+    "hasToolResult": ("flag", "has_tool_result", find_text),
+    "context": ("text", "context", find_text),
+    "body": ("object", "body", contains_json),
+    "headers": ({"*": TEXT}, "headers", contains_headers),
+}
+MATCH["not"] = ({key: row[0] for key, row in MATCH.items()}, "all", match_none)
+MATCH_SHAPE = {key: row[0] for key, row in MATCH.items()}
+MATCH_SHAPE.update(turnIndex="count", sequenceIndex="count")  # compared by Script, not by itself
+
+OPTIONS = {
+    "latency": "time",
+    "chunkSize": "size",
+    "streamingProfile": {"ttft": "time", "tps": "speed", "jitter": "rate"},
+    "recordedTimings": {
+        "ttftMs": "time",
+        "interChunkDelaysMs": ["time"],
+        "totalDurationMs": "time",
+    },
+    "replaySpeed": "speed",
+    "truncateAfterChunks": "size",
+    "disconnectAfterMs": "time",
+    "disconnectAfterChunks": "count",
+    "errorAfterChunks": "count",
+    "malformed": "flag",
+    "empty": "flag",
+    "chaos": {
+        "dropRate": "rate",
+        "malformedRate": "rate",
+        "rateLimitRate": "rate",
+        "disconnectRate": "rate",
+        "latencyMs": "time",
+    },
+    "shouldRetry": "flag",
+    "times": "size",
+    "openRouterProcessing": IGNORED,
+    "metadata": IGNORED,
+}
+ENTRY = {"match!": MATCH_SHAPE, "response": "object", **OPTIONS}
+
+
+def ignore(*keys: str) -> dict[str, str]:
+    """Return the rows of keys that mean something to other providers only."""
+    return dict.fromkeys(keys, IGNORED)
+
+
+JSON_TEXT = ("text", "object", "list")
+CALL = {"name!": "text", "arguments!": JSON_TEXT, "id": "text"}
+BLOCK = {"type!": "block", "text": "text", "name": "text", "arguments": JSON_TEXT, "id": "text"}
+BLOCK_NEEDS = {"text": ("text",), "toolCall": ("name", "arguments")}
+OVERRIDES = {"id": "text", "created": "count", "model": "text", "usage": "object"}
+OVERRIDES.update(finishReason="text", role="text")
+SPEECH = {
+    **{"content": JSON_TEXT, "toolCalls": [CALL], "blocks": [BLOCK], "reasoning": "text"},
+    **OVERRIDES,
+    **ignore("systemFingerprint", "provider", "nativeFinishReason", "webSearches"),
+    **ignore("reasoningSignature", "redactedThinking"),
+}
+ERROR = {"message!": "text", "type": "text", "param": "text", "code": "text", "metadata": IGNORED}
+ERROR_STATUS = {"status": "status", "retryAfter": "time", "fallthrough": IGNORED}
+IMAGE = {"url": "text", "b64Json": "text", "revisedPrompt": "text"}
+VECTORS = [("number", ["number"])]
+AUDIO = {
+    "audio": ("base64", {"b64Json!": "base64", "contentType": "text"}),
+    "format": "text",
+    **ignore("content", "toolCalls", "reasoning"),
+}
+TRANSCRIPTION = {
+    **{"text!": "text", "language": "text", "duration": "time"},
+    **{"words": ["object"], "segments": ["object"]},
+    **ignore("languages", "usage"),
+}
+VIDEO = {
+    **{"id!": "text", "status!": "text", "url": "text", "error": "text"},
+    **ignore("b64", "cost", "duration"),
+}
+
+
+def to_snake(name: str) -> str:
+    """Write `toolCalls` as `tool_calls`."""
+    return re.sub("[A-Z]", lambda found: "_" + found[0].lower(), name)
+
+
+def to_camel(name: str) -> str:
+    """Write `tool_calls` as `toolCalls`."""
+    return re.sub("_([a-z])", lambda found: found[1].upper(), name)
+
+
+def drop_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what is null, which counts as absent."""
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def snake_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Write an object's own keys in snake case, without those that are null."""
+    return {to_snake(key): value for key, value in drop_nulls(values).items()}
+
+
+def dump_json(value: Any) -> str:
+    """Write JSON compactly; a string is taken as it is."""
+    if isinstance(value, str):
+        return value
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def read_block(block: dict[str, Any]) -> dict[str, Any]:
+    """Normalise one piece of an answer: a text, or a tool call with its arguments as text."""
+    if block.get("type") == "text":
+        return {"type": "text", "text": dump_json(block["text"])}
+    arguments = dump_json(block["arguments"])
+    return {
+        "type": "tool_call",
+        "name": block["name"],
+        "arguments": arguments,
+        "id": block.get("id"),
+    }
+
+
+def read_text_response(response: dict[str, Any]) -> dict[str, Any]:
+    """Normalise text and tool calls into blocks in stream order, beside the same by kind."""
+    spoken = [{"type": "text", "text": response["content"]}] if "content" in response else []
+    given = response.get("blocks") or spoken + response.get("toolCalls", [])
+    blocks = [read_block(block) for block in given]
+    texts = [block["text"] for block in blocks if block["type"] == "text"]
+    return {
+        "blocks": blocks,
+        "content": "".join(texts) if texts else None,
+        "tool_calls": [block for block in blocks if block["type"] == "tool_call"],
+        "reasoning": response.get("reasoning"),
+        **{to_snake(key): response[key] for key in OVERRIDES if key in response},
+    }
+
+
+def read_images(response: dict[str, Any]) -> dict[str, Any]:
+    """Normalise one image, or several, into a list with the API's own keys."""
+    images = response["images"] if "images" in response else [response["image"]]
+    return {"images": [snake_keys(image) for image in images]}
+
+
+def read_audio(response: dict[str, Any]) -> dict[str, Any]:
+    """Decode scripted audio."""
+    audio = response["audio"]
+    data = audio if isinstance(audio, str) else audio["b64Json"]
+    content_type = None if isinstance(audio, str) else audio.get("contentType")
+    return {
+        "audio": decode_base64(data),
+        "content_type": content_type,
+        "format": response.get("format"),
+    }
+
+
+def read_vectors(response: dict[str, Any]) -> dict[str, Any]:
+    """Normalise embeddings into a list of vectors; a single one serves every input."""
+    given = response["embedding"]
+    return {"vectors": given if given and isinstance(given[0], list) else [given]}
+
+
+def read_error(response: dict[str, Any]) -> dict[str, Any]:
+    """Normalise an error: its status, its envelope if it was given, and the seconds to wait."""
+    return {
+        "status": response.get("status", 500),
+        "error": response.get("error"),
+        "retry_after": response.get("retryAfter"),
+    }
+
+
+def read_json(response: dict[str, Any]) -> dict[str, Any]:
+    """Normalise a whole body with its status."""
+    return {"json": response.get("json"), "status": response.get("status", 200)}
+
+
+class Kind:
+    """One kind of response: the keys that tell it, the endpoints it fits, its shape and reader."""
+
+    def __init__(
+        self,
+        told_by: str,
+        endpoints: str,
+        shape: dict[str, Any],
+        read: Callable[[dict[str, Any]], dict[str, Any]],
+    ) -> None:
+        self.told_by = told_by.split()
+        self.endpoints = endpoints.split() or ["", *ENDPOINT_KINDS]
+        self.shape = shape
+        self.read = read
+
+
+# In the order in which keys tell the kind; a key of a later kind beside it is refused.
+RESPONSES: dict[str, Kind] = {
+    "error": Kind("error", "", {"error": ERROR, **ERROR_STATUS}, read_error),
+    "audio": Kind("audio", "speech", AUDIO, read_audio),
+    "video": Kind("video", "video", {"video": VIDEO}, lambda said: snake_keys(said["video"])),
+    "transcription": Kind(
+        "transcription",
+        "transcription translation",
+        {"transcription": TRANSCRIPTION},
+        lambda said: snake_keys(said["transcription"]),
+    ),
+    "image": Kind("image images", "image", {"image": IMAGE, "images": [IMAGE]}, read_images),
+    "embedding": Kind("embedding", "embedding", {"embedding": VECTORS}, read_vectors),
+    "rerank": Kind("scores", "rerank", {"scores": ["number"]}, dict),
+    "json": Kind(
+        "json", "", {"json": "any", "status": "status", "billableUnits": IGNORED}, read_json
+    ),
+    "text": Kind("content toolCalls blocks", "chat completion", SPEECH, read_text_response),
+    "status": Kind("status", "", {"status": "failure", "retryAfter": "time"}, read_error),
+    "generated": Kind("", "", {}, dict),  # no response: the usual answer, with a fault
+}
+RESPONSE_SHAPE = {key: kind.shape[key] for kind in RESPONSES.values() for key in kind.shape}
+RESPONSE_SHAPE.update(OVERRIDES, **RESPONSES["text"].shape, status="status")
+
+
+def read_response(entry: dict[str, Any]) -> dict[str, Any] | None:
+    """Return an entry's response without the keys that are null, except a scripted null body."""
+    given = entry.get("response")
+    if given is None:
+        return None
+    return {key: value for key, value in given.items() if value is not None or key == "json"}
+
+
+def preview(value: Any) -> str:
+    """Write a value for an error's sentence, cut to a readable length."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """Write the nearest valid name, or all of them, as the end of an error's sentence."""
+    import difflib
+
+    known = [each.rstrip("!") for each in names]
+    near = difflib.get_close_matches(name, known, 1)
+    return f", did you mean {near[0]}?" if near else f"; valid here: {', '.join(known)}"
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Tell whether a value is of a shape's outer type."""
+    if isinstance(shape, str):
+        return LEAVES[shape][1](value)
+    return isinstance(value, type(shape))
+
+
+def name_shape(shape: Any) -> str:
+    """Say what a shape takes."""
+    return LEAVES[shape if isinstance(shape, str) else OUTER_LEAVES[type(shape)]][0]
+
+
+def find_row(rows: dict[str, Any], key: str) -> Any:
+    """Return the shape of a key, or None."""
+    return rows.get(key, rows.get(key + "!", rows.get("*")))
+
+
+def check_shape(value: Any, shape: Any, place: str, ignored: list[str]) -> None:
+    """Raise ValueError naming the place of the first thing in a value that its shape forbids.
+
+    `null` counts as absent. Keys that only other providers know are added to `ignored`.
+    """
+    shapes = shape if isinstance(shape, tuple) else (shape,)
+    rows = next((each for each in shapes if fits(value, each)), None)
+    if rows is None:
+        wanted = " or ".join(map(name_shape, shapes))
+        raise ValueError(f"{place}: must be {wanted}, not {preview(value)}")
+    if isinstance(rows, list):
+        for index, item in enumerate(value):
+            check_shape(item, rows[0], f"{place}[{index}]", ignored)
+    if not isinstance(rows, dict):
+        return
+    for key, item in value.items():
+        row = find_row(rows, key)
+        if row is None:
+            known = [name for name in rows if rows[name] != IGNORED]
+            raise ValueError(f"{place}.{key}: unknown key{suggest(key, known)}")
+        if row == IGNORED:
+            ignored.append(f"{place}.{key}")
+        elif item is not None:
+            check_shape(item, row, f"{place}.{key}", ignored)
+    for key in rows:
+        if key.endswith("!") and value.get(key[:-1]) is None:
+            raise ValueError(f"{place}: {key[:-1]} is missing")
+
+
+def find_kind(response: dict[str, Any], place: str) -> str:
+    """Tell a response's kind by its keys; a key of another kind beside them is an error."""
+    for name, kind in RESPONSES.items():
+        if any(key in response for key in kind.told_by):
+            for key in response:
+                if key not in kind.shape and key in RESPONSE_SHAPE:
+                    raise ValueError(f"{place}.{key}: does not go with a response of kind {name}")
+            return name
+    check_shape(response, RESPONSE_SHAPE, place, [])
+    telling = ", ".join(key for kind in RESPONSES.values() for key in kind.told_by)
+    raise ValueError(f"{place}: has none of the keys that say what to answer: {telling}")
+
+
+def check_sense(match: dict[str, Any], name: str, place: str) -> None:
+    """Refuse a match that could never hold for a response of this kind."""
+    endpoint = match.get("endpoint")
+    if isinstance(endpoint, str) and " " not in endpoint:
+        if endpoint not in ENDPOINT_KINDS:
+            near = suggest(endpoint, ENDPOINT_KINDS)
+            raise ValueError(f"{place}.endpoint: {preview(endpoint)} is unknown{near}")
+        if endpoint not in RESPONSES[name].endpoints:
+            raise ValueError(f"{place}.endpoint: {endpoint} cannot serve a response of kind {name}")
+    for key in ("not", "systemMessage"):
+        if match.get(key) in ({}, []):
+            raise ValueError(f"{place}.{key}: is empty, so it says nothing")
+
+
+def check_entry(entry: Any, place: str, ignored: list[str]) -> str:
+    """Check one fixture whole and return the kind of its response."""
+    check_shape(entry, ENTRY, place, ignored)
+    response = read_response(entry)
+    if response is None and not any(entry.get(key) is not None for key in OPTIONS):
+        raise ValueError(f"{place}: needs a response, or an option such as latency")
+    name = "generated" if response is None else find_kind(response, place + ".response")
+    check_shape(response or {}, RESPONSES[name].shape, place + ".response", ignored)
+    for index, block in enumerate((response or {}).get("blocks", ())):
+        for key in BLOCK_NEEDS[block["type"]]:
+            if block.get(key) is None:
+                raise ValueError(f"{place}.response.blocks[{index}]: {key} is missing")
+    check_sense(entry["match"], name, place + ".match")
+    return name
+
+
+def compile_pattern(wanted: Any) -> Any:
+    """Compile `{"pattern": ...}`; anything else stays as it is."""
+    is_pattern = isinstance(wanted, dict) and "pattern" in wanted
+    return re.compile(wanted["pattern"]) if is_pattern else wanted
+
+
+def compile_match(match: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """Turn a match into tests, in the order of `MATCH`."""
+    tests = []
+    for key, (_, fact, holds) in MATCH.items():
+        wanted = match.get(key)
+        if key == "not" and wanted:
+            wanted = compile_match(wanted)
+        elif key == "headers" and wanted:
+            wanted = {name.lower(): compile_pattern(text) for name, text in wanted.items()}
+        elif key != "body":
+            wanted = compile_pattern(wanted)
+        if wanted is not None:
+            is_pattern = isinstance(wanted, re.Pattern)
+            tests.append((key, wanted, fact, find_text if is_pattern else holds))
+    return tests
+
+
+TEMPLATE = re.compile(r"\{\{\s*([A-Za-z]\w*)((?:\.[\w-]+)*)\s*\}\}", re.ASCII)
+QUOTABLE = {
+    "model": "model",
+    "lastUserMessage": "user",
+    "systemMessage": "system",
+    "inputText": "input",
+    "body": "body",
+    "headers": "headers",
+}
+
+
+def quote_fact(found: re.Match[str], facts: Facts) -> str:
+    """Write what `{{path}}` stands for: nothing if the request lacks it; unknown roots stay."""
+    if found[1] not in QUOTABLE:
+        return found[0]
+    value = facts[QUOTABLE[found[1]]]
+    for step in found[2].split(".")[1:]:
+        if isinstance(value, list):
+            value = dict(enumerate(value)).get(int(step) if step.isdigit() else -1)
+        else:
+            value = value.get(step) if hasattr(value, "get") else None
+    return "" if value is None else dump_json(value)
+
+
+def fill_templates(value: Any, facts: Facts) -> Any:
+    """Quote the request in every string inside a JSON value."""
+    if isinstance(value, str):
+        return TEMPLATE.sub(lambda found: quote_fact(found, facts), value)
+    if isinstance(value, list):
+        return [fill_templates(item, facts) for item in value]
+    if isinstance(value, dict):
+        return {key: fill_templates(item, facts) for key, item in value.items()}
+    return value
+
+
+class Fixture:
+    """One scripted answer: when it is served, what it says, and how it travels.
+
+    match     the wanted keys, as they were given
+    kind      of the response, a key of `RESPONSES`
+    kinds     the kinds of endpoint that the response fits; "" stands for all other routes
+    response  normalised for the composers; `render()` also fills its templates
+    options   as they were given: delays, faults, `times`
+    source    "run time", "header" or "file NAME[3]"
+    served    how often it was
+    """
+
+    def __init__(
+        self,
+        entry: dict[str, Any],
+        kind: str,
+        source: str = "run time",
+        when: Callable[[Request], bool] | None = None,
+    ) -> None:
+        self.entry = entry
+        self.match = drop_nulls(entry["match"])
+        self.kind = kind
+        self.kinds = RESPONSES[kind].endpoints
+        self.said = read_response(entry) or {}
+        self.response = RESPONSES[kind].read(self.said)
+        self.templated = kind == "text" and "{{" in json.dumps(self.said)
+        given = {key: entry[key] for key in OPTIONS if entry.get(key) is not None}
+        self.options: dict[str, Any] = {
+            k: drop_nulls(v) if isinstance(v, dict) else v for k, v in given.items()
+        }
+        self.source = source
+        self.when = when
+        self.served = 0
+        self.position = 0  # in its layer
+        self.turn: int | None = self.match.get("turnIndex")
+        self.sequence: int | None = self.match.get("sequenceIndex")
+        alike = {key: self.match[key] for key in self.match if key != "sequenceIndex"}
+        self.group = (json.dumps(alike, sort_keys=True), when)  # what one sequence shares
+        self.tests: list[tuple[Any, ...]] = [
+            ("response", self.kinds, "kind", lambda got, wanted: got in wanted)
+        ]
+        self.tests += compile_match(self.match)
+        if when is not None:
+            self.tests.append(("when", when, "request", lambda got, wanted: wanted(got)))
+
+    @property
+    def chunk_size(self) -> int | None:
+        """How many characters a chunk of a stream has; None: one token."""
+        return self.options.get("chunkSize")
+
+    @property
+    def faulty(self) -> bool:
+        """Whether the reply shall travel otherwise than at once and whole."""
+        return not self.options.keys() <= {"times", "chunkSize", "shouldRetry"}
+
+    def find_key(self, *holds: Callable[[Any, Any], bool]) -> tuple[str, str] | None:
+        """Return the fact and the plain text of the first test that holds in one of these ways."""
+        for _, wanted, fact, each in self.tests:
+            if isinstance(wanted, str) and each in holds:
+                return fact, wanted
+        return None
+
+    def render(self, kind: str, request: Request) -> dict[str, Any]:
+        """Return the normalised response with its templates filled from the request."""
+        if not self.templated:
+            return self.response
+        facts = Facts(kind, request)
+        return RESPONSES[self.kind].read(fill_templates(self.said, facts))
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fixture's JSON with its source and how often it was served."""
+        return {**self.entry, "source": self.source, "served": self.served}
+
+
+def is_foreign(entry: Any) -> bool:
+    """Tell whether an entry scripts an endpoint that only other providers have."""
+    if not isinstance(entry, dict):
+        return False
+    match, response = entry.get("match"), entry.get("response")
+    endpoint = match.get("endpoint") if isinstance(match, dict) else None
+    live = isinstance(response, dict) and "live" in response
+    return live or (isinstance(endpoint, str) and FOREIGN_ENDPOINTS.match(endpoint) is not None)
+
+
+def parse_fixtures(data: Any, place: str = "", warnings: list[str] | None = None) -> list[Fixture]:
+    """Build the fixtures of a file's JSON, all of them or none.
+
+    Raises ValueError naming the first place that is wrong. What only other providers have is
+    left out, and named in one sentence added to `warnings`.
+    """
+    prefix = f"{place}: " if place else ""
+    fixtures, ignored = [], []  # type: ignore[var-annotated]
+    try:
+        check_shape(data, {"fixtures!": "list", "$schema": "text"}, "file", ignored)
+        for index, entry in enumerate(data["fixtures"]):
+            at = f"fixtures[{index}]"
+            if is_foreign(entry):
+                ignored.append(at)
+                continue
+            kind = check_entry(entry, at, ignored)
+            source = f"file {place}[{index}]" if place else "run time"
+            fixtures.append(Fixture(entry, kind, source))
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from None
+    if ignored and warnings is not None:
+        warnings.append(f"{prefix}ignored, for other providers only: {', '.join(ignored)}")
+    return fixtures
+
+
+def read_fixture_file(path: str, name: str, warnings: list[str] | None) -> list[Fixture]:
+    """Load one file; raise ValueError when it is not JSON or not fixtures."""
+    with open(path, encoding="utf-8-sig") as file:
+        try:
+            data = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name}: is not JSON: {error}") from None
+    return parse_fixtures(data, name, warnings)
+
+
+def load_fixtures(path: str, warnings: list[str] | None = None) -> list[Fixture]:
+    """Load a file, or every *.json of a folder: by name, its files before its sub-folders."""
+    import os
+
+    if not os.path.isdir(path):
+        return read_fixture_file(path, os.path.basename(path), warnings)
+    fixtures = []
+    for folder, folders, names in os.walk(path):
+        folders.sort()
+        for name in sorted(names):
+            if name.endswith(".json"):
+                full = os.path.join(folder, name)
+                shown = os.path.relpath(full, path).replace(os.sep, "/")
+                fixtures += read_fixture_file(full, shown, warnings)
+    return fixtures
+
+
+def parse_header(text: str) -> Fixture | None:
+    """Build the fixture of an X-Parlel-Fixture header: one entry, or a response alone."""
+    try:
+        data = json.loads(text)
+        if isinstance(data, dict) and not data.keys() & {"match", "response", *OPTIONS}:
+            data = {"response": data}
+        entry = {"match": {}, **data} if isinstance(data, dict) else data
+        place = "X-Parlel-Fixture"
+        return (
+            None if is_foreign(entry) else Fixture(entry, check_entry(entry, place, []), "header")
+        )
+    except (ValueError, RecursionError) as error:
+        raise ApiError("bad_fixture", reason=str(error)) from None
+
+
+# keyword: (part of the entry, key); a match's `model` goes before a response's
+KEYWORDS = {
+    to_snake(key): (part, key)
+    for part, rows in (("response", RESPONSE_SHAPE), ("options", OPTIONS), ("match", MATCH_SHAPE))
+    for key, shape in rows.items()
+    if shape != IGNORED
+}
+KEYWORDS.update(response_model=("response", "model"), not_=("match", "not"))
+del KEYWORDS["not"]
+ENTRY_PARTS = {"response": RESPONSE_SHAPE, "options": OPTIONS, "match": MATCH_SHAPE}
+
+
+def write_pattern(pattern: re.Pattern[str]) -> dict[str, str]:
+    """Write a compiled pattern as JSON, its flags inline."""
+    flags = "".join(letter for letter in "aimsx" if pattern.flags & re.RegexFlag[letter.upper()])
+    return {"pattern": f"(?{flags}){pattern.pattern}" if flags else pattern.pattern}
+
+
+def from_python(value: Any, shape: Any) -> Any:
+    """Turn a keyword's value into the file's JSON: patterns, tuples and keys in snake case."""
+    if isinstance(value, re.Pattern):
+        return write_pattern(value)
+    shapes = shape if isinstance(shape, tuple) else (shape,)
+    rows = next((each for each in shapes if isinstance(each, dict)), None)
+    items = next((each[0] for each in shapes if isinstance(each, list)), "any")
+    if isinstance(value, (list, tuple)):
+        return [from_python(item, items) for item in value]
+    if isinstance(value, dict) and rows is not None:
+        camel = {key if "*" in rows else to_camel(key): value[key] for key in value}
+        return {key: from_python(item, find_row(rows, key)) for key, item in camel.items()}
+    return value
+
+
+def fixture_from_keywords(
+    verb: str, keywords: Mapping[str, Any], when: Callable[[Request], bool] | None = None
+) -> Fixture:
+    """Build the fixture of `server.reply(...)` and `server.fail(...)`; None counts as absent.
+
+    Raises TypeError for an unknown keyword and ValueError for a wrong value.
+    """
+    parts: dict[str, dict[str, Any]] = {"match": {}, "response": {}, "options": {}}
+    for word, value in keywords.items():
+        if word not in KEYWORDS:
+            raise TypeError(f"{verb}() has no keyword {word!r}{suggest(word, sorted(KEYWORDS))}")
+        part, key = KEYWORDS[word]
+        if value is not None:
+            parts[part][key] = from_python(value, ENTRY_PARTS[part][key])
+    entry = {"match": parts["match"], "response": parts["response"] or None, **parts["options"]}
+    return Fixture(drop_nulls(entry), check_entry(entry, f"{verb}()", []), when=when)
+
+
+def status_envelope(status: int, error: dict[str, Any] | None, model: Any) -> dict[str, Any]:
+    """Return a scripted error's JSON: as given, or the one that production sends."""
+    if error is None:
+        name = STATUS_ERRORS.get(status, "other_status")
+        return ApiError(name, model=model, status=status).body()
+    given = {"type": "server_error", "param": None, "code": None, **drop_nulls(error)}
+    return {"error": {key: given[key] for key in ("message", "type", "param", "code")}}
+
+
+def status_reply(
+    status: int,
+    error: dict[str, Any] | None = None,
+    *,
+    model: Any = None,
+    retry_after: float | None = None,
+) -> Reply:
+    """Build an error reply; without `error` with that status's real body.
+
+    retry_after  seconds; a 429 always has some (1)
+    """
+    seconds = 1 if retry_after is None and status == 429 else retry_after
+    names = RATE_LIMIT_HEADERS if status == 429 else ("retry-after",)
+    headers = (
+        {} if seconds is None else {n: RATE_LIMIT_HEADERS[n].format(seconds=seconds) for n in names}
+    )
+    if status in PROXY_STATUSES and error is None:
+        return Reply(b"error code: %d" % status, status, "text/plain; charset=UTF-8", headers)
+    body = json.dumps(status_envelope(status, error, model)).encode()
+    return Reply(body, status, headers=headers)
+
+
+def error_reply(fixture: Fixture, request: Request) -> Reply:
+    """Build the whole reply of a fixture whose response is an error, a status or `json`."""
+    response = fixture.response
+    if fixture.kind == "json":
+        return Reply(json.dumps(response["json"]).encode(), response["status"])
+    reply = status_reply(
+        response["status"],
+        response["error"],
+        model=request.body.get("model"),
+        retry_after=response["retry_after"],
+    )
+    if "shouldRetry" in fixture.options:
+        asked = "true" if fixture.options["shouldRetry"] else "false"
+        reply.headers = {**reply.headers, "x-should-retry": asked}
+    return reply
+
+
+CHAOS_RATES = ("dropRate", "malformedRate", "rateLimitRate", "disconnectRate")  # first hit wins
+CHAOS_STATUSES = {"dropRate": 500, "rateLimitRate": 429}
+DONE_EVENT = b"data: [DONE]"
+ERROR_EVENT = b"data: %s\n\n" % json.dumps(ApiError("server_error").body()).encode()
+
+
+def plan_profile(profile: Mapping[str, Any], latency: float, draw: Draw) -> Iterator[float]:
+    """Yield the ms before each chunk: time to the first, then one tick a token, with jitter."""
+    tick = 1000 / profile["tps"] if "tps" in profile else None
+    jitter = profile.get("jitter", 0)
+    planned = profile.get("ttft", tick)
+    while True:
+        yield latency if planned is None else planned * (1 + jitter * (2 * draw.unit() - 1))
+        planned = tick
+
+
+def plan_recorded(timings: Mapping[str, Any]) -> Iterator[float]:
+    """Yield the recorded ms before each chunk, then their average."""
+    delays = timings.get("interChunkDelaysMs", [])
+    yield timings.get("ttftMs", 0)
+    yield from delays
+    while True:
+        yield sum(delays) / len(delays) if delays else 0
+
+
+class Fault:
+    """How one reply goes wrong on its way, drawn from a fixture's options.
+
+    chaos       the chaos rate that hit, or ""
+    malformed   the JSON is cut in half
+    empty       nothing but the status and the headers is sent
+    cut_after   chunks after which the connection is cut, in a stream and in a whole reply
+    error_after chunks of a stream after which an error event ends it
+    """
+
+    def __init__(self, options: Mapping[str, Any], draw: Draw) -> None:
+        self.options = options
+        rates = options.get("chaos", {})
+        hits = (rate for rate in CHAOS_RATES if draw.child(rate).unit() < rates.get(rate, 0))
+        self.chaos = next(hits, "")
+        self.malformed = bool(options.get("malformed")) or self.chaos == "malformedRate"
+        self.empty = bool(options.get("empty"))
+        self.error_after: int | None = options.get("errorAfterChunks")
+        self.cut_after: int | None = options.get("disconnectAfterChunks")
+        if self.chaos == "disconnectRate":
+            self.cut_after = 0
+        self.draw = draw.child("jitter")
+
+    def plan(self, stream: bool) -> Iterator[float]:
+        """Yield the seconds before each chunk; a whole reply only knows latency."""
+        latency = self.options.get("latency", 0)
+        profile = self.options.get("streamingProfile")
+        recorded = self.options.get("recordedTimings")
+        if not stream:
+            plan: Iterator[float] = iter((latency, 0))
+        elif profile is None and recorded is not None:
+            plan = plan_recorded(recorded)
+        else:
+            plan = plan_profile(profile or {}, latency, self.draw)
+        speed = 1000 * self.options.get("replaySpeed", 1)
+        return (pause / speed for pause in plan)
+
+    def find_cut(self, stream: bool) -> int | None:
+        """Return after how many chunks the connection is cut; a whole reply has two halves."""
+        cuts = [self.cut_after, self.options.get("truncateAfterChunks") if stream else None]
+        given = [cut if stream else min(cut, 1) for cut in cuts if cut is not None]
+        return min(given, default=None)
+
+    def delays_whole(self) -> bool:
+        """Tell whether a whole reply waits or is cut."""
+        timed = ("latency", "disconnectAfterMs")
+        delay = self.options.get("chaos", {}).get("latencyMs")
+        return bool(delay) or self.cut_after is not None or any(k in self.options for k in timed)
+
+
+def halve(text: bytes) -> bytes:
+    """Return the first half of a JSON text."""
+    return text[: (len(text) + 1) // 2]
+
+
+def garble_events(events: Iterator[bytes]) -> Iterator[bytes]:
+    """Cut the first event's JSON in half."""
+    for event in events:
+        yield event[:6] + halve(event[6:].rstrip()) + b"\n\n"  # after "data: "
+        break
+    yield from events
+
+
+def carry(
+    events: Iterable[bytes],
+    fault: Fault,
+    stream: bool,
+    wait: Callable[[float], bool],
+    clock: Callable[[], float],
+) -> Iterator[bytes]:
+    """Yield events at their times, measured from the start, until the fault ends them.
+
+    Raises Cut where the connection ends: after enough chunks or ms, or when the server stops.
+    """
+    start = clock()
+    due = start + fault.options.get("chaos", {}).get("latencyMs", 0) / 1000
+    end = start + fault.options.get("disconnectAfterMs", float("inf")) / 1000
+    plan, cut_after = fault.plan(stream), fault.find_cut(stream)
+    for count, event in enumerate(events):
+        if count == cut_after:
+            raise Cut
+        if stream and count == fault.error_after:
+            yield ERROR_EVENT
+            return
+        if not event.startswith(DONE_EVENT):
+            due += next(plan)
+        left = min(due, end) - clock()
+        if (left > 0 and wait(left)) or max(due, clock()) >= end:
+            raise Cut
+        yield event
+
+
+def travel(
+    reply: Reply, fault: Fault, wait: Callable[[float], bool], clock: Callable[[], float]
+) -> Reply:
+    """Return the reply as it arrives under a fault; its waits happen while its events are drawn.
+
+    wait   sleeps for so many seconds, and returns True when the server stops meanwhile
+    clock  seconds, monotonic
+    A whole reply that waits or is cut becomes raw pieces with a Content-Length.
+    """
+    status = CHAOS_STATUSES.get(fault.chaos)
+    if status is None and reply.events is None and fault.error_after is not None:
+        status = 500
+    if status is not None:
+        reply = status_reply(status)
+    if fault.empty:
+        reply = Reply(b"", reply.status, reply.content_type, reply.headers)
+    if fault.malformed:
+        reply.body = halve(reply.body)
+        reply.events = reply.events and garble_events(reply.events)
+    if reply.events is not None:
+        reply.events = carry(reply.events, fault, True, wait, clock)
+    elif fault.delays_whole():
+        reply.headers = {**reply.headers, "Content-Length": str(len(reply.body))}
+        half = halve(reply.body)
+        pieces = (half, reply.body[len(half) :])
+        reply.events = carry(pieces, fault, False, wait, clock)
+    return reply
+
+
+def select_turn(fixtures: list[Fixture], turn: int) -> Fixture | None:
+    """Choose among fixtures that all match, by the number of assistant messages so far.
+
+    The latest scripted turn that was reached wins, except at its exact turn against an
+    earlier fixture without one; a turn that lies ahead is the last resort.
+    """
+    plain = next((each for each in fixtures if each.turn is None), None)
+    reached = [each for each in fixtures if each.turn is not None and each.turn <= turn]
+    if reached:
+        best = max(reached, key=lambda each: each.turn or 0)
+        first = plain is not None and plain.position < best.position
+        return plain if first and best.turn == turn else best
+    return plain or min(fixtures, key=lambda each: each.turn or 0, default=None)
+
+
+def describe_difference(fixture: Fixture, test: tuple[Any, ...], facts: Facts) -> dict[str, Any]:
+    """Write a failed test for people: the key, what the fixture wants, what the request has."""
+    key, _, fact, _ = test
+    if key == "response":
+        return {"differs": "response", "wanted": fixture.kinds, "got": facts["kind"]}
+    if key == "when":
+        return {"differs": "when", "wanted": True, "got": False}
+    got = "it holds" if key == "not" else facts[fact]
+    return {"differs": f"match.{key}", "wanted": fixture.match[key], "got": got}
+
+
+FEW_NEEDLES = 48  # up to here, looking for each in turn is faster
+GRAM = 4  # characters
+
+
+class Needles:
+    """Fixtures by a text that must occur, found without looking for a thousand texts in turn."""
+
+    def __init__(self) -> None:
+        self.fixtures: dict[str, list[Fixture]] = {}
+        self.grams: dict[str, list[str]] = {}  # of a few characters: the needles filed under them
+
+    def add(self, needle: str, fixture: Fixture) -> None:
+        """File a fixture under the part of its needle that fewest others are filed under."""
+        if needle not in self.fixtures:
+            parts = [needle[at : at + GRAM] for at in range(len(needle) - GRAM + 1)] or [""]
+            rarest = min(parts, key=lambda part: len(self.grams.get(part, ())))
+            self.grams.setdefault(rarest, []).append(needle)
+        self.fixtures.setdefault(needle, []).append(fixture)
+
+    def find(self, text: str | None) -> Iterator[Fixture]:
+        """Yield the fixtures whose needle occurs in the text, in no order."""
+        if text is None:
+            return
+        likely: Iterable[str] = self.fixtures
+        if len(self.fixtures) > FEW_NEEDLES:
+            parts = {text[at : at + GRAM] for at in range(len(text) - GRAM + 1)} | {""}
+            likely = [needle for part in self.grams.keys() & parts for needle in self.grams[part]]
+        for needle in filter(text.__contains__, likely):
+            yield from self.fixtures[needle]
+
+
+class Layer:
+    """Fixtures that were added in one way, filed by one thing that must hold for each."""
+
+    def __init__(self) -> None:
+        self.fixtures: list[Fixture] = []
+        self.by_part: dict[str, Needles] = {}  # a fact's text must contain it
+        self.by_name: dict[str, dict[str, list[Fixture]]] = {}  # a fact must be or hold it
+        self.others: list[Fixture] = []
+
+    def add(self, fixture: Fixture) -> None:
+        """Append a fixture."""
+        fixture.position = len(self.fixtures)
+        self.fixtures.append(fixture)
+        part = fixture.find_key(contains_text)
+        name = fixture.find_key(find_text, is_among)
+        if part is not None:
+            self.by_part.setdefault(part[0], Needles()).add(part[1], fixture)
+        elif name is not None:
+            self.by_name.setdefault(name[0], {}).setdefault(name[1], []).append(fixture)
+        else:
+            self.others.append(fixture)
+
+    def find_likely(self, facts: Facts) -> list[Fixture]:
+        """Return, in order, the fixtures that their place in the files does not rule out."""
+        likely = list(self.others)
+        for fact, needles in self.by_part.items():
+            likely.extend(needles.find(facts[fact]))
+        for fact, names in self.by_name.items():
+            got = facts[fact]
+            for name in dict.fromkeys(got) if isinstance(got, tuple) else (got,):
+                likely += names.get(name, ())
+        likely.sort(key=lambda each: each.position)
+        return likely
+
+
+class Script:
+    """The fixtures of one server: which is served next, counted under one lock."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self.warnings: list[str] = []
+        self._lock = threading.RLock()
+        self._files = Layer()
+        self.reset()
+
+    def reset(self) -> None:
+        """Remove what was added at run time, and count again from zero."""
+        with self._lock:
+            self.remove_run_time()
+            self._sequences: dict[Any, int] = {}
+            self._calls = 0  # with a fault, for its draws
+            for fixture in self._files.fixtures:
+                fixture.served = 0
+
+    def remove_run_time(self) -> None:
+        """Remove the fixtures that were added at run time; those of files stay."""
+        with self._lock:
+            self._run_time = Layer()
+            self.empty = not self._files.fixtures
+
+    def add(self, fixtures: Iterable[Fixture]) -> None:
+        """Append fixtures at run time."""
+        self._extend(self._run_time, fixtures)
+
+    def load(self, path: str) -> list[Fixture]:
+        """Append the fixtures of a file or folder, or none if one is wrong (ValueError)."""
+        fixtures = load_fixtures(path, self.warnings)
+        self._extend(self._files, fixtures)
+        return fixtures
+
+    def _extend(self, layer: Layer, fixtures: Iterable[Fixture]) -> None:
+        with self._lock:
+            for fixture in fixtures:
+                layer.add(fixture)
+                self.empty = False
+
+    def find(self, kind: str, request: Request) -> Fixture | None:
+        """Return the fixture that answers a request, and count it as served."""
+        own = self._own_layer(request)
+        facts = Facts(kind, request)
+        with self._lock:
+            fixture = self._choose(facts, own)
+            if fixture is not None:
+                fixture.served += 1
+                if fixture.sequence is not None:
+                    self._sequences[fixture.group] = self._sequences.get(fixture.group, 0) + 1
+        return fixture
+
+    def _own_layer(self, request: Request) -> Layer:
+        layer = Layer()
+        text = request.headers.get("x-parlel-fixture")
+        fixture = parse_header(text) if text else None
+        if fixture is not None:
+            layer.add(fixture)
+        return layer
+
+    def _choose(self, facts: Facts, own: Layer) -> Fixture | None:
+        last_resort = None
+        for layer in (own, self._run_time, self._files):
+            likely = layer.find_likely(facts)
+            matching = [each for each in likely if self._fits(each, facts)]
+            chosen = select_turn(matching, facts["turn"]) if matching else None
+            if chosen is not None and (chosen.turn is None or chosen.turn <= facts["turn"]):
+                return chosen
+            last_resort = last_resort or chosen
+        return last_resort
+
+    def _find_shortage(self, fixture: Fixture) -> tuple[str, int, int] | None:
+        """Return why a fixture is passed over whatever the request: key, wanted and got."""
+        served = self._sequences.get(fixture.group, 0)
+        if fixture.sequence is not None and fixture.sequence != served:
+            return "match.sequenceIndex", fixture.sequence, served
+        times = fixture.options.get("times")
+        return ("times", times, fixture.served) if times and fixture.served >= times else None
+
+    def _fits(self, fixture: Fixture, facts: Facts) -> bool:
+        differs = find_difference(fixture.tests, facts) is not None
+        return not differs and self._find_shortage(fixture) is None
+
+    def _find_obstacle(self, fixture: Fixture, facts: Facts) -> dict[str, Any]:
+        test = find_difference(fixture.tests, facts)
+        if test is not None:
+            return describe_difference(fixture, test, facts)
+        shortage = self._find_shortage(fixture)
+        return dict(zip(("differs", "wanted", "got"), shortage or (None,)))
+
+    def find_near_misses(
+        self, kind: str, request: Request, served: Fixture | None = None
+    ) -> list[dict[str, Any]]:
+        """List every fixture but the served one with the first key that differed.
+
+        `differs` is None where nothing did: another fixture went before it.
+        """
+        facts = Facts(kind, request)
+        with self._lock:
+            return [
+                {"fixture": each.source, **self._find_obstacle(each, facts)}
+                for layer in (self._own_layer(request), self._run_time, self._files)
+                for each in layer.fixtures
+                if each is not served
+            ]
+
+    def miss_error(self, kind: str, request: Request) -> ApiError:
+        """Build the 404 that says, of each fixture, why it does not answer this request."""
+        reasons = [
+            f" {miss['fixture']}: {miss['differs']} is {preview(miss['got'])}, the fixture wants"
+            f" {preview(miss['wanted'])}."
+            for miss in self.find_near_misses(kind, request)
+            if miss["differs"]
+        ]
+        reason = "".join(reasons) or " There are no fixtures."
+        return ApiError("no_fixture", method=request.method, path=request.path, reason=reason)
+
+    def fault(self, fixture: Fixture) -> Fault | None:
+        """Draw how this call's reply goes wrong, from the seed and the count of such calls."""
+        if not fixture.faulty:
+            return None
+        with self._lock:
+            self._calls += 1
+            return Fault(fixture.options, Draw.of("fault", [self.seed, self._calls]))
+
+    def unused(self) -> list[Fixture]:
+        """Return the fixtures that were never served."""
+        with self._lock:
+            every = self._run_time.fixtures + self._files.fixtures
+            return [fixture for fixture in every if not fixture.served]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the fixtures as JSON, in the order in which they are asked."""
+        with self._lock:
+            every = [each.describe() for each in self._run_time.fixtures + self._files.fixtures]
+        return {"fixtures": every, "count": len(every)}
+
+
+# === Routes ===
+
+
+class Route:
+    """One operation: method, path template, tables of fields and the handler."""
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        handler: Callable[[Any, Request], Any],
+        *,
+        body: Fields,
+        query: Fields,
+        kind: str,
+        status: int,
+        open: bool,
+        max_bytes: int,
+    ) -> None:
+        self.method = method
+        self.path = path
+        self.handler = handler
+        self.body = body
+        self.query = query
+        self.kind = kind  # of inference call: what fixtures and the record name it
+        self.status = status
+        self.open = open  # needs no key and is not recorded
+        self.max_bytes = max_bytes
+        pattern = re.sub(r"\\{\w+\\}", "([^/]+)", re.escape(path))
+        pattern = re.sub(r"\\{\w+\\\.\\\.\\\.\\}", "(.+)", pattern)
+        self.names = re.findall(r"{(\w+)(?:\.\.\.)?}", path)
+        self.pattern = re.compile(pattern)
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Sort paths with fewer parameters first, then the longer template."""
+        return len(self.names) + self.path.count("...}"), -len(self.path)
+
+
+ROUTES: list[Route] = []
+EXACT: dict[tuple[str, str], Route] = {}  # the routes without parameters, found by one look-up
+
+
+def route(
+    method: str,
+    path: str,
+    *,
+    body: Fields = NO_FIELDS,
+    query: Fields = NO_FIELDS,
+    kind: str = "",
+    status: int = 200,
+    open: bool = False,
+    max_bytes: int = MAX_JSON_BYTES,
+) -> Callable[[Callable[[Any, Request], Any]], Callable[[Any, Request], Any]]:
+    """Declare the handler below it: `{id}` matches one segment, `{id...}` the rest of the path."""
+
+    def declare(handler: Callable[[Any, Request], Any]) -> Callable[[Any, Request], Any]:
+        if any(known.method == method and known.path == path for known in ROUTES):
+            raise ValueError(f"{method} {path} is declared twice")
+        made = Route(
+            method,
+            path,
+            handler,
+            body=body,
+            query=query,
+            kind=kind,
+            status=status,
+            open=open,
+            max_bytes=max_bytes,
+        )
+        ROUTES.append(made)
+        ROUTES.sort(key=lambda known: known.rank)
+        if not made.names:
+            EXACT[method, path] = made
+        return handler
+
+    return declare
+
+
+def refuse_path(method: str, path: str, allowed: list[str]) -> ApiError:
+    """Answer 405 for a known path, else 404 with the nearest emulated ones."""
+    if allowed:
+        allow = ", ".join(sorted({*allowed, "OPTIONS", *(["HEAD"] if "GET" in allowed else [])}))
+        error = ApiError("bad_method", path=path[:100], method=method[:20], allow=allow)
+        error.headers["Allow"] = allow
+        return error
+    from difflib import get_close_matches  # only for this message
+
+    paths = list(dict.fromkeys(known.path for known in ROUTES if not known.open))
+    near = get_close_matches(path[:100], paths, n=3, cutoff=0.3) or paths[:3]
+    return ApiError(
+        "no_route", path=path[:100], reason=f" This emulator has {', '.join(near)}, among others."
+    )
+
+
+def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
+    """Return the route and the path's parameters; raise ApiError 404 or 405 with `Allow`."""
+    method = "GET" if method == "HEAD" else method
+    exact = EXACT.get((method, path))
+    if exact is not None:
+        return exact, {}
+    allowed: list[str] = []
+    for known in ROUTES:
+        found = known.pattern.fullmatch(path)
+        if found is None:
+            continue
+        if known.method == method:
+            values = (unquote(value) for value in found.groups())
+            return known, dict(zip(known.names, values))
+        allowed.append(known.method)
+    raise refuse_path(method, path, allowed)
+
+
+# === Endpoints ===
+
+
+def use_model(server: TogetherAiServer, id: str, type: str) -> Model:
+    """Return the model of an id; an unknown one answers too, unless the server is strict."""
+    model = server.models.get(id)
+    if model is None:
+        if server.strict:
+            raise ApiError("no_model", model=id[:100])
+        model = Model(type, id)
+    return model
+
+
+# --- Chat completions
+
+SAMPLING_FIELDS = (
+    Field("temperature", float, low=0, high=2),
+    Field("top_p", float, low=0, high=1),
+    Field("top_k", int, low=-1),
+    Field("min_p", float, low=0, high=1),
+    Field("repetition_penalty", float, low=0),
+    Field("presence_penalty", float, low=-2, high=2),
+    Field("frequency_penalty", float, low=-2, high=2),
+    Field("logit_bias", dict),
+    Field("seed", int),
+    Field("n", int, low=1, high=128),
+    Field("max_tokens", int, low=1),
+    Field("stop", str, list, each=Field("", str)),
+    Field("stream", bool),
+    Field("stream_options", dict, fields=Fields(Field("include_usage", bool))),
+    Field("echo", bool),
+    Field("safety_model", str),
+)
+FUNCTION_FIELDS = Fields(
+    Field("name", str, required=True, low=1),
+    Field("description", str),
+    Field("parameters", dict),
+)
+CALL_FIELDS = Fields(Field("name", str, required=True), Field("arguments", str))
+URL_FIELDS = Fields(Field("url", str, required=True))
+PART_FIELDS = Fields(
+    Field("type", str, required=True),
+    Field("text", str),
+    Field("image_url", dict, str, fields=URL_FIELDS),
+    Field("video_url", dict, str, fields=URL_FIELDS),
+    Field("audio_url", dict, str, fields=URL_FIELDS),
+    Field("input_audio", dict, fields=Fields(Field("data", str, required=True))),
+)
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+MESSAGE_FIELDS = Fields(
+    Field("role", str, required=True, choices=ROLES),
+    Field("content", str, list, each=Field("", dict, fields=PART_FIELDS)),
+    Field("name", str),
+    Field("tool_call_id", str),
+    Field(
+        "tool_calls",
+        list,
+        each=Field("", dict, fields=Fields(Field("function", dict, fields=CALL_FIELDS))),
+    ),
+    Field("function_call", dict, fields=CALL_FIELDS),
+    Field("reasoning", str),
+    Field("reasoning_content", str),
+)
+RESPONSE_FORMATS = ("text", "json_object", "json_schema", "regex")
+FORMAT_FIELDS = Fields(
+    Field("type", str, required=True, choices=RESPONSE_FORMATS),
+    Field(
+        "json_schema",
+        dict,
+        fields=Fields(Field("name", str), Field("strict", bool), Field("schema", dict, bool)),
+    ),
+    Field("schema", dict, bool),
+    Field("pattern", str),
+)
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+CHAT_FIELDS = Fields(
+    Field("model", str, required=True, low=1),
+    Field("messages", list, required=True, low=1, each=Field("", dict, fields=MESSAGE_FIELDS)),
+    *SAMPLING_FIELDS,
+    Field("max_completion_tokens", int, low=1),
+    Field("logprobs", int, bool, low=0, high=20),
+    Field("top_logprobs", int, low=0, high=20),
+    Field("response_format", dict, fields=FORMAT_FIELDS),
+    Field(
+        "tools",
+        list,
+        high=MAX_TOOLS,
+        each=Field(
+            "",
+            dict,
+            fields=Fields(
+                Field("type", str),
+                Field("function", dict, required=True, fields=FUNCTION_FIELDS),
+            ),
+        ),
+    ),
+    Field("tool_choice", str, dict),
+    Field("parallel_tool_calls", bool),
+    Field("functions", list, each=Field("", dict, fields=FUNCTION_FIELDS)),
+    Field("function_call", str, dict),
+    Field("context_length_exceeded_behavior", str, choices=("truncate", "error")),
+    Field("reasoning_effort", str, choices=EFFORTS),
+    Field("reasoning", dict, fields=Fields(Field("enabled", bool))),
+    Field("chat_template_kwargs", dict),
+    Field("compliance", str, choices=("hipaa",)),
+    Field("user", str),
+    Field("metadata", dict),
+)
+# What would change a model's answer; the rest (stream, user, limits on the length) does not.
+CHAT_FACTS = (
+    "model", "messages", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+    "presence_penalty", "frequency_penalty", "logit_bias", "seed", "n", "response_format",
+    "tools", "tool_choice", "functions", "function_call", "reasoning_effort", "reasoning",
+    "chat_template_kwargs", "safety_model",
+)  # fmt: skip
+
+
+def pick_facts(body: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return the fields that an answer is drawn from; one choice is what absent `n` means."""
+    return {
+        name: body[name]
+        for name in names
+        if body.get(name) is not None and (name != "n" or body[name] != 1)
+    }
+
+
+class Choice:
+    """One of the texts that answer a prompt, as data: chunks and whole replies come from it."""
+
+    __slots__ = (
+        "calls_first", "finish_reason", "function_call", "index", "pieces", "scores", "thoughts",
+        "tool_calls",
+    )  # fmt: skip
+
+    def __init__(self, index: int, pieces: list[str], finish_reason: str) -> None:
+        self.index = index
+        self.pieces = pieces  # tokens of the text
+        self.finish_reason = finish_reason
+        self.thoughts: list[str] = []  # tokens of the reasoning
+        self.tool_calls: list[dict[str, Any]] = []
+        self.calls_first = False  # in a stream, before the text
+        self.function_call: dict[str, Any] | None = None  # the older form of one tool call
+        self.scores: list[Any] = []  # a token's (logprob, alternatives), where asked for
+
+
+class Answer:
+    """All that an answer says, before it is shaped as chunks or as a whole."""
+
+    __slots__ = (
+        "choices", "created", "id", "model", "prompt", "reasons", "request", "role", "seed", "usage"
+    )  # fmt: skip
+
+    def __init__(self, request: Request, choices: list[Choice], usage: dict[str, Any]) -> None:
+        self.request = request
+        self.id = request.id
+        self.created = CREATED
+        self.model: str = request.body["model"]
+        self.role = "assistant"
+        self.seed: int | None = request.body.get("seed")
+        self.choices = choices
+        self.usage = usage
+        self.prompt: list[dict[str, Any]] = []  # the echo
+        self.reasons = False  # messages have a key for reasoning
+
+
+def message_text(message: dict[str, Any]) -> str:
+    """Return the text of a message; other parts count as nothing."""
+    content = message.get("content")
+    if type(content) is list:
+        return "".join([part.get("text") or "" for part in content])
+    return content or ""
+
+
+def count_message(message: dict[str, Any]) -> int:
+    """Count the tokens of a message: its text, calls, media and the frame around it."""
+    content = message.get("content")
+    media = sum(part["type"] != "text" for part in content) if type(content) is list else 0
+    calls = message.get("tool_calls")
+    inner = count_tokens(ENCODE(calls)) if calls else 0
+    return count_tokens(message_text(message)) + inner + media * MEDIA_TOKENS + MESSAGE_TOKENS
+
+
+def check_message(message: dict[str, Any], place: str) -> None:
+    """Check the rules between the fields of one message."""
+    role = message["role"]
+    content = message.get("content")
+    if role == "tool" and not message.get("tool_call_id"):
+        raise ApiError("missing", param=place + ".tool_call_id")
+    if content is None and role != "assistant":
+        raise ApiError("missing", param=place + ".content")
+    for index, part in enumerate(content if type(content) is list else ()):
+        if part["type"] in PART_FIELDS and part.get(part["type"]) is None:
+            raise ApiError("missing", param=f"{place}.content[{index}].{part['type']}")
+
+
+def find_budget(body: dict[str, Any], model: Model, prompt_tokens: int) -> int:
+    """Return how many tokens may be written; raise ApiError when the context is too short."""
+    asked = body.get("max_completion_tokens") or body.get("max_tokens")
+    budget: int = asked or DEFAULT_MAX_TOKENS
+    room = model.context_length or MAX_CONTEXT_TOKENS
+    if prompt_tokens + (asked or 1) <= room:
+        return min(budget, room - prompt_tokens)
+    if body.get("context_length_exceeded_behavior") == "truncate":
+        return max(1, min(budget, room - prompt_tokens if prompt_tokens < room else budget))
+    raise ApiError(
+        "too_long",
+        param="max_tokens" if asked else "messages",
+        room=room,
+        total=prompt_tokens + (asked or 1),
+        prompt=prompt_tokens,
+        asked=asked or 1,
+    )
+
+
+def cut_text(text: str, stop: Any, budget: int) -> tuple[list[str], str]:
+    """Return the tokens before the first stop text and within the budget, and why they end."""
+    for ending in [stop] if type(stop) is str else stop or ():
+        if ending:
+            text = text.partition(ending)[0]
+    pieces = split_tokens(text)
+    if len(pieces) > budget:
+        return pieces[:budget], "length"
+    return pieces, "stop"
+
+
+def count_usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, Any]:
+    """Add up the tokens of an answer."""
+    written = 0
+    thought = 0
+    for choice in choices:
+        thought += len(choice.thoughts)
+        written += len(choice.thoughts) + len(choice.pieces)
+        for call in choice.tool_calls:
+            written += count_tokens(call["function"]["name"] + call["function"]["arguments"])
+    usage = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": written,
+        "total_tokens": prompt_tokens + written,
+    }
+    if thought:
+        usage["reasoning_tokens"] = thought
+    return usage
+
+
+def find_tools(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the functions offered, in today's or the older form."""
+    return [tool["function"] for tool in body.get("tools") or ()] or body.get("functions") or []
+
+
+def read_tool_choice(body: dict[str, Any]) -> tuple[str, list[str]]:
+    """Return none, auto, required or named, and the names it is limited to."""
+    choice = body.get("tool_choice")
+    if choice is None:
+        choice = body.get("function_call") if body.get("functions") else None
+    names = [tool["name"] for tool in find_tools(body)]
+    if choice is None or type(choice) is str:
+        mode = {"any": "required", None: "auto"}.get(choice, choice)
+        if mode in names:
+            return "named", [mode]
+        return (mode if mode in ("none", "auto", "required") else "auto"), []
+    allowed = choice.get("allowed_tools")
+    wanted = allowed.get("tools") or [] if type(allowed) is dict else [choice]
+    limited = [(tool.get("function") or tool).get("name") for tool in wanted]
+    for name in limited:
+        if name not in names:
+            offered = ", ".join(names) or "nothing"
+            rule = f"must name one of the tools, which offer {offered}"
+            raise refuse_value("tool_choice", rule, name)
+    return (allowed.get("mode", "auto") if type(allowed) is dict else "named"), limited
+
+
+def topic_words(text: str) -> set[bytes]:
+    """Return the words that say what a text is about; plurals count as their singular."""
+    text = re.sub(r"(?<=[a-z])(?=[A-Z])|_", " ", text)
+    return {word.rstrip(b"s") for word in find_words(text)}
+
+
+def choose_tools(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the functions to call: those that share most words with the last user message.
+
+    With `auto`, none when no word is shared, and none after a tool's result, so that the loop
+    of an agent ends.
+    """
+    tools = find_tools(body)
+    mode, names = read_tool_choice(body)
+    if mode == "required" and not tools:
+        raise ApiError("missing", param="tools")
+    if mode == "none" or not tools:
+        return []
+    offered = [tool for tool in tools if tool["name"] in names] if names else tools
+    if mode == "named":
+        return offered[:1]
+    messages = body["messages"]
+    if mode == "auto" and messages[-1]["role"] in ("tool", "function"):
+        return []
+    asked = [message_text(message) for message in messages if message["role"] == "user"]
+    wanted = topic_words(asked[-1] if asked else "")
+    shared = [
+        len(wanted & topic_words(f"{tool['name']} {tool.get('description') or ''}"))
+        for tool in offered
+    ]
+    best = max(shared)
+    if best == 0:
+        return offered[:1] if mode == "required" else []
+    matching = [tool for tool, score in zip(offered, shared) if score == best]
+    alone = body.get("parallel_tool_calls") is False or not body.get("tools")
+    return matching[:1] if alone else matching
+
+
+def make_valid(draw: Draw, schema: Any, place: str) -> str:
+    """Return JSON text that satisfies a schema; raise ApiError where nothing can."""
+    try:
+        return json.dumps(make_instance(draw, schema), ensure_ascii=False)
+    except Unsatisfiable as error:
+        raise ApiError("invalid", param=place, reason=f"cannot be satisfied: {error}") from None
+
+
+def tool_call(draw: Draw, index: int, name: str, arguments: str, id: str | None = None) -> Any:
+    """Return one tool call as messages and deltas hold it."""
+    return {
+        "index": index,
+        "id": id or "call_" + draw_letters(draw.child("id"), 24, CALL_LETTERS),
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
+def make_calls(draw: Draw, functions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return tool calls, with arguments that satisfy each function's schema."""
+    calls = []
+    for index, function in enumerate(functions):
+        own = draw.child("call", index, function["name"])
+        schema = function.get("parameters") or {"type": "object"}
+        arguments = make_valid(own, schema, f"tools.{function['name']}.parameters")
+        calls.append(tool_call(own, index, function["name"], arguments))
+    return calls
+
+
+def make_content(draw: Draw, body: dict[str, Any], model: Model) -> str:
+    """Return the text of an answer in the format asked for."""
+    format = body.get("response_format")
+    kind = format["type"] if format else "text"
+    if kind == "regex":
+        if not format.get("pattern"):
+            raise ApiError("missing", param="response_format.pattern")
+        try:
+            return make_matching(draw, format["pattern"])
+        except Unsatisfiable as error:
+            raise ApiError("invalid", param="response_format.pattern", reason=str(error)) from None
+    if kind != "text":
+        schema = (format.get("json_schema") or format).get("schema")
+        return make_valid(draw, JSON_MODE_SCHEMA if schema is None else schema, "response_format")
+    return "safe" if model.type == "moderation" else make_text(draw)
+
+
+def make_reasoning(draw: Draw, body: dict[str, Any], model: Model) -> str:
+    """Return what a reasoning model thinks before it answers; empty where that is switched off."""
+    kwargs = body.get("chat_template_kwargs") or {}
+    switches = (
+        (body.get("reasoning") or {}).get("enabled"),
+        kwargs.get("thinking"),
+        kwargs.get("enable_thinking"),
+    )
+    length = EFFORT_THOUGHTS[body.get("reasoning_effort") or "medium"]
+    if not model.thinks or any(switch is False for switch in switches):
+        return ""
+    return " ".join([make_thought(draw.child(index)) for index in range(length)])
+
+
+def add_thoughts(choice: Choice, thoughts: str | None, budget: int) -> int:
+    """Give a choice its reasoning; return how many tokens of the budget that took."""
+    choice.thoughts = split_tokens(thoughts)[:budget] if thoughts else []
+    return len(choice.thoughts)
+
+
+def compose_choice(
+    draw: Draw, body: dict[str, Any], model: Model, budget: int, index: int
+) -> Choice:
+    """Write one choice of a chat answer."""
+    functions = choose_tools(body) if "tools" in body or "functions" in body else []
+    thoughts = make_reasoning(draw.child("reasoning", index), body, model) if model.thinks else ""
+    choice = Choice(index, [], "tool_calls")
+    budget -= add_thoughts(choice, thoughts, budget)
+    if budget <= 0:
+        choice.finish_reason = "length"
+    elif functions:
+        choice.tool_calls = make_calls(draw.child("tools", index), functions)
+    else:
+        text = make_content(draw.child("text", index), body, model)
+        choice.pieces, choice.finish_reason = cut_text(text, body.get("stop"), budget)
+    if choice.tool_calls and not body.get("tools"):
+        choice.function_call = choice.tool_calls.pop()["function"]
+        choice.finish_reason = "function_call"
+    return choice
+
+
+def script_choice(
+    draw: Draw, body: dict[str, Any], script: dict[str, Any], budget: int, index: int
+) -> Choice:
+    """Write one choice that a fixture scripts; the limits on its length hold too."""
+    choice = Choice(index, [], "tool_calls")
+    budget -= add_thoughts(choice, script["reasoning"], budget)
+    blocks = script["blocks"]
+    calls = [block for block in blocks if block["type"] == "tool_call"]
+    if script["content"] is not None or not calls:
+        text = script["content"] or ""
+        choice.pieces, choice.finish_reason = cut_text(text, body.get("stop"), max(budget, 0))
+    for at, call in enumerate(calls):
+        own = draw.child("call", index, at)
+        made = tool_call(own, at, call["name"], call["arguments"], call["id"])
+        choice.tool_calls.append(made)
+        choice.finish_reason = "tool_calls"
+    choice.calls_first = bool(blocks) and blocks[0]["type"] == "tool_call"
+    choice.finish_reason = script.get("finish_reason") or choice.finish_reason
+    return choice
+
+
+def apply_script(answer: Answer, script: dict[str, Any]) -> None:
+    """Let a fixture override what surrounds its text, and the size of its chunks."""
+    for name in ("id", "created", "model", "role"):
+        setattr(answer, name, script.get(name) or getattr(answer, name))
+    answer.request.id = answer.id
+    answer.usage.update(script.get("usage") or {})
+    answer.reasons = answer.reasons or bool(script["reasoning"])
+    size = script["chunk_size"]
+    for choice in answer.choices if size else ():
+        text = "".join(choice.pieces)
+        choice.pieces = [text[at : at + size] for at in range(0, len(text), size)]
+
+
+def score_choices(draw: Draw, choices: list[Choice], count: int) -> None:
+    """Give every token of the choices its logprob and `count` alternatives."""
+    for choice in choices:
+        choice.scores = make_scores(draw.child("logprobs", choice.index), choice.pieces, count)
+
+
+def token_logprobs(request: Request, pieces: list[str], scores: list[Any]) -> dict[str, Any]:
+    """Return logprobs in Together's form: parallel lists."""
+    part = {
+        "tokens": pieces,
+        "token_logprobs": [logprob for logprob, _ in scores],
+        "token_ids": [token_id(piece) for piece in pieces],
+    }
+    if any(tops for _, tops in scores):
+        part["top_logprobs"] = shape_top_logprobs(request, [dict(tops) for _, tops in scores])
+    return part
+
+
+def finish_answer(answer: Answer, draw: Draw, prompt: str) -> None:
+    """Add the echo and the logprobs that a request asked for."""
+    body = answer.request.body
+    asked = body.get("logprobs")
+    if asked is not None and asked is not False:
+        count = (body.get("top_logprobs") or 0) if asked is True else asked
+        score_choices(draw, answer.choices, count)
+    if body.get("echo"):
+        part: dict[str, Any] = {"text": prompt}
+        if asked:
+            pieces = split_tokens(prompt)
+            scores = make_scores(draw.child("prompt logprobs"), pieces, 0)
+            part["logprobs"] = token_logprobs(answer.request, pieces, scores)
+        answer.prompt = [part]
+
+
+def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
+    """Write the whole answer to a conversation, whole or streamed."""
+    body = request.body
+    for index, message in enumerate(body["messages"]):
+        check_message(message, f"messages[{index}]")
+    model = use_model(server, body["model"], "chat")
+    draw = Draw.of("chat", pick_facts(body, CHAT_FACTS))
+    request.id = draw_id(draw)
+    prompt_tokens = sum([count_message(message) for message in body["messages"]]) + 1
+    if body.get("tools"):
+        prompt_tokens += count_tokens(ENCODE(body["tools"]))
+    budget = find_budget(body, model, prompt_tokens)
+    script = request.script
+    choices = [
+        script_choice(draw, body, script, budget, index)
+        if script
+        else compose_choice(draw, body, model, budget, index)
+        for index in range(body.get("n") or 1)
+    ]
+    answer = Answer(request, choices, count_usage(prompt_tokens, choices))
+    answer.reasons = model.thinks
+    if script:
+        apply_script(answer, script)
+    finish_answer(answer, draw, "\n".join(map(message_text, body["messages"])))
+    return answer
+
+
+def content_logprobs(pieces: list[str], scores: list[Any]) -> dict[str, Any]:
+    """Return logprobs in OpenAI's form: one object a token."""
+
+    def entry(piece: str, logprob: float) -> dict[str, Any]:
+        return {"token": piece, "logprob": logprob, "bytes": list(piece.encode())}
+
+    content = [
+        {**entry(piece, logprob), "top_logprobs": [entry(*top) for top in tops]}
+        for piece, (logprob, tops) in zip(pieces, scores)
+    ]
+    return {"content": content, "refusal": None}
+
+
+def whole_logprobs(request: Request, choice: Choice) -> dict[str, Any] | None:
+    """Return a choice's logprobs in the form asked for: `true` is OpenAI's, a number Together's."""
+    if not choice.scores:
+        return None
+    if request.body["logprobs"] is True:
+        return content_logprobs(choice.pieces, choice.scores)
+    return token_logprobs(request, choice.pieces, choice.scores)
+
+
+def chunk_logprobs(request: Request, choice: Choice, at: int) -> Any:
+    """Return one token's logprobs; Together's clients type them as a bare number."""
+    if not choice.scores:
+        return None
+    if is_together(request):
+        return choice.scores[at][0]
+    pieces, scores = choice.pieces[at : at + 1], choice.scores[at : at + 1]
+    if request.body["logprobs"] is True:
+        return content_logprobs(pieces, scores)
+    return token_logprobs(request, pieces, scores)
+
+
+def chat_message(answer: Answer, choice: Choice) -> dict[str, Any]:
+    """Return the message of a whole answer."""
+    message: dict[str, Any] = {
+        "role": answer.role,
+        "content": "".join(choice.pieces) if not choice.tool_calls or choice.pieces else None,
+        "tool_calls": choice.tool_calls,
+    }
+    if choice.function_call is not None:
+        message.update(content=None, function_call=choice.function_call)
+    if answer.reasons:
+        message["reasoning"] = "".join(choice.thoughts) or None
+    return message
+
+
+def chat_completion(answer: Answer) -> dict[str, Any]:
+    """Return a whole answer: what folding its chunks gives."""
+    return {
+        "id": answer.id,
+        "object": "chat.completion",
+        "created": answer.created,
+        "model": answer.model,
+        "prompt": answer.prompt,
+        "choices": [
+            {
+                "index": choice.index,
+                "message": chat_message(answer, choice),
+                "logprobs": whole_logprobs(answer.request, choice),
+                "finish_reason": choice.finish_reason,
+                "seed": answer.seed,
+            }
+            for choice in answer.choices
+        ],
+        "usage": answer.usage,
+    }
+
+
+def chat_part(answer: Answer, choice: Choice, **delta: Any) -> dict[str, Any]:
+    """Return the choice of one chunk; every delta has its role, which strict clients require."""
+    return {
+        "index": choice.index,
+        "text": "",
+        "logprobs": None,
+        "finish_reason": None,
+        "seed": None,
+        "delta": {"role": answer.role, **delta},
+    }
+
+
+def text_parts(answer: Answer, choice: Choice) -> Iterator[dict[str, Any]]:
+    """Yield the text of a choice, a token each."""
+    for at, piece in enumerate(choice.pieces):
+        part = chat_part(answer, choice, token_id=token_id(piece), content=piece)
+        part["text"] = piece
+        part["logprobs"] = chunk_logprobs(answer.request, choice, at)
+        yield part
+
+
+def call_parts(answer: Answer, choice: Choice) -> Iterator[dict[str, Any]]:
+    """Yield each tool call whole in one delta: the form that every client accepts."""
+    for call in choice.tool_calls:
+        yield chat_part(answer, choice, content="", tool_calls=[call])
+
+
+def chat_parts(answer: Answer, choice: Choice) -> Iterator[dict[str, Any]]:
+    """Yield what each chunk of a choice adds: reasoning, text and tool calls, the end."""
+    for thought in choice.thoughts:
+        number = token_id(thought)
+        yield chat_part(answer, choice, token_id=number, content="", reasoning=thought)
+    parts = (call_parts, text_parts) if choice.calls_first else (text_parts, call_parts)
+    for write in parts:
+        yield from write(answer, choice)
+    if choice.function_call is not None:
+        yield chat_part(answer, choice, content="", function_call=choice.function_call)
+    end = chat_part(answer, choice, content="")
+    end.update(finish_reason=choice.finish_reason, seed=answer.seed)
+    yield end
+
+
+def interleave(streams: list[Iterator[Any]]) -> Iterator[Any]:
+    """Yield from each stream in turn until all have ended."""
+    while streams:
+        for stream in streams[:]:
+            try:
+                yield next(stream)
+            except StopIteration:
+                streams.remove(stream)
+
+
+def usage_events(answer: Answer, chunks: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Put the usage on the last chunk, or on one of its own where the request asks for that."""
+    apart = (answer.request.body.get("stream_options") or {}).get("include_usage")
+    last = next(chunks)
+    for chunk in chunks:
+        yield last
+        last = chunk
+    if not apart:
+        last["usage"] = answer.usage
+    yield last
+    if apart:
+        yield {**last, "choices": [], "usage": answer.usage}
+
+
+def chat_chunks(answer: Answer) -> Iterator[dict[str, Any]]:
+    """Yield an answer as chunks; their fold is the whole reply."""
+    for part in interleave([chat_parts(answer, choice) for choice in answer.choices]):
+        yield {
+            "id": answer.id,
+            "object": "chat.completion.chunk",
+            "created": answer.created,
+            "choices": [part],
+            "model": answer.model,
+            "usage": None,
+        }
+
+
+@route("POST", "/v1/chat/completions", body=CHAT_FIELDS, kind="chat")
+def create_chat_completion(server: TogetherAiServer, request: Request) -> Any:
+    """Answer a conversation, whole or as a stream."""
+    answer = compose_chat(server, request)
+    if request.body.get("stream"):
+        return Events(usage_events(answer, chat_chunks(answer)))
+    return chat_completion(answer)
+
+
+# --- Text completions
+
+COMPLETION_FIELDS = Fields(
+    Field("model", str, required=True, low=1),
+    Field("prompt", str, list, required=True),
+    *SAMPLING_FIELDS,
+    Field("logprobs", int, low=0, high=20),
+    Field("user", str),
+)
+COMPLETION_FACTS = (
+    "model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+    "presence_penalty", "frequency_penalty", "logit_bias", "seed", "n", "suffix", "safety_model",
+)  # fmt: skip
+
+
+def read_inputs(value: Any, place: str) -> list[Any]:
+    """Return a list of texts or token lists from the four forms that clients send them in."""
+    if type(value) is str:
+        return [value]
+    if value and all(type(item) is str for item in value):
+        return list(value)
+    if value and all(type(item) is int for item in value):
+        return [value]
+    if value and all(type(item) is list for item in value):
+        for index, item in enumerate(value):
+            if not item or not all(type(token) is int for token in item):
+                raise refuse_value(f"{place}[{index}]", "must be an array of token ids", item)
+        return list(value)
+    raise refuse_value(place, "must be a string, or an array of strings or token ids", value)
+
+
+def count_input(value: Any) -> int:
+    """Count the tokens of a text, or of a list that holds them."""
+    return count_tokens(value) if type(value) is str else len(value)
+
+
+def input_text(value: Any) -> str:
+    """Return a text, or the words that stand for token ids."""
+    return value if type(value) is str else " ".join([f"token{id}" for id in value])
+
+
+def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
+    """Write the continuations of each prompt."""
+    body = request.body
+    prompts = read_inputs(body["prompt"], "prompt")
+    if not all(prompts):
+        raise ApiError("empty_prompt", param="prompt")
+    model = use_model(server, body["model"], "language")
+    facts = pick_facts(body, COMPLETION_FACTS)
+    draw = Draw.of("completion", [facts, prompts])
+    request.id = draw_id(draw)
+    script = request.script
+    choices: list[Choice] = []
+    for prompt in prompts:
+        budget = find_budget(body, model, count_input(prompt))
+        own = Draw.of("prompt", [facts, prompt])
+        for index in range(body.get("n") or 1):
+            text = script["content"] or "" if script else " " + make_text(own.child("text", index))
+            choices.append(Choice(len(choices), *cut_text(text, body.get("stop"), budget)))
+    answer = Answer(request, choices, count_usage(sum(map(count_input, prompts)), choices))
+    if script:
+        apply_script(answer, script)
+    finish_answer(answer, draw, "\n".join(map(input_text, prompts)))
+    return answer
+
+
+def echo_prefix(answer: Answer, choice: Choice) -> str:
+    """Return the prompt where the client expects the echo in front of the text."""
+    if not answer.prompt or not is_openai(answer.request):
+        return ""
+    prompts = read_inputs(answer.request.body["prompt"], "prompt")
+    return input_text(prompts[choice.index * len(prompts) // len(answer.choices)])
+
+
+def text_logprobs(request: Request, choice: Choice, start: int, end: int) -> Any:
+    """Return the logprobs of some tokens of a completion, with where each begins."""
+    if not choice.scores:
+        return None
+    pieces = choice.pieces[start:end]
+    part = token_logprobs(request, pieces, choice.scores[start:end])
+    offset = sum(map(len, choice.pieces[:start])) if start else 0
+    part["text_offset"] = []
+    for piece in pieces:
+        part["text_offset"].append(offset)
+        offset += len(piece)
+    return part
+
+
+def text_completion(answer: Answer) -> dict[str, Any]:
+    """Return a whole text completion."""
+    return {
+        "id": answer.id,
+        "object": completion_object(answer.request, chunk=False),
+        "created": answer.created,
+        "model": answer.model,
+        "prompt": answer.prompt,
+        "choices": [
+            {
+                "index": choice.index,
+                "text": echo_prefix(answer, choice) + "".join(choice.pieces),
+                "finish_reason": choice.finish_reason,
+                "logprobs": text_logprobs(answer.request, choice, 0, len(choice.pieces)),
+                "seed": answer.seed,
+            }
+            for choice in answer.choices
+        ],
+        "usage": answer.usage,
+    }
+
+
+def text_deltas(answer: Answer, choice: Choice) -> Iterator[tuple[int, int | None, str, Any]]:
+    """Yield index, place among the tokens, text and reason to end, a chunk each."""
+    echo = echo_prefix(answer, choice)
+    if echo:
+        yield choice.index, None, echo, None
+    for at, piece in enumerate(choice.pieces):
+        yield choice.index, at, piece, None
+    yield choice.index, None, "", choice.finish_reason
+
+
+def text_chunks(answer: Answer) -> Iterator[dict[str, Any]]:
+    """Yield a text completion as chunks: the union of what the service sent and now documents."""
+    kind = completion_object(answer.request, chunk=True)
+    streams = [text_deltas(answer, choice) for choice in answer.choices]
+    for index, at, text, finish_reason in interleave(streams):
+        choice = answer.choices[index]
+        logprob = choice.scores[at][0] if choice.scores and at is not None else None
+        logprobs: Any = logprob
+        if at is not None and not is_together(answer.request):
+            logprobs = text_logprobs(answer.request, choice, at, at + 1)
+        id = token_id(text)
+        yield {
+            "id": answer.id,
+            "object": kind,
+            "created": answer.created,
+            "choices": [
+                {
+                    "index": index,
+                    "text": text,
+                    "logprobs": logprobs,
+                    "finish_reason": finish_reason,
+                    "seed": answer.seed if finish_reason else None,
+                    "delta": {"token_id": id, "role": "assistant", "content": text},
+                }
+            ],
+            "model": answer.model,
+            "usage": None,
+            "token": {"id": id, "text": text, "logprob": logprob or 0.0, "special": not text},
+            "finish_reason": finish_reason,
+        }
+
+
+@route("POST", "/v1/completions", body=COMPLETION_FIELDS, kind="completion")
+def create_completion(server: TogetherAiServer, request: Request) -> Any:
+    """Continue a prompt, whole or as a stream."""
+    answer = compose_completion(server, request)
+    if request.body.get("stream"):
+        return Events(usage_events(answer, text_chunks(answer)))
+    return text_completion(answer)
+
+
+# --- Embeddings
+
+EMBEDDING_FIELDS = Fields(
+    Field("model", str, required=True, low=1),
+    Field("input", str, list, required=True, high=MAX_INPUT_ITEMS),
+    Field("encoding_format", str, choices=("float", "base64")),
+    Field("dimensions", int, low=1, high=MAX_DIMENSIONS),
+    Field("user", str),
+)
+
+
+def embed(model: Model, value: Any, dimensions: int | None) -> list[int]:
+    """Return the unit vector of a text or token list, in hundred-thousandths."""
+    vector = make_vector(input_text(value), model.dimensions, model.id.encode())
+    return shorten(vector, dimensions) if dimensions and dimensions < len(vector) else vector
+
+
+def write_numbers(numbers: bytes | str) -> str:
+    """Return a vector as JSON: packed numbers as base64 text, others as the array they are."""
+    if isinstance(numbers, bytes):
+        return f'"{base64.b64encode(numbers).decode()}"'
+    return f"[{numbers}]"
+
+
+def embed_inputs(request: Request, model: Model, inputs: list[Any]) -> Iterator[str]:
+    """Yield the JSON of each input's vector, from the makers or from a fixture."""
+    packed = request.body.get("encoding_format") == "base64"
+    if request.script is None:
+        for value in inputs:
+            vector = embed(model, value, request.body.get("dimensions"))
+            yield write_numbers(pack_floats(vector) if packed else format_floats(vector))
+        return
+    vectors = request.script["vectors"]
+    for index in range(len(inputs)):
+        numbers = vectors[min(index, len(vectors) - 1)] if vectors else []
+        plain = ENCODE(numbers)[1:-1]
+        yield write_numbers(struct.pack(f"<{len(numbers)}f", *numbers) if packed else plain)
+
+
+@route("POST", "/v1/embeddings", body=EMBEDDING_FIELDS, kind="embedding")
+def create_embeddings(server: TogetherAiServer, request: Request) -> Any:
+    """Embed texts: those that share words are close."""
+    body = request.body
+    inputs = read_inputs(body["input"], "input")
+    model = use_model(server, body["model"], "embedding")
+    request.id = draw_id(Draw(hashlib.sha256(request.raw).digest()))
+    # Written by hand: the JSON encoder would take ten times as long for the numbers.
+    items = [
+        f'{{"object":"embedding","index":{index},"embedding":{numbers}}}'
+        for index, numbers in enumerate(embed_inputs(request, model, inputs))
+    ]
+    tokens = sum(map(count_input, inputs))
+    usage = ENCODE({"prompt_tokens": tokens, "total_tokens": tokens})
+    head = f'{{"object":"list","model":{ENCODE(body["model"])},"data":['
+    return Reply(f'{head}{",".join(items)}],"usage":{usage}}}'.encode())
+
+
+# --- Images
+
+IMAGE_FIELDS = Fields(
+    Field("model", str, required=True, low=1),
+    Field("prompt", str, required=True),
+    Field("n", int, low=1, high=MAX_IMAGES),
+    Field("width", int, low=MIN_IMAGE_SIDE, high=MAX_IMAGE_SIDE),
+    Field("height", int, low=MIN_IMAGE_SIDE, high=MAX_IMAGE_SIDE),
+    Field("size", str),
+    Field("aspect_ratio", str),
+    Field("steps", int, low=1, high=100),
+    Field("seed", int),
+    Field("image_url", str),
+    Field("reference_images", list, each=Field("", str)),
+    Field(
+        "image_loras",
+        list,
+        each=Field(
+            "",
+            dict,
+            fields=Fields(Field("path", str, required=True), Field("scale", float, required=True)),
+        ),
+    ),
+    Field("guidance_scale", float),
+    Field("guidance", float),
+    Field("negative_prompt", str),
+    Field("disable_safety_checker", bool),
+    Field("prompt_upsampling", bool),
+    Field("image_base64", str),
+    Field("response_format", str, choices=("base64", "b64_json", "url")),
+    Field("output_format", str, choices=("jpeg", "png")),
+    Field("user", str),
+)
+IMAGE_FACTS = (
+    "model", "prompt", "width", "height", "steps", "seed", "image_url", "reference_images",
+    "image_loras", "guidance_scale", "guidance", "negative_prompt", "image_base64",
+)  # fmt: skip
+
+
+def read_pair(text: str, separator: str, place: str) -> tuple[int, int]:
+    """Read `1024x768` or `16:9`."""
+    found = re.fullmatch(rf"([1-9]\d{{0,4}}){separator}([1-9]\d{{0,4}})", text, re.ASCII)
+    if found is None:
+        raise refuse_value(place, f"must be two numbers such as 16{separator}9", text)
+    return int(found.group(1)), int(found.group(2))
+
+
+def read_image_size(body: dict[str, Any]) -> tuple[int, int]:
+    """Return width and height from whichever fields give them (default: 1024 by 1024)."""
+    width, height = body.get("width"), body.get("height")
+    size, ratio = body.get("size"), body.get("aspect_ratio")
+    if size and size != "auto":
+        sides = read_pair(size, "x", "size")
+        for side in sides:
+            IMAGE_FIELDS["width"].check(side, "size")
+        width, height = width or sides[0], height or sides[1]
+    elif ratio and not (width or height):
+        across, down = read_pair(ratio, ":", "aspect_ratio")
+        root = (across / down) ** 0.5
+        sides = (round(64 * root) * 16, round(64 / root) * 16)
+        width, height = (max(MIN_IMAGE_SIDE, min(side, MAX_IMAGE_SIDE)) for side in sides)
+    return width or DEFAULT_IMAGE_SIDE, height or DEFAULT_IMAGE_SIDE
+
+
+def script_image(request: Request, image: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return one image as a fixture gives it."""
+    given = {name: value for name, value in image.items() if value is not None}
+    return {"index": index, "type": "url" if "url" in given else "b64_json", **given}
+
+
+def paint(token: str, width: int, height: int) -> bytes:
+    """Return the PNG of a token: its URL holds all there is to know about it."""
+    return make_image(Draw(hashlib.sha256(token.encode()).digest()), width, height)
+
+
+def image_item(
+    server: TogetherAiServer, request: Request, draw: Draw, index: int, size: tuple[int, int]
+) -> dict[str, Any]:
+    """Return one image as base64, as a URL, or as both when nothing was asked."""
+    form = request.body.get("response_format")
+    token = draw_letters(draw, 16)
+    item: dict[str, Any] = {"index": index, "type": "url" if form in (None, "url") else "b64_json"}
+    if form in (None, "url"):
+        item["url"] = f"{request.origin or server.url}/shrt/{token}-{size[0]}x{size[1]}.png"
+    if form != "url":
+        item["b64_json"] = base64.b64encode(paint(token, *size)).decode()
+    item["timings"] = {"inference": (100 + draw.below(900)) / 1000}
+    return item
+
+
+@route("POST", "/v1/images/generations", body=IMAGE_FIELDS, kind="image")
+def create_images(server: TogetherAiServer, request: Request) -> Any:
+    """Paint PNG images of a prompt."""
+    body = request.body
+    if not body["prompt"]:
+        raise ApiError("empty_prompt", param="prompt")
+    model = use_model(server, body["model"], "image")
+    size = read_image_size(body)
+    draw = Draw.of("image", pick_facts(body, IMAGE_FACTS))
+    request.id = draw_id(draw)
+    script = request.script
+    items = [
+        script_image(request, script["images"][index % len(script["images"])], index)
+        if script and script["images"]
+        else image_item(server, request, draw.child("image", index), index, size)
+        for index in range(len(script["images"]) if script else body.get("n") or 1)
+    ]
+    return {
+        "id": request.id,
+        "model": model.id,
+        "object": "list",
+        "created": CREATED,
+        "data": items,
+    }
+
+
+@route("GET", "/shrt/{token}", open=True)
+def get_image(server: TogetherAiServer, request: Request) -> Any:
+    """Serve an image that an answer pointed to; it needs no key."""
+    found = re.fullmatch(r"(\w{16})-(\d{1,4})x(\d{1,4})\.png", request.params["token"], re.ASCII)
+    sides = [int(side) for side in found.groups()[1:]] if found else [0]
+    if found is None or not all(MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE for side in sides):
+        raise ApiError("no_object", param="token", noun="Image", id=request.params["token"][:100])
+    png = paint(found.group(1), *sides)
+    return Reply(png, content_type="image/png", headers={"Cache-Control": "max-age=31536000"})
+
+
+# --- Models
+
+
+@route("GET", "/v1/models", query=Fields(Field("dedicated", bool)))
+def list_models(server: TogetherAiServer, request: Request) -> Any:
+    """List the catalogue and the models that jobs have made."""
+    items = [model_object(model) for model in server.models.values()]
+    if is_openai(request):
+        items = [{**item, "owned_by": item["organization"] or "user"} for item in items]
+    return wrap_list(request, items, server.strict)
+
+
+def find_model(server: TogetherAiServer, id: str) -> Model:
+    """Return a model of the catalogue; raise ApiError 404 for any other."""
+    if id not in server.models:
+        raise ApiError("no_model", model=id[:100])
+    return server.models[id]
+
+
+@route("GET", "/v1/models/{id...}")
+def get_model(server: TogetherAiServer, request: Request) -> Any:
+    """Describe one model; its slashes may come as they are or as %2F."""
+    item = model_object(find_model(server, request.params["id"]))
+    return {**item, "owned_by": item["organization"] or "user"}
+
+
+@route("GET", "/v1/autoscale/models")
+def list_autoscale_models(server: TogetherAiServer, request: Request) -> Any:
+    """Name the models that can have an endpoint of their own."""
+    return [{"name": model.id} for model in server.models.values() if model.type == "chat"]
+
+
+def list_page(request: Request, items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one page of the second API: `limit` items after the id that `after` names."""
+    after, limit = request.args.get("after"), request.args.get("limit") or 100
+    ids = [item["id"] for item in items]
+    start = ids.index(after) + 1 if after in ids else 0
+    page = items[start : start + limit]
+    more = len(items) > start + limit
+    return {"object": "list", "data": page, "next_cursor": page[-1]["id"] if more else None}
+
+
+@route("GET", "/v2/supported-models", query=Fields(Field("limit", int, low=1, high=1000)))
+def list_supported_models(server: TogetherAiServer, request: Request) -> Any:
+    """List the catalogue in the second API's form, page by page."""
+    return list_page(request, [supported_model(model) for model in server.models.values()])
+
+
+@route("GET", "/v2/supported-models/{id...}")
+def get_supported_model(server: TogetherAiServer, request: Request) -> Any:
+    """Describe one model in the second API's form, by id or by name."""
+    wanted = request.params["id"]
+    for model in server.models.values():
+        item = supported_model(model)
+        if wanted in (item["id"], item["name"]):
+            return item
+    return supported_model(find_model(server, wanted))
+
+
+# === Control ===
+
+
+@route("GET", "/", open=True)
+def get_root(server: TogetherAiServer, request: Request) -> Any:
+    """Say what this is."""
+    return {
+        "name": "together-ai",
+        "version": "1",
+        "protocol": "together-v1",
+        "documentation": "/docs/together-ai.md",
+        "emulator": f"together_fake {__version__}",
+    }
+
+
+@route("GET", "/health", open=True)
+def get_health(server: TogetherAiServer, request: Request) -> Any:
+    """Say that the server answers."""
+    return {"status": "ok"}
+
+
+@route("POST", "/__parlel/reset", open=True)
+def reset_server(server: TogetherAiServer, request: Request) -> Any:
+    """Go back to the state after the start."""
+    server.reset()
+    return {"ok": True}
+
+
+RECORD_FILTERS = Fields(
+    Field("path", str),
+    Field("model", str),
+    Field("status", int),
+    Field("since", int, low=0),
+    Field("limit", int, low=1),
+)
+
+
+@route("GET", "/__parlel/requests", open=True, query=RECORD_FILTERS)
+def list_requests(server: TogetherAiServer, request: Request) -> Any:
+    """List the record, oldest first: of a path, model or status, since a number, the last few."""
+    args = request.args
+    calls = [
+        call
+        for call in list(server.requests)
+        if args.get("path") in (None, call.path)
+        and args.get("status") in (None, call.status)
+        and call.number > args.get("since", 0)
+        and ("model" not in args or args["model"] == call.model)
+    ]
+    items = [call.as_json() for call in calls[-args.get("limit", len(calls)) :]]
+    return {"requests": items, "count": len(items)}
+
+
+@route("POST", "/__parlel/fixtures", open=True, body=Fields(Field("fixtures", list)))
+def add_fixtures(server: TogetherAiServer, request: Request) -> Any:
+    """Add the fixtures of a file's JSON, all or none."""
+    warnings: list[str] = []
+    try:
+        fixtures = parse_fixtures(request.body, warnings=warnings)
+    except ValueError as error:
+        raise ApiError("bad_fixture", reason=str(error)) from None
+    server.script.add(fixtures)
+    return {"ok": True, "added": len(fixtures), "warnings": warnings}
+
+
+@route("GET", "/__parlel/fixtures", open=True)
+def list_fixtures(server: TogetherAiServer, request: Request) -> Any:
+    """List the fixtures with how often each was served."""
+    return server.script.describe()
+
+
+@route("DELETE", "/__parlel/fixtures", open=True)
+def remove_fixtures(server: TogetherAiServer, request: Request) -> Any:
+    """Remove the fixtures that were added at run time; those of files stay."""
+    server.script.remove_run_time()
+    return {"ok": True}
+
+
+# === Wire ===
+
+POSIX = sys.platform != "win32"
+MSG_MORE = getattr(socket, "MSG_MORE", 0)  # Linux: the rest follows at once
+MSG_WAITALL = getattr(socket, "MSG_WAITALL", 0) if POSIX else 0  # one call for a whole body
+MAX_RECEIVE_BYTES = 2**30 if MSG_WAITALL else 2**20  # taken in one call
+RECEIVE_BYTES = 64 * 2**10  # asked for at once, where the number to come is unknown
+LAST_CHUNK = b"0\r\n\r\n"
+SINGLE = {"content-length", "host", "transfer-encoding"}  # refused when repeated
+OWN = {  # response headers that a reply cannot set, because this section does
+    "access-control-allow-origin",
+    "connection",
+    "content-length",
+    "content-type",
+    "date",
+    "server",
+    "transfer-encoding",
+}
+REASONS = {
+    int(code): names[0] for code, names in http.server.BaseHTTPRequestHandler.responses.items()
+}
+UNCACHED = {"Cache-Control": "no-cache, no-transform"}  # a proxy shall not gather a stream
+CHUNKED = "Transfer-Encoding: chunked"
+BODILESS = {204, 304}  # statuses whose replies end with the head
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where to reach a server bound to all
+UNSAFE = re.compile(r"[\r\n\0]+")  # would start a header of its own
+
+# What a request looks like. These patterns are the whole specification: what they do not match
+# is refused. Text is latin-1, so a character is a byte.
+NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+VALUE = r"[\t -~\x80-\xff]*"
+HEAD = re.compile(
+    rf"""(?:\r\n)?                       # an empty line too many, as old clients send
+    ({NAME})[ ]                          # method
+    (?:(?i:https?://)[^/?\ \r\n]+)?      # of an absolute target, only the path counts
+    (/[!->@-~]*|\*|(?<![ ])(?=[ ?]))     # path; only an absolute target may lack it
+    (?:\?([!-~]*))?[ ]                   # query
+    HTTP/1\.([0-9])\r\n                  # minor version
+    ((?:{NAME}:{VALUE}\r\n)*)            # header lines""",
+    re.VERBOSE,
+)
+FIELD = re.compile(r"([^:]+):[ \t]*([^\r]*[^\r\t ]|)[ \t]*\r\n")
+CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,15}})[ \t]*(?:;{VALUE})?\r\n".encode("latin-1"))
+CHUNK_END = re.compile(rb"\r\n")
+TRAILER_LINE = re.compile(rf"(?:{NAME}:{VALUE})?\r\n".encode("latin-1"))
+
+# Tells from its first bytes that a head will never be one, so that nobody waits for the rest.
+HOPELESS = re.compile(rb"\A(?:\r\n)?[^!-~\r]|(?<!\r)\n|\r(?!\n|\Z)|\0")
+
+# (pattern, error, reason): why a head is none, the first that matches.
+REFUSALS = [
+    (re.compile(r"\A\x16\x03"), "bad_http", "this is TLS, but the port speaks http://"),
+    (re.compile(r"\APRI \* HTTP/2"), "bad_http", "this is HTTP/2, but the port speaks HTTP/1.1"),
+    (re.compile(r"\A[^\r\n]* HTTP/(?!1\.)[0-9.]+\r\n"), "bad_version", ""),
+    (re.compile(r"(?<!\r)\n|\r(?!\n|\Z)|\0"), "bad_http", "it has a bare CR, LF or NUL"),
+    (re.compile(r"\n[ \t]"), "bad_http", "a header line is folded"),
+    (re.compile(r"\n[^\r:]*[ \t]:"), "bad_http", "a blank stands before a header's colon"),
+    (re.compile(r"\n:"), "bad_http", "a header has no name"),
+    (re.compile(r""), "bad_http", "a line is neither METHOD /path HTTP/1.1 nor Name: value"),
+]
+
+
+def explain_refusal(head: str) -> ApiError:
+    """Return the error for a head that `HEAD` does not match."""
+    name, reason = next((name, why) for pattern, name, why in REFUSALS if pattern.search(head))
+    return ApiError(name, reason=reason)
+
+
+def parse_fields(lines: str) -> dict[str, str]:
+    """Return header lines by name in lower case; repeated ones are joined."""
+    fields = FIELD.findall(lines)
+    if len(fields) > MAX_HEADERS:
+        raise ApiError("headers_too_large", bytes=MAX_HEADER_BYTES, count=MAX_HEADERS)
+    headers = {name.lower(): value for name, value in fields}
+    if len(headers) < len(fields):
+        for name in headers:
+            values = [value for other, value in fields if other.lower() == name]
+            if len(values) > 1 and name in SINGLE:
+                raise ApiError("bad_http", reason=f"it has {len(values)} {name} headers")
+            headers[name] = ", ".join(values)
+    return headers
+
+
+def parse_length(digits: str) -> int:
+    if not digits.isdecimal():  # int() alone also takes "+5" and "1_0"
+        raise ApiError("bad_http", reason=f"Content-Length {digits!r} is not a whole number")
+    return int(digits) if len(digits) < 19 else sys.maxsize
+
+
+def frame_chunk(event: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(event), event) if event else b""  # empty would end the body
+
+
+class Connection(http.server.BaseHTTPRequestHandler):
+    """One client's connection: reads requests, has the app answer them, writes the replies.
+
+    `Cut` ends it at once: the client left, the server stops, or a fault wants it.
+    """
+
+    server: Any  # the HttpServer below
+
+    def setup(self) -> None:
+        self.connection: socket.socket = self.request
+        with contextlib.suppress(OSError):  # some systems refuse it when the client has left
+            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.unused = b""  # received, and not yet part of a request
+        self.patience = 0.0  # seconds that one receive may take, as last set
+        self.close_connection = False
+
+    def handle(self) -> None:
+        with contextlib.suppress(Cut):
+            while not self.close_connection:
+                self.handle_one_request()
+
+    def finish(self) -> None:
+        """Do nothing: replies are written whole, and the server closes the socket."""
+
+    def handle_one_request(self) -> None:
+        self.command, self.path, self.minor = "", "", "1"
+        self.deadline = 0.0  # when the whole request must be here; set once it has begun
+        try:
+            request = self.read_request()
+        except ApiError as error:
+            self.close_connection = True  # where the next request begins is unknown
+            self.write_reply(self.server.app.refuse(error, self.command, self.path))
+            self.linger()
+        else:
+            self.write_reply(self.server.app.answer(request))
+
+    # Reading, from the whole request down to the socket
+
+    def read_request(self) -> Request:
+        head = self.read_head()
+        match = HEAD.fullmatch(head)
+        if not match:
+            raise explain_refusal(head)
+        self.command, path, query, self.minor, lines = match.groups()
+        self.path = path or "/"
+        headers = parse_fields(lines)
+        if self.minor != "0" and "host" not in headers:
+            raise ApiError("bad_http", reason="HTTP/1.1 needs a Host header")
+        options = headers.get("connection", "").lower()
+        old = self.minor == "0"
+        self.close_connection = "close" in options or (old and "keep-alive" not in options)
+        return Request(
+            self.command,
+            self.path,
+            self.read_body(headers),
+            query=query or "",
+            headers=headers,
+            origin="http://" + (headers.get("host") or self.server.netloc),
+        )
+
+    def read_head(self) -> str:
+        """Return a request's line and header lines, without the empty line behind them."""
+        data = self.unused or self.receive_within(self.server.idle_seconds, RECEIVE_BYTES)
+        if not data:
+            raise Cut  # idle for too long
+        seen = 0
+        while (end := data.find(b"\r\n\r\n", max(0, seen - 3))) < 0:
+            if len(data) > MAX_HEADER_BYTES:
+                raise ApiError("headers_too_large", bytes=MAX_HEADER_BYTES, count=MAX_HEADERS)
+            if HOPELESS.search(data, max(0, seen - 1)):
+                raise explain_refusal(data.decode("latin-1"))
+            seen = len(data)
+            data += self.receive(MAX_HEADER_BYTES + 1 - seen)
+        self.unused = data[end + 4 :]
+        return data[: end + 2].decode("latin-1")
+
+    def read_body(self, headers: Mapping[str, str]) -> bytes:
+        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+        if coding is None:
+            if length is None:
+                return b""
+            size = self.check_size(parse_length(length))
+        elif length is not None or self.minor == "0":
+            raise ApiError("bad_http", reason="Transfer-Encoding takes HTTP/1.1 and no length")
+        elif coding.lower() != "chunked":
+            raise ApiError("unknown_coding", coding=coding)
+        waits = headers.get("expect", "").lower() == "100-continue" and self.minor != "0"
+        if waits and not self.unused:
+            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return self.read_exactly(size) if coding is None else self.read_chunks()
+
+    def check_size(self, size: int) -> int:
+        """Return the size of a body that is not over the route's limit."""
+        if size > MAX_JSON_BYTES:
+            limit = self.server.app.body_limit(self.command, self.path)
+            if size > limit:
+                raise ApiError("too_large", size=size, limit=limit)
+        return size
+
+    def read_chunks(self) -> bytes:
+        pieces = []
+        total = 0
+        while size := int(self.read_line(CHUNK_LINE)[1], 16):
+            total = self.check_size(total + size)
+            pieces.append(self.read_exactly(size))
+            self.read_line(CHUNK_END)
+        for _ in range(MAX_HEADERS + 1):
+            if self.read_line(TRAILER_LINE)[0] == b"\r\n":
+                return b"".join(pieces)
+        raise ApiError("headers_too_large", bytes=MAX_HEADER_BYTES, count=MAX_HEADERS)
+
+    def read_line(self, pattern: re.Pattern[bytes]) -> re.Match[bytes]:
+        """Return a line between the chunks of a body, as `pattern` takes it apart."""
+        while not (match := pattern.match(self.unused)):
+            if b"\n" in self.unused or len(self.unused) > MAX_CHUNK_LINE_BYTES:
+                raise ApiError("bad_http", reason="a chunk does not end or begin as it should")
+            self.unused += self.receive(RECEIVE_BYTES)
+        self.unused = self.unused[match.end() :]
+        return match
+
+    def read_exactly(self, size: int) -> bytes:
+        """Return the next `size` bytes: large ones as the kernel filled them, without a copy."""
+        pieces = [self.unused[:size]] if self.unused else []
+        self.unused = self.unused[size:]
+        missing = size - sum(map(len, pieces))
+        while missing:
+            pieces.append(self.receive(min(missing, MAX_RECEIVE_BYTES), MSG_WAITALL))
+            missing -= len(pieces[-1])
+        return b"".join(pieces)  # one piece is returned as it is
+
+    def receive(self, size: int, flags: int = 0) -> bytes:
+        """Return more of a request that has begun, within what is left of its time."""
+        now = time.monotonic()
+        self.deadline = self.deadline or now + self.server.receive_seconds
+        data = self.receive_within(self.deadline - now, size, flags)
+        if not data:
+            raise ApiError("slow_request", seconds=self.server.receive_seconds)
+        return data
+
+    def receive_within(self, seconds: float, size: int, flags: int = 0) -> bytes:
+        """Return what comes in time, which may be nothing; raise `Cut` when no more will."""
+        if seconds <= 0:
+            return b""
+        try:
+            self.limit_receiving(seconds)
+            data = self.connection.recv(size, flags)
+        except (BlockingIOError, socket.timeout):
+            return b""
+        except OSError:
+            raise Cut from None
+        if not data:
+            raise Cut
+        return data
+
+    def limit_receiving(self, seconds: float) -> None:
+        """Let the kernel end a receive in time, which saves the poll() of settimeout()."""
+        if seconds == self.patience:
+            return
+        self.patience = seconds
+        if POSIX:
+            timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 999_999) + 1)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        else:
+            self.connection.settimeout(seconds)
+
+    # Writing, likewise
+
+    def write_reply(self, reply: Reply) -> None:
+        framing = self.choose_framing(reply)
+        head = self.encode_head(reply, framing)
+        body = reply.body
+        if reply.events is not None:
+            self.write_events(head, reply.events, framing)
+        elif self.command == "HEAD" or reply.status in BODILESS:
+            self.send(head)
+        elif len(body) <= MAX_JOIN_BYTES:
+            self.send(head + body)
+        else:
+            self.send(head, MSG_MORE)
+            self.send(body)
+
+    def choose_framing(self, reply: Reply) -> str:
+        """Return the header lines that tell where the reply ends."""
+        if reply.events is None:
+            return f"Content-Length: {len(reply.body)}"
+        if "Content-Length" in reply.headers:
+            return f"Content-Length: {reply.headers['Content-Length']}"
+        reply.headers = {**UNCACHED, **reply.headers}
+        if self.minor == "0":
+            self.close_connection = True
+            return ""
+        return CHUNKED
+
+    def write_events(self, head: bytes, events: Iterator[bytes], framing: str) -> None:
+        """Send each event as it comes; the first goes with the head, the last with the end."""
+        chunked = framing is CHUNKED and self.command != "HEAD"
+        data = head
+        try:
+            for event in events if self.command != "HEAD" else ():
+                data += frame_chunk(event) if chunked else event
+                if event == DONE:
+                    break
+                self.send(data)
+                data = b""
+        except Cut:
+            raise
+        except Exception:
+            import traceback
+
+            traceback.print_exc()
+            raise Cut from None
+        finally:
+            getattr(events, "close", bool)()  # what is no generator may lack it
+        self.send(data + LAST_CHUNK if chunked else data)
+
+    def encode_head(self, reply: Reply, framing: str) -> bytes:
+        lines = [
+            f"{name}: {value}" for name, value in reply.headers.items() if name.lower() not in OWN
+        ]
+        if reply.status not in BODILESS:
+            lines += [f"Content-Type: {reply.content_type}", framing]
+        if self.close_connection:
+            lines.append("Connection: close")
+        elif self.minor == "0":
+            lines.append("Connection: keep-alive")
+        fields = "".join([UNSAFE.sub("", line) + "\r\n" for line in lines if line])
+        return (
+            f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, '')}\r\n"
+            f"Server: together-fake\r\nDate: {self.tell_date()}\r\n"
+            f"Access-Control-Allow-Origin: *\r\n{fields}\r\n"
+        ).encode("latin-1", "replace")
+
+    def tell_date(self) -> str:
+        """Return the time as HTTP writes it, formatted once a second."""
+        now = int(time.time())
+        second, date = self.server.date
+        if now != second:
+            date = self.date_time_string(now)
+            self.server.date = (now, date)
+        return str(date)
+
+    def send(self, data: bytes, flags: int = 0) -> None:
+        try:
+            self.connection.sendall(data, flags)
+        except OSError:
+            raise Cut from None  # the client left, which is its right
+
+    def linger(self) -> None:
+        """Take what a refused client still sends: closing before would reset the reply away."""
+        end = time.monotonic() + self.server.linger_seconds
+        try:
+            self.connection.shutdown(socket.SHUT_WR)
+        except OSError:
+            raise Cut from None
+        while self.receive_within(end - time.monotonic(), RECEIVE_BYTES):
+            pass
+
+
+class HttpServer(http.server.ThreadingHTTPServer):
+    """Serves `app` at an address, from construction (`OSError`: it is taken) to `stop()`.
+
+    Worker threads wait in `accept()`, and serve a client to its end before they wait again. So
+    no connection changes hands, and a thread starts only when none was left waiting.
+    """
+
+    request_queue_size = BACKLOG
+    allow_reuse_address = POSIX  # on Windows it would let two servers share the port
+    allow_reuse_port = False
+    receive_seconds = RECEIVE_SECONDS
+    idle_seconds = IDLE_SECONDS
+    linger_seconds = LINGER_SECONDS
+
+    def __init__(self, address: tuple[str, int], app: Any) -> None:
+        """Bind to (host, port). The app has `answer()`, `refuse()` and `body_limit()`."""
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.app = app
+        self.date = (0, "")  # Unix seconds, and the same as HTTP writes them
+        self.stopping = threading.Event()
+        self.workers: list[threading.Thread] = []
+        self.waiting: list[bool] = []  # an item for each worker without a client
+        self.clients: set[socket.socket] = set()
+        super().__init__(address, Connection)
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)  # HTTPServer's also looks up the host's name
+        host, port = self.socket.getsockname()[:2]
+        self.server_name, self.server_port = host, port
+        self.netloc = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def start(self) -> None:
+        """Begin to answer, or answer one more client at a time."""
+        worker = threading.Thread(target=self.serve_forever, name="together-fake", daemon=True)
+        worker.start()
+        self.workers.append(worker)
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Be one worker until `stop()`. Nothing is polled."""
+        while not self.stopping.is_set():
+            self.waiting.append(True)
+            try:
+                client, address = self.get_request()
+            except OSError:
+                self.stopping.wait(0.01)  # too many open files, say
+                continue
+            finally:
+                self.waiting.pop()
+            self.process_request(client, address)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve one client to its end, while another worker waits for the next."""
+        self.clients.add(request)
+        try:
+            if not self.waiting and len(self.workers) < MAX_CONNECTIONS:
+                with contextlib.suppress(RuntimeError):  # the system's last thread: clients wait
+                    self.start()
+            if not self.stopping.is_set():
+                self.finish_request(request, client_address)
+        except Exception:
+            self.handle_error(request, client_address)
+        finally:
+            self.clients.discard(request)
+            request.close()
+
+    def stop(self) -> None:
+        """End the connections, wait for the workers, free the port.
+
+        Called by a worker, on a client's behalf, it does not wait.
+        """
+        self.stopping.set()
+        for client in list(self.clients):
+            with contextlib.suppress(OSError):  # it has just closed
+                client.shutdown(socket.SHUT_RDWR)
+        self.wake_workers()
+        if threading.current_thread() not in self.workers:
+            for worker in self.workers:
+                worker.join()
+        self.server_close()
+
+    def wake_workers(self) -> None:
+        """End every `accept()` in the way that all systems know: a connection for each."""
+        address = (LOOPBACK.get(self.server_name, self.server_name), self.server_port)
+        for _ in self.workers if self.socket.fileno() >= 0 else ():
+            with contextlib.suppress(OSError):
+                socket.create_connection(address, 1).close()
+
+
+# === Server ===
+
+CORS_METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
+
+
+def allow_origin(request: Request) -> Reply:
+    """Answer a browser that asks what another page may send here: everything."""
+    asked = request.headers.get("access-control-request-headers")
+    headers = {
+        "Allow": CORS_METHODS,
+        "Access-Control-Allow-Methods": CORS_METHODS,
+        "Access-Control-Allow-Headers": asked or "Authorization, Content-Type",
+        "Access-Control-Max-Age": "86400",
+    }
+    return Reply(b"", 204, headers=headers)
+
+
+def check_key(request: Request) -> None:
+    """Accept any non-empty bearer token, whatever the case of the word before it."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        raise ApiError("bad_key")
+
+
+def encode_events(chunks: Iterator[Any]) -> Iterator[bytes]:
+    """Yield JSON values as server-sent events, with the sentinel that clients wait for."""
+    for chunk in chunks:
+        yield b"data: %b\n\n" % ENCODE(chunk).encode()
+    yield DONE
+
+
+def lead(first: bytes, events: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield an event that was drawn before, then the others."""
+    yield first
+    yield from events
+
+
+def as_reply(value: Any, request: Request, status: int) -> Reply:
+    """Make a handler's result a reply; a stream's first event is drawn before the head is sent."""
+    if type(value) is Reply:
+        reply = value
+    elif type(value) is Events:
+        events = encode_events(iter(value.chunks))
+        first = next(events)
+        reply = Reply(
+            b"",
+            status,
+            "text/event-stream;charset=utf-8",
+            {"Cache-Control": "no-cache, no-transform"},
+            lead(first, events),
+        )
+    else:
+        reply = Reply(ENCODE(value).encode(), status)
+    if request.id:
+        ray = request.id[-16:]
+        reply.headers = {**reply.headers, "x-request-id": request.id, "cf-ray": f"{ray}-SEA"}
+    return reply
+
+
+class TogetherAiServer:
+    """The emulator: `with TogetherAiServer(port=0) as server:` and point a client at `.base_url`.
+
+    port          0 takes any free one (default: 4863)
+    host          the address to listen on (default: this machine alone)
+    require_auth  answer 401 without `Authorization: Bearer <anything>`
+    strict        behave as production does where this file is more helpful, see the README
+    seed          what the chances in faults are drawn from
+    on_miss       "generate" an answer where no fixture matches, or send an "error"
+    record_limit  how many calls `.requests` keeps
+    log           called with one line for every request (default: silence)
+    clock         where the time of stored objects comes from, in Unix seconds
+    """
+
+    def __init__(
+        self,
+        port: int = DEFAULT_PORT,
+        *,
+        host: str = "127.0.0.1",
+        require_auth: bool = True,
+        strict: bool = False,
+        seed: int = 0,
+        on_miss: str = "generate",
+        record_limit: int = 1000,
+        log: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.host = host
+        self.require_auth = require_auth
+        self.strict = strict
+        if on_miss not in ("generate", "error"):
+            raise ValueError(f'on_miss must be "generate" or "error", not {on_miss!r}')
+        self.on_miss = on_miss
+        self.script = Script(seed)
+        self.record_limit = record_limit
+        self.log = log
+        self.clock = clock
+        self.stopping = threading.Event()
+        self._wanted_port = port
+        self._http: HttpServer | None = None
+        self._lock = threading.Lock()
+        self.reset()
+
+    # Life cycle
+
+    def start(self) -> TogetherAiServer:
+        """Listen and return; raise OSError at once where the port is taken."""
+        if self._http is None:
+            self.stopping.clear()
+            self._http = HttpServer((self.host, self._wanted_port), self)
+            self._http.start()
+        return self
+
+    def stop(self) -> None:
+        """End live connections and leave neither a thread nor a socket; start() works again."""
+        http_server, self._http = self._http, None
+        if http_server is not None:
+            self.stopping.set()
+            http_server.stop()
+
+    def __enter__(self) -> TogetherAiServer:
+        return self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def reset(self) -> None:
+        """Go back to the state after start(): nothing recorded, stored or counted."""
+        with self._lock:
+            self.script.reset()
+            self.models = dict(MODELS)
+            self.requests: deque[Call] = deque(maxlen=self.record_limit)
+            self._recorded_bytes = 0
+            self._numbers = itertools.count(1)
+
+    # Where it listens
+
+    @property
+    def port(self) -> int:
+        """The port it listens on; the one asked for while it is stopped."""
+        return self._http.server_address[1] if self._http else self._wanted_port
+
+    @property
+    def url(self) -> str:
+        """`http://127.0.0.1:PORT`, for clients that add the version themselves."""
+        host = LOOPBACK.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
+    def base_url(self) -> str:
+        """The same with `/v1`."""
+        return self.url + "/v1"
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The variables to put into a program's environment before it builds its client."""
+        return {"TOGETHER_API_KEY": DEFAULT_KEY, "TOGETHER_BASE_URL": self.base_url}
+
+    # Scripts and assertions
+
+    def reply(
+        self,
+        content: Any = None,
+        *,
+        when: Callable[[Request], bool] | None = None,
+        **keywords: Any,
+    ) -> Fixture:
+        """Script an answer: what it says, when it matches and how it travels, in snake case.
+
+        `reply("Hi!", user_message="hello", times=1)`; `when` is called with the request. The
+        keys are those of the fixture files. Raises TypeError or ValueError naming what is wrong.
+        """
+        return self._add_fixture("reply", {"content": content, **keywords}, when)
+
+    def fail(
+        self,
+        status: int | None = None,
+        *,
+        when: Callable[[Request], bool] | None = None,
+        **keywords: Any,
+    ) -> Fixture:
+        """Script a fault: a status with its real body, or a reply that goes wrong on its way.
+
+        `fail(429, retry_after=1, times=2)`, `fail(disconnect_after_chunks=3)`.
+        """
+        return self._add_fixture("fail", {"status": status, **keywords}, when)
+
+    def _add_fixture(self, verb: str, keywords: dict[str, Any], when: Any) -> Fixture:
+        fixture = fixture_from_keywords(verb, keywords, when)
+        self.script.add([fixture])
+        return fixture
+
+    def load(self, path: str) -> None:
+        """Load a fixture file, or a folder of them; ValueError names the place that is wrong."""
+        self.script.load(os.fspath(path))
+
+    def assert_all_used(self) -> None:
+        """Raise AssertionError listing the fixtures that were never served."""
+        unused = [json.dumps(fixture.describe()) for fixture in self.script.unused()]
+        if unused:
+            raise AssertionError("never served:\n  " + "\n  ".join(unused))
+
+    def calls_to(self, operation: str, **fields: Any) -> list[Call]:
+        """Return the recorded calls of `"POST /v1/chat/completions"` whose body has these fields."""
+        method, _, path = operation.partition(" ")
+        return [
+            call
+            for call in list(self.requests)
+            if call.method == method
+            and collapse_path(call.path, False) == path
+            and (not fields or contains_json(call.body, fields))
+        ]
+
+    def assert_called(self, operation: str, *, times: int | None = None, **fields: Any) -> Call:
+        """Return the last such call; raise AssertionError showing the nearest where there is none.
+
+        times  how many there have to be (default: at least one)
+        """
+        calls = self.calls_to(operation, **fields)
+        if (len(calls) != times) if times is not None else not calls:
+            wanted = f"{times} calls" if times is not None else "a call"
+            path = operation.partition(" ")[2]
+            near = sorted(self.requests, key=lambda call: path not in call.path)[:5]
+            shown = [f"{call!r} {ENCODE(call.body)[:300]}" for call in near] or ["no call at all"]
+            detail = f" with {ENCODE(fields)}" if fields else ""
+            listing = "\n  ".join(shown)
+            raise AssertionError(
+                f"wanted {wanted} to {operation}{detail}, saw {len(calls)}; nearest:\n  {listing}"
+            )
+        return calls[-1] if calls else Call(0, Request("", ""), 0)
+
+    # The pipeline
+
+    def answer(self, request: Request) -> Reply:
+        """Answer a request; this is all there is behind the sockets, and it never raises."""
+        started = time.perf_counter()
+        call = self._record(request)
+        try:
+            reply = self._respond(request, call)
+        except ApiError as error:
+            call.error = error.message
+            reply = self._shape_error(error, request)
+        except Exception as error:
+            import traceback  # only for a bug
+
+            call.error = traceback.format_exc()
+            sys.stderr.write(call.error)
+            reply = self._shape_error(ApiError("bug", reason=repr(error)), request)
+        call.status = reply.status
+        call.duration = time.perf_counter() - started
+        if self.log:
+            path = mask_query(request.path + (f"?{request.query}" if request.query else ""))
+            self.log(f'"{request.method} {path}" {reply.status} {call.duration * 1000:.1f} ms')
+        return reply
+
+    def _record(self, request: Request) -> Call:
+        """Keep the call, unless it is one of those that look after the server."""
+        path = request.path
+        unrecorded = path in ("/", "/health") or "/__parlel" in path or request.method == "OPTIONS"
+        if unrecorded:
+            return Call(0, request, 0)
+        with self._lock:
+            call = Call(next(self._numbers), request, self.clock())
+            if len(self.requests) == self.requests.maxlen and self.requests:
+                self._recorded_bytes -= self.requests[0].size
+            self.requests.append(call)
+            self._recorded_bytes += call.size
+            while self._recorded_bytes > MAX_RECORD_BYTES and len(self.requests) > 1:
+                self._recorded_bytes -= self.requests.popleft().size
+        return call
+
+    def _respond(self, request: Request, call: Call) -> Reply:
+        """Route, check key and fields, let the handler answer."""
+        if request.method == "OPTIONS":
+            return allow_origin(request)
+        path = collapse_path(request.path, self.strict)
+        if path != request.path:
+            call.warnings.append(f"the path was read as {path}")
+        call.kind = path.split("/")[2] if path.count("/") > 1 else ""
+        route, request.params = find_route(request.method, path)
+        call.kind = RECORD_KINDS.get(route.kind, route.kind) or call.kind
+        if self.require_auth and not route.open:
+            check_key(request)
+        request.args = {}
+        if request.query and route.query:
+            request.args = parse_form(request.query.encode())
+            read_texts(request.args, route.query)
+            route.query.check(request.args)
+        if route.body:
+            kind = request.headers.get("content-type", "")
+            request.body = parse_body(request.raw, kind, route.body)
+            ignored = [name for name in request.body if name not in route.body]
+            if ignored:
+                call.warnings.append(f"nothing reads {', '.join(ignored)}")
+        if route.open or (self.script.empty and "x-parlel-fixture" not in request.headers):
+            return self._handle(route, request, call)
+        return self._follow_script(route, request, call)
+
+    def _handle(self, route: Route, request: Request, call: Call) -> Reply:
+        """Check the fields and let the handler answer."""
+        if route.kind and self.on_miss == "error" and not call.fixture:
+            raise self.script.miss_error(route.kind, request)
+        if route.body:
+            route.body.check(request.body)
+        return as_reply(route.handler(self, request), request, route.status)
+
+    def _follow_script(self, route: Route, request: Request, call: Call) -> Reply:
+        """Answer by the fixture that matches, if there is one."""
+        fixture = self.script.find(route.kind, request)
+        call.find_near_misses = functools.partial(
+            self.script.find_near_misses, route.kind, request, fixture
+        )
+        if fixture is None:
+            return self._handle(route, request, call)
+        call.fixture = fixture.source
+        if fixture.kind in ("error", "status", "json"):
+            reply = error_reply(fixture, request)
+        else:
+            if fixture.kind != "generated":
+                request.script = fixture.render(route.kind, request)
+                request.script["chunk_size"] = fixture.chunk_size
+            reply = self._handle(route, request, call)
+        fault = self.script.fault(fixture)
+        return travel(reply, fault, self.stopping.wait, time.monotonic) if fault else reply
+
+    def _shape_error(self, error: ApiError, request: Request) -> Reply:
+        """Return the error envelope; strict servers use production's words where known."""
+        body = error.body(recorded=self.strict)
+        if not request.id:
+            facts = f"{request.method} {request.path}\n".encode("utf-8", "replace")
+            request.id = draw_id(Draw(hashlib.sha256(facts + request.raw).digest()))
+        reply = as_reply({"id": request.id, **body}, request, error.status)
+        reply.headers = {**reply.headers, **error.headers}
+        return reply
+
+    def body_limit(self, method: str, path: str) -> int:
+        """Return how many bytes a request for this path may carry."""
+        try:
+            return find_route(method, collapse_path(path, self.strict))[0].max_bytes
+        except ApiError:
+            return MAX_JSON_BYTES
+
+    def refuse(self, error: ApiError, method: str, path: str) -> Reply:
+        """Return the reply for what could not be read as a request."""
+        return self._shape_error(error, Request(method, path))
+
+
+# === Command line ===
+
+
+def print_routes() -> None:
+    """Print the table of routes, as the README has it."""
+    print("| method | path | what it does |")
+    print("| --- | --- | --- |")
+    for known in sorted(ROUTES, key=lambda known: (known.path.startswith("/__"), known.path)):
+        first = (known.handler.__doc__ or "").strip().partition("\n")[0]
+        print(f"| {known.method} | `{known.path}` | {first} |")
+
+
+def print_line(line: str) -> None:
+    """Write one line of the access log."""
+    sys.stderr.write(line + "\n")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the server until Ctrl-C or SIGTERM; return the exit status."""
+    import argparse  # not needed where the file is imported
+    import signal
+
+    parser = argparse.ArgumentParser(
+        prog="together_fake.py", description="A local, repeatable stand-in for the Together AI API."
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    parser.add_argument(
+        "--port", type=int, default=DEFAULT_PORT, help="0: any free one (%(default)s)"
+    )
+    parser.add_argument("--strict", action="store_true", help="be no more helpful than production")
+    parser.add_argument("--no-auth", action="store_true", help="answer without a key too")
+    parser.add_argument("--quiet", action="store_true", help="no line for each request")
+    parser.add_argument(
+        "--fixtures",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a fixture file or folder; repeatable",
+    )
+    parser.add_argument(
+        "--on-miss",
+        choices=("generate", "error"),
+        default="generate",
+        help="what to do where no fixture matches (%(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the chances in faults")
+    parser.add_argument("--routes", action="store_true", help="print the routes and exit")
+    parser.add_argument("--version", action="version", version=f"together_fake {__version__}")
+    options = parser.parse_args(args)
+    if options.routes:
+        print_routes()
+        return 0
+    if not 0 <= options.port <= 65535:
+        parser.error(f"--port must be between 0 and 65535, not {options.port}")
+    log = None if options.quiet else print_line
+    server = TogetherAiServer(
+        options.port,
+        host=options.host,
+        require_auth=not options.no_auth,
+        strict=options.strict,
+        seed=options.seed,
+        on_miss=options.on_miss,
+        log=log,
+    )
+    try:
+        for path in options.fixtures:
+            server.load(path)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    for warning in server.script.warnings:
+        print(warning, file=sys.stderr)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.default_int_handler)
+    try:
+        server.start()
+        print(f"together_fake {__version__} listens on {server.url}")
+        for variable, value in server.env.items():
+            print(f"export {variable}={value}")
+        sys.stdout.flush()
+        while True:
+            time.sleep(3600)
+    except OSError as error:
+        print(f"cannot listen on {options.host}:{options.port}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
