@@ -14,6 +14,7 @@ import base64
 import contextlib
 import errno
 import functools
+import gzip
 import hashlib
 import http.client
 import importlib
@@ -31,6 +32,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -124,7 +126,18 @@ class FakeCase(unittest.TestCase):
 
 # === Every route ===
 
-# The smallest good request of each route: its body, or a path in place of the template.
+# The smallest good body of each route that needs one.
+JUDGE = {"model": "m", "model_source": "serverless", "system_template": "Judge."}
+CLASSIFY = {
+    "type": "classify",
+    "parameters": {
+        "judge": JUDGE,
+        "input_data_file_path": "rows",
+        "labels": ["good", "bad"],
+        "pass_labels": ["good"],
+    },
+}
+SCALING = {"min_replicas": 1, "max_replicas": 1}
 VALID = {
     "POST /v1/chat/completions": HELLO,
     "POST /v1/completions": {"model": "mistralai/Mixtral-8x7B-v0.1", "prompt": "Once upon"},
@@ -135,19 +148,73 @@ VALID = {
         "width": 64,
         "height": 64,
     },
-    "GET /v1/models": None,
+    "POST /v1/rerank": {
+        "model": "Salesforce/Llama-Rank-V1",
+        "query": "pie",
+        "documents": ["car", "apple pie"],
+    },
+    "POST /v1/audio/speech": {"model": "cartesia/sonic", "input": "Hello.", "voice": "newsman"},
+    "POST /v1/audio/transcriptions": {"file": "https://example.com/a.mp3"},
+    "POST /v1/audio/translations": {"file": "https://example.com/a.mp3"},
+    "POST /v2/videos": {"model": "minimax/hailuo-02", "prompt": "a lake"},
+    "POST /v1/evaluation": CLASSIFY,
+    "POST /v1/evaluations": CLASSIFY,
+    "POST /v1/endpoints": {"model": "m", "hardware": "h", "autoscaling": SCALING},
+    "PATCH /v1/endpoints/{id}": {"state": "STOPPED"},
+    "POST /v1/endpoints/{id}/adapters": {"model": "lora"},
+    "DELETE /v1/endpoints/{id}/adapters": {"model": "lora"},
+    "POST /v1/models": {"model_name": "mine", "model_source": "unsloth/Qwen2.5"},
+    "POST /v1/files": {"purpose": "fine-tune", "file_name": "a.jsonl", "file_type": "jsonl"},
+    "POST /v1/files/multipart/complete": {"upload_id": "u", "file_id": "id"},
+    "POST /v1/files/multipart/abort": {"upload_id": "u", "file_id": "id"},
+    "POST /v1/files/multipart/initiate": {
+        "file_name": "a.jsonl",
+        "file_size": 10,
+        "num_parts": 1,
+        "purpose": "fine-tune",
+        "file_type": "jsonl",
+    },
+    "POST /v1/fine-tunes": {"training_file": "id", "model": "m"},
+    "POST /v1/fine-tunes/estimate-price": {"training_file": "id", "model": "m"},
+    "POST /v1/fine-tunes/preview": {"training_file": "id", "model": "m"},
+    "POST /v1/batches": {"endpoint": "/v1/chat/completions", "input_file_id": "lines"},
+    "POST /__parlel/fixtures": {"fixtures": []},
+    "POST /__parlel/seed": {"files": []},
+}
+# What stands for the parameters of a path that is not an `id` of SEEDS.
+PATHS = {
     "GET /v1/models/{id...}": "/v1/models/" + LLAMA,
-    "GET /v1/autoscale/models": None,
-    "GET /v2/supported-models": None,
     "GET /v2/supported-models/{id...}": "/v2/supported-models/" + LLAMA,
     "GET /shrt/{token}": "/shrt/0123456789abcdef-32x32.png",
-    "GET /": None,
-    "GET /health": None,
-    "POST /__parlel/reset": None,
-    "GET /__parlel/requests": None,
-    "POST /__parlel/fixtures": {"fixtures": []},
-    "GET /__parlel/fixtures": None,
-    "DELETE /__parlel/fixtures": None,
+    "GET /v1/finetune/download": "/v1/finetune/download?ft_id=done",
+    "GET /v1/fine-tunes/models/limits": "/v1/fine-tunes/models/limits?model_name=m",
+    "GET /v1/fine-tunes/{id}/download-tokenized-dataset":
+        "/v1/fine-tunes/done/download-tokenized-dataset",
+    "GET /v2/videos/{id}/content": "/v2/videos/done/content",
+}  # fmt: skip
+# Takes more than one request, and has tests of its own.
+STEPS = {
+    "POST /v1/files/multipart/complete",
+    "POST /v1/files/multipart/abort",
+    "POST /v1/files/upload",
+    "PUT /__upload/{id}",
+    "PUT /__upload/{id}/{part}",
+    "GET /__tokenized/{id}.jsonl",
+    "GET /shrt/videos/{name}",
+}
+LINE = json.dumps({"custom_id": "a", "body": HELLO})
+SEEDS = {
+    "files": [
+        {"id": "id", "purpose": "fine-tune", "content": '{"text": "one"}\n'},
+        {"id": "rows", "purpose": "eval", "content": '{"text": "one"}\n'},
+        {"id": "lines", "purpose": "batch-api", "content": LINE},
+    ],
+    "batches": [{"id": "id", "input_file_id": "lines"}],
+    "fine_tunes": [{"id": "id"}, {"id": "done", "status": "completed"}],
+    "evaluations": [{"workflow_id": "id"}],
+    "videos": [{"id": "id"}, {"id": "done", "status": "completed"}],
+    "endpoints": [{"id": "id"}],
+    "jobs": [{"job_id": "id"}],
 }
 
 
@@ -157,33 +224,41 @@ def wrong_value(field):
     return next(value for value in (True, {}, "maybe", 7.5, []) if type(value) not in kinds)
 
 
+def name_of(route):
+    return f"{route.method} {route.path}"
+
+
 class RouteTests(FakeCase):
     """What holds for each operation there is."""
 
     def cases(self):
+        """Yield each route with a path and a body that are good, in a state that has them."""
         for route in fake.ROUTES:
-            name = f"{route.method} {route.path}"
+            name = name_of(route)
             with self.subTest(route=name):
-                self.assertIn(name, VALID, "a new route needs a good request in VALID")
-                valid = VALID[name]
-                path = valid if isinstance(valid, str) else route.path
-                yield route, path, valid if isinstance(valid, dict) else None
+                self.server.reset()
+                for collection, items in SEEDS.items():
+                    self.server.seed(collection, items)
+                path = PATHS.get(name, re.sub(r"{\w+}", "id", route.path))
+                yield route, path, VALID.get(name, {} if route.body else None)
 
     def test_a_good_request_gets_the_declared_status(self):
         for route, path, body in self.cases():
-            got = self.ask(route.method, path, body)
-            self.assertEqual(got.status, route.status, got.raw[:300])
+            if name_of(route) not in STEPS:
+                got = self.ask(route.method, path, body)
+                wanted = 302 if name_of(route) == "POST /v1/files" else route.status
+                self.assertEqual(got.status, wanted, got.raw[:300])
 
     def test_the_same_request_gets_the_same_bytes(self):
         for route, path, body in self.cases():
-            if route.kind:
+            if route.kind and route.kind != "video":  # a job has a time and a counted id
                 first = self.ask(route.method, path, body)
                 self.assertEqual(self.ask(route.method, path, body).raw, first.raw)
 
     def test_no_key_is_a_401_but_for_open_routes(self):
         for route, path, body in self.cases():
             got = self.ask(route.method, path, body, headers={})
-            self.assertEqual(got.status, route.status if route.open else 401, got.raw[:300])
+            self.assertEqual(got.status == 401, not route.open, got.raw[:300])
 
     def test_another_method_is_a_405_that_lists_the_right_ones(self):
         for route, path, _ in self.cases():
@@ -193,6 +268,8 @@ class RouteTests(FakeCase):
 
     def test_each_required_field_is_asked_for_by_name(self):
         for route, path, body in self.cases():
+            if name_of(route) in STEPS:
+                continue
             for name in route.body.required:
                 less = {key: value for key, value in body.items() if key != name}
                 for sent in (less, {**less, name: None}):
@@ -202,6 +279,8 @@ class RouteTests(FakeCase):
 
     def test_each_field_of_a_wrong_type_is_named(self):
         for route, path, body in self.cases():
+            if name_of(route) in STEPS:
+                continue
             for field in route.body.values():
                 sent = {**(body or {}), field.name: wrong_value(field)}
                 got = self.ask(route.method, path, sent)
@@ -220,7 +299,7 @@ class RouteTests(FakeCase):
 
     def test_null_counts_as_absent(self):
         for route, path, body in self.cases():
-            if body and route.kind:
+            if body and route.kind and route.kind != "video":
                 nulls = {field.name: None for field in route.body.values() if not field.required}
                 got = self.ask(route.method, path, {**nulls, **body})
                 self.assertEqual(got.raw, self.ask(route.method, path, body).raw)
@@ -782,7 +861,7 @@ class RecordTests(FakeCase):
             (call.number, call.method, call.path, call.kind, call.status),
             (1, "POST", "/v1/chat/completions", "chat", 200),
         )
-        self.assertEqual(call.warnings, ["nothing reads extra"])
+        self.assertEqual(call.warnings, ("nothing reads extra",))
 
     def test_failed_calls_are_kept(self):
         self.ask("POST", "/v1/chat/completions", b"{")
@@ -1011,10 +1090,10 @@ class Tokens(unittest.TestCase):
 class Vectors(unittest.TestCase):
     def test_golden(self):
         vector = fake.make_vector("The llama is a camelid of the Andes", 768, b"model")
-        self.assertEqual(vector[:6], [3893, -1641, -656, -493, -2048, 2364])
-        self.assertEqual(fake.format_floats(vector[:3]), "0.03893,-0.01641,-0.00656")
+        self.assertEqual(vector[:6], [2180, 1894, 2823, -465, 965, 1537])
+        self.assertEqual(fake.format_floats(vector[:3]), "0.02180,0.01894,0.02823")
         digest = hashlib.sha256(fake.pack_floats(vector)).hexdigest()
-        self.assertEqual(digest[:16], "b7c02b639feb3e8d")
+        self.assertEqual(digest[:16], "3fc1f14194f924fc")
         fake.WORDS.clear()
         self.assertEqual(vector, fake.make_vector("THE LLAMA is a camelid: Andes", 768, b"model"))
 
@@ -1034,14 +1113,14 @@ class Vectors(unittest.TestCase):
                 self.assertEqual(len(vector), size)
                 for part in {vector[:1] and 1, size // 2 or 1, size}:
                     norm = sum([q * q for q in fake.shorten(vector, part)]) ** 0.5 / fake.QUANTUM
-                    self.assertAlmostEqual(norm, 1, delta=2e-5)
+                    self.assertAlmostEqual(norm, 1, delta=3e-4)
 
     def test_straightforward_sum(self):
         lanes = [0] * 5
         for gram, weight in ((b"cat", 2), (b"<ca", 1), (b"cat", 1), (b"at>", 1)):
             bucket = zlib.crc32(gram) % 4096
             digest = hashlib.shake_256(b"k" + struct.pack(">H", bucket)).digest(5)
-            lanes = [lane + weight * (byte - 127.5) for lane, byte in zip(lanes, digest)]
+            lanes = [lane + weight * (byte % 32 - 15.5) for lane, byte in zip(lanes, digest)]
         norm = sum(lane * lane for lane in lanes) ** 0.5
         for lane, step in zip(lanes, fake.make_vector("cat", 5, b"k")):
             self.assertAlmostEqual(lane / norm * 100000, step, delta=0.51)
@@ -2859,6 +2938,784 @@ class TestHostileBodies(unittest.TestCase):
                         replies = split_replies(receive_all(client))
                     self.assertEqual([status for status, _, _ in replies], [400, 200])
                     self.assertIn("message", json.loads(replies[0][2])["error"])
+
+
+# === Files, batches, fine-tuning ===
+
+
+FILES_CHAT = "/v1/chat/completions"
+MODEL = "meta-llama/Llama-3.3-70B-Instruct-Turbo"
+TRAIN = b'{"text": "one"}\n{"text": "two"}\n'
+OPENAI = {"user-agent": "OpenAI/Python 3.54.0", "x-stainless-lang": "python"}
+PY1 = {"user-agent": "Together/v1 PythonBindings/1.5.35"}
+PY3 = {"user-agent": "Together/Python 3.1.1", "x-stainless-lang": "python"}
+
+
+def batch_lines(count, **more):
+    rows = (
+        {
+            "custom_id": f"req-{n}",
+            "body": {"model": MODEL, "messages": [{"role": "user", "content": f"say {n}"}], **more},
+        }
+        for n in range(count)
+    )
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+class StoreTestCase(unittest.TestCase):
+    def setUp(self):
+        self.server = TogetherAiServer(port=0, clock=lambda: 1767607200.5)
+
+    def call(self, method, path, body=b"", headers=None, query=""):
+        headers = {"authorization": "Bearer k", **(headers or {})}
+        return self.server.answer(
+            Request(method, path, body, query=query, headers=headers, origin="http://host:1")
+        )
+
+    def json(self, method, path, body=b"", headers=None, query="", status=200):
+        reply = self.call(method, path, body, headers, query)
+        self.assertEqual(reply.status, status, reply.body[:300])
+        return json.loads(reply.body)
+
+    def form(self, path, fields, data=None, **more):
+        parts = [
+            f'--b\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n'.encode()
+            for k, v in fields.items()
+        ]
+        if data is not None:
+            head = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.jsonl"\r\n\r\n'
+            parts.append(head + data + b"\r\n")
+        kind = {"content-type": "multipart/form-data; boundary=b", **more.pop("headers", {})}
+        return self.call("POST", path, b"".join(parts) + b"--b--\r\n", kind, **more)
+
+
+class Files(StoreTestCase):
+    def test_upload_in_one_request(self):
+        for path, fields in (
+            ("/v1/files", {"purpose": "fine-tune"}),
+            ("/v1/files/upload", {"purpose": "fine-tune", "file_name": "a.jsonl"}),
+        ):
+            file = json.loads(self.form(path, fields, TRAIN).body)
+            self.assertEqual((file["bytes"], file["LineCount"]), (len(TRAIN), 2))
+            self.assertEqual(file["processing_status"], "COMPLETED")
+            content = self.call("GET", f"/v1/files/{file['id']}/content")
+            self.assertEqual(content.body, TRAIN)
+
+    def test_upload_by_redirect(self):
+        reply = self.form("/v1/files", {"purpose": "fine-tune", "file_name": "x/a.jsonl"})
+        id = reply.headers["X-Together-File-Id"]
+        self.assertEqual(
+            (reply.status, reply.headers["Location"]), (302, f"http://host:1/__upload/{id}")
+        )
+        self.assertEqual(self.json("GET", f"/v1/files/{id}")["processing_status"], "PENDING")
+        self.json("GET", f"/v1/files/{id}/content", status=404)
+        self.assertEqual(self.server.answer(Request("PUT", f"/__upload/{id}", TRAIN)).status, 200)
+        file = self.json("POST", f"/v1/files/{id}/preprocess")
+        self.assertEqual((file["filename"], file["processing_status"]), ("a.jsonl", "COMPLETED"))
+
+    def test_upload_in_parts(self):
+        start = {
+            "file_name": "a.jsonl",
+            "file_size": len(TRAIN),
+            "num_parts": 2,
+            "purpose": "fine-tune",
+        }
+        upload = self.json("POST", "/v1/files/multipart/initiate", start)
+        tags = []
+        for part, data in zip(upload["parts"], (TRAIN[:5], TRAIN[5:])):
+            path = part["URL"][len("http://host:1") :]
+            reply = self.call("PUT", path, data)
+            tags.append({"part_number": part["PartNumber"], "etag": reply.headers["ETag"]})
+        end = {"upload_id": upload["upload_id"], "file_id": upload["file_id"], "parts": tags}
+        wrong = {**end, "parts": tags[:1]}
+        self.json("POST", "/v1/files/multipart/complete", wrong, status=400)
+        self.assertEqual(
+            self.json("POST", "/v1/files/multipart/complete", end)["file"]["LineCount"], 2
+        )
+        self.assertEqual(list(self.server.contents.values()), [TRAIN])
+        upload = self.json("POST", "/v1/files/multipart/initiate", start)
+        ends = {key: upload[key] for key in ("upload_id", "file_id")}
+        self.json("POST", "/v1/files/multipart/abort", ends)
+        self.assertEqual(len(self.server.files), 1)
+
+    def test_range(self):
+        id = self.server.add_file("0123456789", "a.txt", "user_data")["id"]
+        for asked, status, body, range in (
+            ("bytes=2-4", 206, b"234", "bytes 2-4/10"),
+            ("bytes=7-", 206, b"789", "bytes 7-9/10"),
+            ("bytes=-3", 206, b"789", "bytes 7-9/10"),
+            ("bytes=8-99", 206, b"89", "bytes 8-9/10"),
+            ("bytes=1-2,4-5", 200, b"0123456789", None),
+            ("lines=1", 200, b"0123456789", None),
+        ):
+            reply = self.call("GET", f"/v1/files/{id}/content", headers={"range": asked})
+            found = (reply.status, reply.body, reply.headers.get("Content-Range"))
+            self.assertEqual(found, (status, body, range), asked)
+        for asked in ("bytes=10-", "bytes=5-2", "bytes=-0"):
+            reply = self.call("GET", f"/v1/files/{id}/content", headers={"range": asked})
+            self.assertEqual((reply.status, reply.headers["Content-Range"]), (416, "bytes */10"))
+
+    def test_first_bad_line_is_named(self):
+        good = b'{"messages":[{"role":"user","content":"x"}]}\n'
+        for purpose, data, line in (
+            ("fine-tune", TRAIN + b"\n{]\n", 4),
+            ("fine-tune", TRAIN + b"[1]", 3),
+            ("fine-tune", TRAIN + good, 3),
+            ("fine-tune", good + b'{"messages":[{"role":"boss","content":"x"}]}', 2),
+            ("fine-tune", b'{"input": 1}', 1),
+            ("batch-api", b'{"custom_id":"1","body":{}}\n{"body":{}}', 2),
+            ("eval", b'{"any": 1}\nx', 2),
+        ):
+            file = self.server.add_file(data, purpose=purpose)
+            report = file["validation_report"]
+            self.assertEqual((report["valid"], report["line_number"]), (False, line), data)
+            self.assertIn(f"Line {line}: ", report["error"])
+            self.assertEqual(file["processing_status"], "INVALID_FORMAT")
+        self.assertFalse(self.server.add_file(b"")["validation_report"]["valid"])
+        self.assertFalse(self.server.add_file(b"x", "a.parquet")["validation_report"]["valid"])
+        self.assertTrue(
+            self.server.add_file(b"PAR1..PAR1", "a.parquet")["validation_report"]["valid"]
+        )
+
+    def test_formats(self):
+        for data, form in (
+            (TRAIN, "GENERAL"),
+            (b'{"prompt": "a", "completion": "b"}', "INSTRUCTION"),
+            (b'{"messages":[{"role":"user","content":"x"}]}', "CONVERSATION"),
+        ):
+            report = self.server.add_file(data)["validation_report"]
+            self.assertEqual((report["valid"], report["dataset_format"]), (True, form))
+
+    def test_beyond_the_limit_nothing_is_lost(self):
+        self.server.max_stored_bytes = 50
+        id = self.server.add_file(TRAIN)["id"]
+        self.assertEqual(self.form("/v1/files", {"purpose": "eval"}, TRAIN).status, 413)
+        self.assertEqual([file["id"] for file in self.server.files], [id])
+        self.assertEqual(self.call("GET", f"/v1/files/{id}/content").body, TRAIN)
+        self.json("DELETE", f"/v1/files/{id}")
+        self.assertEqual(self.form("/v1/files", {"purpose": "eval"}, TRAIN).status, 200)
+
+    def test_purpose_is_one_that_the_client_knows(self):
+        self.server.seed("files", [{"id": "f", "purpose": "batch-generated"}])
+        for headers, purpose in (
+            (OPENAI, "batch_output"),
+            (PY1, "batch-api"),
+            ({}, "batch-generated"),
+        ):
+            self.assertEqual(self.json("GET", "/v1/files/f", headers=headers)["purpose"], purpose)
+
+    def test_list_and_delete(self):
+        ids = [self.server.add_file(TRAIN)["id"] for _ in range(3)]
+        page = self.json("GET", "/v1/files", query="limit=2")
+        self.assertEqual(
+            ([file["id"] for file in page["data"]], page["has_more"]), (ids[:0:-1], True)
+        )
+        rest = self.json("GET", "/v1/files", query=f"limit=2&after={ids[1]}")
+        self.assertEqual(
+            ([file["id"] for file in rest["data"]], rest["has_more"]), (ids[:1], False)
+        )
+        gone = self.json("DELETE", f"/v1/files/{ids[0]}")
+        self.assertEqual(gone, {"id": ids[0], "object": "file", "deleted": True})
+        self.json("GET", f"/v1/files/{ids[0]}", status=404)
+
+    def test_ids_repeat_after_reset(self):
+        first = self.server.add_file(TRAIN)["id"]
+        self.server.reset()
+        self.assertEqual(self.server.add_file(TRAIN)["id"], first)
+
+    def test_seed_over_http(self):
+        seeds = {"files": [{"id": "f", "content_base64": base64.b64encode(TRAIN).decode()}]}
+        self.json(
+            "POST", "/__parlel/seed", {**seeds, "fine_tunes": [{"id": "t", "status": "completed"}]}
+        )
+        self.assertEqual(self.server.contents["f"], TRAIN)
+        self.assertEqual(self.server.fine_tunes["t"]["events"][-1]["type"], "job_complete")
+        self.json("POST", "/__parlel/seed", {"unknown": []}, status=400)
+
+
+class Batches(StoreTestCase):
+    def create(self, data, headers=None):
+        file = self.server.add_file(data, purpose="batch-api")
+        body = {"endpoint": FILES_CHAT, "input_file_id": file["id"], "completion_window": "24h"}
+        return self.json("POST", "/v1/batches", body, headers, status=201)
+
+    def rows(self, id):
+        return [json.loads(line) for line in self.server.contents[id].splitlines()]
+
+    def test_answers_equal_direct_ones(self):
+        id = self.create(batch_lines(3))["job"]["id"]
+        before = len(self.server.requests)
+        seen = [self.json("GET", f"/v1/batches/{id}") for _ in range(3)]
+        self.assertEqual([job["status"] for job in seen], ["IN_PROGRESS", "COMPLETED", "COMPLETED"])
+        self.assertEqual(len(self.server.requests), before + 3)
+        output = self.server.contents[seen[-1]["output_file_id"]].splitlines()
+        for line, row in zip(batch_lines(3).splitlines(), output):
+            direct = self.call("POST", FILES_CHAT, json.loads(line)["body"]).body
+            self.assertIn(b'"body":' + direct + b"}", row)
+        self.assertEqual(seen[-1]["error_file_id"], "")
+
+    def test_bad_lines_become_error_lines(self):
+        good = batch_lines(1)
+        data = (
+            good
+            + "{]\n"
+            + good
+            + '{"custom_id": "x", "body": {"model": "m"}}\n'
+            + batch_lines(1, stream=True)
+        )
+        self.server.instant_jobs = True
+        job = self.create(data)["job"]
+        self.assertEqual(job["status"], "COMPLETED")
+        self.assertEqual(len(self.rows(job["output_file_id"])), 1)
+        errors = self.rows(job["error_file_id"])
+        self.assertEqual([row["custom_id"] for row in errors], [None, "req-0", "x", "req-0"])
+        self.assertIn("messages", errors[2]["error"]["message"])
+
+    def test_cancel_stays(self):
+        id = self.create(batch_lines(1))["job"]["id"]
+        self.json("GET", f"/v1/batches/{id}")
+        for method, path in (("POST", f"/v1/batches/{id}/cancel"), ("GET", f"/v1/batches/{id}")):
+            self.assertEqual(self.json(method, path)["status"], "CANCELLED")
+        self.server.seed("batches", [{"id": "b", "status": "COMPLETED"}])
+        self.json("POST", "/v1/batches/b/cancel", status=400)
+
+    def test_input_is_checked(self):
+        train = self.server.add_file(TRAIN)["id"]
+        for body, status in (
+            ({"endpoint": FILES_CHAT, "input_file_id": "none"}, 404),
+            ({"endpoint": FILES_CHAT, "input_file_id": train}, 400),
+            ({"endpoint": "/v1/models", "input_file_id": train}, 400),
+            ({"endpoint": FILES_CHAT}, 400),
+        ):
+            self.json("POST", "/v1/batches", body, status=status)
+        id = self.create("")["job"]["id"]
+        self.assertEqual(self.json("GET", f"/v1/batches/{id}")["status"], "FAILED")
+
+    def test_forms(self):
+        job = self.create(batch_lines(2), OPENAI)
+        self.assertEqual((job["object"], job["status"]), ("batch", "validating"))
+        for status in ("in_progress", "completed"):
+            job = self.json("GET", f"/v1/batches/{job['id']}", headers=OPENAI)
+            self.assertEqual(job["status"], status)
+        self.assertEqual(job["request_counts"], {"total": 2, "completed": 2, "failed": 0})
+        self.assertEqual(job["completed_at"], 1767607200)
+        self.assertEqual(self.json("GET", "/v1/batches", headers=OPENAI)["data"], [job])
+        self.assertIs(type(self.json("GET", "/v1/batches")), list)
+
+
+class FineTuning(StoreTestCase):
+    def create(self, status=200, **more):
+        id = self.server.add_file(TRAIN)["id"]
+        body = {"training_file": id, "model": MODEL, "n_epochs": 2, **more}
+        return self.json("POST", "/v1/fine-tunes", body, status=status)
+
+    def test_ladder(self):
+        job = self.create(suffix="mine", wandb_api_key="secret")
+        path = f"/v1/fine-tunes/{job['id']}"
+        self.assertNotIn("secret", json.dumps(job))
+        statuses, counts = [], []
+        for _ in range(5):
+            self.json("GET", "/v1/fine-tunes")
+            job = self.json("GET", path)
+            statuses.append(job["status"])
+            counts.append(len(self.json("GET", path + "/events")["data"]))
+        self.assertEqual(statuses, ["queued", "running", "uploading", "completed", "completed"])
+        self.assertEqual(counts, [1, 5, 9, 11, 11])
+        self.assertRegex(
+            job["model_output_name"], r"^parlel/Llama-3.3-70B-Instruct-Turbo-mine-[0-9a-f]{8}$"
+        )
+        chat = {"model": job["model_output_name"], "messages": [{"role": "user", "content": "x"}]}
+        self.assertEqual(self.json("POST", FILES_CHAT, chat)["model"], job["model_output_name"])
+        self.assertIn(job["model_output_name"], [m["id"] for m in self.json("GET", "/v1/models")])
+        self.json("DELETE", path, query="force=false")
+        self.assertNotIn(job["model_output_name"], self.server.models)
+
+    def test_loss_falls(self):
+        job = self.server.seed(
+            "fine_tunes",
+            [{"id": "t", "status": "completed", "n_epochs": 20, "TrainingFileNumLines": 5000}],
+        )[0]
+        metrics = self.json("GET", "/v1/fine-tunes/t/metrics")["metrics"]
+        losses = [point["train/loss"] for point in metrics]
+        self.assertEqual(losses, sorted(set(losses), reverse=True))
+        self.assertEqual(metrics[-1]["train/global_step"], 800)
+        part = self.json(
+            "GET",
+            "/v1/fine-tunes/t/metrics",
+            query="global_step_from=3&global_step_to=9&resolution=3",
+        )
+        self.assertEqual([point["train/global_step"] for point in part["metrics"]], [3, 6, 9])
+        self.assertEqual(part["metrics"][0], metrics[2])
+        self.server.reset()
+        self.server.seed("fine_tunes", [job])
+        self.assertEqual(self.json("GET", "/v1/fine-tunes/t/metrics")["metrics"], metrics)
+
+    def test_event_types_are_in_the_case_of_the_client(self):
+        id = self.create()["id"]
+        for headers, type in (({}, "JOB_PENDING"), (PY1, "JOB_PENDING"), (PY3, "job_pending")):
+            events = self.json("GET", f"/v1/fine-tunes/{id}/events", headers=headers)["data"]
+            self.assertEqual(events[0]["type"], type)
+
+    def test_cancel(self):
+        path = f"/v1/fine-tunes/{self.create()['id']}"
+        self.assertEqual(self.json("POST", path + "/cancel")["status"], "cancel_requested")
+        for _ in range(2):
+            self.assertEqual(self.json("GET", path)["status"], "cancelled")
+        self.json("POST", path + "/cancel", status=400)
+
+    def test_training_file_is_checked(self):
+        for more, status in (
+            ({"training_file": "none"}, 404),
+            ({"training_file": self.server.add_file(b"{]")["id"]}, 400),
+            ({"training_file": self.server.add_file("{}", purpose="eval")["id"]}, 400),
+            ({"validation_file": "none"}, 404),
+            ({"training_method": {"method": "dpo"}}, 400),
+            ({"batch_size": "most"}, 400),
+            ({"batch_size": 1000}, 400),
+            ({"model": None}, 400),
+            ({"model": None, "from_checkpoint": "ft-other:3"}, 200),
+        ):
+            self.create(status, **more)
+
+    def test_instant(self):
+        self.server.instant_jobs = True
+        job = self.create(training_type={"type": "Full"}, n_checkpoints=2)
+        self.assertEqual(job["status"], "completed")
+        rows = self.json("GET", f"/v1/fine-tunes/{job['id']}/checkpoints")["data"]
+        self.assertEqual(
+            [(row["step"], row["checkpoint_type"]) for row in rows],
+            [(1, "Intermediate"), (2, "Final")],
+        )
+
+    def test_download(self):
+        self.server.seed("fine_tunes", [{"id": "t", "status": "completed"}, {"id": "u"}])
+        whole = self.call("GET", "/v1/finetune/download", query="ft_id=t&checkpoint=merged")
+        with tarfile.open(fileobj=io.BytesIO(gzip.decompress(whole.body))) as archive:
+            self.assertEqual(archive.getnames(), ["config.json", "model.safetensors"])
+        probe = self.call(
+            "GET",
+            "/v1/finetune/download",
+            query="ft_id=t&checkpoint=merged",
+            headers={"range": "bytes=0-1"},
+        )
+        self.assertEqual(probe.headers["Content-Range"], f"bytes 0-1/{len(whole.body)}")
+        for query, status in (
+            ("ft_id=u", 400),
+            ("ft_id=none", 404),
+            ("ft_id=t&checkpoint_step=99", 404),
+        ):
+            self.json("GET", "/v1/finetune/download", query=query, status=status)
+
+    def test_limits_estimate_preview_and_tokens(self):
+        self.json(
+            "GET",
+            "/v1/fine-tunes/models/limits",
+            query="model_name=BAAI/bge-base-en-v1.5",
+            status=404,
+        )
+        for name in ("model_name", "model"):
+            limits = self.json("GET", "/v1/fine-tunes/models/limits", query=f"{name}={MODEL}")
+            self.assertEqual(limits["model_name"], MODEL)
+        self.assertIn(MODEL, self.json("GET", "/v1/fine-tunes/models/supported")["models"])
+        good, bad = (self.server.add_file(data)["id"] for data in (TRAIN * 100, b"["))
+        price = self.json(
+            "POST", "/v1/fine-tunes/estimate-price", {"training_file": good, "model": MODEL}
+        )
+        self.assertEqual(
+            (price["allowed_to_proceed"], price["estimated_train_token_count"]), (True, 800)
+        )
+        price = self.json("POST", "/v1/fine-tunes/estimate-price", {"training_file": bad})
+        self.assertEqual(price["unavailable_reason"], "train_file_invalid")
+        chat = self.server.add_file(
+            b'{"messages":[{"role":"user","content":"a b"},{"role":"assistant","content":"c"}]}'
+        )["id"]
+        row = self.json("POST", "/v1/fine-tunes/preview", {"training_file": chat, "model": MODEL})[
+            "rows"
+        ][0]
+        start, end = row["trained_spans"][0]
+        self.assertEqual("".join(row["tokens"][start:end]), "c\n")
+        self.assertEqual(row["labels"][:start], [-100] * start)
+        id = self.create()["id"]
+        place = self.json("GET", f"/v1/fine-tunes/{id}/download-tokenized-dataset")
+        data = self.server.answer(Request("GET", place["url"][len("http://host:1") :])).body
+        self.assertEqual((len(data), data.count(b"\n")), (place["size"], 2))
+
+
+# === Audio, video, evaluations, endpoints ===
+
+
+RERANKER = "Salesforce/Llama-Rank-V1"
+JUDGE_MODEL = {"model": "openai/gpt-oss-20b", "model_source": "serverless", "system_template": "x"}
+EVALUATION = {"judge": JUDGE_MODEL, "input_data_file_path": "file-rows"}
+MEDIA_CLASSIFY = {**EVALUATION, "labels": ["yes", "no"], "pass_labels": ["yes"]}
+SCORE = {**EVALUATION, "min_score": 1, "max_score": 5, "pass_threshold": 3}
+SPEECH = {"model": "cartesia/sonic", "input": "Hello there, friend.", "voice": "newsman"}
+ENDPOINT = {
+    "model": "openai/gpt-oss-20b",
+    "hardware": "1x_nvidia_a100_80gb_sxm",
+    "autoscaling": {"min_replicas": 1, "max_replicas": 2},
+}
+STAINLESS = {"user-agent": "Together/Python 3.1.1", "x-stainless-lang": "python"}
+
+
+class MediaCase(unittest.TestCase):
+    """A test that asks a server without a socket."""
+
+    def setUp(self):
+        self.server = TogetherAiServer(port=0)
+
+    def ask(self, method, path, body=None, **headers):
+        path, _, query = path.partition("?")
+        headers = {"authorization": "Bearer k", **headers}
+        given = Request(method, path, b"" if body is None else body, query=query, headers=headers)
+        return self.server.answer(given)
+
+    def json(self, method, path, body=None, status=200, **headers):
+        reply = self.ask(method, path, body, **headers)
+        self.assertEqual(reply.status, status, reply.body[:500])
+        return json.loads(reply.body) if reply.body else None
+
+    def refused(self, method, path, body, param):
+        self.assertEqual(self.json(method, path, body, status=400)["error"]["param"], param)
+
+    def climb(self, path, key="status", **headers):
+        """Retrieve until nothing changes; return every state seen."""
+        seen = []
+        while len(seen) < 2 or seen[-1] != seen[-2]:
+            seen.append(self.json("GET", path, **headers)[key])
+        return seen[:-1]
+
+
+class RerankTests(MediaCase):
+    def rerank(self, **fields):
+        documents = ["a red car", "apple pie recipe", "pie"]
+        body = {"model": RERANKER, "query": "apple pie", "documents": documents, **fields}
+        return self.json("POST", "/v1/rerank", body)
+
+    def test_the_likest_comes_first(self):
+        results = self.rerank()["results"]
+        self.assertEqual([result["index"] for result in results], [1, 2, 0])
+        scores = [result["relevance_score"] for result in results]
+        self.assertEqual(scores, sorted(scores, reverse=True))
+        self.assertEqual([result["document"] for result in results], [{}] * 3)
+
+    def test_top_n_and_documents(self):
+        (best,) = self.rerank(top_n=1, return_documents=True)["results"]
+        self.assertEqual(best["document"], {"text": "apple pie recipe"})
+
+    def test_an_equal_text_scores_one(self):
+        (best,) = self.rerank(documents=["apple pie"])["results"]
+        self.assertEqual(best["relevance_score"], 1)
+
+    def test_rank_fields_choose_what_counts(self):
+        documents = [{"title": "apple pie", "note": "car"}, {"title": "car", "note": "apple pie"}]
+        for field, first in (("title", 0), ("note", 1)):
+            got = self.rerank(documents=documents, rank_fields=[field], return_documents=True)
+            self.assertEqual(got["results"][0]["index"], first)
+        text = '{"title":"car","note":"apple pie"}'
+        self.assertEqual(got["results"][0]["document"], {"text": text})
+
+    def test_a_fixture_gives_the_scores(self):
+        self.server.reply(scores=[0.1, 0.9], endpoint="rerank")
+        got = [(each["index"], each["relevance_score"]) for each in self.rerank()["results"]]
+        self.assertEqual(got, [(1, 0.9), (0, 0.1), (2, 0.0)])
+
+
+class AudioTests(MediaCase):
+    def speak(self, **fields):
+        reply = self.ask("POST", "/v1/audio/speech", {**SPEECH, **fields})
+        self.assertEqual(reply.status, 200, reply.body[:300])
+        return reply
+
+    def hear(self, data, task="transcriptions", **fields):
+        parts = [f'name="{name}"\r\n\r\n{value}'.encode() for name, value in fields.items()]
+        parts.append(b'name="file"; filename="a.wav"\r\n\r\n' + data)
+        body = b"".join(b"--b\r\nContent-Disposition: form-data; %b\r\n" % p for p in parts)
+        kind = {"content-type": "multipart/form-data; boundary=b"}
+        return self.ask("POST", f"/v1/audio/{task}", body + b"--b--\r\n", **kind)
+
+    def write_wav(self, seconds):
+        file = io.BytesIO()
+        with wave.open(file, "wb") as out:
+            out.setnchannels(1)
+            out.setsampwidth(2)
+            out.setframerate(8000)
+            out.writeframes(bytes(16000 * seconds))
+        return file.getvalue()
+
+    def test_wav_is_as_long_as_the_text(self):
+        lengths = []
+        for text in ("Hello.", "Hello there, this takes longer."):
+            reply = self.speak(input=text)
+            self.assertEqual(reply.content_type, "audio/wav")
+            with wave.open(io.BytesIO(reply.body)) as file:
+                self.assertEqual((file.getframerate(), file.getsampwidth()), (44100, 2))
+                lengths.append(file.getnframes())
+        self.assertLess(*lengths)
+
+    def test_equal_requests_sound_equal_and_voices_do_not(self):
+        self.assertEqual(self.speak().body, self.speak().body)
+        self.assertNotEqual(self.speak().body, self.speak(voice="tara").body)
+
+    def test_raw_takes_the_bytes_of_its_encoding(self):
+        sizes = {}
+        for name in ("f32le", "s16le", "mulaw", "alaw"):
+            reply = self.speak(response_format="raw", response_encoding="pcm_" + name)
+            self.assertEqual(reply.content_type, "application/octet-stream")
+            sizes[name] = len(reply.body)
+        one = sizes["alaw"]
+        self.assertEqual(sizes, {"f32le": 4 * one, "s16le": 2 * one, "mulaw": one, "alaw": one})
+
+    def test_mp3_is_frames_of_the_bit_rate(self):
+        reply = self.speak(response_format="mp3", bit_rate=32000)
+        self.assertEqual(reply.content_type, "audio/mpeg")
+        frames = reply.body.split(b"\xff\xfb\x10\xc0")[1:]
+        self.assertEqual({len(frame) for frame in frames}, {100})
+        self.assertAlmostEqual(len(frames) * 1152 / 44100, 20 * 0.06, delta=0.03)
+
+    def test_a_stream_is_the_raw_reply_in_pieces(self):
+        whole = self.speak(response_format="raw").body
+        events = b"".join(self.speak(stream=True).events).decode().split("\n\n")
+        self.assertEqual(events[-2:], ["data: [DONE]", ""])
+        chunks = [json.loads(event[6:]) for event in events[:-2]]
+        self.assertGreater(len(chunks), 1)
+        self.assertEqual(b"".join(fake.base64.b64decode(c["b64"]) for c in chunks), whole)
+        self.assertEqual(
+            {(c["object"], c["b64"] == c["delta"]) for c in chunks}, {("audio.tts.chunk", True)}
+        )
+
+    def test_only_raw_streams(self):
+        body = {**SPEECH, "stream": True, "response_format": "wav"}
+        self.refused("POST", "/v1/audio/speech", body, "response_format")
+
+    def test_a_transcript_lasts_as_long_as_the_sound(self):
+        for seconds in (1, 7):
+            reply = self.hear(self.write_wav(seconds), response_format="verbose_json")
+            got = json.loads(reply.body)
+            self.assertEqual((got["duration"], got["segments"][-1]["end"]), (seconds, seconds))
+            self.assertEqual(" ".join(part["text"] for part in got["segments"]), got["text"])
+            self.assertNotIn("words", got)
+
+    def test_words_speakers_and_tasks(self):
+        wishes = {"response_format": "verbose_json", "diarize": "true", "min_speakers": 2}
+        reply = self.hear(self.write_wav(9), **wishes, **{"timestamp_granularities[]": "word"})
+        got = json.loads(reply.body)
+        self.assertEqual(" ".join(word["word"] for word in got["words"]), got["text"])
+        speakers = [part["speaker_id"] for part in got["speaker_segments"]]
+        self.assertEqual(speakers[:2], ["SPEAKER_00", "SPEAKER_01"])
+        self.assertEqual(
+            [w for part in got["speaker_segments"] for w in part["words"]], got["words"]
+        )
+        reply = self.hear(self.write_wav(9), "translations", response_format="verbose_json")
+        self.assertEqual(json.loads(reply.body)["task"], "translate")
+
+    def test_other_bytes_say_other_words(self):
+        texts = [self.hear(data).body for data in (b"one", b"one", b"other")]
+        self.assertEqual(texts[0], texts[1])
+        self.assertNotEqual(texts[0], texts[2])
+
+    def test_text_and_subtitles(self):
+        text = json.loads(self.hear(b"x" * 40000).body)["text"]
+        forms = {
+            form: self.hear(b"x" * 40000, response_format=form).body
+            for form in ("text", "srt", "vtt")
+        }
+        self.assertEqual(forms["text"].decode(), text + "\n")
+        self.assertEqual(forms["srt"].decode(), f"1\n00:00:00,000 --> 00:00:02,500\n{text}\n")
+        self.assertEqual(
+            forms["vtt"].decode(), f"WEBVTT\n\n00:00:00.000 --> 00:00:02.500\n{text}\n"
+        )
+
+    def test_a_url_and_an_empty_file(self):
+        self.json("POST", "/v1/audio/transcriptions", {"file": "https://a.b/c.mp3"})
+        self.assertEqual(self.hear(b"").status, 400)
+
+    def test_fixtures_speak_and_listen(self):
+        self.server.reply(transcription={"text": "hello big world", "duration": 3}, times=1)
+        self.assertEqual(json.loads(self.hear(b"x").body), {"text": "hello big world"})
+        self.server.reply(audio="QUJD")
+        self.assertEqual(self.speak().body, b"ABC")
+
+    def test_voices(self):
+        voices = self.json("GET", "/v1/voices")["data"]
+        self.assertIn("tara", [v["id"] for each in voices for v in each["voices"]])
+        (one,) = self.json("GET", "/v1/voices?model=cartesia/sonic")["data"]
+        self.assertEqual(one["model"], "cartesia/sonic")
+
+
+class VideoTests(MediaCase):
+    def create(self, **fields):
+        return self.json("POST", "/v2/videos", {"model": "minimax/hailuo-02", **fields})
+
+    def test_a_video_completes_when_it_is_retrieved(self):
+        job = self.create(prompt="a lake", seconds="2", width=64, height=48)
+        self.assertEqual(
+            (job["status"], job["outputs"], job["size"]), ("in_progress", None, "64x48")
+        )
+        self.assertEqual(self.ask("GET", f"/v2/videos/{job['id']}/content").status, 400)
+        done = self.json("GET", f"/v2/videos/{job['id']}")
+        self.assertEqual(
+            (done["status"], done["progress"], done["seconds"]), ("completed", 100, "2")
+        )
+        path = done["outputs"]["video_url"].partition(self.server.url)[2]
+        reply = self.ask("GET", path)
+        self.assertEqual((reply.content_type, reply.body[4:8]), ("video/mp4", b"ftyp"))
+        self.assertEqual(self.ask("GET", f"/v2/videos/{job['id']}/content").body, reply.body)
+        self.assertEqual(self.ask("GET", path, range="bytes=4-7").body, b"ftyp")
+
+    def test_sizes(self):
+        for fields, size in (
+            ({}, "1366x768"),
+            ({"resolution": "720p"}, "1280x720"),
+            ({"resolution": "480p"}, "854x480"),
+            ({"resolution": "720p", "ratio": "9:16"}, "720x1280"),
+            ({"height": 512, "ratio": "1:1"}, "512x512"),
+            ({"size": "1280x720"}, "1280x720"),
+            ({"width": 0, "height": 0, "resolution": "resolution", "ratio": "0:0"}, "1366x768"),
+        ):
+            self.assertEqual(self.create(**fields)["size"], size, fields)
+
+    def test_no_such_file(self):
+        for name in ("x", "0123456789abcdef-9999x64-2s24.mp4", "0123456789abcdef-64x64-0s24.mp4"):
+            self.assertEqual(self.ask("GET", f"/shrt/videos/{name}").status, 404)
+
+    def test_a_fixture_names_and_fails_a_video(self):
+        self.server.reply(video={"id": "v1", "status": "failed", "error": "too dark"})
+        self.assertEqual(self.create()["status"], "in_progress")
+        job = self.json("GET", "/v2/videos/v1")
+        self.assertEqual((job["status"], job["error"]["message"]), ("failed", "too dark"))
+
+
+class EvaluationTests(MediaCase):
+    ROWS = "".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(20))
+
+    def evaluate(self, type, parameters, **headers):
+        self.server.seed("files", [{"id": "file-rows", "purpose": "eval", "content": self.ROWS}])
+        made = self.json("POST", "/v1/evaluation", {"type": type, "parameters": parameters})
+        self.assertEqual(made["status"], "pending")
+        path = f"/v1/evaluation/{made['workflow_id']}"
+        self.assertEqual(self.climb(path), ["queued", "running", "completed"])
+        return self.json("GET", path, **headers)["results"]
+
+    def test_classify(self):
+        results = self.evaluate("classify", MEDIA_CLASSIFY)
+        counts = results["label_counts"]
+        self.assertEqual(sum(counts.values()), 20)
+        self.assertEqual(results["pass_percentage"], counts["yes"] * 5)
+        lines = self.server.contents[results["result_file_id"]].splitlines()
+        verdicts = [json.loads(line)["verdict"] for line in lines]
+        self.assertEqual({label: verdicts.count(label) for label in counts}, counts)
+
+    def test_generated_clients_get_the_counts_as_text(self):
+        results = self.evaluate("classify", MEDIA_CLASSIFY, **STAINLESS)
+        self.assertEqual(sum(json.loads(results["label_counts"]).values()), 20)
+
+    def test_score(self):
+        scores = self.evaluate("score", SCORE)["aggregated_scores"]
+        self.assertTrue(1 <= scores["mean_score"] <= 5, scores)
+
+    def test_compare(self):
+        results = self.evaluate("compare", EVALUATION)
+        self.assertEqual(results["A_wins"] + results["B_wins"] + results["Ties"], 20)
+
+    def test_a_missing_file_is_the_users_error(self):
+        body = {
+            "type": "classify",
+            "parameters": {**MEDIA_CLASSIFY, "input_data_file_path": "file-no"},
+        }
+        made = self.json("POST", "/v1/evaluations", body)
+        seen = self.climb(f"/v1/evaluations/{made['workflow_id']}/status")
+        self.assertEqual(seen[-1], "user_error")
+
+    def test_rules(self):
+        for type, parameters, param in (
+            ("classify", EVALUATION, "parameters.labels"),
+            ("classify", {**MEDIA_CLASSIFY, "pass_labels": ["maybe"]}, "parameters.pass_labels"),
+            ("score", {**SCORE, "max_score": 0}, "parameters.max_score"),
+            ("score", {**SCORE, "judge": {"model": "x"}}, "parameters.judge.system_template"),
+            (
+                "compare",
+                {**EVALUATION, "judge": {**JUDGE_MODEL, "model_source": "external"}},
+                "parameters.judge.external_api_token",
+            ),
+        ):
+            body = {"type": type, "parameters": parameters}
+            self.refused("POST", "/v1/evaluation", body, param)
+
+    def test_list(self):
+        jobs = [
+            {"workflow_id": f"eval-{n}", "status": s} for n, s in enumerate(("error", "queued"))
+        ]
+        self.server.seed("evaluations", jobs)
+        for path, ids in (
+            ("", ["eval-1", "eval-0"]),
+            ("?status=error", ["eval-0"]),
+            ("?limit=1", ["eval-1"]),
+        ):
+            got = self.json("GET", "/v1/evaluations" + path)
+            self.assertEqual([job["workflow_id"] for job in got], ids)
+
+
+class EndpointTests(MediaCase):
+    def test_its_name_answers_while_it_is_started(self):
+        made = self.json("POST", "/v1/endpoints", ENDPOINT)
+        self.assertEqual(made["state"], "PENDING")
+        path = f"/v1/endpoints/{made['id']}"
+        self.assertEqual(self.climb(path, "state"), ["STARTING", "STARTED"])
+        self.server.strict = True
+        chat = {"model": made["name"], "messages": [{"role": "user", "content": "x"}]}
+        for state, status in (("STARTED", 200), ("STOPPED", 404), ("STARTED", 404)):
+            self.json("PATCH", path, {"state": state})
+            self.json("POST", "/v1/chat/completions", chat, status=status)
+        self.assertEqual(self.climb(path, "state"), ["STARTING", "STARTED"])
+        self.json("POST", "/v1/chat/completions", chat)
+        self.assertEqual(self.ask("DELETE", path).status, 204)
+        self.json("POST", "/v1/chat/completions", chat, status=404)
+        self.json("GET", path, status=404)
+
+    def test_filters(self):
+        self.server.seed("endpoints", [{"id": "endpoint-1", "state": "STARTED"}])
+        for query, types in (
+            ("", {"dedicated", "serverless"}),
+            ("?type=serverless", {"serverless"}),
+            ("?mine=true", {"dedicated"}),
+            ("?usage_type=reserved", set()),
+        ):
+            items = self.json("GET", "/v1/endpoints" + query)["data"]
+            self.assertEqual({item["type"] for item in items}, types, query)
+
+    def test_adapters(self):
+        self.server.seed("endpoints", [{"id": "e"}])
+        path, body = "/v1/endpoints/e/adapters", {"model_id": "e:lora"}
+        self.json("POST", path, body)
+        (item,) = self.json("GET", path)["data"]
+        self.assertEqual((item["endpoint_name"], item["adapter_name"]), ("e", "lora"))
+        self.assertIn("e:lora", self.server.models)
+        self.assertTrue(self.json("DELETE", path, body)["deleted"])
+        self.assertFalse(self.json("DELETE", path, body)["deleted"])
+
+    def test_hardware(self):
+        items = self.json("GET", "/v1/hardware")["data"]
+        self.assertEqual(len({item["id"] for item in items}), len(items))
+        self.assertNotIn("availability", items[0])
+        self.assertIn("availability", self.json("GET", "/v1/hardware?model=x")["data"][0])
+
+
+class AccountTests(MediaCase):
+    def test_who_am_i(self):
+        flat, nested = self.json("GET", "/v1/whoami"), self.json("GET", "/v1/v3/whoami")
+        self.assertEqual(flat["project_id"], nested["project"]["id"])
+        (project,) = self.json("GET", "/v1/projects?limit=0")["data"]
+        self.assertEqual(project["slug"], flat["project_slug"])
+
+    def test_an_uploaded_model_answers(self):
+        body = {"model_name": "mine", "model_source": "someone/model"}
+        made = self.json("POST", "/v1/models", body)["data"]
+        self.assertNotIn(made["model_name"], self.server.models)
+        seen = self.climb(f"/v1/jobs/{made['job_id']}")
+        self.assertEqual(seen, ["Running", "Complete"])
+        self.assertIn(made["model_name"], self.server.models)
+        self.assertEqual(len(self.json("GET", "/v1/jobs")["data"]), 1)
 
 
 # === The repository ===

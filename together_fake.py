@@ -44,16 +44,19 @@ above it. Its cases in the tests, its line in `--routes` and its 405s follow by 
 from __future__ import annotations
 
 import base64
+import calendar
 import contextlib
 import functools
 import hashlib
 import http.server
 import itertools
 import json
+import operator
 import os
 import re
 import socket
 import socketserver
+import string
 import struct
 import sys
 import threading
@@ -84,6 +87,15 @@ MAX_INPUT_ITEMS = 2048  # texts of one embedding request
 MAX_DIMENSIONS = 16384  # of an embedding
 MAX_IMAGES = 4  # of one request; documented
 MIN_IMAGE_SIDE, MAX_IMAGE_SIDE, DEFAULT_IMAGE_SIDE = 16, 2048, 1024  # pixels
+MAX_STORED_BYTES = 256 * 2**20  # contents of all files together
+STORAGE_LIMIT = 0  # as a route's max_bytes: what the server may store
+PARSED_BYTES = 2 * 2**20  # of a JSONL file: what is parsed line by line, the rest is scanned
+MAX_BATCH_LINES = 50_000  # documented
+MAX_AUDIO_BYTES = 80 * 2**20  # a body with sound or pictures; documented
+MAX_AUDIO_SECONDS = 4 * 3600  # documented
+MAX_SPEAKERS = 32  # of one transcription
+MAX_VIDEO_SECONDS, DEFAULT_VIDEO_SECONDS = 60, 6
+MAX_FPS, DEFAULT_FPS = 60, 24
 MAX_RECORDED_BODY_BYTES = 4 * 2**20  # a larger body is not kept with its call
 MAX_RECORD_BYTES = 64 * 2**20  # bodies of all recorded calls
 
@@ -94,7 +106,6 @@ MESSAGE_TOKENS = 3  # of the frame around a message
 
 
 EFFORT_THOUGHTS = {"none": 0, "minimal": 1, "low": 1, "medium": 1, "high": 2, "xhigh": 3, "max": 4}
-CALL_LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789"  # of a tool call's id
 JSON_MODE_SCHEMA = {  # what a model answers that shall write JSON and is not told which
     "type": "object",
     "properties": {
@@ -127,6 +138,8 @@ LINGER_SECONDS = 1.0  # for a refused client to read why, before the connection 
 
 # Compact JSON, with letters of every alphabet as they are.
 ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
+# The same for every order of keys: what draws are made from.
+CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), check_circular=False).encode
 DONE = b"data: [DONE]\n\n"  # the last event of every stream
 
 
@@ -243,6 +256,14 @@ ERRORS: dict[str, tuple[int, str]] = {
         431,
         "The request's head is too large; at most {bytes} bytes and {count} fields are accepted.",
     ),
+    "bad_file": (400, "{param}: file {id} cannot be used: {reason}."),
+    "bad_state": (400, "{noun} {id} is {status}; {reason}."),
+    "storage_full": (
+        413,
+        "The files would take {size} bytes; this server keeps at most {limit}. Delete some, or"
+        " raise max_stored_bytes.",
+    ),
+    "bad_range": (416, "The range lies outside of {size} bytes."),
     "bug": (500, "Internal server error: {reason}"),
     "unknown_coding": (501, "Transfer-Encoding {coding!r} is not known; only chunked is."),
     "bad_version": (505, "The HTTP version is not known; HTTP/1.1 and HTTP/1.0 are."),
@@ -411,7 +432,8 @@ class Field:
         if list in self.kinds and not text.startswith("["):
             return [self.each.read_text(part) if self.each else part for part in text.split(",")]
         try:
-            return json.loads(text)
+            # Together's Python 1.x sends "True" in forms.
+            return json.loads(text.lower() if bool in self.kinds else text)
         except ValueError:
             return text
 
@@ -470,9 +492,9 @@ def measure_depth(value: Any) -> int:
 
 def parse_json(raw: bytes) -> Any:
     """Read JSON with limits; raise ApiError for whatever standard JSON does not allow."""
-    decoder = CAREFUL_DECODER if LONG_NUMBER.search(raw) else DECODER
+    suspect = len(raw) > MAX_NUMBER_DIGITS and LONG_NUMBER.search(raw)
     try:
-        value = decoder.decode(raw.decode())
+        value = (CAREFUL_DECODER if suspect else DECODER).decode(raw.decode())
         if b"\\ud" in raw or b"\\uD" in raw:  # pairs are fine, a lone surrogate does not encode
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -563,10 +585,10 @@ def parse_multipart(raw: bytes, content_type: str) -> dict[str, Any]:
 
 def parse_body(raw: bytes, content_type: str, fields: Fields) -> dict[str, Any]:
     """Read a JSON, urlencoded or multipart body as one dict, texts in the types of its table."""
-    kind = content_type.partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
+    kind = "" if content_type == "application/json" else content_type.lower().lstrip()
+    if kind.startswith("multipart/form-data"):
         body = parse_multipart(raw, content_type)
-    elif kind == "application/x-www-form-urlencoded" and not raw.lstrip().startswith(b"{"):
+    elif kind.startswith("application/x-www-form-urlencoded") and raw.lstrip()[:1] != b"{":
         body = parse_form(raw)
     else:
         value = parse_json(raw) if raw else {}
@@ -598,12 +620,11 @@ class Draw:
     @classmethod
     def of(cls, name: str, facts: Any) -> Draw:
         """Start from a name and JSON-able facts; the order of keys does not matter."""
-        text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
-        return cls(hashlib.sha256(f"{name}\n{text}".encode()).digest())
+        return cls(hashlib.sha256(f"{name}\n{CANONICAL(facts)}".encode()).digest())
 
     def child(self, *names: str | int) -> Draw:
         """Start the draw of one question about this one."""
-        return Draw(hashlib.sha256(self.key + repr(names).encode()).digest())
+        return Draw(self.key + ascii(names).encode())
 
     def take(self, size: int) -> bytes:
         """Return the next `size` bytes."""
@@ -631,19 +652,20 @@ class Draw:
         return self.take((digits + 1) // 2).hex()[:digits]
 
 
-BASE62 = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+# Alphabets as translations of a byte.
+BASE62 = ((string.digits + string.ascii_letters).encode() * 5)[:256]
+LOWER36 = ((string.ascii_lowercase + string.digits).encode() * 8)[:256]
 
 
-def draw_letters(draw: Draw, count: int, alphabet: str = BASE62) -> str:
+def draw_letters(draw: Draw, count: int, alphabet: bytes = BASE62) -> str:
     """Return letters of an alphabet, one byte of the draw each."""
-    size = len(alphabet)
-    return "".join([alphabet[byte * size >> 8] for byte in draw.take(count)])
+    return draw.take(count).translate(alphabet).decode()
 
 
 def draw_id(draw: Draw) -> str:
     """Return the id of an answer in its recorded form, `omJK98b-3pDw3Z-a04673c1cf25a2b4`."""
-    source = draw.child("id")
-    return f"{draw_letters(source, 7)}-{draw_letters(source, 6)}-{source.hex(16)}"
+    letters = draw.key[:13].translate(BASE62).decode()
+    return f"{letters[:7]}-{letters[7:]}-{draw.key[13:21].hex()}"
 
 
 def draw_uuid(draw: Draw) -> str:
@@ -792,14 +814,49 @@ LATER_SENTENCES = (
 ) * 32
 
 
-def make_text(draw: Draw, sentences: int | None = None) -> str:
-    """Write calm prose; without a number of sentences, 40 to 90 words."""
+# ASCII classes only: other letters differ between the Unicode tables of Python versions.
+TOKEN = re.compile(
+    r" ?(?:[A-Za-z]{1,7}|[0-9]{1,3}|[^\x00-\x7F]{1,2}|[!-/:-@\[-`{-~])"
+    r"|\n+|[ \t]+(?= )|[\x00-\x20\x7F]"
+)
+
+
+def split_tokens(text: str) -> list[str]:
+    """Cut text into tokens; joined they are the text again."""
+    return TOKEN.findall(text)
+
+
+def count_tokens(text: str) -> int:
+    """Return `len(split_tokens(text))`."""
+    return TOKEN.subn("", text)[1]  # faster than a list
+
+
+class Tokens(dict):  # type: ignore[type-arg]
+    """The tokens of each phrase of the word lists."""
+
+    def __missing__(self, phrase: str) -> list[str]:
+        self[phrase] = tokens = split_tokens(phrase)
+        return tokens
+
+
+PHRASE_TOKENS = Tokens()
+
+
+def make_tokens(draw: Draw, sentences: int | None = None) -> list[str]:
+    """Write calm prose as tokens; without a number of sentences, 40 to 90 words."""
     data = draw.take(8 * (sentences or 5))  # a sentence has at most 7 phrases
     count = sentences or 4 + (data[-1] & 1)
     tables = list(OPENING_SENTENCES[data[0]])
     for byte in data[1:count]:
         tables += LATER_SENTENCES[byte]
-    return "".join([table[byte] for table, byte in zip(tables, data[count:])])[1:]
+    # A phrase begins with a space and so with a token of its own.
+    picked = [PHRASE_TOKENS[table[byte]] for table, byte in zip(tables, data[count:])]
+    return list(itertools.chain.from_iterable(picked))
+
+
+def make_text(draw: Draw, sentences: int | None = None) -> str:
+    """Write calm prose."""
+    return "".join(make_tokens(draw, sentences))[1:]
 
 
 TITLES = phrases("""\
@@ -835,23 +892,6 @@ def make_thought(draw: Draw) -> str:
         f"We need to{TASKS[data[0]]}. The user{REQUESTS[data[1]]}. So it is best to"
         f"{STEPS[data[2]]} and then mention{OBJECTS[data[3]]}."
     )
-
-
-# ASCII classes only: other letters differ between the Unicode tables of Python versions.
-TOKEN = re.compile(
-    r" ?(?:[A-Za-z]{1,7}|[0-9]{1,3}|[^\x00-\x7F]{1,2}|[!-/:-@\[-`{-~])"
-    r"|\n+|[ \t]+(?= )|[\x00-\x20\x7F]"
-)
-
-
-def split_tokens(text: str) -> list[str]:
-    """Cut text into tokens; joined they are the text again."""
-    return TOKEN.findall(text)
-
-
-def count_tokens(text: str) -> int:
-    """Return `len(split_tokens(text))`."""
-    return TOKEN.subn("", text)[1]  # faster than a list
 
 
 def token_id(piece: str) -> int:
@@ -898,23 +938,26 @@ STOPWORDS = frozenset(
     b" which who why will with would you your".split()
 )
 BUCKETS = 4096
-MAX_TEXT_WORDS = 32768  # that count for a vector; with the next, sums stay below 2 ** 32
+LEVELS = bytes(range(32)) * 8  # a random byte as one of 32 levels
+BLOCK_WORDS = 48  # whose sums stay below 2 ** 16: 48 words of 44 buckets of 31
+MAX_TEXT_WORDS = 32768  # that count for a vector
 MAX_WORD_BYTES = 40
-CACHE_LANES = 2**22  # of each cache of one model; 4 bytes a lane
+CACHE_LANES = 2**22  # of each cache of one model; 2 bytes a lane
 QUANTUM = 100000  # steps from 0 to 1
 
 
 class Buckets(dict):  # type: ignore[type-arg]
-    """A bucket's random vector: one integer of 32-bit lanes, each 0 to 255."""
+    """A bucket's random vector: one integer of 16-bit lanes, the last of which counts buckets."""
 
     def __init__(self, key: bytes, size: int) -> None:
         self.key = key
         self.size = size
 
     def __missing__(self, bucket: int) -> int:
-        lanes = bytearray(4 * self.size)
+        lanes = bytearray(2 * self.size + 2)
         seed = self.key + bucket.to_bytes(2, "big")
-        lanes[::4] = hashlib.shake_256(seed).digest(self.size)
+        lanes[:-2:2] = hashlib.shake_256(seed).digest(self.size).translate(LEVELS)
+        lanes[-2] = 1
         if len(self) * self.size >= CACHE_LANES:
             self.clear()
         self[bucket] = total = int.from_bytes(lanes, "little")
@@ -922,21 +965,21 @@ class Buckets(dict):  # type: ignore[type-arg]
 
 
 class Words(dict):  # type: ignore[type-arg]
-    """A word's weight and the sum of its buckets: the whole word twice, each trigram once."""
+    """The sum of a word's buckets: of the whole word twice, of each trigram once."""
 
     def __init__(self, key: bytes, size: int) -> None:
         self.buckets = Buckets(key, size)
 
-    def __missing__(self, word: bytes) -> tuple[int, int]:
+    def __missing__(self, word: bytes) -> int:
         buckets = self.buckets
-        total = 2 * buckets[zlib.crc32(word) % BUCKETS]
+        total: int = 2 * buckets[zlib.crc32(word) % BUCKETS]
         padded = b"<%b>" % word[:MAX_WORD_BYTES]
         for start in range(len(padded) - 2):
             total += buckets[zlib.crc32(padded[start : start + 3]) % BUCKETS]
         if len(self) * buckets.size >= CACHE_LANES:
             self.clear()
-        self[word] = found = (len(padded), total)
-        return found
+        self[word] = total
+        return total
 
 
 WORDS: dict[tuple[bytes, int], Words] = {}  # by model and size
@@ -948,51 +991,63 @@ def find_words(text: str) -> list[bytes]:
     return [word for word in words if word not in STOPWORDS] or words or [b""]
 
 
-def normalise(total: int, size: int, centre: int) -> list[int]:
-    """Scale an integer of 32-bit lanes, each centre / 2 too high, to a unit vector."""
+@functools.lru_cache(maxsize=16)
+def lay_ones(size: int) -> tuple[int, struct.Struct, struct.Struct]:
+    """Return a one in each of `size` 64-bit lanes, and how lanes are packed and unpacked."""
+    ones = int.from_bytes(b"\1\0\0\0\0\0\0\0" * size, "little")
+    return ones, struct.Struct("<" + "I4x" * size), struct.Struct("<" + "4xi" * size)
+
+
+def normalise(lanes: Sequence[int], centre: int, copies: int = 1) -> list[int]:
+    """Scale numbers, each centre / 2 too high, so that so many copies are a unit vector."""
     from math import dist, isqrt
 
-    lanes = struct.unpack(f"<{size}I", total.to_bytes(4 * size, "little"))
     # A float of 53 bits gives the exact integer below 2 ** 48.
-    square = round(4 * dist(lanes, (centre / 2,) * size) ** 2)
+    square = round(4 * dist(lanes, (centre / 2,) * len(lanes)) ** 2)
     if square >> 48:
         square = sum([(2 * lane - centre) ** 2 for lane in lanes])
     if not square:
-        return [QUANTUM] + [0] * (size - 1)
-    scale = (QUANTUM << 64) // isqrt(square << 64)
-    # One product scales all even lanes, widened to 64 bits, and one the odd lanes: ten times
-    # as fast as a loop. The upper half of each is its step.
-    pairs = (size + 1) // 2
-    ones = int.from_bytes(pairs * b"\1\0\0\0\0\0\0\0", "little")
-    vector = [0] * (2 * pairs)
-    for odd in (0, 1):
-        part = (total >> 32 * odd) & (ones * 0xFFFFFFFF)
-        part = (2 * part - ones * centre) * scale + (ones << 31)
-        halves = part.to_bytes(8 * pairs + 1, "little", signed=True)
-        vector[odd::2] = struct.unpack_from("<" + "4xi" * pairs, halves)
-    return vector[:size]
+        return [QUANTUM] + [0] * (len(lanes) - 1)
+    scale = (QUANTUM << 64) // isqrt(copies * square << 64)
+    # One product of one long integer scales all numbers, ten times as fast as a loop. Each has
+    # 64 bits, and its result is the upper half of them.
+    ones, packed, unpacked = lay_ones(len(lanes))
+    total = int.from_bytes(packed.pack(*lanes), "little")
+    total = (2 * total - ones * centre) * scale + (ones << 31)
+    data = total.to_bytes(8 * len(lanes) + 1, "little", signed=True)
+    return list(unpacked.unpack_from(data))
+
+
+def add_words(words: list[bytes], sums: Words) -> tuple[list[int], int]:
+    """Return the sum of the words' vectors, and how many buckets are in it."""
+    size = sums.buckets.size + 1
+    lanes: list[int] = []
+    for start in range(0, len(words), BLOCK_WORDS):
+        total = sum(map(sums.__getitem__, words[start : start + BLOCK_WORDS]))
+        block = struct.unpack(f"<{size}H", total.to_bytes(2 * size, "little"))
+        lanes = list(map(operator.add, lanes, block)) if lanes else list(block)
+    return lanes, lanes.pop()
 
 
 def make_vector(text: str, size: int, model_key: bytes) -> list[int]:
-    """Return a unit vector in steps of 1 / QUANTUM; texts that share words are close."""
+    """Return a unit vector in steps of 1 / QUANTUM; texts that share words are close.
+
+    Vectors of an even size are a half and its mirror image: half the work, the same likeness.
+    """
+    copies = 1 if size % 2 else 2
     sums = WORDS.get((model_key, size))
     if sums is None:
         if len(WORDS) >= 4:
             WORDS.clear()
-        sums = WORDS[model_key, size] = Words(model_key, size)
-    weight = total = 0
-    for word in find_words(text)[:MAX_TEXT_WORDS]:
-        found = sums[word]
-        weight += found[0]
-        total += found[1]
-    return normalise(total, size, 255 * weight)
+        sums = WORDS[model_key, size] = Words(model_key, size // copies)
+    lanes, buckets = add_words(find_words(text)[:MAX_TEXT_WORDS], sums)
+    vector = normalise(lanes, 31 * buckets, copies)
+    return vector + vector[::-1] if copies == 2 else vector
 
 
 def shorten(vector: list[int], dimensions: int) -> list[int]:
     """Keep the first dimensions, as a unit vector again."""
-    lanes = [step + QUANTUM for step in vector[:dimensions]]
-    total = int.from_bytes(struct.pack(f"<{dimensions}I", *lanes), "little")
-    return normalise(total, dimensions, 2 * QUANTUM)
+    return normalise([step + QUANTUM for step in vector[:dimensions]], 2 * QUANTUM)
 
 
 def likeness(one: list[int], other: list[int]) -> float:
@@ -1013,7 +1068,7 @@ DECIMALS = Decimals()
 
 def format_floats(vector: list[int]) -> str:
     """Return the inside of a JSON array."""
-    return ",".join([DECIMALS[step] for step in vector])
+    return ",".join(map(DECIMALS.__getitem__, vector))
 
 
 def pack_floats(vector: list[int]) -> bytes:
@@ -2974,7 +3029,8 @@ MORE = re.compile(r"(thinks)|([0-9]+) dimensions|(\w+) ([0-9.]+)(?: \((.+)\))?")
 def read_model(type: str, row: str) -> Model:
     """Make a model of one row of the table."""
     id, organization, display_name, context_length, prices, more = row.split("|")
-    thinks, dimensions, pricing = False, 768, {}
+    thinks, dimensions = False, 768
+    pricing: dict[str, Any] = {}
     for flag, size, unit, price, what in MORE.findall(more):
         thinks = thinks or bool(flag)
         dimensions = int(size or dimensions)
@@ -2998,7 +3054,7 @@ def read_model(type: str, row: str) -> Model:
 
 def read_models(table: str) -> dict[str, Model]:
     """Return the models of a table by id."""
-    models = {}
+    models: dict[str, Model] = {}
     for group in table.split("= ")[1:]:
         type, *rows = group.splitlines()
         models.update((row.partition("|")[0], read_model(type, row)) for row in rows)
@@ -3089,7 +3145,7 @@ def supported_model(model: Model) -> dict[str, Any]:
 # Clients of one generation ask for /v1/v1/..., or for v2 and v3 operations under /v1.
 DOUBLED_PREFIX = re.compile(r"/v1(?=/v[123](?:/|$))")
 MOVED_PREFIXES = {
-    "/v1/whoami": "/v3/whoami",
+    "/v1/whoami": "/v2/whoami",
     "/v1/videos": "/v2/videos",
     "/v1/supported-models": "/v2/supported-models",
 }
@@ -3159,8 +3215,10 @@ def copy_json(value: Any) -> Any:
 class Collection:
     """Stored wire objects of one noun, in the order added; hands out copies, raises the 404."""
 
-    def __init__(self, noun: str) -> None:
+    def __init__(self, noun: str, *, key: str = "id", status: str = "status") -> None:
         self.noun = noun
+        self.key = key  # the name of the id
+        self.status = status  # the name of a job's status
         self._items: dict[str, dict[str, Any]] = {}
         self._lock = threading.Lock()
 
@@ -3176,18 +3234,19 @@ class Collection:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return iter(self.list())
 
-    def add(self, item: dict[str, Any], key: str = "id") -> dict[str, Any]:
-        """Store an object under its id (or the key named); an older one of that id goes."""
+    def add(self, item: dict[str, Any]) -> dict[str, Any]:
+        """Store an object under its id; an older one of that id goes."""
         with self._lock:
-            self._items[item[key]] = copy_json(item)
+            self._items[item[self.key]] = copy_json(item)
         return item
 
     def get(self, id: str) -> dict[str, Any]:
         """Return one object; raise ApiError 404 where there is none."""
-        try:
-            return copy_json(self._items[id])
-        except KeyError:
-            raise ApiError("no_object", param="id", noun=self.noun, id=id) from None
+        item = self._items.get(id)
+        if item is None:
+            raise ApiError("no_object", param="id", noun=self.noun, id=id)
+        copied: dict[str, Any] = copy_json(item)
+        return copied
 
     def update(self, id: str, **changes: Any) -> dict[str, Any]:
         """Change some keys of one object and return the whole."""
@@ -3247,24 +3306,25 @@ def summarise(value: Any) -> Any:
 class Call:
     """One recorded request, as users read it in their assertions."""
 
+    kind = ""  # chat, completion, embeddings, images, or the family of the path
+    status = 0  # of the reply; 0 until there is one
+    duration = 0.0  # seconds until the reply, or the first event, was there
+    error = ""  # why it failed, where it did
+    warnings: tuple[str, ...] = ()  # a path that was read as another, fields that nothing reads
+    fixture = ""  # the source of the one that answered
+    find_near_misses: Callable[[], list[dict[str, Any]]] = list
+
     def __init__(self, number: int, request: Request, at: float) -> None:
         self.number = number
         self.method = request.method
         self.path = request.path
-        self.query = request.query
-        self.headers = {
-            name: mask(value) if name in SECRET_HEADERS else value
-            for name, value in request.headers.items()
-        }
-        self.kind = ""  # chat, completion, embeddings, images, or the family of the path
+        self.query = mask_query(request.query) if request.query else ""
+        self.headers = dict(request.headers)
+        for name in SECRET_HEADERS:
+            if name in self.headers:
+                self.headers[name] = mask(self.headers[name])
         self.at = at  # Unix seconds
-        self.status = 0  # of the reply; 0 until there is one
-        self.duration = 0.0  # seconds until the reply, or the first event, was there
-        self.error = ""  # why it failed, where it did
         self.size = len(request.raw)  # bytes of the body
-        self.warnings: list[str] = []  # a collapsed prefix, fields that nothing reads
-        self.fixture = ""  # the source of the one that answered
-        self.find_near_misses: Callable[[], list[dict[str, Any]]] = list
         self._raw = request.raw if self.size <= MAX_RECORDED_BODY_BYTES else b""
 
     @property
@@ -3301,13 +3361,13 @@ class Call:
             "at": f"{at}.{int(self.at % 1 * 1000):03}Z",
             "method": self.method,
             "path": self.path,
-            "query": mask_query(self.query),
+            "query": self.query,
             "headers": self.headers,
             "body": self.body,
             "status": self.status,
             "duration_ms": round(self.duration * 1000, 3),
             "error": self.error,
-            "warnings": self.warnings,
+            "warnings": list(self.warnings),
             "fixture": self.fixture,
             "near_misses": self.near_misses,
         }
@@ -3315,81 +3375,146 @@ class Call:
 
 # === Script ===
 
-# Rows that only scripts and faults send.
-ERRORS.update(
-    # recorded
-    rejected=(400, "Input validation error"),
-    rate_limit=(
-        429,
-        "Request was rejected due to request rate limiting. Your rate limits are 60 RPM (1 QPS)"
-        " and 60000 TPM (1000 TPS). See details: https://docs.together.ai/docs/rate-limits",
-    ),
-    server_error=(500, "Internal server error"),
-    service_unavailable=(503, "Service unavailable"),
-    # reported by users
-    credit_limit=(
-        402,
-        "Credit limit exceeded, please [add credits](https://api.together.ai/settings/billing)."
-        " If you've already made a payment, please wait up to 5 minutes for balances to update"
-        " and try again.",
-    ),
-    # chosen: the statuses are documented, their bodies are not
-    forbidden=(403, "This request is not permitted"),
-    timeout=(408, "Request timed out"),
-    conflict=(409, "The resource already exists"),
-    entity_too_large=(413, "Request entity too large"),
-    unprocessable=(422, "The parameters are malformed"),
-    gateway_timeout=(504, "Gateway timeout"),
-    overloaded=(529, "The service is overloaded"),
-    other_status=(500, "The request failed with status {status}"),
-    bad_fixture=(400, "The fixture was refused: {reason}"),
-    no_fixture=(404, "No fixture matches {method} {path}.{reason}"),
-)
-STATUS_ERRORS = {
-    400: "rejected",
-    401: "bad_key",
-    402: "credit_limit",
-    403: "forbidden",
-    404: "no_model",
-    408: "timeout",
-    409: "conflict",
-    413: "entity_too_large",
-    422: "unprocessable",
-    429: "rate_limit",
-    500: "server_error",
-    503: "service_unavailable",
-    504: "gateway_timeout",
-    529: "overloaded",
-}
+ERRORS.update({  # 400, 429, 500 and 503 are recorded, 402 reported by users, the others chosen
+    "status_400": (400, "Input validation error"),
+    "status_402": (402, "Credit limit exceeded, please"
+        " [add credits](https://api.together.ai/settings/billing). If you've already made a"
+        " payment, please wait up to 5 minutes for balances to update and try again."),
+    "status_403": (403, "This request is not permitted"),
+    "status_408": (408, "Request timed out"),
+    "status_409": (409, "The resource already exists"),
+    "status_413": (413, "Request entity too large"),
+    "status_422": (422, "The parameters are malformed"),
+    "status_429": (429, "Request was rejected due to request rate limiting. Your rate limits are"
+        " 60 RPM (1 QPS) and 60000 TPM (1000 TPS)."
+        " See details: https://docs.together.ai/docs/rate-limits"),
+    "status_500": (500, "Internal server error"),
+    "status_503": (503, "Service unavailable"),
+    "status_504": (504, "Gateway timeout"),
+    "status_529": (529, "The service is overloaded"),
+    "other_status": (500, "The request failed with status {status}"),
+    "bad_fixture": (400, "The fixture was refused: {reason}"),
+    "no_fixture": (404, "No fixture matches {method} {path}.{reason}"),
+})  # fmt: skip
+STATUS_ERRORS = {401: "bad_key", 404: "no_model"}  # for the others: status_...
 PROXY_STATUSES = (520, 521, 522, 523, 524)  # sent as text by the proxy in front of production
 RATE_LIMIT_HEADERS = {  # recorded, but for the seconds
-    "retry-after": "{seconds}",
-    "x-ratelimit": "true",
-    "x-ratelimit-limit": "1",
-    "x-ratelimit-remaining": "0",
-    "x-ratelimit-reset": "{seconds}",
-    "x-ratelimit-limit-tokens": "1000",
-    "x-ratelimit-remaining-tokens": "979",
-}
+    "retry-after": "{seconds}", "x-ratelimit": "true", "x-ratelimit-limit": "1",
+    "x-ratelimit-remaining": "0", "x-ratelimit-reset": "{seconds}",
+    "x-ratelimit-limit-tokens": "1000", "x-ratelimit-remaining-tokens": "979",
+}  # fmt: skip
 
 
-def is_number(value: Any) -> bool:
-    """Tell a finite number from everything else, booleans among it."""
-    return type(value) in (int, float) and value - value == 0
+def dig(value: Any, *steps: str) -> Any:
+    """Follow keys and positions into JSON; None where they lead nowhere."""
+    for step in steps:
+        if isinstance(value, list):
+            value = dict(zip(map(str, itertools.count()), value))
+        value = value.get(step) if isinstance(value, dict) else None
+    return value
 
 
-def decode_base64(text: str) -> bytes:
-    """Decode base64 without the characters that a lenient decoder skips."""
-    return base64.b64decode(text, validate=True)
+def list_objects(value: Any) -> list[dict[str, Any]]:
+    """Return the objects of a list; none when it is no list."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def passes(read: Callable[[Any], Any], value: Any) -> bool:
-    """Tell whether a value can be read."""
+def join_text(content: Any) -> Any:
+    """Join the text parts of a message's content; None when it has no text at all."""
+    if not isinstance(content, list):
+        return content
+    parts = [part.get("text") for part in list_objects(content) if part.get("type") == "text"]
+    return "".join(map(str, parts)) if parts else None
+
+
+INPUT_FIELDS = {
+    "completion": "prompt", "embedding": "input", "image": "prompt",
+    "rerank": "query", "speech": "input", "video": "prompt",
+}  # fmt: skip
+PROMPT_KINDS = ("completion", "image", "speech", "video")
+ENDPOINT_KINDS = ("chat", *INPUT_FIELDS, "transcription", "translation")
+
+
+class Facts(dict):  # type: ignore[type-arg]
+    """What fixtures ask about one request, by match key; its body is not checked yet.
+
+    A prompt counts as one user message.
+    """
+
+    def __init__(self, kind: str, request: Request) -> None:
+        body, headers = request.body, request.headers
+        asked = body.get(INPUT_FIELDS.get(kind, ""))
+        asked = " ".join(map(str, asked)) if isinstance(asked, list) else asked
+        prompt = [{"role": "user", "content": asked}]
+        messages = prompt if kind in PROMPT_KINDS else list_objects(body.get("messages"))
+        said = [(message.get("role"), join_text(message.get("content"))) for message in messages]
+        users = [text for role, text in said if role == "user" and isinstance(text, str)]
+        system = [text for role, text in said if role == "system" and isinstance(text, str)]
+        turns = [role for role, _ in said if role in ("user", "tool")]
+        last = messages[-1] if messages and messages[-1].get("role") == "tool" else {}
+        tools = [dig(tool, "function", "name") for tool in list_objects(body.get("tools"))]
+        super().__init__(
+            response=kind,
+            when=request,
+            endpoint=(kind, f"{request.method} {request.path}"),
+            userMessage=users[-1] if users else None,
+            systemMessage="\n".join(system) or None,
+            inputText=asked,
+            toolCallId=last.get("tool_call_id"),
+            toolResultContains=join_text(last.get("content")),
+            toolName=tuple(name for name in tools if isinstance(name, str)),
+            model=body.get("model"),
+            responseFormat=dig(body, "response_format", "type"),
+            hasToolResult=turns[-1:] == ["tool"],
+            context=headers.get("x-aimock-context"),
+            turnIndex=sum(role == "assistant" for role, _ in said),
+            body=body,
+            headers=headers,
+        )
+
+
+def contains_json(got: Any, wanted: Any) -> bool:
+    """Compare JSON where `wanted` may leave out keys and the end of lists.
+
+    A pattern shall be found in a text, or in one of a tuple; a function shall agree.
+    """
+    if isinstance(wanted, re.Pattern):
+        texts = got if isinstance(got, tuple) else (got,)
+        return any(isinstance(text, str) and wanted.search(text) for text in texts)
+    if isinstance(wanted, dict):
+        return isinstance(got, dict) and all(
+            key in got and contains_json(got[key], value) for key, value in wanted.items()
+        )
+    if isinstance(wanted, list):
+        long_enough = isinstance(got, list) and len(got) >= len(wanted)
+        return long_enough and all(map(contains_json, got, wanted))
+    if callable(wanted):
+        return bool(wanted(got))
+    return bool(got == wanted) and isinstance(got, bool) == isinstance(wanted, bool)
+
+
+def find_difference(wanted: dict[str, Any], facts: Facts) -> str | None:
+    """Return the first key whose fact is not what is wanted, or None; `not` asks about all."""
+    pairs = wanted.items()
+    return next(
+        (key for key, value in pairs if not contains_json(facts.get(key, facts), value)), None
+    )
+
+
+DECODE_BASE64 = functools.partial(base64.b64decode, validate=True)
+
+
+def can(read: Callable[[Any], Any], value: Any) -> bool:
     try:
         read(value)
     except (TypeError, ValueError, re.error, OverflowError, RecursionError):
         return False
     return True
+
+
+def is_number(value: Any, low: float = -1e300, kind: type = float) -> bool:
+    """Tell a finite number, or a whole one, from everything else, booleans among it."""
+    return type(value) in (int, kind) and low <= value <= 1e300
 
 
 # What a value can be: its name in errors, and the test. A shape is one of these names, a list
@@ -3401,404 +3526,171 @@ LEAVES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "object": ("an object", lambda value: isinstance(value, dict)),
     "list": ("a list", lambda value: isinstance(value, list)),
     "number": ("a number", is_number),
-    "rate": ("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1),
-    "time": ("a number from 0 up", lambda value: is_number(value) and value >= 0),
-    "speed": ("a number above 0", lambda value: is_number(value) and value > 0),
-    "count": ("a whole number from 0 up", lambda value: type(value) is int and value >= 0),
-    "size": ("a whole number from 1 up", lambda value: type(value) is int and value >= 1),
-    "status": ("a status from 200 to 999", lambda value: type(value) is int and 199 < value < 1000),
+    "rate": ("a number from 0 to 1", lambda value: is_number(value, 0) and value <= 1),
+    "time": ("a number from 0 up", lambda value: is_number(value, 0)),
+    "speed": ("a number above 0", lambda value: is_number(value, 1e-9)),
+    "count": ("a whole number from 0 up", lambda value: is_number(value, 0, int)),
+    "size": ("a whole number from 1 up", lambda value: is_number(value, 1, int)),
+    "status": (
+        "a status from 200 to 999",
+        lambda value: is_number(value, 200, int) and value < 1000,
+    ),
     "failure": (
         "a status from 400 to 999",
-        lambda value: type(value) is int and 399 < value < 1000,
+        lambda value: is_number(value, 400, int) and value < 1000,
     ),
     "block": ("'text' or 'toolCall'", lambda value: value in ("text", "toolCall")),
-    "base64": ("base64", lambda value: passes(decode_base64, value)),
-    "regex": ("a regular expression that compiles", lambda value: passes(re.compile, value)),
+    "base64": ("base64", lambda value: can(DECODE_BASE64, value)),
+    "regex": ("a regular expression that compiles", lambda value: can(re.compile, value)),
 }
-OUTER_LEAVES: dict[Any, str] = {dict: "object", list: "list"}
-IGNORED = "ignored"  # the shape of a key that means something to other providers only
+OUTER: dict[type, str] = {dict: "object", list: "list"}  # the leaf that a shape starts with
+
+
+def make_shape(keys: str, ignored: str = "", **rows: Any) -> dict[str, Any]:
+    """Write a shape: `key:leaf` pairs, keys of other providers, keys that have inner shapes."""
+    leaves = dict(pair.split(":") for pair in keys.split())
+    return {**leaves, **rows, **dict.fromkeys(ignored.split(), "ignored")}
+
+
 TEXT = ("text", {"pattern!": "regex"})
-
-
-INPUT_FIELDS = {
-    "completion": "prompt",
-    "embedding": "input",
-    "image": "prompt",
-    "rerank": "query",
-    "speech": "input",
-    "video": "prompt",
+# key: the pattern that a plain text stands for
+TEXT_KEYS = {
+    "userMessage": "%s", "systemMessage": "%s", "inputText": "%s", "toolResultContains": "%s",
+    "toolCallId": r"\A%s\Z", "toolName": r"\A%s\Z", "model": r"\A%s(?:-[0-9]|\Z)",
+    "responseFormat": r"\A%s\Z", "endpoint": r"\A%s\Z", "context": r"\A%s\Z",
+}  # fmt: skip
+PLAIN_MATCH = make_shape("hasToolResult:flag body:object", headers={"*": TEXT})
+PLAIN_MATCH = {**dict.fromkeys(TEXT_KEYS, TEXT), "systemMessage": (*TEXT, ["text"]), **PLAIN_MATCH}
+MATCH = {**PLAIN_MATCH, "not": PLAIN_MATCH, "turnIndex": "count", "sequenceIndex": "count"}
+CHAOS: dict[str, dict[str, Any]] = {  # what each rate's hit does, as options; the first wins
+    "dropRate": {"status": 500},
+    "malformedRate": {"malformed": True},
+    "rateLimitRate": {"status": 429},
+    "disconnectRate": {"disconnectAfterChunks": 0},
 }
-PROMPT_KINDS = ("completion", "image", "speech", "video")
-ENDPOINT_KINDS = ("chat", *INPUT_FIELDS, "transcription", "translation")
-FOREIGN_ENDPOINTS = re.compile(r"(audio-gen|elevenlabs-.+|fal|fal-audio|openai-live|realtime.*)\Z")
-
-
-def read_content(content: Any) -> str | None:
-    """Join the text parts of a message's content; None when it has no text at all."""
-    if isinstance(content, list):
-        parts = [p for p in content if isinstance(p, dict) and p.get("type") == "text"]
-        texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
-        return "".join(texts) if texts else None
-    return content if isinstance(content, str) else None
-
-
-def read_input(facts: Facts) -> str | None:
-    """Join what a request other than chat asks about."""
-    value = facts["body"].get(INPUT_FIELDS.get(facts["kind"], ""))
-    return " ".join(map(str, value)) if isinstance(value, list) else value
-
-
-def read_messages(facts: Facts) -> list[dict[str, Any]]:
-    """Return the chat's messages; a prompt counts as one user message."""
-    if facts["kind"] in PROMPT_KINDS:
-        return [{"role": "user", "content": facts["input"]}]
-    messages = facts["body"].get("messages")
-    return messages if facts["kind"] == "chat" and isinstance(messages, list) else []
-
-
-def read_texts_of(facts: Facts, role: str) -> list[str]:
-    """Return the texts of the messages with a role, oldest first."""
-    texts = [read_content(m.get("content")) for m in facts["messages"] if m.get("role") == role]
-    return [text for text in texts if text is not None]
-
-
-def has_tool_result(facts: Facts) -> bool:
-    """Tell whether a tool message follows the last user message."""
-    for message in reversed(facts["messages"]):
-        if message.get("role") in ("user", "tool"):
-            return bool(message["role"] == "tool")
-    return False
-
-
-def read_tool_message(facts: Facts) -> dict[str, Any]:
-    """Return the last message if it is a tool's, else an empty one."""
-    last = facts["messages"][-1] if facts["messages"] else {}
-    return last if last.get("role") == "tool" else {}
-
-
-def read_tool_names(facts: Facts) -> tuple[str, ...]:
-    """Return the names of the functions that the request offers."""
-    tools = facts["body"].get("tools") or []
-    return tuple(tool.get("function", {}).get("name", "") for tool in tools)
-
-
-FACTS: dict[str, Callable[[Facts], Any]] = {
-    "all": lambda facts: facts,
-    "context": lambda facts: facts["headers"].get("x-aimock-context"),
-    "endpoint": lambda facts: (
-        facts["kind"],
-        f"{facts['request'].method} {facts['request'].path}",
-    ),
-    "format": lambda facts: (facts["body"].get("response_format") or {}).get("type"),
-    "has_tool_result": has_tool_result,
-    "input": read_input,
-    "messages": read_messages,
-    "model": lambda facts: facts["body"].get("model"),
-    "system": lambda facts: "\n".join(read_texts_of(facts, "system")) or None,
-    "tool_message": read_tool_message,
-    "tool_call_id": lambda facts: facts["tool_message"].get("tool_call_id"),
-    "tool_result": lambda facts: read_content(facts["tool_message"].get("content")),
-    "tool_names": read_tool_names,
-    "turn": lambda facts: sum(m.get("role") == "assistant" for m in facts["messages"]),
-    "user": lambda facts: next(iter(read_texts_of(facts, "user")[::-1]), None),
-}
-
-
-class Facts(dict):  # type: ignore[type-arg]
-    """What fixtures ask about one request, each fact read when it is first asked for."""
-
-    def __init__(self, kind: str, request: Request) -> None:
-        super().__init__(kind=kind, request=request, body=request.body, headers=request.headers)
-
-    def __missing__(self, name: str) -> Any:
-        self[name] = fact = FACTS[name](self)
-        return fact
-
-
-def contains_text(got: str | None, wanted: str | list[str]) -> bool:
-    """Look for one text, or for each of several."""
-    needles = [wanted] if isinstance(wanted, str) else wanted
-    return got is not None and all(needle in got for needle in needles)
-
-
-def fits_model(got: str | None, wanted: str) -> bool:
-    """Compare a model: whole, or as the name before a dated version (`name-2024`)."""
-    if got is None or "/" in wanted:
-        return got == wanted
-    return re.match(re.escape(wanted) + r"(-[0-9]|\Z)", got) is not None
-
-
-def contains_json(got: Any, wanted: Any) -> bool:
-    """Compare JSON where `wanted` may leave out keys and the end of lists."""
-    if isinstance(wanted, dict):
-        return isinstance(got, dict) and all(
-            key in got and contains_json(got[key], value) for key, value in wanted.items()
-        )
-    if isinstance(wanted, list):
-        long_enough = isinstance(got, list) and len(got) >= len(wanted)
-        return long_enough and all(map(contains_json, got, wanted))
-    return bool(got == wanted) and isinstance(got, bool) == isinstance(wanted, bool)
-
-
-def is_among(got: tuple[str, ...], wanted: str) -> bool:
-    """Look for one of several names."""
-    return wanted in got
-
-
-def find_text(got: Any, wanted: Any) -> bool:
-    """Find a pattern in a text, or in one of several; anything else must be equal."""
-    if not isinstance(wanted, re.Pattern):
-        return bool(got == wanted)
-    texts = got if isinstance(got, tuple) else (got,)
-    return any(text is not None and wanted.search(text) for text in texts)
-
-
-def find_difference(tests: list[tuple[Any, ...]], facts: Facts) -> tuple[Any, ...] | None:
-    """Return the first test (key, wanted, fact, what must hold) that fails, or None."""
-    for test in tests:
-        if not test[3](facts[test[2]], test[1]):
-            return test
-    return None
-
-
-def contains_headers(got: Mapping[str, str], wanted: dict[str, Any]) -> bool:
-    """Compare headers, whose wanted names are in lower case already."""
-    return all(find_text(got.get(name), value) for name, value in wanted.items())
-
-
-def match_none(facts: Facts, tests: list[tuple[Any, ...]]) -> bool:
-    """Tell whether one of the inner tests fails."""
-    return find_difference(tests, facts) is not None
-
-
-# key: (shape, name of the fact, what must hold for (fact, wanted value))
-MATCH: dict[str, tuple[Any, str, Callable[[Any, Any], bool]]] = {
-    "endpoint": (TEXT, "endpoint", is_among),
-    "userMessage": (TEXT, "user", contains_text),
-    "systemMessage": ((*TEXT, ["text"]), "system", contains_text),
-    "inputText": (TEXT, "input", contains_text),
-    "toolCallId": (TEXT, "tool_call_id", find_text),
-    "toolResultContains": (TEXT, "tool_result", contains_text),
-    "toolName": (TEXT, "tool_names", is_among),
-    "model": (TEXT, "model", fits_model),
-    "responseFormat": (TEXT, "format", find_text),
-    "hasToolResult": ("flag", "has_tool_result", find_text),
-    "context": ("text", "context", find_text),
-    "body": ("object", "body", contains_json),
-    "headers": ({"*": TEXT}, "headers", contains_headers),
-}
-MATCH["not"] = ({key: row[0] for key, row in MATCH.items()}, "all", match_none)
-MATCH_SHAPE = {key: row[0] for key, row in MATCH.items()}
-MATCH_SHAPE.update(turnIndex="count", sequenceIndex="count")  # compared by Script, not by itself
-
-OPTIONS = {
-    "latency": "time",
-    "chunkSize": "size",
-    "streamingProfile": {"ttft": "time", "tps": "speed", "jitter": "rate"},
-    "recordedTimings": {
-        "ttftMs": "time",
-        "interChunkDelaysMs": ["time"],
-        "totalDurationMs": "time",
-    },
-    "replaySpeed": "speed",
-    "truncateAfterChunks": "size",
-    "disconnectAfterMs": "time",
-    "disconnectAfterChunks": "count",
-    "errorAfterChunks": "count",
-    "malformed": "flag",
-    "empty": "flag",
-    "chaos": {
-        "dropRate": "rate",
-        "malformedRate": "rate",
-        "rateLimitRate": "rate",
-        "disconnectRate": "rate",
-        "latencyMs": "time",
-    },
-    "shouldRetry": "flag",
-    "times": "size",
-    "openRouterProcessing": IGNORED,
-    "metadata": IGNORED,
-}
-ENTRY = {"match!": MATCH_SHAPE, "response": "object", **OPTIONS}
-
-
-def ignore(*keys: str) -> dict[str, str]:
-    """Return the rows of keys that mean something to other providers only."""
-    return dict.fromkeys(keys, IGNORED)
-
+OPTIONS = make_shape(
+    "latency:time chunkSize:size times:size shouldRetry:flag replaySpeed:speed malformed:flag"
+    " empty:flag truncateAfterChunks:size disconnectAfterMs:time disconnectAfterChunks:count"
+    " errorAfterChunks:count",
+    "openRouterProcessing metadata",
+    streamingProfile=make_shape("ttft:time tps:speed jitter:rate"),
+    recordedTimings=make_shape("ttftMs:time totalDurationMs:time", interChunkDelaysMs=["time"]),
+    chaos=make_shape("latencyMs:time", **dict.fromkeys(CHAOS, "rate")),
+)
+ENTRY = {"match!": MATCH, "response": "object", **OPTIONS}
 
 JSON_TEXT = ("text", "object", "list")
-CALL = {"name!": "text", "arguments!": JSON_TEXT, "id": "text"}
-BLOCK = {"type!": "block", "text": "text", "name": "text", "arguments": JSON_TEXT, "id": "text"}
-BLOCK_NEEDS = {"text": ("text",), "toolCall": ("name", "arguments")}
-OVERRIDES = {"id": "text", "created": "count", "model": "text", "usage": "object"}
-OVERRIDES.update(finishReason="text", role="text")
-SPEECH = {
-    **{"content": JSON_TEXT, "toolCalls": [CALL], "blocks": [BLOCK], "reasoning": "text"},
+OVERRIDES = make_shape("id:text created:count model:text usage:object finishReason:text role:text")
+SPEECH = make_shape(
+    "reasoning:text",
+    "systemFingerprint provider nativeFinishReason webSearches reasoningSignature redactedThinking",
+    content=JSON_TEXT,
+    toolCalls=[{"name!": "text", "arguments!": JSON_TEXT, "id": "text"}],
+    blocks=[make_shape("type!:block text:text name:text id:text", arguments=JSON_TEXT)],
     **OVERRIDES,
-    **ignore("systemFingerprint", "provider", "nativeFinishReason", "webSearches"),
-    **ignore("reasoningSignature", "redactedThinking"),
-}
-ERROR = {"message!": "text", "type": "text", "param": "text", "code": "text", "metadata": IGNORED}
-ERROR_STATUS = {"status": "status", "retryAfter": "time", "fallthrough": IGNORED}
-IMAGE = {"url": "text", "b64Json": "text", "revisedPrompt": "text"}
-VECTORS = [("number", ["number"])]
-AUDIO = {
-    "audio": ("base64", {"b64Json!": "base64", "contentType": "text"}),
-    "format": "text",
-    **ignore("content", "toolCalls", "reasoning"),
-}
-TRANSCRIPTION = {
-    **{"text!": "text", "language": "text", "duration": "time"},
-    **{"words": ["object"], "segments": ["object"]},
-    **ignore("languages", "usage"),
-}
-VIDEO = {
-    **{"id!": "text", "status!": "text", "url": "text", "error": "text"},
-    **ignore("b64", "cost", "duration"),
-}
+)
+ENVELOPE = make_shape("message!:text type:text param:text code:text", "metadata")
+ERROR = make_shape("status:status retryAfter:time", "fallthrough", error=ENVELOPE)
+IMAGE = make_shape("url:text b64Json:text revisedPrompt:text")
+SOUND = ("base64", make_shape("b64Json!:base64 contentType:text"))
+AUDIO = make_shape("format:text", "content toolCalls reasoning", audio=SOUND)
+TRANSCRIPT = make_shape(
+    "text!:text language:text duration:time",
+    "languages usage",
+    words=["object"],
+    segments=["object"],
+)
+VIDEO = make_shape("id!:text status!:text url:text error:text", "b64 cost duration")
 
 
 def to_snake(name: str) -> str:
-    """Write `toolCalls` as `tool_calls`."""
     return re.sub("[A-Z]", lambda found: "_" + found[0].lower(), name)
 
 
 def to_camel(name: str) -> str:
-    """Write `tool_calls` as `toolCalls`."""
     return re.sub("_([a-z])", lambda found: found[1].upper(), name)
 
 
-def drop_nulls(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out what is null, which counts as absent."""
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def snake_keys(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Write an object's own keys in snake case, without those that are null."""
-    return {to_snake(key): value for key, value in drop_nulls(values).items()}
+def snake_keys(values: dict[str, Any]) -> dict[str, Any]:
+    return {to_snake(key): value for key, value in values.items()}
 
 
 def dump_json(value: Any) -> str:
     """Write JSON compactly; a string is taken as it is."""
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return value if isinstance(value, str) else ENCODE(value)
 
 
 def read_block(block: dict[str, Any]) -> dict[str, Any]:
     """Normalise one piece of an answer: a text, or a tool call with its arguments as text."""
     if block.get("type") == "text":
         return {"type": "text", "text": dump_json(block["text"])}
-    arguments = dump_json(block["arguments"])
-    return {
-        "type": "tool_call",
-        "name": block["name"],
-        "arguments": arguments,
-        "id": block.get("id"),
-    }
+    call = {"type": "tool_call", "name": block["name"], "id": block.get("id")}
+    return {**call, "arguments": dump_json(block["arguments"])}
 
 
-def read_text_response(response: dict[str, Any]) -> dict[str, Any]:
+def read_speech(said: dict[str, Any]) -> dict[str, Any]:
     """Normalise text and tool calls into blocks in stream order, beside the same by kind."""
-    spoken = [{"type": "text", "text": response["content"]}] if "content" in response else []
-    given = response.get("blocks") or spoken + response.get("toolCalls", [])
-    blocks = [read_block(block) for block in given]
+    spoken = [{"type": "text", "text": said["content"]}] if "content" in said else []
+    blocks = [read_block(each) for each in said.get("blocks") or spoken + said.get("toolCalls", [])]
     texts = [block["text"] for block in blocks if block["type"] == "text"]
     return {
         "blocks": blocks,
         "content": "".join(texts) if texts else None,
         "tool_calls": [block for block in blocks if block["type"] == "tool_call"],
-        "reasoning": response.get("reasoning"),
-        **{to_snake(key): response[key] for key in OVERRIDES if key in response},
+        "reasoning": said.get("reasoning"),
+        **snake_keys({key: said[key] for key in OVERRIDES if key in said}),
     }
 
 
-def read_images(response: dict[str, Any]) -> dict[str, Any]:
-    """Normalise one image, or several, into a list with the API's own keys."""
-    images = response["images"] if "images" in response else [response["image"]]
-    return {"images": [snake_keys(image) for image in images]}
-
-
-def read_audio(response: dict[str, Any]) -> dict[str, Any]:
+def read_audio(said: dict[str, Any]) -> dict[str, Any]:
     """Decode scripted audio."""
-    audio = response["audio"]
-    data = audio if isinstance(audio, str) else audio["b64Json"]
-    content_type = None if isinstance(audio, str) else audio.get("contentType")
-    return {
-        "audio": decode_base64(data),
-        "content_type": content_type,
-        "format": response.get("format"),
-    }
+    audio = said["audio"] if isinstance(said["audio"], dict) else {"b64Json": said["audio"]}
+    data, content_type = DECODE_BASE64(audio["b64Json"]), audio.get("contentType")
+    return {"audio": data, "content_type": content_type, "format": said.get("format")}
 
 
-def read_vectors(response: dict[str, Any]) -> dict[str, Any]:
-    """Normalise embeddings into a list of vectors; a single one serves every input."""
-    given = response["embedding"]
-    return {"vectors": given if given and isinstance(given[0], list) else [given]}
-
-
-def read_error(response: dict[str, Any]) -> dict[str, Any]:
+def read_error(said: dict[str, Any]) -> dict[str, Any]:
     """Normalise an error: its status, its envelope if it was given, and the seconds to wait."""
-    return {
-        "status": response.get("status", 500),
-        "error": response.get("error"),
-        "retry_after": response.get("retryAfter"),
-    }
+    return {"status": 500, "error": None, "retry_after": None, **snake_keys(said)}
 
 
-def read_json(response: dict[str, Any]) -> dict[str, Any]:
-    """Normalise a whole body with its status."""
-    return {"json": response.get("json"), "status": response.get("status", 200)}
+def read_vectors(said: dict[str, Any]) -> dict[str, Any]:
+    """Normalise embeddings into a list of vectors; a single one serves every input."""
+    given = said["embedding"]
+    return {"vectors": given if list in map(type, given) else [given]}
 
 
-class Kind:
-    """One kind of response: the keys that tell it, the endpoints it fits, its shape and reader."""
-
-    def __init__(
-        self,
-        told_by: str,
-        endpoints: str,
-        shape: dict[str, Any],
-        read: Callable[[dict[str, Any]], dict[str, Any]],
-    ) -> None:
-        self.told_by = told_by.split()
-        self.endpoints = endpoints.split() or ["", *ENDPOINT_KINDS]
-        self.shape = shape
-        self.read = read
-
-
-# In the order in which keys tell the kind; a key of a later kind beside it is refused.
-RESPONSES: dict[str, Kind] = {
-    "error": Kind("error", "", {"error": ERROR, **ERROR_STATUS}, read_error),
-    "audio": Kind("audio", "speech", AUDIO, read_audio),
-    "video": Kind("video", "video", {"video": VIDEO}, lambda said: snake_keys(said["video"])),
-    "transcription": Kind(
-        "transcription",
-        "transcription translation",
-        {"transcription": TRANSCRIPTION},
+EVERY = ["", *ENDPOINT_KINDS]  # "" stands for all routes that have no kind
+# kind: (the endpoints it fits, shape, how it is normalised)
+RESPONSES: dict[str, tuple[list[str], dict[str, Any], Callable[[dict[str, Any]], Any]]] = {
+    "error": (EVERY, ERROR, read_error),
+    "audio": (["speech"], AUDIO, read_audio),
+    "video": (["video"], {"video": VIDEO}, lambda said: snake_keys(said["video"])),
+    "transcription": (
+        ["transcription", "translation"], {"transcription": TRANSCRIPT},
         lambda said: snake_keys(said["transcription"]),
     ),
-    "image": Kind("image images", "image", {"image": IMAGE, "images": [IMAGE]}, read_images),
-    "embedding": Kind("embedding", "embedding", {"embedding": VECTORS}, read_vectors),
-    "rerank": Kind("scores", "rerank", {"scores": ["number"]}, dict),
-    "json": Kind(
-        "json", "", {"json": "any", "status": "status", "billableUnits": IGNORED}, read_json
+    "image": (
+        ["image"], {"image": IMAGE, "images": [IMAGE]},
+        lambda said: {"images": list(map(snake_keys, said.get("images", [said.get("image", {})])))},
     ),
-    "text": Kind("content toolCalls blocks", "chat completion", SPEECH, read_text_response),
-    "status": Kind("status", "", {"status": "failure", "retryAfter": "time"}, read_error),
-    "generated": Kind("", "", {}, dict),  # no response: the usual answer, with a fault
-}
-RESPONSE_SHAPE = {key: kind.shape[key] for kind in RESPONSES.values() for key in kind.shape}
-RESPONSE_SHAPE.update(OVERRIDES, **RESPONSES["text"].shape, status="status")
-
-
-def read_response(entry: dict[str, Any]) -> dict[str, Any] | None:
-    """Return an entry's response without the keys that are null, except a scripted null body."""
-    given = entry.get("response")
-    if given is None:
-        return None
-    return {key: value for key, value in given.items() if value is not None or key == "json"}
+    "embedding": (["embedding"], {"embedding": [("number", ["number"])]}, read_vectors),
+    "rerank": (["rerank"], {"scores": ["number"]}, dict),
+    "json": (
+        EVERY, make_shape("json:any status:status", "billableUnits"),
+        lambda said: {"status": 200, **said},
+    ),
+    "text": (["chat", "completion"], SPEECH, read_speech),
+    "status": (EVERY, make_shape("status:failure retryAfter:time"), read_error),
+    "generated": (EVERY, {}, dict),  # no response: the usual answer, with a fault
+}  # fmt: skip
+TOLD_BY = {  # the first of these keys that a response has tells its kind
+    "error": "error", "audio": "audio", "video": "video", "transcription": "transcription",
+    "image": "image", "images": "image", "embedding": "embedding", "scores": "rerank",
+    "json": "json", "content": "text", "toolCalls": "text", "blocks": "text", "status": "status",
+}  # fmt: skip
+RESPONSE = {key: row[key] for _, row, _ in RESPONSES.values() for key in row}
+RESPONSE.update(SPEECH)  # where a key has another shape elsewhere
 
 
 def preview(value: Any) -> str:
@@ -3816,235 +3708,186 @@ def suggest(name: str, names: Iterable[str]) -> str:
     return f", did you mean {near[0]}?" if near else f"; valid here: {', '.join(known)}"
 
 
-def fits(value: Any, shape: Any) -> bool:
-    """Tell whether a value is of a shape's outer type."""
-    if isinstance(shape, str):
-        return LEAVES[shape][1](value)
-    return isinstance(value, type(shape))
-
-
-def name_shape(shape: Any) -> str:
-    """Say what a shape takes."""
-    return LEAVES[shape if isinstance(shape, str) else OUTER_LEAVES[type(shape)]][0]
-
-
-def find_row(rows: dict[str, Any], key: str) -> Any:
-    """Return the shape of a key, or None."""
-    return rows.get(key, rows.get(key + "!", rows.get("*")))
-
-
-def check_shape(value: Any, shape: Any, place: str, ignored: list[str]) -> None:
-    """Raise ValueError naming the place of the first thing in a value that its shape forbids.
-
-    `null` counts as absent. Keys that only other providers know are added to `ignored`.
-    """
-    shapes = shape if isinstance(shape, tuple) else (shape,)
-    rows = next((each for each in shapes if fits(value, each)), None)
-    if rows is None:
-        wanted = " or ".join(map(name_shape, shapes))
-        raise ValueError(f"{place}: must be {wanted}, not {preview(value)}")
-    if isinstance(rows, list):
-        for index, item in enumerate(value):
-            check_shape(item, rows[0], f"{place}[{index}]", ignored)
-    if not isinstance(rows, dict):
-        return
-    for key, item in value.items():
-        row = find_row(rows, key)
-        if row is None:
-            known = [name for name in rows if rows[name] != IGNORED]
-            raise ValueError(f"{place}.{key}: unknown key{suggest(key, known)}")
-        if row == IGNORED:
-            ignored.append(f"{place}.{key}")
-        elif item is not None:
-            check_shape(item, row, f"{place}.{key}", ignored)
-    for key in rows:
-        if key.endswith("!") and value.get(key[:-1]) is None:
-            raise ValueError(f"{place}: {key[:-1]} is missing")
-
-
-def find_kind(response: dict[str, Any], place: str) -> str:
-    """Tell a response's kind by its keys; a key of another kind beside them is an error."""
-    for name, kind in RESPONSES.items():
-        if any(key in response for key in kind.told_by):
-            for key in response:
-                if key not in kind.shape and key in RESPONSE_SHAPE:
-                    raise ValueError(f"{place}.{key}: does not go with a response of kind {name}")
-            return name
-    check_shape(response, RESPONSE_SHAPE, place, [])
-    telling = ", ".join(key for kind in RESPONSES.values() for key in kind.told_by)
-    raise ValueError(f"{place}: has none of the keys that say what to answer: {telling}")
-
-
-def check_sense(match: dict[str, Any], name: str, place: str) -> None:
+def check_match(match: dict[str, Any], kind: str, place: str) -> None:
     """Refuse a match that could never hold for a response of this kind."""
-    endpoint = match.get("endpoint")
-    if isinstance(endpoint, str) and " " not in endpoint:
-        if endpoint not in ENDPOINT_KINDS:
-            near = suggest(endpoint, ENDPOINT_KINDS)
-            raise ValueError(f"{place}.endpoint: {preview(endpoint)} is unknown{near}")
-        if endpoint not in RESPONSES[name].endpoints:
-            raise ValueError(f"{place}.endpoint: {endpoint} cannot serve a response of kind {name}")
     for key in ("not", "systemMessage"):
         if match.get(key) in ({}, []):
             raise ValueError(f"{place}.{key}: is empty, so it says nothing")
+    name = match.get("endpoint", " ")
+    if isinstance(name, dict) or " " in name:  # a pattern, or as in "POST /v1/files"
+        return
+    if name not in ENDPOINT_KINDS:
+        near = suggest(name, ENDPOINT_KINDS)
+        raise ValueError(f"{place}.endpoint: {preview(name)} is unknown{near}")
+    if name not in RESPONSES[kind][0]:
+        raise ValueError(f"{place}.endpoint: {name} cannot serve a response of kind {kind}")
 
 
-def check_entry(entry: Any, place: str, ignored: list[str]) -> str:
-    """Check one fixture whole and return the kind of its response."""
-    check_shape(entry, ENTRY, place, ignored)
-    response = read_response(entry)
-    if response is None and not any(entry.get(key) is not None for key in OPTIONS):
-        raise ValueError(f"{place}: needs a response, or an option such as latency")
-    name = "generated" if response is None else find_kind(response, place + ".response")
-    check_shape(response or {}, RESPONSES[name].shape, place + ".response", ignored)
-    for index, block in enumerate((response or {}).get("blocks", ())):
-        for key in BLOCK_NEEDS[block["type"]]:
-            if block.get(key) is None:
-                raise ValueError(f"{place}.response.blocks[{index}]: {key} is missing")
-    check_sense(entry["match"], name, place + ".match")
-    return name
+def write_pattern(pattern: re.Pattern[str]) -> dict[str, str]:
+    """Write a compiled pattern as JSON, its flags inline."""
+    flags = "".join(letter for letter in "aimsx" if pattern.flags & re.RegexFlag[letter.upper()])
+    return {"pattern": f"(?{flags}){pattern.pattern}" if flags else pattern.pattern}
 
 
-def compile_pattern(wanted: Any) -> Any:
-    """Compile `{"pattern": ...}`; anything else stays as it is."""
-    is_pattern = isinstance(wanted, dict) and "pattern" in wanted
-    return re.compile(wanted["pattern"]) if is_pattern else wanted
+class Reader:
+    """Checks JSON against shapes and copies it without nulls and what only others understand.
+
+    spell    writes a key as files spell it
+    ignored  the places of what is left out
+    """
+
+    def __init__(self, spell: Callable[[str], str] = str) -> None:
+        self.spell = spell
+        self.ignored: list[str] = []
+
+    def read(self, value: Any, shape: Any, place: str) -> Any:
+        """Return a clean copy; raise ValueError naming the first place that its shape forbids."""
+        value = write_pattern(value) if isinstance(value, re.Pattern) else value
+        value = list(value) if isinstance(value, tuple) else value
+        shapes = shape if isinstance(shape, tuple) else (shape,)
+        leaves = [LEAVES[OUTER.get(type(each)) or each] for each in shapes]
+        rows = next((each for each, leaf in zip(shapes, leaves) if leaf[1](value)), None)
+        if rows is None:
+            wanted = " or ".join(name for name, _ in leaves)
+            raise ValueError(f"{place}: must be {wanted}, not {preview(value)}")
+        if isinstance(rows, list):
+            return [self.read(item, rows[0], f"{place}[{at}]") for at, item in enumerate(value)]
+        return self._read_rows(value, rows, place) if isinstance(rows, dict) else value
+
+    def _read_rows(self, values: dict[str, Any], rows: dict[str, Any], place: str) -> Any:
+        clean = {}
+        for given, value in values.items():
+            key = given if "*" in rows else self.spell(given)
+            row = rows.get(key, rows.get(key + "!", rows.get("*")))
+            if row is None:
+                known = [name for name in rows if rows[name] != "ignored"]
+                raise ValueError(f"{place}.{key}: unknown key{suggest(key, known)}")
+            if row == "ignored":
+                self.ignored.append(f"{place}.{key}")
+            elif value is not None or row == "any":
+                clean[key] = self.read(value, row, f"{place}.{key}")
+        for key in rows:
+            if key.endswith("!") and key[:-1] not in clean:
+                raise ValueError(f"{place}: {key[:-1]} is missing")
+        return clean
+
+    def read_response(self, given: dict[str, Any], place: str) -> tuple[str, dict[str, Any]]:
+        """Tell a response's kind by its keys, and return it clean."""
+        said = {key: given[key] for key in given if given[key] is not None or key == "json"}
+        kind = next((TOLD_BY[key] for key in TOLD_BY if key in said), "")
+        shape = RESPONSES[kind][1] if kind else RESPONSE
+        stray = next((key for key in said if key in RESPONSE and key not in shape), None)
+        if stray is not None:
+            raise ValueError(f"{place}.{stray}: does not go with a response of kind {kind}")
+        clean = self.read(said, shape, place)
+        if not kind:
+            keys = ", ".join(TOLD_BY)
+            raise ValueError(f"{place}: has none of the keys that say what to answer: {keys}")
+        for index, block in enumerate(clean.get("blocks", ())):
+            for key in ("text",) if block["type"] == "text" else ("name", "arguments"):
+                if key not in block:
+                    raise ValueError(f"{place}.blocks[{index}]: {key} is missing")
+        return kind, clean
+
+    def read_entry(self, entry: Any, place: str) -> tuple[str, dict[str, Any]]:
+        """Return the kind of a fixture's response, and the fixture's entry, checked and clean."""
+        clean, kind = self.read(entry, ENTRY, place), "generated"
+        if "response" in clean:
+            kind, clean["response"] = self.read_response(clean["response"], place + ".response")
+        elif clean.keys() == {"match"}:
+            raise ValueError(f"{place}: needs a response, or an option such as latency")
+        check_match(clean["match"], kind, place + ".match")
+        return kind, clean
 
 
-def compile_match(match: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """Turn a match into tests, in the order of `MATCH`."""
-    tests = []
-    for key, (_, fact, holds) in MATCH.items():
-        wanted = match.get(key)
-        if key == "not" and wanted:
-            wanted = compile_match(wanted)
-        elif key == "headers" and wanted:
-            wanted = {name.lower(): compile_pattern(text) for name, text in wanted.items()}
-        elif key != "body":
-            wanted = compile_pattern(wanted)
-        if wanted is not None:
-            is_pattern = isinstance(wanted, re.Pattern)
-            tests.append((key, wanted, fact, find_text if is_pattern else holds))
-    return tests
+def compile_text(key: str, wanted: Any) -> re.Pattern[str]:
+    """Return the pattern of a wanted text, of each text of a list, or of `{"pattern": ...}`."""
+    if isinstance(wanted, dict):
+        return re.compile(wanted["pattern"])
+    if isinstance(wanted, list):
+        return re.compile(r"(?s)\A" + "".join(f"(?=.*{re.escape(text)})" for text in wanted))
+    is_whole = key == "model" and "/" in wanted  # the id of Together's models has no shorter form
+    return re.compile((r"\A%s\Z" if is_whole else TEXT_KEYS[key]) % re.escape(wanted))
+
+
+def compile_match(match: dict[str, Any]) -> dict[str, Any]:
+    """Return what each fact must contain; `Script` compares the two indexes."""
+    wanted = {key: match[key] for key in PLAIN_MATCH if key in match}
+    texts = {key: compile_text(key, wanted[key]) for key in wanted if key in TEXT_KEYS}
+    wanted.update(texts)
+    if "headers" in wanted:
+        headers = wanted["headers"].items()
+        wanted["headers"] = {name.lower(): compile_text("context", text) for name, text in headers}
+    if "not" in match:
+        inner = compile_match(match["not"])
+        wanted["not"] = lambda facts: find_difference(inner, facts) is not None
+    return wanted
 
 
 TEMPLATE = re.compile(r"\{\{\s*([A-Za-z]\w*)((?:\.[\w-]+)*)\s*\}\}", re.ASCII)
-QUOTABLE = {
-    "model": "model",
-    "lastUserMessage": "user",
-    "systemMessage": "system",
-    "inputText": "input",
-    "body": "body",
-    "headers": "headers",
-}
-
-
-def quote_fact(found: re.Match[str], facts: Facts) -> str:
-    """Write what `{{path}}` stands for: nothing if the request lacks it; unknown roots stay."""
-    if found[1] not in QUOTABLE:
-        return found[0]
-    value = facts[QUOTABLE[found[1]]]
-    for step in found[2].split(".")[1:]:
-        if isinstance(value, list):
-            value = dict(enumerate(value)).get(int(step) if step.isdigit() else -1)
-        else:
-            value = value.get(step) if hasattr(value, "get") else None
-    return "" if value is None else dump_json(value)
-
-
-def fill_templates(value: Any, facts: Facts) -> Any:
-    """Quote the request in every string inside a JSON value."""
-    if isinstance(value, str):
-        return TEMPLATE.sub(lambda found: quote_fact(found, facts), value)
-    if isinstance(value, list):
-        return [fill_templates(item, facts) for item in value]
-    if isinstance(value, dict):
-        return {key: fill_templates(item, facts) for key, item in value.items()}
-    return value
+QUOTABLE = {key: key for key in ("model", "systemMessage", "inputText", "body", "headers")}
+QUOTABLE["lastUserMessage"] = "userMessage"
 
 
 class Fixture:
     """One scripted answer: when it is served, what it says, and how it travels.
 
-    match     the wanted keys, as they were given
     kind      of the response, a key of `RESPONSES`
+    entry     its JSON, checked and clean
     kinds     the kinds of endpoint that the response fits; "" stands for all other routes
     response  normalised for the composers; `render()` also fills its templates
-    options   as they were given: delays, faults, `times`
+    options   delays, faults, `times`
     source    "run time", "header" or "file NAME[3]"
     served    how often it was
     """
 
-    def __init__(
-        self,
-        entry: dict[str, Any],
-        kind: str,
-        source: str = "run time",
-        when: Callable[[Request], bool] | None = None,
-    ) -> None:
-        self.entry = entry
-        self.match = drop_nulls(entry["match"])
+    def __init__(self, kind: str, entry: Any, source: str = "run time", when: Any = None) -> None:
         self.kind = kind
-        self.kinds = RESPONSES[kind].endpoints
-        self.said = read_response(entry) or {}
-        self.response = RESPONSES[kind].read(self.said)
-        self.templated = kind == "text" and "{{" in json.dumps(self.said)
-        given = {key: entry[key] for key in OPTIONS if entry.get(key) is not None}
-        self.options: dict[str, Any] = {
-            k: drop_nulls(v) if isinstance(v, dict) else v for k, v in given.items()
-        }
+        self.entry = entry
         self.source = source
-        self.when = when
         self.served = 0
         self.position = 0  # in its layer
+        self.kinds, _, self._normalise = RESPONSES[kind]
+        self._said = entry.get("response", {})
+        self._templated = kind == "text" and "{{" in json.dumps(self._said)
+        self.response: dict[str, Any] = self._normalise(self._said)
+        self.options = {key: entry[key] for key in OPTIONS if key in entry}
+        self.chunk_size: int | None = self.options.get("chunkSize")  # characters; None: a token
+        self.faulty = not self.options.keys() <= {"times", "chunkSize", "shouldRetry"}
+        self.match: dict[str, Any] = entry["match"]
         self.turn: int | None = self.match.get("turnIndex")
         self.sequence: int | None = self.match.get("sequenceIndex")
         alike = {key: self.match[key] for key in self.match if key != "sequenceIndex"}
         self.group = (json.dumps(alike, sort_keys=True), when)  # what one sequence shares
-        self.tests: list[tuple[Any, ...]] = [
-            ("response", self.kinds, "kind", lambda got, wanted: got in wanted)
-        ]
-        self.tests += compile_match(self.match)
+        self.wanted = {"response": self.kinds.__contains__, **compile_match(self.match)}
         if when is not None:
-            self.tests.append(("when", when, "request", lambda got, wanted: wanted(got)))
-
-    @property
-    def chunk_size(self) -> int | None:
-        """How many characters a chunk of a stream has; None: one token."""
-        return self.options.get("chunkSize")
-
-    @property
-    def faulty(self) -> bool:
-        """Whether the reply shall travel otherwise than at once and whole."""
-        return not self.options.keys() <= {"times", "chunkSize", "shouldRetry"}
-
-    def find_key(self, *holds: Callable[[Any, Any], bool]) -> tuple[str, str] | None:
-        """Return the fact and the plain text of the first test that holds in one of these ways."""
-        for _, wanted, fact, each in self.tests:
-            if isinstance(wanted, str) and each in holds:
-                return fact, wanted
-        return None
+            self.wanted["when"] = when
 
     def render(self, kind: str, request: Request) -> dict[str, Any]:
-        """Return the normalised response with its templates filled from the request."""
-        if not self.templated:
+        """Return the normalised response with each `{{path}}` quoting the request.
+
+        What the request lacks is quoted as nothing; braces around anything else stay.
+        """
+        if not self._templated:
             return self.response
         facts = Facts(kind, request)
-        return RESPONSES[self.kind].read(fill_templates(self.said, facts))
+
+        def quote(found: re.Match[str]) -> str:
+            if found[1] not in QUOTABLE:
+                return found[0]
+            fact = dig(facts[QUOTABLE[found[1]]], *found[2].split(".")[1:])
+            return "" if fact is None else ENCODE(dump_json(fact))[1:-1]
+
+        said = json.loads(TEMPLATE.sub(quote, ENCODE(self._said)))
+        response: dict[str, Any] = self._normalise(said)
+        return response
 
     def describe(self) -> dict[str, Any]:
         """Return the fixture's JSON with its source and how often it was served."""
         return {**self.entry, "source": self.source, "served": self.served}
 
 
-def is_foreign(entry: Any) -> bool:
-    """Tell whether an entry scripts an endpoint that only other providers have."""
-    if not isinstance(entry, dict):
-        return False
-    match, response = entry.get("match"), entry.get("response")
-    endpoint = match.get("endpoint") if isinstance(match, dict) else None
-    live = isinstance(response, dict) and "live" in response
-    return live or (isinstance(endpoint, str) and FOREIGN_ENDPOINTS.match(endpoint) is not None)
+FOREIGN_ENDPOINTS = re.compile(r"(audio-gen|elevenlabs-.+|fal|fal-audio|openai-live|realtime.*)\Z")
 
 
 def parse_fixtures(data: Any, place: str = "", warnings: list[str] | None = None) -> list[Fixture]:
@@ -4054,62 +3897,52 @@ def parse_fixtures(data: Any, place: str = "", warnings: list[str] | None = None
     left out, and named in one sentence added to `warnings`.
     """
     prefix = f"{place}: " if place else ""
-    fixtures, ignored = [], []  # type: ignore[var-annotated]
+    reader, fixtures = Reader(), []
     try:
-        check_shape(data, {"fixtures!": "list", "$schema": "text"}, "file", ignored)
+        reader.read(data, {"fixtures!": "list", "$schema": "text", "$comment": "any"}, "file")
         for index, entry in enumerate(data["fixtures"]):
-            at = f"fixtures[{index}]"
-            if is_foreign(entry):
-                ignored.append(at)
-                continue
-            kind = check_entry(entry, at, ignored)
             source = f"file {place}[{index}]" if place else "run time"
-            fixtures.append(Fixture(entry, kind, source))
+            if FOREIGN_ENDPOINTS.match(str(dig(entry, "match", "endpoint"))):
+                reader.ignored.append(f"fixtures[{index}]")
+            else:
+                fixtures.append(Fixture(*reader.read_entry(entry, f"fixtures[{index}]"), source))
     except ValueError as error:
         raise ValueError(f"{prefix}{error}") from None
-    if ignored and warnings is not None:
-        warnings.append(f"{prefix}ignored, for other providers only: {', '.join(ignored)}")
+    if reader.ignored and warnings is not None:
+        warnings.append(f"{prefix}ignored, for other providers only: {', '.join(reader.ignored)}")
     return fixtures
-
-
-def read_fixture_file(path: str, name: str, warnings: list[str] | None) -> list[Fixture]:
-    """Load one file; raise ValueError when it is not JSON or not fixtures."""
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            data = json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name}: is not JSON: {error}") from None
-    return parse_fixtures(data, name, warnings)
 
 
 def load_fixtures(path: str, warnings: list[str] | None = None) -> list[Fixture]:
-    """Load a file, or every *.json of a folder: by name, its files before its sub-folders."""
-    import os
+    """Load a file, or every *.json of a folder: by name, its files before its sub-folders.
 
-    if not os.path.isdir(path):
-        return read_fixture_file(path, os.path.basename(path), warnings)
+    Raises ValueError when one is not JSON or not fixtures.
+    """
+    names = [path]
+    if os.path.isdir(path):
+        tree = sorted(os.walk(path), key=lambda row: row[0].split(os.sep))
+        names = [os.path.join(folder, name) for folder, _, files in tree for name in sorted(files)]
     fixtures = []
-    for folder, folders, names in os.walk(path):
-        folders.sort()
-        for name in sorted(names):
-            if name.endswith(".json"):
-                full = os.path.join(folder, name)
-                shown = os.path.relpath(full, path).replace(os.sep, "/")
-                fixtures += read_fixture_file(full, shown, warnings)
+    for full in (name for name in names if name == path or name.endswith(".json")):
+        name = os.path.basename(path) if full == path else os.path.relpath(full, path)
+        name = name.replace(os.sep, "/")
+        with open(full, encoding="utf-8-sig") as file:
+            try:
+                data = json.load(file)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{name}: is not JSON: {error}") from None
+        fixtures += parse_fixtures(data, name, warnings)
     return fixtures
 
 
-def parse_header(text: str) -> Fixture | None:
+def parse_header(text: str) -> Fixture:
     """Build the fixture of an X-Parlel-Fixture header: one entry, or a response alone."""
     try:
-        data = json.loads(text)
-        if isinstance(data, dict) and not data.keys() & {"match", "response", *OPTIONS}:
-            data = {"response": data}
-        entry = {"match": {}, **data} if isinstance(data, dict) else data
-        place = "X-Parlel-Fixture"
-        return (
-            None if is_foreign(entry) else Fixture(entry, check_entry(entry, place, []), "header")
-        )
+        entry = json.loads(text)
+        if isinstance(entry, dict):
+            is_entry = entry.keys() & {"match", "response", *OPTIONS}
+            entry = {"match": {}, **(entry if is_entry else {"response": entry})}
+        return Fixture(*Reader().read_entry(entry, "X-Parlel-Fixture"), "header")
     except (ValueError, RecursionError) as error:
         raise ApiError("bad_fixture", reason=str(error)) from None
 
@@ -4117,83 +3950,48 @@ def parse_header(text: str) -> Fixture | None:
 # keyword: (part of the entry, key); a match's `model` goes before a response's
 KEYWORDS = {
     to_snake(key): (part, key)
-    for part, rows in (("response", RESPONSE_SHAPE), ("options", OPTIONS), ("match", MATCH_SHAPE))
-    for key, shape in rows.items()
-    if shape != IGNORED
+    for part, rows in (("response", RESPONSE), ("", OPTIONS), ("match", MATCH))
+    for key in rows
+    if rows[key] != "ignored"
 }
-KEYWORDS.update(response_model=("response", "model"), not_=("match", "not"))
-del KEYWORDS["not"]
-ENTRY_PARTS = {"response": RESPONSE_SHAPE, "options": OPTIONS, "match": MATCH_SHAPE}
+KEYWORDS.update(response_model=("response", "model"), not_=KEYWORDS.pop("not"))
 
 
-def write_pattern(pattern: re.Pattern[str]) -> dict[str, str]:
-    """Write a compiled pattern as JSON, its flags inline."""
-    flags = "".join(letter for letter in "aimsx" if pattern.flags & re.RegexFlag[letter.upper()])
-    return {"pattern": f"(?{flags}){pattern.pattern}" if flags else pattern.pattern}
-
-
-def from_python(value: Any, shape: Any) -> Any:
-    """Turn a keyword's value into the file's JSON: patterns, tuples and keys in snake case."""
-    if isinstance(value, re.Pattern):
-        return write_pattern(value)
-    shapes = shape if isinstance(shape, tuple) else (shape,)
-    rows = next((each for each in shapes if isinstance(each, dict)), None)
-    items = next((each[0] for each in shapes if isinstance(each, list)), "any")
-    if isinstance(value, (list, tuple)):
-        return [from_python(item, items) for item in value]
-    if isinstance(value, dict) and rows is not None:
-        camel = {key if "*" in rows else to_camel(key): value[key] for key in value}
-        return {key: from_python(item, find_row(rows, key)) for key, item in camel.items()}
-    return value
-
-
-def fixture_from_keywords(
-    verb: str, keywords: Mapping[str, Any], when: Callable[[Request], bool] | None = None
-) -> Fixture:
+def fixture_from_keywords(verb: str, keywords: Mapping[str, Any], when: Any = None) -> Fixture:
     """Build the fixture of `server.reply(...)` and `server.fail(...)`; None counts as absent.
 
-    Raises TypeError for an unknown keyword and ValueError for a wrong value.
+    `when` is asked with the request. Raises TypeError for an unknown keyword and ValueError for
+    a wrong value.
     """
-    parts: dict[str, dict[str, Any]] = {"match": {}, "response": {}, "options": {}}
+    entry: dict[str, Any] = {"match": {}, "response": {}}
     for word, value in keywords.items():
         if word not in KEYWORDS:
             raise TypeError(f"{verb}() has no keyword {word!r}{suggest(word, sorted(KEYWORDS))}")
         part, key = KEYWORDS[word]
         if value is not None:
-            parts[part][key] = from_python(value, ENTRY_PARTS[part][key])
-    entry = {"match": parts["match"], "response": parts["response"] or None, **parts["options"]}
-    return Fixture(drop_nulls(entry), check_entry(entry, f"{verb}()", []), when=when)
-
-
-def status_envelope(status: int, error: dict[str, Any] | None, model: Any) -> dict[str, Any]:
-    """Return a scripted error's JSON: as given, or the one that production sends."""
-    if error is None:
-        name = STATUS_ERRORS.get(status, "other_status")
-        return ApiError(name, model=model, status=status).body()
-    given = {"type": "server_error", "param": None, "code": None, **drop_nulls(error)}
-    return {"error": {key: given[key] for key in ("message", "type", "param", "code")}}
+            (entry[part] if part else entry)[key] = value
+    entry["response"] = entry["response"] or None
+    return Fixture(*Reader(to_camel).read_entry(entry, f"{verb}()"), when=when)
 
 
 def status_reply(
-    status: int,
-    error: dict[str, Any] | None = None,
-    *,
-    model: Any = None,
-    retry_after: float | None = None,
+    status: int, error: Any = None, retry_after: float | None = None, model: Any = None
 ) -> Reply:
     """Build an error reply; without `error` with that status's real body.
 
     retry_after  seconds; a 429 always has some (1)
     """
     seconds = 1 if retry_after is None and status == 429 else retry_after
-    names = RATE_LIMIT_HEADERS if status == 429 else ("retry-after",)
-    headers = (
-        {} if seconds is None else {n: RATE_LIMIT_HEADERS[n].format(seconds=seconds) for n in names}
-    )
+    names = () if seconds is None else RATE_LIMIT_HEADERS if status == 429 else ("retry-after",)
+    headers = {name: RATE_LIMIT_HEADERS[name].format(seconds=seconds) for name in names}
     if status in PROXY_STATUSES and error is None:
         return Reply(b"error code: %d" % status, status, "text/plain; charset=UTF-8", headers)
-    body = json.dumps(status_envelope(status, error, model)).encode()
-    return Reply(body, status, headers=headers)
+    name = STATUS_ERRORS.get(status, f"status_{status}")
+    name = name if name in ERRORS else "other_status"
+    body = ApiError(name, model=model, status=status).body()
+    if error is not None:
+        body["error"].update({"type": "server_error", "code": None, **error})
+    return Reply(json.dumps(body).encode(), status, headers=headers)
 
 
 def error_reply(fixture: Fixture, request: Request) -> Reply:
@@ -4201,91 +3999,17 @@ def error_reply(fixture: Fixture, request: Request) -> Reply:
     response = fixture.response
     if fixture.kind == "json":
         return Reply(json.dumps(response["json"]).encode(), response["status"])
-    reply = status_reply(
-        response["status"],
-        response["error"],
-        model=request.body.get("model"),
-        retry_after=response["retry_after"],
-    )
+    reply = status_reply(**response, model=request.body.get("model"))
     if "shouldRetry" in fixture.options:
-        asked = "true" if fixture.options["shouldRetry"] else "false"
+        asked = json.dumps(fixture.options["shouldRetry"])
         reply.headers = {**reply.headers, "x-should-retry": asked}
     return reply
 
 
-CHAOS_RATES = ("dropRate", "malformedRate", "rateLimitRate", "disconnectRate")  # first hit wins
-CHAOS_STATUSES = {"dropRate": 500, "rateLimitRate": 429}
-DONE_EVENT = b"data: [DONE]"
-ERROR_EVENT = b"data: %s\n\n" % json.dumps(ApiError("server_error").body()).encode()
-
-
-def plan_profile(profile: Mapping[str, Any], latency: float, draw: Draw) -> Iterator[float]:
-    """Yield the ms before each chunk: time to the first, then one tick a token, with jitter."""
-    tick = 1000 / profile["tps"] if "tps" in profile else None
-    jitter = profile.get("jitter", 0)
-    planned = profile.get("ttft", tick)
-    while True:
-        yield latency if planned is None else planned * (1 + jitter * (2 * draw.unit() - 1))
-        planned = tick
-
-
-def plan_recorded(timings: Mapping[str, Any]) -> Iterator[float]:
-    """Yield the recorded ms before each chunk, then their average."""
-    delays = timings.get("interChunkDelaysMs", [])
-    yield timings.get("ttftMs", 0)
-    yield from delays
-    while True:
-        yield sum(delays) / len(delays) if delays else 0
-
-
-class Fault:
-    """How one reply goes wrong on its way, drawn from a fixture's options.
-
-    chaos       the chaos rate that hit, or ""
-    malformed   the JSON is cut in half
-    empty       nothing but the status and the headers is sent
-    cut_after   chunks after which the connection is cut, in a stream and in a whole reply
-    error_after chunks of a stream after which an error event ends it
-    """
-
-    def __init__(self, options: Mapping[str, Any], draw: Draw) -> None:
-        self.options = options
-        rates = options.get("chaos", {})
-        hits = (rate for rate in CHAOS_RATES if draw.child(rate).unit() < rates.get(rate, 0))
-        self.chaos = next(hits, "")
-        self.malformed = bool(options.get("malformed")) or self.chaos == "malformedRate"
-        self.empty = bool(options.get("empty"))
-        self.error_after: int | None = options.get("errorAfterChunks")
-        self.cut_after: int | None = options.get("disconnectAfterChunks")
-        if self.chaos == "disconnectRate":
-            self.cut_after = 0
-        self.draw = draw.child("jitter")
-
-    def plan(self, stream: bool) -> Iterator[float]:
-        """Yield the seconds before each chunk; a whole reply only knows latency."""
-        latency = self.options.get("latency", 0)
-        profile = self.options.get("streamingProfile")
-        recorded = self.options.get("recordedTimings")
-        if not stream:
-            plan: Iterator[float] = iter((latency, 0))
-        elif profile is None and recorded is not None:
-            plan = plan_recorded(recorded)
-        else:
-            plan = plan_profile(profile or {}, latency, self.draw)
-        speed = 1000 * self.options.get("replaySpeed", 1)
-        return (pause / speed for pause in plan)
-
-    def find_cut(self, stream: bool) -> int | None:
-        """Return after how many chunks the connection is cut; a whole reply has two halves."""
-        cuts = [self.cut_after, self.options.get("truncateAfterChunks") if stream else None]
-        given = [cut if stream else min(cut, 1) for cut in cuts if cut is not None]
-        return min(given, default=None)
-
-    def delays_whole(self) -> bool:
-        """Tell whether a whole reply waits or is cut."""
-        timed = ("latency", "disconnectAfterMs")
-        delay = self.options.get("chaos", {}).get("latencyMs")
-        return bool(delay) or self.cut_after is not None or any(k in self.options for k in timed)
+ERROR_EVENT = b"data: %s\n\n" % json.dumps(ApiError("status_500").body()).encode()
+if TYPE_CHECKING:
+    Wait = Callable[[float], bool]  # sleeps for so many seconds; True when the server stops
+    Clock = Callable[[], float]  # seconds, monotonic
 
 
 def halve(text: bytes) -> bytes:
@@ -4293,69 +4017,84 @@ def halve(text: bytes) -> bytes:
     return text[: (len(text) + 1) // 2]
 
 
-def garble_events(events: Iterator[bytes]) -> Iterator[bytes]:
-    """Cut the first event's JSON in half."""
-    for event in events:
-        yield event[:6] + halve(event[6:].rstrip()) + b"\n\n"  # after "data: "
-        break
-    yield from events
+class Fault:
+    """How one reply goes wrong on its way, drawn from a fixture's options.
 
-
-def carry(
-    events: Iterable[bytes],
-    fault: Fault,
-    stream: bool,
-    wait: Callable[[float], bool],
-    clock: Callable[[], float],
-) -> Iterator[bytes]:
-    """Yield events at their times, measured from the start, until the fault ends them.
-
-    Raises Cut where the connection ends: after enough chunks or ms, or when the server stops.
+    chaos    the rate that hit, or ""
+    options  the fixture's, with what the hit adds; `status` replaces the reply
     """
-    start = clock()
-    due = start + fault.options.get("chaos", {}).get("latencyMs", 0) / 1000
-    end = start + fault.options.get("disconnectAfterMs", float("inf")) / 1000
-    plan, cut_after = fault.plan(stream), fault.find_cut(stream)
-    for count, event in enumerate(events):
-        if count == cut_after:
-            raise Cut
-        if stream and count == fault.error_after:
-            yield ERROR_EVENT
-            return
-        if not event.startswith(DONE_EVENT):
-            due += next(plan)
-        left = min(due, end) - clock()
-        if (left > 0 and wait(left)) or max(due, clock()) >= end:
-            raise Cut
-        yield event
+
+    def __init__(self, options: Mapping[str, Any], draw: Draw) -> None:
+        rates = options.get("chaos", {})
+        hits = (rate for rate in CHAOS if draw.child(rate).unit() < rates.get(rate, 0))
+        self.chaos = next(hits, "")
+        self.options: dict[str, Any] = {**options, **CHAOS.get(self.chaos, {})}
+        self.latency = rates.get("latencyMs", 0)
+        self.draw = draw.child("jitter")
+
+    def plan(self, stream: bool) -> Iterator[float]:
+        """Yield the seconds before each chunk; a whole reply only knows latency."""
+        latency = self.options.get("latency", 0)
+        profile = self.options.get("streamingProfile", {}) if stream else {}
+        recorded = self.options.get("recordedTimings")
+        tick = 1000 / profile["tps"] if "tps" in profile else latency
+        first, rest = [profile.get("ttft", tick)], tick if stream else 0
+        if stream and recorded and not profile:
+            delays = recorded.get("interChunkDelaysMs", [])
+            first, rest = [recorded.get("ttftMs", 0), *delays], sum(delays) / max(1, len(delays))
+        jitter, speed = profile.get("jitter", 0), 1000 * self.options.get("replaySpeed", 1)
+        for pause in itertools.chain(first, itertools.repeat(rest)):
+            yield pause * (1 + jitter * (2 * self.draw.unit() - 1)) / speed
+
+    def carry(
+        self, events: Iterable[bytes], stream: bool, wait: Wait, clock: Clock
+    ) -> Iterator[bytes]:
+        """Yield events at their times, measured from the start, until the fault ends them.
+
+        Raises Cut where the connection ends: after enough chunks or ms, or when the server stops.
+        """
+        options, start = self.options, clock()
+        due = start + self.latency / 1000
+        end = start + options.get("disconnectAfterMs", float("inf")) / 1000
+        cuts = ("disconnectAfterChunks", "truncateAfterChunks" if stream else "")
+        cut_after = min((options[key] for key in cuts if key in options), default=float("inf"))
+        plan = self.plan(stream)
+        for count, event in enumerate(events):
+            if count == cut_after or (cut_after < float("inf") and count and not stream):
+                raise Cut
+            if stream and count == options.get("errorAfterChunks"):
+                yield ERROR_EVENT
+                return
+            if stream and count == 0 and options.get("malformed"):
+                event = event[:6] + halve(event[6:].rstrip()) + b"\n\n"  # after "data: "
+            due += next(plan) if event != DONE else 0
+            left = min(due, end) - clock()
+            if (left > 0 and wait(left)) or max(due, clock()) >= end:
+                raise Cut
+            yield event
 
 
-def travel(
-    reply: Reply, fault: Fault, wait: Callable[[float], bool], clock: Callable[[], float]
-) -> Reply:
+def travel(reply: Reply, fault: Fault, wait: Wait, clock: Clock) -> Reply:
     """Return the reply as it arrives under a fault; its waits happen while its events are drawn.
 
-    wait   sleeps for so many seconds, and returns True when the server stops meanwhile
-    clock  seconds, monotonic
     A whole reply that waits or is cut becomes raw pieces with a Content-Length.
     """
-    status = CHAOS_STATUSES.get(fault.chaos)
-    if status is None and reply.events is None and fault.error_after is not None:
-        status = 500
-    if status is not None:
-        reply = status_reply(status)
-    if fault.empty:
+    options = fault.options
+    late_error = reply.events is None and "errorAfterChunks" in options
+    if "status" in options or late_error:
+        reply = status_reply(options.get("status", 500))
+    if options.get("empty"):
         reply = Reply(b"", reply.status, reply.content_type, reply.headers)
-    if fault.malformed:
-        reply.body = halve(reply.body)
-        reply.events = reply.events and garble_events(reply.events)
     if reply.events is not None:
-        reply.events = carry(reply.events, fault, True, wait, clock)
-    elif fault.delays_whole():
+        reply.events = fault.carry(reply.events, True, wait, clock)
+        return reply
+    if options.get("malformed"):
+        reply.body = halve(reply.body)
+    timed = options.keys() & {"latency", "disconnectAfterMs", "disconnectAfterChunks"}
+    if timed or fault.latency:
         reply.headers = {**reply.headers, "Content-Length": str(len(reply.body))}
         half = halve(reply.body)
-        pieces = (half, reply.body[len(half) :])
-        reply.events = carry(pieces, fault, False, wait, clock)
+        reply.events = fault.carry((half, reply.body[len(half) :]), False, wait, clock)
     return reply
 
 
@@ -4367,88 +4106,47 @@ def select_turn(fixtures: list[Fixture], turn: int) -> Fixture | None:
     """
     plain = next((each for each in fixtures if each.turn is None), None)
     reached = [each for each in fixtures if each.turn is not None and each.turn <= turn]
-    if reached:
-        best = max(reached, key=lambda each: each.turn or 0)
-        first = plain is not None and plain.position < best.position
-        return plain if first and best.turn == turn else best
-    return plain or min(fixtures, key=lambda each: each.turn or 0, default=None)
+    best = max(reached, key=lambda each: each.turn or 0, default=None)
+    if plain and best and plain.position < best.position and best.turn == turn:
+        return plain
+    return best or plain or min(fixtures, key=lambda each: each.turn or 0, default=None)
 
 
-def describe_difference(fixture: Fixture, test: tuple[Any, ...], facts: Facts) -> dict[str, Any]:
-    """Write a failed test for people: the key, what the fixture wants, what the request has."""
-    key, _, fact, _ = test
-    if key == "response":
-        return {"differs": "response", "wanted": fixture.kinds, "got": facts["kind"]}
-    if key == "when":
-        return {"differs": "when", "wanted": True, "got": False}
-    got = "it holds" if key == "not" else facts[fact]
-    return {"differs": f"match.{key}", "wanted": fixture.match[key], "got": got}
-
-
-FEW_NEEDLES = 48  # up to here, looking for each in turn is faster
-GRAM = 4  # characters
-
-
-class Needles:
-    """Fixtures by a text that must occur, found without looking for a thousand texts in turn."""
-
-    def __init__(self) -> None:
-        self.fixtures: dict[str, list[Fixture]] = {}
-        self.grams: dict[str, list[str]] = {}  # of a few characters: the needles filed under them
-
-    def add(self, needle: str, fixture: Fixture) -> None:
-        """File a fixture under the part of its needle that fewest others are filed under."""
-        if needle not in self.fixtures:
-            parts = [needle[at : at + GRAM] for at in range(len(needle) - GRAM + 1)] or [""]
-            rarest = min(parts, key=lambda part: len(self.grams.get(part, ())))
-            self.grams.setdefault(rarest, []).append(needle)
-        self.fixtures.setdefault(needle, []).append(fixture)
-
-    def find(self, text: str | None) -> Iterator[Fixture]:
-        """Yield the fixtures whose needle occurs in the text, in no order."""
-        if text is None:
-            return
-        likely: Iterable[str] = self.fixtures
-        if len(self.fixtures) > FEW_NEEDLES:
-            parts = {text[at : at + GRAM] for at in range(len(text) - GRAM + 1)} | {""}
-            likely = [needle for part in self.grams.keys() & parts for needle in self.grams[part]]
-        for needle in filter(text.__contains__, likely):
-            yield from self.fixtures[needle]
+PIECE = 6  # characters
+FEW_PIECES = 48  # up to here, looking for each text in turn is faster
 
 
 class Layer:
-    """Fixtures that were added in one way, filed by one thing that must hold for each."""
+    """Fixtures that were added in one way, found without trying a thousand of them in turn.
+
+    A fixture that wants a text matches only where that text ends, so it is filed under its end.
+    """
 
     def __init__(self) -> None:
         self.fixtures: list[Fixture] = []
-        self.by_part: dict[str, Needles] = {}  # a fact's text must contain it
-        self.by_name: dict[str, dict[str, list[Fixture]]] = {}  # a fact must be or hold it
-        self.others: list[Fixture] = []
+        # match key: end of a text: the whole text and who wants it; "" where none is wanted
+        self.filed: dict[str, dict[str, list[tuple[str, Fixture]]]] = {}
 
     def add(self, fixture: Fixture) -> None:
-        """Append a fixture."""
         fixture.position = len(self.fixtures)
         self.fixtures.append(fixture)
-        part = fixture.find_key(contains_text)
-        name = fixture.find_key(find_text, is_among)
-        if part is not None:
-            self.by_part.setdefault(part[0], Needles()).add(part[1], fixture)
-        elif name is not None:
-            self.by_name.setdefault(name[0], {}).setdefault(name[1], []).append(fixture)
-        else:
-            self.others.append(fixture)
+        key = next((key for key in TEXT_KEYS if isinstance(fixture.match.get(key), str)), "")
+        text = fixture.match.get(key, "")
+        end = text[-PIECE:] if len(text) >= PIECE else ""
+        self.filed.setdefault(key, {}).setdefault(end, []).append((text, fixture))
 
     def find_likely(self, facts: Facts) -> list[Fixture]:
-        """Return, in order, the fixtures that their place in the files does not rule out."""
-        likely = list(self.others)
-        for fact, needles in self.by_part.items():
-            likely.extend(needles.find(facts[fact]))
-        for fact, names in self.by_name.items():
-            got = facts[fact]
-            for name in dict.fromkeys(got) if isinstance(got, tuple) else (got,):
-                likely += names.get(name, ())
-        likely.sort(key=lambda each: each.position)
-        return likely
+        """Return, in order, the fixtures that no missing text rules out."""
+        likely = []
+        for key, drawers in self.filed.items():
+            got = facts.get(key, "")
+            if isinstance(got, (str, tuple)):
+                ends: Iterable[str] = drawers
+                if len(drawers) > FEW_PIECES:
+                    text = got if isinstance(got, str) else "\n".join(got)
+                    ends = {"", *(text[at : at + PIECE] for at in range(len(text)))}
+                likely += [f for end in ends for text, f in drawers.get(end, ()) if text in got]
+        return sorted(likely, key=lambda each: each.position)
 
 
 class Script:
@@ -4461,10 +4159,15 @@ class Script:
         self._files = Layer()
         self.reset()
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is no fixture at all."""
+        return not (self._run_time.fixtures or self._files.fixtures)
+
     def reset(self) -> None:
         """Remove what was added at run time, and count again from zero."""
         with self._lock:
-            self.remove_run_time()
+            self._run_time = Layer()
             self._sequences: dict[Any, int] = {}
             self._calls = 0  # with a fault, for its draws
             for fixture in self._files.fixtures:
@@ -4472,75 +4175,67 @@ class Script:
 
     def remove_run_time(self) -> None:
         """Remove the fixtures that were added at run time; those of files stay."""
-        with self._lock:
-            self._run_time = Layer()
-            self.empty = not self._files.fixtures
+        self._run_time = Layer()
 
-    def add(self, fixtures: Iterable[Fixture]) -> None:
-        """Append fixtures at run time."""
-        self._extend(self._run_time, fixtures)
+    def add(self, fixtures: Iterable[Fixture], layer: Layer | None = None) -> None:
+        """Append fixtures at run time, or to another layer."""
+        with self._lock:
+            for fixture in fixtures:
+                (layer or self._run_time).add(fixture)
 
     def load(self, path: str) -> list[Fixture]:
         """Append the fixtures of a file or folder, or none if one is wrong (ValueError)."""
         fixtures = load_fixtures(path, self.warnings)
-        self._extend(self._files, fixtures)
+        self.add(fixtures, self._files)
         return fixtures
 
-    def _extend(self, layer: Layer, fixtures: Iterable[Fixture]) -> None:
-        with self._lock:
-            for fixture in fixtures:
-                layer.add(fixture)
-                self.empty = False
+    def _list_layers(self, request: Request) -> list[Layer]:
+        """Return the layers in the order in which they are asked."""
+        layers = [self._run_time, self._files]
+        text = request.headers.get("x-parlel-fixture")
+        if text:
+            layers.insert(0, Layer())
+            layers[0].add(parse_header(text))
+        return layers
 
     def find(self, kind: str, request: Request) -> Fixture | None:
         """Return the fixture that answers a request, and count it as served."""
-        own = self._own_layer(request)
         facts = Facts(kind, request)
         with self._lock:
-            fixture = self._choose(facts, own)
+            fixture = self._choose(facts, self._list_layers(request))
             if fixture is not None:
                 fixture.served += 1
                 if fixture.sequence is not None:
                     self._sequences[fixture.group] = self._sequences.get(fixture.group, 0) + 1
         return fixture
 
-    def _own_layer(self, request: Request) -> Layer:
-        layer = Layer()
-        text = request.headers.get("x-parlel-fixture")
-        fixture = parse_header(text) if text else None
-        if fixture is not None:
-            layer.add(fixture)
-        return layer
-
-    def _choose(self, facts: Facts, own: Layer) -> Fixture | None:
-        last_resort = None
-        for layer in (own, self._run_time, self._files):
+    def _choose(self, facts: Facts, layers: list[Layer]) -> Fixture | None:
+        turn, last_resort = facts["turnIndex"], None
+        for layer in layers:
             likely = layer.find_likely(facts)
-            matching = [each for each in likely if self._fits(each, facts)]
-            chosen = select_turn(matching, facts["turn"]) if matching else None
-            if chosen is not None and (chosen.turn is None or chosen.turn <= facts["turn"]):
+            matching = [each for each in likely if self._find_obstacle(each, facts) is None]
+            chosen = select_turn(matching, turn)
+            if chosen is not None and (chosen.turn or 0) <= turn:
                 return chosen
             last_resort = last_resort or chosen
         return last_resort
 
-    def _find_shortage(self, fixture: Fixture) -> tuple[str, int, int] | None:
-        """Return why a fixture is passed over whatever the request: key, wanted and got."""
-        served = self._sequences.get(fixture.group, 0)
-        if fixture.sequence is not None and fixture.sequence != served:
-            return "match.sequenceIndex", fixture.sequence, served
+    def _find_obstacle(self, fixture: Fixture, facts: Facts) -> tuple[str, Any, Any] | None:
+        """Return why a fixture does not answer: the key, what it wants, what there is."""
+        key = find_difference(fixture.wanted, facts)
+        if key is not None and key not in fixture.match:
+            return ("when", True, False) if key == "when" else (key, fixture.kinds, facts[key])
+        if key is not None:
+            wanted, got = fixture.match[key], facts.get(key, "it holds")
+            if key == "headers":  # only those asked about, and no secret
+                names = [name.lower() for name in wanted if name.lower() not in SECRET_HEADERS]
+                got = {name: got.get(name) for name in names}
+            return f"match.{key}", wanted, got
+        count = self._sequences.get(fixture.group, 0)
+        if fixture.sequence not in (None, count):
+            return "match.sequenceIndex", fixture.sequence, count
         times = fixture.options.get("times")
         return ("times", times, fixture.served) if times and fixture.served >= times else None
-
-    def _fits(self, fixture: Fixture, facts: Facts) -> bool:
-        differs = find_difference(fixture.tests, facts) is not None
-        return not differs and self._find_shortage(fixture) is None
-
-    def _find_obstacle(self, fixture: Fixture, facts: Facts) -> dict[str, Any]:
-        test = find_difference(fixture.tests, facts)
-        if test is not None:
-            return describe_difference(fixture, test, facts)
-        shortage = self._find_shortage(fixture)
-        return dict(zip(("differs", "wanted", "got"), shortage or (None,)))
 
     def find_near_misses(
         self, kind: str, request: Request, served: Fixture | None = None
@@ -4549,13 +4244,14 @@ class Script:
 
         `differs` is None where nothing did: another fixture went before it.
         """
-        facts = Facts(kind, request)
+        facts, names = Facts(kind, request), ("differs", "wanted", "got")
         with self._lock:
             return [
-                {"fixture": each.source, **self._find_obstacle(each, facts)}
-                for layer in (self._own_layer(request), self._run_time, self._files)
+                {"fixture": each.source, **dict(zip(names, obstacle or [None]))}
+                for layer in self._list_layers(request)
                 for each in layer.fixtures
                 if each is not served
+                for obstacle in [self._find_obstacle(each, facts)]
             ]
 
     def miss_error(self, kind: str, request: Request) -> ApiError:
@@ -4579,14 +4275,11 @@ class Script:
 
     def unused(self) -> list[Fixture]:
         """Return the fixtures that were never served."""
-        with self._lock:
-            every = self._run_time.fixtures + self._files.fixtures
-            return [fixture for fixture in every if not fixture.served]
+        return [each for each in self._run_time.fixtures + self._files.fixtures if not each.served]
 
     def describe(self) -> dict[str, Any]:
         """Return the fixtures as JSON, in the order in which they are asked."""
-        with self._lock:
-            every = [each.describe() for each in self._run_time.fixtures + self._files.fixtures]
+        every = [each.describe() for each in self._run_time.fixtures + self._files.fixtures]
         return {"fixtures": every, "count": len(every)}
 
 
@@ -4614,7 +4307,9 @@ class Route:
         self.handler = handler
         self.body = body
         self.query = query
-        self.kind = kind  # of inference call: what fixtures and the record name it
+        self.kind = kind  # of inference call: what fixtures name it
+        family = path.split("/")[2] if path.count("/") > 1 else ""
+        self.recorded_kind = RECORD_KINDS.get(kind, kind) or family
         self.status = status
         self.open = open  # needs no key and is not recorded
         self.max_bytes = max_bytes
@@ -4885,9 +4580,10 @@ def count_message(message: dict[str, Any]) -> int:
     return count_tokens(message_text(message)) + inner + media * MEDIA_TOKENS + MESSAGE_TOKENS
 
 
-def check_message(message: dict[str, Any], place: str) -> None:
+def check_message(message: dict[str, Any], number: int) -> None:
     """Check the rules between the fields of one message."""
     role = message["role"]
+    place = f"messages[{number}]"
     content = message.get("content")
     if role == "tool" and not message.get("tool_call_id"):
         raise ApiError("missing", param=place + ".tool_call_id")
@@ -4917,15 +4613,14 @@ def find_budget(body: dict[str, Any], model: Model, prompt_tokens: int) -> int:
     )
 
 
-def cut_text(text: str, stop: Any, budget: int) -> tuple[list[str], str]:
+def cut_tokens(pieces: list[str], stop: Any, budget: int) -> tuple[list[str], str]:
     """Return the tokens before the first stop text and within the budget, and why they end."""
-    for ending in [stop] if type(stop) is str else stop or ():
-        if ending:
-            text = text.partition(ending)[0]
-    pieces = split_tokens(text)
-    if len(pieces) > budget:
-        return pieces[:budget], "length"
-    return pieces, "stop"
+    if stop:
+        text = "".join(pieces)
+        for ending in [stop] if type(stop) is str else stop:
+            text = text.partition(ending)[0] if ending else text
+        pieces = split_tokens(text)
+    return (pieces[:budget], "length") if len(pieces) > budget else (pieces, "stop")
 
 
 def count_usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, Any]:
@@ -4959,7 +4654,7 @@ def read_tool_choice(body: dict[str, Any]) -> tuple[str, list[str]]:
         choice = body.get("function_call") if body.get("functions") else None
     names = [tool["name"] for tool in find_tools(body)]
     if choice is None or type(choice) is str:
-        mode = {"any": "required", None: "auto"}.get(choice, choice)
+        mode: str = {"any": "required", None: "auto"}.get(choice, choice)
         if mode in names:
             return "named", [mode]
         return (mode if mode in ("none", "auto", "required") else "auto"), []
@@ -5024,7 +4719,7 @@ def tool_call(draw: Draw, index: int, name: str, arguments: str, id: str | None 
     """Return one tool call as messages and deltas hold it."""
     return {
         "index": index,
-        "id": id or "call_" + draw_letters(draw.child("id"), 24, CALL_LETTERS),
+        "id": id or "call_" + draw_letters(draw.child("id"), 24, LOWER36),
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }
@@ -5041,21 +4736,30 @@ def make_calls(draw: Draw, functions: list[dict[str, Any]]) -> list[dict[str, An
     return calls
 
 
-def make_content(draw: Draw, body: dict[str, Any], model: Model) -> str:
-    """Return the text of an answer in the format asked for."""
-    format = body.get("response_format")
-    kind = format["type"] if format else "text"
+def make_pattern_text(draw: Draw, pattern: str | None) -> str:
+    """Return text that matches; raise ApiError where nothing can."""
+    if not pattern:
+        raise ApiError("missing", param="response_format.pattern")
+    try:
+        return make_matching(draw, pattern)
+    except Unsatisfiable as error:
+        raise ApiError("invalid", param="response_format.pattern", reason=str(error)) from None
+
+
+def make_content(draw: Draw, body: dict[str, Any], model: Model) -> list[str]:
+    """Return the tokens of an answer in the format asked for."""
+    format = body.get("response_format") or {"type": "text"}
+    kind = format["type"]
     if kind == "regex":
-        if not format.get("pattern"):
-            raise ApiError("missing", param="response_format.pattern")
-        try:
-            return make_matching(draw, format["pattern"])
-        except Unsatisfiable as error:
-            raise ApiError("invalid", param="response_format.pattern", reason=str(error)) from None
+        return split_tokens(make_pattern_text(draw, format.get("pattern")))
     if kind != "text":
         schema = (format.get("json_schema") or format).get("schema")
-        return make_valid(draw, JSON_MODE_SCHEMA if schema is None else schema, "response_format")
-    return "safe" if model.type == "moderation" else make_text(draw)
+        schema = JSON_MODE_SCHEMA if schema is None else schema
+        return split_tokens(make_valid(draw, schema, "response_format"))
+    if model.type == "moderation":
+        return ["safe"]
+    first, *others = make_tokens(draw)
+    return [first[1:], *others]
 
 
 def make_reasoning(draw: Draw, body: dict[str, Any], model: Model) -> str:
@@ -5091,8 +4795,8 @@ def compose_choice(
     elif functions:
         choice.tool_calls = make_calls(draw.child("tools", index), functions)
     else:
-        text = make_content(draw.child("text", index), body, model)
-        choice.pieces, choice.finish_reason = cut_text(text, body.get("stop"), budget)
+        pieces = make_content(draw.child("text", index), body, model)
+        choice.pieces, choice.finish_reason = cut_tokens(pieces, body.get("stop"), budget)
     if choice.tool_calls and not body.get("tools"):
         choice.function_call = choice.tool_calls.pop()["function"]
         choice.finish_reason = "function_call"
@@ -5108,8 +4812,8 @@ def script_choice(
     blocks = script["blocks"]
     calls = [block for block in blocks if block["type"] == "tool_call"]
     if script["content"] is not None or not calls:
-        text = script["content"] or ""
-        choice.pieces, choice.finish_reason = cut_text(text, body.get("stop"), max(budget, 0))
+        pieces = split_tokens(script["content"] or "")
+        choice.pieces, choice.finish_reason = cut_tokens(pieces, body.get("stop"), max(budget, 0))
     for at, call in enumerate(calls):
         own = draw.child("call", index, at)
         made = tool_call(own, at, call["name"], call["arguments"], call["id"])
@@ -5171,7 +4875,7 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
     """Write the whole answer to a conversation, whole or streamed."""
     body = request.body
     for index, message in enumerate(body["messages"]):
-        check_message(message, f"messages[{index}]")
+        check_message(message, index)
     model = use_model(server, body["model"], "chat")
     draw = Draw.of("chat", pick_facts(body, CHAT_FACTS))
     request.id = draw_id(draw)
@@ -5190,7 +4894,8 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
     answer.reasons = model.thinks
     if script:
         apply_script(answer, script)
-    finish_answer(answer, draw, "\n".join(map(message_text, body["messages"])))
+    if "echo" in body or "logprobs" in body:
+        finish_answer(answer, draw, "\n".join(map(message_text, body["messages"])))
     return answer
 
 
@@ -5409,12 +5114,16 @@ def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
         budget = find_budget(body, model, count_input(prompt))
         own = Draw.of("prompt", [facts, prompt])
         for index in range(body.get("n") or 1):
-            text = script["content"] or "" if script else " " + make_text(own.child("text", index))
-            choices.append(Choice(len(choices), *cut_text(text, body.get("stop"), budget)))
+            if script:
+                pieces = split_tokens(script["content"] or "")
+            else:
+                pieces = make_tokens(own.child("text", index))
+            choices.append(Choice(len(choices), *cut_tokens(pieces, body.get("stop"), budget)))
     answer = Answer(request, choices, count_usage(sum(map(count_input, prompts)), choices))
     if script:
         apply_script(answer, script)
-    finish_answer(answer, draw, "\n".join(map(input_text, prompts)))
+    if "echo" in body or "logprobs" in body:
+        finish_answer(answer, draw, "\n".join(map(input_text, prompts)))
     return answer
 
 
@@ -5754,6 +5463,2270 @@ def get_supported_model(server: TogetherAiServer, request: Request) -> Any:
         if wanted in (item["id"], item["name"]):
             return item
     return supported_model(find_model(server, wanted))
+
+
+# --- Stored objects
+
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S"
+USER = "parlel"  # whose models and jobs these are
+USER_ID = "65f0c2a1b3d4e5f60718293a"
+BUILDERS: dict[str, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {}
+RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)")
+
+
+def stored(name: str) -> Callable[[Any], Any]:
+    """Declare the function below it as what completes a partial object of that collection."""
+
+    def declare(builder: Any) -> Any:
+        BUILDERS[name] = builder
+        return builder
+
+    return declare
+
+
+def format_time(at: float) -> str:
+    """Write Unix seconds as `2026-01-05T10:00:00.000Z`."""
+    return f"{time.strftime(TIME_FORMAT, time.gmtime(at))}.{int(at % 1 * 1000):03}Z"
+
+
+def parse_time(text: str) -> int:
+    """Read the Unix seconds of such a time."""
+    return calendar.timegm(time.strptime(text[:19], TIME_FORMAT))
+
+
+def job_outcome(server: TogetherAiServer, request: Request, end: str) -> str:
+    """Return the status a new job shall end with: `end`, where nothing scripts another."""
+    return "failed" if (request.script or {}).get("status") == "failed" else end
+
+
+def climb_job(
+    server: TogetherAiServer, jobs: Collection, id: str, ladder: Sequence[str], enter: Any
+) -> dict[str, Any]:
+    """Take a job to its next rung, or to the last at once, and return it.
+
+    `enter(server, job, rung)` does the work of a rung and returns what changes in the job.
+    """
+    with server.job_lock:
+        job = jobs.get(id)
+        ladder = (*ladder[:-1], server.outcomes.get(id, ladder[-1]))
+        while job[jobs.status] in ladder[:-1]:
+            rung = climb(ladder, job[jobs.status])
+            job = jobs.update(id, **{jobs.status: rung, **enter(server, job, rung)})
+            if not server.instant_jobs:
+                break
+    return job
+
+
+def start_job(
+    server: TogetherAiServer,
+    request: Request,
+    jobs: Collection,
+    job: dict[str, Any],
+    ladder: Sequence[str],
+    enter: Any,
+) -> dict[str, Any]:
+    """Keep how a new job shall end, and finish it where jobs are instant."""
+    id = job[jobs.key]
+    server.outcomes[id] = job_outcome(server, request, ladder[-1])
+    return climb_job(server, jobs, id, ladder, enter) if server.instant_jobs else job
+
+
+def cancel_job(
+    server: TogetherAiServer, jobs: Collection, id: str, ladder: Sequence[str], **changes: Any
+) -> dict[str, Any]:
+    """Apply the changes of a cancelled job, unless it has ended in another way."""
+    with server.job_lock:
+        job = jobs.get(id)
+        if job["status"] in ladder[:-1]:
+            return jobs.update(id, **changes)
+    if job["status"] == changes["status"]:
+        return job
+    reason = "only a job that has not ended can be cancelled"
+    raise ApiError("bad_state", noun=jobs.noun, id=id, status=job["status"], reason=reason)
+
+
+def serve_bytes(
+    request: Request, data: bytes, content_type: str = "application/octet-stream"
+) -> Reply:
+    """Return bytes, or the one range of them that the request asks for."""
+    asked = RANGE.fullmatch(request.headers.get("range", "").replace(" ", ""))
+    if asked is None or asked.group() == "bytes=-":
+        return Reply(data, 200, content_type, {"Accept-Ranges": "bytes"})
+    first, last = asked.groups()
+    start = int(first) if first else max(0, len(data) - int(last))
+    end = min(int(last) + 1, len(data)) if first and last else len(data)
+    if start >= end:
+        error = ApiError("bad_range", size=len(data))
+        error.headers["Content-Range"] = f"bytes */{len(data)}"
+        raise error
+    headers = {"Accept-Ranges": "bytes", "Content-Range": f"bytes {start}-{end - 1}/{len(data)}"}
+    return Reply(data[start:end], 206, content_type, headers)
+
+
+@route("POST", "/__parlel/seed", open=True, max_bytes=STORAGE_LIMIT)
+def seed_objects(server: TogetherAiServer, request: Request) -> Any:
+    """Store objects with chosen ids: `{"files": [{"id": "file-1", "content": "..."}], ...}`."""
+    seeds = parse_json(request.raw)
+    rows = Field("", list, each=Field("", dict))
+    table = Fields(*(Field(name, list, each=rows.each) for name in BUILDERS))
+    if type(seeds) is not dict or not set(seeds) <= set(table):
+        reason = f"it must be an object with lists for {', '.join(table)}"
+        raise ApiError("bad_body", reason=reason)
+    table.check(seeds)
+    return {name: server.seed(name, items) for name, items in seeds.items()}
+
+
+# --- Files
+
+
+def object_field(name: str, *rows: Field, required: bool = False) -> Field:
+    """Return the row of an object with rows of its own."""
+    return Field(name, dict, required=required, fields=Fields(*rows))
+
+
+def list_field(name: str, *rows: Field, required: bool = False) -> Field:
+    """Return the row of an array of such objects, at least one."""
+    return Field(name, list, required=required, low=1, each=object_field("", *rows))
+
+
+PURPOSES = (
+    "fine-tune", "batch-api", "eval", "calibration", "eval-sample", "eval-output",
+    "eval-summary", "batch-generated",
+)  # fmt: skip
+OPENAI_PURPOSES = {"batch": "batch-api", "batch_output": "batch-generated"}
+OTHER_PURPOSES = ("assistants", "assistants_output", "vision", "user_data", "evals")
+FILE_TYPES = ("jsonl", "csv", "parquet")
+UPLOAD_FIELDS = Fields(
+    Field("purpose", str, required=True, choices=(*PURPOSES, *OPENAI_PURPOSES, *OTHER_PURPOSES)),
+    Field("file_name", str, low=1),
+    Field("file_type", str, choices=FILE_TYPES),
+    Field("checksum", str),
+    Field("file", Upload),
+)
+WHOLE_UPLOAD_FIELDS = Fields(*UPLOAD_FIELDS.values(), Field("file", Upload, required=True))
+INITIATE_FIELDS = Fields(
+    *UPLOAD_FIELDS.values(),
+    Field("file_size", int, required=True, low=1),
+    Field("num_parts", int, required=True, low=1, high=250),
+)
+COMPLETE_FIELDS = Fields(
+    Field("upload_id", str, required=True),
+    Field("file_id", str, required=True),
+    list_field(
+        "parts", Field("part_number", int, required=True), Field("etag", str, required=True)
+    ),
+)
+LIST_FIELDS = Fields(
+    Field("limit", int, low=1, high=10000), Field("after", str), Field("purpose", str)
+)
+DATASET_ROLES = ("system", "user", "assistant", "tool", "developer")
+MESSAGE_ROWS = (
+    Field("role", str, required=True, choices=DATASET_ROLES),
+    Field("content", str, list),
+    Field("weight", float, low=0, high=1),
+)
+MESSAGES = list_field("messages", *MESSAGE_ROWS, required=True)
+DATASETS = {  # what a line of a training file may be; its first required field tells which
+    "CONVERSATION": Fields(MESSAGES),
+    "INSTRUCTION": Fields(
+        Field("prompt", str, required=True), Field("completion", str, required=True)
+    ),
+    "GENERAL": Fields(Field("text", str, required=True)),
+    "PREFERENCE": Fields(
+        object_field("input", MESSAGES, required=True),
+        list_field("preferred_output", *MESSAGE_ROWS, required=True),
+        list_field("non_preferred_output", *MESSAGE_ROWS, required=True),
+    ),
+}
+BATCH_LINE_FIELDS = Fields(
+    Field("custom_id", str, required=True, low=1, high=64),
+    Field("body", dict, required=True),
+    Field("method", str, choices=("POST",)),
+    Field("url", str),
+)
+
+
+def read_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield number and bytes of the lines that are not blank, one at a time."""
+    at = number = 0
+    while at < len(data):
+        end = data.find(b"\n", at)
+        end = len(data) if end < 0 else end
+        line = data[at:end]
+        at, number = end + 1, number + 1
+        if line and not line.isspace():
+            yield number, line
+
+
+def parse_line(line: bytes) -> dict[str, Any]:
+    """Read the JSON object of a line."""
+    value = parse_json(line)
+    if type(value) is not dict:
+        raise ApiError("bad_json", reason="a line must be a JSON object")
+    return value
+
+
+def check_line(line: bytes, purpose: str, format: str) -> str:
+    """Check one line by the purpose of its file; return the format of a training example."""
+    row = parse_line(line)
+    if purpose == "batch-api":
+        BATCH_LINE_FIELDS.check(row)
+    if purpose != "fine-tune":
+        return ""
+    found = next((name for name, table in DATASETS.items() if table.required[0] in row), "")
+    if not found or found != (format or found):
+        expected = [format] if format else DATASETS
+        names = " or ".join("+".join(DATASETS[name].required) for name in expected)
+        raise ApiError("missing", param=names)
+    DATASETS[found].check(row)
+    return found
+
+
+def count_objects(data: bytes) -> int:
+    """Count lines by a scan, where each starts and ends with a brace; else return 0."""
+    count = data.count(b"}\n{") + 1
+    whole = data.startswith(b"{") and data[-2:].strip() == b"}"
+    return count if whole and count == data.count(b"\n") + (data[-1:] != b"\n") else 0
+
+
+def validate_lines(data: bytes, purpose: str) -> dict[str, Any]:
+    """Return the report on a JSONL file, with the first bad line.
+
+    Of a file over `PARSED_BYTES`, the rest is parsed only where the look of its lines is wrong.
+    """
+    count, size, format = 0, 0, ""
+    uniform = len(data) > PARSED_BYTES and count_objects(data)
+    for number, line in read_lines(data):
+        if uniform and size > PARSED_BYTES:
+            count = uniform
+            break
+        try:
+            format = check_line(line, purpose, format)
+        except ApiError as error:
+            return {**refuse_file(f"Line {number}: {error.message}"), "line_number": number}
+        count, size = count + 1, size + len(line)
+    if not count:
+        return refuse_file("The file has no lines.")
+    report = {"valid": True, "nlines": count}
+    return {**report, "dataset_format": format} if format else report
+
+
+def refuse_file(reason: str) -> dict[str, Any]:
+    """Return the report on a file that nothing can be done with."""
+    return {"valid": False, "error": reason, "error_type": "INVALID_FORMAT"}
+
+
+def validate_file(data: bytes, purpose: str, file_type: str) -> dict[str, Any] | None:
+    """Return the report on a file, None for purposes that need none."""
+    if purpose not in ("fine-tune", "batch-api", "eval"):
+        return None
+    if file_type == "jsonl":
+        return validate_lines(data, purpose)
+    magic = b"PAR1" if file_type == "parquet" else b""
+    if not data or not (data.startswith(magic) and data.endswith(magic)):
+        return refuse_file(f"The file is not {file_type}.")
+    return {"valid": True}
+
+
+@stored("files")
+def file_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
+    """Complete a file; `content` (text or bytes) or `content_base64` holds its data."""
+    text = item.pop("content", None)
+    if item.get("content_base64") is not None:
+        text = base64.b64decode(item.pop("content_base64"))
+    name = item.get("filename") or "data.jsonl"
+    suffix = name.rpartition(".")[2].lower()
+    file: dict[str, Any] = {
+        "id": item.get("id") or server.next_id("file-"),
+        "object": "file",
+        "created_at": server.now(),
+        "filename": name,
+        "bytes": 0,
+        "purpose": "fine-tune",
+        "FileType": suffix if suffix in FILE_TYPES else "jsonl",
+        "Processed": False,
+        "LineCount": 0,
+        "processing_status": "PENDING",
+        **item,
+    }
+    file["purpose"] = OPENAI_PURPOSES.get(file["purpose"], file["purpose"])
+    if text is None:
+        return file
+    data = text.encode() if type(text) is str else text
+    server.keep(file["id"], data)
+    return {**file, **describe_data(file, data), **item, "purpose": file["purpose"]}
+
+
+def describe_data(file: dict[str, Any], data: bytes) -> dict[str, Any]:
+    """Return what is known of a file once its data is there."""
+    report = validate_file(data, file["purpose"], file["FileType"])
+    facts: dict[str, Any] = {"bytes": len(data), "Processed": True}
+    if report is None:
+        return {**facts, "LineCount": data.count(b"\n"), "processing_status": "COMPLETED"}
+    facts["LineCount"] = report.get("nlines", 0)
+    facts["processing_status"] = "COMPLETED" if report["valid"] else "INVALID_FORMAT"
+    return {**facts, "validation_report": {"file_id": file["id"], **report}}
+
+
+def fill_file(server: TogetherAiServer, id: str, data: bytes) -> dict[str, Any]:
+    """Give an announced file its data."""
+    file = server.files.get(id)
+    server.keep(id, data)
+    return server.files.update(id, **describe_data(file, data))
+
+
+def file_view(request: Request, file: dict[str, Any]) -> dict[str, Any]:
+    """Return a file with the purpose that the client's types know."""
+    purpose = file["purpose"]
+    if is_openai(request):
+        names = {own: name for name, own in OPENAI_PURPOSES.items()}
+        status = "processed" if file["Processed"] else "uploaded"
+        return {**file, "purpose": names.get(purpose, purpose), "status": status}
+    if is_together(request):
+        extra = "calibration" if is_stainless(request) else "eval-output"
+        if purpose not in ("fine-tune", "batch-api", "eval", extra):
+            near = {"batc": "batch-api", "eval": "eval"}
+            return {**file, "purpose": near.get(purpose[:4], "fine-tune")}
+    return file
+
+
+def find_file(server: TogetherAiServer, id: str, param: str) -> dict[str, Any]:
+    """Return a file that the field `param` of a body names."""
+    if id not in server.files:
+        raise ApiError("no_object", param=param, noun="File", id=id)
+    return server.files.get(id)
+
+
+def announce_file(server: TogetherAiServer, body: dict[str, Any]) -> dict[str, Any]:
+    """Store a file whose data is to follow, or came with the body."""
+    upload = body.get("file")
+    name = body.get("file_name") or (upload.filename if upload else "") or "data.jsonl"
+    item = {"filename": re.split(r"[/\\]", name)[-1], "purpose": body["purpose"]}
+    if body.get("file_type"):
+        item["FileType"] = body["file_type"]
+    if upload:
+        item["content"] = upload.data
+    return server.store("files", item)
+
+
+@route("POST", "/v1/files", body=UPLOAD_FIELDS, max_bytes=STORAGE_LIMIT)
+def create_file(server: TogetherAiServer, request: Request) -> Any:
+    """Store a file from a multipart body, or say where its data is to be put."""
+    file = announce_file(server, request.body)
+    if request.body.get("file"):
+        return file_view(request, file)
+    place = f"{request.origin}/__upload/{file['id']}"
+    return Reply(b"", 302, headers={"Location": place, "X-Together-File-Id": file["id"]})
+
+
+@route("POST", "/v1/files/upload", body=WHOLE_UPLOAD_FIELDS, max_bytes=STORAGE_LIMIT)
+def upload_file(server: TogetherAiServer, request: Request) -> Any:
+    """Store a file from a multipart body."""
+    return file_view(request, announce_file(server, request.body))
+
+
+@route("PUT", "/__upload/{id}", open=True, max_bytes=STORAGE_LIMIT)
+def put_file(server: TogetherAiServer, request: Request) -> Any:
+    """Take the data of an announced file; it needs no key."""
+    file = fill_file(server, request.params["id"], request.raw)
+    return {"id": file["id"], "bytes": file["bytes"]}
+
+
+@route("POST", "/v1/files/{id}/preprocess")
+def preprocess_file(server: TogetherAiServer, request: Request) -> Any:
+    """Return the file that was put, checked."""
+    return file_view(request, server.files.get(request.params["id"]))
+
+
+@route("POST", "/v1/files/multipart/initiate", body=INITIATE_FIELDS)
+def initiate_upload(server: TogetherAiServer, request: Request) -> Any:
+    """Announce a large file that comes in parts."""
+    body = request.body
+    server.check_room(body["file_size"])
+    file = announce_file(server, body)
+    upload_id = server.next_id("upload-")
+    server.uploads[upload_id] = file["id"]
+    place = f"{request.origin}/__upload/{file['id']}"
+    parts = [
+        {"PartNumber": number, "URL": f"{place}/{number}", "Headers": {}}
+        for number in range(1, body["num_parts"] + 1)
+    ]
+    return {"upload_id": upload_id, "file_id": file["id"], "parts": parts}
+
+
+@route("PUT", "/__upload/{id}/{part}", open=True, max_bytes=STORAGE_LIMIT)
+def put_part(server: TogetherAiServer, request: Request) -> Any:
+    """Take one part of a large file; it needs no key."""
+    file, part = server.files.get(request.params["id"]), request.params["part"]
+    if not re.fullmatch("[1-9][0-9]{0,2}", part, re.ASCII):
+        raise ApiError("no_object", param="part", noun="Part", id=part)
+    server.keep(f"{file['id']}/{part}", request.raw)
+    return Reply(b"", headers={"ETag": etag(request.raw)})
+
+
+def etag(data: bytes) -> str:
+    """Return the quoted mark of some bytes."""
+    return f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+
+
+def list_parts(server: TogetherAiServer, file_id: str) -> list[str]:
+    """Return under which names the parts of a file are stored, in order."""
+    names = [name for name in list(server.contents) if name.startswith(f"{file_id}/")]
+    return sorted(names, key=lambda name: int(name.rpartition("/")[2]))
+
+
+def take_upload(server: TogetherAiServer, body: dict[str, Any]) -> dict[str, bytes]:
+    """Return the parts of an upload that ends, in order, by their number."""
+    file_id = body["file_id"]
+    if server.uploads.get(body["upload_id"]) != file_id:
+        raise ApiError("no_object", param="upload_id", noun="Upload", id=body["upload_id"])
+    return {name: server.contents[name] for name in list_parts(server, file_id)}
+
+
+@route("POST", "/v1/files/multipart/complete", body=COMPLETE_FIELDS)
+def complete_upload(server: TogetherAiServer, request: Request) -> Any:
+    """Join the parts of a large file."""
+    body = request.body
+    parts = take_upload(server, body)
+    given = {f"{body['file_id']}/{p['part_number']}": p["etag"] for p in body.get("parts") or []}
+    for name in {**parts, **given}:
+        if name not in parts or given.get(name, "").strip('"') != etag(parts[name]).strip('"'):
+            number = name.rpartition("/")[2]
+            raise ApiError("invalid", param="parts", reason=f"part {number} is not what was put")
+    server.drop(*parts)
+    del server.uploads[body["upload_id"]]
+    return {
+        "file": file_view(request, fill_file(server, body["file_id"], b"".join(parts.values())))
+    }
+
+
+@route("POST", "/v1/files/multipart/abort", body=COMPLETE_FIELDS)
+def abort_upload(server: TogetherAiServer, request: Request) -> Any:
+    """Forget a large file that was announced."""
+    server.drop(*take_upload(server, request.body))
+    server.files.remove(server.uploads.pop(request.body["upload_id"]))
+    return {"success": True}
+
+
+@route("GET", "/v1/files", query=LIST_FIELDS)
+def list_files(server: TogetherAiServer, request: Request) -> Any:
+    """List the stored files, newest first."""
+    limit, purpose = request.args.get("limit") or 10000, request.args.get("purpose")
+    stored_files = server.files.list(after=request.args.get("after"))
+    views = [file_view(request, file) for file in stored_files]
+    views = [view for view in views if purpose in (None, view["purpose"])]
+    return {"object": "list", "data": views[:limit], "has_more": len(views) > limit}
+
+
+@route("GET", "/v1/files/{id}")
+def get_file(server: TogetherAiServer, request: Request) -> Any:
+    """Describe a file."""
+    return file_view(request, server.files.get(request.params["id"]))
+
+
+@route("GET", "/v1/files/{id}/content")
+def get_file_content(server: TogetherAiServer, request: Request) -> Any:
+    """Return a file's bytes, or a range of them."""
+    file = server.files.get(request.params["id"])
+    if file["id"] not in server.contents:
+        raise ApiError("no_object", param="id", noun="The content of", id=file["id"])
+    return serve_bytes(request, server.contents[file["id"]])
+
+
+@route("DELETE", "/v1/files/{id}")
+def delete_file(server: TogetherAiServer, request: Request) -> Any:
+    """Delete a file."""
+    file = server.files.remove(request.params["id"])
+    server.drop(file["id"], *list_parts(server, file["id"]))
+    return {"id": file["id"], "object": "file", "deleted": True}
+
+
+# --- Batches
+
+BATCH_LADDER = ("VALIDATING", "IN_PROGRESS", "COMPLETED")
+BATCH_ENDPOINTS = (
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/audio/transcriptions",
+    "/v1/audio/translations",
+)  # fmt: skip
+BATCH_FIELDS = Fields(
+    Field("endpoint", str, required=True, choices=BATCH_ENDPOINTS),
+    Field("input_file_id", str, required=True),
+    Field("completion_window", str),
+    Field("priority", int),
+    Field("model_id", str),
+    Field("metadata", dict),
+)
+
+
+@stored("batches")
+def batch_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
+    """Complete a batch job."""
+    now = server.now()
+    return {
+        "id": item.get("id") or server.next_id(""),
+        "user_id": USER_ID,
+        "status": "VALIDATING",
+        "file_size_bytes": 0,
+        "job_deadline": format_time(now + 86400),
+        "created_at": format_time(now),
+        "endpoint": "/v1/chat/completions",
+        "progress": 0.0,
+        **dict.fromkeys(("input_file_id", "model_id", "output_file_id", "error_file_id"), ""),
+        "error": "",
+        "completed_at": None,
+        **item,
+    }
+
+
+def enter_batch(server: TogetherAiServer, job: dict[str, Any], rung: str) -> dict[str, Any]:
+    """Count the lines of a batch when it is validated, run them when it completes."""
+    data = server.contents.get(job["input_file_id"], b"")
+    if rung == "COMPLETED":
+        return run_batch(server, job, data)
+    if rung == "IN_PROGRESS":
+        count = sum(1 for _ in read_lines(data))
+        if 0 < count <= MAX_BATCH_LINES:
+            return {}
+        error = f"The input file has {count} requests; it must have 1 to {MAX_BATCH_LINES}."
+        return {"status": "FAILED", "error": error, "completed_at": format_time(server.now())}
+    ended = format_time(server.now())
+    return {"error": f"The batch was scripted to end as {rung}.", "completed_at": ended}
+
+
+def run_batch(server: TogetherAiServer, job: dict[str, Any], data: bytes) -> dict[str, Any]:
+    """Answer every line of a batch and store what came of them."""
+    results: dict[str, list[bytes]] = {"output": [], "error": []}
+    seen: set[str] = set()
+    source = Draw.of("batch", job["id"])
+    for number, line in read_lines(data):
+        id = "br_" + source.child(number).hex(24)
+        kind, result = run_line(server, job["endpoint"], line, number, seen)
+        results[kind].append(b'{"id":"%b",%b}\n' % (id.encode(), result))
+    changes: dict[str, Any] = {"progress": 100.0, "completed_at": format_time(server.now())}
+    try:
+        for kind, lines in results.items():
+            if lines:
+                item = {"filename": f"{job['id']}_{kind}.jsonl", "purpose": "batch-generated"}
+                file = server.store("files", {**item, "content": b"".join(lines)})
+                changes[f"{kind}_file_id"] = file["id"]
+    except ApiError as error:
+        changes.update(status="FAILED", error=error.message)
+    return changes
+
+
+def run_line(
+    server: TogetherAiServer, endpoint: str, line: bytes, number: int, seen: set[str]
+) -> tuple[str, bytes]:
+    """Answer one line as if it had come by itself; return its file and the members of its JSON."""
+    custom_id: Any = None
+    try:
+        row = parse_line(line)
+        custom_id = row.get("custom_id")
+        BATCH_LINE_FIELDS.check(row)
+        if custom_id in seen:
+            raise ApiError("invalid", param="custom_id", reason="must differ from earlier ones")
+        seen.add(custom_id)
+        if row["body"].get("stream"):
+            raise ApiError("invalid", param="body.stream", reason="must be false in a batch")
+    except ApiError as error:
+        facts = {"message": f"Line {number}: {error.message}", "code": error.code or error.type}
+        return "error", ENCODE({"custom_id": custom_id, "error": facts})[1:-1].encode()
+    body = ENCODE(row["body"]).encode()
+    headers = {"authorization": f"Bearer {DEFAULT_KEY}"}
+    reply = server.run(Request("POST", endpoint, body, headers=headers))
+    name = ENCODE(custom_id).encode()
+    if reply.status == 200:
+        return "output", b'"custom_id":%b,"response":{"status_code":200,"body":%b}' % (
+            name, reply.body
+        )  # fmt: skip
+    return "error", b'"custom_id":%b,"error":%b' % (name, ENCODE(reply_error(reply)).encode())
+
+
+def reply_error(reply: Reply) -> dict[str, Any]:
+    """Return message and code of a reply that is no answer."""
+    try:
+        error = json.loads(reply.body)["error"]
+        return {"message": error["message"], "code": error.get("code") or error.get("type")}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {"message": f"The request failed with status {reply.status}.", "code": None}
+
+
+def count_lines(server: TogetherAiServer, id: str) -> int:
+    """Return the number of lines of a file, 0 where it does not exist."""
+    return int(server.files.get(id)["LineCount"]) if id in server.files else 0
+
+
+def batch_view(server: TogetherAiServer, request: Request, job: dict[str, Any]) -> dict[str, Any]:
+    """Return a batch, in OpenAI's form to its clients."""
+    if not is_openai(request) or server.strict:
+        return job
+    status = job["status"].lower()
+    done = job["completed_at"] and parse_time(job["completed_at"])
+    names = ("completed", "failed", "cancelled", "expired")
+    counts = [count_lines(server, job[name]) for name in ("output_file_id", "error_file_id")]
+    total = count_lines(server, job["input_file_id"])
+    return {
+        "id": job["id"],
+        "object": "batch",
+        "endpoint": job["endpoint"],
+        "errors": {"object": "list", "data": [{"message": job["error"]}]} if job["error"] else None,
+        "input_file_id": job["input_file_id"],
+        "completion_window": "24h",
+        "status": status,
+        "output_file_id": job["output_file_id"] or None,
+        "error_file_id": job["error_file_id"] or None,
+        "created_at": parse_time(job["created_at"]),
+        "expires_at": parse_time(job["job_deadline"]),
+        **{f"{name}_at": done if name == status else None for name in names},
+        "request_counts": {"total": total, "completed": counts[0], "failed": counts[1]},
+        "metadata": job.get("metadata"),
+    }
+
+
+@route("POST", "/v1/batches", body=BATCH_FIELDS, status=201)
+def create_batch(server: TogetherAiServer, request: Request) -> Any:
+    """Start a batch job from a file of requests."""
+    file = find_file(server, request.body["input_file_id"], "input_file_id")
+    if file["purpose"] != "batch-api":
+        reason = f"its purpose is {file['purpose']}, not batch-api"
+        raise ApiError("bad_file", param="input_file_id", id=file["id"], reason=reason)
+    kept = ("endpoint", "input_file_id", "model_id", "metadata")
+    given = {name: request.body[name] for name in kept if request.body.get(name) is not None}
+    job = server.store("batches", {**given, "file_size_bytes": file["bytes"]})
+    job = start_job(server, request, server.batches, job, BATCH_LADDER, enter_batch)
+    view = batch_view(server, request, job)
+    return view if "object" in view else {"job": view}
+
+
+@route("GET", "/v1/batches", query=LIST_FIELDS)
+def list_batches(server: TogetherAiServer, request: Request) -> Any:
+    """List the batch jobs, newest first; they do not move."""
+    jobs = server.batches.list(request.args.get("limit"), request.args.get("after"))
+    return wrap_list(request, [batch_view(server, request, job) for job in jobs], server.strict)
+
+
+@route("GET", "/v1/batches/{id}")
+def get_batch(server: TogetherAiServer, request: Request) -> Any:
+    """Describe a batch job and take it one step on."""
+    job = climb_job(server, server.batches, request.params["id"], BATCH_LADDER, enter_batch)
+    return batch_view(server, request, job)
+
+
+@route("POST", "/v1/batches/{id}/cancel")
+def cancel_batch(server: TogetherAiServer, request: Request) -> Any:
+    """Cancel a batch job."""
+    changes = {"status": "CANCELLED", "completed_at": format_time(server.now())}
+    job = cancel_job(server, server.batches, request.params["id"], BATCH_LADDER, **changes)
+    return batch_view(server, request, job)
+
+
+# --- Fine-tuning
+
+FINE_TUNE_LADDER = ("pending", "queued", "running", "uploading", "completed")
+CANCEL_LADDER = ("cancel_requested", "cancelled")
+TRAINABLE = ("chat", "language", "code")  # types of models
+TRAIN_PRICE = 0.48  # USD for a million tokens
+MAX_METRICS = 1000  # points of a curve
+LIMITS: dict[str, Any] = {  # documented, but for the flags
+    "full_training": {"max_batch_size": 96, "max_batch_size_dpo": 48, "min_batch_size": 8},
+    "lora_training": {
+        **{"max_batch_size": 128, "max_batch_size_dpo": 64, "min_batch_size": 8},
+        **{"default_rank": 64, "max_rank": 64},
+        "target_modules": ["k_proj", "o_proj", "q_proj", "v_proj", "up_proj", "down_proj"],
+    },
+    "max_num_epochs": 20,
+    **{"min_learning_rate": 1e-06, "max_learning_rate": 1.0},
+    **{"max_num_checkpoints": 100, "max_num_evals": 100, "default_gradient_accumulation_steps": 1},
+    **{"min_max_seq_length": 512, "max_seq_length_sft": 16384, "max_seq_length_dpo": 8192},
+    **dict.fromkeys(("merge_output_lora", "supports_full_training", "supports_tools"), True),
+    **dict.fromkeys(("supports_reasoning", "supports_vision"), False),
+}
+ON_INPUTS = Field("train_on_inputs", bool, str, choices=(True, False, "auto"))
+TRAINING_FIELDS = (
+    Field("training_file", str, required=True, low=1),
+    *(Field(name, str) for name in ("validation_file", "model", "from_checkpoint")),
+    Field("n_epochs", int, low=0, high=20),
+    Field("n_evals", int, low=0, high=100),
+    object_field(
+        "training_method",
+        Field("method", str, required=True, choices=("sft", "dpo")),
+        ON_INPUTS,
+        *(Field(name, float) for name in ("dpo_beta", "rpo_alpha", "simpo_gamma")),
+        *(
+            Field(f"dpo_{name}", bool)
+            for name in ("normalize_logratios_by_length", "reference_free")
+        ),
+    ),
+    object_field(
+        "training_type",
+        Field("type", str, required=True, choices=("Full", "Lora")),
+        Field("lora_r", int, low=1, high=64),
+        Field("lora_alpha", int, low=1),
+        Field("lora_dropout", float, low=0, high=1),
+        Field("lora_trainable_modules", str),
+    ),
+)
+FINE_TUNE_FIELDS = Fields(
+    *TRAINING_FIELDS,
+    ON_INPUTS,
+    Field("n_epochs", int, low=1, high=20),
+    Field("n_checkpoints", int, low=1, high=100),
+    Field("batch_size", int, str, low=1, high=1024),
+    Field("learning_rate", float, low=1e-06, high=1),
+    object_field(
+        "lr_scheduler",
+        Field("lr_scheduler_type", str, required=True, choices=("linear", "cosine")),
+        object_field("lr_scheduler_args", Field("min_lr_ratio", float), Field("num_cycles", float)),
+    ),
+    Field("warmup_ratio", float, low=0, high=1),
+    *(Field(name, float, low=0) for name in ("max_grad_norm", "weight_decay")),
+    Field("random_seed", int),
+    Field("packing", bool),
+    Field("max_seq_length", int, low=1),
+    Field("suffix", str, high=40),
+    *(Field(f"wandb_{n}", str) for n in ("api_key", "base_url", "project_name", "name", "entity")),
+    object_field("multimodal_params", Field("train_vision", bool)),
+    *(Field(name, str) for name in ("from_hf_model", "hf_model_revision", "hf_api_token")),
+    Field("hf_output_repo_name", str),
+)
+UNKEPT_FIELDS = ("wandb_api_key", "hf_api_token")  # no answer shows them
+# What a job reports when it reaches a status; the messages are documented.
+FINE_TUNE_EVENTS = {
+    "pending": (("job_pending", "Fine tune request created"),),
+    "running": (
+        ("job_start", "Job started at {time}"),
+        ("model_download_complete", "Model data downloaded for {model}"),
+        ("training_data_download_complete", "Data downloaded for {training_file}"),
+        ("training_start", "Training started for model {model}"),
+    ),
+    "uploading": (
+        ("epoch_complete", "Epoch completed, at step {step}"),
+        ("training_complete", "Training completed for {model}"),
+        ("model_uploading", "Uploading {artifact} model"),
+    ),
+    "completed": (
+        ("model_upload_complete", "Model upload complete"),
+        ("job_complete", "Job finished at {time}"),
+    ),
+    "error": (("job_error", "The job was scripted to fail"),),
+    "cancelled": (("job_stopped", "Job cancelled"),),
+}
+METRIC_FIELDS = Fields(
+    Field("global_step_from", int),
+    Field("global_step_to", int),
+    Field("logged_at_from", str),
+    Field("logged_at_to", str),
+    Field("resolution", int, low=0),
+)
+LIMIT_FIELDS = Fields(Field("model_name", str), Field("model", str))
+DOWNLOAD_FIELDS = Fields(
+    Field("ft_id", str, required=True),
+    Field("checkpoint", str, choices=("merged", "adapter", "model_output_path")),
+    Field("checkpoint_step", int),
+)
+PREVIEW_FIELDS = Fields(
+    Field("model", str, required=True),
+    Field("training_file", str, required=True),
+    Field("top_k", int, low=1, high=100),
+    Field("train_on_inputs", bool),
+    Field("training_method", str, choices=("sft",)),
+)
+TRAINING_METHODS: dict[str, dict[str, Any]] = {  # documented defaults
+    "sft": {"method": "sft", "train_on_inputs": "auto"},
+    "dpo": {"method": "dpo", "dpo_beta": 0.1, "dpo_normalize_logratios_by_length": False},
+}
+TRAINING_TYPES: dict[str, dict[str, Any]] = {
+    "Full": {"type": "Full"},
+    "Lora": {
+        "type": "Lora",
+        "lora_r": 64,
+        "lora_alpha": 128,
+        "lora_dropout": 0.0,
+        "lora_trainable_modules": "all-linear",
+    },
+}
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "linear": {"min_lr_ratio": 0.0},
+    "cosine": {"min_lr_ratio": 0.0, "num_cycles": 0.5},
+}
+
+
+def largest_batch(kind: dict[str, Any], method: dict[str, Any]) -> int:
+    """Return the largest batch size of a training type and method."""
+    limits = LIMITS["full_training" if kind["type"] == "Full" else "lora_training"]
+    return int(limits["max_batch_size_dpo" if method["method"] == "dpo" else "max_batch_size"])
+
+
+def complete_training(item: dict[str, Any]) -> dict[str, Any]:
+    """Return the nested settings of a job with the defaults of what they leave open."""
+    method = item.get("training_method") or {}
+    kind = item.get("training_type") or {}
+    scheduler = item.get("lr_scheduler") or {}
+    form = scheduler.get("lr_scheduler_type") or "linear"
+    method = {**TRAINING_METHODS[method.get("method", "sft")], **method}
+    kind = {**TRAINING_TYPES[kind.get("type", "Lora")], **kind}
+    size = item.get("batch_size")
+    args = {**SCHEDULERS[form], **(scheduler.get("lr_scheduler_args") or {})}
+    return {
+        "training_method": method,
+        "training_type": kind,
+        "lr_scheduler": {"lr_scheduler_type": form, "lr_scheduler_args": args},
+        "batch_size": size if type(size) is int else largest_batch(kind, method),
+    }
+
+
+FINE_TUNE_DEFAULTS: dict[str, Any] = {
+    "status": "pending",
+    "user_id": USER_ID,
+    **dict.fromkeys(("adapter_output_name", "started_at", "multimodal_params")),
+    **dict.fromkeys(("training_file", "validation_file", "from_checkpoint", "job_id"), ""),
+    **dict.fromkeys(("model_output_path", "wandb_project_name", "wandb_url"), ""),
+    **dict.fromkeys(("n_evals", "token_count", "param_count", "total_price"), 0),
+    **dict.fromkeys(("epochs_completed", "queue_depth"), 0),
+    **dict.fromkeys(("warmup_ratio", "weight_decay"), 0.0),
+    **dict.fromkeys(("n_epochs", "n_checkpoints"), 1),
+    "max_grad_norm": 1.0,
+    "learning_rate": 1e-05,
+    "train_on_inputs": "auto",
+    "events": [],
+    "progress": {"estimate_available": False, "seconds_remaining": 0},
+}
+
+
+@stored("fine_tunes")
+def fine_tune_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
+    """Complete a fine-tuning job, with the events up to its status."""
+    id = item.get("id") or server.next_id("ft-")
+    model = item.get("model") or "meta-llama/Meta-Llama-3.1-8B-Instruct-Reference"
+    file_id = item.get("training_file") or ""
+    file = server.files.get(file_id) if file_id in server.files else {"LineCount": 0, "bytes": 0}
+    mark = Draw.of("fine-tune", id).hex(8)
+    words = [model.rpartition("/")[2], *([item["suffix"]] if item.get("suffix") else []), mark]
+    now = format_time(server.now())
+    job: dict[str, Any] = {
+        "id": id,
+        "object": "fine-tune",
+        **copy_json(FINE_TUNE_DEFAULTS),
+        "model": model,
+        "model_output_name": f"{USER}/{'-'.join(words)}",
+        "created_at": now,
+        "updated_at": now,
+        "TrainingFileNumLines": file["LineCount"],
+        "TrainingFileSize": file["bytes"],
+        **item,
+        **complete_training(item),
+    }
+    status, ladder = job["status"], FINE_TUNE_LADDER
+    reached = ladder[: ladder.index(status) + 1] if status in ladder else ("pending", status)
+    for rung in reached:
+        job.update(enter_fine_tune(server, job, rung))
+    return {**job, **({"events": item["events"]} if "events" in item else {})}
+
+
+def count_steps(job: dict[str, Any]) -> int:
+    """Return the number of training steps of a job."""
+    batches = max(1, -(-job["TrainingFileNumLines"] // job["batch_size"]))
+    return int(max(1, job["n_epochs"] * batches))
+
+
+def list_new_events(job: dict[str, Any], rung: str, now: str) -> list[dict[str, Any]]:
+    """Return what a job reports when it reaches a status; an epoch's end once for each."""
+    artifact = "output" if job["training_type"]["type"] == "Full" else "adapter"
+    total, facts = count_steps(job), {**job, "time": now, "artifact": artifact}
+    events = []
+    for type, message in FINE_TUNE_EVENTS.get(rung, ()):
+        epochs = job["n_epochs"] if type == "epoch_complete" else 1
+        for epoch in range(epochs):
+            step = total * (epoch + 1) // epochs if rung == "uploading" else 0
+            event = {
+                "object": "fine-tune-event",
+                "created_at": now,
+                "level": "error" if type == "job_error" else "info",
+                "message": message.format(**{**facts, "step": step}),
+                "type": type,
+                **{"step": step, "total_steps": total, "model_path": job["model_output_path"]},
+                **dict.fromkeys(("param_count", "token_count", "training_offset"), 0),
+                **dict.fromkeys(("wandb_url", "checkpoint_path", "hash"), ""),
+            }
+            events.append(event)
+    return events
+
+
+def enter_fine_tune(server: TogetherAiServer, job: dict[str, Any], rung: str) -> dict[str, Any]:
+    """Return what changes in a job when it reaches a status; add the model when it is made."""
+    now = format_time(server.now())
+    changes: dict[str, Any] = {"updated_at": now}
+    if rung == "running":
+        changes["started_at"] = now
+    if rung == "completed":
+        changes["model_output_path"] = f"s3://{USER}/{job['id']}/model"
+        changes["epochs_completed"] = job["n_epochs"]
+        changes["token_count"] = count_training_tokens(job["TrainingFileSize"], job["n_epochs"])
+        add_trained_model(server, job)
+    changes["events"] = job["events"] + list_new_events({**job, **changes}, rung, now)
+    return changes
+
+
+def add_trained_model(server: TogetherAiServer, job: dict[str, Any]) -> None:
+    """Put the model that a job has made into the catalogue."""
+    base = server.models.get(job["model"]) or Model("chat", job["model"])
+    name = job["model_output_name"]
+    server.models[name] = Model(
+        base.type, name, USER, name.partition("/")[2], base.context_length, base.prices,
+        thinks=base.thinks,
+    )  # fmt: skip
+
+
+def count_training_tokens(size: int, epochs: int) -> int:
+    """Estimate the tokens of a training file by its bytes, four each."""
+    return size // 4 * epochs
+
+
+def truncate(job: dict[str, Any]) -> dict[str, Any]:
+    """Return a job without its events, as all but its own route do."""
+    return {**job, "events": []}
+
+
+def event_views(request: Request, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return events with their type in the case of the client's types."""
+    if "x-stainless-lang" in request.headers:
+        return events
+    return [{**event, "type": event["type"].upper()} for event in events]
+
+
+def check_training_file(server: TogetherAiServer, id: str, param: str, method: str) -> None:
+    """Refuse a file that is missing, or that no model can be trained on in this way."""
+    file = find_file(server, id, param)
+    report = file.get("validation_report") or {"valid": file["Processed"]}
+    form = report.get("dataset_format")
+    reason = ""
+    if file["purpose"] != "fine-tune":
+        reason = f"its purpose is {file['purpose']}, not fine-tune"
+    elif not report["valid"]:
+        reason = report.get("error") or "its data was never put"
+    elif form and (form == "PREFERENCE") != (method == "dpo"):
+        reason = f"its format is {form}, which the training method {method} does not take"
+    if reason:
+        raise ApiError("bad_file", param=param, id=id, reason=reason)
+
+
+def find_base_model(server: TogetherAiServer, body: dict[str, Any]) -> str:
+    """Return the model to train: the one asked for, or that of the job to go on from."""
+    parent = (body.get("from_checkpoint") or "").partition(":")[0]
+    if body.get("model"):
+        return str(body["model"])
+    if parent in server.fine_tunes:
+        return str(server.fine_tunes.get(parent)["model"])
+    if parent:
+        return parent
+    raise ApiError("missing", param="model")
+
+
+@route("POST", "/v1/fine-tunes", body=FINE_TUNE_FIELDS)
+def create_fine_tune(server: TogetherAiServer, request: Request) -> Any:
+    """Start a fine-tuning job."""
+    body = {name: value for name, value in request.body.items() if value is not None}
+    model = use_trainable(server, find_base_model(server, body))
+    settings = complete_training(body)
+    method, size = settings["training_method"], body.get("batch_size")
+    check_training_file(server, body["training_file"], "training_file", method["method"])
+    if body.get("validation_file"):
+        check_training_file(server, body["validation_file"], "validation_file", method["method"])
+    most = largest_batch(settings["training_type"], method)
+    if settings["batch_size"] > most or (type(size) is str and size != "max"):
+        raise refuse_value("batch_size", f'must be an integer up to {most} or "max"', size)
+    given = {
+        name: value
+        for name, value in body.items()
+        if name in FINE_TUNE_FIELDS and name not in UNKEPT_FIELDS
+    }
+    job = server.store("fine_tunes", {**given, "model": model.id})
+    jobs = server.fine_tunes
+    return truncate(start_job(server, request, jobs, job, FINE_TUNE_LADDER, enter_fine_tune))
+
+
+def use_trainable(server: TogetherAiServer, id: str) -> Model:
+    """Return a model that can be trained; unknown ones can, unless the server is strict."""
+    model = use_model(server, id, "chat")
+    if model.type not in TRAINABLE:
+        raise ApiError("no_model", param="model", model=id)
+    return model
+
+
+@route("GET", "/v1/fine-tunes", query=LIST_FIELDS)
+def list_fine_tunes(server: TogetherAiServer, request: Request) -> Any:
+    """List the fine-tuning jobs, newest first; they do not move."""
+    jobs = server.fine_tunes.list(request.args.get("limit"), request.args.get("after"))
+    return {"data": [truncate(job) for job in jobs]}
+
+
+@route("GET", "/v1/fine-tunes/{id}")
+def get_fine_tune(server: TogetherAiServer, request: Request) -> Any:
+    """Describe a fine-tuning job and take it one step on."""
+    id, jobs = request.params["id"], server.fine_tunes
+    cancelled = jobs.get(id)["status"] in CANCEL_LADDER
+    ladder = CANCEL_LADDER if cancelled else FINE_TUNE_LADDER
+    job = climb_job(server, jobs, id, ladder, enter_fine_tune)
+    return {**job, "events": event_views(request, job["events"])}
+
+
+@route("POST", "/v1/fine-tunes/{id}/cancel")
+def cancel_fine_tune(server: TogetherAiServer, request: Request) -> Any:
+    """Ask a fine-tuning job to end."""
+    id, jobs = request.params["id"], server.fine_tunes
+    changes = {"status": CANCEL_LADDER[0], "updated_at": format_time(server.now())}
+    server.outcomes.pop(id, None)
+    return truncate(cancel_job(server, jobs, id, FINE_TUNE_LADDER, **changes))
+
+
+@route("DELETE", "/v1/fine-tunes/{id}", query=Fields(Field("force", bool)))
+def delete_fine_tune(server: TogetherAiServer, request: Request) -> Any:
+    """Delete a fine-tuning job and the model it made."""
+    job = server.fine_tunes.remove(request.params["id"])
+    server.models.pop(job["model_output_name"], None)
+    return {"message": f"Fine-tune job {job['id']} was deleted."}
+
+
+@route("GET", "/v1/fine-tunes/{id}/events")
+def list_events(server: TogetherAiServer, request: Request) -> Any:
+    """List what a fine-tuning job has reported."""
+    return {"data": event_views(request, server.fine_tunes.get(request.params["id"])["events"])}
+
+
+def list_steps(job: dict[str, Any], count: int) -> list[int]:
+    """Return steps at equal distances, the last step among them."""
+    total = count_steps(job)
+    return sorted({total * (n + 1) // count for n in range(count)} - {0})
+
+
+@route("GET", "/v1/fine-tunes/{id}/checkpoints")
+def list_checkpoints(server: TogetherAiServer, request: Request) -> Any:
+    """List the checkpoints of a fine-tuning job, the final ones when it has completed."""
+    job = server.fine_tunes.get(request.params["id"])
+    if job["status"] not in FINE_TUNE_LADDER[3:]:
+        return {"data": []}
+    *steps, last = list_steps(job, job["n_checkpoints"])
+    rows = [(step, "Intermediate", f"checkpoint-{step}") for step in steps]
+    if job["status"] == "completed":
+        full = job["training_type"]["type"] == "Full"
+        finals = ("Final",) if full else ("Final Merged", "Final Adapter")
+        rows += [(last, name, name.replace(" ", "-").lower()) for name in finals]
+    made, place = job["updated_at"], f"s3://{USER}/{job['id']}"
+    return {
+        "data": [
+            {"step": step, "created_at": made, "path": f"{place}/{end}", "checkpoint_type": name}
+            for step, name, end in rows
+        ]
+    }
+
+
+@route("GET", "/v1/fine-tunes/{id}/metrics", query=METRIC_FIELDS)
+def list_metrics(server: TogetherAiServer, request: Request) -> Any:
+    """List the loss curve of a fine-tuning job as far as it has come; it falls."""
+    job, args = server.fine_tunes.get(request.params["id"]), request.args
+    total, status = count_steps(job), job["status"]
+    done = FINE_TUNE_LADDER.index(status) if status in FINE_TUNE_LADDER else 2
+    seen = 0 if done < 2 else total if done > 2 else -(-total // 2)
+    first = max(1, args.get("global_step_from") or 1)
+    last = min(seen, args.get("global_step_to") or seen)
+    points = min(args.get("resolution") or MAX_METRICS, MAX_METRICS, max(0, last - first + 1))
+    steps = [first + (last - first) * n // max(1, points - 1) for n in range(points)]
+    return {"metrics": [metric(job, step, total) for step in steps]}
+
+
+def metric(job: dict[str, Any], step: int, total: int) -> dict[str, float]:
+    """Return one point of the loss curve: a fall from about 2.4 to 0.6 with small bumps."""
+    draw = Draw.of("loss", job["id"])
+    high, low = 2 + draw.unit(), 0.3 + draw.unit() / 3
+    # a point moves by less than half of what the curve falls until the next
+    at = step + 0.4 * draw.child(step).unit()
+    loss = low + (high - low) / (1 + 8 * at / total)
+    return {
+        "train/global_step": step,
+        "train/epoch": round(step / total * job["n_epochs"], 4),
+        "train/loss": round(loss, 6),
+        "train/learning_rate": round(job["learning_rate"] * (1 - (step - 1) / total), 12),
+    }
+
+
+@route("POST", "/v1/fine-tunes/estimate-price", body=Fields(*TRAINING_FIELDS))
+def estimate_price(server: TogetherAiServer, request: Request) -> Any:
+    """Estimate what a fine-tuning job would cost."""
+    body, tokens, reason = request.body, {"train": 0, "eval": 0}, ""
+    uses = (("train", "training_file", "n_epochs", 1), ("eval", "validation_file", "n_evals", 0))
+    for use, name, times, default in uses:
+        if body.get(name):
+            file = find_file(server, body[name], name)
+            tokens[use] = count_training_tokens(file["bytes"], body.get(times) or default)
+            if not file["Processed"]:
+                reason = reason or f"{use}_file_not_validated"
+            elif file["processing_status"] != "COMPLETED":
+                reason = reason or f"{use}_file_invalid"
+    answer = {
+        "estimation_available": not reason,
+        "estimated_total_price": round(sum(tokens.values()) * TRAIN_PRICE / 1e6, 6),
+        "allowed_to_proceed": not reason,
+        "user_limit": 100.0,
+        "estimated_train_token_count": tokens["train"],
+        "estimated_eval_token_count": tokens["eval"],
+    }
+    return {**answer, "unavailable_reason": reason} if reason else answer
+
+
+@route("GET", "/v1/fine-tunes/models/limits", query=LIMIT_FIELDS)
+def get_training_limits(server: TogetherAiServer, request: Request) -> Any:
+    """Say within which limits a model can be trained."""
+    id = request.args.get("model_name") or request.args.get("model")
+    if not id:
+        raise ApiError("missing", param="model_name")
+    return {"model_name": use_trainable(server, id).id, **copy_json(LIMITS)}
+
+
+@route("GET", "/v1/fine-tunes/models/supported", query=LIMIT_FIELDS)
+def list_trainable(server: TogetherAiServer, request: Request) -> Any:
+    """List the models that can be trained."""
+    wanted = request.args.get("model_name")
+    ids = [model.id for model in list(server.models.values()) if model.type in TRAINABLE]
+    return {"models": [id for id in ids if wanted in (None, id)]}
+
+
+@route("GET", "/v1/finetune/download", query=DOWNLOAD_FIELDS)
+def download_model(server: TogetherAiServer, request: Request) -> Any:
+    """Return the archive of a trained model, or a range of it."""
+    args = request.args
+    job = server.fine_tunes.get(args.get("ft_id") or "")
+    step = args.get("checkpoint_step") or count_steps(job)
+    if job["status"] != "completed":
+        reason = "its model can be downloaded when it is completed"
+        raise ApiError(
+            "bad_state", noun="Fine-tune", id=job["id"], status=job["status"], reason=reason
+        )
+    if step not in list_steps(job, job["n_checkpoints"]):
+        raise ApiError("no_object", param="checkpoint_step", noun="Checkpoint", id=step)
+    weights = Draw.of("weights", [job["id"], step, args.get("checkpoint")]).take(65536)
+    config = {"base_model": job["model"], "name": job["model_output_name"], "step": step}
+    return serve_bytes(
+        request,
+        pack_archive({"config.json": ENCODE(config).encode(), "model.safetensors": weights}),
+        "application/x-tar",
+    )
+
+
+def pack_archive(files: dict[str, bytes]) -> bytes:
+    """Return a .tar.gz of some files, without times."""
+    import gzip  # only for downloads
+    import io
+    import tarfile
+
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name, data in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return gzip.compress(tar.getvalue(), 0, mtime=0)
+
+
+def training_spans(row: dict[str, Any], on_inputs: bool) -> list[tuple[str, bool]]:
+    """Return the texts of an example, each with whether the model learns from it."""
+    if "messages" in row:
+        return [
+            (message_text(message) + "\n", on_inputs or message["role"] == "assistant")
+            for message in row["messages"]
+        ]
+    if "prompt" in row:
+        return [(row["prompt"] + " ", on_inputs), (row["completion"], True)]
+    return [(str(row.get("text", "")), True)]
+
+
+def tokenize_row(row: dict[str, Any], on_inputs: bool, room: int) -> dict[str, Any]:
+    """Return an example as tokens; a label of -100 is not learned from."""
+    tokens: list[str] = []
+    labels: list[int] = []
+    spans: list[list[int]] = []
+    for text, trained in training_spans(row, on_inputs):
+        pieces = split_tokens(text)[: max(0, room - len(tokens))]
+        if trained and pieces:
+            spans.append([len(tokens), len(tokens) + len(pieces)])
+        tokens += pieces
+        labels += [token_id(piece) if trained else -100 for piece in pieces]
+    return {
+        "input_ids": [token_id(piece) for piece in tokens],
+        "labels": labels,
+        "tokens": tokens,
+        "num_tokens": len(tokens),
+        "num_trained_tokens": sum(label != -100 for label in labels),
+        "trained_spans": spans,
+        "truncated": len(tokens) == room,
+    }
+
+
+def tokenize_file(server: TogetherAiServer, id: str, count: int, on_inputs: bool) -> list[Any]:
+    """Return the first examples of a training file as tokens."""
+    lines = itertools.islice(read_lines(server.contents.get(id, b"")), count)
+    room = LIMITS["max_seq_length_sft"]
+    return [tokenize_row(parse_line(line), on_inputs, room) for _, line in lines]
+
+
+@route("POST", "/v1/fine-tunes/preview", body=PREVIEW_FIELDS)
+def preview_training(server: TogetherAiServer, request: Request) -> Any:
+    """Show the first examples of a training file as tokens."""
+    body = request.body
+    check_training_file(server, body["training_file"], "training_file", "sft")
+    report = server.files.get(body["training_file"])["validation_report"]
+    on_inputs = bool(body.get("train_on_inputs"))
+    return {
+        "dataset_format": report.get("dataset_format", "GENERAL").lower(),
+        "max_seq_length": LIMITS["max_seq_length_sft"],
+        "model": body["model"],
+        "rows": tokenize_file(server, body["training_file"], body.get("top_k") or 5, on_inputs),
+        "train_on_inputs": on_inputs,
+    }
+
+
+def tokenized_dataset(server: TogetherAiServer, id: str) -> bytes:
+    """Return the training examples of a job as JSON lines of tokens."""
+    job = server.fine_tunes.get(id)
+    rows = tokenize_file(server, job["training_file"], MAX_METRICS, job["train_on_inputs"] is True)
+    return b"".join([ENCODE(row).encode() + b"\n" for row in rows])
+
+
+@route("GET", "/v1/fine-tunes/{id}/download-tokenized-dataset")
+def get_tokenized_dataset(server: TogetherAiServer, request: Request) -> Any:
+    """Say where the tokens of a job's training file can be fetched."""
+    id = request.params["id"]
+    return {
+        "url": f"{request.origin}/__tokenized/{id}.jsonl",
+        "filename": f"{id}-tokenized.jsonl",
+        "size": len(tokenized_dataset(server, id)),
+        "content_type": "application/x-ndjson",
+        "expires_at": format_time(server.now() + 3600),
+    }
+
+
+@route("GET", "/__tokenized/{id}.jsonl", open=True)
+def serve_tokenized_dataset(server: TogetherAiServer, request: Request) -> Any:
+    """Serve the tokens of a job's training file; it needs no key."""
+    return serve_bytes(
+        request, tokenized_dataset(server, request.params["id"]), "application/x-ndjson"
+    )
+
+
+# --- Rerank
+
+RERANK_FIELDS = Fields(
+    Field("model", str, required=True, low=1),
+    Field("query", str, required=True),
+    Field("documents", list, required=True, low=1, high=MAX_INPUT_ITEMS, each=Field("", str, dict)),
+    Field("top_n", int, low=1),
+    Field("return_documents", bool),
+    Field("rank_fields", list, each=Field("", str)),
+)
+
+
+def document_text(document: Any, rank_fields: list[str] | None) -> str:
+    """Return what of a document is compared with the query."""
+    if type(document) is str:
+        return document
+    names = document if rank_fields is None else rank_fields
+    values = [document[name] for name in names if document.get(name) is not None]
+    return "\n".join([value if type(value) is str else ENCODE(value) for value in values])
+
+
+def score_documents(model: Model, query: str, texts: list[str]) -> list[float]:
+    """Return the likeness of each text to the query, from 0 to 1."""
+    wanted = embed(model, query, None)
+    return [round(min(1.0, likeness(wanted, embed(model, text, None))), 6) for text in texts]
+
+
+@route("POST", "/v1/rerank", body=RERANK_FIELDS, kind="rerank")
+def rerank(server: TogetherAiServer, request: Request) -> Any:
+    """Sort documents by their likeness to a query."""
+    body = request.body
+    model = use_model(server, body["model"], "rerank")
+    documents = body["documents"]
+    texts = [document_text(document, body.get("rank_fields")) for document in documents]
+    if request.script:
+        scores = (request.script["scores"] + [0.0] * len(texts))[: len(texts)]
+    else:
+        scores = score_documents(model, body["query"], texts)
+    draw = Draw.of("rerank", [model.id, body["query"], documents])
+    request.id = draw_id(draw)
+    shown = [{"text": item if type(item) is str else ENCODE(item)} for item in documents]
+    best = sorted(range(len(scores)), key=lambda index: -scores[index])
+    tokens = sum(map(count_tokens, texts)) + count_tokens(body["query"]) * len(texts)
+    return {
+        "object": "rerank",
+        "id": draw_uuid(draw),
+        "model": model.id,
+        "results": [
+            {
+                "index": index,
+                "relevance_score": scores[index],
+                "document": shown[index] if body.get("return_documents") else {},
+            }
+            for index in best[: body.get("top_n")]
+        ],
+        "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
+    }
+
+
+# --- Audio
+
+SPEECH_FIELDS = Fields(
+    Field("model", str, required=True, low=1),
+    Field("input", str, required=True, low=1, high=MAX_SPEECH_CHARACTERS),
+    Field("voice", str, required=True),
+    Field("response_format", str, choices=("wav", "mp3", "raw", "pcm")),
+    Field("response_encoding", str, choices=("pcm_f32le", "pcm_s16le", "pcm_mulaw", "pcm_alaw")),
+    *(Field(name, str) for name in ("language", "instructions")),
+    Field("sample_rate", int, low=8000, high=48000),
+    Field("bit_rate", int, choices=(32000, 64000, 96000, 128000, 192000)),
+    Field("stream", bool),
+    Field("extra_params", dict),
+    Field("speed", float, low=0.25, high=4),
+)
+SPEECH_FACTS = ("model", "input", "voice", "language", "extra_params", "speed", "instructions")
+SPEECH_EVENT_MS = 250  # of sound in one event of a stream
+SPEECH_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg"}  # without parameters: Python 1.x compares
+MP3_SILENCE = {32000: 0x10, 64000: 0x50, 96000: 0x70, 128000: 0x90, 192000: 0xB0}  # rate's bits
+
+
+def make_silent_mp3(seconds: float, bit_rate: int) -> bytes:
+    """Return a playable MP3 (44.1 kHz, mono) of that length without sound."""
+    frame = bytes([0xFF, 0xFB, MP3_SILENCE[bit_rate], 0xC0])
+    return frame.ljust(144 * bit_rate // 44100, b"\0") * int(seconds * 44100 / 1152 + 1)
+
+
+def speech_rate(body: dict[str, Any]) -> int:
+    """Return the samples a second that were asked for, or the model's own."""
+    rate: int = body.get("sample_rate") or (44100 if "cartesia" in body["model"] else 24000)
+    return rate
+
+
+def speech_events(model: str, sound: bytes, size: int) -> Iterator[dict[str, Any]]:
+    """Yield sound in pieces, each with the keys of the older and of the newer documentation."""
+    for start in range(0, len(sound) or 1, size):
+        piece = base64.b64encode(sound[start : start + size]).decode()
+        delta = {"type": "conversation.item.audio_output.delta", "item_id": "tts_1", "delta": piece}
+        yield {"object": "audio.tts.chunk", "model": model, "b64": piece, **delta}
+
+
+def speak(draw: Draw, body: dict[str, Any], form: str) -> bytes:
+    """Hum a text and return the file, or the samples alone."""
+    rate, text = speech_rate(body), body["input"]
+    if form == "wav":
+        return wrap_wav(make_speech(draw, text, rate, "pcm_s16le"), rate, "pcm_s16le")
+    if form == "mp3":
+        return make_silent_mp3(len(text) * CHARACTER_MS / 1000, body.get("bit_rate") or 128000)
+    return make_speech(draw, text, rate, body.get("response_encoding") or "pcm_f32le")
+
+
+@route("POST", "/v1/audio/speech", body=SPEECH_FIELDS, kind="speech")
+def create_speech(server: TogetherAiServer, request: Request) -> Any:
+    """Hum a text: WAV or raw samples, whole or as a stream; an MP3 is silent."""
+    body, script = request.body, request.script
+    form = body.get("response_format") or ("raw" if body.get("stream") else "wav")
+    if body.get("stream") and form not in ("raw", "pcm"):
+        raise refuse_value("response_format", "must be raw where stream is true", form)
+    model = use_model(server, body["model"], "audio")
+    draw = Draw.of("speech", {name: body[name] for name in SPEECH_FACTS if body.get(name)})
+    request.id = draw_id(draw)
+    sound = script["audio"] if script else speak(draw, body, form)
+    if body.get("stream"):
+        _, width, _ = ENCODINGS[body.get("response_encoding") or "pcm_f32le"]
+        size = speech_rate(body) * SPEECH_EVENT_MS // 1000 * width
+        return Events(speech_events(model.id, sound, size))
+    if script:
+        form = script["format"] or form
+    kind = (script or {}).get("content_type") or SPEECH_TYPES.get(form, "application/octet-stream")
+    return Reply(sound, content_type=kind)
+
+
+DETAILS = ("segment", "word")
+DETAIL = Field("", str, choices=DETAILS)
+TRANSCRIPTION_FIELDS = Fields(
+    Field("file", Upload, str, required=True),
+    *(Field(name, str) for name in ("model", "language", "prompt")),
+    Field("response_format", str, choices=("json", "verbose_json", "text", "srt", "vtt")),
+    Field("temperature", float, low=0, high=1),
+    Field("timestamp_granularities", str, list, choices=DETAILS, each=DETAIL),
+    Field("diarize", bool),
+    Field("min_speakers", int, low=1, high=MAX_SPEAKERS),
+    Field("max_speakers", int, low=1, high=MAX_SPEAKERS),
+)
+TRANSCRIPTION_FACTS = ("model", "language", "prompt", "temperature")
+SEGMENT_WORDS = 10
+WORDS_A_SECOND = 2.5
+
+
+def punctuate(words: list[str]) -> list[str]:
+    """Make a sentence of each segment's words."""
+    last = len(words) - 1
+    return [
+        (word if index % SEGMENT_WORDS else word.capitalize())
+        + ("." if index % SEGMENT_WORDS == SEGMENT_WORDS - 1 or index == last else "")
+        for index, word in enumerate(words)
+    ]
+
+
+def hear(body: dict[str, Any], task: str) -> tuple[list[str], float]:
+    """Return the words that an audio's bytes (or its URL) stand for, and its seconds."""
+    file = body["file"]
+    data = file.encode("utf-8", "replace") if type(file) is str else file.data
+    if not data:
+        raise ApiError("invalid", param="file", reason="is empty")
+    facts = {name: body[name] for name in TRANSCRIPTION_FACTS if body.get(name) is not None}
+    draw = Draw.of(task, [facts, hashlib.sha256(data).hexdigest()])
+    seconds = 5.0 + draw.below(56) if type(file) is str else audio_seconds(data)
+    seconds = round(min(max(seconds, 0.4), MAX_AUDIO_SECONDS), 2)
+    words = make_words(draw.child("words"), max(1, round(seconds * WORDS_A_SECOND)))
+    return punctuate(words), seconds
+
+
+def time_words(words: list[str], seconds: float) -> list[dict[str, Any]]:
+    """Spread words over the time, by their letters."""
+    ends = list(itertools.accumulate(len(word) + 1 for word in words))
+    times = [round(seconds * end / ends[-1], 2) for end in [0, *ends]]
+    return [
+        {"word": word, "start": start, "end": end}
+        for word, start, end in zip(words, times, times[1:])
+    ]
+
+
+def make_segments(words: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Group timed words."""
+    segments = []
+    for id in range(-(-len(words) // SEGMENT_WORDS)):
+        part = words[id * SEGMENT_WORDS : (id + 1) * SEGMENT_WORDS]
+        text = " ".join([word["word"] for word in part])
+        segments.append({"id": id, "start": part[0]["start"], "end": part[-1]["end"], "text": text})
+    return segments
+
+
+def name_speakers(body: dict[str, Any], answer: dict[str, Any]) -> None:
+    """Let speakers take turns, a segment each, and name them at every word."""
+    fewest = body.get("min_speakers") or 1
+    speakers = max(fewest, min(2, body.get("max_speakers") or 2))
+    answer["speaker_segments"] = []
+    for segment in answer["segments"]:
+        at = segment["id"] * SEGMENT_WORDS
+        speaker = f"SPEAKER_{segment['id'] % speakers:02}"
+        words = answer["words"][at : at + SEGMENT_WORDS]
+        for word in words:
+            word["speaker_id"] = speaker
+        answer["speaker_segments"].append({**segment, "speaker_id": speaker, "words": words})
+
+
+def compose_transcript(request: Request, task: str) -> dict[str, Any]:
+    """Write down an audio in the most verbose form; a fixture may say all or some of it."""
+    body, script = request.body, request.script or {}
+    words, seconds = hear(body, task)
+    seconds = script.get("duration") or seconds
+    timed = time_words(script["text"].split() or [""] if script else words, seconds)
+    language = body.get("language") or "en"
+    answer = {
+        "task": task,
+        "language": "en" if language == "auto" else language,
+        "duration": seconds,
+        "text": " ".join([word["word"] for word in timed]),
+        "segments": make_segments(timed),
+        "words": timed,
+    }
+    if body.get("diarize"):
+        name_speakers(body, answer)
+    return {name: script.get(name) or value for name, value in answer.items()}
+
+
+def write_subtitles(segments: list[dict[str, Any]], form: str) -> str:
+    """Return the segments as an SRT or WebVTT file."""
+    blocks = [] if form == "srt" else ["WEBVTT\n"]
+    for segment in segments:
+        times = [round(segment[name] * 1000) for name in ("start", "end")]
+        clocks = [
+            f"{ms // 3600000:02}:{ms // 60000 % 60:02}:{ms // 1000 % 60:02}.{ms % 1000:03}"
+            for ms in times
+        ]
+        line = " --> ".join(clocks)
+        line = f"{segment['id'] + 1}\n{line.replace('.', ',')}" if form == "srt" else line
+        blocks.append(f"{line}\n{segment['text']}\n")
+    return "\n".join(blocks)
+
+
+def shape_transcript(request: Request, task: str) -> Any:
+    """Return a transcript in the form asked for."""
+    body = request.body
+    answer = compose_transcript(request, task)
+    form = body.get("response_format") or "json"
+    if form == "json":
+        return {"text": answer["text"]}
+    if form == "verbose_json":
+        asked = body.get("timestamp_granularities") or ()
+        if "word" not in ([asked] if type(asked) is str else asked) and not body.get("diarize"):
+            del answer["words"]
+        return answer
+    text = answer["text"] + "\n" if form == "text" else write_subtitles(answer["segments"], form)
+    return Reply(text.encode(), content_type="text/plain; charset=utf-8")
+
+
+@route(
+    "POST", "/v1/audio/transcriptions", body=TRANSCRIPTION_FIELDS, kind="transcription",
+    max_bytes=MAX_AUDIO_BYTES,
+)  # fmt: skip
+def create_transcription(server: TogetherAiServer, request: Request) -> Any:
+    """Write down what an audio file says: words drawn from its bytes."""
+    return shape_transcript(request, "transcribe")
+
+
+@route(
+    "POST", "/v1/audio/translations", body=TRANSCRIPTION_FIELDS, kind="translation",
+    max_bytes=MAX_AUDIO_BYTES,
+)  # fmt: skip
+def create_translation(server: TogetherAiServer, request: Request) -> Any:
+    """Write down in another language what an audio file says."""
+    return shape_transcript(request, "translate")
+
+
+SPEECH_VOICES = {  # by the start of a model's id; documented examples
+    "cartesia/": ("friendly sidekick", "british reading lady", "newsman", "storyteller lady"),
+    "hexgrad/": ("af_alloy", "af_bella", "af_heart", "am_adam", "am_michael", "bf_emma"),
+    "canopylabs/": ("tara", "leah", "jess", "leo", "dan", "mia", "zac", "zoe"),
+}
+
+
+@route("GET", "/v1/voices", query=Fields(Field("model", str)))
+def list_voices(server: TogetherAiServer, request: Request) -> Any:
+    """List the voices of each speech model."""
+    wanted = request.args.get("model")
+    models = [id for id, model in server.models.items() if model.type == "audio"]
+    return {
+        "data": [
+            {"model": id, "voices": [{"id": voice, "name": voice} for voice in voices]}
+            for id in models
+            for start, voices in SPEECH_VOICES.items()
+            if id.startswith(start) and wanted in (None, id)
+        ]
+    }
+
+
+# --- Videos
+
+FRAME_FIELDS = Fields(Field("input_image", str, required=True))
+CLIP = Field("", dict, fields=Fields(Field("video", str, required=True)))
+REFERENCES = (
+    Field("frame_images", list, each=Field("", dict, fields=FRAME_FIELDS)),
+    Field("reference_images", list, each=Field("", str)),
+)
+MEDIA_FIELDS = Fields(
+    *REFERENCES,
+    *(Field(name, list, each=CLIP) for name in ("frame_videos", "reference_videos")),
+    Field("source_video", str, dict, fields=CLIP.fields),
+    Field("audio_inputs", list, each=Field("", str, dict)),
+)
+VIDEO_FIELDS = Fields(
+    Field("model", str, required=True, low=1),
+    Field("prompt", str, low=1, high=32000),
+    *(Field(name, int, low=0, high=MAX_IMAGE_SIDE) for name in ("width", "height")),
+    *(Field(name, str) for name in ("resolution", "ratio", "negative_prompt")),
+    Field("seconds", str, int),
+    Field("fps", int, low=0, high=MAX_FPS),
+    Field("steps", int, low=10, high=50),
+    *(Field(name, int) for name in ("seed", "output_quality")),
+    Field("guidance_scale", float),
+    Field("output_format", str, choices=("MP4", "WEBM")),
+    Field("generate_audio", bool),
+    Field("media", dict, fields=MEDIA_FIELDS),
+    *REFERENCES,
+    Field("size", str),  # OpenAI's clients send this and the next
+    Field("input_reference", Upload, str),
+)
+VIDEO_FACTS = (
+    "model", "prompt", "steps", "seed", "guidance_scale", "output_quality", "negative_prompt",
+    "media", "frame_images", "reference_images",
+)  # fmt: skip
+VIDEO_LADDER = ("in_progress", "completed")
+VIDEO_URL = re.compile(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4", re.ASCII)
+
+
+def read_counts(pattern: str, text: Any, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the numbers of a text such as `720p`; the default where it is none, or holds a 0."""
+    found = re.fullmatch(pattern, str(text), re.ASCII)
+    counts = tuple(map(int, found.groups())) if found else default
+    return counts if all(counts) else default
+
+
+def read_video_size(body: dict[str, Any]) -> tuple[int, int]:
+    """Return width and height from whichever fields give them (default: 1366 by 768)."""
+    given = (body.get("width") or 0, body.get("height") or 0)
+    width, height = read_counts(r"(\d{1,4})x(\d{1,4})", body.get("size"), given)
+    across, down = read_counts(r"(\d{1,3}):(\d{1,3})", body.get("ratio"), (16, 9))
+    if not (width or height):
+        (lines,) = read_counts(r"(\d{1,4})[pP]", body.get("resolution"), (768,))
+        width, height = (0, lines) if across >= down else (lines, 0)
+    width = width or -(-height * across // (2 * down)) * 2
+    height = height or -(-width * down // (2 * across)) * 2
+    sides = [max(MIN_IMAGE_SIDE, min(side, MAX_IMAGE_SIDE)) for side in (width, height)]
+    return sides[0], sides[1]
+
+
+def video_outputs(origin: str, facts: Any, job: dict[str, Any], fps: int) -> dict[str, Any]:
+    """Return where a video will be served; the URL holds all there is to know about it."""
+    name = f"{draw_letters(Draw.of('video', facts), 16)}-{job['size']}-{job['seconds']}s{fps}.mp4"
+    return {"cost": 0, "video_url": f"{origin}/shrt/videos/{name}"}
+
+
+@stored("videos")
+def video_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
+    """Complete a video job."""
+    id = item.get("id") or server.next_id("video-")
+    job = {"size": "1366x768", "seconds": str(DEFAULT_VIDEO_SECONDS), "status": "in_progress"}
+    job.update(item)
+    now = server.now()
+    return {
+        "id": id,
+        "object": "video",
+        "model": "minimax/hailuo-02",
+        "created_at": now,
+        "completed_at": now if job["status"] == "completed" else None,
+        "outputs": video_outputs(server.url, id, job, DEFAULT_FPS),
+        "error": None,
+        **job,
+    }
+
+
+def enter_video(server: TogetherAiServer, job: dict[str, Any], rung: str) -> dict[str, Any]:
+    """Note when a video was completed, or why it was not."""
+    if rung == "failed":
+        return {"error": job["error"] or {"code": None, "message": "The video failed"}}
+    return {"completed_at": server.now()}
+
+
+def show_video(job: dict[str, Any]) -> dict[str, Any]:
+    """Return a video job, with its outputs once it is completed."""
+    done = job["status"] == "completed"
+    return {**job, "outputs": job["outputs"] if done else None, "progress": 100 if done else 0}
+
+
+def script_video(job: dict[str, Any], script: dict[str, Any]) -> None:
+    """Give a new job what a fixture says of it."""
+    job["id"] = script["id"]
+    if script.get("url"):
+        job["outputs"]["video_url"] = script["url"]
+    if script.get("error"):
+        job["error"] = {"code": None, "message": script["error"]}
+
+
+@route("POST", "/v2/videos", body=VIDEO_FIELDS, kind="video", max_bytes=MAX_AUDIO_BYTES)
+def create_video(server: TogetherAiServer, request: Request) -> Any:
+    """Start a video; it is completed when it is first retrieved."""
+    body = request.body
+    model = use_model(server, body["model"], "video")
+    width, height = read_video_size(body)
+    (seconds,) = read_counts(r"(\d{1,2})", body.get("seconds"), (DEFAULT_VIDEO_SECONDS,))
+    facts = {name: body[name] for name in VIDEO_FACTS if body.get(name) is not None}
+    job: dict[str, Any] = {
+        "model": model.id,
+        "size": f"{width}x{height}",
+        "seconds": str(min(seconds, MAX_VIDEO_SECONDS)),
+    }
+    fps = body.get("fps") or DEFAULT_FPS
+    job["outputs"] = video_outputs(request.origin or server.url, facts, job, fps)
+    if request.script:
+        script_video(job, request.script)
+    job = server.store("videos", job)
+    return show_video(start_job(server, request, server.videos, job, VIDEO_LADDER, enter_video))
+
+
+@route("GET", "/v2/videos/{id}")
+def get_video(server: TogetherAiServer, request: Request) -> Any:
+    """Describe a video, and take it one step on."""
+    id = request.params["id"]
+    return show_video(climb_job(server, server.videos, id, VIDEO_LADDER, enter_video))
+
+
+def serve_video(request: Request, name: str) -> Reply:
+    """Return the file that the last part of a URL describes."""
+    found = VIDEO_URL.fullmatch(name)
+    facts = [int(number) for number in found.groups()[1:]] if found else [0, 0, 0, 0]
+    limits = (MAX_IMAGE_SIDE, MAX_IMAGE_SIDE, MAX_VIDEO_SECONDS, MAX_FPS)
+    if found is None or not all(0 < fact <= limit for fact, limit in zip(facts, limits)):
+        raise ApiError("no_object", param="name", noun="Video", id=name[:100])
+    width, height, seconds, fps = facts
+    draw = Draw(hashlib.sha256(found.group(1).encode()).digest())
+    return serve_bytes(request, make_video(draw, width, height, seconds, fps), "video/mp4")
+
+
+@route("GET", "/v2/videos/{id}/content")
+def get_video_content(server: TogetherAiServer, request: Request) -> Any:
+    """Send the file of a completed video, as OpenAI's clients ask for it."""
+    job = server.videos.get(request.params["id"])
+    if job["status"] != "completed":
+        reason = "only a completed one has content"
+        raise ApiError("bad_state", noun="Video", id=job["id"], status=job["status"], reason=reason)
+    return serve_video(request, job["outputs"]["video_url"].rpartition("/")[2])
+
+
+@route("GET", "/shrt/videos/{name}", open=True)
+def get_video_file(server: TogetherAiServer, request: Request) -> Any:
+    """Serve a video that an answer pointed to; it needs no key."""
+    return serve_video(request, request.params["name"])
+
+
+# --- Evaluations
+
+JUDGE_ROWS = (
+    *(Field(name, str, required=True, low=1) for name in ("model", "system_template")),
+    Field("model_source", str, required=True, choices=("serverless", "dedicated", "external")),
+    *(Field(name, str) for name in ("external_api_token", "external_base_url")),
+    *(Field(name, int, low=1) for name in ("num_workers", "max_tokens")),
+    Field("temperature", float, low=0, high=2),
+)
+EXTERNAL_FIELDS = Fields(
+    *(Field(name, str, required=True) for name in ("external_api_token", "external_base_url"))
+)
+JUDGED_FIELDS = Fields(
+    *JUDGE_ROWS,
+    Field("input_template", str, required=True),
+    Field("max_tokens", int, required=True, low=1),
+    Field("temperature", float, required=True, low=0, high=2),
+)
+DATA_ROWS = (
+    Field("judge", dict, required=True, fields=Fields(*JUDGE_ROWS)),
+    Field("input_data_file_path", str, required=True, low=1),
+)
+JUDGED = Field("model_to_evaluate", str, dict, fields=JUDGED_FIELDS)
+EVALUATION_FIELDS = Fields(
+    Field("type", str, required=True, choices=("classify", "score", "compare")),
+    Field("parameters", dict, required=True),
+)
+MODELS_JUDGED = ("model_to_evaluate", "model_a", "model_b")
+EVALUATION_LADDER = ("pending", "queued", "running", "completed")
+LIST_EVALUATIONS = Fields(Field("status", str), Field("limit", int, low=0))
+
+
+def percent(part: int, whole: int) -> float:
+    """Return a share with two decimals, 0 of nothing."""
+    return round(100 * part / whole, 2) if whole else 0.0
+
+
+def count_labels(verdicts: list[Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    """Sum up a classification."""
+    counts = {label: verdicts.count(label) for label in parameters["labels"]}
+    passed = sum(counts.get(label, 0) for label in set(parameters["pass_labels"]))
+    share = percent(passed, len(verdicts))
+    return {"invalid_label_count": 0, "label_counts": counts, "pass_percentage": share}
+
+
+def average_scores(verdicts: list[Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    """Sum up scores."""
+    count = len(verdicts) or 1
+    mean = sum(verdicts) / count
+    variance = sum((score - mean) ** 2 for score in verdicts) / count
+    passed = sum(score >= parameters["pass_threshold"] for score in verdicts)
+    scores = {
+        "mean_score": round(mean, 4),
+        "std_score": round(variance**0.5, 4),
+        "pass_percentage": percent(passed, len(verdicts)),
+    }
+    return {"aggregated_scores": scores, "failed_samples": 0, "invalid_score_count": 0}
+
+
+def count_wins(verdicts: list[Any], parameters: dict[str, Any]) -> dict[str, Any]:
+    """Sum up comparisons."""
+    names = {"A_wins": "A", "B_wins": "B", "Ties": "Tie"}
+    return {name: verdicts.count(verdict) for name, verdict in names.items()}
+
+
+# type: its own parameters, a drawn verdict on one row, and the sum of the verdicts
+EVALUATIONS: dict[str, tuple[Fields, Callable[[Draw, Any], Any], Callable[[Any, Any], Any]]] = {
+    "classify": (
+        Fields(
+            *DATA_ROWS,
+            JUDGED,
+            Field("labels", list, required=True, low=1, each=Field("", str)),
+            Field("pass_labels", list, required=True, each=Field("", str)),
+        ),
+        lambda draw, p: draw.pick(p["labels"]),
+        count_labels,
+    ),
+    "score": (
+        Fields(
+            *DATA_ROWS,
+            JUDGED,
+            *(
+                Field(name, float, required=True)
+                for name in ("min_score", "max_score", "pass_threshold")
+            ),
+        ),
+        lambda draw, p: round(p["min_score"] + draw.unit() * (p["max_score"] - p["min_score"]), 2),
+        average_scores,
+    ),
+    "compare": (
+        Fields(
+            *DATA_ROWS,
+            *(Field(name, str, dict, fields=JUDGED_FIELDS) for name in ("model_a", "model_b")),
+            Field("disable_position_bias_correction", bool),
+        ),
+        lambda draw, p: draw.pick(("A", "A", "B", "B", "Tie")),
+        count_wins,
+    ),
+}
+
+
+def read_rows(server: TogetherAiServer, id: str) -> list[dict[str, Any]]:
+    """Return the rows of a stored JSONL or CSV file."""
+    if id not in server.contents:
+        raise ApiError("no_object", param="input_data_file_path", noun="File", id=id)
+    data = server.contents[id]
+    if server.files.get(id)["FileType"] == "csv":
+        import csv  # rare
+
+        return list(csv.DictReader(data.decode("utf-8", "replace").splitlines()))
+    return [parse_line(line) for _, line in read_lines(data)]
+
+
+def judge_row(draw: Draw, job: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with what models that had to answer wrote, a verdict and its reason."""
+    parameters = job["parameters"]
+    judged = dict(row)
+    for name in MODELS_JUDGED:
+        if type(parameters.get(name)) is dict:
+            judged[f"{name}_output"] = make_text(draw.child(name), 2)
+    judged["verdict"] = EVALUATIONS[job["type"]][1](draw.child("verdict"), parameters)
+    judged["feedback"] = make_text(draw.child("feedback"), 1)
+    return judged
+
+
+def evaluate(server: TogetherAiServer, job: dict[str, Any]) -> dict[str, Any]:
+    """Judge every row of the data and store the outcome; bad data is the user's error."""
+    parameters = job["parameters"]
+    try:
+        rows = read_rows(server, parameters["input_data_file_path"])
+    except ApiError as error:
+        return {"status": "user_error", "results": {"error": error.message}}
+    facts = {name: parameters[name] for name in parameters if name != "input_data_file_path"}
+    source = Draw.of("evaluation", [job["type"], facts])
+    judged = [judge_row(source.child(ENCODE(row)), job, row) for row in rows]
+    lines = "".join(ENCODE(row) + "\n" for row in judged)
+    name = f"{job['workflow_id']}_results.jsonl"
+    file = server.store("files", {"filename": name, "purpose": "eval-output", "content": lines})
+    summary = EVALUATIONS[job["type"]][2]([row["verdict"] for row in judged], parameters)
+    counts = {"generation_fail_count": 0, "judge_fail_count": 0, "result_file_id": file["id"]}
+    return {"results": {**summary, **counts}}
+
+
+@stored("evaluations")
+def evaluation_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
+    """Complete an evaluation job."""
+    now = format_time(server.now())
+    status = item.get("status", "pending")
+    return {
+        "workflow_id": server.next_id("eval-")[:9] + f"-{server.now()}",
+        "type": "classify",
+        "owner_id": USER_ID,
+        "status": status,
+        "status_updates": [{"status": status, "message": f"Job is {status}", "timestamp": now}],
+        "parameters": {},
+        "created_at": now,
+        "updated_at": now,
+        "results": None,
+        **item,
+    }
+
+
+def note_status(
+    server: TogetherAiServer, job: dict[str, Any], status: str, changes: dict[str, Any]
+) -> dict[str, Any]:
+    """Add to the changes of a job what its history says of them."""
+    now = format_time(server.now())
+    update = {"status": status, "message": f"Job is {status}", "timestamp": now}
+    return {"updated_at": now, "status_updates": [*job["status_updates"], update], **changes}
+
+
+def enter_evaluation(server: TogetherAiServer, job: dict[str, Any], rung: str) -> dict[str, Any]:
+    """Judge the data when the job is to complete."""
+    changes = evaluate(server, job) if rung == "completed" else {}
+    if rung in ("error", "user_error"):
+        changes = {"results": {"error": f"The evaluation was scripted to end as {rung}."}}
+    return note_status(server, job, changes.get("status", rung), changes)
+
+
+def show_evaluation(request: Request, job: dict[str, Any]) -> dict[str, Any]:
+    """Return a job; the generated clients want the counts of labels as JSON text."""
+    counts = (job["results"] or {}).get("label_counts")
+    if is_stainless(request) and counts is not None:
+        job["results"]["label_counts"] = ENCODE(counts)
+    return job
+
+
+def check_evaluation(type: str, parameters: dict[str, Any]) -> None:
+    """Check the parameters of a type, and the rules between them."""
+    EVALUATIONS[type][0].check(parameters, "parameters.")
+    for name in ("judge", *MODELS_JUDGED):
+        model = parameters.get(name)
+        if isinstance(model, dict) and model["model_source"] == "external":
+            EXTERNAL_FIELDS.check(model, f"parameters.{name}.")
+            del model["external_api_token"]  # no answer shows it
+    passing = parameters.get("pass_labels")
+    if type == "classify" and not set(passing or ()) <= set(parameters["labels"]):
+        raise refuse_value("parameters.pass_labels", "must be among the labels", passing)
+    if type == "score" and parameters["min_score"] >= parameters["max_score"]:
+        high = parameters["max_score"]
+        raise refuse_value("parameters.max_score", "must be above min_score", high)
+
+
+@route("POST", "/v1/evaluation", body=EVALUATION_FIELDS)
+@route("POST", "/v1/evaluations", body=EVALUATION_FIELDS)
+def create_evaluation(server: TogetherAiServer, request: Request) -> Any:
+    """Start to judge the rows of a data file."""
+    type, parameters = request.body["type"], copy_json(request.body["parameters"])
+    check_evaluation(type, parameters)
+    job = server.store("evaluations", {"type": type, "parameters": parameters})
+    start_job(server, request, server.evaluations, job, EVALUATION_LADDER, enter_evaluation)
+    return {"workflow_id": job["workflow_id"], "status": "pending"}
+
+
+@route("GET", "/v1/evaluation", query=LIST_EVALUATIONS)
+@route("GET", "/v1/evaluations", query=LIST_EVALUATIONS)
+def list_evaluations(server: TogetherAiServer, request: Request) -> Any:
+    """List evaluations, newest first; they do not move."""
+    status = request.args.get("status")
+    jobs = [job for job in server.evaluations if status in (None, job["status"])]
+    return [show_evaluation(request, job) for job in jobs[: request.args.get("limit") or 10]]
+
+
+@route("GET", "/v1/evaluation/model-list", query=Fields(Field("model_source", str)))
+@route("GET", "/v1/evaluations/model-list", query=Fields(Field("model_source", str)))
+def list_judges(server: TogetherAiServer, request: Request) -> Any:
+    """Name the models that can judge."""
+    return {"model_list": [id for id, model in server.models.items() if model.type == "chat"]}
+
+
+@route("GET", "/v1/evaluation/{id}")
+@route("GET", "/v1/evaluations/{id}")
+def get_evaluation(server: TogetherAiServer, request: Request) -> Any:
+    """Describe an evaluation, and take it one step on."""
+    jobs, id = server.evaluations, request.params["id"]
+    return show_evaluation(
+        request, climb_job(server, jobs, id, EVALUATION_LADDER, enter_evaluation)
+    )
+
+
+@route("GET", "/v1/evaluation/{id}/status")
+@route("GET", "/v1/evaluations/{id}/status")
+def get_evaluation_status(server: TogetherAiServer, request: Request) -> Any:
+    """Return status and results of an evaluation, and take it one step on."""
+    job = get_evaluation(server, request)
+    return {"status": job["status"], "results": job["results"]}
+
+
+# --- Dedicated endpoints
+
+AUTOSCALING_FIELDS = Fields(
+    *(Field(name, int, required=True, low=0) for name in ("min_replicas", "max_replicas"))
+)
+CHANGE_FIELDS = Fields(
+    Field("display_name", str),
+    Field("state", str, choices=("STARTED", "STOPPED")),
+    Field("autoscaling", dict, fields=AUTOSCALING_FIELDS),
+    Field("inactive_timeout", int, low=0),
+)
+ENDPOINT_FIELDS = Fields(
+    *CHANGE_FIELDS.values(),
+    *(Field(name, str, required=True, low=1) for name in ("model", "hardware")),
+    Field("autoscaling", dict, required=True, fields=AUTOSCALING_FIELDS),
+    *(Field(f"disable_{name}", bool) for name in ("prompt_cache", "speculative_decoding")),
+    Field("availability_zone", str),
+)
+LIST_ENDPOINTS = Fields(
+    Field("type", str, choices=("dedicated", "serverless")),
+    Field("usage_type", str, choices=("on-demand", "reserved")),
+    Field("mine", bool),
+)
+ADAPTER_FIELDS = Fields(Field("model_id", str, required=True, low=1))
+ENDPOINT_LADDER = ("PENDING", "STARTING", "STARTED")
+AVAILABILITY_ZONES = ["us-central-4b", "us-east-1a", "us-west-2b"]
+HARDWARE = (  # GPU, its GB, link, cents a minute for one, how many; prices chosen
+    ("h100", 80, "sxm", 5.65, (1, 2, 4, 8)),
+    ("a100", 80, "sxm", 4.28, (1, 2, 4, 8)),
+    ("l40s", 48, "pcie", 3.5, (1, 2)),
+)
+
+
+def add_model(server: TogetherAiServer, name: str, base: str) -> None:
+    """Put a model that answers as another does into the catalogue."""
+    like = server.models.get(base) or Model("chat", base)
+    model = Model(like.type, name, USER, name, like.context_length, thinks=like.thinks)
+    model.dimensions = like.dimensions
+    server.models[name] = model
+
+
+def enter_endpoint(server: TogetherAiServer, endpoint: dict[str, Any], state: str) -> Any:
+    """Let an endpoint answer while it is started."""
+    if state == "STARTED":
+        add_model(server, endpoint["name"], endpoint["model"])
+    else:
+        server.models.pop(endpoint["name"], None)
+    return {}
+
+
+@stored("endpoints")
+def endpoint_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
+    """Complete an endpoint; a started one answers under its name."""
+    id = item.get("id") or server.next_id("endpoint-")
+    model = item.get("model", "meta-llama/Llama-3.3-70B-Instruct-Turbo")
+    name = f"{USER}/{model}-{Draw.of('endpoint', id).hex(8)}"
+    endpoint = {
+        "object": "endpoint",
+        "id": id,
+        "name": name,
+        "display_name": name,
+        "model": model,
+        "hardware": "1x_nvidia_h100_80gb_sxm",
+        "type": "dedicated",
+        "owner": USER,
+        "state": "PENDING",
+        "autoscaling": {"min_replicas": 1, "max_replicas": 1},
+        "inactive_timeout": None,
+        "created_at": format_time(server.now()),
+        **item,
+    }
+    return {**endpoint, **enter_endpoint(server, endpoint, endpoint["state"])}
+
+
+def list_serverless(server: TogetherAiServer) -> list[dict[str, Any]]:
+    """Return the catalogue in the form of endpoints."""
+    return [
+        {
+            "object": "endpoint",
+            "id": model_object(model)["uuid"],
+            "name": model.id,
+            "model": model.id,
+            "type": "serverless",
+            "owner": "together",
+            "state": "STARTED",
+            "created_at": format_time(model.created),
+        }
+        for model in server.models.values()
+        if model.organization != USER
+    ]
+
+
+@route("GET", "/v1/endpoints", query=LIST_ENDPOINTS)
+def list_endpoints(server: TogetherAiServer, request: Request) -> Any:
+    """List the dedicated endpoints, newest first, then the serverless ones."""
+    own, public = server.endpoints.list(), list_serverless(server)
+    wanted = request.args.get("type")
+    if request.args.get("mine") or request.args.get("usage_type"):
+        public = []
+    if request.args.get("usage_type") == "reserved":
+        own = []
+    items = [item for item in own + public if wanted in (None, item["type"])]
+    return {"object": "list", "data": items}
+
+
+@route("POST", "/v1/endpoints", body=ENDPOINT_FIELDS)
+def create_endpoint(server: TogetherAiServer, request: Request) -> Any:
+    """Create an endpoint; it is pending, then starting, then started."""
+    use_model(server, request.body["model"], "chat")
+    kept = ("model", "hardware", "autoscaling", "display_name", "inactive_timeout")
+    item = {name: request.body[name] for name in kept if request.body.get(name) is not None}
+    if request.body.get("state") == "STOPPED":
+        item["state"] = "STOPPED"
+    jobs, endpoint = server.endpoints, server.store("endpoints", item)
+    return start_job(server, request, jobs, endpoint, ENDPOINT_LADDER, enter_endpoint)
+
+
+@route("GET", "/v1/endpoints/{id}")
+def get_endpoint(server: TogetherAiServer, request: Request) -> Any:
+    """Describe an endpoint, and take it one step on."""
+    id = request.params["id"]
+    return climb_job(server, server.endpoints, id, ENDPOINT_LADDER, enter_endpoint)
+
+
+@route("PATCH", "/v1/endpoints/{id}", body=CHANGE_FIELDS)
+def update_endpoint(server: TogetherAiServer, request: Request) -> Any:
+    """Start or stop an endpoint, or change its settings."""
+    endpoint = server.endpoints.get(request.params["id"])
+    body = request.body
+    changes = {name: body[name] for name in CHANGE_FIELDS if body.get(name) is not None}
+    if changes.get("state") == "STARTED":  # one that is not stopped goes on as it is
+        running = endpoint["state"] in ENDPOINT_LADDER
+        changes["state"] = endpoint["state"] if running else ENDPOINT_LADDER[0]
+    endpoint = server.endpoints.update(endpoint["id"], **changes)
+    enter_endpoint(server, endpoint, endpoint["state"])
+    return endpoint
+
+
+@route("DELETE", "/v1/endpoints/{id}", status=204)
+def delete_endpoint(server: TogetherAiServer, request: Request) -> Any:
+    """Delete an endpoint."""
+    endpoint = server.endpoints.remove(request.params["id"])
+    enter_endpoint(server, endpoint, "DELETED")
+    return Reply(status=204)
+
+
+def list_adapters_of(server: TogetherAiServer, id: str) -> list[str]:
+    """Return the adapters of an endpoint."""
+    return server.adapters.setdefault(server.endpoints.get(id)["id"], [])
+
+
+@route("GET", "/v1/endpoints/{id}/adapters")
+def list_adapters(server: TogetherAiServer, request: Request) -> Any:
+    """List the LoRA adapters that an endpoint has loaded."""
+    items = []
+    for id in list_adapters_of(server, request.params["id"]):
+        name, _, adapter = id.partition(":")
+        items.append({"model_id": id, "endpoint_name": name, "adapter_name": adapter})
+    return {"object": "list", "data": items}
+
+
+@route("POST", "/v1/endpoints/{id}/adapters", body=ADAPTER_FIELDS)
+def add_adapter(server: TogetherAiServer, request: Request) -> Any:
+    """Load an adapter, named `endpoint:adapter`; that name answers from then on."""
+    id, adapters = request.body["model_id"], list_adapters_of(server, request.params["id"])
+    if id not in adapters:
+        adapters.append(id)
+        add_model(server, id, server.endpoints.get(request.params["id"])["model"])
+    return {"model_id": id}
+
+
+@route("DELETE", "/v1/endpoints/{id}/adapters", body=ADAPTER_FIELDS)
+def remove_adapter(server: TogetherAiServer, request: Request) -> Any:
+    """Unload an adapter."""
+    id, adapters = request.body["model_id"], list_adapters_of(server, request.params["id"])
+    found = id in adapters
+    if found:
+        adapters.remove(id)
+        server.models.pop(id, None)
+    return {"model_id": id, "deleted": found}
+
+
+@route("GET", "/v1/hardware", query=Fields(Field("model", str)))
+def list_hardware(server: TogetherAiServer, request: Request) -> Any:
+    """List what endpoints run on; for a given model, whether it is available too."""
+    more = {"availability": {"status": "available"}} if request.args.get("model") else {}
+    items = [
+        {
+            "object": "hardware",
+            "id": f"{count}x_nvidia_{gpu}_{memory}gb_{link}",
+            "pricing": {"cents_per_minute": round(cents * count, 2)},
+            "specs": {
+                "gpu_type": f"{gpu}-{memory}gb",
+                "gpu_link": link,
+                "gpu_memory": memory,
+                "gpu_count": count,
+            },
+            "updated_at": format_time(CREATED),
+            **more,
+        }
+        for gpu, memory, link, cents, counts in HARDWARE
+        for count in counts
+    ]
+    return {"object": "list", "data": items}
+
+
+@route("GET", "/v1/clusters/availability-zones")
+def list_availability_zones(server: TogetherAiServer, request: Request) -> Any:
+    """List where endpoints can run."""
+    return {"avzones": AVAILABILITY_ZONES}
+
+
+# --- Projects and uploads of models
+
+ORGANIZATION = {"id": "66a1b2c3d4e5f60718293a4b", "name": "Parlel"}
+PROJECT = {"id": "proj-5f0e1d2c3b4a", "name": "Default", "slug": "default"}
+API_KEY_ID = "key-9a8b7c6d5e4f"
+MODEL_UPLOAD_FIELDS = Fields(
+    *(Field(name, str, required=True, low=1) for name in ("model_name", "model_source")),
+    Field("model_type", str, choices=("model", "adapter")),
+    *(Field(name, str) for name in ("hf_token", "description", "base_model", "lora_model")),
+)
+UPLOAD_LADDER = ("Queued", "Running", "Complete")
+
+
+@route("GET", "/v1/projects", query=Fields(Field("limit", int, low=0), Field("after", str)))
+def list_projects(server: TogetherAiServer, request: Request) -> Any:
+    """List the one project there is."""
+    owner = {f"organization_{name}": value for name, value in ORGANIZATION.items()}
+    return list_page(request, [{**PROJECT, **owner}])
+
+
+@route("GET", "/v2/whoami")
+def get_identity(server: TogetherAiServer, request: Request) -> Any:
+    """Say whose key this is, in the form of Together's Python 2.x."""
+    named = {"organization": ORGANIZATION, "project": PROJECT}
+    facts = {f"{kind}_{name}": named[kind][name] for kind in named for name in named[kind]}
+    return {"api_key_id": API_KEY_ID, "user_id": USER_ID, **facts}
+
+
+@route("GET", "/v3/whoami")
+def get_key_identity(server: TogetherAiServer, request: Request) -> Any:
+    """Say whose key this is, in the form of Together's Python 3.x."""
+    return {
+        "type": "project_api_key",
+        "api_key": {"id": API_KEY_ID},
+        "organization": ORGANIZATION,
+        "project": PROJECT,
+    }
+
+
+@stored("jobs")
+def upload_job_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
+    """Complete the job that uploads a model."""
+    now = format_time(server.now())
+    return {
+        "type": "model_upload",
+        "job_id": server.next_id("job-"),
+        "status": "Queued",
+        "status_updates": [],
+        "args": {"description": "", "modelName": f"{USER}/model", "modelSource": ""},
+        "created_at": now,
+        "updated_at": now,
+        **item,
+    }
+
+
+def enter_upload(server: TogetherAiServer, job: dict[str, Any], rung: str) -> dict[str, Any]:
+    """Let a model answer when its upload is complete."""
+    if rung == "Complete":
+        name = job["args"]["modelName"]
+        add_model(server, name, name)
+    return note_status(server, job, rung, {})
+
+
+@route("POST", "/v1/models", body=MODEL_UPLOAD_FIELDS)
+def upload_model(server: TogetherAiServer, request: Request) -> Any:
+    """Start to upload a model or an adapter from elsewhere."""
+    body = request.body
+    name = body["model_name"] if "/" in body["model_name"] else f"{USER}/{body['model_name']}"
+    source = "remote" if "://" in body["model_source"] else "huggingface"
+    args = {
+        "description": body.get("description") or "",
+        "modelName": name,
+        "modelSource": body["model_source"].partition("?")[0],  # a signature is a secret
+    }
+    job = server.store("jobs", {"args": args})
+    start_job(server, request, server.jobs, job, UPLOAD_LADDER, enter_upload)
+    data = {
+        "job_id": job["job_id"],
+        "model_name": name,
+        "model_id": server.next_id("model-"),
+        "model_source": source,
+    }
+    return {"data": data, "message": "Processing model weights. Job created."}
+
+
+@route("GET", "/v1/jobs")
+def list_upload_jobs(server: TogetherAiServer, request: Request) -> Any:
+    """List the uploads of models, newest first."""
+    return {"data": server.jobs.list()}
+
+
+@route("GET", "/v1/jobs/{id}")
+def get_upload_job(server: TogetherAiServer, request: Request) -> Any:
+    """Describe the upload of a model, and take it one step on."""
+    return climb_job(server, server.jobs, request.params["id"], UPLOAD_LADDER, enter_upload)
 
 
 # === Control ===
@@ -6143,16 +8116,19 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.send(data + LAST_CHUNK if chunked else data)
 
     def encode_head(self, reply: Reply, framing: str) -> bytes:
-        lines = [
-            f"{name}: {value}" for name, value in reply.headers.items() if name.lower() not in OWN
-        ]
+        given = reply.headers
+        if UNSAFE.search("".join([*given, *given.values()])):
+            given = {UNSAFE.sub("", name): UNSAFE.sub("", given[name]) for name in given}
+        fields = "".join(
+            [f"{name}: {value}\r\n" for name, value in given.items() if name.lower() not in OWN]
+        )
         if reply.status not in BODILESS:
-            lines += [f"Content-Type: {reply.content_type}", framing]
+            fields += f"Content-Type: {reply.content_type}\r\n"
+            fields += framing and f"{framing}\r\n"
         if self.close_connection:
-            lines.append("Connection: close")
+            fields += "Connection: close\r\n"
         elif self.minor == "0":
-            lines.append("Connection: keep-alive")
-        fields = "".join([UNSAFE.sub("", line) + "\r\n" for line in lines if line])
+            fields += "Connection: keep-alive\r\n"
         return (
             f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, '')}\r\n"
             f"Server: together-fake\r\nDate: {self.tell_date()}\r\n"
@@ -6339,6 +8315,8 @@ class TogetherAiServer:
     host          the address to listen on (default: this machine alone)
     require_auth  answer 401 without `Authorization: Bearer <anything>`
     strict        behave as production does where this file is more helpful, see the README
+    instant_jobs  finish batches, fine-tunes and the like when they are created
+    max_stored_bytes  of all files together; what would go over it answers 413
     seed          what the chances in faults are drawn from
     on_miss       "generate" an answer where no fixture matches, or send an "error"
     record_limit  how many calls `.requests` keeps
@@ -6353,6 +8331,8 @@ class TogetherAiServer:
         host: str = "127.0.0.1",
         require_auth: bool = True,
         strict: bool = False,
+        instant_jobs: bool = False,
+        max_stored_bytes: int = MAX_STORED_BYTES,
         seed: int = 0,
         on_miss: str = "generate",
         record_limit: int = 1000,
@@ -6365,6 +8345,9 @@ class TogetherAiServer:
         if on_miss not in ("generate", "error"):
             raise ValueError(f'on_miss must be "generate" or "error", not {on_miss!r}')
         self.on_miss = on_miss
+        self.instant_jobs = instant_jobs
+        self.max_stored_bytes = max_stored_bytes
+        self.job_lock = threading.Lock()  # held while a job takes a step
         self.script = Script(seed)
         self.record_limit = record_limit
         self.log = log
@@ -6406,6 +8389,18 @@ class TogetherAiServer:
             self.requests: deque[Call] = deque(maxlen=self.record_limit)
             self._recorded_bytes = 0
             self._numbers = itertools.count(1)
+            self.files = Collection("File")
+            self.batches = Collection("Batch")
+            self.fine_tunes = Collection("Fine-tune")
+            self.videos = Collection("Video")
+            self.evaluations = Collection("Evaluation", key="workflow_id")
+            self.endpoints = Collection("Endpoint", status="state")
+            self.jobs = Collection("Job", key="job_id")  # uploads of models
+            self.adapters: dict[str, list[str]] = {}  # of endpoints, by their ids
+            self.contents: dict[str, bytes] = {}  # by file id; parts by "file id/number"
+            self.uploads: dict[str, str] = {}  # the file ids of open multipart uploads
+            self.outcomes: dict[str, str] = {}  # the status each job shall end with
+            self._counts: dict[str, int] = {}  # of ids, by their prefix
 
     # Where it listens
 
@@ -6503,29 +8498,93 @@ class TogetherAiServer:
             )
         return calls[-1] if calls else Call(0, Request("", ""), 0)
 
+    # Stored objects
+
+    def now(self) -> int:
+        """The time of stored objects, in Unix seconds."""
+        return int(self.clock())
+
+    def next_id(self, prefix: str) -> str:
+        """Return the next id of a kind; the counting restarts with reset()."""
+        with self._lock:
+            count = self._counts[prefix] = self._counts.get(prefix, 0) + 1
+        return prefix + draw_uuid(Draw.of(prefix, count))
+
+    def store(self, collection: str, item: Mapping[str, Any]) -> dict[str, Any]:
+        """Complete an object and add it to its collection."""
+        jobs: Collection = getattr(self, collection)
+        return jobs.add(BUILDERS[collection](self, dict(item)))
+
+    def seed(self, collection: str, items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Store objects under ids of your choice; what an item lacks gets a default.
+
+        The collections are files (`content` is a text or bytes), batches, fine_tunes, ...
+        """
+        if collection not in BUILDERS:
+            raise ValueError(f"no collection {collection!r}; there are {', '.join(BUILDERS)}")
+        return [self.store(collection, item) for item in items]
+
+    def add_file(
+        self,
+        data: str | bytes,
+        filename: str = "data.jsonl",
+        purpose: str = "fine-tune",
+        id: str | None = None,
+    ) -> dict[str, Any]:
+        """Store a file as an upload would, under an id of your choice."""
+        item = {"id": id, "content": data, "filename": filename, "purpose": purpose}
+        return self.seed(
+            "files", [{key: value for key, value in item.items() if value is not None}]
+        )[0]
+
+    def check_room(self, size: int, instead_of: str = "") -> None:
+        """Raise ApiError 413 where so many more bytes would not fit."""
+        others = sum(len(data) for name, data in list(self.contents.items()) if name != instead_of)
+        if others + size > self.max_stored_bytes:
+            raise ApiError("storage_full", size=others + size, limit=self.max_stored_bytes)
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Store bytes under the id of their file; raise ApiError 413 where they do not fit."""
+        with self._lock:
+            self.check_room(len(data), name)
+            self.contents[name] = data
+
+    def drop(self, *names: str) -> None:
+        """Forget stored bytes."""
+        for name in names:
+            self.contents.pop(name, None)
+
     # The pipeline
 
     def answer(self, request: Request) -> Reply:
         """Answer a request; this is all there is behind the sockets, and it never raises."""
         started = time.perf_counter()
         call = self._record(request)
-        try:
-            reply = self._respond(request, call)
-        except ApiError as error:
-            call.error = error.message
-            reply = self._shape_error(error, request)
-        except Exception as error:
-            import traceback  # only for a bug
-
-            call.error = traceback.format_exc()
-            sys.stderr.write(call.error)
-            reply = self._shape_error(ApiError("bug", reason=repr(error)), request)
+        reply = self._settle(request, call)
         call.status = reply.status
         call.duration = time.perf_counter() - started
         if self.log:
             path = mask_query(request.path + (f"?{request.query}" if request.query else ""))
             self.log(f'"{request.method} {path}" {reply.status} {call.duration * 1000:.1f} ms')
         return reply
+
+    def run(self, request: Request) -> Reply:
+        """Answer a line of a batch: as answer() does, but neither recorded nor logged."""
+        return self._settle(request, Call(0, request, 0))
+
+    def _settle(self, request: Request, call: Call) -> Reply:
+        """Return the reply or the error, whatever happens."""
+        try:
+            return self._respond(request, call)
+        except ApiError as error:
+            call.error = error.message
+            return self._shape_error(error, request)
+        except Exception as error:
+            import traceback  # only for a bug
+
+            call.error = traceback.format_exc()
+            sys.stderr.write(call.error)
+            return self._shape_error(ApiError("bug", reason=repr(error)), request)
 
     def _record(self, request: Request) -> Call:
         """Keep the call, unless it is one of those that look after the server."""
@@ -6544,31 +8603,35 @@ class TogetherAiServer:
         return call
 
     def _respond(self, request: Request, call: Call) -> Reply:
-        """Route, check key and fields, let the handler answer."""
+        """Route, check the key, read the body, let a fixture or the handler answer."""
         if request.method == "OPTIONS":
             return allow_origin(request)
-        path = collapse_path(request.path, self.strict)
-        if path != request.path:
-            call.warnings.append(f"the path was read as {path}")
-        call.kind = path.split("/")[2] if path.count("/") > 1 else ""
-        route, request.params = find_route(request.method, path)
-        call.kind = RECORD_KINDS.get(route.kind, route.kind) or call.kind
+        route = EXACT.get((request.method, request.path)) or self._find_route(request, call)
+        call.kind = route.recorded_kind
         if self.require_auth and not route.open:
             check_key(request)
-        request.args = {}
         if request.query and route.query:
             request.args = parse_form(request.query.encode())
             read_texts(request.args, route.query)
             route.query.check(request.args)
         if route.body:
             kind = request.headers.get("content-type", "")
-            request.body = parse_body(request.raw, kind, route.body)
-            ignored = [name for name in request.body if name not in route.body]
-            if ignored:
-                call.warnings.append(f"nothing reads {', '.join(ignored)}")
+            body = request.body = parse_body(request.raw, kind, route.body)
+            if not body.keys() <= route.body.keys():
+                names = ", ".join(name for name in body if name not in route.body)
+                call.warnings += (f"nothing reads {names}",)
         if route.open or (self.script.empty and "x-parlel-fixture" not in request.headers):
             return self._handle(route, request, call)
         return self._follow_script(route, request, call)
+
+    def _find_route(self, request: Request, call: Call) -> Route:
+        """Find the route of a path that is not written as it was declared."""
+        path = collapse_path(request.path, self.strict)
+        if path != request.path:
+            call.warnings += (f"the path was read as {path}",)
+        call.kind = path.split("/")[2] if path.count("/") > 1 else ""
+        route, request.params = find_route(request.method, path)
+        return route
 
     def _handle(self, route: Route, request: Request, call: Call) -> Reply:
         """Check the fields and let the handler answer."""
@@ -6610,7 +8673,8 @@ class TogetherAiServer:
     def body_limit(self, method: str, path: str) -> int:
         """Return how many bytes a request for this path may carry."""
         try:
-            return find_route(method, collapse_path(path, self.strict))[0].max_bytes
+            limit = find_route(method, collapse_path(path, self.strict))[0].max_bytes
+            return limit or self.max_stored_bytes + MAX_PART_HEAD_BYTES
         except ApiError:
             return MAX_JSON_BYTES
 
@@ -6639,6 +8703,7 @@ def print_line(line: str) -> None:
 def main(args: Sequence[str] | None = None) -> int:
     """Run the server until Ctrl-C or SIGTERM; return the exit status."""
     import argparse  # not needed where the file is imported
+    import gc
     import signal
 
     parser = argparse.ArgumentParser(
@@ -6699,6 +8764,7 @@ def main(args: Sequence[str] | None = None) -> int:
         for variable, value in server.env.items():
             print(f"export {variable}={value}")
         sys.stdout.flush()
+        gc.freeze()  # what lives until the end need not be looked at again and again
         while True:
             time.sleep(3600)
     except OSError as error:
