@@ -794,6 +794,10 @@ class PathTests(FakeCase):
         self.assertEqual(ask("POST", "/v1/v1/chat/completions", HELLO).status, 404)
         models = ask("GET", "/v1/models", **{"user-agent": "OpenAI/Python 3.54.0"})
         self.assertIsInstance(json.loads(models.body), list)
+        for model, apart in ((LLAMA, False), ("google/gemma-4-31B-it", True)):
+            got = ask("POST", "/v1/chat/completions", {**HELLO, "model": model, "stream": True})
+            last = json.loads(list(got.events)[-2][len(b"data: ") :])
+            self.assertEqual((last["choices"] == [], bool(last["usage"])), (apart, True))
         error = json.loads(ask("POST", "/v1/chat/completions", {"model": LLAMA}).body)["error"]
         self.assertEqual(error["message"], "Input validation error")
 
@@ -4465,7 +4469,7 @@ class OpenAiClientTests(ClientScenarios, unittest.TestCase):
         self.assertEqual(one.model_dump(), listed.model_dump())
         self.assertTrue(one.owned_by)
         self.assertRefused(
-            call, "models.retrieve", 404, "model", "model_not_available", model="no/model"
+            call, "models.retrieve", 404, None, "model_not_available", model="no/model"
         )
 
     @each_client

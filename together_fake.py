@@ -343,7 +343,7 @@ class Fields(dict):  # type: ignore[type-arg]
                 raise ApiError("missing", param=place + name)
         for name, value in values.items():
             field = self.get(name)
-            if field is not None and value is not None:
+            if field is not None and value is not None and type(value) not in field.plain:
                 checked = field.check(value, place + name)
                 if checked is not value:
                     values[name] = checked  # the keys stay, so iterating is safe
@@ -382,8 +382,10 @@ class Field:
         self.choices = choices
         self.each = each
         self.fields = fields
-        # whether items of an array need more than a look at their type
-        self.deep = bool(choices or each or fields or low is not None or high is not None)
+        # The types of which nothing else needs to be checked.
+        bound = bool(choices) or low is not None or high is not None
+        inner: dict[type, bool] = {list: each is not None, dict: fields is not None}
+        self.plain = frozenset(kind for kind in kinds if not (bound or inner.get(kind)))
 
     def check(self, value: Any, place: str) -> Any:
         """Return the value in its declared type; raise ApiError naming the place."""
@@ -397,7 +399,7 @@ class Field:
         if self.each is not None and type(value) is list:
             each = self.each
             for index, item in enumerate(value):
-                if type(item) not in each.types or each.deep:
+                if type(item) not in each.plain:
                     value[index] = each.check(item, f"{place}[{index}]")
         if self.fields is not None and type(value) is dict:
             self.fields.check(value, place + ".")
@@ -1479,244 +1481,124 @@ def make_scores(draw: Draw, pieces: list[str], count: int) -> list[Any]:
 MAX_STEPS = 60_000  # of work for one schema, about half a second
 MAX_TEXT = 10_000  # characters that a schema may ask of one string
 MAX_ITEMS = 500  # items or properties that a schema may ask of one value
-MAX_PATTERN = 4_000  # characters of a regular expression
-MAX_GROUPS = 30  # groups inside groups
-MAX_INSTANCE_DEPTH = 36  # objects and arrays inside one another
-MAX_BRANCHES = 48  # ways through anyOf, oneOf, if and not that are tried in one place
+MAX_MORE_DEPTH = 30  # levels that a schema may need beyond the depth it is meant to have
+MAX_BRANCHES = 48  # ways through anyOf and oneOf that are tried in one place
 TRIES = 12  # values made for one way before it is given up
-LARGE = 400  # made values after which optional properties are left out
+MANY_STEPS = 10_000  # after which optional properties are left out
+TOO_MUCH = "the schema is too large, too deep or too entangled to make a value for"
 
 
 class Unsatisfiable(Exception):
     """No value can be made for a schema or pattern; the text names the place and the reason."""
 
 
-class Steps:
-    """The work that is left for one schema, so that no schema keeps a thread busy."""
-
-    __slots__ = ("left",)
-
-    def __init__(self, left: int = MAX_STEPS) -> None:
-        self.left = left
-
-    def spend(self, count: int = 1) -> None:
-        """Use up some steps; once they are gone, every way of making a value is given up."""
-        self.left -= count
-        if self.left < 0:
-            raise Unsatisfiable("the schema: is too large or too entangled to make a value for")
+class OutOfSteps(Exception):
+    """The work allowed for one schema is used up, whatever is still to be tried."""
 
 
-def complement(ranges: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Return the code point ranges between the given ones."""
-    gaps, start = [], 0
-    for low, high in sorted(ranges):
-        if low > start:
-            gaps.append((start, low - 1))
-        start = max(start, high + 1)
-    return (*gaps, (start, 0x10FFFF)) if start <= 0x10FFFF else tuple(gaps)
-
-
-DIGIT_RANGES = ((48, 57),)
-WORD_RANGES = ((48, 57), (65, 90), (95, 95), (97, 122))
-SPACE_RANGES = (
-    *((9, 13), (32, 32), (160, 160), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029)),
-    *((0x202F, 0x202F), (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)),
+# Only what ECMA-262 and Python read alike. Whether a repeat is lazy does not change the texts.
+ESCAPE = r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[dDwWsStnrfv]|[^0-9A-Za-z])"
+PATTERN_TOKEN = re.compile(
+    r"(?P<open>\((?!\?)|\(\?(?:P?<[A-Za-z_]\w*>|[:=!]))|(?P<mark>[|)])|(?P<at>[\^$]|\\[AZbB])"
+    r"|(?P<repeat>[*+?]|\{[0-9]{1,6}(?:,[0-9]{0,6})?\})\??(?![*+?{])"
+    rf"|(?P<set>\.|{ESCAPE}|\[(?!\^?\])\^?(?:{ESCAPE}|\\b|[^\\\]])+\])"
+    r"|(?P<char>[^\\(\[*+?{]|\{(?![0-9,]))|(?P<rest>.)",
+    re.DOTALL,
 )
-NOT_LINE_END = complement([(10, 10), (13, 13), (0x2028, 0x2029)])
-CLASS_ESCAPES = {
-    "d": DIGIT_RANGES,
-    "w": WORD_RANGES,
-    "s": SPACE_RANGES,
-    "D": complement(DIGIT_RANGES),
-    "W": complement(WORD_RANGES),
-    "S": complement(SPACE_RANGES),
-}
-CONTROL_ESCAPES = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
-ANCHORS = {"A": "^", "Z": "$", "b": "b", "B": "B"}  # after a backslash
-LOOKS = {"=": True, "!": False}  # after "(?"
-QUANTIFIER = re.compile(r"[*+?]|\{([0-9]+)(?:(,)([0-9]*))?\}")
-GROUP_START = re.compile(r"\?(?:P?<[A-Za-z_]\w*>|:|(?P<look>[=!]))")
-HEX_ESCAPE = re.compile(r"x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|u\{([0-9a-fA-F]{1,5})\}")
-
-
-def is_word_at(text: str, at: int) -> bool:
-    """Tell whether an ASCII letter, digit or underscore stands there."""
-    return 0 <= at < len(text) and text[at] < "\x80" and (text[at].isalnum() or text[at] == "_")
-
-
-def holds(ranges: Any, code: int) -> bool:
-    """Tell whether a code point is in one of the ranges."""
-    return any(low <= code <= high for low, high in ranges)
-
-
-def is_anchored(anchor: str, text: str, at: int) -> bool:
-    """Tell whether `^`, `$`, `b` (a word's edge) or `B` (none) is true at a place."""
-    if anchor in "^$":
-        return at == (0 if anchor == "^" else len(text))
-    return (is_word_at(text, at - 1) != is_word_at(text, at)) is (anchor == "b")
+TOKEN_MEANINGS = {".": r"[^\n\r\u2028\u2029]", "$": r"\Z"}  # in Python
+SET_OPERATOR = re.compile(r"\\.|(?!^)[\[&|~]", re.DOTALL)  # some day Python may read sets in sets
+REPEATS = {"*": (0, MAX_TEXT), "+": (1, MAX_TEXT), "?": (0, 1)}
+PRINTABLE = "".join(map(chr, range(32, 127)))
 
 
 class Pattern:
-    """A regular expression as ECMA-262 and Python both read it, for making and matching texts.
+    """A regular expression, for making texts and for matching them.
 
     Matching follows all ways at once, so that no expression takes exponential time. Tree nodes:
-    ("set", ranges), ("all", nodes), ("any", nodes), ("repeat", node, low, high),
-    ("look", node, wanted), ("at", anchor).
+    ("char", character), ("set", expression, characters), ("at", expression), ("all", nodes),
+    ("any", nodes), ("repeat", node, low, high), ("look", node, wanted).
     """
 
-    def __init__(self, source: str, steps: Steps) -> None:
+    def __init__(self, source: str, spend: Callable[[int], None]) -> None:
+        spend(len(source))
         self.source = source
-        self.steps = steps
-        self._at = 0
-        self._spare: int | None = None  # characters that repeats may still add
-        self._members: dict[Any, tuple[str, str]] = {}
-        if len(source) > MAX_PATTERN:
-            raise Unsatisfiable(f"a pattern has {len(source)} characters, above {MAX_PATTERN}")
-        self.tree = self._read_any(0)
-        if self._at < len(source):
+        self.spend = spend  # counts the steps of work
+        self._spare = 0  # characters that repeats may still add
+        found = [(token.lastgroup or "", token) for token in PATTERN_TOKEN.finditer(source)]
+        self._tokens = [(kind, token[kind]) for kind, token in reversed(found)]  # the next one last
+        self.tree = self._read()
+        if self._tokens:
             raise self._refusal("a parenthesis closes nothing")
-        self.width = self._width(self.tree)
-        if self.width > MAX_TEXT:
-            raise self._refusal(f"its texts are longer than {MAX_TEXT} characters")
 
     def _refusal(self, reason: str) -> Unsatisfiable:
         return Unsatisfiable(f"pattern {self.source[:200]!r}: {reason}")
 
-    def _take(self) -> str:
-        self._at += 1
-        if self._at > len(self.source):
-            raise self._refusal("it ends too early")
-        return self.source[self._at - 1]
+    def _read(self) -> Any:
+        """Read options up to the end or to the parenthesis that closes them."""
+        options: list[list[Any]] = [[]]
+        while self._tokens and self._tokens[-1][1] != ")":
+            kind, text = self._tokens.pop()
+            if kind == "mark":
+                options.append([])
+            elif kind == "repeat":
+                options[-1].append(self._read_repeat(options[-1], text))
+            elif kind == "open":
+                options[-1].append(self._read_group(text))
+            elif kind == "rest":
+                raise self._refusal(f"{text}, as it stands there, is not supported")
+            else:
+                options[-1].append((kind, text) if kind == "char" else self._read_set(kind, text))
+        nodes = [option[0] if len(option) == 1 else ("all", option) for option in options]
+        return nodes[0] if len(nodes) == 1 else ("any", nodes)
 
-    def _skip(self, text: str) -> bool:
-        found = self.source.startswith(text, self._at)
-        self._at += len(text) * found
-        return found
+    def _read_repeat(self, before: list[Any], text: str) -> Any:
+        first, comma, last = text.strip("{}").partition(",")
+        low, high = REPEATS.get(text) or (int(first), int(last or MAX_TEXT if comma else first))
+        if not before or before[-1][0] == "at" or low > min(high, MAX_TEXT):
+            raise self._refusal(f"{text} repeats nothing, or not as often as it says")
+        return ("repeat", before.pop(), low, min(high, MAX_TEXT))
 
-    def _skip_match(self, expression: re.Pattern[str]) -> re.Match[str] | None:
-        found = expression.match(self.source, self._at)
-        self._at = found.end() if found else self._at
-        return found
-
-    def _read_any(self, depth: int) -> Any:
-        options = [self._read_all(depth)]
-        while self._skip("|"):
-            options.append(self._read_all(depth))
-        return options[0] if len(options) == 1 else ("any", options)
-
-    def _read_all(self, depth: int) -> Any:
-        nodes = []
-        while self._at < len(self.source) and self.source[self._at] not in "|)":
-            nodes.append(self._read_repeat(self._read_atom(depth)))
-        return nodes[0] if len(nodes) == 1 else ("all", nodes)
-
-    def _read_repeat(self, node: Any) -> Any:
-        found = self._skip_match(QUANTIFIER)
-        if not found:
-            return node
-        self._skip("?")  # lazy or not, the texts are the same
-        if found[1] is None:
-            low, high = {"*": (0, MAX_TEXT), "+": (1, MAX_TEXT), "?": (0, 1)}[found[0]]
-        else:
-            low = int(found[1])
-            high = int(found[3] or MAX_TEXT) if found[2] else low
-        if low > min(high, MAX_TEXT):
-            raise self._refusal(f"{found[0]} cannot be met")
-        return ("repeat", node, low, min(high, MAX_TEXT))
-
-    def _read_atom(self, depth: int) -> Any:
-        char = self._take()
-        if char == "(":
-            return self._read_group(depth + 1)
-        if char in "^$":
-            return ("at", char)
-        if char in "*+?" or self.source.startswith("{,", self._at - 1):
-            raise self._refusal(f"there is nothing that {char} could repeat")
-        if char == "\\" and self.source[self._at : self._at + 1] in ANCHORS:
-            return ("at", ANCHORS[self._take()])
-        if char == "[":
-            return ("set", self._read_class())
-        if char == "\\":
-            return ("set", self._read_escape())
-        return ("set", NOT_LINE_END if char == "." else ((ord(char), ord(char)),))
-
-    def _read_group(self, depth: int) -> Any:
-        start = self._skip_match(GROUP_START)
-        if depth > MAX_GROUPS or (not start and self._skip("?")):
-            raise self._refusal("a group is of a kind that is not supported, or too deep")
-        node = self._read_any(depth)
-        if not self._skip(")"):
+    def _read_group(self, start: str) -> Any:
+        node = self._read()
+        if not self._tokens:
             raise self._refusal("a parenthesis is not closed")
-        return ("look", node, LOOKS[start["look"]]) if start and start["look"] else node
+        self._tokens.pop()
+        return ("look", node, start == "(?=") if start in ("(?=", "(?!") else node
 
-    def _read_class(self) -> tuple[tuple[int, int], ...]:
-        negated = self._skip("^")
-        if self._skip("]"):
-            raise self._refusal("a class is empty")
-        ranges: list[tuple[int, int]] = []
-        while not self._skip("]"):
-            ranges += self._read_range()
-        return complement(ranges) if negated else tuple(ranges)
-
-    def _read_range(self) -> tuple[tuple[int, int], ...]:
-        first = self._read_member()
-        if self.source[self._at : self._at + 1] != "-" or self.source[self._at + 1 :][:1] == "]":
-            return first
-        self._take()
-        last = self._read_member()
-        ends = (first[0][0], last[-1][1])
-        if len(first) + len(last) > 2 or (*first, *last) != ((ends[0],) * 2, (ends[1],) * 2):
-            raise self._refusal("a range in a class has an end that is not one character")
-        if ends[0] > ends[1]:
-            raise self._refusal("a range in a class runs backwards")
-        return (ends,)
-
-    def _read_member(self) -> tuple[tuple[int, int], ...]:
-        char = self._take()
-        if char == "\\":
-            return ((8, 8),) if self._skip("b") else self._read_escape()
-        return ((ord(char), ord(char)),)
-
-    def _read_escape(self) -> tuple[tuple[int, int], ...]:
-        code = self._skip_match(HEX_ESCAPE)
-        if code:
-            point = int(code[1] or code[2] or code[3], 16)
-            return ((point, point),)
-        char = self._take()
-        if char in CLASS_ESCAPES:
-            return CLASS_ESCAPES[char]
-        point = CONTROL_ESCAPES.get(char, ord(char))
-        if char not in CONTROL_ESCAPES and char.isalnum():
-            raise self._refusal(f"the escape \\{char} is not supported")
-        return ((point, point),)
-
-    def _width(self, node: Any) -> int:
-        """Return the fewest characters that the node takes."""
-        kind = node[0]
-        if kind in ("all", "any"):
-            widths = [self._width(part) for part in node[1]]
-            return sum(widths) if kind == "all" else min(widths)
-        if kind == "repeat":
-            return int(node[2] * self._width(node[1]))
-        return int(kind == "set")
+    def _read_set(self, kind: str, text: str) -> Any:
+        """Read a set of characters or an anchor, as Python sees it both for ASCII and Unicode."""
+        text = TOKEN_MEANINGS.get(text) or SET_OPERATOR.sub(lambda m: "\\" + m[0][-1], text)
+        try:
+            expression = re.compile(f"(?=(?a:{text})){text}")
+        except (re.error, Warning):
+            raise self._refusal(f"{text[:60]} is not supported") from None
+        if kind == "at":
+            return (kind, expression)
+        members = expression.findall(PRINTABLE)
+        if not members:
+            self.spend(1000)
+            members = expression.findall("\t\n\r" + "".join(map(chr, range(161, 0xD800))))[:64]
+        if not members:
+            raise self._refusal(f"{text[:60]} has no characters that can be written")
+        return (kind, expression, "".join(members))
 
     def _ends(self, node: Any, text: str, starts: set[int]) -> set[int]:
         """Return where the node can end, given where it may start."""
-        self.steps.spend(1 + len(starts) // 8)
-        kind = node[0]
-        if kind == "set":
-            return {at + 1 for at in starts if at < len(text) and holds(node[1], ord(text[at]))}
-        if kind == "all":
-            for part in node[1]:
-                starts = self._ends(part, text, starts)
-            return starts
-        if kind == "any":
-            return {end for part in node[1] for end in self._ends(part, text, starts)}
+        self.spend(1 + len(starts) // 8)
+        kind, content = node[:2]
+        if kind == "char":
+            return {at + 1 for at in starts if text.startswith(content, at)}
+        if kind in ("set", "at"):
+            return {at + (kind == "set") for at in starts if content.match(text, at)}
         if kind == "look":
-            return {at for at in starts if bool(self._ends(node[1], text, {at})) is node[2]}
-        if kind == "at":
-            return {at for at in starts if is_anchored(node[1], text, at)}
-        return self._repeat_ends(node, text, starts)
+            return {at for at in starts if bool(self._ends(content, text, {at})) is node[2]}
+        if kind == "any":
+            return {end for part in content for end in self._ends(part, text, starts)}
+        if kind == "repeat":
+            return self._repeat_ends(node, text, starts)
+        for part in content:
+            starts = self._ends(part, text, starts)
+        return starts
 
     def _repeat_ends(self, node: Any, text: str, starts: set[int]) -> set[int]:
         _, part, low, high = node
@@ -1734,267 +1616,171 @@ class Pattern:
         """Tell whether the pattern matches somewhere in the text."""
         return bool(self._ends(self.tree, text, set(range(len(text) + 1))))
 
-    def _pick(self, draw: Draw, ranges: Any, plain: bool) -> str:
-        """Draw a character: a small letter if it may be plain, ASCII if there is any."""
-        if ranges not in self._members:
-            ascii_chars = "".join(chr(code) for code in range(32, 127) if holds(ranges, code))
-            small = "".join(char for char in ascii_chars if char.islower())
-            self._members[ranges] = (small or ascii_chars, ascii_chars)
-        chars = self._members[ranges][0 if plain else 1]
-        if chars:
-            return str(draw.pick(chars))
-        whole = [pair for pair in ranges if not 0xD800 <= pair[0] <= 0xDFFF]
-        if not whole:
-            raise self._refusal("a class has no characters")
-        low, high = draw.pick(whole)
-        code = low + draw.below(min(high - low + 1, 256))
-        return chr(low if 0xD800 <= code <= 0xDFFF else code)
-
     def _write(self, draw: Draw, node: Any, plain: bool) -> str:
-        """Draw a text for the node; anchors and looks are left to the match afterwards."""
-        self.steps.spend()
-        kind = node[0]
+        """Draw a text, of small letters if plain; whether anchors and looks match is seen later."""
+        self.spend(1)
+        kind, content = node[:2]
+        if kind == "char":
+            return str(content)
         if kind == "set":
-            return self._pick(draw, node[1], plain)
-        if kind == "all":
-            return "".join([self._write(draw, part, plain) for part in node[1]])
+            return str(draw.pick("".join(filter(str.islower, node[2])) * plain or node[2]))
         if kind == "any":
-            return self._write(draw, draw.pick(node[1]), plain)
-        if kind != "repeat":
-            return ""
-        count = node[2] + self._extra(draw, node)
-        return "".join([self._write(draw, node[1], plain) for _ in range(count)])
+            return self._write(draw, draw.pick(content), plain)
+        if kind == "all":
+            return "".join([self._write(draw, part, plain) for part in content])
+        return self._write_repeat(draw, node, plain) if kind == "repeat" else ""
 
-    def _extra(self, draw: Draw, node: Any) -> int:
-        """Return how often to repeat beyond the least: as the spare length asks, or a little."""
-        room = node[3] - node[2]
-        if self._spare is None:
-            return draw.below(min(room, 5) + 1)
-        width = max(1, self._width(node[1]))
-        extra = min(room, self._spare // width)
-        self._spare -= extra * width
-        return int(extra)
+    def _write_repeat(self, draw: Draw, node: Any, plain: bool) -> str:
+        """Repeat as long as there are characters to spare, or less often if plain."""
+        texts = [self._write(draw, node[1], plain) for _ in range(node[2])]
+        while len(texts) < node[3] and self._spare > 0 and (not plain or draw.below(8)):
+            texts.append(self._write(draw, node[1], plain))
+            self._spare -= max(1, len(texts[-1]))
+        return "".join(texts)
 
-    def make(self, draw: Draw, low: int = 0, high: int = MAX_TEXT, others: Any = None) -> str:
-        """Draw a text of `low` to `high` characters that this and the other patterns match.
-
-        If `others` is None, it is the text as a whole that matches.
-        """
+    def make(self, draw: Draw, low: int, high: int, others: Sequence[Pattern] = ()) -> str:
+        """Draw a text of `low` to `high` characters that this and the other patterns match."""
+        self._spare = 0
+        least = len(self._write(draw, self.tree, True))
         for attempt in range(4 * TRIES):
             again = draw.child("pattern", attempt)
-            shortest = max(0, low - self.width)
-            room = max(0, min(high - self.width - shortest, 8))
-            self._spare = shortest + again.below(room + 1) if attempt % 3 else None
+            missing = max(0, low - least)
+            self._spare = missing + again.below(max(1, min(high - least - missing + 1, 16)))
             text = self._write(again, self.tree, attempt < 2)
-            if others is not None and len(text) < low:
-                padding = "".join([again.pick("abcdefgh") for _ in range(low - len(text))])
-                text = padding + text if attempt % 2 else text + padding
-            if low <= len(text) <= high and self._suits(text, others):
+            padding = draw_letters(again, max(0, low - len(text)), LOWER36)
+            text = padding + text if attempt % 2 else text + padding
+            if low <= len(text) <= high and all(p.is_in(text) for p in (self, *others)):
                 return text
         raise self._refusal(f"no text of {low} to {high} characters that meets it was found")
 
-    def _suits(self, text: str, others: Iterable[Pattern] | None) -> bool:
-        if others is None:
-            return len(text) in self._ends(self.tree, text, {0})
-        return self.is_in(text) and all(other.is_in(text) for other in others)
+
+def read_table(text: str) -> dict[str, str]:
+    """Return a table written as lines of names, a colon and what all of these stand for."""
+    rows = [line.partition(": ") for line in text.splitlines()]
+    return {name: value for names, _, value in rows for name in names.split()}
 
 
-def make_matching(draw: Draw, pattern: str) -> str:
-    """Return a text that the pattern matches as a whole, or raise `Unsatisfiable`."""
-    try:
-        return Pattern(pattern, Steps()).make(draw)
-    except RecursionError:
-        raise Unsatisfiable(f"pattern {pattern[:200]!r}: is nested too deep") from None
-
-
-# What `{kind}` or `{kind4}` in a template stands for: one draw, or so many in a row.
-SAMPLES: dict[str, Sequence[str]] = {
-    "d": "0123456789",
-    "x": "0123456789abcdef",
-    "up": "ABCDEFGHJKLMNPRSTUVWXYZ",
-    "byte": [str(number) for number in range(1, 255)],
-    "month": [f"{number:02}" for number in range(1, 13)],
-    "day": [f"{number:02}" for number in range(1, 29)],
-    "hour": [f"{number:02}" for number in range(24)],
-    "minute": [f"{number:02}" for number in range(60)],
-}
-SAMPLES.update(
-    (kind, words.split())
-    for kind, words in {
-        "first": "Ada Ben Clara David Elena Felix Grace Hugo Ines Jonas Lena Marco Nora Omar",
-        "last": "Bauer Chen Diaz Evans Fischer Garcia Haddad Ito Jensen Kaya Lopez Moreau",
-        "user": "ada ben clara david elena felix grace hugo ines jonas lena marco nora omar",
-        "site": "example.com example.org example.net",
-        "city": "Berlin Boston Cairo Dublin Kyoto Lagos Lima Lisbon Oslo Paris Prague Vienna",
-        "country": "Brazil Canada Egypt France Germany India Japan Kenya Norway Portugal",
-        "code": "BR CA DE EG FR GB IN JP KE NO PT US",
-        "language": "de en es fr it ja pt",
-        "currency": "EUR GBP JPY USD",
-        "zone": "Africa/Cairo America/Lima Asia/Tokyo Europe/Berlin Europe/Paris UTC",
-        "color": "amber blue coral green indigo red silver teal violet white",
-        "company": "Alder Borealis Cobalt Driftwood Ember Foxglove Granite Harbor",
-        "form": "Group Labs Partners Studio Systems Works",
-        "street": "Cedar Elm Garden Harbor Hill Lake Maple Mill Oak Park River Station",
-        "job": "analyst architect designer editor engineer manager nurse teacher",
-        "kind": "basic custom general internal primary public standard",
-        "status": "active approved completed open pending ready",
-        "adjective": "bright calm clear careful fresh gentle modern quick quiet simple steady",
-        "noun": "bridge garden harbor journey letter market meadow notebook plan river signal",
-        "verb": "check compare explain improve measure prepare review share update",
-        "unit": "celsius g kg km m ms",
-    }.items()
-)
-SAMPLE = re.compile(r"\{([a-z]+)([0-9]*)\}")
-SENTENCE = "The {adjective} {noun} is easy to {verb} and leads to a {adjective} {noun}."
-DATE, TIME = "202{d}-{month}-{day}", "{hour}:{minute}:{minute}Z"
-
-# By format.
-FORMATS = {
-    "date": DATE,
-    "time": TIME,
-    "date-time": f"{DATE}T{TIME}",
-    "duration": "PT{minute}M",
-    "email": "{user}.{noun}@{site}",
-    "idn-email": "{user}.{noun}@{site}",
-    "hostname": "{noun}.{site}",
-    "idn-hostname": "{noun}.{site}",
-    "ipv4": "10.{byte}.{byte}.{byte}",
-    "ipv6": "2001:db8::{x4}:{x4}",
-    "uri": "https://{site}/{noun}/{adjective}",
-    "url": "https://{site}/{noun}/{adjective}",
-    "iri": "https://{site}/{noun}/{adjective}",
-    "uri-reference": "/{noun}/{adjective}",
-    "iri-reference": "/{noun}/{adjective}",
-    "uri-template": "https://{site}/{noun}",
-    "uuid": "{x8}-{x4}-4{x3}-a{x3}-{x12}",
-    "json-pointer": "/{noun}/{adjective}",
-    "relative-json-pointer": "1/{noun}",
-    "regex": "^{noun}[a-z]+$",
-    "byte": "{x16}",  # also Base64: four characters for three bytes
-    "base64": "{x16}",
-}
+# What `{kind}` or `{kind4}` in a template stands for: one draw, or so many in a row. A template
+# may also name its own choices: `{this|that}`.
+SAMPLES = read_table("""\
+d: 0|1|2|3|4|5|6|7|8|9
+c: 1|2|3|4|5|6|7|8|9
+s: 0|1|2|3|4|5
+x: 0|1|2|3|4|5|6|7|8|9|a|b|c|d|e|f
+first: Ada|Ben|Clara|David|Elena|Felix|Grace|Hugo|Ines|Jonas|Lena|Marco|Nora|Omar
+last: Bauer|Chen|Diaz|Evans|Fischer|Garcia|Haddad|Ito|Jensen|Kaya|Lopez|Moreau
+user: ada|ben|clara|david|elena|felix|grace|hugo|ines|jonas|lena|marco|nora|omar
+site: example.com|example.org|example.net
+adjective: bright|calm|clear|careful|fresh|gentle|modern|quick|quiet|simple|steady
+noun: bridge|garden|harbor|journey|letter|market|meadow|notebook|plan|river|signal
+verb: check|compare|explain|improve|measure|prepare|review|share|update
+""")
+# By format, or by a name that calls for it; Base64 takes four characters for three bytes.
+FORMATS = read_table("""\
+date day birthday deadline dob: 202{d}-0{c}-1{d}
+time: 1{d}:{s}{d}:{s}{d}Z
+date-time at timestamp datetime date_time: 202{d}-0{c}-1{d}T1{d}:{s}{d}:{s}{d}Z
+duration: PT{c}{d}M
+email idn-email email_address mail: {user}.{noun}@{site}
+hostname idn-hostname host domain: {noun}.{site}
+ipv4 ip: 10.{c}{d}.{d}.{c}{d}
+ipv6: 2001:db8::{x4}:{x4}
+uri url iri uri-template website link href homepage: https://{site}/{noun}/{adjective}
+uri-reference iri-reference json-pointer path directory folder: /{noun}/{adjective}
+uuid: {x8}-{x4}-4{x3}-a{x3}-{x12}
+regex: ^{noun}[a-z]+$
+byte base64: {x16}
+""")
 # By the words of a property's name: the longest end of the name first, then single words.
-TEXTS = {
-    **FORMATS,
-    **dict.fromkeys(("name", "full_name", "author", "person", "contact"), "{first} {last}"),
-    **dict.fromkeys(("first_name", "given_name", "firstname"), "{first}"),
-    **dict.fromkeys(("last_name", "family_name", "surname", "lastname"), "{last}"),
-    **dict.fromkeys(("user_name", "username", "login", "handle"), "{user}{d2}"),
-    **dict.fromkeys(("email_address", "mail"), FORMATS["email"]),
-    **dict.fromkeys(("phone", "phone_number", "telephone", "mobile"), "+1-555-01{d2}"),
-    **dict.fromkeys(("website", "link", "href", "homepage"), FORMATS["url"]),
-    **dict.fromkeys(("image", "avatar", "photo", "image_url"), "https://{site}/{noun}.png"),
-    **dict.fromkeys(("at", "timestamp", "datetime", "date_time"), FORMATS["date-time"]),
-    **dict.fromkeys(("day", "birthday", "deadline", "dob"), DATE),
-    **dict.fromkeys(("city", "town", "location", "place", "destination", "origin"), "{city}"),
-    **dict.fromkeys(("address", "street"), "{byte} {street} Street"),
-    **dict.fromkeys(("zip", "postcode", "postal_code", "zip_code"), "{d5}"),
-    **dict.fromkeys(("title", "subject", "headline", "heading"), "A {adjective} {noun}"),
-    **dict.fromkeys(("description", "summary", "text", "content", "reason", "body"), SENTENCE),
-    **dict.fromkeys(("reasoning", "explanation", "comment", "message", "answer"), SENTENCE),
-    **dict.fromkeys(("note", "review", "bio", "thought", "analysis"), SENTENCE),
-    **dict.fromkeys(("question", "prompt"), "How would you {verb} the {adjective} {noun}?"),
-    **dict.fromkeys(("query", "search", "keyword", "topic"), "{adjective} {noun}"),
-    **dict.fromkeys(("company", "organization", "employer", "brand"), "{company} {form}"),
-    **dict.fromkeys(("role", "job", "occupation", "profession", "position"), "{job}"),
-    **dict.fromkeys(("type", "category", "kind", "group"), "{kind}"),
-    **dict.fromkeys(("status", "state"), "{status}"),
-    **dict.fromkeys(("color", "colour"), "{color}"),
-    **dict.fromkeys(("id", "key", "token"), "{noun}_{x8}"),
-    **dict.fromkeys(("sku", "code", "reference"), "{up3}-{d4}"),
-    **dict.fromkeys(("file", "filename", "file_name"), "{noun}.txt"),
-    **dict.fromkeys(("path", "directory", "folder"), "/{noun}/{adjective}"),
-    **dict.fromkeys(("tag", "label", "slug", "word"), "{noun}"),
-    **dict.fromkeys(("step", "action", "task", "instruction"), "{verb} the {noun}"),
-    **dict.fromkeys(("amount", "price"), "{d2}.{d2}"),
-    "country": "{country}",
-    "country_code": "{code}",
-    "language": "{language}",
-    "locale": "{language}",
-    "currency": "{currency}",
-    "timezone": "{zone}",
-    "time_zone": "{zone}",
-    "unit": "{unit}",
-    "version": "1.{d}.{d}",
-    "ip": FORMATS["ipv4"],
-    "host": FORMATS["hostname"],
-    "domain": FORMATS["hostname"],
-    "": "{adjective} {noun}",
-}
-NUMBERS = {
-    **dict.fromkeys(("score", "confidence", "probability", "likelihood", "relevance"), (0, 1)),
-    **dict.fromkeys(("weight", "height", "width", "length", "size"), (1, 200)),
-    **dict.fromkeys(("price", "cost", "amount", "total", "subtotal", "fee"), (5, 250)),
-    **dict.fromkeys(("count", "quantity", "qty", "number", "limit"), (1, 12)),
-    **dict.fromkeys(("percent", "percentage", "progress", "humidity"), (0, 100)),
-    **dict.fromkeys(("at", "timestamp", "created", "updated"), (1_700_000_000, 1_760_000_000)),
-    **dict.fromkeys(("rating", "star", "priority", "level", "rank"), (1, 5)),
-    **dict.fromkeys(("index", "offset", "position"), (0, 9)),
-    "age": (18, 80),
-    "year": (1990, 2025),
-    "month": (1, 12),
-    "day": (1, 28),
-    "hour": (0, 23),
-    "minute": (0, 59),
-    "latitude": (-60, 70),
-    "lat": (-60, 70),
-    "longitude": (-170, 170),
-    "lon": (-170, 170),
-    "lng": (-170, 170),
-    "temperature": (-5, 30),
-    "salary": (30_000, 120_000),
-    "population": (10_000, 5_000_000),
-    "": (1, 100),
-}
+TEXTS = FORMATS | read_table("""\
+*: {adjective} {noun}
+name full_name author person contact: {first} {last}
+first_name given_name firstname: {first}
+last_name family_name surname lastname: {last}
+user_name username login handle: {user}{d2}
+phone phone_number telephone mobile: +1-555-01{d2}
+image avatar photo image_url: https://{site}/{noun}.png
+city town location place destination origin: {Berlin|Boston|Cairo|Kyoto|Lagos|Lima|Oslo|Paris}
+address street: {c}{d} {Cedar|Elm|Garden|Harbor|Hill|Lake|Maple|Mill|Oak|Park|River|Station} Street
+zip postcode postal_code zip_code: {d5}
+country: {Brazil|Canada|Egypt|France|Germany|India|Japan|Kenya|Norway|Portugal}
+language locale: {de|en|es|fr|it|ja|pt}
+currency: {EUR|GBP|JPY|USD}
+timezone time_zone: {Africa/Cairo|America/Lima|Asia/Tokyo|Europe/Berlin|UTC}
+title subject headline heading: A {adjective} {noun}
+description summary text content body reason reasoning explanation comment message answer note \
+review bio thought analysis: The {adjective} {noun} is easy to {verb} and leads to a {adjective} \
+{noun}.
+question prompt: How would you {verb} the {adjective} {noun}?
+company organization employer brand: {Alder|Borealis|Cobalt|Ember|Granite} {Group|Labs|Studio|Works}
+role job occupation profession position: {analyst|architect|designer|editor|engineer|nurse|teacher}
+type category kind group: {basic|custom|general|internal|primary|public|standard}
+status state: {active|approved|completed|open|pending|ready}
+color colour: {amber|blue|coral|green|indigo|red|silver|teal|violet|white}
+id key token: {noun}_{x8}
+sku code reference: {A|B|C|D}{d3}-{d4}
+file filename file_name: {noun}.txt
+tag label slug word: {noun}
+step action task instruction: {verb} the {noun}
+amount price: {d2}.{d2}
+""")
+NUMBERS = read_table("""\
+*: 1 100
+score confidence probability likelihood relevance: 0 1
+weight height width length size: 1 200
+price cost amount total subtotal fee: 5 250
+count quantity qty number limit month index position: 1 12
+percent percentage progress humidity: 0 100
+at timestamp created updated: 1700000000 1760000000
+rating star priority level rank: 1 5
+age: 18 80
+year: 1990 2025
+day hour minute: 1 23
+latitude lat longitude lon lng temperature: -5 40
+""")
 NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+SAMPLE = re.compile(r"\{([^{}0-9]+)([0-9]*)\}")
 
 
-def find_by_name(table: Mapping[str, Any], name: str) -> Any:
+def find_by_name(table: Mapping[str, str], name: str) -> str:
     """Return the row that a property's name suggests: `homeEmail` finds `email`."""
-    row = table.get(name)
-    if row is not None:
-        return row
+    if name in table:
+        return table[name]
     words = [word.lower() for word in NAME_WORD.findall(name[:100])]
     ends = ["_".join(words[start:]) for start in range(len(words))]
-    for key in (*ends, *reversed(words)):
-        row = table.get(key) or table.get(key[: -1 if key.endswith("s") else None])
-        if row is not None:
-            return row
-    return table[""]
+    keys = [key for end in (*ends, *reversed(words)) for key in (end, end.rstrip("s"))]
+    return next((table[key] for key in keys if key in table), table["*"])
 
 
 def fill_template(draw: Draw, template: str) -> str:
     """Replace each `{kind}` of a template by a draw from `SAMPLES`."""
-
-    def sample(found: re.Match[str]) -> str:
-        choices = SAMPLES[found[1]]
-        return "".join([draw.pick(choices) for _ in range(int(found[2] or 1))])
-
-    return SAMPLE.sub(sample, template)
-
-
-def with_whole_numbers(value: Any) -> Any:
-    """Return the value with 2.0 as 2."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [with_whole_numbers(item) for item in value]
-    if isinstance(value, dict):
-        return {name: with_whole_numbers(item) for name, item in value.items()}
-    return value
+    parts = SAMPLE.split(template)  # text, kind, count, text, ...
+    for at in range(1, len(parts), 3):
+        choices = SAMPLES.get(parts[at], parts[at]).split("|")
+        parts[at] = "".join([draw.pick(choices) for _ in range(int(parts[at + 1] or 1))])
+        parts[at + 1] = ""
+    return "".join(parts)
 
 
-def fingerprint(value: Any) -> str:
-    """Return equal texts for values that JSON schema calls equal: 1 and 1.0, but not true."""
-    return json.dumps(with_whole_numbers(value), sort_keys=True)
+def as_whole(number: Any) -> Any:
+    """Return 2.0 as 2 and other numbers as they are."""
+    return int(number) if number == number // 1 else number
+
+
+def canonical(value: Any) -> str:
+    """Return a text that is the same for equal values: for 1 and 1.0, but not for true."""
+    plain = json.loads(json.dumps(value), parse_float=lambda digits: as_whole(float(digits)))
+    return json.dumps(plain, sort_keys=True)
+
+
+def is_finite(argument: Any, low: float = -1e300, high: float = 1e300) -> bool:
+    """Tell whether it is a number that arithmetic can bear."""
+    return type(argument) in (int, float) and low <= argument <= high
 
 
 def is_multiple(value: float, step: float) -> bool:
     """Tell whether a division comes out even, as validators in binary arithmetic see it."""
-    if isinstance(step, int):
-        return value % step == 0
-    quotient = value / step if abs(value) < 1e300 else 1e300  # beyond that, none is known
-    return abs(quotient) < 1e300 and quotient == int(quotient)
+    return abs(value) < 1e300 and (value % step if isinstance(step, int) else value / step % 1) == 0
 
 
 TYPES = ("string", "number", "integer", "object", "array", "boolean", "null")
@@ -2005,472 +1791,204 @@ KINDS: dict[type, str] = {
 
 
 def is_of_type(value: Any, types: Sequence[str]) -> bool:
-    """Tell whether a value is of one of the types; 2.0 is an integer, True is not a number."""
+    """Tell whether a value is of one of the types; 2.0 is an integer, True is no number."""
     kind = KINDS[type(value)]
     return kind in types or (kind == "number" and "integer" in types and value == value // 1)
 
 
-# keyword: (the kind of value it speaks of, or "" for all; whether schema `s`, in which it has the
-# argument `a`, accepts value `v`). `r` is the `SchemaReader`.
-CHECKS: dict[str, tuple[str, Callable[[Any, Any, Any, Any], bool]]] = {
-    "type": ("", lambda r, a, v, s: is_of_type(v, a)),
-    "enum": ("", lambda r, a, v, s: r.is_among(v, a)),
-    "const": ("", lambda r, a, v, s: r.is_among(v, [a])),
-    "$ref": ("", lambda r, a, v, s: r.accepts(r.resolve(a), v)),
-    "allOf": ("", lambda r, a, v, s: all(r.accepts(part, v) for part in a)),
-    "anyOf": ("", lambda r, a, v, s: any(r.accepts(part, v) for part in a)),
-    "oneOf": ("", lambda r, a, v, s: sum(r.accepts(part, v) for part in a) == 1),
-    "not": ("", lambda r, a, v, s: not r.accepts(a, v)),
+# shape: whether an argument can be what a keyword of this shape takes.
+SHAPES: dict[str, Callable[[Any], bool]] = {
+    "any": lambda a: True,
+    "text": lambda a: isinstance(a, str),
+    "anchor": lambda a: isinstance(a, str) and a[:1].isalpha(),
+    "list": lambda a: isinstance(a, list),
+    "switch": lambda a: isinstance(a, bool),
+    "types": lambda a: a in TYPES or (a and isinstance(a, list) and all(n in TYPES for n in a)),
+    "names": lambda a: isinstance(a, list) and all(isinstance(name, str) for name in a),
+    "number": is_finite,
+    "limit": lambda a: is_finite(a) or isinstance(a, bool),  # a switch in draft 4
+    "step": lambda a: is_finite(a, 1e-8),
+    "count": lambda a: is_finite(a, 0) and a % 1 == 0,
+    "schema": lambda a: isinstance(a, (dict, bool)),
+    "schemas": lambda a: isinstance(a, list),
+    "items": lambda a: isinstance(a, (dict, bool, list)),  # a list until draft 2019-09
+    "map": lambda a: isinstance(a, dict),
+    "names map": lambda a: isinstance(a, dict) and all(map(SHAPES["names"], a.values())),
+}
+# keyword: (the shape of its argument, the kind of value it speaks of, or "" for all, whether
+# schema `s`, in which it has the argument `a`, accepts value `v`). `r` is the `SchemaReader`.
+VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
+    "type": ("types", "", lambda r, a, v, s: is_of_type(v, a)),
+    "enum": ("list", "", lambda r, a, v, s: r.is_among(v, a)),
+    "const": ("any", "", lambda r, a, v, s: r.is_among(v, [a])),
+    "$ref": ("text", "", lambda r, a, v, s: r.accepts(r.resolve(a), v)),
+    "allOf": ("schemas", "", lambda r, a, v, s: all(r.accepts(part, v) for part in a)),
+    "anyOf": ("schemas", "", lambda r, a, v, s: any(r.accepts(part, v) for part in a)),
+    "oneOf": ("schemas", "", lambda r, a, v, s: sum(r.accepts(part, v) for part in a) == 1),
+    "not": ("schema", "", lambda r, a, v, s: not r.accepts(a, v)),
+    "minimum": ("number", "number", lambda r, a, v, s: v >= a),
+    "maximum": ("number", "number", lambda r, a, v, s: v <= a),
+    "exclusiveMinimum": ("limit", "number", lambda r, a, v, s: v > a),
+    "exclusiveMaximum": ("limit", "number", lambda r, a, v, s: v < a),
+    "multipleOf": ("step", "number", lambda r, a, v, s: is_multiple(v, a)),
+    "minLength": ("count", "string", lambda r, a, v, s: len(v) >= a),
+    "maxLength": ("count", "string", lambda r, a, v, s: len(v) <= a),
+    "minItems": ("count", "array", lambda r, a, v, s: len(v) >= a),
+    "maxItems": ("count", "array", lambda r, a, v, s: len(v) <= a),
+    "minProperties": ("count", "object", lambda r, a, v, s: len(v) >= a),
+    "maxProperties": ("count", "object", lambda r, a, v, s: len(v) <= a),
+    "pattern": ("text", "string", lambda r, a, v, s: r.pattern(a).is_in(v)),
+    "uniqueItems": ("switch", "array", lambda r, a, v, s: len({*map(canonical, v)}) >= len(v) * a),
+    "items": ("items", "array", lambda r, a, v, s: all(map(r.accepts, for_items(s, len(v)), v))),
+    "contains": ("schema", "array", lambda r, a, v, s: any(r.accepts(a, item) for item in v)),
+    "required": ("names", "object", lambda r, a, v, s: all(name in v for name in a)),
+    "propertyNames": ("schema", "object", lambda r, a, v, s: all(r.accepts(a, key) for key in v)),
+    "properties": (
+        *("map", "object"),
+        lambda r, a, v, s: all(r.accepts_all(r.for_property(s, name), v[name]) for name in v),
+    ),
     "if": (
-        "",
+        *("schema", ""),
         lambda r, a, v, s: r.accepts(s.get("then" if r.accepts(a, v) else "else", True), v),
     ),
-    "minimum": ("number", lambda r, a, v, s: v >= a),
-    "maximum": ("number", lambda r, a, v, s: v <= a),
-    "exclusiveMinimum": ("number", lambda r, a, v, s: v > a),
-    "exclusiveMaximum": ("number", lambda r, a, v, s: v < a),
-    "multipleOf": ("number", lambda r, a, v, s: is_multiple(v, a)),
-    "minLength": ("string", lambda r, a, v, s: len(v) >= a),
-    "maxLength": ("string", lambda r, a, v, s: len(v) <= a),
-    "pattern": ("string", lambda r, a, v, s: r.pattern(a).is_in(v)),
-    "minItems": ("array", lambda r, a, v, s: len(v) >= a),
-    "maxItems": ("array", lambda r, a, v, s: len(v) <= a),
-    "uniqueItems": ("array", lambda r, a, v, s: not a or r.is_unique(v)),
-    "prefixItems": ("array", lambda r, a, v, s: all(map(r.accepts, a, v))),
-    "items": (
-        "array",
-        lambda r, a, v, s: all(r.accepts(a, item) for item in v[len(s.get("prefixItems", ())) :]),
-    ),
-    "contains": (
-        "array",
-        lambda r, a, v, s: (
-            s.get("minContains", 1)
-            <= sum(r.accepts(a, item) for item in v)
-            <= s.get("maxContains", len(v))
-        ),
-    ),
-    "unevaluatedItems": ("array", lambda r, a, v, s: r.accepts_rest(a, v, s)),
-    "minProperties": ("object", lambda r, a, v, s: len(v) >= a),
-    "maxProperties": ("object", lambda r, a, v, s: len(v) <= a),
-    "required": ("object", lambda r, a, v, s: all(name in v for name in a)),
-    "properties": (
-        "object",
-        lambda r, a, v, s: all(r.accepts(a[name], v[name]) for name in v if name in a),
-    ),
-    "patternProperties": (
-        "object",
-        lambda r, a, v, s: all(
-            r.accepts(a[key], v[name]) for key in a for name in v if r.pattern(key).is_in(name)
-        ),
-    ),
-    "additionalProperties": (
-        "object",
-        lambda r, a, v, s: all(r.accepts(a, v[name]) for name in v if not r.declares(s, name)),
-    ),
-    "propertyNames": ("object", lambda r, a, v, s: all(r.accepts(a, name) for name in v)),
-    "unevaluatedProperties": ("object", lambda r, a, v, s: r.accepts_rest(a, v, s)),
     "dependentRequired": (
-        "object",
+        *("names map", "object"),
         lambda r, a, v, s: all(name in v for key in a if key in v for name in a[key]),
     ),
     "dependentSchemas": (
-        "object",
+        *("map", "object"),
         lambda r, a, v, s: all(r.accepts(a[key], v) for key in a if key in v),
     ),
+    **{
+        keyword: (shape, "no kind", lambda r, a, v, s: True)  # other keywords look at these
+        for keyword, shape in {
+            **{"default": "any", "examples": "any", "format": "text", "$anchor": "anchor"},
+            **{"additionalItems": "schema", "additionalProperties": "schema", "then": "schema"},
+            **{"else": "schema", "prefixItems": "schemas", "patternProperties": "map"},
+            **{"$defs": "map", "definitions": "map"},
+        }.items()
+    },
 }
-NO_CHECK = ("nothing", CHECKS["const"][1])  # for default, examples, then and the like
-# What a made value does not meet by the way it is made, and is therefore tested for.
-TESTED = {
-    *("oneOf", "not", "if", "multipleOf", "contains", "unevaluatedItems", "patternProperties"),
-    *("propertyNames", "dependentRequired", "dependentSchemas", "unevaluatedProperties"),
-}
-# keyword: how its argument is read.
-SHAPES = {
-    keyword: shape
-    for shape, keywords in {
-        "types": "type",
-        "values": "enum",
-        "any": "const default examples",
-        "text": "$ref pattern format",
-        "switch": "uniqueItems",
-        "number": "minimum maximum exclusiveMinimum exclusiveMaximum",
-        "step": "multipleOf",
-        "count": "minLength maxLength minItems maxItems minProperties maxProperties"
-        " minContains maxContains",
-        "names": "required",
-        "schema": "additionalProperties items contains not if then else propertyNames"
-        " unevaluatedItems unevaluatedProperties",
-        "schemas": "allOf anyOf oneOf prefixItems",
-        "schema_map": "properties patternProperties dependentSchemas",
-        "names_map": "dependentRequired",
-        "unsupported": "$dynamicRef $recursiveRef",
-    }.items()
-    for keyword in keywords.split()
+UNSUPPORTED = {
+    *("$dynamicRef", "$recursiveRef", "dependencies", "minContains", "maxContains"),
+    *("unevaluatedItems", "unevaluatedProperties"),
 }
 
 
-def join_address(base: str, address: str) -> str:
-    """Return the absolute address of a `$ref` or `$id`."""
-    if address.startswith("#") or not base:
-        return base.partition("#")[0] + address
-    from urllib.parse import urljoin
-
-    return urljoin(base, address)
-
-
-OLD_KEYWORDS = ("exclusiveMinimum", "exclusiveMaximum", "items", "dependencies")
-
-
-def modernize(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the schema with the keywords of drafts 4 to 7 in the words of draft 2020-12."""
-    if schema.keys().isdisjoint(OLD_KEYWORDS):
-        return schema
-    modern = dict(schema)
-    for side in ("minimum", "maximum"):
-        strict = f"exclusive{side.capitalize()}"
-        if isinstance(modern.get(strict), bool) and modern.pop(strict) and side in modern:
-            modern[strict] = modern.pop(side)
-    if isinstance(modern.get("items"), list):
-        modern["prefixItems"] = modern.pop("items")
-        if "additionalItems" in modern:
-            modern["items"] = modern["additionalItems"]
-    dependencies = modern.get("dependencies", {})
-    if isinstance(dependencies, dict):
-        names = {
-            key: dependencies[key] for key in dependencies if isinstance(dependencies[key], list)
-        }
-        schemas = {key: dependencies[key] for key in dependencies if key not in names}
-        modern.setdefault("dependentRequired", names)
-        modern.setdefault("dependentSchemas", schemas)
-    return modern
+def rewrite(schema: dict[str, Any]) -> None:
+    """Put old keywords into those of draft 2020-12, and add those that the others depend on."""
+    for side, strict in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+        if isinstance(schema.get(strict), bool) and schema.pop(strict) and side in schema:
+            schema[strict] = schema.pop(side)
+    if isinstance(schema.get("items"), list):
+        schema["prefixItems"] = schema["items"]
+        schema["items"] = schema.get("additionalItems", True)
+    if "prefixItems" in schema:
+        schema.setdefault("items", True)
+    if "patternProperties" in schema or "additionalProperties" in schema:
+        schema.setdefault("properties", {})
 
 
-def read_number(argument: Any) -> Any:
-    """Return a number that arithmetic can bear, else None."""
-    if isinstance(argument, (int, float)) and not isinstance(argument, bool):
-        return argument if -1e300 <= argument <= 1e300 else None
-    return None
-
-
-def read_count(argument: Any) -> Any:
-    """Return a whole number from 0, else None."""
-    number = read_number(argument)
-    return None if number is None or number < 0 or number != number // 1 else int(number)
-
-
-def read_types(argument: Any) -> Any:
-    """Return the names of types as a tuple, with integers among the numbers, else None."""
-    names = argument if isinstance(argument, list) else [argument]
-    if not names or not all(isinstance(name, str) and name in TYPES for name in names):
-        return None
-    return tuple(
-        dict.fromkeys(n for name in names for n in (name, "integer")[: 1 + (name == "number")])
-    )
-
-
-def read_names(argument: Any) -> Any:
-    """Return a list of texts without repetitions, else None."""
-    if not isinstance(argument, list) or not all(isinstance(name, str) for name in argument):
-        return None
-    return list(dict.fromkeys(argument))
-
-
-def read_names_map(argument: Any) -> Any:
-    """Return an object whose values are lists of names, else None."""
-    if not isinstance(argument, dict) or any(
-        read_names(names) is None for names in argument.values()
-    ):
-        return None
-    return argument
-
-
-# shape: what turns an argument into the form it is used in, None if that cannot be.
-PLAIN_SHAPES: dict[str, Callable[[Any], Any]] = {
-    "types": read_types,
-    "values": lambda argument: argument if isinstance(argument, list) else None,
-    "any": lambda argument: argument,
-    "text": lambda argument: argument if isinstance(argument, str) else None,
-    "switch": lambda argument: argument if isinstance(argument, bool) else None,
-    "number": read_number,
-    "step": lambda argument: read_number(argument) if (read_number(argument) or 0) > 0 else None,
-    "count": read_count,
-    "names": read_names,
-    "names_map": read_names_map,
-}
+def for_items(schema: Any, count: int) -> list[Any]:
+    """Return what a schema asks of each of so many items."""
+    fixed = schema.get("prefixItems", [])[:count]
+    return [*fixed, *[schema.get("items", True)] * (count - len(fixed))]
 
 
 class SchemaReader:
-    """One schema document: reads its parts into one dialect, follows references, tests values.
+    """One schema document: reads its parts, follows references, tests values.
 
-    A read schema is True, False, or a dict of supported keywords as in draft 2020-12, with
-    `type` as a tuple and `$ref` as an absolute address.
+    A read schema is True, False, or a dict of well-formed `VOCABULARY`, with `type` as a tuple.
     """
 
-    def __init__(self, document: Any, steps: Steps) -> None:
-        self.document = document
-        self.steps = steps
-        self._resolved: dict[str, Any] = {}
-        self._patterns: dict[str, Pattern] = {}
-        self._addresses: dict[str, tuple[Any, str]] = {}  # each to a schema and its base
-        self.root = self.read(document, "", "the schema")
+    def __init__(self, document: Any) -> None:
+        self.steps = MAX_STEPS
+        self._targets: dict[str, Any] = {}  # what a $ref can name
+        self.pattern = functools.cache(lambda source: Pattern(source, self.spend))
+        self.root = self.read(document, "#")
 
-    def read(self, schema: Any, base: str, place: str) -> Any:
-        """Return the schema in one dialect, or raise `Unsatisfiable` where it is malformed."""
+    def spend(self, count: int = 1) -> None:
+        """Use up some steps of work, so that no schema keeps a thread busy."""
+        self.steps -= count
+        if self.steps < 0:
+            raise OutOfSteps
+
+    def read(self, schema: Any, place: str) -> Any:
+        """Return the schema as it is used, or raise `Unsatisfiable` where it is malformed."""
+        self.spend(1 + len(place) // 100)
         if isinstance(schema, bool):
+            self._targets[place] = schema
             return schema
-        if not isinstance(schema, dict):
-            raise Unsatisfiable(
-                f"{place}: a schema is an object or a boolean, not {json.dumps(schema)[:60]}"
-            )
-        self.steps.spend()
-        if isinstance(schema.get("$id"), str):
-            base = join_address(base, schema["$id"])
-        read = {}
-        for keyword, argument in modernize(schema).items():
-            shape = SHAPES.get(keyword)
-            if shape:
-                reading = self._read_argument(shape, argument, base, f"{place}.{keyword}")
-                if reading is None and shape != "any":
-                    found = json.dumps(argument)[:60]
-                    raise Unsatisfiable(f"{place}: {keyword} cannot be {found}")
-                read[keyword] = reading
-        if "$ref" in read:
-            read["$ref"] = join_address(base, read["$ref"])
+        if not isinstance(schema, dict) or ("$id" in schema and place != "#"):
+            reason = "a schema is an object or a boolean, and has no $id unless at the top"
+            raise Unsatisfiable(f"{place[:200]}: {reason}")
+        read: dict[str, Any] = {}
+        for keyword, argument in schema.items():
+            if keyword in UNSUPPORTED:
+                raise Unsatisfiable(f"{place[:200]}: {keyword} is not supported")
+            shape = VOCABULARY[keyword][0] if keyword in VOCABULARY else ""
+            if shape and not SHAPES[shape](argument):
+                raise Unsatisfiable(f"{place[:200]}: {keyword} cannot be {str(argument)[:60]}")
+            if shape in ("schema", "schemas", "items", "map"):
+                read[keyword] = self._read_inner(argument, f"{place}/{keyword}", shape)
+            elif shape:
+                read[keyword] = argument
+        if "type" in read:  # as a tuple, with integers among the numbers
+            names = [read["type"]] if isinstance(read["type"], str) else read["type"]
+            read["type"] = (*names, "integer") if "number" in names else tuple(names)
+        rewrite(read)
+        self._targets[place] = self._targets[f"#{read.get('$anchor', place[1:])}"] = read
         return read
 
-    def _read_argument(self, shape: str, argument: Any, base: str, place: str) -> Any:
-        """Return the argument of a keyword as it is used, or None if it has the wrong shape."""
-        if shape == "schema":
-            return self.read(argument, base, place.replace("the schema.", ""))
-        if shape == "schemas" and isinstance(argument, list):
-            place = place.replace("the schema.", "")
-            return [self.read(part, base, f"{place}[{n}]") for n, part in enumerate(argument)]
-        if shape == "schema_map" and isinstance(argument, dict):
-            place = place.replace("the schema.", "")
-            return {name: self.read(argument[name], base, f"{place}.{name}") for name in argument}
-        check = PLAIN_SHAPES.get(shape)
-        return check(argument) if check else None
+    def _read_inner(self, argument: Any, place: str, shape: str) -> Any:
+        if isinstance(argument, list):
+            return [self.read(part, f"{place}/{number}") for number, part in enumerate(argument)]
+        if shape != "map":
+            return self.read(argument, place)
+        keys = {name: name.replace("~", "~0").replace("/", "~1") for name in argument}
+        return {name: self.read(argument[name], f"{place}/{keys[name]}") for name in argument}
 
-    def resolve(self, address: str) -> Any:
-        """Return the read schema that an absolute address names, in this document."""
-        if address not in self._resolved:
-            source, base = self._find(address)
-            self._resolved[address] = self.read(source, base, address)
-        return self._resolved[address]
-
-    def _find(self, address: str) -> tuple[Any, str]:
-        start, _, fragment = address.partition("#")
-        if not self._addresses:
-            self._index(self.document, "")
-        if not fragment.startswith("/") and address.rstrip("#") in self._addresses:
-            return self._addresses[address.rstrip("#")]
-        found, base = self._addresses.get(start, (None, start))
-        for token in fragment.split("/")[1:]:
-            key: Any = unquote(token).replace("~1", "/").replace("~0", "~")
-            if isinstance(found, list):
-                key = int(key) if key.isascii() and key.isdigit() and len(key) < 6 else -1
-                found = found[key] if 0 <= key < len(found) else None
-            else:
-                found = found.get(key) if isinstance(found, dict) else None
-            if isinstance(found, dict) and isinstance(found.get("$id"), str):
-                base = join_address(base, found["$id"])
-        if found is None or not fragment.startswith("/"):
-            raise Unsatisfiable(f"$ref {address[:200]!r}: names nothing in this schema")
-        return found, base
-
-    def _index(self, part: Any, base: str) -> None:
-        """Note the address of every schema that has a `$id` or an anchor."""
-        self.steps.spend()
-        if isinstance(part, dict):
-            if isinstance(part.get("$id"), str):
-                base = join_address(base, part["$id"])
-                self._addresses.setdefault(base.rstrip("#"), (part, base))
-            if isinstance(part.get("$anchor"), str):
-                self._addresses[f"{base}#{part['$anchor']}"] = (part, base)
-            if part is self.document:
-                self._addresses[""] = self._addresses[base] = (part, base)
-            part = [part[name] for name in part if name not in ("enum", "const", "examples")]
-        if isinstance(part, list):
-            for item in part:
-                if isinstance(item, (dict, list)):
-                    self._index(item, base)
-
-    def pattern(self, source: str) -> Pattern:
-        """Return the compiled pattern."""
-        if source not in self._patterns:
-            self._patterns[source] = Pattern(source, self.steps)
-        return self._patterns[source]
+    def resolve(self, ref: str) -> Any:
+        """Return the read schema that a reference names, in this document."""
+        target = unquote(ref)
+        if target not in self._targets:
+            raise Unsatisfiable(f"$ref {ref[:200]!r}: names nothing in this schema")
+        return self._targets[target]
 
     def accepts(self, schema: Any, value: Any) -> bool:
         """Tell whether the value is valid; `format` is not tested, as in most validators."""
         if isinstance(schema, bool):
             return schema
-        self.steps.spend()
+        self.spend()
         kind = KINDS[type(value)]
-        for keyword in schema:
-            speaks_of, check = CHECKS.get(keyword, NO_CHECK)
-            if speaks_of in ("", kind) and not check(self, schema[keyword], value, schema):
+        for keyword, argument in schema.items():
+            _, spoken_of, check = VOCABULARY[keyword]
+            if spoken_of in ("", kind) and not check(self, argument, value, schema):
                 return False
         return True
 
+    def accepts_all(self, schemas: Any, value: Any) -> bool:
+        """Tell whether the value is valid for each of the schemas."""
+        return all(map(self.accepts, schemas, itertools.repeat(value)))
+
     def is_among(self, value: Any, choices: Any) -> bool:
         """Tell whether the value equals one of the choices."""
-        self.steps.spend(len(choices) // (64 if isinstance(value, str) else 4))
-        if isinstance(value, str):
-            return value in choices
-        wanted = fingerprint(value)
-        return any(fingerprint(choice) == wanted for choice in choices)
+        self.spend(len(choices) // 16)
+        return any(canonical(value) == canonical(choice) for choice in choices if choice == value)
 
-    def is_unique(self, items: Any) -> bool:
-        """Tell whether no two items are equal."""
-        return len({fingerprint(item) for item in items}) == len(items)
-
-    def declares(self, schema: Any, name: str) -> bool:
-        """Tell whether properties or patternProperties speak of the name."""
-        patterns = schema.get("patternProperties", ())
-        return name in schema.get("properties", ()) or any(
-            self.pattern(key).is_in(name) for key in patterns
-        )
-
-    def accepts_rest(self, rest: Any, value: Any, schema: Any) -> bool:
-        """Tell whether all that no other keyword of the schema speaks of is valid for `rest`."""
-        others = {key: schema[key] for key in schema if not key.startswith("unevaluated")}
-        seen = self._evaluated(others, value)
-        keys = value if isinstance(value, dict) else range(len(value))
-        return all(self.accepts(rest, value[key]) for key in keys if key not in seen)
-
-    def _evaluated(self, schema: Any, value: Any) -> set[Any]:
-        """Return the names or indexes of which a schema that accepts the value speaks."""
-        if isinstance(schema, bool):
-            return set()
-        if isinstance(value, dict):
-            everything = "additionalProperties" in schema or "unevaluatedProperties" in schema
-            seen = {name for name in value if everything or self.declares(schema, name)}
-        else:
-            everything = "items" in schema or "unevaluatedItems" in schema
-            seen = set(range(len(value) if everything else len(schema.get("prefixItems", ()))))
-            if "contains" in schema:
-                wanted = schema["contains"]
-                seen |= {n for n, item in enumerate(value) if self.accepts(wanted, item)}
-        for part in self._applied(schema, value):
-            seen |= self._evaluated(part, value)
-        return seen
-
-    def _applied(self, schema: Any, value: Any) -> Iterator[Any]:
-        """Yield the schemas inside this one that accept the same value."""
-        parts = [part for key in ("allOf", "anyOf", "oneOf") for part in schema.get(key, ())]
-        parts += [self.resolve(schema["$ref"])] if "$ref" in schema else []
-        dependent = schema.get("dependentSchemas", {})
-        parts += [dependent[name] for name in dependent if name in value]
-        if "if" in schema:
-            parts += [schema["if"]]
-            branch = "then" if self.accepts(schema["if"], value) else "else"
-            parts += [schema.get(branch, True)]
-        return (part for part in parts if self.accepts(part, value))
+    def for_property(self, schema: Any, name: str) -> list[Any]:
+        """Return all that a schema asks of a property."""
+        declared = schema.get("properties", {})
+        parts = [declared[name]] if name in declared else []
+        for source, part in schema.get("patternProperties", {}).items():
+            if self.pattern(source).is_in(name):
+                parts.append(part)
+        return parts or [schema.get("additionalProperties", True)]
 
 
-NUMERIC = ("number", "integer")
-# keyword: the type, the keyword and the change of its argument that rule the keyword out.
-OPPOSITES = {
-    "minimum": (NUMERIC, "exclusiveMaximum", 0),
-    "maximum": (NUMERIC, "exclusiveMinimum", 0),
-    "exclusiveMinimum": (NUMERIC, "maximum", 0),
-    "exclusiveMaximum": (NUMERIC, "minimum", 0),
-    "minLength": (("string",), "maxLength", -1),
-    "maxLength": (("string",), "minLength", 1),
-    "minItems": (("array",), "maxItems", -1),
-    "maxItems": (("array",), "minItems", 1),
-    "minProperties": (("object",), "maxProperties", -1),
-    "maxProperties": (("object",), "minProperties", 1),
-}
-
-
-def negations(schema: Any) -> list[Any]:
-    """Return schemas each of which rules the given one out, as far as that is easy to say."""
-    if isinstance(schema, bool):
-        return [not schema]
-    found: list[Any] = []
-    for keyword, argument in schema.items():
-        if keyword == "type":
-            kept = [name for name in TYPES if name not in argument]
-            found += [{"type": tuple(kept)}] if kept else []
-        elif keyword in OPPOSITES:
-            kind, opposite, shift = OPPOSITES[keyword]
-            found.append({"type": kind, opposite: max(0, argument + shift) if shift else argument})
-        elif keyword == "required":
-            found += [{"type": ("object",), "properties": {name: False}} for name in argument]
-        elif keyword == "properties":
-            found += [
-                {"type": ("object",), "required": [name], "properties": {name: {"not": part}}}
-                for name, part in argument.items()
-            ]
-        elif keyword in ("anyOf", "allOf"):
-            parts = [{"not": part} for part in argument]
-            found += [{"allOf": parts}] if keyword == "anyOf" else parts
-        elif keyword == "not":
-            found.append(argument)
-    return found
-
-
-def list_choices(schema: Any) -> Iterator[tuple[list[Any], list[Any]]]:
-    """Yield each choice that a schema leaves: natural options, then those of last resort."""
-    if "anyOf" in schema:
-        yield schema["anyOf"], []
-    if "oneOf" in schema:
-        options = schema["oneOf"]
-        alone = [
-            {"allOf": [option, *({"not": other} for other in options if other is not option)]}
-            for option in options[:8]
-        ]
-        yield options, alone if len(options) > 1 else []
-    if "if" in schema:
-        otherwise = {"allOf": [{"not": schema["if"]}, schema.get("else", True)]}
-        yield [{"allOf": [schema["if"], schema.get("then", True)]}, otherwise], []
-    if "not" in schema:
-        yield [*negations(schema["not"]), True], []
-    for name, names in schema.get("dependentRequired", {}).items():
-        yield [{"required": names}], [{"properties": {name: False}}]
-    for name, part in schema.get("dependentSchemas", {}).items():
-        yield [part], [{"properties": {name: False}}]
-
-
-class Node:
-    """One place of an instance: the schemas that it must meet together, and how it is drawn."""
-
-    __slots__ = ("deep", "depth", "draw", "name", "parts", "place", "trail")
-
-    def __init__(
-        self, draw: Draw, parts: list[Any], name: str, place: str, above: Node | None = None
-    ) -> None:
-        self.draw = draw
-        self.parts = parts
-        self.name = name  # of the property, for values that look natural
-        self.place = place
-        self.depth: int = above.depth + 1 if above else 0
-        self.trail: tuple[str, ...] = above.trail if above else ("#",)  # references on the way
-        self.deep: bool = above.deep if above else False  # only what must be there is made
-
-    def arguments(self, keyword: str) -> list[Any]:
-        """Return the arguments that the parts give to a keyword."""
-        return [part[keyword] for part in self.parts if keyword in part]
-
-    def count_range(self, keyword: str, limit: int) -> tuple[int, int]:
-        """Return the range of minLength, minItems or minProperties, at most up to `limit`."""
-        low = max(self.arguments(f"min{keyword}"), default=0)
-        high = min(self.arguments(f"max{keyword}"), default=limit)
-        if low > high:
-            raise Unsatisfiable(f"{self.place}: min{keyword} {low} is above {high}")
-        if low > limit:
-            raise Unsatisfiable(f"{self.place}: min{keyword} {low} is above the limit of {limit}")
-        return low, min(high, limit)
-
-
-RELUCTANCE = ({"null": 1}, {"array": 1, "object": 1})  # types tried last: usually, when deep
-
-
-def is_tested(parts: list[Any]) -> bool:
-    """Tell whether a value that is made for the parts has to be tested afterwards."""
-    return not all(TESTED.isdisjoint(part) for part in parts)
+# What a made value does not meet by the way it is made, and is therefore tested for.
+TESTED = {"oneOf", "not", "contains", "if", "dependentRequired", "dependentSchemas"}
+NAMING = {"const", "enum", "examples", "default"}  # keywords with values
 
 
 def list_types(parts: list[Any]) -> list[str]:
@@ -2478,426 +1996,285 @@ def list_types(parts: list[Any]) -> list[str]:
     given = [part["type"] for part in parts if "type" in part]
     if given:
         return [name for name in given[0] if all(name in other for other in given[1:])]
-    kinds = [CHECKS[key][0] for part in parts for key in part if key in CHECKS]
-    implied = dict.fromkeys(filter(None, kinds))
-    return list(
-        implied if implied and not is_tested(parts) else {**implied, **dict.fromkeys(TYPES)}
-    )
+    spoken_of = [VOCABULARY[keyword][1] for part in parts for keyword in part]
+    return [kind for kind in dict.fromkeys([*spoken_of, *TYPES]) if kind in TYPES]
 
 
-def list_known_values(node: Node) -> tuple[bool, list[Any]]:
-    """Return the values that a node names, and whether only these are allowed."""
-    for choices in [[value] for value in node.arguments("const")] + node.arguments("enum"):
-        start = node.draw.child("enum").below(max(1, len(choices)))
-        return True, choices[start:] + choices[:start]
-    named = [list(values) for values in node.arguments("examples") if isinstance(values, list)]
-    values = [value for values in named for value in values]
-    start = node.draw.child("example").below(len(values)) if values else 0
-    defaults = [value for value in node.arguments("default") if value not in (None, "", [], {})]
-    return False, values[start:] + values[:start] + defaults
+class Place:
+    """One place of an instance: makes its value, which meets all of `parts`, and those inside."""
 
-
-def is_null(schema: Any) -> bool:
-    """Tell whether null is all that a schema allows."""
-    return isinstance(schema, dict) and schema.get("type") == ("null",)
-
-
-def describe(parts: list[Any]) -> str:
-    """Return the names of the keywords that are met by trying."""
-    return ", ".join(sorted({key for part in parts for key in part if key in TESTED}))
-
-
-def inside(place: str) -> str:
-    """Return what to put before the name of a place inside this one."""
-    return "" if place == "the schema" else f"{place}."
-
-
-def fit_length(draw: Draw, text: str, low: int, high: int) -> str:
-    """Return the text with words added or its end cut off."""
-    while len(text) < low:
-        text += fill_template(draw, " {noun}")
-    return text[:high]
-
-
-def number_bounds(node: Node) -> tuple[Any, Any]:
-    """Return the lower bound with whether it is excluded, and the upper one with whether it is not.
-
-    None stands for no bound.
-    """
-    lows = [(n, False) for n in node.arguments("minimum")]
-    lows += [(n, True) for n in node.arguments("exclusiveMinimum")]
-    highs = [(n, True) for n in node.arguments("maximum")]
-    highs += [(n, False) for n in node.arguments("exclusiveMaximum")]
-    low, high = max(lows, default=None), min(highs, default=None)
-    if low and high and (low[0] > high[0] or (low[0] == high[0] and (low[1] or not high[1]))):
-        names = ("exclusiveMinimum" if low[1] else "minimum", "maximum")
-        relation = "not below" if low[0] == high[0] else "above"
-        raise Unsatisfiable(f"{node.place}: {names[0]} {low[0]} is {relation} {names[1]} {high[0]}")
-    return low, high
-
-
-def natural_range(name: str, scale: int) -> tuple[int, int]:
-    """Return a range that suits the name; one from 0 to 1 is multiplied by `scale`."""
-    low, high = find_by_name(NUMBERS, name)
-    return low, high * scale if high == 1 else high
-
-
-def clip_range(natural: tuple[Any, Any], low: Any, high: Any, step: Any = None) -> tuple[Any, Any]:
-    """Return the natural range inside the bounds, or one at a bound; counted in steps if given."""
-    if step is not None:
-        low = None if low is None else int(-(-low // step))
-        high = None if high is None else int(high // step)
-        natural = (int(-(-natural[0] // step)), int(natural[1] // step))
-        natural = natural if natural[0] <= natural[1] else (natural[1], natural[1] + 5)
-    start = natural[0] if low is None else max(natural[0], low)
-    end = natural[1] if high is None else min(natural[1], high)
-    if start <= end:
-        return start, end
-    if high is None or (low is not None and low > natural[1]):
-        return low, low + 100 if high is None else min(high, low + 100)
-    return high - 100 if low is None else max(low, high - 100), high
-
-
-def whole_step(step: Any) -> int:
-    """Return the least whole multiple of a step: 5 for 2.5."""
-    for times in (*range(1, 1001), *(10**digits for digits in range(4, 13))):
-        if step * times == step * times // 1:
-            return int(step * times)
-    raise Unsatisfiable(f"multipleOf {step} has no whole multiple within reach")
-
-
-def least_common(steps: Iterable[int]) -> int:
-    """Return the least common multiple, 1 of none."""
-    common = 1
-    for step in steps:
-        first, second = common, step
-        while second:
-            first, second = second, first % second
-        common = common * step // first
-    return common
-
-
-NAME_SCHEMA = {"type": ("string",)}
-
-
-class InstanceMaker:
-    """Makes one instance of a schema, from the outside in, going back where a way is blocked."""
-
-    def __init__(self, reader: SchemaReader, max_depth: int) -> None:
+    def __init__(self, reader: SchemaReader, draw: Draw, parts: list[Any], depth: int) -> None:
         self.reader = reader
-        self.steps = reader.steps
-        self.max_depth = max_depth
-        self.made = 0
-        self._heights: dict[str, int] = {}
+        self.draw = draw
+        self.parts = parts
+        self.depth = depth  # levels that are left before only what must be there is made
+        self.deep = depth <= 0  # only what must be there is made
+        self.path = "#"
+        self.name = ""  # of the property, for values that look natural
+        self.trail: tuple[str, ...] = ("#",)  # references on the way
+        self.said: dict[str, list[Any]] = {}  # arguments by keyword
 
-    def make(self, node: Node) -> Any:
-        """Return a value for the node by the first way that is not blocked."""
-        self.steps.spend()
-        if node.depth > MAX_INSTANCE_DEPTH:
-            raise Unsatisfiable(f"{node.place}: nests deeper than {MAX_INSTANCE_DEPTH} levels")
-        problem = None
-        for count, way in enumerate(self._ways(node, node.parts, [], [], ())):
-            if count == MAX_BRANCHES:
-                break
+    def arguments(self, keyword: str) -> list[Any]:
+        """Return the arguments that the parts give to a keyword."""
+        return self.said.get(keyword, [])
+
+    def count_range(self, what: str, limit: int) -> tuple[int, int]:
+        """Return the range of minLength, minItems or minProperties, at most up to `limit`."""
+        low = int(max([0, *self.arguments(f"min{what}")]))
+        high = int(min([limit, *self.arguments(f"max{what}")]))
+        if low > high:
+            raise Unsatisfiable(f"{self.path}: min{what} {low} is above {high}")
+        return low, high
+
+    def refusal(self, kind: str) -> Unsatisfiable:
+        """Return the error that no value meets the keywords that speak of its kind."""
+        said = [keyword for keyword in self.said if VOCABULARY[keyword][1] in ("", kind)]
+        return Unsatisfiable(f"{self.path}: no {kind} was found that meets {', '.join(said)}")
+
+    def make_inside(self, key: str | int, parts: list[Any], name: str, attempt: int) -> Any:
+        """Return a value for an item, a property or a property's name."""
+        inner = Place(self.reader, self.draw.child(key, attempt), parts, self.depth - 1)
+        inner.path = f"{self.path}/{key}"[:200]
+        inner.name, inner.trail, inner.deep = name, self.trail, self.deep or inner.deep
+        return inner.make()
+
+    def make(self) -> Any:
+        """Return a value by the first way that is not blocked."""
+        if self.depth < -MAX_MORE_DEPTH:
+            raise Unsatisfiable(f"{self.path}: nests too deep")
+        deep = self.deep or self.reader.steps < MAX_STEPS - MANY_STEPS
+        problem, trail = None, self.trail
+        for parts, refs in itertools.islice(self._ways(self.parts, [], []), MAX_BRANCHES):
+            self.parts, self.said, self.trail = parts, {}, (*trail, *refs)
+            self.deep = deep or not set(refs).isdisjoint(trail)
+            for part in parts:
+                for keyword, argument in part.items():
+                    self.said.setdefault(keyword, []).append(argument)
             try:
-                value = self._fill(way)
-                self.made += 1
-                return value
+                return self._fill()
             except Unsatisfiable as error:
-                if self.steps.left < 0:
-                    raise
                 problem = problem or error
-        raise problem or Unsatisfiable(f"{node.place}: no value is allowed here")
+        raise problem or Unsatisfiable(f"{self.path}: no value is allowed here")
 
     def _ways(
-        self, node: Node, todo: list[Any], parts: list[Any], choices: list[Any], refs: Any
-    ) -> Iterator[Node]:
-        """Yield the node with its references and choices resolved, one way after the other."""
+        self, todo: list[Any], parts: list[Any], choices: list[Any]
+    ) -> Iterator[tuple[list[Any], list[str]]]:
+        """Yield all parts to be met together and their references, for each way of choosing."""
         todo, parts, choices = list(todo), list(parts), list(choices)
+        refs = [part["$ref"] for part in parts if "$ref" in part]
         for part in todo:  # grows on the way
-            if part is True:
-                continue
             if part is False:
                 return
-            self.steps.spend()
+            if part is True:
+                continue
+            self.reader.spend(2)
             parts.append(part)
             todo += part.get("allOf", ())
             if "$ref" in part and part["$ref"] not in refs:
-                refs = (*refs, part["$ref"])
+                refs.append(part["$ref"])
                 todo.append(self.reader.resolve(part["$ref"]))
-            choices += list_choices(part)
-        way = Node(node.draw, parts, node.name, node.place)
-        way.depth, way.trail = node.depth, (*node.trail, *refs)
-        way.deep = node.deep or any(ref in node.trail for ref in refs)
-        way.deep = way.deep or node.depth >= self.max_depth or self.made >= LARGE
+            choices += [part[keyword] for keyword in ("anyOf", "oneOf") if keyword in part]
         if not choices:
-            yield way
+            yield parts, refs
         elif list_types(parts):
-            for option in self._in_order(way, *choices.pop(0)):
-                yield from self._ways(node, [option], parts, choices, refs)
+            deep = self.deep or not set(refs).isdisjoint(self.trail)
+            for option in self._in_order(choices[0], deep):
+                yield from self._ways([option], parts, choices[1:])
 
-    def _in_order(self, way: Node, natural: list[Any], resort: list[Any]) -> list[Any]:
-        """Return options as they are tried: drawn, null last; the flattest first when deep."""
-        if len(natural) > 1:
-            start = way.draw.child("option").below(len(natural))
-            natural = natural[start:] + natural[:start]
-            natural.sort(key=self.height if way.deep else is_null)
-        return natural + resort
+    def _in_order(self, options: list[Any], deep: bool) -> list[Any]:
+        """Return options as they are tried: drawn, null last; the simplest first when deep."""
+        start = self.draw.below(len(options)) if options else 0
+        drawn = options[start:] + options[:start]
+        null = {"type": ("null",)}
+        return sorted(drawn, key=self._count_refs if deep else lambda option: option == null)
 
-    def height(self, schema: Any) -> int:
-        """Return about how many objects, arrays and references an instance needs at least."""
-        if isinstance(schema, bool) or "enum" in schema or "const" in schema:
-            return 0
-        heights = [self.height(part) for part in schema.get("allOf", ())]
-        for keyword in ("anyOf", "oneOf"):
-            heights.append(min(map(self.height, schema.get(keyword, ())), default=0))
-        properties = schema.get("properties", {})
-        for name in schema.get("required", ()):
-            heights.append(1 + self.height(properties.get(name, True)))
-        if schema.get("minItems"):
-            heights.append(1 + self.height(schema.get("items", True)))
-        if "$ref" in schema:
-            heights.append(self._reference_height(schema["$ref"]))
-        return max(heights, default=0)
+    def _count_refs(self, schema: Any) -> int:
+        """Return how often a schema, or else the one that it names, refers to others."""
+        ref = schema.get("$ref") if isinstance(schema, dict) else None
+        text = str(self.reader.resolve(ref) if ref else schema)
+        self.reader.spend(len(text) // 100)
+        return text.count("'$ref'")
 
-    def _reference_height(self, address: str) -> int:
-        if address not in self._heights:
-            self._heights[address] = 999  # what leads back here never ends
-            height = 1 + self.height(self.reader.resolve(address))
-            self._heights[address] = min(999, height)
-        return self._heights[address]
-
-    def _fill(self, node: Node) -> Any:
-        """Return a value that meets all parts of a node without open choices."""
-        parts = node.parts
-        tested = [part for part in parts if not TESTED.isdisjoint(part)]
-        required, known = list_known_values(node)
-        for value in known:
-            if all(self.reader.accepts(part, value) for part in parts):
+    def _fill(self) -> Any:
+        """Return a value that meets the parts: one that they name, else one made."""
+        for value in [] if NAMING.isdisjoint(self.said) else self._list_known_values():
+            if self.reader.accepts_all(self.parts, value):
                 return value
-        if required:
-            raise Unsatisfiable(f"{node.place}: no enum or const value meets the other keywords")
+        named = "enum" in self.said or "const" in self.said
+        last = ("array", "object") if self.deep else ("null",)
+        tested = [] if TESTED.isdisjoint(self.said) else self.parts
         problem = None
-        for kind in sorted(list_types(parts), key=lambda kind: RELUCTANCE[node.deep].get(kind, 0)):
+        for kind in sorted([] if named else list_types(self.parts), key=last.__contains__):
             for attempt in range(TRIES if tested else 1):
                 try:
-                    value = getattr(self, f"make_{kind}")(node, attempt)
+                    value = getattr(self, f"make_{kind}")(attempt)
                 except Unsatisfiable as error:
-                    if self.steps.left < 0:
-                        raise
                     problem = problem or error
                     break
-                if all(self.reader.accepts(part, value) for part in tested):
+                if self.reader.accepts_all(tested, value):
                     return value
-        reason = f"meets {describe(tested)}" if tested else "is of all its types"
-        raise problem or Unsatisfiable(f"{node.place}: no value was found that {reason}")
+        raise problem or self.refusal("value")
 
-    def make_string(self, node: Node, attempt: int) -> str:
-        """Return a text by format, by name or by pattern."""
-        low, high = node.count_range("Length", MAX_TEXT)
-        patterns = [self.reader.pattern(source) for source in node.arguments("pattern")]
-        formats = [name for name in node.arguments("format") if name in FORMATS]
-        draw = node.draw.child(attempt) if attempt else node.draw
-        template = FORMATS[formats[0]] if formats else find_by_name(TEXTS, node.name)
-        for _ in range(3 if patterns else TRIES):
-            text = fill_template(draw, template)
-            if not formats and not patterns:
-                text = fit_length(draw, text, low, high)
-            self.steps.spend(len(text) // 16)
-            if low <= len(text) <= high and all(pattern.is_in(text) for pattern in patterns):
-                return text
-        if patterns:
-            return patterns[0].make(draw, low, high, patterns[1:])
-        raise Unsatisfiable(
-            f"{node.place}: no {formats[0]} of {low} to {high} characters was found"
-        )
+    def _list_known_values(self) -> list[Any]:
+        """Return the values that are named: by const or enum only, else as examples."""
+        required = [[value] for value in self.arguments("const")] + self.arguments("enum")
+        examples = [values for values in self.arguments("examples") if isinstance(values, list)]
+        values = required[0] if required else [value for values in examples for value in values]
+        start = self.draw.below(len(values)) if values else 0
+        defaults = [value for value in self.arguments("default") if value not in (None, "", [], {})]
+        return values[start:] + values[:start] + ([] if required else defaults)
 
-    def make_null(self, node: Node, attempt: int) -> None:
+    def make_null(self, attempt: int) -> None:
         """Return null."""
 
-    def make_boolean(self, node: Node, attempt: int) -> bool:
+    def make_boolean(self, attempt: int) -> bool:
         """Return true or false, the other one at the next attempt."""
-        return (node.draw.child().below(2) + attempt) % 2 == 0
+        return (self.draw.key[0] + attempt) % 2 == 0
 
-    def make_integer(self, node: Node, attempt: int) -> Any:
-        """Return a whole number; each attempt another one, as long as there are some."""
-        low, high = number_bounds(node)
-        least = None if low is None else int(low[0] // 1 + 1 if low[1] else -(-low[0] // 1))
-        most = None if high is None else int(high[0] // 1 if high[1] else -(-high[0] // 1) - 1)
-        step = least_common(map(whole_step, node.arguments("multipleOf")))
-        first, last = clip_range(natural_range(node.name, 100), least, most, step)
-        if last < first:
-            raise Unsatisfiable(f"{node.place}: no multiple of {step} is in its range")
-        chosen = node.draw.child().below(last - first + 1) + attempt
-        return (first + chosen % (last - first + 1)) * step
+    def make_string(self, attempt: int) -> str:
+        """Return a text by format, by name or by pattern."""
+        low, high = self.count_range("Length", MAX_TEXT)
+        patterns = [self.reader.pattern(source) for source in self.arguments("pattern")]
+        formats = [name for name in self.arguments("format") if name in FORMATS]
+        template = FORMATS[formats[0]] if formats else find_by_name(TEXTS, self.name)
+        for _ in range(3 if patterns else TRIES):
+            text = fill_template(self.draw, template)
+            if not formats and not patterns:
+                while len(text) < low:
+                    text += fill_template(self.draw, " {noun}")
+                return text[:high]
+            if low <= len(text) <= high and all(pattern.is_in(text) for pattern in patterns):
+                return text
+        if not patterns:
+            raise Unsatisfiable(f"{self.path}: no {formats[0]} has {low} to {high} characters")
+        return patterns[0].make(self.draw, low, high, patterns[1:])
 
-    def make_number(self, node: Node, attempt: int) -> Any:
-        """Return a number with few digits; each attempt another one, as long as there are some."""
-        low, high = number_bounds(node)
-        least, most = low and low[0], high and high[0]
-        factors = node.arguments("multipleOf")
-        draw = node.draw.child(attempt) if attempt else node.draw
-        if factors:
-            step = factors[0] if len(factors) == 1 else least_common(map(whole_step, factors))
-            first, last = clip_range(natural_range(node.name, 1), least, most, step)
-            times = first + (draw.below(max(1, last - first + 1)))
-            choices = [round(times * step, 10), times * step]
-        else:
-            start, end = clip_range(natural_range(node.name, 1), least, most)
-            part = 0.01 + 0.98 * draw.unit()
-            exact = start * (1 - part) + end * part
-            choices = [*(round(exact, digits) for digits in (2, 4, 8)), exact, start, end]
-        for value in choices:
-            if (low is None or value > least or (value == least and not low[1])) and (
-                high is None or value < most or (value == most and high[1])
-            ):
+    def make_integer(self, attempt: int) -> Any:
+        """Return a whole number."""
+        return as_whole(self.make_number(attempt, 1))
+
+    def make_number(self, attempt: int, least_step: float = 0) -> Any:
+        """Return a multiple of the step, else of 0.01; the next ones are tried after it."""
+        low, high = map(int, find_by_name(NUMBERS, self.name).split())
+        natural = (low, 100 if high == least_step else high)
+        step = max(least_step, max(self.arguments("multipleOf"), default=0.01))
+        start, end = self._choose_range(natural, step)
+        first = int(-(-start // step))
+        count = max(1, int(end // step) - first + 1)
+        chosen = self.draw.below(count) + attempt
+        tried = (first + (chosen + more) % count for more in range(min(count, MAX_ITEMS)))
+        values = (value for times in tried for value in (round(times * step, 10), times * step))
+        for value in itertools.chain(values, (start + (end - start) / 2, start, end)):
+            if self.reader.accepts_all(self.parts, value):
                 return value
-        raise Unsatisfiable(f"{node.place}: no number was found in its range")
+        raise self.refusal("number")
 
-    def make_array(self, node: Node, attempt: int) -> list[Any]:
+    def _choose_range(self, natural: Any, step: Any) -> tuple[Any, Any]:
+        """Return a range with a multiple of the step, natural if possible; else the bounds."""
+        low = max([float("-inf"), *self.arguments("minimum"), *self.arguments("exclusiveMinimum")])
+        high = min([float("inf"), *self.arguments("maximum"), *self.arguments("exclusiveMaximum")])
+        reach = 100 * step
+        for start, end in (natural, (low, low + reach), (high - reach, high), (0, reach)):
+            start, end = max(start, low), min(end, high)
+            if start <= end and -(-start // step) * step <= end:
+                return start, end
+        return max(low, -1e300), min(high, 1e300)
+
+    def make_array(self, attempt: int) -> list[Any]:
         """Return a list; items beyond the least number end where they cannot be made."""
-        low, high = node.count_range("Items", MAX_ITEMS)
-        contained = [
-            part["contains"]
-            for part in node.parts
-            for _ in range(min(part.get("minContains", 1), MAX_ITEMS))
-            if "contains" in part
-        ]
-        fixed = max([len(items) for items in node.arguments("prefixItems")], default=0)
-        start = fixed if attempt % 2 == 0 and fixed + len(contained) <= high else 0
-        flat = not any(map(self.height, node.arguments("items")))
-        some = 1 + node.draw.below(3) if (flat or not node.deep) and not attempt else 0
-        low = max(low, len(contained))
+        low, high = self.count_range("Items", MAX_ITEMS)
+        fixed = max(map(len, self.arguments("prefixItems")), default=0)
+        contained = self.arguments("contains")
+        low = max(low, min(fixed + 1, high) if contained else 0)
+        some = 0 if self.deep or attempt else 1 + self.draw.below(3)
+        count = min(high, max(low, fixed, some))
+        asked = [for_items(part, count) for part in self.parts]
         items: list[Any] = []
-        for index in range(min(high, max(low, fixed, start + len(contained), some))):
-            wanted = contained[index - start : index - start + 1] if index >= start else []
-            parts = self._item_parts(node, index, wanted)
-            if True in node.arguments("uniqueItems"):
+        for index in range(count):
+            parts = [schemas[index] for schemas in asked]
+            parts += contained if index == low - 1 else []
+            if True in self.arguments("uniqueItems"):
                 parts.append({"not": {"enum": list(items)}})
-            draw = node.draw.child("item", index, attempt)
-            place = f"{inside(node.place)}items[{index}]"
             try:
-                items.append(self.make(Node(draw, parts, node.name, place, node)))
+                items.append(self.make_inside(index, parts, self.name, attempt))
             except Unsatisfiable:
-                if index < low or self.steps.left < 0:
+                if index < low:
                     raise
                 break
         return items
 
-    def _item_parts(self, node: Node, index: int, wanted: list[Any]) -> list[Any]:
-        """Return the schemas of the item at an index, with those that it is wanted for."""
-        parts = list(wanted)
-        for part in node.parts:
-            fixed = part.get("prefixItems", ())
-            parts += fixed[index : index + 1] if index < len(fixed) else [part.get("items", None)]
-        parts = [part for part in parts if part is not None]
-        return parts or node.arguments("unevaluatedItems")
+    def make_object(self, attempt: int) -> dict[str, Any]:
+        """Return an object with what is required, most of what is declared, and extras."""
+        low, high = self.count_range("Properties", MAX_ITEMS)
+        declared = dict.fromkeys(name for part in self.arguments("properties") for name in part)
+        required = dict.fromkeys(name for names in self.arguments("required") for name in names)
+        made = {name: self._make_property(name, attempt) for name in required}
+        skipped = self.draw.child("skip", attempt).take(len(declared) * (attempt > 0))
+        if not self.deep:
+            wanted = [name for n, name in enumerate(declared) if not attempt or skipped[n] % 2]
+            self._add(made, wanted, high, attempt)
+        self._add(made, declared, low, attempt)
+        is_map = any(self.arguments("additionalProperties") + self.arguments("patternProperties"))
+        if is_map and not (declared or required or self.deep or attempt):
+            low = max(low, min(2, high))
+        tries = 4 * low + TRIES if len(made) < low else 0
+        self._add(made, (self._draw_name(n, attempt) for n in range(tries)), low, attempt)
+        return {name: made[name] for name in (*declared, *made) if name in made}
 
-    def make_object(self, node: Node, attempt: int) -> dict[str, Any]:
-        """Return an object with all that is required, most of what is declared, and extras."""
-        low, high = node.count_range("Properties", MAX_ITEMS)
-        declared = dict.fromkeys(name for part in node.arguments("properties") for name in part)
-        required = dict.fromkeys(name for names in node.arguments("required") for name in names)
-        if len(required) > high:
-            raise Unsatisfiable(f"{node.place}: maxProperties {high} is below what is required")
-        made: dict[str, Any] = {}
-        optional = high - len(required)
-        for name in {**declared, **required}:
-            if name in required:
-                made[name] = self._make_property(node, name, attempt)
-            elif optional and self._is_wanted(node, name, attempt):
-                optional -= self._add_property(node, made, name, attempt)
-        some = 0 if declared or required or node.deep or attempt else 2
-        is_map = any(node.arguments("additionalProperties") + node.arguments("patternProperties"))
-        self._add_extras(node, made, max(low, min(high, some if is_map else 0)), attempt)
-        if len(made) < low:
-            raise Unsatisfiable(f"{node.place}: minProperties {low} is above what can be made")
-        return made
-
-    def _is_wanted(self, node: Node, name: str, attempt: int) -> bool:
-        """Tell whether to make an optional property; later attempts leave some out."""
-        if attempt:
-            return node.draw.child("has", name, attempt).below(2) == 0
-        schemas = [part[name] for part in node.arguments("properties") if name in part]
-        return not node.deep or not any(map(self.height, schemas))
-
-    def _make_property(self, node: Node, name: str, attempt: int) -> Any:
-        parts: list[Any] = []
-        rest: list[Any] = []
-        for part in node.parts:
-            before = len(parts)
-            if name in part.get("properties", ()):
-                parts.append(part["properties"][name])
-            for source, schema in part.get("patternProperties", {}).items():
-                if self.reader.pattern(source).is_in(name):
-                    parts.append(schema)
-            if len(parts) == before and "additionalProperties" in part:
-                parts.append(part["additionalProperties"])
-            rest += [part["unevaluatedProperties"]] if "unevaluatedProperties" in part else []
-        draw = node.draw.child("property", name, *([attempt] if attempt else []))
-        place = f"{inside(node.place)}properties.{name[:60]}"
-        return self.make(Node(draw, parts or rest, name, place, node))
-
-    def _add_property(self, node: Node, made: dict[str, Any], name: str, attempt: int) -> bool:
-        """Add an optional property and return True, unless it cannot be made."""
-        names = node.arguments("propertyNames")
-        if not all(self.reader.accepts(schema, name) for schema in names):
-            return False
-        try:
-            made[name] = self._make_property(node, name, attempt)
-        except Unsatisfiable:
-            if self.steps.left < 0:
-                raise
-            return False
-        return True
-
-    def _add_extras(self, node: Node, made: dict[str, Any], count: int, attempt: int) -> None:
-        """Add properties until there are so many, or no further name is found."""
-        skipped = [name for part in node.arguments("properties") for name in part]
-        for number in range(len(skipped) + 4 * count + TRIES):
-            if len(made) >= count:
+    def _add(self, made: dict[str, Any], names: Iterable[str], most: int, attempt: int) -> None:
+        """Add properties until there are so many, without those that cannot be made."""
+        for name in names:
+            if len(made) >= most:
                 return
-            if number < len(skipped):
-                name = skipped[number]
-            else:
-                name = self._draw_name(node, number - len(skipped), attempt)
-            if name not in made:
-                self._add_property(node, made, name, attempt)
+            try:
+                made[name] = made[name] if name in made else self._make_property(name, attempt)
+            except Unsatisfiable:
+                continue
 
-    def _draw_name(self, node: Node, number: int, attempt: int) -> str:
+    def _make_property(self, name: str, attempt: int) -> Any:
+        if not self.reader.accepts_all(self.arguments("propertyNames"), name):
+            raise Unsatisfiable(f"{self.path}: propertyNames forbids the name {name[:60]!r}")
+        parts = [part for said in self.parts for part in self.reader.for_property(said, name)]
+        return self.make_inside(name, parts, name, attempt)
+
+    def _draw_name(self, number: int, attempt: int) -> str:
         """Draw a name for an extra property: from the patterns, propertyNames or a word list."""
-        draw = node.draw.child("name", number, attempt)
-        patterns = [source for part in node.arguments("patternProperties") for source in part]
-        names = node.arguments("propertyNames")
+        draw = self.draw.child("name", number, attempt)
+        patterns = [source for part in self.arguments("patternProperties") for source in part]
         if patterns and number % 3 != 2:
-            return self.reader.pattern(draw.pick(patterns)).make(draw, others=())
-        if names:
-            return str(
-                self.make(Node(draw, [*names, NAME_SCHEMA], "word", inside(node.place), node))
-            )
+            return self.reader.pattern(draw.pick(patterns)).make(draw, 0, MAX_TEXT)
+        if "propertyNames" in self.said:
+            parts = [*self.arguments("propertyNames"), {"type": ("string",)}]
+            return str(self.make_inside(f"propertyNames {number}", parts, "word", attempt))
         return fill_template(draw, "{noun}" if number < TRIES else "{adjective}_{noun}{d3}")
 
 
 def make_instance(draw: Draw, schema: Any, max_depth: int = 6) -> Any:
     """Return a value that is valid against a JSON schema, the same for the same draw.
 
-    Supported are the keywords in `SHAPES`; others are ignored, as the standard says. Beyond
-    `max_depth` levels, and inside a recursive schema, only what must be there is made. Raises
-    `Unsatisfiable` when the schema is malformed, contradicts itself or is too entangled.
+    Unknown keywords are ignored. Beyond `max_depth` levels, and inside a recursive schema, only
+    what must be there is made. Raises `Unsatisfiable` where no valid value is found.
     """
-    steps = Steps()
     try:
-        reader = SchemaReader(schema, steps)
-        problem = None
+        reader = SchemaReader(schema)
         for attempt in range(3):
-            node = Node(draw.child(attempt) if attempt else draw, [reader.root], "", "the schema")
-            value = InstanceMaker(reader, max_depth).make(node)
+            again = draw.child(attempt) if attempt else draw
+            value = Place(reader, again, [reader.root], max_depth).make()
             if reader.accepts(reader.root, value):
                 return value
-            problem = f"{node.place}: no value tried meets all of it"
-    except RecursionError:
-        problem = "the schema: its references lead in circles or too deep"
-    raise Unsatisfiable(problem)
+    except (OutOfSteps, RecursionError):
+        raise Unsatisfiable(TOO_MUCH) from None
+    raise Unsatisfiable("no value that was tried meets all of the schema")
+
+
+def make_matching(draw: Draw, pattern: str) -> str:
+    """Return a text that the pattern matches as a whole, or raise `Unsatisfiable`."""
+    try:
+        spend = SchemaReader(True).spend
+        Pattern(pattern, spend)  # on its own, for its parentheses
+        return Pattern(f"^(?:{pattern})$", spend).make(draw, 0, MAX_TEXT)
+    except (OutOfSteps, RecursionError):
+        raise Unsatisfiable(TOO_MUCH) from None
 
 
 # === Catalogue ===
@@ -4286,82 +3663,75 @@ class Script:
 # === Routes ===
 
 
+ROUTES: list[Route] = []
+EXACT: dict[tuple[str, str], Route] = {}  # the routes without parameters, found by one look-up
+
+
+def read_family(path: str) -> str:
+    """Return the word after the version, by which the record names a call."""
+    return path.split("/")[2] if path.count("/") > 1 else ""
+
+
 class Route:
-    """One operation: method, path template, tables of fields and the handler."""
+    """One operation: a method and a path template with their handler.
+
+    body, query  the tables of fields
+    kind         of an inference call: what fixtures name it
+    status       of a good reply
+    open         needs no key and is not recorded
+    max_bytes    of the body; 0: as much as may be stored
+    """
 
     def __init__(
         self,
         method: str,
         path: str,
-        handler: Callable[[Any, Request], Any],
         *,
-        body: Fields,
-        query: Fields,
-        kind: str,
-        status: int,
-        open: bool,
-        max_bytes: int,
+        body: Fields = NO_FIELDS,
+        query: Fields = NO_FIELDS,
+        kind: str = "",
+        status: int = 200,
+        open: bool = False,
+        max_bytes: int = MAX_JSON_BYTES,
     ) -> None:
         self.method = method
         self.path = path
-        self.handler = handler
         self.body = body
         self.query = query
-        self.kind = kind  # of inference call: what fixtures name it
-        family = path.split("/")[2] if path.count("/") > 1 else ""
-        self.recorded_kind = RECORD_KINDS.get(kind, kind) or family
+        self.kind = kind
         self.status = status
-        self.open = open  # needs no key and is not recorded
+        self.open = open
         self.max_bytes = max_bytes
-        pattern = re.sub(r"\\{\w+\\}", "([^/]+)", re.escape(path))
-        pattern = re.sub(r"\\{\w+\\\.\\\.\\\.\\}", "(.+)", pattern)
+        self.recorded_kind = RECORD_KINDS.get(kind, kind) or read_family(path)
         self.names = re.findall(r"{(\w+)(?:\.\.\.)?}", path)
-        self.pattern = re.compile(pattern)
+        # Paths with fewer parameters go first, then those with a longer template.
+        self.rank = (len(self.names) + path.count("...}"), -len(path))
+        self._pattern: re.Pattern[str] | None = None
 
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Sort paths with fewer parameters first, then the longer template."""
-        return len(self.names) + self.path.count("...}"), -len(self.path)
-
-
-ROUTES: list[Route] = []
-EXACT: dict[tuple[str, str], Route] = {}  # the routes without parameters, found by one look-up
-
-
-def route(
-    method: str,
-    path: str,
-    *,
-    body: Fields = NO_FIELDS,
-    query: Fields = NO_FIELDS,
-    kind: str = "",
-    status: int = 200,
-    open: bool = False,
-    max_bytes: int = MAX_JSON_BYTES,
-) -> Callable[[Callable[[Any, Request], Any]], Callable[[Any, Request], Any]]:
-    """Declare the handler below it: `{id}` matches one segment, `{id...}` the rest of the path."""
-
-    def declare(handler: Callable[[Any, Request], Any]) -> Callable[[Any, Request], Any]:
-        if any(known.method == method and known.path == path for known in ROUTES):
-            raise ValueError(f"{method} {path} is declared twice")
-        made = Route(
-            method,
-            path,
-            handler,
-            body=body,
-            query=query,
-            kind=kind,
-            status=status,
-            open=open,
-            max_bytes=max_bytes,
-        )
-        ROUTES.append(made)
-        ROUTES.sort(key=lambda known: known.rank)
-        if not made.names:
-            EXACT[method, path] = made
+    def __call__(self, handler: Any) -> Any:
+        """Declare the handler below this route."""
+        self.handler = handler
+        key = (self.method, self.path)
+        if any((known.method, known.path) == key for known in ROUTES):
+            raise ValueError(f"{self.method} {self.path} is declared twice")
+        after = (at for at, known in enumerate(ROUTES) if known.rank > self.rank)
+        ROUTES.insert(next(after, len(ROUTES)), self)
+        if not self.names:
+            EXACT[key] = self
         return handler
 
-    return declare
+    def match(self, path: str) -> dict[str, str] | None:
+        """Return the parameters of a path that fits: `{id}` one segment, `{id...}` the rest."""
+        if not self.names:
+            return {} if path == self.path else None
+        if self._pattern is None:
+            pattern = re.sub(r"\\{\w+\\}", "([^/]+)", re.escape(self.path))
+            self._pattern = re.compile(re.sub(r"\\{\w+\\\.\\\.\\\.\\}", "(.+)", pattern))
+        found = self._pattern.fullmatch(path)
+        return found and dict(zip(self.names, map(unquote, found.groups())))
+
+
+route = Route  # `@route(...)` above a handler declares it
 
 
 def refuse_path(method: str, path: str, allowed: list[str]) -> ApiError:
@@ -4383,18 +3753,13 @@ def refuse_path(method: str, path: str, allowed: list[str]) -> ApiError:
 def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
     """Return the route and the path's parameters; raise ApiError 404 or 405 with `Allow`."""
     method = "GET" if method == "HEAD" else method
-    exact = EXACT.get((method, path))
-    if exact is not None:
-        return exact, {}
     allowed: list[str] = []
     for known in ROUTES:
-        found = known.pattern.fullmatch(path)
-        if found is None:
-            continue
-        if known.method == method:
-            values = (unquote(value) for value in found.groups())
-            return known, dict(zip(known.names, values))
-        allowed.append(known.method)
+        found = known.match(path)
+        if found is not None:
+            if known.method == method:
+                return known, found
+            allowed.append(known.method)
     raise refuse_path(method, path, allowed)
 
 
@@ -4654,7 +4019,8 @@ def read_tool_choice(body: dict[str, Any]) -> tuple[str, list[str]]:
         choice = body.get("function_call") if body.get("functions") else None
     names = [tool["name"] for tool in find_tools(body)]
     if choice is None or type(choice) is str:
-        mode: str = {"any": "required", None: "auto"}.get(choice, choice)
+        mode = choice or "auto"
+        mode = "required" if mode == "any" else mode
         if mode in names:
             return "named", [mode]
         return (mode if mode in ("none", "auto", "required") else "auto"), []
@@ -5021,9 +4387,15 @@ def interleave(streams: list[Iterator[Any]]) -> Iterator[Any]:
                 streams.remove(stream)
 
 
-def usage_events(answer: Answer, chunks: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Put the usage on the last chunk, or on one of its own where the request asks for that."""
+def usage_events(
+    answer: Answer, chunks: Iterator[dict[str, Any]], strict: bool
+) -> Iterator[dict[str, Any]]:
+    """Put the usage on the last chunk, or on one of its own where the request asks for that.
+
+    Production asks nobody: the Turbo models have it on the last chunk, all others apart.
+    """
     apart = (answer.request.body.get("stream_options") or {}).get("include_usage")
+    apart = not answer.model.endswith("-Turbo") if strict else apart
     last = next(chunks)
     for chunk in chunks:
         yield last
@@ -5053,7 +4425,7 @@ def create_chat_completion(server: TogetherAiServer, request: Request) -> Any:
     """Answer a conversation, whole or as a stream."""
     answer = compose_chat(server, request)
     if request.body.get("stream"):
-        return Events(usage_events(answer, chat_chunks(answer)))
+        return Events(usage_events(answer, chat_chunks(answer), server.strict))
     return chat_completion(answer)
 
 
@@ -5218,7 +4590,7 @@ def create_completion(server: TogetherAiServer, request: Request) -> Any:
     """Continue a prompt, whole or as a stream."""
     answer = compose_completion(server, request)
     if request.body.get("stream"):
-        return Events(usage_events(answer, text_chunks(answer)))
+        return Events(usage_events(answer, text_chunks(answer), server.strict))
     return text_completion(answer)
 
 
@@ -5467,11 +4839,14 @@ def get_supported_model(server: TogetherAiServer, request: Request) -> Any:
 
 # --- Stored objects
 
+if TYPE_CHECKING:
+    Item = dict[str, Any]  # a JSON object
+
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S"
 USER = "parlel"  # whose models and jobs these are
 USER_ID = "65f0c2a1b3d4e5f60718293a"
-BUILDERS: dict[str, Callable[[Any, dict[str, Any]], dict[str, Any]]] = {}
-RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)")
+BUILDERS: dict[str, Callable[[Any, Item], Item]] = {}
+RANGE = re.compile(r"bytes=(?=-?[0-9])([0-9]*)-([0-9]*)")
 
 
 def stored(name: str) -> Callable[[Any], Any]:
@@ -5484,6 +4859,22 @@ def stored(name: str) -> Callable[[Any], Any]:
     return declare
 
 
+def merge(template: Item, changes: Item) -> Item:
+    """Return a template with changes, also inside of its objects; `None` changes nothing."""
+    merged: Item = copy_json(template)
+    for name, value in changes.items():
+        if type(value) is dict and type(merged.get(name)) is dict:
+            merged[name] = merge(merged[name], value)
+        elif value is not None:
+            merged[name] = value
+    return merged
+
+
+def complete(server: TogetherAiServer, item: Item, prefix: str, **template: Any) -> Item:
+    """Return an object with an id, and with the template's values for what it lacks."""
+    return merge({"id": item.get("id") or server.next_id(prefix), **template}, item)
+
+
 def format_time(at: float) -> str:
     """Write Unix seconds as `2026-01-05T10:00:00.000Z`."""
     return f"{time.strftime(TIME_FORMAT, time.gmtime(at))}.{int(at % 1 * 1000):03}Z"
@@ -5494,18 +4885,10 @@ def parse_time(text: str) -> int:
     return calendar.timegm(time.strptime(text[:19], TIME_FORMAT))
 
 
-def job_outcome(server: TogetherAiServer, request: Request, end: str) -> str:
-    """Return the status a new job shall end with: `end`, where nothing scripts another."""
-    return "failed" if (request.script or {}).get("status") == "failed" else end
-
-
 def climb_job(
     server: TogetherAiServer, jobs: Collection, id: str, ladder: Sequence[str], enter: Any
-) -> dict[str, Any]:
-    """Take a job to its next rung, or to the last at once, and return it.
-
-    `enter(server, job, rung)` does the work of a rung and returns what changes in the job.
-    """
+) -> Item:
+    """Take a job to its next rung, whose work `enter(server, job, rung)` does, and return it."""
     with server.job_lock:
         job = jobs.get(id)
         ladder = (*ladder[:-1], server.outcomes.get(id, ladder[-1]))
@@ -5518,22 +4901,23 @@ def climb_job(
 
 
 def start_job(
-    server: TogetherAiServer,
-    request: Request,
-    jobs: Collection,
-    job: dict[str, Any],
-    ladder: Sequence[str],
-    enter: Any,
-) -> dict[str, Any]:
+    server: TogetherAiServer, request: Request, jobs: Collection, job: Item, ladder: Any, enter: Any
+) -> Item:
     """Keep how a new job shall end, and finish it where jobs are instant."""
-    id = job[jobs.key]
-    server.outcomes[id] = job_outcome(server, request, ladder[-1])
+    id, status = job[jobs.key], (request.script or {}).get("status")
+    server.outcomes[id] = "failed" if status == "failed" else ladder[-1]
     return climb_job(server, jobs, id, ladder, enter) if server.instant_jobs else job
+
+
+def refuse_state(jobs: Collection, job: Item, reason: str) -> ApiError:
+    """Name a job and the status in which something cannot be done with it."""
+    status = job[jobs.status]
+    return ApiError("bad_state", noun=jobs.noun, id=job[jobs.key], status=status, reason=reason)
 
 
 def cancel_job(
     server: TogetherAiServer, jobs: Collection, id: str, ladder: Sequence[str], **changes: Any
-) -> dict[str, Any]:
+) -> Item:
     """Apply the changes of a cancelled job, unless it has ended in another way."""
     with server.job_lock:
         job = jobs.get(id)
@@ -5541,124 +4925,107 @@ def cancel_job(
             return jobs.update(id, **changes)
     if job["status"] == changes["status"]:
         return job
-    reason = "only a job that has not ended can be cancelled"
-    raise ApiError("bad_state", noun=jobs.noun, id=id, status=job["status"], reason=reason)
+    raise refuse_state(jobs, job, "only a job that has not ended can be cancelled")
 
 
 def serve_bytes(
     request: Request, data: bytes, content_type: str = "application/octet-stream"
 ) -> Reply:
     """Return bytes, or the one range of them that the request asks for."""
+    headers, size = {"Accept-Ranges": "bytes"}, len(data)
     asked = RANGE.fullmatch(request.headers.get("range", "").replace(" ", ""))
-    if asked is None or asked.group() == "bytes=-":
-        return Reply(data, 200, content_type, {"Accept-Ranges": "bytes"})
+    if asked is None:
+        return Reply(data, 200, content_type, headers)
     first, last = asked.groups()
-    start = int(first) if first else max(0, len(data) - int(last))
-    end = min(int(last) + 1, len(data)) if first and last else len(data)
+    start = int(first) if first else max(0, size - int(last))
+    end = min(int(last) + 1, size) if first and last else size
     if start >= end:
-        error = ApiError("bad_range", size=len(data))
-        error.headers["Content-Range"] = f"bytes */{len(data)}"
+        error = ApiError("bad_range", size=size)
+        error.headers["Content-Range"] = f"bytes */{size}"
         raise error
-    headers = {"Accept-Ranges": "bytes", "Content-Range": f"bytes {start}-{end - 1}/{len(data)}"}
+    headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
     return Reply(data[start:end], 206, content_type, headers)
+
+
+def equal_fields(names: str, *kinds: type, **rules: Any) -> list[Field]:
+    """Return a row for each of the names, all alike."""
+    return [Field(name, *kinds, **rules) for name in names.split()]
+
+
+def object_field(name: str, *inner: Field, required: bool = False) -> Field:
+    """Return the row of an object with rows of its own."""
+    return Field(name, dict, required=required, fields=Fields(*inner))
+
+
+def list_field(name: str, *inner: Field, required: bool = False) -> Field:
+    """Return the row of an array of such objects, at least one."""
+    return Field(name, list, required=required, low=1, each=object_field("", *inner))
 
 
 @route("POST", "/__parlel/seed", open=True, max_bytes=STORAGE_LIMIT)
 def seed_objects(server: TogetherAiServer, request: Request) -> Any:
     """Store objects with chosen ids: `{"files": [{"id": "file-1", "content": "..."}], ...}`."""
-    seeds = parse_json(request.raw)
-    rows = Field("", list, each=Field("", dict))
-    table = Fields(*(Field(name, list, each=rows.each) for name in BUILDERS))
-    if type(seeds) is not dict or not set(seeds) <= set(table):
-        reason = f"it must be an object with lists for {', '.join(table)}"
-        raise ApiError("bad_body", reason=reason)
-    table.check(seeds)
+    seeds, names = parse_json(request.raw), " ".join(BUILDERS)
+    if type(seeds) is not dict or not set(seeds) <= set(BUILDERS):
+        raise ApiError("bad_body", reason=f"it must be an object with lists among {names}")
+    Fields(*equal_fields(names, list, each=Field("", dict))).check(seeds)
     return {name: server.seed(name, items) for name, items in seeds.items()}
 
 
 # --- Files
 
-
-def object_field(name: str, *rows: Field, required: bool = False) -> Field:
-    """Return the row of an object with rows of its own."""
-    return Field(name, dict, required=required, fields=Fields(*rows))
-
-
-def list_field(name: str, *rows: Field, required: bool = False) -> Field:
-    """Return the row of an array of such objects, at least one."""
-    return Field(name, list, required=required, low=1, each=object_field("", *rows))
-
-
-PURPOSES = (
-    "fine-tune", "batch-api", "eval", "calibration", "eval-sample", "eval-output",
-    "eval-summary", "batch-generated",
-)  # fmt: skip
+CHECKED_PURPOSES = ("fine-tune", "batch-api", "eval")  # the ones whose data is validated
 OPENAI_PURPOSES = {"batch": "batch-api", "batch_output": "batch-generated"}
-OTHER_PURPOSES = ("assistants", "assistants_output", "vision", "user_data", "evals")
+PURPOSES = (
+    *CHECKED_PURPOSES, "calibration", "eval-sample", "eval-output", "eval-summary",
+    "batch-generated", *OPENAI_PURPOSES, "assistants", "assistants_output", "vision", "user_data",
+    "evals",
+)  # fmt: skip
 FILE_TYPES = ("jsonl", "csv", "parquet")
 UPLOAD_FIELDS = Fields(
-    Field("purpose", str, required=True, choices=(*PURPOSES, *OPENAI_PURPOSES, *OTHER_PURPOSES)),
-    Field("file_name", str, low=1),
-    Field("file_type", str, choices=FILE_TYPES),
-    Field("checksum", str),
-    Field("file", Upload),
-)
+    Field("purpose", str, required=True, choices=PURPOSES), Field("file_name", str, low=1),
+    Field("file_type", str, choices=FILE_TYPES), Field("checksum", str), Field("file", Upload),
+)  # fmt: skip
 WHOLE_UPLOAD_FIELDS = Fields(*UPLOAD_FIELDS.values(), Field("file", Upload, required=True))
 INITIATE_FIELDS = Fields(
-    *UPLOAD_FIELDS.values(),
-    Field("file_size", int, required=True, low=1),
+    *UPLOAD_FIELDS.values(), Field("file_size", int, required=True, low=1),
     Field("num_parts", int, required=True, low=1, high=250),
-)
-COMPLETE_FIELDS = Fields(
-    Field("upload_id", str, required=True),
-    Field("file_id", str, required=True),
-    list_field(
-        "parts", Field("part_number", int, required=True), Field("etag", str, required=True)
-    ),
-)
-LIST_FIELDS = Fields(
-    Field("limit", int, low=1, high=10000), Field("after", str), Field("purpose", str)
-)
-DATASET_ROLES = ("system", "user", "assistant", "tool", "developer")
+)  # fmt: skip
+PART_ROWS = (Field("part_number", int, required=True), Field("etag", str, required=True))
+ENDING_ROWS = equal_fields("upload_id file_id", str, required=True)
+COMPLETE_FIELDS = Fields(*ENDING_ROWS, list_field("parts", *PART_ROWS, required=True))
+LIST_FIELDS = Fields(Field("limit", int, low=1, high=10000), *equal_fields("after purpose", str))
 MESSAGE_ROWS = (
-    Field("role", str, required=True, choices=DATASET_ROLES),
-    Field("content", str, list),
-    Field("weight", float, low=0, high=1),
-)
+    Field("role", str, required=True, choices=("system", "user", "assistant", "tool", "developer")),
+    Field("content", str, list, each=Field("", dict)), Field("weight", float, low=0, high=1),
+)  # fmt: skip
 MESSAGES = list_field("messages", *MESSAGE_ROWS, required=True)
+ANSWERS = [list_field(f"{n}preferred_output", *MESSAGE_ROWS, required=True) for n in ("", "non_")]
 DATASETS = {  # what a line of a training file may be; its first required field tells which
     "CONVERSATION": Fields(MESSAGES),
-    "INSTRUCTION": Fields(
-        Field("prompt", str, required=True), Field("completion", str, required=True)
-    ),
-    "GENERAL": Fields(Field("text", str, required=True)),
-    "PREFERENCE": Fields(
-        object_field("input", MESSAGES, required=True),
-        list_field("preferred_output", *MESSAGE_ROWS, required=True),
-        list_field("non_preferred_output", *MESSAGE_ROWS, required=True),
-    ),
+    "INSTRUCTION": Fields(*equal_fields("prompt completion", str, required=True)),
+    "GENERAL": Fields(*equal_fields("text", str, required=True)),
+    "PREFERENCE": Fields(object_field("input", MESSAGES, required=True), *ANSWERS),
 }
 BATCH_LINE_FIELDS = Fields(
-    Field("custom_id", str, required=True, low=1, high=64),
-    Field("body", dict, required=True),
-    Field("method", str, choices=("POST",)),
-    Field("url", str),
-)
+    Field("custom_id", str, required=True, low=1, high=64), Field("body", dict, required=True),
+    Field("method", str, choices=("POST",)), Field("url", str),
+)  # fmt: skip
+FILE: Item = {
+    "object": "file", "filename": "data.jsonl", "bytes": 0, "purpose": "fine-tune",
+    "Processed": False, "LineCount": 0, "processing_status": "PENDING",
+}  # fmt: skip
 
 
 def read_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield number and bytes of the lines that are not blank, one at a time."""
-    at = number = 0
-    while at < len(data):
-        end = data.find(b"\n", at)
-        end = len(data) if end < 0 else end
-        line = data[at:end]
-        at, number = end + 1, number + 1
-        if line and not line.isspace():
-            yield number, line
+    import io  # loaded at every start
+
+    lines = enumerate(map(bytes.rstrip, io.BytesIO(data)), 1)
+    return ((number, line) for number, line in lines if line)
 
 
-def parse_line(line: bytes) -> dict[str, Any]:
+def parse_line(line: bytes) -> Item:
     """Read the JSON object of a line."""
     value = parse_json(line)
     if type(value) is not dict:
@@ -5673,143 +5040,111 @@ def check_line(line: bytes, purpose: str, format: str) -> str:
         BATCH_LINE_FIELDS.check(row)
     if purpose != "fine-tune":
         return ""
-    found = next((name for name, table in DATASETS.items() if table.required[0] in row), "")
-    if not found or found != (format or found):
-        expected = [format] if format else DATASETS
-        names = " or ".join("+".join(DATASETS[name].required) for name in expected)
-        raise ApiError("missing", param=names)
-    DATASETS[found].check(row)
-    return found
+    for name in (format,) if format else DATASETS:
+        if DATASETS[name].required[0] in row:
+            DATASETS[name].check(row)
+            return name
+    forms = ["+".join(DATASETS[name].required) for name in ([format] if format else DATASETS)]
+    raise ApiError("missing", param=" or ".join(forms))
 
 
-def count_objects(data: bytes) -> int:
-    """Count lines by a scan, where each starts and ends with a brace; else return 0."""
-    count = data.count(b"}\n{") + 1
-    whole = data.startswith(b"{") and data[-2:].strip() == b"}"
-    return count if whole and count == data.count(b"\n") + (data[-1:] != b"\n") else 0
+def refuse_file(reason: str, **facts: Any) -> Item:
+    """Return the report on a file that nothing can be done with."""
+    return {"valid": False, "error": reason, "error_type": "INVALID_FORMAT", **facts}
 
 
-def validate_lines(data: bytes, purpose: str) -> dict[str, Any]:
-    """Return the report on a JSONL file, with the first bad line.
-
-    Of a file over `PARSED_BYTES`, the rest is parsed only where the look of its lines is wrong.
-    """
+def validate_lines(data: bytes, purpose: str) -> Item:
+    """Return the report on a JSONL file; after `PARSED_BYTES`, lines `{...}` pass unparsed."""
     count, size, format = 0, 0, ""
-    uniform = len(data) > PARSED_BYTES and count_objects(data)
     for number, line in read_lines(data):
-        if uniform and size > PARSED_BYTES:
-            count = uniform
-            break
+        count, size = count + 1, size + len(line)
+        if size > PARSED_BYTES and line[0] == 123 and line[-1] == 125:  # braces
+            continue
         try:
             format = check_line(line, purpose, format)
         except ApiError as error:
-            return {**refuse_file(f"Line {number}: {error.message}"), "line_number": number}
-        count, size = count + 1, size + len(line)
+            return refuse_file(f"Line {number}: {error.message}", line_number=number)
     if not count:
         return refuse_file("The file has no lines.")
-    report = {"valid": True, "nlines": count}
-    return {**report, "dataset_format": format} if format else report
+    return {"valid": True, "nlines": count, **({"dataset_format": format} if format else {})}
 
 
-def refuse_file(reason: str) -> dict[str, Any]:
-    """Return the report on a file that nothing can be done with."""
-    return {"valid": False, "error": reason, "error_type": "INVALID_FORMAT"}
-
-
-def validate_file(data: bytes, purpose: str, file_type: str) -> dict[str, Any] | None:
-    """Return the report on a file, None for purposes that need none."""
-    if purpose not in ("fine-tune", "batch-api", "eval"):
-        return None
-    if file_type == "jsonl":
-        return validate_lines(data, purpose)
-    magic = b"PAR1" if file_type == "parquet" else b""
-    if not data or not (data.startswith(magic) and data.endswith(magic)):
-        return refuse_file(f"The file is not {file_type}.")
-    return {"valid": True}
-
-
-@stored("files")
-def file_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
-    """Complete a file; `content` (text or bytes) or `content_base64` holds its data."""
-    text = item.pop("content", None)
-    if item.get("content_base64") is not None:
-        text = base64.b64decode(item.pop("content_base64"))
-    name = item.get("filename") or "data.jsonl"
-    suffix = name.rpartition(".")[2].lower()
-    file: dict[str, Any] = {
-        "id": item.get("id") or server.next_id("file-"),
-        "object": "file",
-        "created_at": server.now(),
-        "filename": name,
-        "bytes": 0,
-        "purpose": "fine-tune",
-        "FileType": suffix if suffix in FILE_TYPES else "jsonl",
-        "Processed": False,
-        "LineCount": 0,
-        "processing_status": "PENDING",
-        **item,
-    }
-    file["purpose"] = OPENAI_PURPOSES.get(file["purpose"], file["purpose"])
-    if text is None:
-        return file
-    data = text.encode() if type(text) is str else text
-    server.keep(file["id"], data)
-    return {**file, **describe_data(file, data), **item, "purpose": file["purpose"]}
-
-
-def describe_data(file: dict[str, Any], data: bytes) -> dict[str, Any]:
+def describe_data(file: Item, data: bytes) -> Item:
     """Return what is known of a file once its data is there."""
-    report = validate_file(data, file["purpose"], file["FileType"])
-    facts: dict[str, Any] = {"bytes": len(data), "Processed": True}
-    if report is None:
+    facts: Item = {"bytes": len(data), "Processed": True}
+    if file["purpose"] not in CHECKED_PURPOSES:
         return {**facts, "LineCount": data.count(b"\n"), "processing_status": "COMPLETED"}
+    kind = file["FileType"]
+    magic = b"PAR1" if kind == "parquet" else b""
+    if kind == "jsonl":
+        report = validate_lines(data, file["purpose"])
+    elif data and data.startswith(magic) and data.endswith(magic):
+        report = {"valid": True}
+    else:
+        report = refuse_file(f"The file is not {kind}.")
     facts["LineCount"] = report.get("nlines", 0)
-    facts["processing_status"] = "COMPLETED" if report["valid"] else "INVALID_FORMAT"
+    facts["processing_status"] = report.get("error_type", "COMPLETED")
     return {**facts, "validation_report": {"file_id": file["id"], **report}}
 
 
-def fill_file(server: TogetherAiServer, id: str, data: bytes) -> dict[str, Any]:
+@stored("files")
+def file_object(server: TogetherAiServer, item: Item) -> Item:
+    """Complete a file; `content` (text or bytes) or `content_base64` holds its data."""
+    data, encoded = item.pop("content", None), item.pop("content_base64", None)
+    item["purpose"] = OPENAI_PURPOSES.get(item.get("purpose", ""), item.get("purpose"))
+    suffix = (item.get("filename") or "").rpartition(".")[2].lower()
+    kind = suffix if suffix in FILE_TYPES else "jsonl"
+    file = complete(server, item, "file-", created_at=server.now(), FileType=kind, **FILE)
+    if encoded is not None:
+        data = base64.b64decode(encoded)
+    if data is None:
+        return file
+    data = data.encode() if type(data) is str else data
+    server.keep(file["id"], data)
+    return merge({**file, **describe_data(file, data)}, item)
+
+
+def fill_file(server: TogetherAiServer, id: str, data: bytes) -> Item:
     """Give an announced file its data."""
     file = server.files.get(id)
     server.keep(id, data)
     return server.files.update(id, **describe_data(file, data))
 
 
-def file_view(request: Request, file: dict[str, Any]) -> dict[str, Any]:
-    """Return a file with the purpose that the client's types know."""
+def file_view(request: Request, file: Item) -> Item:
+    """Return a file with the nearest purpose that the client's types know."""
     purpose = file["purpose"]
     if is_openai(request):
         names = {own: name for name, own in OPENAI_PURPOSES.items()}
         status = "processed" if file["Processed"] else "uploaded"
         return {**file, "purpose": names.get(purpose, purpose), "status": status}
-    if is_together(request):
-        extra = "calibration" if is_stainless(request) else "eval-output"
-        if purpose not in ("fine-tune", "batch-api", "eval", extra):
-            near = {"batc": "batch-api", "eval": "eval"}
-            return {**file, "purpose": near.get(purpose[:4], "fine-tune")}
+    extra = "calibration" if is_stainless(request) else "eval-output"
+    if is_together(request) and purpose not in (*CHECKED_PURPOSES, extra):
+        near = [known for known in CHECKED_PURPOSES if known[:4] == purpose[:4]]
+        return {**file, "purpose": near[0] if near else "fine-tune"}
     return file
 
 
-def find_file(server: TogetherAiServer, id: str, param: str) -> dict[str, Any]:
+def find_file(server: TogetherAiServer, id: str, param: str) -> Item:
     """Return a file that the field `param` of a body names."""
     if id not in server.files:
         raise ApiError("no_object", param=param, noun="File", id=id)
     return server.files.get(id)
 
 
-def announce_file(server: TogetherAiServer, body: dict[str, Any]) -> dict[str, Any]:
+def announce_file(server: TogetherAiServer, body: Item) -> Item:
     """Store a file whose data is to follow, or came with the body."""
     upload = body.get("file")
-    name = body.get("file_name") or (upload.filename if upload else "") or "data.jsonl"
-    item = {"filename": re.split(r"[/\\]", name)[-1], "purpose": body["purpose"]}
-    if body.get("file_type"):
-        item["FileType"] = body["file_type"]
-    if upload:
-        item["content"] = upload.data
+    name = body.get("file_name") or (upload.filename if upload else "")
+    item = {
+        "filename": re.split(r"[/\\]", name)[-1] or None, "purpose": body["purpose"],
+        "FileType": body.get("file_type"), "content": upload.data if upload else None,
+    }  # fmt: skip
     return server.store("files", item)
 
 
 @route("POST", "/v1/files", body=UPLOAD_FIELDS, max_bytes=STORAGE_LIMIT)
+@route("POST", "/v1/files/upload", body=WHOLE_UPLOAD_FIELDS, max_bytes=STORAGE_LIMIT)
 def create_file(server: TogetherAiServer, request: Request) -> Any:
     """Store a file from a multipart body, or say where its data is to be put."""
     file = announce_file(server, request.body)
@@ -5819,92 +5154,67 @@ def create_file(server: TogetherAiServer, request: Request) -> Any:
     return Reply(b"", 302, headers={"Location": place, "X-Together-File-Id": file["id"]})
 
 
-@route("POST", "/v1/files/upload", body=WHOLE_UPLOAD_FIELDS, max_bytes=STORAGE_LIMIT)
-def upload_file(server: TogetherAiServer, request: Request) -> Any:
-    """Store a file from a multipart body."""
-    return file_view(request, announce_file(server, request.body))
-
-
-@route("PUT", "/__upload/{id}", open=True, max_bytes=STORAGE_LIMIT)
-def put_file(server: TogetherAiServer, request: Request) -> Any:
-    """Take the data of an announced file; it needs no key."""
-    file = fill_file(server, request.params["id"], request.raw)
-    return {"id": file["id"], "bytes": file["bytes"]}
-
-
-@route("POST", "/v1/files/{id}/preprocess")
-def preprocess_file(server: TogetherAiServer, request: Request) -> Any:
-    """Return the file that was put, checked."""
-    return file_view(request, server.files.get(request.params["id"]))
-
-
 @route("POST", "/v1/files/multipart/initiate", body=INITIATE_FIELDS)
 def initiate_upload(server: TogetherAiServer, request: Request) -> Any:
     """Announce a large file that comes in parts."""
-    body = request.body
-    server.check_room(body["file_size"])
-    file = announce_file(server, body)
-    upload_id = server.next_id("upload-")
-    server.uploads[upload_id] = file["id"]
-    place = f"{request.origin}/__upload/{file['id']}"
+    server.check_room(request.body["file_size"])
+    id, upload_id = announce_file(server, request.body)["id"], server.next_id("upload-")
+    server.uploads[upload_id] = id
     parts = [
-        {"PartNumber": number, "URL": f"{place}/{number}", "Headers": {}}
-        for number in range(1, body["num_parts"] + 1)
+        {"PartNumber": number, "URL": f"{request.origin}/__upload/{id}/{number}", "Headers": {}}
+        for number in range(1, request.body["num_parts"] + 1)
     ]
-    return {"upload_id": upload_id, "file_id": file["id"], "parts": parts}
+    return {"upload_id": upload_id, "file_id": id, "parts": parts}
 
 
+@route("PUT", "/__upload/{id}", open=True, max_bytes=STORAGE_LIMIT)
 @route("PUT", "/__upload/{id}/{part}", open=True, max_bytes=STORAGE_LIMIT)
-def put_part(server: TogetherAiServer, request: Request) -> Any:
-    """Take one part of a large file; it needs no key."""
-    file, part = server.files.get(request.params["id"]), request.params["part"]
-    if not re.fullmatch("[1-9][0-9]{0,2}", part, re.ASCII):
+def put_file(server: TogetherAiServer, request: Request) -> Any:
+    """Take the data of an announced file, or one part of it; it needs no key."""
+    id, part = server.files.get(request.params["id"])["id"], request.params.get("part")
+    if part is None:
+        fill_file(server, id, request.raw)
+    elif re.fullmatch("[1-9][0-9]{0,2}", part):
+        server.keep(f"{id}/{int(part):03}", request.raw)
+    else:
         raise ApiError("no_object", param="part", noun="Part", id=part)
-    server.keep(f"{file['id']}/{part}", request.raw)
-    return Reply(b"", headers={"ETag": etag(request.raw)})
+    return Reply(headers={"ETag": f'"{len(request.raw):x}-{zlib.crc32(request.raw):08x}"'})
 
 
-def etag(data: bytes) -> str:
-    """Return the quoted mark of some bytes."""
-    return f'"{hashlib.sha256(data).hexdigest()[:32]}"'
+def find_parts(server: TogetherAiServer, id: str) -> dict[str, bytes]:
+    """Return the parts that were put of a file, in order, by their names."""
+    names = sorted(name for name in list(server.contents) if name.startswith(f"{id}/"))
+    return {name: server.contents[name] for name in names}
 
 
-def list_parts(server: TogetherAiServer, file_id: str) -> list[str]:
-    """Return under which names the parts of a file are stored, in order."""
-    names = [name for name in list(server.contents) if name.startswith(f"{file_id}/")]
-    return sorted(names, key=lambda name: int(name.rpartition("/")[2]))
-
-
-def take_upload(server: TogetherAiServer, body: dict[str, Any]) -> dict[str, bytes]:
-    """Return the parts of an upload that ends, in order, by their number."""
-    file_id = body["file_id"]
-    if server.uploads.get(body["upload_id"]) != file_id:
+def find_upload(server: TogetherAiServer, body: Item) -> str:
+    """Return the file of an open multipart upload."""
+    id = server.uploads.get(body["upload_id"], "")
+    if not id or id != body["file_id"]:
         raise ApiError("no_object", param="upload_id", noun="Upload", id=body["upload_id"])
-    return {name: server.contents[name] for name in list_parts(server, file_id)}
+    return id
 
 
 @route("POST", "/v1/files/multipart/complete", body=COMPLETE_FIELDS)
 def complete_upload(server: TogetherAiServer, request: Request) -> Any:
     """Join the parts of a large file."""
-    body = request.body
-    parts = take_upload(server, body)
-    given = {f"{body['file_id']}/{p['part_number']}": p["etag"] for p in body.get("parts") or []}
-    for name in {**parts, **given}:
-        if name not in parts or given.get(name, "").strip('"') != etag(parts[name]).strip('"'):
-            number = name.rpartition("/")[2]
-            raise ApiError("invalid", param="parts", reason=f"part {number} is not what was put")
+    id = find_upload(server, request.body)
+    parts = find_parts(server, id)
+    given = [f"{id}/{part['part_number']:03}" for part in request.body["parts"]]
+    if sorted(given) != list(parts):
+        raise ApiError("invalid", param="parts", reason="must be the parts that were put")
     server.drop(*parts)
-    del server.uploads[body["upload_id"]]
-    return {
-        "file": file_view(request, fill_file(server, body["file_id"], b"".join(parts.values())))
-    }
+    del server.uploads[request.body["upload_id"]]
+    return {"file": file_view(request, fill_file(server, id, b"".join(parts.values())))}
 
 
-@route("POST", "/v1/files/multipart/abort", body=COMPLETE_FIELDS)
+@route("POST", "/v1/files/multipart/abort", body=Fields(*ENDING_ROWS))
 def abort_upload(server: TogetherAiServer, request: Request) -> Any:
     """Forget a large file that was announced."""
-    server.drop(*take_upload(server, request.body))
-    server.files.remove(server.uploads.pop(request.body["upload_id"]))
+    id = find_upload(server, request.body)
+    del server.uploads[request.body["upload_id"]]
+    server.files.remove(id)
+    server.drop(*find_parts(server, id))
     return {"success": True}
 
 
@@ -5912,13 +5222,14 @@ def abort_upload(server: TogetherAiServer, request: Request) -> Any:
 def list_files(server: TogetherAiServer, request: Request) -> Any:
     """List the stored files, newest first."""
     limit, purpose = request.args.get("limit") or 10000, request.args.get("purpose")
-    stored_files = server.files.list(after=request.args.get("after"))
-    views = [file_view(request, file) for file in stored_files]
+    files = server.files.list(after=request.args.get("after"))
+    views = [file_view(request, file) for file in files]
     views = [view for view in views if purpose in (None, view["purpose"])]
     return {"object": "list", "data": views[:limit], "has_more": len(views) > limit}
 
 
 @route("GET", "/v1/files/{id}")
+@route("POST", "/v1/files/{id}/preprocess")
 def get_file(server: TogetherAiServer, request: Request) -> Any:
     """Describe a file."""
     return file_view(request, server.files.get(request.params["id"]))
@@ -5927,123 +5238,69 @@ def get_file(server: TogetherAiServer, request: Request) -> Any:
 @route("GET", "/v1/files/{id}/content")
 def get_file_content(server: TogetherAiServer, request: Request) -> Any:
     """Return a file's bytes, or a range of them."""
-    file = server.files.get(request.params["id"])
-    if file["id"] not in server.contents:
-        raise ApiError("no_object", param="id", noun="The content of", id=file["id"])
-    return serve_bytes(request, server.contents[file["id"]])
+    id = server.files.get(request.params["id"])["id"]
+    if id not in server.contents:
+        raise ApiError("no_object", param="id", noun="The content of", id=id)
+    return serve_bytes(request, server.contents[id])
 
 
 @route("DELETE", "/v1/files/{id}")
 def delete_file(server: TogetherAiServer, request: Request) -> Any:
     """Delete a file."""
-    file = server.files.remove(request.params["id"])
-    server.drop(file["id"], *list_parts(server, file["id"]))
-    return {"id": file["id"], "object": "file", "deleted": True}
+    id = server.files.remove(request.params["id"])["id"]
+    server.drop(id, *find_parts(server, id))
+    return {"id": id, "object": "file", "deleted": True}
 
 
 # --- Batches
 
 BATCH_LADDER = ("VALIDATING", "IN_PROGRESS", "COMPLETED")
+BATCH_ENDS = ("completed", "failed", "cancelled", "expired")
 BATCH_ENDPOINTS = (
     "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/audio/transcriptions",
     "/v1/audio/translations",
 )  # fmt: skip
 BATCH_FIELDS = Fields(
-    Field("endpoint", str, required=True, choices=BATCH_ENDPOINTS),
-    Field("input_file_id", str, required=True),
-    Field("completion_window", str),
+    Field("endpoint", str, required=True, choices=BATCH_ENDPOINTS), Field("metadata", dict),
+    Field("input_file_id", str, required=True), *equal_fields("completion_window model_id", str),
     Field("priority", int),
-    Field("model_id", str),
-    Field("metadata", dict),
-)
+)  # fmt: skip
+BATCH: Item = {
+    "user_id": USER_ID, "status": "VALIDATING", "endpoint": BATCH_ENDPOINTS[0], "progress": 0.0,
+    "input_file_id": "", "file_size_bytes": 0, "model_id": "", "output_file_id": "",
+    "error_file_id": "", "error": "", "completed_at": None,
+}  # fmt: skip
 
 
 @stored("batches")
-def batch_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
+def batch_object(server: TogetherAiServer, item: Item) -> Item:
     """Complete a batch job."""
-    now = server.now()
-    return {
-        "id": item.get("id") or server.next_id(""),
-        "user_id": USER_ID,
-        "status": "VALIDATING",
-        "file_size_bytes": 0,
-        "job_deadline": format_time(now + 86400),
-        "created_at": format_time(now),
-        "endpoint": "/v1/chat/completions",
-        "progress": 0.0,
-        **dict.fromkeys(("input_file_id", "model_id", "output_file_id", "error_file_id"), ""),
-        "error": "",
-        "completed_at": None,
-        **item,
-    }
-
-
-def enter_batch(server: TogetherAiServer, job: dict[str, Any], rung: str) -> dict[str, Any]:
-    """Count the lines of a batch when it is validated, run them when it completes."""
-    data = server.contents.get(job["input_file_id"], b"")
-    if rung == "COMPLETED":
-        return run_batch(server, job, data)
-    if rung == "IN_PROGRESS":
-        count = sum(1 for _ in read_lines(data))
-        if 0 < count <= MAX_BATCH_LINES:
-            return {}
-        error = f"The input file has {count} requests; it must have 1 to {MAX_BATCH_LINES}."
-        return {"status": "FAILED", "error": error, "completed_at": format_time(server.now())}
-    ended = format_time(server.now())
-    return {"error": f"The batch was scripted to end as {rung}.", "completed_at": ended}
-
-
-def run_batch(server: TogetherAiServer, job: dict[str, Any], data: bytes) -> dict[str, Any]:
-    """Answer every line of a batch and store what came of them."""
-    results: dict[str, list[bytes]] = {"output": [], "error": []}
-    seen: set[str] = set()
-    source = Draw.of("batch", job["id"])
-    for number, line in read_lines(data):
-        id = "br_" + source.child(number).hex(24)
-        kind, result = run_line(server, job["endpoint"], line, number, seen)
-        results[kind].append(b'{"id":"%b",%b}\n' % (id.encode(), result))
-    changes: dict[str, Any] = {"progress": 100.0, "completed_at": format_time(server.now())}
-    try:
-        for kind, lines in results.items():
-            if lines:
-                item = {"filename": f"{job['id']}_{kind}.jsonl", "purpose": "batch-generated"}
-                file = server.store("files", {**item, "content": b"".join(lines)})
-                changes[f"{kind}_file_id"] = file["id"]
-    except ApiError as error:
-        changes.update(status="FAILED", error=error.message)
-    return changes
+    made, deadline = (format_time(server.now() + wait) for wait in (0, 86400))
+    return complete(server, item, "", created_at=made, job_deadline=deadline, **BATCH)
 
 
 def run_line(
-    server: TogetherAiServer, endpoint: str, line: bytes, number: int, seen: set[str]
-) -> tuple[str, bytes]:
-    """Answer one line as if it had come by itself; return its file and the members of its JSON."""
-    custom_id: Any = None
+    server: TogetherAiServer, endpoint: str, line: bytes, number: int, seen: dict[str, int]
+) -> tuple[Any, Reply]:
+    """Answer one line as if it had come by itself; return its custom_id, noted in `seen`, too."""
+    id = None
     try:
         row = parse_line(line)
-        custom_id = row.get("custom_id")
+        id = row.get("custom_id")
         BATCH_LINE_FIELDS.check(row)
-        if custom_id in seen:
+        if seen.setdefault(row["custom_id"], number) != number:
             raise ApiError("invalid", param="custom_id", reason="must differ from earlier ones")
-        seen.add(custom_id)
         if row["body"].get("stream"):
             raise ApiError("invalid", param="body.stream", reason="must be false in a batch")
     except ApiError as error:
-        facts = {"message": f"Line {number}: {error.message}", "code": error.code or error.type}
-        return "error", ENCODE({"custom_id": custom_id, "error": facts})[1:-1].encode()
-    body = ENCODE(row["body"]).encode()
+        error.message = f"Line {number}: {error.message}"
+        return id, Reply(ENCODE(error.body()).encode(), error.status)
     headers = {"authorization": f"Bearer {DEFAULT_KEY}"}
-    reply = server.run(Request("POST", endpoint, body, headers=headers))
-    name = ENCODE(custom_id).encode()
-    if reply.status == 200:
-        return "output", b'"custom_id":%b,"response":{"status_code":200,"body":%b}' % (
-            name, reply.body
-        )  # fmt: skip
-    return "error", b'"custom_id":%b,"error":%b' % (name, ENCODE(reply_error(reply)).encode())
+    return id, server.run(Request("POST", endpoint, ENCODE(row["body"]).encode(), headers=headers))
 
 
-def reply_error(reply: Reply) -> dict[str, Any]:
-    """Return message and code of a reply that is no answer."""
+def find_error(reply: Reply) -> Item:
+    """Return message and code of a reply that is no answer; a scripted one may have neither."""
     try:
         error = json.loads(reply.body)["error"]
         return {"message": error["message"], "code": error.get("code") or error.get("type")}
@@ -6051,36 +5308,64 @@ def reply_error(reply: Reply) -> dict[str, Any]:
         return {"message": f"The request failed with status {reply.status}.", "code": None}
 
 
-def count_lines(server: TogetherAiServer, id: str) -> int:
-    """Return the number of lines of a file, 0 where it does not exist."""
-    return int(server.files.get(id)["LineCount"]) if id in server.files else 0
+def run_batch(server: TogetherAiServer, job: Item, data: bytes) -> Item:
+    """Answer every line of a batch and store what came of them."""
+    results: dict[str, list[bytes]] = {"output": [], "error": []}
+    seen: dict[str, int] = {}
+    source = Draw.of("batch", job["id"])
+    for number, line in read_lines(data):
+        id, reply = run_line(server, job["endpoint"], line, number, seen)
+        if reply.status == 200:
+            kind, result = "output", b'"response":{"status_code":200,"body":%b}' % reply.body
+        else:
+            kind, result = "error", b'"error":%b' % ENCODE(find_error(reply)).encode()
+        names = f'"id":"br_{source.child(number).hex(24)}","custom_id":{ENCODE(id)}'
+        results[kind].append(b"{%b,%b}\n" % (names.encode(), result))
+    changes: Item = {"progress": 100.0}
+    try:
+        for kind, lines in results.items():
+            item = {"filename": f"{job['id']}_{kind}.jsonl", "purpose": "batch-generated"}
+            if lines:
+                file = server.store("files", {**item, "content": b"".join(lines)})
+                changes[f"{kind}_file_id"] = file["id"]
+    except ApiError as error:
+        changes.update(status="FAILED", error=error.message)
+    return changes
 
 
-def batch_view(server: TogetherAiServer, request: Request, job: dict[str, Any]) -> dict[str, Any]:
+def enter_batch(server: TogetherAiServer, job: Item, rung: str) -> Item:
+    """Count the lines of a batch when it is validated, run them when it completes."""
+    data = server.contents.get(job["input_file_id"], b"")
+    ended: Item = {"completed_at": format_time(server.now())}
+    if rung == "COMPLETED":
+        return {**ended, **run_batch(server, job, data)}
+    if rung != "IN_PROGRESS":
+        return {**ended, "error": f"The batch was scripted to end as {rung}."}
+    count = sum(1 for _ in read_lines(data))
+    if 0 < count <= MAX_BATCH_LINES:
+        return {}
+    error = f"The input file has {count} requests; it must have 1 to {MAX_BATCH_LINES}."
+    return {**ended, "status": "FAILED", "error": error}
+
+
+def batch_view(server: TogetherAiServer, request: Request, job: Item) -> Item:
     """Return a batch, in OpenAI's form to its clients."""
     if not is_openai(request) or server.strict:
         return job
-    status = job["status"].lower()
-    done = job["completed_at"] and parse_time(job["completed_at"])
-    names = ("completed", "failed", "cancelled", "expired")
-    counts = [count_lines(server, job[name]) for name in ("output_file_id", "error_file_id")]
-    total = count_lines(server, job["input_file_id"])
-    return {
-        "id": job["id"],
-        "object": "batch",
-        "endpoint": job["endpoint"],
-        "errors": {"object": "list", "data": [{"message": job["error"]}]} if job["error"] else None,
-        "input_file_id": job["input_file_id"],
-        "completion_window": "24h",
-        "status": status,
-        "output_file_id": job["output_file_id"] or None,
-        "error_file_id": job["error_file_id"] or None,
-        "created_at": parse_time(job["created_at"]),
-        "expires_at": parse_time(job["job_deadline"]),
-        **{f"{name}_at": done if name == status else None for name in names},
-        "request_counts": {"total": total, "completed": counts[0], "failed": counts[1]},
-        "metadata": job.get("metadata"),
+    status, done = job["status"].lower(), job["completed_at"] and parse_time(job["completed_at"])
+    ids: Item = {
+        name: job[name] or None for name in ("input_file_id", "output_file_id", "error_file_id")
     }
+    sizes = [server.files.get(id)["LineCount"] if id in server.files else 0 for id in ids.values()]
+    error = [{"message": job["error"]}] if job["error"] else []
+    return {
+        "id": job["id"], "object": "batch", "endpoint": job["endpoint"], "status": status,
+        **ids, "input_file_id": job["input_file_id"], "metadata": job.get("metadata"),
+        "errors": {"object": "list", "data": error} if error else None, "completion_window": "24h",
+        "created_at": parse_time(job["created_at"]), "expires_at": parse_time(job["job_deadline"]),
+        **{f"{end}_at": done if end == status else None for end in BATCH_ENDS},
+        "request_counts": dict(zip(("total", "completed", "failed"), sizes)),
+    }  # fmt: skip
 
 
 @route("POST", "/v1/batches", body=BATCH_FIELDS, status=201)
@@ -6091,7 +5376,7 @@ def create_batch(server: TogetherAiServer, request: Request) -> Any:
         reason = f"its purpose is {file['purpose']}, not batch-api"
         raise ApiError("bad_file", param="input_file_id", id=file["id"], reason=reason)
     kept = ("endpoint", "input_file_id", "model_id", "metadata")
-    given = {name: request.body[name] for name in kept if request.body.get(name) is not None}
+    given = {name: request.body.get(name) for name in kept}
     job = server.store("batches", {**given, "file_size_bytes": file["bytes"]})
     job = start_job(server, request, server.batches, job, BATCH_LADDER, enter_batch)
     view = batch_view(server, request, job)
@@ -6125,273 +5410,191 @@ def cancel_batch(server: TogetherAiServer, request: Request) -> Any:
 FINE_TUNE_LADDER = ("pending", "queued", "running", "uploading", "completed")
 CANCEL_LADDER = ("cancel_requested", "cancelled")
 TRAINABLE = ("chat", "language", "code")  # types of models
+UNKNOWN_MODEL = Model("chat", "")  # what a base that the catalogue lacks counts as
 TRAIN_PRICE = 0.48  # USD for a million tokens
+TRAIN_TOKEN_BYTES = 4  # of a training file, by which its tokens are estimated
+FINAL_CHECKPOINTS = {"Full": ("Final",), "Lora": ("Final Merged", "Final Adapter")}
 MAX_METRICS = 1000  # points of a curve
-LIMITS: dict[str, Any] = {  # documented, but for the flags
-    "full_training": {"max_batch_size": 96, "max_batch_size_dpo": 48, "min_batch_size": 8},
+# the members of examples that are no messages, each with the role it stands for
+PLAIN = (("prompt", "user"), ("completion", "assistant"), ("text", "assistant"))
+NDJSON = "application/x-ndjson"
+MAX_TOKENIZED = 1000  # examples of a tokenized dataset
+BATCH_SIZES = {"max_batch_size": 96, "max_batch_size_dpo": 48, "min_batch_size": 8}
+LIMITS: Item = {  # documented, but for the flags
+    "full_training": BATCH_SIZES,
     "lora_training": {
-        **{"max_batch_size": 128, "max_batch_size_dpo": 64, "min_batch_size": 8},
-        **{"default_rank": 64, "max_rank": 64},
+        "max_batch_size": 128, "max_batch_size_dpo": 64, "min_batch_size": 8, "default_rank": 64,
+        "max_rank": 64,
         "target_modules": ["k_proj", "o_proj", "q_proj", "v_proj", "up_proj", "down_proj"],
     },
-    "max_num_epochs": 20,
-    **{"min_learning_rate": 1e-06, "max_learning_rate": 1.0},
-    **{"max_num_checkpoints": 100, "max_num_evals": 100, "default_gradient_accumulation_steps": 1},
-    **{"min_max_seq_length": 512, "max_seq_length_sft": 16384, "max_seq_length_dpo": 8192},
-    **dict.fromkeys(("merge_output_lora", "supports_full_training", "supports_tools"), True),
-    **dict.fromkeys(("supports_reasoning", "supports_vision"), False),
-}
+    "max_num_epochs": 20, "min_learning_rate": 1e-06, "max_learning_rate": 1.0,
+    "max_num_checkpoints": 100, "max_num_evals": 100, "default_gradient_accumulation_steps": 1,
+    "min_max_seq_length": 512, "max_seq_length_sft": 16384, "max_seq_length_dpo": 8192,
+    "merge_output_lora": True, "supports_full_training": True, "supports_tools": True,
+    "supports_reasoning": False, "supports_vision": False,
+}  # fmt: skip
 ON_INPUTS = Field("train_on_inputs", bool, str, choices=(True, False, "auto"))
-TRAINING_FIELDS = (
+ESTIMATE_FIELDS = Fields(
     Field("training_file", str, required=True, low=1),
-    *(Field(name, str) for name in ("validation_file", "model", "from_checkpoint")),
-    Field("n_epochs", int, low=0, high=20),
-    Field("n_evals", int, low=0, high=100),
+    *equal_fields("validation_file model from_checkpoint", str),
+    Field("n_epochs", int, low=0, high=20), Field("n_evals", int, low=0, high=100),
     object_field(
         "training_method",
-        Field("method", str, required=True, choices=("sft", "dpo")),
-        ON_INPUTS,
-        *(Field(name, float) for name in ("dpo_beta", "rpo_alpha", "simpo_gamma")),
-        *(
-            Field(f"dpo_{name}", bool)
-            for name in ("normalize_logratios_by_length", "reference_free")
-        ),
+        Field("method", str, required=True, choices=("sft", "dpo")), ON_INPUTS,
+        *equal_fields("dpo_beta rpo_alpha simpo_gamma", float),
+        *equal_fields("dpo_normalize_logratios_by_length dpo_reference_free", bool),
     ),
     object_field(
         "training_type",
         Field("type", str, required=True, choices=("Full", "Lora")),
-        Field("lora_r", int, low=1, high=64),
-        Field("lora_alpha", int, low=1),
-        Field("lora_dropout", float, low=0, high=1),
-        Field("lora_trainable_modules", str),
+        Field("lora_r", int, low=1, high=64), Field("lora_alpha", int, low=1),
+        Field("lora_dropout", float, low=0, high=1), Field("lora_trainable_modules", str),
     ),
-)
+)  # fmt: skip
+SECRET_ROWS = equal_fields("wandb_api_key hf_api_token", str)  # no answer shows them
 FINE_TUNE_FIELDS = Fields(
-    *TRAINING_FIELDS,
-    ON_INPUTS,
-    Field("n_epochs", int, low=1, high=20),
-    Field("n_checkpoints", int, low=1, high=100),
-    Field("batch_size", int, str, low=1, high=1024),
-    Field("learning_rate", float, low=1e-06, high=1),
+    *ESTIMATE_FIELDS.values(), *SECRET_ROWS, ON_INPUTS,
+    Field("n_epochs", int, low=1, high=20), Field("n_checkpoints", int, low=1, high=100),
+    Field("batch_size", int, str, low=1, high=1024), Field("max_seq_length", int, low=1),
+    Field("learning_rate", float, low=1e-06, high=1), Field("warmup_ratio", float, low=0, high=1),
     object_field(
         "lr_scheduler",
         Field("lr_scheduler_type", str, required=True, choices=("linear", "cosine")),
-        object_field("lr_scheduler_args", Field("min_lr_ratio", float), Field("num_cycles", float)),
+        object_field("lr_scheduler_args", *equal_fields("min_lr_ratio num_cycles", float)),
     ),
-    Field("warmup_ratio", float, low=0, high=1),
-    *(Field(name, float, low=0) for name in ("max_grad_norm", "weight_decay")),
-    Field("random_seed", int),
-    Field("packing", bool),
-    Field("max_seq_length", int, low=1),
+    *equal_fields("max_grad_norm weight_decay", float, low=0), Field("random_seed", int),
+    Field("packing", bool), object_field("multimodal_params", Field("train_vision", bool)),
     Field("suffix", str, high=40),
-    *(Field(f"wandb_{n}", str) for n in ("api_key", "base_url", "project_name", "name", "entity")),
-    object_field("multimodal_params", Field("train_vision", bool)),
-    *(Field(name, str) for name in ("from_hf_model", "hf_model_revision", "hf_api_token")),
-    Field("hf_output_repo_name", str),
-)
-UNKEPT_FIELDS = ("wandb_api_key", "hf_api_token")  # no answer shows them
-# What a job reports when it reaches a status; the messages are documented.
-FINE_TUNE_EVENTS = {
-    "pending": (("job_pending", "Fine tune request created"),),
-    "running": (
-        ("job_start", "Job started at {time}"),
-        ("model_download_complete", "Model data downloaded for {model}"),
-        ("training_data_download_complete", "Data downloaded for {training_file}"),
-        ("training_start", "Training started for model {model}"),
-    ),
-    "uploading": (
-        ("epoch_complete", "Epoch completed, at step {step}"),
-        ("training_complete", "Training completed for {model}"),
-        ("model_uploading", "Uploading {artifact} model"),
-    ),
-    "completed": (
-        ("model_upload_complete", "Model upload complete"),
-        ("job_complete", "Job finished at {time}"),
-    ),
-    "error": (("job_error", "The job was scripted to fail"),),
-    "cancelled": (("job_stopped", "Job cancelled"),),
-}
+    *equal_fields("from_hf_model hf_model_revision hf_output_repo_name", str),
+    *equal_fields("wandb_base_url wandb_project_name wandb_name wandb_entity", str),
+)  # fmt: skip
 METRIC_FIELDS = Fields(
-    Field("global_step_from", int),
-    Field("global_step_to", int),
-    Field("logged_at_from", str),
-    Field("logged_at_to", str),
-    Field("resolution", int, low=0),
-)
-LIMIT_FIELDS = Fields(Field("model_name", str), Field("model", str))
+    *equal_fields("global_step_from global_step_to", int), Field("resolution", int, low=0),
+    *equal_fields("logged_at_from logged_at_to", str),
+)  # fmt: skip
+LIMIT_FIELDS = Fields(*equal_fields("model_name model", str))
 DOWNLOAD_FIELDS = Fields(
-    Field("ft_id", str, required=True),
+    Field("ft_id", str, required=True), Field("checkpoint_step", int),
     Field("checkpoint", str, choices=("merged", "adapter", "model_output_path")),
-    Field("checkpoint_step", int),
-)
+)  # fmt: skip
 PREVIEW_FIELDS = Fields(
-    Field("model", str, required=True),
-    Field("training_file", str, required=True),
-    Field("top_k", int, low=1, high=100),
-    Field("train_on_inputs", bool),
-    Field("training_method", str, choices=("sft",)),
-)
-TRAINING_METHODS: dict[str, dict[str, Any]] = {  # documented defaults
-    "sft": {"method": "sft", "train_on_inputs": "auto"},
-    "dpo": {"method": "dpo", "dpo_beta": 0.1, "dpo_normalize_logratios_by_length": False},
-}
-TRAINING_TYPES: dict[str, dict[str, Any]] = {
-    "Full": {"type": "Full"},
-    "Lora": {
-        "type": "Lora",
-        "lora_r": 64,
-        "lora_alpha": 128,
-        "lora_dropout": 0.0,
+    *equal_fields("model training_file", str, required=True), Field("top_k", int, low=1, high=100),
+    Field("train_on_inputs", bool), Field("training_method", str, choices=("sft",)),
+)  # fmt: skip
+# The nested settings: the member that chooses among their forms, and the documented defaults
+# of each form, of which the first is the default.
+TRAINING_FORMS: dict[str, tuple[str, dict[str, Item]]] = {
+    "training_method": ("method", {
+        "sft": {"train_on_inputs": "auto"},
+        "dpo": {"dpo_beta": 0.1, "dpo_normalize_logratios_by_length": False},
+    }),
+    "training_type": ("type", {"Lora": {
+        "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.0,
         "lora_trainable_modules": "all-linear",
-    },
-}
-SCHEDULERS: dict[str, dict[str, Any]] = {
-    "linear": {"min_lr_ratio": 0.0},
-    "cosine": {"min_lr_ratio": 0.0, "num_cycles": 0.5},
-}
-
-
-def largest_batch(kind: dict[str, Any], method: dict[str, Any]) -> int:
-    """Return the largest batch size of a training type and method."""
-    limits = LIMITS["full_training" if kind["type"] == "Full" else "lora_training"]
-    return int(limits["max_batch_size_dpo" if method["method"] == "dpo" else "max_batch_size"])
-
-
-def complete_training(item: dict[str, Any]) -> dict[str, Any]:
-    """Return the nested settings of a job with the defaults of what they leave open."""
-    method = item.get("training_method") or {}
-    kind = item.get("training_type") or {}
-    scheduler = item.get("lr_scheduler") or {}
-    form = scheduler.get("lr_scheduler_type") or "linear"
-    method = {**TRAINING_METHODS[method.get("method", "sft")], **method}
-    kind = {**TRAINING_TYPES[kind.get("type", "Lora")], **kind}
-    size = item.get("batch_size")
-    args = {**SCHEDULERS[form], **(scheduler.get("lr_scheduler_args") or {})}
-    return {
-        "training_method": method,
-        "training_type": kind,
-        "lr_scheduler": {"lr_scheduler_type": form, "lr_scheduler_args": args},
-        "batch_size": size if type(size) is int else largest_batch(kind, method),
-    }
-
-
-FINE_TUNE_DEFAULTS: dict[str, Any] = {
-    "status": "pending",
-    "user_id": USER_ID,
-    **dict.fromkeys(("adapter_output_name", "started_at", "multimodal_params")),
-    **dict.fromkeys(("training_file", "validation_file", "from_checkpoint", "job_id"), ""),
-    **dict.fromkeys(("model_output_path", "wandb_project_name", "wandb_url"), ""),
-    **dict.fromkeys(("n_evals", "token_count", "param_count", "total_price"), 0),
-    **dict.fromkeys(("epochs_completed", "queue_depth"), 0),
-    **dict.fromkeys(("warmup_ratio", "weight_decay"), 0.0),
-    **dict.fromkeys(("n_epochs", "n_checkpoints"), 1),
-    "max_grad_norm": 1.0,
-    "learning_rate": 1e-05,
-    "train_on_inputs": "auto",
-    "events": [],
+    }, "Full": {}}),
+    "lr_scheduler": ("lr_scheduler_type", {
+        "linear": {"lr_scheduler_args": {"min_lr_ratio": 0.0}},
+        "cosine": {"lr_scheduler_args": {"min_lr_ratio": 0.0, "num_cycles": 0.5}},
+    }),
+}  # fmt: skip
+FINE_TUNE: Item = {
+    "object": "fine-tune", "status": "pending", "user_id": USER_ID,
+    "model": "meta-llama/Meta-Llama-3.1-8B-Instruct-Reference", "model_output_path": "",
+    "adapter_output_name": None, "training_file": "", "validation_file": "", "from_checkpoint": "",
+    "job_id": "", "started_at": None, "multimodal_params": None, "n_epochs": 1, "n_checkpoints": 1,
+    "n_evals": 0, "learning_rate": 1e-05, "max_grad_norm": 1.0, "warmup_ratio": 0.0,
+    "weight_decay": 0.0, "train_on_inputs": "auto", "token_count": 0, "param_count": 0,
+    "total_price": 0, "epochs_completed": 0, "queue_depth": 0, "wandb_project_name": "",
+    "wandb_url": "", "events": [],
     "progress": {"estimate_available": False, "seconds_remaining": 0},
-}
+}  # fmt: skip
+EVENT: Item = {
+    "object": "fine-tune-event", "param_count": 0, "token_count": 0, "training_offset": 0,
+    "wandb_url": "", "checkpoint_path": "", "hash": "",
+}  # fmt: skip
+# What a job reports on entering a status: the status, a type and the documented message.
+FINE_TUNE_EVENTS = """\
+pending job_pending Fine tune request created
+running job_start Job started at {time}
+running model_download_complete Model data downloaded for {model}
+running training_data_download_complete Data downloaded for {training_file}
+running training_start Training started for model {model}
+uploading epoch_complete Epoch completed, at step {step}
+uploading training_complete Training completed for {model}
+uploading model_uploading Uploading {artifact} model
+completed model_upload_complete Model upload complete
+completed job_complete Job finished at {time}
+error job_error The job was scripted to fail
+cancelled job_stopped Job cancelled"""
 
 
-@stored("fine_tunes")
-def fine_tune_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
-    """Complete a fine-tuning job, with the events up to its status."""
-    id = item.get("id") or server.next_id("ft-")
-    model = item.get("model") or "meta-llama/Meta-Llama-3.1-8B-Instruct-Reference"
-    file_id = item.get("training_file") or ""
-    file = server.files.get(file_id) if file_id in server.files else {"LineCount": 0, "bytes": 0}
-    mark = Draw.of("fine-tune", id).hex(8)
-    words = [model.rpartition("/")[2], *([item["suffix"]] if item.get("suffix") else []), mark]
-    now = format_time(server.now())
-    job: dict[str, Any] = {
-        "id": id,
-        "object": "fine-tune",
-        **copy_json(FINE_TUNE_DEFAULTS),
-        "model": model,
-        "model_output_name": f"{USER}/{'-'.join(words)}",
-        "created_at": now,
-        "updated_at": now,
-        "TrainingFileNumLines": file["LineCount"],
-        "TrainingFileSize": file["bytes"],
-        **item,
-        **complete_training(item),
-    }
-    status, ladder = job["status"], FINE_TUNE_LADDER
-    reached = ladder[: ladder.index(status) + 1] if status in ladder else ("pending", status)
-    for rung in reached:
-        job.update(enter_fine_tune(server, job, rung))
-    return {**job, **({"events": item["events"]} if "events" in item else {})}
+def complete_training(item: Item) -> Item:
+    """Return the nested settings of a job with defaults, and a batch size that its type allows."""
+    settings: Item = {}
+    for name, (key, forms) in TRAINING_FORMS.items():
+        given = item.get(name) or {}
+        form = given.get(key) or next(iter(forms))
+        settings[name] = merge({key: form, **forms[form]}, given)
+    limits = LIMITS[f"{settings['training_type']['type'].lower()}_training"]
+    dpo = settings["training_method"]["method"] == "dpo"
+    most, size = limits["max_batch_size_dpo" if dpo else "max_batch_size"], item.get("batch_size")
+    if size not in (None, "max") and (type(size) is not int or size > most):
+        raise refuse_value("batch_size", f'must be an integer up to {most} or "max"', size)
+    return {**settings, "batch_size": size if type(size) is int else most}
 
 
-def count_steps(job: dict[str, Any]) -> int:
-    """Return the number of training steps of a job."""
-    batches = max(1, -(-job["TrainingFileNumLines"] // job["batch_size"]))
-    return int(max(1, job["n_epochs"] * batches))
+def list_steps(job: Item, count: int) -> list[int]:
+    """Return training steps at equal distances, the last of all among them."""
+    total = job["n_epochs"] * max(1, -(-job["TrainingFileNumLines"] // job["batch_size"]))
+    return sorted({total * (n + 1) // count for n in range(count)} - {0})
 
 
-def list_new_events(job: dict[str, Any], rung: str, now: str) -> list[dict[str, Any]]:
+def list_new_events(job: Item, rung: str, now: str) -> list[Item]:
     """Return what a job reports when it reaches a status; an epoch's end once for each."""
     artifact = "output" if job["training_type"]["type"] == "Full" else "adapter"
-    total, facts = count_steps(job), {**job, "time": now, "artifact": artifact}
-    events = []
-    for type, message in FINE_TUNE_EVENTS.get(rung, ()):
-        epochs = job["n_epochs"] if type == "epoch_complete" else 1
-        for epoch in range(epochs):
-            step = total * (epoch + 1) // epochs if rung == "uploading" else 0
-            event = {
-                "object": "fine-tune-event",
-                "created_at": now,
-                "level": "error" if type == "job_error" else "info",
-                "message": message.format(**{**facts, "step": step}),
-                "type": type,
-                **{"step": step, "total_steps": total, "model_path": job["model_output_path"]},
-                **dict.fromkeys(("param_count", "token_count", "training_offset"), 0),
-                **dict.fromkeys(("wandb_url", "checkpoint_path", "hash"), ""),
-            }
-            events.append(event)
-    return events
+    steps, facts = list_steps(job, job["n_epochs"]), {**job, "time": now, "artifact": artifact}
+    common = {**EVENT, "created_at": now, "level": "error" if rung == "error" else "info"}
+    common.update(total_steps=steps[-1], model_path=job["model_output_path"])
+    last = steps[-1:] if rung == "uploading" else [0]
+    return [
+        {**common, "type": type, "step": step, "message": message.format(step=step, **facts)}
+        for status, type, message in [line.split(" ", 2) for line in FINE_TUNE_EVENTS.split("\n")]
+        if status == rung
+        for step in (steps if type == "epoch_complete" else last)
+    ]
 
 
-def enter_fine_tune(server: TogetherAiServer, job: dict[str, Any], rung: str) -> dict[str, Any]:
+def enter_fine_tune(server: TogetherAiServer, job: Item, rung: str) -> Item:
     """Return what changes in a job when it reaches a status; add the model when it is made."""
-    now = format_time(server.now())
-    changes: dict[str, Any] = {"updated_at": now}
+    changes: Item = {"updated_at": format_time(server.now())}
     if rung == "running":
-        changes["started_at"] = now
+        changes["started_at"] = changes["updated_at"]
     if rung == "completed":
         changes["model_output_path"] = f"s3://{USER}/{job['id']}/model"
         changes["epochs_completed"] = job["n_epochs"]
-        changes["token_count"] = count_training_tokens(job["TrainingFileSize"], job["n_epochs"])
-        add_trained_model(server, job)
-    changes["events"] = job["events"] + list_new_events({**job, **changes}, rung, now)
-    return changes
+        changes["token_count"] = job["TrainingFileSize"] // TRAIN_TOKEN_BYTES * job["n_epochs"]
+        base, name = server.models.get(job["model"], UNKNOWN_MODEL), job["model_output_name"]
+        facts = (name.partition("/")[2], base.context_length, base.prices)
+        server.models[name] = Model(base.type, name, USER, *facts, thinks=base.thinks)
+    events = list_new_events({**job, **changes}, rung, changes["updated_at"])
+    return {**changes, "events": job["events"] + events}
 
 
-def add_trained_model(server: TogetherAiServer, job: dict[str, Any]) -> None:
-    """Put the model that a job has made into the catalogue."""
-    base = server.models.get(job["model"]) or Model("chat", job["model"])
-    name = job["model_output_name"]
-    server.models[name] = Model(
-        base.type, name, USER, name.partition("/")[2], base.context_length, base.prices,
-        thinks=base.thinks,
-    )  # fmt: skip
-
-
-def count_training_tokens(size: int, epochs: int) -> int:
-    """Estimate the tokens of a training file by its bytes, four each."""
-    return size // 4 * epochs
-
-
-def truncate(job: dict[str, Any]) -> dict[str, Any]:
-    """Return a job without its events, as all but its own route do."""
-    return {**job, "events": []}
-
-
-def event_views(request: Request, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return events with their type in the case of the client's types."""
-    if "x-stainless-lang" in request.headers:
-        return events
-    return [{**event, "type": event["type"].upper()} for event in events]
+@stored("fine_tunes")
+def fine_tune_object(server: TogetherAiServer, item: Item) -> Item:
+    """Complete a fine-tuning job, with the events up to its status."""
+    now, file_id = format_time(server.now()), item.get("training_file") or ""
+    file = server.files.get(file_id) if file_id in server.files else FILE
+    job = complete(server, item, "ft-", created_at=now, updated_at=now, **FINE_TUNE)
+    mark = Draw.of("fine-tune", job["id"]).hex(8)
+    words = filter(None, (job["model"].rpartition("/")[2], job.get("suffix"), mark))
+    job["model_output_name"] = f"{USER}/{'-'.join(words)}"
+    job.update(TrainingFileNumLines=file["LineCount"], TrainingFileSize=file["bytes"])
+    job = merge(job, {**item, **complete_training(item), "events": []})
+    status, ladder = job["status"], FINE_TUNE_LADDER
+    for rung in ladder[: ladder.index(status) + 1] if status in ladder else ("pending", status):
+        job.update(enter_fine_tune(server, job, rung))
+    return merge(job, {**item, "batch_size": job["batch_size"]})
 
 
 def check_training_file(server: TogetherAiServer, id: str, param: str, method: str) -> None:
@@ -6399,50 +5602,15 @@ def check_training_file(server: TogetherAiServer, id: str, param: str, method: s
     file = find_file(server, id, param)
     report = file.get("validation_report") or {"valid": file["Processed"]}
     form = report.get("dataset_format")
-    reason = ""
     if file["purpose"] != "fine-tune":
         reason = f"its purpose is {file['purpose']}, not fine-tune"
     elif not report["valid"]:
         reason = report.get("error") or "its data was never put"
     elif form and (form == "PREFERENCE") != (method == "dpo"):
         reason = f"its format is {form}, which the training method {method} does not take"
-    if reason:
-        raise ApiError("bad_file", param=param, id=id, reason=reason)
-
-
-def find_base_model(server: TogetherAiServer, body: dict[str, Any]) -> str:
-    """Return the model to train: the one asked for, or that of the job to go on from."""
-    parent = (body.get("from_checkpoint") or "").partition(":")[0]
-    if body.get("model"):
-        return str(body["model"])
-    if parent in server.fine_tunes:
-        return str(server.fine_tunes.get(parent)["model"])
-    if parent:
-        return parent
-    raise ApiError("missing", param="model")
-
-
-@route("POST", "/v1/fine-tunes", body=FINE_TUNE_FIELDS)
-def create_fine_tune(server: TogetherAiServer, request: Request) -> Any:
-    """Start a fine-tuning job."""
-    body = {name: value for name, value in request.body.items() if value is not None}
-    model = use_trainable(server, find_base_model(server, body))
-    settings = complete_training(body)
-    method, size = settings["training_method"], body.get("batch_size")
-    check_training_file(server, body["training_file"], "training_file", method["method"])
-    if body.get("validation_file"):
-        check_training_file(server, body["validation_file"], "validation_file", method["method"])
-    most = largest_batch(settings["training_type"], method)
-    if settings["batch_size"] > most or (type(size) is str and size != "max"):
-        raise refuse_value("batch_size", f'must be an integer up to {most} or "max"', size)
-    given = {
-        name: value
-        for name, value in body.items()
-        if name in FINE_TUNE_FIELDS and name not in UNKEPT_FIELDS
-    }
-    job = server.store("fine_tunes", {**given, "model": model.id})
-    jobs = server.fine_tunes
-    return truncate(start_job(server, request, jobs, job, FINE_TUNE_LADDER, enter_fine_tune))
+    else:
+        return
+    raise ApiError("bad_file", param=param, id=id, reason=reason)
 
 
 def use_trainable(server: TogetherAiServer, id: str) -> Model:
@@ -6453,11 +5621,40 @@ def use_trainable(server: TogetherAiServer, id: str) -> Model:
     return model
 
 
+@route("POST", "/v1/fine-tunes", body=FINE_TUNE_FIELDS)
+def create_fine_tune(server: TogetherAiServer, request: Request) -> Any:
+    """Start a fine-tuning job."""
+    body, jobs = request.body, server.fine_tunes
+    base = (body.get("from_checkpoint") or "").partition(":")[0]
+    model = body.get("model") or (jobs.get(base)["model"] if base in jobs else base)
+    if not model:
+        raise ApiError("missing", param="model")
+    method = complete_training(body)["training_method"]["method"]
+    for name in ("training_file", "validation_file"):
+        if body.get(name):
+            check_training_file(server, body[name], name, method)
+    kept = set(FINE_TUNE_FIELDS).difference(row.name for row in SECRET_ROWS)
+    given = {name: value for name, value in body.items() if name in kept}
+    job = server.store("fine_tunes", {**given, "model": use_trainable(server, model).id})
+    job = start_job(server, request, jobs, job, FINE_TUNE_LADDER, enter_fine_tune)
+    return {**job, "events": []}
+
+
 @route("GET", "/v1/fine-tunes", query=LIST_FIELDS)
 def list_fine_tunes(server: TogetherAiServer, request: Request) -> Any:
     """List the fine-tuning jobs, newest first; they do not move."""
     jobs = server.fine_tunes.list(request.args.get("limit"), request.args.get("after"))
-    return {"data": [truncate(job) for job in jobs]}
+    return {"data": [{**job, "events": []} for job in jobs]}
+
+
+@route("GET", "/v1/fine-tunes/{id}/events")
+def list_events(server: TogetherAiServer, request: Request) -> Any:
+    """List what a fine-tuning job has reported."""
+    # types are in the case of the client's own
+    events = server.fine_tunes.get(request.params["id"])["events"]
+    if "x-stainless-lang" not in request.headers:
+        events = [{**event, "type": event["type"].upper()} for event in events]
+    return {"data": events}
 
 
 @route("GET", "/v1/fine-tunes/{id}")
@@ -6467,16 +5664,16 @@ def get_fine_tune(server: TogetherAiServer, request: Request) -> Any:
     cancelled = jobs.get(id)["status"] in CANCEL_LADDER
     ladder = CANCEL_LADDER if cancelled else FINE_TUNE_LADDER
     job = climb_job(server, jobs, id, ladder, enter_fine_tune)
-    return {**job, "events": event_views(request, job["events"])}
+    return {**job, "events": list_events(server, request)["data"]}
 
 
 @route("POST", "/v1/fine-tunes/{id}/cancel")
 def cancel_fine_tune(server: TogetherAiServer, request: Request) -> Any:
     """Ask a fine-tuning job to end."""
-    id, jobs = request.params["id"], server.fine_tunes
-    changes = {"status": CANCEL_LADDER[0], "updated_at": format_time(server.now())}
+    id, changes = request.params["id"], {"status": CANCEL_LADDER[0]}
+    changes["updated_at"] = format_time(server.now())
     server.outcomes.pop(id, None)
-    return truncate(cancel_job(server, jobs, id, FINE_TUNE_LADDER, **changes))
+    return {**cancel_job(server, server.fine_tunes, id, FINE_TUNE_LADDER, **changes), "events": []}
 
 
 @route("DELETE", "/v1/fine-tunes/{id}", query=Fields(Field("force", bool)))
@@ -6487,18 +5684,6 @@ def delete_fine_tune(server: TogetherAiServer, request: Request) -> Any:
     return {"message": f"Fine-tune job {job['id']} was deleted."}
 
 
-@route("GET", "/v1/fine-tunes/{id}/events")
-def list_events(server: TogetherAiServer, request: Request) -> Any:
-    """List what a fine-tuning job has reported."""
-    return {"data": event_views(request, server.fine_tunes.get(request.params["id"])["events"])}
-
-
-def list_steps(job: dict[str, Any], count: int) -> list[int]:
-    """Return steps at equal distances, the last step among them."""
-    total = count_steps(job)
-    return sorted({total * (n + 1) // count for n in range(count)} - {0})
-
-
 @route("GET", "/v1/fine-tunes/{id}/checkpoints")
 def list_checkpoints(server: TogetherAiServer, request: Request) -> Any:
     """List the checkpoints of a fine-tuning job, the final ones when it has completed."""
@@ -6506,71 +5691,54 @@ def list_checkpoints(server: TogetherAiServer, request: Request) -> Any:
     if job["status"] not in FINE_TUNE_LADDER[3:]:
         return {"data": []}
     *steps, last = list_steps(job, job["n_checkpoints"])
-    rows = [(step, "Intermediate", f"checkpoint-{step}") for step in steps]
-    if job["status"] == "completed":
-        full = job["training_type"]["type"] == "Full"
-        finals = ("Final",) if full else ("Final Merged", "Final Adapter")
-        rows += [(last, name, name.replace(" ", "-").lower()) for name in finals]
-    made, place = job["updated_at"], f"s3://{USER}/{job['id']}"
-    return {
-        "data": [
-            {"step": step, "created_at": made, "path": f"{place}/{end}", "checkpoint_type": name}
-            for step, name, end in rows
-        ]
-    }
+    names = FINAL_CHECKPOINTS[job["training_type"]["type"]] if job["status"] == "completed" else ()
+    found = [("Intermediate", step) for step in steps] + [(name, last) for name in names]
+    place, made = f"s3://{USER}/{job['id']}", job["updated_at"]
+    return {"data": [
+        {"step": step, "created_at": made, "checkpoint_type": name,
+         "path": f"{place}/{name.replace(' ', '-').lower()}-{step}"}
+        for name, step in found
+    ]}  # fmt: skip
 
 
 @route("GET", "/v1/fine-tunes/{id}/metrics", query=METRIC_FIELDS)
 def list_metrics(server: TogetherAiServer, request: Request) -> Any:
     """List the loss curve of a fine-tuning job as far as it has come; it falls."""
     job, args = server.fine_tunes.get(request.params["id"]), request.args
-    total, status = count_steps(job), job["status"]
-    done = FINE_TUNE_LADDER.index(status) if status in FINE_TUNE_LADDER else 2
-    seen = 0 if done < 2 else total if done > 2 else -(-total // 2)
+    total, rate, draw = list_steps(job, 1)[0], job["learning_rate"], Draw.of("loss", job["id"])
+    halves = {"pending": 0, "queued": 0, "uploading": 2, "completed": 2}.get(job["status"], 1)
     first = max(1, args.get("global_step_from") or 1)
-    last = min(seen, args.get("global_step_to") or seen)
+    last = min((total * halves + 1) // 2, args.get("global_step_to") or total)
     points = min(args.get("resolution") or MAX_METRICS, MAX_METRICS, max(0, last - first + 1))
     steps = [first + (last - first) * n // max(1, points - 1) for n in range(points)]
-    return {"metrics": [metric(job, step, total) for step in steps]}
-
-
-def metric(job: dict[str, Any], step: int, total: int) -> dict[str, float]:
-    """Return one point of the loss curve: a fall from about 2.4 to 0.6 with small bumps."""
-    draw = Draw.of("loss", job["id"])
     high, low = 2 + draw.unit(), 0.3 + draw.unit() / 3
     # a point moves by less than half of what the curve falls until the next
-    at = step + 0.4 * draw.child(step).unit()
-    loss = low + (high - low) / (1 + 8 * at / total)
-    return {
-        "train/global_step": step,
-        "train/epoch": round(step / total * job["n_epochs"], 4),
-        "train/loss": round(loss, 6),
-        "train/learning_rate": round(job["learning_rate"] * (1 - (step - 1) / total), 12),
-    }
+    bumps = [(step + 0.4 * draw.child(step).unit()) / total for step in steps]
+    return {"metrics": [
+        {"train/global_step": step, "train/epoch": round(step / total * job["n_epochs"], 4),
+         "train/loss": round(low + (high - low) / (1 + 8 * at), 6),
+         "train/learning_rate": round(rate * (1 - (step - 1) / total), 12)}
+        for step, at in zip(steps, bumps)
+    ]}  # fmt: skip
 
 
-@route("POST", "/v1/fine-tunes/estimate-price", body=Fields(*TRAINING_FIELDS))
+@route("POST", "/v1/fine-tunes/estimate-price", body=ESTIMATE_FIELDS)
 def estimate_price(server: TogetherAiServer, request: Request) -> Any:
     """Estimate what a fine-tuning job would cost."""
-    body, tokens, reason = request.body, {"train": 0, "eval": 0}, ""
-    uses = (("train", "training_file", "n_epochs", 1), ("eval", "validation_file", "n_evals", 0))
-    for use, name, times, default in uses:
+    body, tokens, reasons = request.body, {"train": 0, "eval": 0}, []
+    uses = {"train": ("training_file", "n_epochs", 1), "eval": ("validation_file", "n_evals", 0)}
+    for use, (name, times, default) in uses.items():
         if body.get(name):
             file = find_file(server, body[name], name)
-            tokens[use] = count_training_tokens(file["bytes"], body.get(times) or default)
-            if not file["Processed"]:
-                reason = reason or f"{use}_file_not_validated"
-            elif file["processing_status"] != "COMPLETED":
-                reason = reason or f"{use}_file_invalid"
-    answer = {
-        "estimation_available": not reason,
+            tokens[use] = file["bytes"] // TRAIN_TOKEN_BYTES * (body.get(times) or default)
+            if file["processing_status"] != "COMPLETED":
+                reasons.append(f"{use}_file_{'invalid' if file['Processed'] else 'not_validated'}")
+    return {
+        "estimation_available": not reasons, "allowed_to_proceed": not reasons, "user_limit": 100.0,
         "estimated_total_price": round(sum(tokens.values()) * TRAIN_PRICE / 1e6, 6),
-        "allowed_to_proceed": not reason,
-        "user_limit": 100.0,
-        "estimated_train_token_count": tokens["train"],
-        "estimated_eval_token_count": tokens["eval"],
-    }
-    return {**answer, "unavailable_reason": reason} if reason else answer
+        **{f"estimated_{use}_token_count": count for use, count in tokens.items()},
+        **({"unavailable_reason": reasons[0]} if reasons else {}),
+    }  # fmt: skip
 
 
 @route("GET", "/v1/fine-tunes/models/limits", query=LIMIT_FIELDS)
@@ -6579,7 +5747,7 @@ def get_training_limits(server: TogetherAiServer, request: Request) -> Any:
     id = request.args.get("model_name") or request.args.get("model")
     if not id:
         raise ApiError("missing", param="model_name")
-    return {"model_name": use_trainable(server, id).id, **copy_json(LIMITS)}
+    return {"model_name": use_trainable(server, id).id, **LIMITS}
 
 
 @route("GET", "/v1/fine-tunes/models/supported", query=LIMIT_FIELDS)
@@ -6593,102 +5761,75 @@ def list_trainable(server: TogetherAiServer, request: Request) -> Any:
 @route("GET", "/v1/finetune/download", query=DOWNLOAD_FIELDS)
 def download_model(server: TogetherAiServer, request: Request) -> Any:
     """Return the archive of a trained model, or a range of it."""
-    args = request.args
-    job = server.fine_tunes.get(args.get("ft_id") or "")
-    step = args.get("checkpoint_step") or count_steps(job)
-    if job["status"] != "completed":
-        reason = "its model can be downloaded when it is completed"
-        raise ApiError(
-            "bad_state", noun="Fine-tune", id=job["id"], status=job["status"], reason=reason
-        )
-    if step not in list_steps(job, job["n_checkpoints"]):
-        raise ApiError("no_object", param="checkpoint_step", noun="Checkpoint", id=step)
-    weights = Draw.of("weights", [job["id"], step, args.get("checkpoint")]).take(65536)
-    config = {"base_model": job["model"], "name": job["model_output_name"], "step": step}
-    return serve_bytes(
-        request,
-        pack_archive({"config.json": ENCODE(config).encode(), "model.safetensors": weights}),
-        "application/x-tar",
-    )
-
-
-def pack_archive(files: dict[str, bytes]) -> bytes:
-    """Return a .tar.gz of some files, without times."""
     import gzip  # only for downloads
     import io
     import tarfile
 
-    tar = io.BytesIO()
+    args, jobs = request.args, server.fine_tunes
+    job = jobs.get(args.get("ft_id") or "")
+    if job["status"] != "completed":
+        raise refuse_state(jobs, job, "its model can be downloaded when it is completed")
+    steps, tar = list_steps(job, job["n_checkpoints"]), io.BytesIO()
+    step = args.get("checkpoint_step") or steps[-1]
+    if step not in steps:
+        raise ApiError("no_object", param="checkpoint_step", noun="Checkpoint", id=step)
+    weights = Draw.of("weights", [job["id"], step, args.get("checkpoint")]).take(65536)
+    config = ENCODE({"base_model": job["model"], "name": job["model_output_name"], "step": step})
+    files = {"config.json": config.encode(), "model.safetensors": weights}
     with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, data in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             archive.addfile(entry, io.BytesIO(data))
-    return gzip.compress(tar.getvalue(), 0, mtime=0)
+    return serve_bytes(request, gzip.compress(tar.getvalue(), 0, mtime=0), "application/x-tar")
 
 
-def training_spans(row: dict[str, Any], on_inputs: bool) -> list[tuple[str, bool]]:
-    """Return the texts of an example, each with whether the model learns from it."""
-    if "messages" in row:
-        return [
-            (message_text(message) + "\n", on_inputs or message["role"] == "assistant")
-            for message in row["messages"]
-        ]
-    if "prompt" in row:
-        return [(row["prompt"] + " ", on_inputs), (row["completion"], True)]
-    return [(str(row.get("text", "")), True)]
-
-
-def tokenize_row(row: dict[str, Any], on_inputs: bool, room: int) -> dict[str, Any]:
-    """Return an example as tokens; a label of -100 is not learned from."""
-    tokens: list[str] = []
-    labels: list[int] = []
-    spans: list[list[int]] = []
-    for text, trained in training_spans(row, on_inputs):
-        pieces = split_tokens(text)[: max(0, room - len(tokens))]
-        if trained and pieces:
-            spans.append([len(tokens), len(tokens) + len(pieces)])
-        tokens += pieces
-        labels += [token_id(piece) if trained else -100 for piece in pieces]
-    return {
-        "input_ids": [token_id(piece) for piece in tokens],
-        "labels": labels,
-        "tokens": tokens,
-        "num_tokens": len(tokens),
-        "num_trained_tokens": sum(label != -100 for label in labels),
-        "trained_spans": spans,
-        "truncated": len(tokens) == room,
-    }
-
-
-def tokenize_file(server: TogetherAiServer, id: str, count: int, on_inputs: bool) -> list[Any]:
-    """Return the first examples of a training file as tokens."""
-    lines = itertools.islice(read_lines(server.contents.get(id, b"")), count)
-    room = LIMITS["max_seq_length_sft"]
-    return [tokenize_row(parse_line(line), on_inputs, room) for _, line in lines]
+def tokenize_file(server: TogetherAiServer, id: str, count: int, on_inputs: bool) -> list[Item]:
+    """Return the first examples of a file as tokens; a label of -100 is not learned from."""
+    examples: list[Item] = []
+    for _, line in itertools.islice(read_lines(server.contents.get(id, b"")), count):
+        given = parse_line(line)
+        plain = [{"role": role, "content": given[name]} for name, role in PLAIN if name in given]
+        row: Item = {"tokens": [], "labels": [], "trained_spans": [], "truncated": False}
+        for message in given.get("messages") or plain:
+            pieces, start = split_tokens(message_text(message) + "\n"), len(row["tokens"])
+            trained = on_inputs or message["role"] == "assistant"
+            row["labels"] += [token_id(piece) if trained else -100 for piece in pieces]
+            row["trained_spans"] += [[start, start + len(pieces)]] if trained else []
+            row["tokens"] += pieces
+        row["input_ids"] = [token_id(piece) for piece in row["tokens"]]
+        row["num_tokens"] = len(row["tokens"])
+        row["num_trained_tokens"] = sum(end - start for start, end in row["trained_spans"])
+        examples.append(row)
+    return examples
 
 
 @route("POST", "/v1/fine-tunes/preview", body=PREVIEW_FIELDS)
 def preview_training(server: TogetherAiServer, request: Request) -> Any:
     """Show the first examples of a training file as tokens."""
-    body = request.body
-    check_training_file(server, body["training_file"], "training_file", "sft")
-    report = server.files.get(body["training_file"])["validation_report"]
-    on_inputs = bool(body.get("train_on_inputs"))
+    body, id = request.body, request.body["training_file"]
+    check_training_file(server, id, "training_file", "sft")
+    form = server.files.get(id)["validation_report"].get("dataset_format", "GENERAL").lower()
+    on_inputs, count = bool(body.get("train_on_inputs")), body.get("top_k") or 5
     return {
-        "dataset_format": report.get("dataset_format", "GENERAL").lower(),
+        "model": body["model"], "dataset_format": form, "train_on_inputs": on_inputs,
         "max_seq_length": LIMITS["max_seq_length_sft"],
-        "model": body["model"],
-        "rows": tokenize_file(server, body["training_file"], body.get("top_k") or 5, on_inputs),
-        "train_on_inputs": on_inputs,
-    }
+        "rows": tokenize_file(server, id, count, on_inputs),
+    }  # fmt: skip
 
 
-def tokenized_dataset(server: TogetherAiServer, id: str) -> bytes:
+def encode_examples(server: TogetherAiServer, id: str) -> bytes:
     """Return the training examples of a job as JSON lines of tokens."""
     job = server.fine_tunes.get(id)
-    rows = tokenize_file(server, job["training_file"], MAX_METRICS, job["train_on_inputs"] is True)
-    return b"".join([ENCODE(row).encode() + b"\n" for row in rows])
+    on_inputs = job["train_on_inputs"] is True
+    examples = tokenize_file(server, job["training_file"], MAX_TOKENIZED, on_inputs)
+    return "".join(ENCODE(row) + "\n" for row in examples).encode()
+
+
+@route("GET", "/__tokenized/{id}.jsonl", open=True)
+def serve_tokenized_dataset(server: TogetherAiServer, request: Request) -> Any:
+    """Serve the tokens of a job's training file; it needs no key."""
+    return serve_bytes(request, encode_examples(server, request.params["id"]), NDJSON)
 
 
 @route("GET", "/v1/fine-tunes/{id}/download-tokenized-dataset")
@@ -6696,20 +5837,10 @@ def get_tokenized_dataset(server: TogetherAiServer, request: Request) -> Any:
     """Say where the tokens of a job's training file can be fetched."""
     id = request.params["id"]
     return {
-        "url": f"{request.origin}/__tokenized/{id}.jsonl",
-        "filename": f"{id}-tokenized.jsonl",
-        "size": len(tokenized_dataset(server, id)),
-        "content_type": "application/x-ndjson",
+        "url": f"{request.origin}/__tokenized/{id}.jsonl", "filename": f"{id}-tokenized.jsonl",
+        "size": len(encode_examples(server, id)), "content_type": NDJSON,
         "expires_at": format_time(server.now() + 3600),
-    }
-
-
-@route("GET", "/__tokenized/{id}.jsonl", open=True)
-def serve_tokenized_dataset(server: TogetherAiServer, request: Request) -> Any:
-    """Serve the tokens of a job's training file; it needs no key."""
-    return serve_bytes(
-        request, tokenized_dataset(server, request.params["id"]), "application/x-ndjson"
-    )
+    }  # fmt: skip
 
 
 # --- Rerank
@@ -7913,6 +7044,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):  # some systems refuse it when the client has left
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.unused = b""  # received, and not yet part of a request
+        self.head, self.command, self.path, self.minor = "", "", "", "1"  # of the latest request
         self.patience = 0.0  # seconds that one receive may take, as last set
         self.close_connection = False
 
@@ -7925,7 +7057,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Do nothing: replies are written whole, and the server closes the socket."""
 
     def handle_one_request(self) -> None:
-        self.command, self.path, self.minor = "", "", "1"
         self.deadline = 0.0  # when the whole request must be here; set once it has begun
         try:
             request = self.read_request()
@@ -7940,25 +7071,32 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def read_request(self) -> Request:
         head = self.read_head()
+        if head != self.head:  # a client mostly sends the same one again
+            self.parse_head(head)
+        self.close_connection = self.closes
+        return Request(
+            self.command,
+            self.path,
+            self.read_body(self.fields),
+            query=self.query,
+            headers=self.fields,
+            origin="http://" + (self.fields.get("host") or self.server.netloc),
+        )
+
+    def parse_head(self, head: str) -> None:
+        """Take a head apart; raise ApiError where it is none."""
         match = HEAD.fullmatch(head)
         if not match:
             raise explain_refusal(head)
         self.command, path, query, self.minor, lines = match.groups()
-        self.path = path or "/"
-        headers = parse_fields(lines)
-        if self.minor != "0" and "host" not in headers:
+        self.path, self.query = path or "/", query or ""
+        self.fields = parse_fields(lines)
+        if self.minor != "0" and "host" not in self.fields:
             raise ApiError("bad_http", reason="HTTP/1.1 needs a Host header")
-        options = headers.get("connection", "").lower()
+        options = self.fields.get("connection", "").lower()
         old = self.minor == "0"
-        self.close_connection = "close" in options or (old and "keep-alive" not in options)
-        return Request(
-            self.command,
-            self.path,
-            self.read_body(headers),
-            query=query or "",
-            headers=headers,
-            origin="http://" + (headers.get("host") or self.server.netloc),
-        )
+        self.closes = "close" in options or (old and "keep-alive" not in options)
+        self.head = head
 
     def read_head(self) -> str:
         """Return a request's line and header lines, without the empty line behind them."""
@@ -8116,14 +7254,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.send(data + LAST_CHUNK if chunked else data)
 
     def encode_head(self, reply: Reply, framing: str) -> bytes:
-        given = reply.headers
-        if UNSAFE.search("".join([*given, *given.values()])):
+        given, kind = reply.headers, reply.content_type
+        if UNSAFE.search("".join([kind, *given, *given.values()])):
             given = {UNSAFE.sub("", name): UNSAFE.sub("", given[name]) for name in given}
+            kind = UNSAFE.sub("", kind)
         fields = "".join(
             [f"{name}: {value}\r\n" for name, value in given.items() if name.lower() not in OWN]
         )
         if reply.status not in BODILESS:
-            fields += f"Content-Type: {reply.content_type}\r\n"
+            fields += f"Content-Type: {kind}\r\n"
             fields += framing and f"{framing}\r\n"
         if self.close_connection:
             fields += "Connection: close\r\n"
@@ -8629,7 +7768,7 @@ class TogetherAiServer:
         path = collapse_path(request.path, self.strict)
         if path != request.path:
             call.warnings += (f"the path was read as {path}",)
-        call.kind = path.split("/")[2] if path.count("/") > 1 else ""
+        call.kind = read_family(path)
         route, request.params = find_route(request.method, path)
         return route
 
