@@ -161,8 +161,8 @@ VALID = {
     "POST /v1/evaluations": CLASSIFY,
     "POST /v1/endpoints": {"model": "m", "hardware": "h", "autoscaling": SCALING},
     "PATCH /v1/endpoints/{id}": {"state": "STOPPED"},
-    "POST /v1/endpoints/{id}/adapters": {"model": "lora"},
-    "DELETE /v1/endpoints/{id}/adapters": {"model": "lora"},
+    "POST /v1/endpoints/{id}/adapters": {"model_id": "e:lora"},
+    "DELETE /v1/endpoints/{id}/adapters": {"model_id": "e:lora"},
     "POST /v1/models": {"model_name": "mine", "model_source": "unsloth/Qwen2.5"},
     "POST /v1/files": {"purpose": "fine-tune", "file_name": "a.jsonl", "file_type": "jsonl"},
     "POST /v1/files/multipart/complete": {"upload_id": "u", "file_id": "id"},
@@ -190,7 +190,6 @@ PATHS = {
     "GET /v1/fine-tunes/models/limits": "/v1/fine-tunes/models/limits?model_name=m",
     "GET /v1/fine-tunes/{id}/download-tokenized-dataset":
         "/v1/fine-tunes/done/download-tokenized-dataset",
-    "GET /v2/videos/{id}/content": "/v2/videos/done/content",
 }  # fmt: skip
 # Takes more than one request, and has tests of its own.
 STEPS = {
@@ -992,6 +991,11 @@ class CommandLineTests(unittest.TestCase):
         self.assertEqual((done.returncode, done.stdout), (1, ""))
         self.assertRegex(done.stderr, rf"^cannot listen on 127\.0\.0\.1:{port}: .+\n$")
 
+    def test_fixtures_that_cannot_be_loaded_are_one_line(self):
+        done = self.run_main("--port", "0", "--fixtures", str(HERE / "nowhere.json"))
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertRegex(done.stderr, r"^cannot load fixtures: .+nowhere\.json'?\n$")
+
     def test_version(self):
         self.assertEqual(self.run_main("--version").stdout, f"together_fake {fake.__version__}\n")
 
@@ -1021,11 +1025,10 @@ class Texts(unittest.TestCase):
     def test_golden(self):
         self.assertEqual(
             fake.make_text(golden(2), 2),
-            "Their modest answer welcomes the pleasure of a task well done, so a short break does no"
-            " harm. On a calm day, the details decide the outcome, and there is always more to"
-            " learn.",
+            "Their modest answer welcomes the pleasure of a task well done, so a short break"
+            " does no harm. On a calm day, the details decide the outcome, and there is always"
+            " more to learn.",
         )
-        self.assertEqual(fake.make_title(golden(1)), "Beyond the Sturdy Lake")
 
     def test_lengths(self):
         texts = [fake.make_text(golden(i)) for i in range(500)]
@@ -1034,7 +1037,6 @@ class Texts(unittest.TestCase):
             self.assertTrue(40 <= len(text.split()) <= 100, text)
             self.assertTrue(text.isascii() and text[0].isupper() and text[-1] == ".", text)
             self.assertNotRegex(text, r" ,|  |\.\.| \.|,,")
-        self.assertTrue(all(3 <= len(fake.make_title(golden(i)).split()) <= 5 for i in range(500)))
 
     def test_tables(self):
         for name, table in vars(fake).items():
@@ -1043,10 +1045,6 @@ class Texts(unittest.TestCase):
                 self.assertIn(len(set(table)), (8, 16, 32, 64), name)
 
     def test_words_and_sentences(self):
-        for count in (0, 1, 7, 100, 1000):
-            words = fake.make_words(golden(1), count)
-            self.assertEqual(len(words), count)
-            self.assertTrue(all(word.isalpha() and word.islower() for word in words))
         self.assertEqual(fake.make_text(golden(1), 9).count("."), 9)
         self.assertEqual(fake.make_thought(golden(1)).count("."), 3)
 
@@ -1143,9 +1141,9 @@ class Vectors(unittest.TestCase):
 class Media(unittest.TestCase):
     def test_image_pixels(self):
         for number, width, height, wanted in (
-            (1, 96, 64, "fd7d954efafa1e95"),
-            (2, 96, 64, "f1c5a069521f6624"),
-            (1, 1024, 1024, "78e89d999d727a7e"),
+            (1, 96, 64, "922e14997cdffc86"),
+            (2, 96, 64, "0acdbbe21802c97e"),
+            (1, 1024, 1024, "3963d4720bdf60cc"),
         ):
             image = fake.make_image(golden(number), width, height)
             _, _, palette, rows = read_png(image)
@@ -1166,27 +1164,26 @@ class Media(unittest.TestCase):
         self.assertEqual(len(seen), 64)
 
     def test_wav(self):
-        for encoding, (code, width, _) in fake.ENCODINGS.items():
+        for encoding, letter in fake.ENCODINGS.items():
             for rate in (8000, 24000, 44100):
                 samples = fake.make_speech(golden(1), "Hello there, friend.", rate, encoding)
-                self.assertEqual(len(samples), rate * 6 // 5 * width)
-                data = fake.wrap_wav(samples, rate, encoding)
-                self.assertEqual(struct.unpack_from("<I", data, 4)[0], len(data) - 8)
-                self.assertEqual(struct.unpack_from("<H", data, 20)[0], code)
-                self.assertAlmostEqual(fake.audio_seconds(data), 1.2)
-        samples = fake.make_speech(golden(1), "")
-        with wave.open(io.BytesIO(fake.wrap_wav(samples, 44100, "pcm_s16le"))) as file:
+                self.assertEqual(len(samples), rate * 6 // 5 * struct.calcsize(letter))
+        samples = fake.make_speech(golden(1), "", 44100, "pcm_s16le")
+        data = fake.wrap_wav(samples, 44100)
+        self.assertEqual(struct.unpack_from("<I", data, 4)[0], len(data) - 8)
+        self.assertAlmostEqual(fake.audio_seconds(data), 0.24)
+        with wave.open(io.BytesIO(data)) as file:
             self.assertEqual((file.getnchannels(), file.getsampwidth()), (1, 2))
             self.assertEqual((file.getframerate(), file.getnframes()), (44100, 10584))
 
     def test_speech_golden(self):
-        heads = ["a6e8958eda46", "6f37a9703fb8", "bd10f25e50c0", "5fe9faef558d"]
+        heads = ["7875f0cc69d9", "ca5611d832ff"]
         for encoding, wanted in zip(fake.ENCODINGS, heads):
             samples = fake.make_speech(golden(1), "Hello there, friend", 16000, encoding)
             self.assertEqual(hashlib.sha256(samples).hexdigest()[:12], wanted)
 
     def test_seconds_of_hostile_audio(self):
-        data = fake.wrap_wav(bytes(32000), 16000, "pcm_s16le")
+        data = fake.wrap_wav(bytes(32000), 16000)
         self.assertEqual(fake.audio_seconds(data), 1)
         listed = data[:12] + b"LIST\x03\0\0\0abc\0" + data[12:]
         self.assertEqual(fake.audio_seconds(listed), 1)
@@ -1539,7 +1536,8 @@ BAD_FILES = [
     ),
     (
         file_of(entry({"userMessage": {"pattern": "("}})),
-        'fixtures[0].match.userMessage.pattern: must be a regular expression that compiles, not "("',
+        "fixtures[0].match.userMessage.pattern: must be a regular expression that compiles,"
+        ' not "("',
     ),
     (
         file_of(entry({"hasToolResult": 1})),
@@ -2181,7 +2179,7 @@ class FaultTest(unittest.TestCase):
         self.assertTrue(30 <= first.count("rateLimitRate") <= 70, first.count("rateLimitRate"))
 
     def test_stop_ends_a_wait(self):
-        status, got, was_cut = run({"latency": 10}, clock=Clock(stop=True))
+        _, got, was_cut = run({"latency": 10}, clock=Clock(stop=True))
         self.assertEqual((got, was_cut), ([], True))
 
     def test_fixture_without_fault_has_none(self):
@@ -3463,12 +3461,14 @@ class AudioTests(MediaCase):
 
     def test_raw_takes_the_bytes_of_its_encoding(self):
         sizes = {}
-        for name in ("f32le", "s16le", "mulaw", "alaw"):
+        for name in ("f32le", "s16le"):
             reply = self.speak(response_format="raw", response_encoding="pcm_" + name)
             self.assertEqual(reply.content_type, "application/octet-stream")
             sizes[name] = len(reply.body)
-        one = sizes["alaw"]
-        self.assertEqual(sizes, {"f32le": 4 * one, "s16le": 2 * one, "mulaw": one, "alaw": one})
+        self.assertEqual(sizes["f32le"], 2 * sizes["s16le"])
+        for name in ("pcm_mulaw", "pcm_alaw"):
+            body = {**SPEECH, "response_encoding": name}
+            self.refused("POST", "/v1/audio/speech", body, "response_encoding")
 
     def test_mp3_is_frames_of_the_bit_rate(self):
         reply = self.speak(response_format="mp3", bit_rate=32000)
@@ -3518,18 +3518,6 @@ class AudioTests(MediaCase):
         self.assertEqual(texts[0], texts[1])
         self.assertNotEqual(texts[0], texts[2])
 
-    def test_text_and_subtitles(self):
-        text = json.loads(self.hear(b"x" * 40000).body)["text"]
-        forms = {
-            form: self.hear(b"x" * 40000, response_format=form).body
-            for form in ("text", "srt", "vtt")
-        }
-        self.assertEqual(forms["text"].decode(), text + "\n")
-        self.assertEqual(forms["srt"].decode(), f"1\n00:00:00,000 --> 00:00:02,500\n{text}\n")
-        self.assertEqual(
-            forms["vtt"].decode(), f"WEBVTT\n\n00:00:00.000 --> 00:00:02.500\n{text}\n"
-        )
-
     def test_a_url_and_an_empty_file(self):
         self.json("POST", "/v1/audio/transcriptions", {"file": "https://a.b/c.mp3"})
         self.assertEqual(self.hear(b"").status, 400)
@@ -3556,7 +3544,6 @@ class VideoTests(MediaCase):
         self.assertEqual(
             (job["status"], job["outputs"], job["size"]), ("in_progress", None, "64x48")
         )
-        self.assertEqual(self.ask("GET", f"/v2/videos/{job['id']}/content").status, 400)
         done = self.json("GET", f"/v2/videos/{job['id']}")
         self.assertEqual(
             (done["status"], done["progress"], done["seconds"]), ("completed", 100, "2")
@@ -3564,7 +3551,6 @@ class VideoTests(MediaCase):
         path = done["outputs"]["video_url"].partition(self.server.url)[2]
         reply = self.ask("GET", path)
         self.assertEqual((reply.content_type, reply.body[4:8]), ("video/mp4", b"ftyp"))
-        self.assertEqual(self.ask("GET", f"/v2/videos/{job['id']}/content").body, reply.body)
         self.assertEqual(self.ask("GET", path, range="bytes=4-7").body, b"ftyp")
 
     def test_sizes(self):
@@ -3634,14 +3620,8 @@ class EvaluationTests(MediaCase):
     def test_rules(self):
         for type, parameters, param in (
             ("classify", EVALUATION, "parameters.labels"),
-            ("classify", {**MEDIA_CLASSIFY, "pass_labels": ["maybe"]}, "parameters.pass_labels"),
-            ("score", {**SCORE, "max_score": 0}, "parameters.max_score"),
+            ("score", EVALUATION, "parameters.min_score"),
             ("score", {**SCORE, "judge": {"model": "x"}}, "parameters.judge.system_template"),
-            (
-                "compare",
-                {**EVALUATION, "judge": {**JUDGE_MODEL, "model_source": "external"}},
-                "parameters.judge.external_api_token",
-            ),
         ):
             body = {"type": type, "parameters": parameters}
             self.refused("POST", "/v1/evaluation", body, param)
@@ -3679,24 +3659,14 @@ class EndpointTests(MediaCase):
 
     def test_filters(self):
         self.server.seed("endpoints", [{"id": "endpoint-1", "state": "STARTED"}])
-        for query, types in (
-            ("", {"dedicated", "serverless"}),
-            ("?type=serverless", {"serverless"}),
+        for query, found in (
+            ("", {"dedicated"}),
+            ("?type=serverless", set()),
             ("?mine=true", {"dedicated"}),
             ("?usage_type=reserved", set()),
         ):
             items = self.json("GET", "/v1/endpoints" + query)["data"]
-            self.assertEqual({item["type"] for item in items}, types, query)
-
-    def test_adapters(self):
-        self.server.seed("endpoints", [{"id": "e"}])
-        path, body = "/v1/endpoints/e/adapters", {"model_id": "e:lora"}
-        self.json("POST", path, body)
-        (item,) = self.json("GET", path)["data"]
-        self.assertEqual((item["endpoint_name"], item["adapter_name"]), ("e", "lora"))
-        self.assertIn("e:lora", self.server.models)
-        self.assertTrue(self.json("DELETE", path, body)["deleted"])
-        self.assertFalse(self.json("DELETE", path, body)["deleted"])
+            self.assertEqual({item["type"] for item in items}, found, query)
 
     def test_hardware(self):
         items = self.json("GET", "/v1/hardware")["data"]

@@ -691,18 +691,17 @@ a / the / this / every / one / each / that / a / the / some / any / a / the / ou
 ADJECTIVES = phrases("""\
 quiet / small / careful / gentle / simple / patient / steady / familiar / bright / calm / clear /
 modest / narrow / wide / warm / cool / soft / slow / long / short / deep / light / plain / fresh /
-kind / brave / thoughtful / generous / playful / practical / humble / curious / lively /
-peaceful / friendly / faithful / sturdy / rural / local / distant / nearby / hidden / silver /
-golden / green / blue / grey / pale / wooden / little / large / useful / common / rare / natural /
-modern / timeless / seasonal / daily / hopeful / graceful / tidy / mild / new""")
+kind / brave / thoughtful / generous / playful / practical / humble / curious / lively / peaceful /
+friendly / faithful / sturdy / rural / local / distant / nearby / hidden / silver / golden / green /
+blue / grey / pale / wooden / little / large / useful / common / rare / natural / modern /
+timeless / seasonal / daily / hopeful / graceful / tidy / mild / new""")
 NOUNS = phrases("""\
 garden / river / letter / library / kitchen / morning / evening / journey / question / answer /
 story / idea / plan / habit / lesson / village / market / bridge / window / mountain / valley /
-forest / harbor / road / path / map / book / page / song / melody / painting / workshop /
-project / team / teacher / student / neighbor / friend / traveler / gardener / conversation /
-meeting / memory / pattern / signal / system / process / method / draft / design / tool / table /
-lamp / clock / season / breeze / meadow / lake / island / shore / field / orchard / notebook /
-harvest""")
+forest / harbor / road / path / map / book / page / song / melody / painting / workshop / project /
+team / teacher / student / neighbor / friend / traveler / gardener / conversation / meeting /
+memory / pattern / signal / system / process / method / draft / design / tool / table / lamp /
+clock / season / breeze / meadow / lake / island / shore / field / orchard / notebook / harvest""")
 VERBS = phrases("""\
 rewards / invites / needs / brings / shows / teaches / suggests / supports / shapes / reflects /
 offers / reveals / welcomes / deserves / inspires / encourages / protects / restores / explains /
@@ -720,8 +719,7 @@ a fresh start for everyone / both skill and good humor / a warm welcome for stra
 the pleasure of a task well done / plenty of light and air / a better grasp of the basics /
 deep roots and wide branches / a thread that ties things together / the first step toward change /
 useful hints for later / a story worth telling twice""")
-TAILS = phrases(
-    """\
+TAILS = phrases("""\
 over the course of a year / when nobody is in a hurry / long before the work is done /
 in ways that are easy to miss / from the very first day / as the days grow longer /
 even on a rainy afternoon / without any need for noise / at almost every turn /
@@ -732,19 +730,16 @@ in every part of the country / after a short period of rest / for those who take
 in the company of good friends / whenever the weather allows it / on both sides of the river /
 by the time spring returns / across many different fields / through practice and repetition /
 if the conditions are right / in a way that feels natural / from one generation to the next /
-without losing sight of the goal / as any beginner soon finds out""",
-    last=".",
-)
+without losing sight of the goal / as any beginner soon finds out""", last=".")  # fmt: skip
 CLAUSES = phrases("""\
 people notice the small details first / a short walk clears the mind /
 the best ideas arrive without much effort / clear notes save a lot of time /
 the simple version is usually the right one / good tools make slow work pleasant /
 children ask the most useful questions / a shared meal brings people together /
 the weather sets the mood of the day / careful reading pays off later /
-small changes add up quickly / there is more than one good answer /
-the details decide the outcome / most plans improve after a pause /
-the numbers tell only part of the story / a good question opens many doors /
-the old path still leads home / practice turns effort into ease /
+small changes add up quickly / there is more than one good answer / the details decide the outcome /
+most plans improve after a pause / the numbers tell only part of the story /
+a good question opens many doors / the old path still leads home / practice turns effort into ease /
 everyone learns at a different speed / the first draft is rarely the last /
 some problems solve themselves / a calm voice carries further /
 the light changes from hour to hour / good company shortens any road /
@@ -752,8 +747,7 @@ the work feels lighter in the morning / a clean desk helps the mind settle /
 mistakes are often the best teachers / the quiet hours are the most productive /
 patience matters more than talent / water finds its own way / a second look reveals new patterns /
 nothing has to be perfect at once""")
-CAUSES = phrases(
-    """\
+CAUSES = phrases("""\
 because good work takes time / since every place has its own pace / so there is no need to rush /
 while the rest can safely wait / and the results speak for themselves /
 because simple things tend to last / which makes the next step easier / and that is often enough /
@@ -766,17 +760,14 @@ and few would want it otherwise / since balance is easily lost /
 because small habits shape long years / which explains its lasting appeal /
 and there is always more to learn / so a short break does no harm / because the details matter /
 while the main idea stays the same / and the view is better from there /
-since good advice is hard to find / which is how most good things begin""",
-    first=", ",
-    last=".",
-)
+since good advice is hard to find / which is how most good things begin""", ", ", ".")  # fmt: skip
 STEPS = phrases("""\
 start with a short list / leave room for a second try / look at the problem from both sides /
 ask a friend for an honest opinion / write down what is already known /
 keep the first version small / compare the options side by side / rest before making a decision /
 read the instructions twice / measure before and after each change /
-begin with the part that is clear / listen before offering an answer /
-put the hardest task first / take a walk and come back later / explain the idea in plain words /
+begin with the part that is clear / listen before offering an answer / put the hardest task first /
+take a walk and come back later / explain the idea in plain words /
 check the facts one more time""")
 OPENINGS = phrases("""\
 In most places, / As a rule, / On a calm day, / In the long run, / For many people, /
@@ -789,9 +780,9 @@ Of course, / As a result, / On the other hand, / Besides, / In turn, / Once in a
 Most of all, / In the end, / Little by little, / Of all these things, / Seen in this light,""")
 RESULTS = phrases("""\
 The result / Such a choice / This way of working / All of this / The whole experience /
-That simple fact / Such an approach / The idea behind it / This kind of care /
-Each of these steps / Every part of it / The long tradition / That sort of thing / The effort /
-Such a view / The change""")
+That simple fact / Such an approach / The idea behind it / This kind of care / Each of these steps /
+Every part of it / The long tradition / That sort of thing / The effort / Such a view /
+The change""")
 ADVICE = phrases("""\
 It helps to / It is wise to / It is often enough to / The best step is to / One good way is to /
 It never hurts to / A sensible rule is to / It is worth the time to""")
@@ -799,21 +790,14 @@ SUBJECT = (phrases(DETERMINERS), ADJECTIVES, NOUNS)
 NEW_SUBJECT = (tuple(" " + word[1:].capitalize() for word in SUBJECT[0]), ADJECTIVES, NOUNS)
 PREDICATE = (VERBS, OBJECTS, TAILS)
 OPENING_SENTENCES = (
-    (*NEW_SUBJECT, *PREDICATE),
-    (OPENINGS, *SUBJECT, VERBS, OBJECTS, CAUSES),
-    (OPENINGS, CLAUSES, CAUSES),
-    (*NEW_SUBJECT, VERBS, OBJECTS, CAUSES),
-) * 64
+    (*NEW_SUBJECT, *PREDICATE), (OPENINGS, *SUBJECT, VERBS, OBJECTS, CAUSES),
+    (OPENINGS, CLAUSES, CAUSES), (*NEW_SUBJECT, VERBS, OBJECTS, CAUSES),
+) * 64  # fmt: skip
 LATER_SENTENCES = (
-    (*NEW_SUBJECT, *PREDICATE),
-    (LINKS, CLAUSES, CAUSES),
-    (RESULTS, *PREDICATE),
-    (ADVICE, STEPS, CAUSES),
-    (LINKS, *SUBJECT, *PREDICATE),
-    (RESULTS, VERBS, OBJECTS, CAUSES),
-    (OPENINGS, CLAUSES, CAUSES),
-    (ADVICE, STEPS, TAILS),
-) * 32
+    (*NEW_SUBJECT, *PREDICATE), (LINKS, CLAUSES, CAUSES), (RESULTS, *PREDICATE),
+    (ADVICE, STEPS, CAUSES), (LINKS, *SUBJECT, *PREDICATE), (RESULTS, VERBS, OBJECTS, CAUSES),
+    (OPENINGS, CLAUSES, CAUSES), (ADVICE, STEPS, TAILS),
+) * 32  # fmt: skip
 
 
 # ASCII classes only: other letters differ between the Unicode tables of Python versions.
@@ -861,10 +845,6 @@ def make_text(draw: Draw, sentences: int | None = None) -> str:
     return "".join(make_tokens(draw, sentences))[1:]
 
 
-TITLES = phrases("""\
-The / A / Every / Notes on a / Lessons from a / Portrait of a / Toward a / Finding a /
-Praise for a / Letters from a / Inside the / Beyond the / Life near a / Return to the / One /
-Thoughts on the""")
 TASKS = phrases("""\
 answer in a helpful way / keep the answer short and clear / find out what is really being asked /
 look at the question first / stay close to the facts / choose a friendly tone /
@@ -873,18 +853,6 @@ REQUESTS = phrases("""\
 asks for a direct reply / wants something they can use / seems to expect a few sentences /
 gives enough context to begin / asks an open question / wants a clear explanation /
 does not ask for a long list / likely knows the basics""")
-
-
-def make_title(draw: Draw) -> str:
-    """Write a title of three to five words."""
-    data = draw.take(3)
-    return (TITLES[data[0]] + ADJECTIVES[data[1]].title() + NOUNS[data[2]].title())[1:]
-
-
-def make_words(draw: Draw, count: int) -> list[str]:
-    """Write plain words in lower case that read like speech."""
-    text = make_text(draw, 1 + count // 8)  # a sentence has at least 8 words
-    return re.findall("[a-z]+", text.lower())[:count]
 
 
 def make_thought(draw: Draw) -> str:
@@ -1078,24 +1046,16 @@ def pack_floats(vector: list[int]) -> bytes:
     return struct.pack(f"<{len(vector)}f", *[step / QUANTUM for step in vector])
 
 
-def pack_png(width: int, height: int, palette: bytes, pixels: bytes) -> bytes:
-    """Build a PNG file from three bytes a colour and the compressed rows."""
-    chunks = (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
-        (b"PLTE", palette),
-        (b"IDAT", pixels),
-        (b"IEND", b""),
-    )
-    parts = [b"\x89PNG\r\n\x1a\n"]
-    for kind, data in chunks:
-        check = zlib.crc32(data, zlib.crc32(kind))
-        parts += (len(data).to_bytes(4, "big"), kind, data, check.to_bytes(4, "big"))
-    return b"".join(parts)
-
-
 def encode_png(width: int, height: int, rows: Iterable[bytes], palette: bytes) -> bytes:
     """Build a PNG file; each row is a zero byte and then one palette index a pixel."""
-    return pack_png(width, height, palette, zlib.compress(b"".join(rows), 1))
+    png = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)), (b"PLTE", palette),
+        (b"IDAT", zlib.compress(b"".join(rows), 1)), (b"IEND", b""),
+    ):  # fmt: skip
+        png += struct.pack(">I", len(data)) + kind + data
+        png += struct.pack(">I", zlib.crc32(kind + data))
+    return png
 
 
 # Colours of the sky's top, the horizon, the sun or moon, the farthest and the nearest layer.
@@ -1108,85 +1068,39 @@ c98bab fbe3dc fff4ea c58ca2 5a3358 / a9cbb7 eef3dc ffffff 8fb38d 1f4037 /
 d98555 f9dfa8 fff6d6 c9733f 4e2a1e / 8fb8de eef6fb ffffff b4cfe4 41607f /
 3a1c3f e4572e ffd07b 8f2f4a 1d0f26 / 062c36 2a8c82 e9f5db 1d6a6a 04191f /
 b59f84 efe3cc fffaf0 b39a7c 52432f / 141e46 41b3a3 f6fff8 2b6777 0b132b""")
-
-# A smooth wave of 256 steps from -256 to 256, and its outline in each kind of layer.
-WAVE = [step * (128 - step) >> 4 for step in range(128)]
+# Layers from far to near: the shape and its height in percent of the picture's smaller side.
+SCENES = phrases("""\
+peaks-20 peaks-16 hills-9 hills-7 / hills-8 hills-9 hills-9 hills-8 hills-7 /
+peaks-18 hills-6 hills-4 hills-8 / peaks-13 waves-1 waves-1 waves-1 waves-2 /
+peaks-12 peaks-12 peaks-11 peaks-10 peaks-8 / hills-9 peaks-9 hills-6 hills-8 /
+peaks-14 hills-8 waves-1 waves-1 / peaks-14 peaks-9 hills-5 waves-1""")
+# One turn of a smooth wave and of a jagged one, from -256 to 256 in 1024 steps.
+WAVE = [step * (512 - step) >> 8 for step in range(512)]
 WAVE += [-height for height in WAVE]
+FOLD = [abs(step - 512) - 256 for step in range(1024)]
+# The waves that make a shape: their turns from left to right, and how much each counts of 8.
+RIDGES = {
+    "hills": (WAVE, ((1, 5), (4, 3))), "waves": (WAVE, ((14, 5), (23, 3))),
+    "peaks": (FOLD, ((1, 4), (3, 3), (8, 1))),
+}  # fmt: skip
+HALOS = ((12, 25, 36), (26, 16, 36), (65, 11, 8), (100, 10, 1))  # light, size and shades
 
 
-def draw_hills(data: bytes) -> list[int]:
-    """Outline round hills."""
-    one, two, phase = 1 + data[0] % 3, 4 + data[1] % 4, data[2]
-    return [
-        WAVE[(one * x + phase) & 255] * 5 + WAVE[(two * x + data[3]) & 255] * 3 >> 3
-        for x in range(0, 257, 2)
-    ]
-
-
-def draw_waves(data: bytes) -> list[int]:
-    """Outline small waves."""
-    speed = 14 + data[0] % 8
-    return [
-        WAVE[(speed * x + data[1]) & 255] * (128 + WAVE[(3 * x + data[2]) & 255] // 2) >> 10
-        for x in range(257)
-    ]
-
-
-def draw_peaks(data: bytes) -> list[int]:
-    """Outline mountains by halving: each middle is moved, half as far every time."""
-    points = [byte * 2 - 256 for byte in data[:5]]
-    for halving in range(2, 6):
-        middles = [
-            (one + two >> 1) + ((byte - 128) * 3 >> halving)
-            for one, two, byte in zip(points, points[1:], data[5 << halving - 2 :])
+def outline(data: bytes, shape: str, width: int) -> list[int]:
+    """Draw a height from -256 to 256 for each column."""
+    table, waves = RIDGES[shape]
+    heights = [0] * width
+    for (turns, weight), extra, start in zip(waves, data, data[4:]):
+        steps = itertools.count(start << 12, (turns * 1024 + 4 * extra << 10) // width)
+        heights = [
+            height + table[step >> 10 & 1023] * weight for height, step in zip(heights, steps)
         ]
-        points = [point for pair in zip(points, middles) for point in pair] + points[-1:]
-    return points
-
-
-def draw_firs(data: bytes) -> list[int]:
-    """Outline the tops of fir trees on a gentle slope."""
-    slope = draw_hills(data)[: 48 + data[4] % 48]
-    return [
-        height // 2 + (data[5 + x % 64] >> 1 if x & 1 else -60 - (data[x % 64] >> 3))
-        for x, height in enumerate(slope)
-    ]
-
-
-def draw_roofs(data: bytes) -> list[int]:
-    """Outline the roofs of a town; points twice at one place make a wall."""
-    roofs = []
-    for byte in data[: 20 + data[0] % 16]:
-        roofs += [byte * 2 - 256] * (9 + byte % 17)
-    return roofs
-
-
-# The layers from far to near, each with its height in percent of the picture's smaller side.
-SCENES = (
-    ((draw_peaks, 20), (draw_peaks, 16), (draw_hills, 9), (draw_hills, 7)),
-    ((draw_hills, 8), (draw_hills, 9), (draw_hills, 9), (draw_hills, 8), (draw_hills, 7)),
-    ((draw_peaks, 18), (draw_hills, 6), (draw_firs, 6), (draw_firs, 8)),
-    ((draw_peaks, 13), (draw_waves, 3), (draw_waves, 4), (draw_waves, 5), (draw_waves, 6)),
-    ((draw_roofs, 14), (draw_roofs, 13), (draw_roofs, 10)),
-    ((draw_hills, 9), (draw_firs, 5), (draw_firs, 6), (draw_firs, 8)),
-    ((draw_peaks, 14), (draw_roofs, 8), (draw_waves, 3), (draw_waves, 5)),
-    ((draw_peaks, 12), (draw_peaks, 12), (draw_peaks, 11), (draw_peaks, 10), (draw_peaks, 8)),
-)
+    return [height >> 3 for height in heights]
 
 
 def blend(one: bytes, other: bytes, share: int, whole: int = 100) -> bytes:
     """Mix two colours, `share` of `whole` from the other one."""
     return bytes([a + (b - a) * share // whole for a, b in zip(one, other)])
-
-
-def trace(points: list[int], width: int) -> list[int]:
-    """Join points by straight lines and return one height for each column."""
-    line: list[int] = []
-    last = len(points) - 1
-    for place, (one, other) in enumerate(zip(points, points[1:])):
-        span = width * (place + 1) // last - width * place // last
-        line += [one + (other - one) * step // span for step in range(span)]
-    return line
 
 
 class Canvas:
@@ -1206,268 +1120,156 @@ class Canvas:
     def add(self, first: bytes, last: bytes, shades: int, top: int, bottom: int) -> int:
         """Add a thing that changes from the first colour at `top` to the last at `bottom`."""
         offset = len(self.palette) // 3
-        cuts = [top + (bottom - top) * shade // shades for shade in range(shades)]
-        cuts = [0] + [min(max(cut, 0), self.height) for cut in cuts[1:]] + [self.height]
+        cuts = [top + (bottom - top) * shade // shades for shade in range(1, shades)]
+        cuts = [0, *[min(max(cut, 0), self.height) for cut in cuts], self.height]
         rows = [bytes([offset + i]) * (cuts[i + 1] - cuts[i]) for i in range(shades)]
         self.columns.append(b"".join(rows))
-        for shade in range(shades):
-            self.palette += blend(first, last, shade, shades)
+        self.palette += b"".join([blend(first, last, shade, shades) for shade in range(shades)])
         return len(self.columns) - 1
 
-    def fill_disc(self, thing: int, x: int, y: int, radius: int) -> None:
-        from math import isqrt
-
-        for column in range(max(0, x - radius), min(self.width, x + radius + 1)):
-            half = isqrt(radius * radius - (column - x) ** 2)
-            first, end = max(0, y - half), min(y + half + 1, self.height)
-            self.steps[first].append((column + 1, thing - 1, thing))
-            self.steps[end].append((column + 1, thing, thing - 1))
-
-    def fill_below(self, edge: int, thing: int, line: list[int]) -> None:
-        """Fill up to a line of heights in quarters of a pixel; `edge` softens it."""
+    def paint(self, left: int, rows: list[int], limit: int, new: int) -> None:
+        """Change things below the given rows of the columns from `left` on."""
         steps, height = self.steps, self.height
-        for column, quarters in enumerate(line, 1):
-            row = quarters >> 2
-            if 0 <= row < height:
-                if 0 < quarters & 3 < 3:
-                    steps[row].append((column, edge - 1, edge))
-                row += quarters & 3 > 0
-                steps[row].append((column, thing - 1, thing))
-            elif row < 0:
-                steps[0].append((column, thing - 1, thing))
+        for column, row in enumerate(rows, left + 1):
+            if 0 < column <= self.width and row < height:
+                steps[row if row > 0 else 0].append((column, limit, new))
 
     def encode(self) -> bytes:
         rows = []
         row = bytearray([255]) + bytes(self.width)  # 255 becomes the filter byte 0
-        before = line = b""
         for steps, indexes in zip(self.steps, zip(*self.columns)):
             for column, limit, new in steps:
                 if row[column] <= limit:
                     row[column] = new
-            table = bytes(indexes)
-            if steps or table != before:
-                before = table
-                line = bytes(row.translate(table.ljust(256, b"\0")))
-            rows.append(line)
+            rows.append(bytes(row.translate(bytes(indexes).ljust(256, b"\0"))))
         return encode_png(self.width, self.height, rows, self.palette)
 
 
 def make_image(draw: Draw, width: int, height: int) -> bytes:
     """Paint a landscape as a PNG file; the pixels are the same on every machine."""
-    data = draw.take(432)
-    shift = [byte - 128 >> 3 for byte in data[:3]]
-    top, horizon, sun, far, near = [
-        bytes([min(max(a + b, 0), 255) for a, b in zip(bytes.fromhex(code), shift)])
-        for code in PALETTES[data[3]].split()
-    ]
-    scene = SCENES[data[4] & 7]
-    side = min(width, height)
-    skyline = height * (42 + data[5] % 24) // 100
+    from math import isqrt
+
+    data = draw.take(64)
+    codes, scene = PALETTES[data[3]].split(), SCENES[data[4]].split()
+    top, horizon, sun, far, near = [blend(bytes.fromhex(code), data[:3], 3) for code in codes]
+    side, skyline = min(width, height), height * (42 + data[5] % 24) // 100
     canvas = Canvas(width, height)
     canvas.add(top, horizon, 80, 0, skyline)
     x, y = width * (12 + data[6] % 76) // 100, skyline * (25 + data[7] % 70) // 100
-    radius = side * (5 + data[8] % 7) // 100
-    for share, shades, size in (
-        (12, 36, radius * 5 // 2 + 4),
-        (26, 36, radius * 8 // 5 + 2),
-        (65, 8, radius + 1),
-    ):
-        halo = canvas.add(blend(top, sun, share), blend(horizon, sun, share), shades, 0, skyline)
-        canvas.fill_disc(halo, x, y, size)
-    disc = canvas.add(sun, blend(sun, horizon, 14), 5, y - radius, y + radius)
-    canvas.fill_disc(disc, x, y, radius)
-    behind = horizon
-    for place, (outline, percent) in enumerate(scene):
-        base = skyline + (height - skyline) * place // len(scene)
-        swell = side * percent // 100
+    for light, size, shades in HALOS:
+        radius = side * (5 + data[8] % 7) * size // 1000
+        half = [isqrt(radius * radius - step * step) for step in range(-radius, radius + 1)]
+        thing = canvas.add(blend(top, sun, light), blend(horizon, sun, light), shades, 0, skyline)
+        canvas.paint(x - radius, [y - rows for rows in half], thing - 1, thing)
+        canvas.paint(x - radius, [y + rows + 1 for rows in half], thing, thing - 1)
+    behind, deep = horizon, (height - skyline) // len(scene)
+    for place, layer in enumerate(scene):
+        shape, _, percent = layer.partition("-")
+        base, swell = skyline + deep * place, side * int(percent) // 100
         colour = blend(far, near, place, len(scene) - 1)
         mist = blend(colour, horizon, 30)
         edge = canvas.add(blend(colour, behind, 50), colour, 1, 0, 1)
-        bottom = base + (height - skyline) // len(scene) + swell
-        layer = canvas.add(colour, mist, 16, base - swell, bottom)
-        points = [4 * base - point * swell // 64 for point in outline(data[16 + 80 * place :])]
-        canvas.fill_below(edge, layer, trace(points, width))
+        thing = canvas.add(colour, mist, 16, base - swell, base + deep + swell)
+        line = [height * swell >> 7 for height in outline(data[9 + 8 * place :], shape, width)]
+        canvas.paint(0, [base - (step >> 1) - (step & 1) for step in line], edge - 1, edge)
+        canvas.paint(0, [base - (step >> 1) for step in line], thing - 1, thing)
         behind = mist
     return canvas.encode()
 
 
 CHARACTER_MS = 60  # of speech
 MAX_SPEECH_CHARACTERS = 5000
-# Strength of the first four harmonics, then loudness of 16.
+ENCODINGS = {"pcm_f32le": "f", "pcm_s16le": "h"}  # the struct code of a sample
+# Letters with the strength of three harmonics and the loudness of 16; others hum quietly.
 VOICES = {
-    **dict.fromkeys("bcdfghjklmnpqrstvwxyzBCDFGHJKLMNPQRSTVWXYZ", (7, 2, 0, 0, 5)),
-    **dict.fromkeys(".,;:!?-()\"'\n\t ", (7, 2, 0, 0, 0)),
-    **dict.fromkeys("aA", (4, 4, 3, 1, 16)),
-    **dict.fromkeys("eE", (5, 2, 2, 2, 14)),
-    **dict.fromkeys("iI", (6, 1, 1, 3, 12)),
-    **dict.fromkeys("oO", (5, 4, 1, 0, 15)),
-    **dict.fromkeys("uU", (7, 3, 0, 0, 12)),
-}
-OTHER_VOICE = (5, 3, 1, 1, 13)
+    **dict.fromkeys("aA", (4, 4, 3, 16)), **dict.fromkeys("eE", (5, 2, 4, 14)),
+    **dict.fromkeys("iI", (6, 1, 3, 12)), **dict.fromkeys("oO", (5, 4, 1, 15)),
+    **dict.fromkeys("uU", (7, 3, 0, 12)), **dict.fromkeys(".,;:!?-()\"'\n\t ", (7, 2, 0, 0)),
+}  # fmt: skip
 
 
-def pack_mulaw(samples: list[int]) -> bytes:
-    """Encode 16-bit samples as G.711 mu-law."""
-    found = bytearray()
-    for sample in samples:
-        size = min(abs(sample), 32635) + 132
-        shift = size.bit_length() - 5
-        code = (shift - 3) << 4 | size >> shift & 15
-        found.append(code ^ (0x7F if sample < 0 else 0xFF))
-    return bytes(found)
+def hum(voice: tuple[int, ...], size: int, encoding: str) -> bytes:
+    """Return one period of a voice in so many samples, from 0 to 0."""
+    one, two, three, loudness = voice
+    turn = [1024 * step // size for step in range(size)]
+    samples = [
+        (WAVE[t] * one + WAVE[2 * t & 1023] * two + WAVE[3 * t & 1023] * three) * loudness >> 1
+        for t in turn
+    ]
+    if encoding == "pcm_f32le":
+        return struct.pack(f"<{size}f", *[sample / 32768 for sample in samples])
+    return struct.pack(f"<{size}h", *samples)
 
 
-def pack_alaw(samples: list[int]) -> bytes:
-    """Encode 16-bit samples as G.711 A-law."""
-    found = bytearray()
-    for sample in samples:
-        size = (sample if sample >= 0 else ~sample) >> 3
-        part = max(size.bit_length() - 5, 0)
-        code = part << 4 | size >> max(part, 1) & 15
-        found.append(code ^ (0x55 if sample < 0 else 0xD5))
-    return bytes(found)
-
-
-# RIFF format code, bytes a sample, and how 16-bit samples are packed.
-ENCODINGS: dict[str, tuple[int, int, Callable[[list[int]], bytes]]] = {
-    "pcm_s16le": (1, 2, lambda samples: struct.pack(f"<{len(samples)}h", *samples)),
-    "pcm_f32le": (
-        3,
-        4,
-        lambda samples: struct.pack(f"<{len(samples)}f", *[s / 32768 for s in samples]),
-    ),
-    "pcm_mulaw": (7, 1, pack_mulaw),
-    "pcm_alaw": (6, 1, pack_alaw),
-}
-
-
-def hum(voice: tuple[int, ...], size: int) -> list[int]:
-    """Return one period of a voice, from 0 to 0."""
-    first = [WAVE[256 * step // size] for step in range(size)]
-    harmonics = zip(first, (first * 2)[::2], (first * 3)[::3], (first * 4)[::4])
-    one, two, three, four = voice[:4]
-    return [one * a + two * b + three * c + four * d for a, b, c, d in harmonics]
-
-
-def make_speech(
-    draw: Draw, text: str, sample_rate: int = 44100, encoding: str = "pcm_s16le"
-) -> bytes:
+def make_speech(draw: Draw, text: str, sample_rate: int, encoding: str) -> bytes:
     """Hum a text, `CHARACTER_MS` a character, and return its samples."""
-    _, width, pack = ENCODINGS[encoding]
     text = text[:MAX_SPEECH_CHARACTERS].ljust(4)
     data = draw.take(65)
     pitch = 105 + data[64] % 90  # Hz
-    periods: dict[tuple[Any, ...], bytes] = {}  # one of each, packed, to be repeated
-    parts = []
-    at = before = 0
-    for place, character in enumerate(text):
-        end = sample_rate * CHARACTER_MS * (place + 1) // 1000
-        voice = VOICES.get(character, OTHER_VOICE)
+    hum_once = functools.lru_cache(None)(hum)
+    parts, at = [], 0
+    for place, letter in enumerate(text):
         size = max(sample_rate // (pitch + data[place >> 3 & 63] % 3 * 8), 2)
-        for loudness in ((before + voice[4]) // 2, voice[4]):
-            key = (voice, loudness, size)
-            if key not in periods:
-                periods[key] = pack([sample * loudness >> 1 for sample in hum(voice, size)])
-            count = 2 if loudness != voice[4] else max(-(-(end - at) // size), 0)
-            parts.append(periods[key] * count)
-            at += count * size
-        before = voice[4]
+        end = sample_rate * CHARACTER_MS * (place + 1) // 1000
+        count = max(-((at - end) // size), 0)
+        parts.append(hum_once(VOICES.get(letter, (7, 2, 0, 5)), size, encoding) * count)
+        at += count * size
+    width = struct.calcsize(ENCODINGS[encoding])
     return b"".join(parts)[: sample_rate * CHARACTER_MS * len(text) // 1000 * width]
 
 
-def wrap_wav(samples: bytes, sample_rate: int, encoding: str) -> bytes:
-    """Put the header of a WAV file with one channel before samples."""
-    code, width, _ = ENCODINGS[encoding]
-    form = struct.pack("<HHIIHH", code, 1, sample_rate, sample_rate * width, width, 8 * width)
-    head = b"WAVEfmt " + (b"\x10\0\0\0" + form)
-    if code != 1:  # formats other than plain PCM need an extension and their sample count
-        count = struct.pack("<I", len(samples) // width)
-        head = b"WAVEfmt " + (b"\x12\0\0\0" + form + b"\0\0") + (b"fact\4\0\0\0" + count)
-    head += b"data" + struct.pack("<I", len(samples))
-    return b"RIFF" + struct.pack("<I", len(head) + len(samples)) + head + samples
+def wrap_wav(samples: bytes, sample_rate: int) -> bytes:
+    """Put the header of a WAV file before 16-bit samples of one channel."""
+    head = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)
+    body = b"WAVE" + head + b"data" + struct.pack("<I", len(samples)) + samples
+    return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
 def audio_seconds(data: bytes) -> float:
     """Return how long a WAV file plays; for anything else guess 16 kB a second."""
-    place, rate = 12, 16000
-    if data[:4] == b"RIFF" and data[8:12] == b"WAVE":
-        for _ in range(100):  # chunks
-            name, size = (
-                data[place : place + 4],
-                int.from_bytes(data[place + 4 : place + 8], "little"),
-            )
-            if name == b"fmt ":
-                rate = int.from_bytes(data[place + 16 : place + 20], "little") or rate
-            if name == b"data" or not name:
-                return min(size, max(0, len(data) - place - 8)) / rate
-            place += 8 + size + size % 2
-    return len(data) / rate
+    form, start = data.find(b"fmt ", 12, 65536), data.find(b"data", 12, 65536) + 8
+    if data[:4] != b"RIFF" or form < 0 or start < 8:
+        return len(data) / 16000
+    rate = int.from_bytes(data[form + 16 : form + 20], "little") or 16000
+    size = int.from_bytes(data[start - 4 : start], "little")
+    return min(size, max(len(data) - start, 0)) / rate
 
 
-def box(kind: bytes, *parts: bytes) -> bytes:
-    """Build a box of an MP4 file."""
-    data = b"".join(parts)
+def box(kind: bytes, *parts: bytes | int) -> bytes:
+    """Build a box of an MP4 file from bytes and 32-bit numbers."""
+    data = b"".join([p if isinstance(p, bytes) else struct.pack(">I", p) for p in parts])
     return struct.pack(">I", len(data) + 8) + kind + data
-
-
-def full_box(kind: bytes, *numbers: int) -> bytes:
-    """Build a box of 32-bit numbers, of which the first holds version and flags."""
-    return box(kind, struct.pack(f">{len(numbers)}I", *numbers))
 
 
 MATRIX = (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)  # pictures stay as they are
 MAX_FRAMES = 7200
-DAYLIGHT = [16 - abs(step) for step in range(-7, 8)]  # of 16, in 15 different frames
-
-
-def make_frames(draw: Draw, width: int, height: int) -> list[bytes]:
-    """Paint one landscape in changing light: PNG files that differ in the palette alone."""
-    image = make_image(draw, width, height)
-    start = 41 + int.from_bytes(image[33:37], "big")  # of the palette's data
-    palette, pixels = image[41:start], image[start + 12 : -16]
-    return [
-        pack_png(width, height, bytes([colour * light >> 4 for colour in palette]), pixels)
-        for light in DAYLIGHT
-    ]
-
-
-def sample_table(entry: bytes, sizes: list[int], places: list[int]) -> bytes:
-    """Describe frames that take one tick each, every one a chunk of its own."""
-    count = len(sizes)
-    return box(
-        b"stbl",
-        box(b"stsd", struct.pack(">II", 0, 1), entry),
-        full_box(b"stts", 0, 1, count, 1),
-        full_box(b"stsc", 0, 1, 1, 1, 1),
-        full_box(b"stsz", 0, 0, count, *sizes),
-        full_box(b"stco", 0, count, *places),
-    )
 
 
 def make_video(draw: Draw, width: int, height: int, seconds: float, fps: int) -> bytes:
-    """Film a landscape as an MP4 file with one track of PNG frames."""
-    frames = make_frames(draw, width, height)
+    """Film a landscape, which holds still, as an MP4 file with one track of PNG frames."""
+    frame = make_image(draw, width, height)
     count = min(max(round(seconds * fps), 1), MAX_FRAMES)
-    shown = [step * len(frames) // count for step in range(count)]
     start = box(b"ftyp", b"isom\0\0\2\0isomiso2mp41")
-    places = [len(start) + 8]  # of the frames in the file
-    for frame in frames:
-        places.append(places[-1] + len(frame))
     entry = struct.pack(">6xH16xHHIIIH", 1, width, height, 0x480000, 0x480000, 0, 1)
-    entry = box(b"png ", entry + bytes(32) + b"\0\x18\xff\xff")
-    media = box(
-        b"minf",
-        full_box(b"vmhd", 1, 0, 0),
-        box(b"dinf", box(b"dref", struct.pack(">II", 0, 1), full_box(b"url ", 1))),
-        sample_table(entry, [len(frames[n]) for n in shown], [places[n] for n in shown]),
+    table = box(
+        b"stbl",
+        box(b"stsd", 0, 1, box(b"png ", entry, bytes(32), b"\0\x18\xff\xff")),
+        box(b"stts", 0, 1, count, 1),  # each takes one tick
+        box(b"stsc", 0, 1, 1, 1, 1),  # and is a chunk of its own
+        box(b"stsz", 0, 0, count, *[len(frame)] * count),
+        box(b"stco", 0, count, *[len(start) + 8] * count),
     )
-    clock = full_box(b"mdhd", 0, 0, 0, fps, count, 0x55C40000)  # no language
-    handler = box(b"hdlr", bytes(8) + b"vide" + bytes(13))
+    data = box(b"dinf", box(b"dref", 0, 1, box(b"url ", 1)))
+    media = box(
+        b"mdia",
+        box(b"mdhd", 0, 0, 0, fps, count, 0x55C40000),  # no language
+        box(b"hdlr", bytes(8), b"vide", bytes(13)),
+        box(b"minf", box(b"vmhd", 1, 0, 0), data, table),
+    )
     shape = (0, 0, 0, 0, *MATRIX, width << 16, height << 16)
-    track = full_box(b"tkhd", 3, 0, 0, 1, 0, count, *shape)
+    track = box(b"trak", box(b"tkhd", 3, 0, 0, 1, 0, count, *shape), media)
     head = (0, 0, 0, fps, count, 0x10000, 0x1000000, 0, 0, *MATRIX, *[0] * 6, 2)
-    movie = box(b"trak", track, box(b"mdia", clock, handler, media))
-    return start + box(b"mdat", *frames) + box(b"moov", full_box(b"mvhd", *head), movie)
+    return start + box(b"mdat", frame) + box(b"moov", box(b"mvhd", *head), track)
 
 
 def make_scores(draw: Draw, pieces: list[str], count: int) -> list[Any]:
@@ -1815,6 +1617,14 @@ SHAPES: dict[str, Callable[[Any], bool]] = {
     "map": lambda a: isinstance(a, dict),
     "names map": lambda a: isinstance(a, dict) and all(map(SHAPES["names"], a.values())),
 }
+
+
+def for_items(schema: Any, count: int) -> list[Any]:
+    """Return what a schema asks of each of so many items."""
+    fixed = schema.get("prefixItems", [])[:count]
+    return [*fixed, *[schema.get("items", True)] * (count - len(fixed))]
+
+
 # keyword: (the shape of its argument, the kind of value it speaks of, or "" for all, whether
 # schema `s`, in which it has the argument `a`, accepts value `v`). `r` is the `SchemaReader`.
 VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
@@ -1887,12 +1697,6 @@ def rewrite(schema: dict[str, Any]) -> None:
         schema.setdefault("items", True)
     if "patternProperties" in schema or "additionalProperties" in schema:
         schema.setdefault("properties", {})
-
-
-def for_items(schema: Any, count: int) -> list[Any]:
-    """Return what a schema asks of each of so many items."""
-    fixed = schema.get("prefixItems", [])[:count]
-    return [*fixed, *[schema.get("items", True)] * (count - len(fixed))]
 
 
 class SchemaReader:
@@ -5845,160 +5649,119 @@ def get_tokenized_dataset(server: TogetherAiServer, request: Request) -> Any:
 
 # --- Rerank
 
+
+def many(names: str, *kinds: type, **rules: Any) -> list[Field]:
+    """Return one row a name, all with the same rules."""
+    return [Field(name, *kinds, **rules) for name in names.split()]
+
+
+def pick_given(body: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return those of some fields that a body gives."""
+    return {name: body[name] for name in names if body.get(name) is not None}
+
+
+(MODEL_ROW,) = many("model", str, required=True, low=1)
+TEXT_ROW = Field("", str)
 RERANK_FIELDS = Fields(
-    Field("model", str, required=True, low=1),
-    Field("query", str, required=True),
+    MODEL_ROW, Field("query", str, required=True), Field("top_n", int, low=1),
     Field("documents", list, required=True, low=1, high=MAX_INPUT_ITEMS, each=Field("", str, dict)),
-    Field("top_n", int, low=1),
-    Field("return_documents", bool),
-    Field("rank_fields", list, each=Field("", str)),
-)
+    Field("return_documents", bool), Field("rank_fields", list, each=TEXT_ROW),
+)  # fmt: skip
 
 
-def document_text(document: Any, rank_fields: list[str] | None) -> str:
+def document_text(document: Any, names: list[str] | None) -> str:
     """Return what of a document is compared with the query."""
     if type(document) is str:
         return document
-    names = document if rank_fields is None else rank_fields
-    values = [document[name] for name in names if document.get(name) is not None]
+    values = pick_given(document, document if names is None else names).values()
     return "\n".join([value if type(value) is str else ENCODE(value) for value in values])
-
-
-def score_documents(model: Model, query: str, texts: list[str]) -> list[float]:
-    """Return the likeness of each text to the query, from 0 to 1."""
-    wanted = embed(model, query, None)
-    return [round(min(1.0, likeness(wanted, embed(model, text, None))), 6) for text in texts]
 
 
 @route("POST", "/v1/rerank", body=RERANK_FIELDS, kind="rerank")
 def rerank(server: TogetherAiServer, request: Request) -> Any:
     """Sort documents by their likeness to a query."""
-    body = request.body
+    body, documents = request.body, request.body["documents"]
     model = use_model(server, body["model"], "rerank")
-    documents = body["documents"]
     texts = [document_text(document, body.get("rank_fields")) for document in documents]
+    wanted = embed(model, body["query"], None)
+    scores = [round(min(1.0, likeness(wanted, embed(model, text, None))), 6) for text in texts]
     if request.script:
         scores = (request.script["scores"] + [0.0] * len(texts))[: len(texts)]
-    else:
-        scores = score_documents(model, body["query"], texts)
+    results = []
+    for index in sorted(range(len(scores)), key=lambda i: -scores[i])[: body.get("top_n")]:
+        text = documents[index] if type(documents[index]) is str else ENCODE(documents[index])
+        document = {"text": text} if body.get("return_documents") else {}
+        results.append({"index": index, "relevance_score": scores[index], "document": document})
     draw = Draw.of("rerank", [model.id, body["query"], documents])
     request.id = draw_id(draw)
-    shown = [{"text": item if type(item) is str else ENCODE(item)} for item in documents]
-    best = sorted(range(len(scores)), key=lambda index: -scores[index])
     tokens = sum(map(count_tokens, texts)) + count_tokens(body["query"]) * len(texts)
     return {
-        "object": "rerank",
-        "id": draw_uuid(draw),
-        "model": model.id,
-        "results": [
-            {
-                "index": index,
-                "relevance_score": scores[index],
-                "document": shown[index] if body.get("return_documents") else {},
-            }
-            for index in best[: body.get("top_n")]
-        ],
+        "object": "rerank", "id": draw_uuid(draw), "model": model.id, "results": results,
         "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
-    }
+    }  # fmt: skip
 
 
 # --- Audio
 
+MP3_SILENCE = {32000: 0x10, 64000: 0x50, 96000: 0x70, 128000: 0x90, 192000: 0xB0}  # rate's bits
 SPEECH_FIELDS = Fields(
-    Field("model", str, required=True, low=1),
-    Field("input", str, required=True, low=1, high=MAX_SPEECH_CHARACTERS),
-    Field("voice", str, required=True),
+    MODEL_ROW, Field("input", str, required=True, low=1, high=MAX_SPEECH_CHARACTERS),
+    Field("voice", str, required=True), *many("language instructions", str),
     Field("response_format", str, choices=("wav", "mp3", "raw", "pcm")),
-    Field("response_encoding", str, choices=("pcm_f32le", "pcm_s16le", "pcm_mulaw", "pcm_alaw")),
-    *(Field(name, str) for name in ("language", "instructions")),
-    Field("sample_rate", int, low=8000, high=48000),
-    Field("bit_rate", int, choices=(32000, 64000, 96000, 128000, 192000)),
-    Field("stream", bool),
-    Field("extra_params", dict),
-    Field("speed", float, low=0.25, high=4),
-)
+    Field("response_encoding", str, choices=tuple(ENCODINGS)), Field("extra_params", dict),
+    Field("sample_rate", int, low=8000, high=48000), Field("stream", bool),
+    Field("bit_rate", int, choices=tuple(MP3_SILENCE)), Field("speed", float, low=0.25, high=4),
+)  # fmt: skip
 SPEECH_FACTS = ("model", "input", "voice", "language", "extra_params", "speed", "instructions")
 SPEECH_EVENT_MS = 250  # of sound in one event of a stream
+SPEECH_EVENT = {  # has the keys of the older and of the newer documentation
+    "object": "audio.tts.chunk", "type": "conversation.item.audio_output.delta", "item_id": "tts_1"
+}  # fmt: skip
 SPEECH_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg"}  # without parameters: Python 1.x compares
-MP3_SILENCE = {32000: 0x10, 64000: 0x50, 96000: 0x70, 128000: 0x90, 192000: 0xB0}  # rate's bits
-
-
-def make_silent_mp3(seconds: float, bit_rate: int) -> bytes:
-    """Return a playable MP3 (44.1 kHz, mono) of that length without sound."""
-    frame = bytes([0xFF, 0xFB, MP3_SILENCE[bit_rate], 0xC0])
-    return frame.ljust(144 * bit_rate // 44100, b"\0") * int(seconds * 44100 / 1152 + 1)
-
-
-def speech_rate(body: dict[str, Any]) -> int:
-    """Return the samples a second that were asked for, or the model's own."""
-    rate: int = body.get("sample_rate") or (44100 if "cartesia" in body["model"] else 24000)
-    return rate
-
-
-def speech_events(model: str, sound: bytes, size: int) -> Iterator[dict[str, Any]]:
-    """Yield sound in pieces, each with the keys of the older and of the newer documentation."""
-    for start in range(0, len(sound) or 1, size):
-        piece = base64.b64encode(sound[start : start + size]).decode()
-        delta = {"type": "conversation.item.audio_output.delta", "item_id": "tts_1", "delta": piece}
-        yield {"object": "audio.tts.chunk", "model": model, "b64": piece, **delta}
-
-
-def speak(draw: Draw, body: dict[str, Any], form: str) -> bytes:
-    """Hum a text and return the file, or the samples alone."""
-    rate, text = speech_rate(body), body["input"]
-    if form == "wav":
-        return wrap_wav(make_speech(draw, text, rate, "pcm_s16le"), rate, "pcm_s16le")
-    if form == "mp3":
-        return make_silent_mp3(len(text) * CHARACTER_MS / 1000, body.get("bit_rate") or 128000)
-    return make_speech(draw, text, rate, body.get("response_encoding") or "pcm_f32le")
+TRANSCRIPTION_FIELDS = Fields(
+    Field("file", Upload, str, required=True), *many("model language prompt", str),
+    Field("response_format", str, choices=("json", "verbose_json")),
+    Field("temperature", float, low=0, high=1), Field("diarize", bool),
+    Field("timestamp_granularities", str, list, each=Field("", str, choices=("segment", "word"))),
+    *many("min_speakers max_speakers", int, low=1, high=MAX_SPEAKERS),
+)  # fmt: skip
+HEARING: Any = {"body": TRANSCRIPTION_FIELDS, "max_bytes": MAX_AUDIO_BYTES}
+SEGMENT_WORDS, WORDS_A_SECOND = 10, 2.5
+SPEECH_VOICES = {  # documented examples, by who made the model
+    "cartesia": ("friendly sidekick", "british reading lady", "newsman", "storyteller lady"),
+    "hexgrad": ("af_alloy", "af_bella", "af_heart", "am_adam", "am_michael", "bf_emma"),
+    "canopylabs": ("tara", "leah", "jess", "leo", "dan", "mia", "zac", "zoe"),
+}
 
 
 @route("POST", "/v1/audio/speech", body=SPEECH_FIELDS, kind="speech")
 def create_speech(server: TogetherAiServer, request: Request) -> Any:
     """Hum a text: WAV or raw samples, whole or as a stream; an MP3 is silent."""
-    body, script = request.body, request.script
-    form = body.get("response_format") or ("raw" if body.get("stream") else "wav")
-    if body.get("stream") and form not in ("raw", "pcm"):
+    body, script, streams = request.body, request.script or {}, request.body.get("stream")
+    form = body.get("response_format") or ("raw" if streams else "wav")
+    if streams and form not in ("raw", "pcm"):
         raise refuse_value("response_format", "must be raw where stream is true", form)
     model = use_model(server, body["model"], "audio")
-    draw = Draw.of("speech", {name: body[name] for name in SPEECH_FACTS if body.get(name)})
+    draw = Draw.of("speech", pick_given(body, SPEECH_FACTS))
     request.id = draw_id(draw)
-    sound = script["audio"] if script else speak(draw, body, form)
-    if body.get("stream"):
-        _, width, _ = ENCODINGS[body.get("response_encoding") or "pcm_f32le"]
-        size = speech_rate(body) * SPEECH_EVENT_MS // 1000 * width
-        return Events(speech_events(model.id, sound, size))
+    rate = body.get("sample_rate") or (44100 if "cartesia" in model.id else 24000)
+    encoding = "pcm_s16le" if form == "wav" else body.get("response_encoding") or "pcm_f32le"
     if script:
-        form = script["format"] or form
-    kind = (script or {}).get("content_type") or SPEECH_TYPES.get(form, "application/octet-stream")
-    return Reply(sound, content_type=kind)
-
-
-DETAILS = ("segment", "word")
-DETAIL = Field("", str, choices=DETAILS)
-TRANSCRIPTION_FIELDS = Fields(
-    Field("file", Upload, str, required=True),
-    *(Field(name, str) for name in ("model", "language", "prompt")),
-    Field("response_format", str, choices=("json", "verbose_json", "text", "srt", "vtt")),
-    Field("temperature", float, low=0, high=1),
-    Field("timestamp_granularities", str, list, choices=DETAILS, each=DETAIL),
-    Field("diarize", bool),
-    Field("min_speakers", int, low=1, high=MAX_SPEAKERS),
-    Field("max_speakers", int, low=1, high=MAX_SPEAKERS),
-)
-TRANSCRIPTION_FACTS = ("model", "language", "prompt", "temperature")
-SEGMENT_WORDS = 10
-WORDS_A_SECOND = 2.5
-
-
-def punctuate(words: list[str]) -> list[str]:
-    """Make a sentence of each segment's words."""
-    last = len(words) - 1
-    return [
-        (word if index % SEGMENT_WORDS else word.capitalize())
-        + ("." if index % SEGMENT_WORDS == SEGMENT_WORDS - 1 or index == last else "")
-        for index, word in enumerate(words)
-    ]
+        sound, form = script["audio"], script["format"] or form
+    elif form == "mp3":
+        bits, text = body.get("bit_rate") or 128000, body["input"]
+        head = bytes([0xFF, 0xFB, MP3_SILENCE[bits], 0xC0])  # 26 ms of MPEG-1 layer 3, mono
+        sound = head.ljust(144 * bits // 44100, b"\0") * (len(text) * CHARACTER_MS // 26 + 1)
+    else:
+        sound = make_speech(draw, body["input"], rate, encoding)
+        sound = wrap_wav(sound, rate) if form == "wav" else sound
+    if streams:
+        size = rate * SPEECH_EVENT_MS // 1000 * struct.calcsize(ENCODINGS[encoding])
+        starts = range(0, len(sound) or 1, size)
+        parts = (base64.b64encode(sound[at : at + size]).decode() for at in starts)
+        return Events({**SPEECH_EVENT, "model": model.id, "b64": p, "delta": p} for p in parts)
+    kind = SPEECH_TYPES.get(form, "application/octet-stream")
+    return Reply(sound, content_type=script.get("content_type") or kind)
 
 
 def hear(body: dict[str, Any], task: str) -> tuple[list[str], float]:
@@ -6007,173 +5770,74 @@ def hear(body: dict[str, Any], task: str) -> tuple[list[str], float]:
     data = file.encode("utf-8", "replace") if type(file) is str else file.data
     if not data:
         raise ApiError("invalid", param="file", reason="is empty")
-    facts = {name: body[name] for name in TRANSCRIPTION_FACTS if body.get(name) is not None}
+    facts = pick_given(body, ("model", "language", "prompt", "temperature"))
     draw = Draw.of(task, [facts, hashlib.sha256(data).hexdigest()])
     seconds = 5.0 + draw.below(56) if type(file) is str else audio_seconds(data)
     seconds = round(min(max(seconds, 0.4), MAX_AUDIO_SECONDS), 2)
-    words = make_words(draw.child("words"), max(1, round(seconds * WORDS_A_SECOND)))
-    return punctuate(words), seconds
+    count = max(1, round(seconds * WORDS_A_SECOND))
+    return make_text(draw.child("words"), 1 + count // 8).split()[:count], seconds
 
 
-def time_words(words: list[str], seconds: float) -> list[dict[str, Any]]:
-    """Spread words over the time, by their letters."""
-    ends = list(itertools.accumulate(len(word) + 1 for word in words))
-    times = [round(seconds * end / ends[-1], 2) for end in [0, *ends]]
-    return [
-        {"word": word, "start": start, "end": end}
-        for word, start, end in zip(words, times, times[1:])
-    ]
-
-
-def make_segments(words: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Group timed words."""
+def make_segments(words: list[str], seconds: float, speakers: int) -> list[dict[str, Any]]:
+    """Spread words over the time, by their letters; speakers take turns, a segment each."""
+    ends = [0, *itertools.accumulate(len(word) + 1 for word in words)]
+    times = [round(seconds * end / ends[-1], 2) for end in ends]
+    timed = [{"word": w, "start": s, "end": e} for w, s, e in zip(words, times, times[1:])]
     segments = []
-    for id in range(-(-len(words) // SEGMENT_WORDS)):
-        part = words[id * SEGMENT_WORDS : (id + 1) * SEGMENT_WORDS]
-        text = " ".join([word["word"] for word in part])
-        segments.append({"id": id, "start": part[0]["start"], "end": part[-1]["end"], "text": text})
+    for id, at in enumerate(range(0, len(words), SEGMENT_WORDS)):
+        speaker = {"speaker_id": f"SPEAKER_{id % speakers:02}"}
+        part = [{**word, **speaker} for word in timed[at : at + SEGMENT_WORDS]]
+        whole = {"id": id, "start": part[0]["start"], "end": part[-1]["end"], **speaker}
+        text = " ".join(words[at : at + SEGMENT_WORDS])
+        segments.append({**whole, "text": text, "words": part})
     return segments
 
 
-def name_speakers(body: dict[str, Any], answer: dict[str, Any]) -> None:
-    """Let speakers take turns, a segment each, and name them at every word."""
-    fewest = body.get("min_speakers") or 1
-    speakers = max(fewest, min(2, body.get("max_speakers") or 2))
-    answer["speaker_segments"] = []
-    for segment in answer["segments"]:
-        at = segment["id"] * SEGMENT_WORDS
-        speaker = f"SPEAKER_{segment['id'] % speakers:02}"
-        words = answer["words"][at : at + SEGMENT_WORDS]
-        for word in words:
-            word["speaker_id"] = speaker
-        answer["speaker_segments"].append({**segment, "speaker_id": speaker, "words": words})
-
-
-def compose_transcript(request: Request, task: str) -> dict[str, Any]:
-    """Write down an audio in the most verbose form; a fixture may say all or some of it."""
-    body, script = request.body, request.script or {}
+@route("POST", "/v1/audio/transcriptions", kind="transcription", **HEARING)
+@route("POST", "/v1/audio/translations", kind="translation", **HEARING)
+def create_transcript(server: TogetherAiServer, request: Request) -> Any:
+    """Write down what an audio file says, or a translation: words drawn from its bytes."""
+    body, script = request.body, request.script or {}  # a fixture says all or some of it
+    task = "translate" if "translations" in request.path else "transcribe"
     words, seconds = hear(body, task)
+    words = script["text"].split() or [""] if script else words
     seconds = script.get("duration") or seconds
-    timed = time_words(script["text"].split() or [""] if script else words, seconds)
-    language = body.get("language") or "en"
+    speakers = max(body.get("min_speakers") or 1, min(2, body.get("max_speakers") or 2))
+    spoken = make_segments(words, seconds, speakers)
     answer = {
-        "task": task,
-        "language": "en" if language == "auto" else language,
-        "duration": seconds,
-        "text": " ".join([word["word"] for word in timed]),
-        "segments": make_segments(timed),
-        "words": timed,
-    }
+        "task": task, "language": (body.get("language") or "en").replace("auto", "en"),
+        "duration": seconds, "text": " ".join(words),
+        "segments": [pick_given(part, ("id", "start", "end", "text")) for part in spoken],
+    }  # fmt: skip
+    timed = [word for part in spoken for word in part["words"]]
     if body.get("diarize"):
-        name_speakers(body, answer)
-    return {name: script.get(name) or value for name, value in answer.items()}
-
-
-def write_subtitles(segments: list[dict[str, Any]], form: str) -> str:
-    """Return the segments as an SRT or WebVTT file."""
-    blocks = [] if form == "srt" else ["WEBVTT\n"]
-    for segment in segments:
-        times = [round(segment[name] * 1000) for name in ("start", "end")]
-        clocks = [
-            f"{ms // 3600000:02}:{ms // 60000 % 60:02}:{ms // 1000 % 60:02}.{ms % 1000:03}"
-            for ms in times
-        ]
-        line = " --> ".join(clocks)
-        line = f"{segment['id'] + 1}\n{line.replace('.', ',')}" if form == "srt" else line
-        blocks.append(f"{line}\n{segment['text']}\n")
-    return "\n".join(blocks)
-
-
-def shape_transcript(request: Request, task: str) -> Any:
-    """Return a transcript in the form asked for."""
-    body = request.body
-    answer = compose_transcript(request, task)
-    form = body.get("response_format") or "json"
-    if form == "json":
-        return {"text": answer["text"]}
-    if form == "verbose_json":
-        asked = body.get("timestamp_granularities") or ()
-        if "word" not in ([asked] if type(asked) is str else asked) and not body.get("diarize"):
-            del answer["words"]
-        return answer
-    text = answer["text"] + "\n" if form == "text" else write_subtitles(answer["segments"], form)
-    return Reply(text.encode(), content_type="text/plain; charset=utf-8")
-
-
-@route(
-    "POST", "/v1/audio/transcriptions", body=TRANSCRIPTION_FIELDS, kind="transcription",
-    max_bytes=MAX_AUDIO_BYTES,
-)  # fmt: skip
-def create_transcription(server: TogetherAiServer, request: Request) -> Any:
-    """Write down what an audio file says: words drawn from its bytes."""
-    return shape_transcript(request, "transcribe")
-
-
-@route(
-    "POST", "/v1/audio/translations", body=TRANSCRIPTION_FIELDS, kind="translation",
-    max_bytes=MAX_AUDIO_BYTES,
-)  # fmt: skip
-def create_translation(server: TogetherAiServer, request: Request) -> Any:
-    """Write down in another language what an audio file says."""
-    return shape_transcript(request, "translate")
-
-
-SPEECH_VOICES = {  # by the start of a model's id; documented examples
-    "cartesia/": ("friendly sidekick", "british reading lady", "newsman", "storyteller lady"),
-    "hexgrad/": ("af_alloy", "af_bella", "af_heart", "am_adam", "am_michael", "bf_emma"),
-    "canopylabs/": ("tara", "leah", "jess", "leo", "dan", "mia", "zac", "zoe"),
-}
+        answer.update(words=timed, speaker_segments=spoken)
+    elif "word" in (body.get("timestamp_granularities") or ()):
+        answer["words"] = [pick_given(word, ("word", "start", "end")) for word in timed]
+    answer = {name: script.get(name) or value for name, value in answer.items()}
+    return answer if body.get("response_format") == "verbose_json" else {"text": answer["text"]}
 
 
 @route("GET", "/v1/voices", query=Fields(Field("model", str)))
 def list_voices(server: TogetherAiServer, request: Request) -> Any:
     """List the voices of each speech model."""
-    wanted = request.args.get("model")
-    models = [id for id, model in server.models.items() if model.type == "audio"]
-    return {
-        "data": [
-            {"model": id, "voices": [{"id": voice, "name": voice} for voice in voices]}
-            for id in models
-            for start, voices in SPEECH_VOICES.items()
-            if id.startswith(start) and wanted in (None, id)
-        ]
-    }
+    found = []
+    for id, model in server.models.items():
+        if model.type == "audio" and request.args.get("model") in (None, id):
+            names = SPEECH_VOICES.get(id.partition("/")[0], ())
+            found.append({"model": id, "voices": [{"id": name, "name": name} for name in names]})
+    return {"data": found}
 
 
 # --- Videos
 
-FRAME_FIELDS = Fields(Field("input_image", str, required=True))
-CLIP = Field("", dict, fields=Fields(Field("video", str, required=True)))
-REFERENCES = (
-    Field("frame_images", list, each=Field("", dict, fields=FRAME_FIELDS)),
-    Field("reference_images", list, each=Field("", str)),
-)
-MEDIA_FIELDS = Fields(
-    *REFERENCES,
-    *(Field(name, list, each=CLIP) for name in ("frame_videos", "reference_videos")),
-    Field("source_video", str, dict, fields=CLIP.fields),
-    Field("audio_inputs", list, each=Field("", str, dict)),
-)
 VIDEO_FIELDS = Fields(
-    Field("model", str, required=True, low=1),
-    Field("prompt", str, low=1, high=32000),
-    *(Field(name, int, low=0, high=MAX_IMAGE_SIDE) for name in ("width", "height")),
-    *(Field(name, str) for name in ("resolution", "ratio", "negative_prompt")),
-    Field("seconds", str, int),
-    Field("fps", int, low=0, high=MAX_FPS),
-    Field("steps", int, low=10, high=50),
-    *(Field(name, int) for name in ("seed", "output_quality")),
-    Field("guidance_scale", float),
-    Field("output_format", str, choices=("MP4", "WEBM")),
-    Field("generate_audio", bool),
-    Field("media", dict, fields=MEDIA_FIELDS),
-    *REFERENCES,
-    Field("size", str),  # OpenAI's clients send this and the next
-    Field("input_reference", Upload, str),
-)
-VIDEO_FACTS = (
-    "model", "prompt", "steps", "seed", "guidance_scale", "output_quality", "negative_prompt",
-    "media", "frame_images", "reference_images",
+    MODEL_ROW, Field("prompt", str, low=1, high=32000), Field("seconds", str, int),
+    *many("resolution ratio negative_prompt size", str), *many("seed output_quality", int),
+    *many("width height", int, low=0, high=MAX_IMAGE_SIDE), Field("guidance_scale", float),
+    Field("fps", int, low=0, high=MAX_FPS), Field("steps", int, low=10, high=50),
+    Field("output_format", str, choices=("MP4", "WEBM")), Field("generate_audio", bool),
+    *many("frame_images reference_images", list), Field("media", dict),
 )  # fmt: skip
 VIDEO_LADDER = ("in_progress", "completed")
 VIDEO_URL = re.compile(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4", re.ASCII)
@@ -6186,8 +5850,8 @@ def read_counts(pattern: str, text: Any, default: tuple[int, ...]) -> tuple[int,
     return counts if all(counts) else default
 
 
-def read_video_size(body: dict[str, Any]) -> tuple[int, int]:
-    """Return width and height from whichever fields give them (default: 1366 by 768)."""
+def read_video_size(body: dict[str, Any]) -> str:
+    """Return width and height from whichever fields give them, as `1366x768`."""
     given = (body.get("width") or 0, body.get("height") or 0)
     width, height = read_counts(r"(\d{1,4})x(\d{1,4})", body.get("size"), given)
     across, down = read_counts(r"(\d{1,3}):(\d{1,3})", body.get("ratio"), (16, 9))
@@ -6196,282 +5860,146 @@ def read_video_size(body: dict[str, Any]) -> tuple[int, int]:
         width, height = (0, lines) if across >= down else (lines, 0)
     width = width or -(-height * across // (2 * down)) * 2
     height = height or -(-width * down // (2 * across)) * 2
-    sides = [max(MIN_IMAGE_SIDE, min(side, MAX_IMAGE_SIDE)) for side in (width, height)]
-    return sides[0], sides[1]
-
-
-def video_outputs(origin: str, facts: Any, job: dict[str, Any], fps: int) -> dict[str, Any]:
-    """Return where a video will be served; the URL holds all there is to know about it."""
-    name = f"{draw_letters(Draw.of('video', facts), 16)}-{job['size']}-{job['seconds']}s{fps}.mp4"
-    return {"cost": 0, "video_url": f"{origin}/shrt/videos/{name}"}
+    return "x".join(str(max(MIN_IMAGE_SIDE, min(n, MAX_IMAGE_SIDE))) for n in (width, height))
 
 
 @stored("videos")
 def video_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
-    """Complete a video job."""
+    """Complete a video job; the URL of its file holds all there is to know about that."""
     id = item.get("id") or server.next_id("video-")
-    job = {"size": "1366x768", "seconds": str(DEFAULT_VIDEO_SECONDS), "status": "in_progress"}
-    job.update(item)
-    now = server.now()
+    item = {"size": "1366x768", "seconds": str(DEFAULT_VIDEO_SECONDS), "fps": DEFAULT_FPS, **item}
+    name = draw_letters(Draw.of("video", item.pop("facts", id)), 16)
+    name = f"{name}-{item['size']}-{item['seconds']}s{item.pop('fps')}.mp4"
+    url, now = f"{item.pop('origin', server.url)}/shrt/videos/{name}", server.now()
     return {
-        "id": id,
-        "object": "video",
-        "model": "minimax/hailuo-02",
-        "created_at": now,
-        "completed_at": now if job["status"] == "completed" else None,
-        "outputs": video_outputs(server.url, id, job, DEFAULT_FPS),
-        "error": None,
-        **job,
-    }
+        "id": id, "object": "video", "model": "minimax/hailuo-02", "status": "in_progress",
+        "created_at": now, "completed_at": now if item.get("status") == "completed" else None,
+        "outputs": {"cost": 0, "video_url": item.pop("url", url)}, "error": None, **item,
+    }  # fmt: skip
 
 
 def enter_video(server: TogetherAiServer, job: dict[str, Any], rung: str) -> dict[str, Any]:
-    """Note when a video was completed, or why it was not."""
-    if rung == "failed":
-        return {"error": job["error"] or {"code": None, "message": "The video failed"}}
-    return {"completed_at": server.now()}
+    """Note when a video was completed, or that it was not."""
+    failure = {"error": job["error"] or {"code": None, "message": "The video failed"}}
+    return failure if rung == "failed" else {"completed_at": server.now()}
 
 
-def show_video(job: dict[str, Any]) -> dict[str, Any]:
+def show_video(request: Request, job: dict[str, Any]) -> dict[str, Any]:
     """Return a video job, with its outputs once it is completed."""
     done = job["status"] == "completed"
     return {**job, "outputs": job["outputs"] if done else None, "progress": 100 if done else 0}
 
 
-def script_video(job: dict[str, Any], script: dict[str, Any]) -> None:
-    """Give a new job what a fixture says of it."""
-    job["id"] = script["id"]
-    if script.get("url"):
-        job["outputs"]["video_url"] = script["url"]
-    if script.get("error"):
-        job["error"] = {"code": None, "message": script["error"]}
-
-
 @route("POST", "/v2/videos", body=VIDEO_FIELDS, kind="video", max_bytes=MAX_AUDIO_BYTES)
 def create_video(server: TogetherAiServer, request: Request) -> Any:
     """Start a video; it is completed when it is first retrieved."""
-    body = request.body
-    model = use_model(server, body["model"], "video")
-    width, height = read_video_size(body)
+    body, script = request.body, request.script or {}
     (seconds,) = read_counts(r"(\d{1,2})", body.get("seconds"), (DEFAULT_VIDEO_SECONDS,))
-    facts = {name: body[name] for name in VIDEO_FACTS if body.get(name) is not None}
-    job: dict[str, Any] = {
-        "model": model.id,
-        "size": f"{width}x{height}",
-        "seconds": str(min(seconds, MAX_VIDEO_SECONDS)),
-    }
-    fps = body.get("fps") or DEFAULT_FPS
-    job["outputs"] = video_outputs(request.origin or server.url, facts, job, fps)
-    if request.script:
-        script_video(job, request.script)
-    job = server.store("videos", job)
-    return show_video(start_job(server, request, server.videos, job, VIDEO_LADDER, enter_video))
-
-
-@route("GET", "/v2/videos/{id}")
-def get_video(server: TogetherAiServer, request: Request) -> Any:
-    """Describe a video, and take it one step on."""
-    id = request.params["id"]
-    return show_video(climb_job(server, server.videos, id, VIDEO_LADDER, enter_video))
-
-
-def serve_video(request: Request, name: str) -> Reply:
-    """Return the file that the last part of a URL describes."""
-    found = VIDEO_URL.fullmatch(name)
-    facts = [int(number) for number in found.groups()[1:]] if found else [0, 0, 0, 0]
-    limits = (MAX_IMAGE_SIDE, MAX_IMAGE_SIDE, MAX_VIDEO_SECONDS, MAX_FPS)
-    if found is None or not all(0 < fact <= limit for fact, limit in zip(facts, limits)):
-        raise ApiError("no_object", param="name", noun="Video", id=name[:100])
-    width, height, seconds, fps = facts
-    draw = Draw(hashlib.sha256(found.group(1).encode()).digest())
-    return serve_bytes(request, make_video(draw, width, height, seconds, fps), "video/mp4")
-
-
-@route("GET", "/v2/videos/{id}/content")
-def get_video_content(server: TogetherAiServer, request: Request) -> Any:
-    """Send the file of a completed video, as OpenAI's clients ask for it."""
-    job = server.videos.get(request.params["id"])
-    if job["status"] != "completed":
-        reason = "only a completed one has content"
-        raise ApiError("bad_state", noun="Video", id=job["id"], status=job["status"], reason=reason)
-    return serve_video(request, job["outputs"]["video_url"].rpartition("/")[2])
+    item = {
+        "model": use_model(server, body["model"], "video").id, "size": read_video_size(body),
+        "seconds": str(min(seconds, MAX_VIDEO_SECONDS)), "fps": body.get("fps") or DEFAULT_FPS,
+        "origin": request.origin or server.url, "facts": pick_given(body, VIDEO_FIELDS),
+        **pick_given(script, ("id", "url")),
+    }  # fmt: skip
+    if script.get("error"):
+        item["error"] = {"code": None, "message": script["error"]}
+    jobs, job = server.videos, server.store("videos", item)
+    return show_video(request, start_job(server, request, jobs, job, VIDEO_LADDER, enter_video))
 
 
 @route("GET", "/shrt/videos/{name}", open=True)
 def get_video_file(server: TogetherAiServer, request: Request) -> Any:
     """Serve a video that an answer pointed to; it needs no key."""
-    return serve_video(request, request.params["name"])
+    found = VIDEO_URL.fullmatch(request.params["name"])
+    facts = [int(number) for number in found.groups()[1:]] if found else [0, 0, 0, 0]
+    limits = (MAX_IMAGE_SIDE, MAX_IMAGE_SIDE, MAX_VIDEO_SECONDS, MAX_FPS)
+    if found is None or not all(0 < fact <= limit for fact, limit in zip(facts, limits)):
+        raise ApiError("no_object", param="name", noun="Video", id=request.params["name"][:100])
+    draw = Draw(hashlib.sha256(found.group(1).encode()).digest())
+    return serve_bytes(request, make_video(draw, *facts), "video/mp4")
 
 
 # --- Evaluations
 
 JUDGE_ROWS = (
-    *(Field(name, str, required=True, low=1) for name in ("model", "system_template")),
+    *many("model system_template", str, required=True, low=1),
     Field("model_source", str, required=True, choices=("serverless", "dedicated", "external")),
-    *(Field(name, str) for name in ("external_api_token", "external_base_url")),
-    *(Field(name, int, low=1) for name in ("num_workers", "max_tokens")),
+    *many("external_api_token external_base_url", str), *many("num_workers max_tokens", int, low=1),
     Field("temperature", float, low=0, high=2),
-)
-EXTERNAL_FIELDS = Fields(
-    *(Field(name, str, required=True) for name in ("external_api_token", "external_base_url"))
-)
-JUDGED_FIELDS = Fields(
-    *JUDGE_ROWS,
-    Field("input_template", str, required=True),
-    Field("max_tokens", int, required=True, low=1),
-    Field("temperature", float, required=True, low=0, high=2),
-)
-DATA_ROWS = (
-    Field("judge", dict, required=True, fields=Fields(*JUDGE_ROWS)),
-    Field("input_data_file_path", str, required=True, low=1),
-)
-JUDGED = Field("model_to_evaluate", str, dict, fields=JUDGED_FIELDS)
-EVALUATION_FIELDS = Fields(
-    Field("type", str, required=True, choices=("classify", "score", "compare")),
-    Field("parameters", dict, required=True),
-)
+)  # fmt: skip
+JUDGED_FIELDS = Fields(*JUDGE_ROWS, Field("input_template", str, required=True))
 MODELS_JUDGED = ("model_to_evaluate", "model_a", "model_b")
+PARAMETER_ROWS = (
+    Field("judge", dict, required=True, fields=Fields(*JUDGE_ROWS)),
+    *many("input_data_file_path", str, required=True, low=1),
+    *many(" ".join(MODELS_JUDGED), str, dict, fields=JUDGED_FIELDS),
+)
+LABELS = many("labels pass_labels", list, required=True, low=1, each=TEXT_ROW)
+SCORES = many("min_score max_score pass_threshold", float, required=True)
+EVALUATIONS: dict[str, tuple[Fields, Callable[[Any], Sequence[Any]]]] = {
+    # type: its parameters, and the verdicts that a row may get
+    "classify": (Fields(*PARAMETER_ROWS, *LABELS), lambda p: p["labels"]),
+    "compare": (Fields(*PARAMETER_ROWS), lambda p: ("A", "A", "B", "B", "Tie")),
+    "score": (Fields(*PARAMETER_ROWS, *SCORES), lambda p: [
+        p["min_score"] + (p["max_score"] - p["min_score"]) * step / 20 for step in range(21)]),
+}  # fmt: skip
+TYPE_ROW = Field("type", str, required=True, choices=tuple(EVALUATIONS))
+EVALUATION_FIELDS = Fields(TYPE_ROW, Field("parameters", dict, required=True))
 EVALUATION_LADDER = ("pending", "queued", "running", "completed")
 LIST_EVALUATIONS = Fields(Field("status", str), Field("limit", int, low=0))
 
 
-def percent(part: int, whole: int) -> float:
-    """Return a share with two decimals, 0 of nothing."""
-    return round(100 * part / whole, 2) if whole else 0.0
-
-
-def count_labels(verdicts: list[Any], parameters: dict[str, Any]) -> dict[str, Any]:
-    """Sum up a classification."""
-    counts = {label: verdicts.count(label) for label in parameters["labels"]}
-    passed = sum(counts.get(label, 0) for label in set(parameters["pass_labels"]))
-    share = percent(passed, len(verdicts))
-    return {"invalid_label_count": 0, "label_counts": counts, "pass_percentage": share}
-
-
-def average_scores(verdicts: list[Any], parameters: dict[str, Any]) -> dict[str, Any]:
-    """Sum up scores."""
-    count = len(verdicts) or 1
+def sum_up(type: str, verdicts: list[Any], said: dict[str, Any]) -> dict[str, Any]:
+    """Return the results of an evaluation, as far as the verdicts give them."""
+    if type == "compare":
+        names = (("A_wins", "A"), ("B_wins", "B"), ("Ties", "Tie"))
+        return {name: verdicts.count(verdict) for name, verdict in names}
+    count, passing = len(verdicts) or 1, said.get("pass_labels", ())
+    passed = [v in passing if type == "classify" else v >= said["pass_threshold"] for v in verdicts]
+    share = {"pass_percentage": round(100 * sum(passed) / count, 2)}
+    if type == "classify":
+        counts = {label: verdicts.count(label) for label in said["labels"]}
+        return {"invalid_label_count": 0, "label_counts": counts, **share}
     mean = sum(verdicts) / count
-    variance = sum((score - mean) ** 2 for score in verdicts) / count
-    passed = sum(score >= parameters["pass_threshold"] for score in verdicts)
-    scores = {
-        "mean_score": round(mean, 4),
-        "std_score": round(variance**0.5, 4),
-        "pass_percentage": percent(passed, len(verdicts)),
-    }
+    deviation = (sum((score - mean) ** 2 for score in verdicts) / count) ** 0.5
+    scores = {"mean_score": round(mean, 4), "std_score": round(deviation, 4), **share}
     return {"aggregated_scores": scores, "failed_samples": 0, "invalid_score_count": 0}
-
-
-def count_wins(verdicts: list[Any], parameters: dict[str, Any]) -> dict[str, Any]:
-    """Sum up comparisons."""
-    names = {"A_wins": "A", "B_wins": "B", "Ties": "Tie"}
-    return {name: verdicts.count(verdict) for name, verdict in names.items()}
-
-
-# type: its own parameters, a drawn verdict on one row, and the sum of the verdicts
-EVALUATIONS: dict[str, tuple[Fields, Callable[[Draw, Any], Any], Callable[[Any, Any], Any]]] = {
-    "classify": (
-        Fields(
-            *DATA_ROWS,
-            JUDGED,
-            Field("labels", list, required=True, low=1, each=Field("", str)),
-            Field("pass_labels", list, required=True, each=Field("", str)),
-        ),
-        lambda draw, p: draw.pick(p["labels"]),
-        count_labels,
-    ),
-    "score": (
-        Fields(
-            *DATA_ROWS,
-            JUDGED,
-            *(
-                Field(name, float, required=True)
-                for name in ("min_score", "max_score", "pass_threshold")
-            ),
-        ),
-        lambda draw, p: round(p["min_score"] + draw.unit() * (p["max_score"] - p["min_score"]), 2),
-        average_scores,
-    ),
-    "compare": (
-        Fields(
-            *DATA_ROWS,
-            *(Field(name, str, dict, fields=JUDGED_FIELDS) for name in ("model_a", "model_b")),
-            Field("disable_position_bias_correction", bool),
-        ),
-        lambda draw, p: draw.pick(("A", "A", "B", "B", "Tie")),
-        count_wins,
-    ),
-}
-
-
-def read_rows(server: TogetherAiServer, id: str) -> list[dict[str, Any]]:
-    """Return the rows of a stored JSONL or CSV file."""
-    if id not in server.contents:
-        raise ApiError("no_object", param="input_data_file_path", noun="File", id=id)
-    data = server.contents[id]
-    if server.files.get(id)["FileType"] == "csv":
-        import csv  # rare
-
-        return list(csv.DictReader(data.decode("utf-8", "replace").splitlines()))
-    return [parse_line(line) for _, line in read_lines(data)]
-
-
-def judge_row(draw: Draw, job: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row with what models that had to answer wrote, a verdict and its reason."""
-    parameters = job["parameters"]
-    judged = dict(row)
-    for name in MODELS_JUDGED:
-        if type(parameters.get(name)) is dict:
-            judged[f"{name}_output"] = make_text(draw.child(name), 2)
-    judged["verdict"] = EVALUATIONS[job["type"]][1](draw.child("verdict"), parameters)
-    judged["feedback"] = make_text(draw.child("feedback"), 1)
-    return judged
 
 
 def evaluate(server: TogetherAiServer, job: dict[str, Any]) -> dict[str, Any]:
     """Judge every row of the data and store the outcome; bad data is the user's error."""
-    parameters = job["parameters"]
+    type, facts = job["type"], dict(job["parameters"])
     try:
-        rows = read_rows(server, parameters["input_data_file_path"])
+        id = server.files.get(facts.pop("input_data_file_path", ""))["id"]
+        judged = [parse_line(line) for _, line in read_lines(server.contents.get(id, b""))]
     except ApiError as error:
         return {"status": "user_error", "results": {"error": error.message}}
-    facts = {name: parameters[name] for name in parameters if name != "input_data_file_path"}
-    source = Draw.of("evaluation", [job["type"], facts])
-    judged = [judge_row(source.child(ENCODE(row)), job, row) for row in rows]
-    lines = "".join(ENCODE(row) + "\n" for row in judged)
-    name = f"{job['workflow_id']}_results.jsonl"
-    file = server.store("files", {"filename": name, "purpose": "eval-output", "content": lines})
-    summary = EVALUATIONS[job["type"]][2]([row["verdict"] for row in judged], parameters)
+    source, choices = Draw.of("evaluation", [type, facts]), EVALUATIONS[type][1](facts)
+    for row in judged:
+        draw = source.child(ENCODE(row))
+        row.update(verdict=draw.pick(choices), feedback=make_text(draw.child("feedback"), 1))
+    lines = "".join([ENCODE(row) + "\n" for row in judged])
+    item = {"filename": f"{job['workflow_id']}_results.jsonl", "purpose": "eval-output"}
+    file = server.store("files", {**item, "content": lines})
     counts = {"generation_fail_count": 0, "judge_fail_count": 0, "result_file_id": file["id"]}
-    return {"results": {**summary, **counts}}
+    return {"results": {**sum_up(type, [row["verdict"] for row in judged], facts), **counts}}
+
+
+def note_status(server: TogetherAiServer, status: str, updates: Any = ()) -> dict[str, Any]:
+    """Return what a change of status adds to a job that keeps its history."""
+    now = format_time(server.now())
+    update = {"status": status, "message": f"Job is {status}", "timestamp": now}
+    return {"status": status, "updated_at": now, "status_updates": [*updates, update]}
 
 
 @stored("evaluations")
 def evaluation_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
     """Complete an evaluation job."""
-    now = format_time(server.now())
-    status = item.get("status", "pending")
     return {
-        "workflow_id": server.next_id("eval-")[:9] + f"-{server.now()}",
-        "type": "classify",
-        "owner_id": USER_ID,
-        "status": status,
-        "status_updates": [{"status": status, "message": f"Job is {status}", "timestamp": now}],
-        "parameters": {},
-        "created_at": now,
-        "updated_at": now,
-        "results": None,
-        **item,
-    }
-
-
-def note_status(
-    server: TogetherAiServer, job: dict[str, Any], status: str, changes: dict[str, Any]
-) -> dict[str, Any]:
-    """Add to the changes of a job what its history says of them."""
-    now = format_time(server.now())
-    update = {"status": status, "message": f"Job is {status}", "timestamp": now}
-    return {"updated_at": now, "status_updates": [*job["status_updates"], update], **changes}
+        "workflow_id": f"{server.next_id('eval-')[:9]}-{server.now()}", "type": "classify",
+        "owner_id": USER_ID, "results": None, "created_at": format_time(server.now()),
+        **note_status(server, item.get("status", "pending")), "parameters": {}, **item,
+    }  # fmt: skip
 
 
 def enter_evaluation(server: TogetherAiServer, job: dict[str, Any], rung: str) -> dict[str, Any]:
@@ -6479,31 +6007,20 @@ def enter_evaluation(server: TogetherAiServer, job: dict[str, Any], rung: str) -
     changes = evaluate(server, job) if rung == "completed" else {}
     if rung in ("error", "user_error"):
         changes = {"results": {"error": f"The evaluation was scripted to end as {rung}."}}
-    return note_status(server, job, changes.get("status", rung), changes)
+    return {**note_status(server, changes.get("status", rung), job["status_updates"]), **changes}
 
 
 def show_evaluation(request: Request, job: dict[str, Any]) -> dict[str, Any]:
     """Return a job; the generated clients want the counts of labels as JSON text."""
-    counts = (job["results"] or {}).get("label_counts")
-    if is_stainless(request) and counts is not None:
-        job["results"]["label_counts"] = ENCODE(counts)
+    results = job["results"] or {}
+    if is_stainless(request) and "label_counts" in results:
+        results["label_counts"] = ENCODE(results["label_counts"])
     return job
 
 
-def check_evaluation(type: str, parameters: dict[str, Any]) -> None:
-    """Check the parameters of a type, and the rules between them."""
-    EVALUATIONS[type][0].check(parameters, "parameters.")
-    for name in ("judge", *MODELS_JUDGED):
-        model = parameters.get(name)
-        if isinstance(model, dict) and model["model_source"] == "external":
-            EXTERNAL_FIELDS.check(model, f"parameters.{name}.")
-            del model["external_api_token"]  # no answer shows it
-    passing = parameters.get("pass_labels")
-    if type == "classify" and not set(passing or ()) <= set(parameters["labels"]):
-        raise refuse_value("parameters.pass_labels", "must be among the labels", passing)
-    if type == "score" and parameters["min_score"] >= parameters["max_score"]:
-        high = parameters["max_score"]
-        raise refuse_value("parameters.max_score", "must be above min_score", high)
+def show_results(request: Request, job: dict[str, Any]) -> dict[str, Any]:
+    """Return status and results alone."""
+    return {"status": job["status"], "results": show_evaluation(request, job)["results"]}
 
 
 @route("POST", "/v1/evaluation", body=EVALUATION_FIELDS)
@@ -6511,7 +6028,10 @@ def check_evaluation(type: str, parameters: dict[str, Any]) -> None:
 def create_evaluation(server: TogetherAiServer, request: Request) -> Any:
     """Start to judge the rows of a data file."""
     type, parameters = request.body["type"], copy_json(request.body["parameters"])
-    check_evaluation(type, parameters)
+    EVALUATIONS[type][0].check(parameters, "parameters.")
+    for name in ("judge", *MODELS_JUDGED):
+        if isinstance(parameters.get(name), dict):
+            parameters[name].pop("external_api_token", None)  # no answer shows it
     job = server.store("evaluations", {"type": type, "parameters": parameters})
     start_job(server, request, server.evaluations, job, EVALUATION_LADDER, enter_evaluation)
     return {"workflow_id": job["workflow_id"], "status": "pending"}
@@ -6533,55 +6053,22 @@ def list_judges(server: TogetherAiServer, request: Request) -> Any:
     return {"model_list": [id for id, model in server.models.items() if model.type == "chat"]}
 
 
-@route("GET", "/v1/evaluation/{id}")
-@route("GET", "/v1/evaluations/{id}")
-def get_evaluation(server: TogetherAiServer, request: Request) -> Any:
-    """Describe an evaluation, and take it one step on."""
-    jobs, id = server.evaluations, request.params["id"]
-    return show_evaluation(
-        request, climb_job(server, jobs, id, EVALUATION_LADDER, enter_evaluation)
-    )
-
-
-@route("GET", "/v1/evaluation/{id}/status")
-@route("GET", "/v1/evaluations/{id}/status")
-def get_evaluation_status(server: TogetherAiServer, request: Request) -> Any:
-    """Return status and results of an evaluation, and take it one step on."""
-    job = get_evaluation(server, request)
-    return {"status": job["status"], "results": job["results"]}
-
-
 # --- Dedicated endpoints
 
-AUTOSCALING_FIELDS = Fields(
-    *(Field(name, int, required=True, low=0) for name in ("min_replicas", "max_replicas"))
-)
+SCALING = Fields(*many("min_replicas max_replicas", int, required=True, low=0))
 CHANGE_FIELDS = Fields(
-    Field("display_name", str),
-    Field("state", str, choices=("STARTED", "STOPPED")),
-    Field("autoscaling", dict, fields=AUTOSCALING_FIELDS),
-    Field("inactive_timeout", int, low=0),
-)
+    Field("display_name", str), Field("state", str, choices=("STARTED", "STOPPED")),
+    Field("autoscaling", dict, fields=SCALING), Field("inactive_timeout", int, low=0),
+)  # fmt: skip
 ENDPOINT_FIELDS = Fields(
-    *CHANGE_FIELDS.values(),
-    *(Field(name, str, required=True, low=1) for name in ("model", "hardware")),
-    Field("autoscaling", dict, required=True, fields=AUTOSCALING_FIELDS),
-    *(Field(f"disable_{name}", bool) for name in ("prompt_cache", "speculative_decoding")),
-    Field("availability_zone", str),
-)
-LIST_ENDPOINTS = Fields(
-    Field("type", str, choices=("dedicated", "serverless")),
-    Field("usage_type", str, choices=("on-demand", "reserved")),
-    Field("mine", bool),
-)
-ADAPTER_FIELDS = Fields(Field("model_id", str, required=True, low=1))
+    *CHANGE_FIELDS.values(), *many("model hardware", str, required=True, low=1),
+    Field("autoscaling", dict, required=True, fields=SCALING), Field("availability_zone", str),
+    *many("disable_prompt_cache disable_speculative_decoding", bool),
+)  # fmt: skip
+LIST_ENDPOINTS = Fields(*many("type usage_type", str), Field("mine", bool))
 ENDPOINT_LADDER = ("PENDING", "STARTING", "STARTED")
-AVAILABILITY_ZONES = ["us-central-4b", "us-east-1a", "us-west-2b"]
-HARDWARE = (  # GPU, its GB, link, cents a minute for one, how many; prices chosen
-    ("h100", 80, "sxm", 5.65, (1, 2, 4, 8)),
-    ("a100", 80, "sxm", 4.28, (1, 2, 4, 8)),
-    ("l40s", 48, "pcie", 3.5, (1, 2)),
-)
+# GPU, its GB, link and cents a minute for one; prices chosen
+HARDWARE = (("h100", 80, "sxm", 5.65), ("a100", 80, "sxm", 4.28), ("l40s", 48, "pcie", 3.5))
 
 
 def add_model(server: TogetherAiServer, name: str, base: str) -> None:
@@ -6594,10 +6081,9 @@ def add_model(server: TogetherAiServer, name: str, base: str) -> None:
 
 def enter_endpoint(server: TogetherAiServer, endpoint: dict[str, Any], state: str) -> Any:
     """Let an endpoint answer while it is started."""
+    server.models.pop(endpoint["name"], None)
     if state == "STARTED":
         add_model(server, endpoint["name"], endpoint["model"])
-    else:
-        server.models.pop(endpoint["name"], None)
     return {}
 
 
@@ -6608,82 +6094,39 @@ def endpoint_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str,
     model = item.get("model", "meta-llama/Llama-3.3-70B-Instruct-Turbo")
     name = f"{USER}/{model}-{Draw.of('endpoint', id).hex(8)}"
     endpoint = {
-        "object": "endpoint",
-        "id": id,
-        "name": name,
-        "display_name": name,
-        "model": model,
-        "hardware": "1x_nvidia_h100_80gb_sxm",
-        "type": "dedicated",
-        "owner": USER,
-        "state": "PENDING",
-        "autoscaling": {"min_replicas": 1, "max_replicas": 1},
-        "inactive_timeout": None,
-        "created_at": format_time(server.now()),
-        **item,
-    }
-    return {**endpoint, **enter_endpoint(server, endpoint, endpoint["state"])}
-
-
-def list_serverless(server: TogetherAiServer) -> list[dict[str, Any]]:
-    """Return the catalogue in the form of endpoints."""
-    return [
-        {
-            "object": "endpoint",
-            "id": model_object(model)["uuid"],
-            "name": model.id,
-            "model": model.id,
-            "type": "serverless",
-            "owner": "together",
-            "state": "STARTED",
-            "created_at": format_time(model.created),
-        }
-        for model in server.models.values()
-        if model.organization != USER
-    ]
+        "object": "endpoint", "id": id, "name": name, "display_name": name, "model": model,
+        "hardware": "1x_nvidia_h100_80gb_sxm", "type": "dedicated", "owner": USER,
+        "state": "PENDING", "autoscaling": {"min_replicas": 1, "max_replicas": 1},
+        "inactive_timeout": None, "created_at": format_time(server.now()), **item,
+    }  # fmt: skip
+    enter_endpoint(server, endpoint, endpoint["state"])
+    return endpoint
 
 
 @route("GET", "/v1/endpoints", query=LIST_ENDPOINTS)
 def list_endpoints(server: TogetherAiServer, request: Request) -> Any:
-    """List the dedicated endpoints, newest first, then the serverless ones."""
-    own, public = server.endpoints.list(), list_serverless(server)
-    wanted = request.args.get("type")
-    if request.args.get("mine") or request.args.get("usage_type"):
-        public = []
-    if request.args.get("usage_type") == "reserved":
-        own = []
-    items = [item for item in own + public if wanted in (None, item["type"])]
-    return {"object": "list", "data": items}
+    """List the dedicated on-demand endpoints, newest first: there are no others."""
+    none = {"serverless", "reserved"} & set(request.args.values())
+    return {"object": "list", "data": [] if none else server.endpoints.list()}
 
 
 @route("POST", "/v1/endpoints", body=ENDPOINT_FIELDS)
 def create_endpoint(server: TogetherAiServer, request: Request) -> Any:
     """Create an endpoint; it is pending, then starting, then started."""
     use_model(server, request.body["model"], "chat")
-    kept = ("model", "hardware", "autoscaling", "display_name", "inactive_timeout")
-    item = {name: request.body[name] for name in kept if request.body.get(name) is not None}
-    if request.body.get("state") == "STOPPED":
-        item["state"] = "STOPPED"
+    item = pick_given(request.body, ("model", "hardware", *CHANGE_FIELDS))
+    item["state"] = "STOPPED" if item.get("state") == "STOPPED" else ENDPOINT_LADDER[0]
     jobs, endpoint = server.endpoints, server.store("endpoints", item)
     return start_job(server, request, jobs, endpoint, ENDPOINT_LADDER, enter_endpoint)
-
-
-@route("GET", "/v1/endpoints/{id}")
-def get_endpoint(server: TogetherAiServer, request: Request) -> Any:
-    """Describe an endpoint, and take it one step on."""
-    id = request.params["id"]
-    return climb_job(server, server.endpoints, id, ENDPOINT_LADDER, enter_endpoint)
 
 
 @route("PATCH", "/v1/endpoints/{id}", body=CHANGE_FIELDS)
 def update_endpoint(server: TogetherAiServer, request: Request) -> Any:
     """Start or stop an endpoint, or change its settings."""
     endpoint = server.endpoints.get(request.params["id"])
-    body = request.body
-    changes = {name: body[name] for name in CHANGE_FIELDS if body.get(name) is not None}
+    changes = pick_given(request.body, CHANGE_FIELDS)
     if changes.get("state") == "STARTED":  # one that is not stopped goes on as it is
-        running = endpoint["state"] in ENDPOINT_LADDER
-        changes["state"] = endpoint["state"] if running else ENDPOINT_LADDER[0]
+        changes["state"] = endpoint["state"] if endpoint["state"] in ENDPOINT_LADDER else "PENDING"
     endpoint = server.endpoints.update(endpoint["id"], **changes)
     enter_endpoint(server, endpoint, endpoint["state"])
     return endpoint
@@ -6692,9 +6135,11 @@ def update_endpoint(server: TogetherAiServer, request: Request) -> Any:
 @route("DELETE", "/v1/endpoints/{id}", status=204)
 def delete_endpoint(server: TogetherAiServer, request: Request) -> Any:
     """Delete an endpoint."""
-    endpoint = server.endpoints.remove(request.params["id"])
-    enter_endpoint(server, endpoint, "DELETED")
+    server.models.pop(server.endpoints.remove(request.params["id"])["name"], None)
     return Reply(status=204)
+
+
+ADAPTER_FIELDS = Fields(Field("model_id", str, required=True, low=1))
 
 
 def list_adapters_of(server: TogetherAiServer, id: str) -> list[str]:
@@ -6738,29 +6183,21 @@ def list_hardware(server: TogetherAiServer, request: Request) -> Any:
     """List what endpoints run on; for a given model, whether it is available too."""
     more = {"availability": {"status": "available"}} if request.args.get("model") else {}
     items = [
-        {
-            "object": "hardware",
-            "id": f"{count}x_nvidia_{gpu}_{memory}gb_{link}",
-            "pricing": {"cents_per_minute": round(cents * count, 2)},
-            "specs": {
-                "gpu_type": f"{gpu}-{memory}gb",
-                "gpu_link": link,
-                "gpu_memory": memory,
-                "gpu_count": count,
-            },
-            "updated_at": format_time(CREATED),
-            **more,
-        }
-        for gpu, memory, link, cents, counts in HARDWARE
-        for count in counts
-    ]
+        {"object": "hardware", "id": f"{count}x_nvidia_{gpu}_{memory}gb_{link}",
+         "pricing": {"cents_per_minute": round(cents * count, 2)},
+         "specs": {"gpu_type": f"{gpu}-{memory}gb", "gpu_link": link,
+                   "gpu_memory": memory, "gpu_count": count},
+         "updated_at": format_time(CREATED), **more}
+        for gpu, memory, link, cents in HARDWARE
+        for count in (1, 2, 4, 8)
+    ]  # fmt: skip
     return {"object": "list", "data": items}
 
 
 @route("GET", "/v1/clusters/availability-zones")
 def list_availability_zones(server: TogetherAiServer, request: Request) -> Any:
     """List where endpoints can run."""
-    return {"avzones": AVAILABILITY_ZONES}
+    return {"avzones": ["us-central-4b", "us-east-1a", "us-west-2b"]}
 
 
 # --- Projects and uploads of models
@@ -6769,9 +6206,9 @@ ORGANIZATION = {"id": "66a1b2c3d4e5f60718293a4b", "name": "Parlel"}
 PROJECT = {"id": "proj-5f0e1d2c3b4a", "name": "Default", "slug": "default"}
 API_KEY_ID = "key-9a8b7c6d5e4f"
 MODEL_UPLOAD_FIELDS = Fields(
-    *(Field(name, str, required=True, low=1) for name in ("model_name", "model_source")),
+    *many("model_name model_source", str, required=True, low=1),
     Field("model_type", str, choices=("model", "adapter")),
-    *(Field(name, str) for name in ("hf_token", "description", "base_model", "lora_model")),
+    *many("hf_token description base_model lora_model", str),
 )
 UPLOAD_LADDER = ("Queued", "Running", "Complete")
 
@@ -6784,67 +6221,44 @@ def list_projects(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/v2/whoami")
-def get_identity(server: TogetherAiServer, request: Request) -> Any:
-    """Say whose key this is, in the form of Together's Python 2.x."""
-    named = {"organization": ORGANIZATION, "project": PROJECT}
-    facts = {f"{kind}_{name}": named[kind][name] for kind in named for name in named[kind]}
-    return {"api_key_id": API_KEY_ID, "user_id": USER_ID, **facts}
-
-
 @route("GET", "/v3/whoami")
-def get_key_identity(server: TogetherAiServer, request: Request) -> Any:
-    """Say whose key this is, in the form of Together's Python 3.x."""
-    return {
-        "type": "project_api_key",
-        "api_key": {"id": API_KEY_ID},
-        "organization": ORGANIZATION,
-        "project": PROJECT,
-    }
+def get_identity(server: TogetherAiServer, request: Request) -> Any:
+    """Say whose key this is: flat for Together's Python 2.x and nested for 3.x."""
+    named = {"organization": ORGANIZATION, "project": PROJECT}
+    flat = {f"{kind}_{name}": said[name] for kind, said in named.items() for name in said}
+    nested = {"type": "project_api_key", "api_key": {"id": API_KEY_ID}, **named}
+    return {**nested, "api_key_id": API_KEY_ID, "user_id": USER_ID, **flat}
 
 
 @stored("jobs")
 def upload_job_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
     """Complete the job that uploads a model."""
-    now = format_time(server.now())
     return {
-        "type": "model_upload",
-        "job_id": server.next_id("job-"),
-        "status": "Queued",
-        "status_updates": [],
+        "type": "model_upload", "job_id": server.next_id("job-"),
         "args": {"description": "", "modelName": f"{USER}/model", "modelSource": ""},
-        "created_at": now,
-        "updated_at": now,
-        **item,
-    }
+        "created_at": format_time(server.now()),
+        **note_status(server, item.get("status", UPLOAD_LADDER[0])), **item,
+    }  # fmt: skip
 
 
 def enter_upload(server: TogetherAiServer, job: dict[str, Any], rung: str) -> dict[str, Any]:
     """Let a model answer when its upload is complete."""
     if rung == "Complete":
-        name = job["args"]["modelName"]
-        add_model(server, name, name)
-    return note_status(server, job, rung, {})
+        add_model(server, job["args"]["modelName"], "")
+    return note_status(server, rung, job["status_updates"])
 
 
 @route("POST", "/v1/models", body=MODEL_UPLOAD_FIELDS)
 def upload_model(server: TogetherAiServer, request: Request) -> Any:
     """Start to upload a model or an adapter from elsewhere."""
-    body = request.body
-    name = body["model_name"] if "/" in body["model_name"] else f"{USER}/{body['model_name']}"
-    source = "remote" if "://" in body["model_source"] else "huggingface"
-    args = {
-        "description": body.get("description") or "",
-        "modelName": name,
-        "modelSource": body["model_source"].partition("?")[0],  # a signature is a secret
-    }
-    job = server.store("jobs", {"args": args})
+    name, source = request.body["model_name"], request.body["model_source"].partition("?")[0]
+    name = name if "/" in name else f"{USER}/{name}"  # and no query: its signature is a secret
+    args = {"modelName": name, "modelSource": source, **pick_given(request.body, ["description"])}
+    job = server.store("jobs", {"args": {"description": "", **args}})
     start_job(server, request, server.jobs, job, UPLOAD_LADDER, enter_upload)
-    data = {
-        "job_id": job["job_id"],
-        "model_name": name,
-        "model_id": server.next_id("model-"),
-        "model_source": source,
-    }
+    kind = "remote" if "://" in source else "huggingface"
+    data = {"job_id": job["job_id"], "model_name": name, "model_source": kind}
+    data["model_id"] = server.next_id("model-")
     return {"data": data, "message": "Processing model weights. Job created."}
 
 
@@ -6854,10 +6268,24 @@ def list_upload_jobs(server: TogetherAiServer, request: Request) -> Any:
     return {"data": server.jobs.list()}
 
 
-@route("GET", "/v1/jobs/{id}")
-def get_upload_job(server: TogetherAiServer, request: Request) -> Any:
-    """Describe the upload of a model, and take it one step on."""
-    return climb_job(server, server.jobs, request.params["id"], UPLOAD_LADDER, enter_upload)
+def declare_job(path: str, name: str, ladder: Sequence[str], enter: Any, show: Any) -> None:
+    """Declare the route that describes a job of a collection by `show(request, job)`."""
+
+    @route("GET", path)
+    def get_job(server: TogetherAiServer, request: Request) -> Any:
+        """Describe a job, and take it one step on."""
+        id = request.params["id"]
+        return show(request, climb_job(server, getattr(server, name), id, ladder, enter))
+
+
+JUDGING = ("evaluations", EVALUATION_LADDER, enter_evaluation)
+declare_job("/v2/videos/{id}", "videos", VIDEO_LADDER, enter_video, show_video)
+declare_job("/v1/evaluation/{id}", *JUDGING, show_evaluation)
+declare_job("/v1/evaluations/{id}", *JUDGING, show_evaluation)
+declare_job("/v1/evaluation/{id}/status", *JUDGING, show_results)
+declare_job("/v1/evaluations/{id}/status", *JUDGING, show_results)
+declare_job("/v1/endpoints/{id}", "endpoints", ENDPOINT_LADDER, enter_endpoint, lambda _, job: job)
+declare_job("/v1/jobs/{id}", "jobs", UPLOAD_LADDER, enter_upload, lambda _, job: job)
 
 
 # === Control ===
@@ -7609,7 +7037,7 @@ class TogetherAiServer:
             raise AssertionError("never served:\n  " + "\n  ".join(unused))
 
     def calls_to(self, operation: str, **fields: Any) -> list[Call]:
-        """Return the recorded calls of `"POST /v1/chat/completions"` whose body has these fields."""
+        """Return the calls of `"POST /v1/chat/completions"` whose body has these fields."""
         method, _, path = operation.partition(" ")
         return [
             call
@@ -7839,62 +7267,37 @@ def print_line(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
-def main(args: Sequence[str] | None = None) -> int:
-    """Run the server until Ctrl-C or SIGTERM; return the exit status."""
+def read_options(args: Sequence[str] | None) -> Any:
+    """Read the command line."""
     import argparse  # not needed where the file is imported
-    import gc
-    import signal
 
     parser = argparse.ArgumentParser(
         prog="together_fake.py", description="A local, repeatable stand-in for the Together AI API."
     )
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument(
-        "--port", type=int, default=DEFAULT_PORT, help="0: any free one (%(default)s)"
+    add = parser.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add("--port", type=int, default=DEFAULT_PORT, help="0 takes any free one (%(default)s)")
+    add("--strict", action="store_true", help="be no more helpful than production")
+    add("--no-auth", action="store_true", help="answer without a key too")
+    add(
+        "--fixtures", action="append", default=[], metavar="PATH", help="file or folder; repeatable"
     )
-    parser.add_argument("--strict", action="store_true", help="be no more helpful than production")
-    parser.add_argument("--no-auth", action="store_true", help="answer without a key too")
-    parser.add_argument("--quiet", action="store_true", help="no line for each request")
-    parser.add_argument(
-        "--fixtures",
-        action="append",
-        default=[],
-        metavar="PATH",
-        help="a fixture file or folder; repeatable",
-    )
-    parser.add_argument(
-        "--on-miss",
-        choices=("generate", "error"),
-        default="generate",
-        help="what to do where no fixture matches (%(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the chances in faults")
-    parser.add_argument("--routes", action="store_true", help="print the routes and exit")
-    parser.add_argument("--version", action="version", version=f"together_fake {__version__}")
+    add("--on-miss", choices=("generate", "error"), default="generate", help="without a fixture")
+    add("--seed", type=int, default=0, help="of the chances in faults (%(default)s)")
+    add("--quiet", action="store_true", help="no line for each request")
+    add("--routes", action="store_true", help="print the routes and exit")
+    add("--version", action="version", version=f"together_fake {__version__}")
     options = parser.parse_args(args)
-    if options.routes:
-        print_routes()
-        return 0
     if not 0 <= options.port <= 65535:
         parser.error(f"--port must be between 0 and 65535, not {options.port}")
-    log = None if options.quiet else print_line
-    server = TogetherAiServer(
-        options.port,
-        host=options.host,
-        require_auth=not options.no_auth,
-        strict=options.strict,
-        seed=options.seed,
-        on_miss=options.on_miss,
-        log=log,
-    )
-    try:
-        for path in options.fixtures:
-            server.load(path)
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    for warning in server.script.warnings:
-        print(warning, file=sys.stderr)
+    return options
+
+
+def serve(server: TogetherAiServer) -> None:
+    """Start a server and say where it listens; return at Ctrl-C or SIGTERM."""
+    import gc
+    import signal
+
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.default_int_handler)
     try:
@@ -7906,13 +7309,41 @@ def main(args: Sequence[str] | None = None) -> int:
         gc.freeze()  # what lives until the end need not be looked at again and again
         while True:
             time.sleep(3600)
-    except OSError as error:
-        print(f"cannot listen on {options.host}:{options.port}: {error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        return 0
+        pass
     finally:
         server.stop()
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the server until Ctrl-C or SIGTERM; return the exit status."""
+    options = read_options(args)
+    if options.routes:
+        print_routes()
+        return 0
+    server = TogetherAiServer(
+        options.port,
+        host=options.host,
+        require_auth=not options.no_auth,
+        strict=options.strict,
+        seed=options.seed,
+        on_miss=options.on_miss,
+        log=None if options.quiet else print_line,
+    )
+    try:
+        for path in options.fixtures:
+            server.load(path)
+        for warning in server.script.warnings:
+            print_line(warning)
+    except (OSError, ValueError) as error:
+        print_line(f"cannot load fixtures: {error}")
+        return 1
+    try:
+        serve(server)
+    except OSError as error:
+        print_line(f"cannot listen on {options.host}:{options.port}: {error}")
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
