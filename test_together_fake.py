@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import concurrent.futures
 import contextlib
 import errno
 import functools
@@ -357,7 +358,195 @@ FOLDS = {"chat": fold_choices, "completion": fold_choices, "whole": flatten_whol
 # === Chat ===
 
 
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
+    },
+}
+FINAL = {"type": "function", "function": {"name": "final_result", "description": "Say the end"}}
+
+
+class ToolTests(FakeCase):
+    """What is called, and when an agent's loop ends."""
+
+    def called(self, *args, **fields):
+        choice = self.chat(*args, **fields)["choices"][0]
+        calls = choice["message"]["tool_calls"]
+        self.assertEqual(choice["finish_reason"], "tool_calls" if calls else "stop")
+        return [call["function"]["name"] for call in calls]
+
+    def test_auto_goes_by_shared_words(self):
+        tools = [WEATHER, FINAL]
+        self.assertEqual(self.called("How is the weather?", tools=tools), ["get_weather"])
+        self.assertEqual(self.called("hello", tools=tools), [])
+        text = "the end of the weather"
+        self.assertEqual(self.called(text, tools=tools), ["get_weather", "final_result"])
+        got = self.called(text, tools=tools, parallel_tool_calls=False)
+        self.assertEqual(got, ["get_weather"])
+
+    def test_choices(self):
+        named = {"type": "function", "function": {"name": "final_result"}}
+        for choice, names in (
+            ("none", []), ("auto", []), ("required", ["get_weather"]), ("any", ["get_weather"]),
+            ("final_result", ["final_result"]), (named, ["final_result"]), ("tool_name", []),
+        ):  # fmt: skip
+            with self.subTest(choice=choice):
+                got = self.called("hello", tools=[WEATHER, FINAL], tool_choice=choice)
+                self.assertEqual(got, names)
+
+    def test_bad_choices(self):
+        unknown = {"type": "function", "function": {"name": "nothing"}}
+        for fields, param in (
+            ({"tools": [WEATHER], "tool_choice": unknown}, "tool_choice"),
+            ({"tool_choice": "required"}, "tools"),
+            ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+        ):
+            with self.subTest(fields=fields):
+                got = self.ask("POST", "/v1/chat/completions", {**HELLO, **fields})
+                self.assertEqual((got.status, got.json["error"]["param"]), (400, param))
+
+    def run_agent(self, **fields):
+        """Answer every call until there is none, or `final_result` is called."""
+        messages = [{"role": "user", "content": "the weather in Rome"}]
+        names = []
+        for _ in range(6):
+            body = {"messages": messages, "tools": [WEATHER, FINAL], **fields}
+            message = self.chat(**body)["choices"][0]["message"]
+            names += [call["function"]["name"] for call in message["tool_calls"]]
+            if not message["tool_calls"] or "final_result" in names:
+                return names
+            messages.append(message)
+            for call in message["tool_calls"]:
+                answer = {"role": "tool", "tool_call_id": call["id"], "content": "sunny"}
+                messages.append(answer)
+        return names
+
+    def test_loops_end(self):
+        self.assertEqual(self.run_agent(), ["get_weather"])
+        self.assertEqual(self.run_agent(tool_choice="required"), ["get_weather", "final_result"])
+
+    def test_arguments_are_valid_and_cut_by_the_budget(self):
+        message = self.chat("weather", tools=[WEATHER])["choices"][0]["message"]
+        call = message["tool_calls"][0]
+        self.assertIsNone(message["content"])
+        self.assertRegex(call["id"], r"^call_[a-z0-9]{24}$")
+        self.assertIsInstance(json.loads(call["function"]["arguments"])["city"], str)
+        got = self.chat("weather", tools=[WEATHER], max_tokens=4)
+        self.assertEqual(got["choices"][0]["finish_reason"], "length")
+        self.assertLessEqual(got["usage"]["completion_tokens"], 4)
+
+    def test_functions_before_they_were_tools(self):
+        fields = {"functions": [WEATHER["function"]], "function_call": {"name": "get_weather"}}
+        got = self.chat(**fields)
+        message = got["choices"][0]["message"]
+        self.assertEqual(message["function_call"]["name"], "get_weather")
+        self.assertEqual(got["choices"][0]["finish_reason"], "function_call")
+        self.assertGreater(got["usage"]["completion_tokens"], 3)
+        body = {**HELLO, **fields, "stream": True}
+        folded = fold_choices(self.post("/v1/chat/completions", body).events)
+        self.assertEqual(folded["choices"][0]["function_call"], message["function_call"])
+
+
+class FormatTests(FakeCase):
+    """Content that is valid, or refused."""
+
+    def value(self, format, text="hello"):
+        return json.loads(self.text(text, response_format=format))
+
+    def test_schemas_in_both_spellings_and_in_the_prompt(self):
+        schema = {"type": "object", "properties": {"age": {"type": "integer", "maximum": 40}}}
+        schema["required"] = ["age"]
+        for format in (
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}},
+            {"type": "json_schema", "schema": schema},
+            {"type": "json_object", "schema": schema},
+        ):
+            with self.subTest(format=format):
+                self.assertEqual(list(self.value(format)), ["age"])
+        text = f"Answer in JSON. The schema: {json.dumps(schema)}"
+        self.assertEqual(list(self.value({"type": "json_object"}, text)), ["age"])
+        self.assertIsInstance(self.value({"type": "json_object"}), dict)
+
+    def test_patterns(self):
+        text = self.text(response_format={"type": "regex", "pattern": "(yes|no), [0-9]{3}"})
+        self.assertRegex(text, r"\A(yes|no), [0-9]{3}\Z")
+
+    def test_refusals(self):
+        impossible = {"type": "integer", "minimum": 2, "maximum": 1}
+        for format, param in (
+            ({"type": "json_schema"}, "response_format.json_schema"),
+            ({"type": "json_schema", "schema": impossible}, "response_format"),
+            ({"type": "regex"}, "response_format.pattern"),
+            ({"type": "regex", "pattern": "("}, "response_format.pattern"),
+            ({"type": "poem"}, "response_format.type"),
+        ):
+            with self.subTest(format=format):
+                body = {**HELLO, "response_format": format}
+                got = self.ask("POST", "/v1/chat/completions", body)
+                self.assertEqual((got.status, got.json["error"]["param"]), (400, param))
+
+
+class ThoughtTests(FakeCase):
+    def thoughts(self, model="openai/gpt-oss-20b", **fields):
+        got = self.chat(model=model, **fields)
+        message, usage = got["choices"][0]["message"], got["usage"]
+        if message.get("reasoning"):
+            tokens = len(fake.split_tokens(message["reasoning"]))
+            self.assertEqual(usage["reasoning_tokens"], tokens)
+            self.assertGreater(usage["completion_tokens"], tokens)
+        return message.get("reasoning", "absent")
+
+    def test_who_thinks_and_how_to_switch_it_off(self):
+        self.assertEqual(self.thoughts(LLAMA), "absent")
+        self.assertTrue(self.thoughts())
+        for fields in (
+            {"reasoning": {"enabled": False}},
+            {"reasoning_effort": "none"},
+            {"chat_template_kwargs": {"thinking": False}},
+            {"chat_template_kwargs": {"enable_thinking": False}},
+        ):
+            with self.subTest(fields=fields):
+                self.assertIsNone(self.thoughts(**fields))
+        low, high = (self.thoughts(reasoning_effort=effort) for effort in ("low", "high"))
+        self.assertGreater(len(high), len(low))
+
+
+class LogprobTests(FakeCase):
+    def test_both_forms_join_to_the_content(self):
+        for fields in ({"logprobs": True, "top_logprobs": 3}, {"logprobs": 3}):
+            choice = self.chat(**fields)["choices"][0]
+            part, content = choice["logprobs"], choice["message"]["content"]
+            if "content" in part:
+                tokens = [entry["token"] for entry in part["content"]]
+                first = [top["token"] for top in part["content"][0]["top_logprobs"]]
+            else:
+                tokens, first = part["tokens"], list(part["top_logprobs"][0])
+            self.assertEqual("".join(tokens), content)
+            self.assertEqual((len(first), first[0]), (3, tokens[0]))
+        self.assertIsNone(self.chat()["choices"][0]["logprobs"])
+
+    def test_a_stream_has_a_number_for_together_and_an_object_for_others(self):
+        for agent, kind in (("Together/Python 3.1.1", float), ("OpenAI/Python 3.54.0", dict)):
+            body = {**HELLO, "logprobs": 1, "stream": True, "max_tokens": 2}
+            events = self.post("/v1/chat/completions", body, **{"User-Agent": agent}).events
+            self.assertIsInstance(events[0]["choices"][0]["logprobs"], kind)
+
+
 class ChatTests(FakeCase):
+    def test_one_role_a_stream_for_openai_and_one_a_delta_for_others(self):
+        for agent, roles in (("OpenAI/Python 3.54.0", 1), ("Together/Python 3.1.1", 3)):
+            body = {**HELLO, "stream": True, "max_tokens": 2}
+            events = self.post("/v1/chat/completions", body, **{"User-Agent": agent}).events
+            deltas = [event["choices"][0]["delta"] for event in events]
+            self.assertEqual(sum("role" in delta for delta in deltas), roles)
+
     def test_the_shape_of_an_answer(self):
         got = self.chat()
         self.assertEqual(
@@ -481,6 +670,9 @@ class ChatTests(FakeCase):
         self.assertRegex(
             got.json["error"]["message"], r"^This model's maximum context length is 32768 tokens\. "
         )
+        truncated = {**long, "context_length_exceeded_behavior": "truncate"}
+        usage = self.post("/v1/chat/completions", truncated).json["usage"]
+        self.assertLessEqual(usage["total_tokens"], 32768)
         cut = self.chat(model=model, max_tokens=40000, context_length_exceeded_behavior="truncate")
         self.assertEqual(cut["choices"][0]["finish_reason"], "stop")
         self.post("/v1/chat/completions", {**long, "context_length_exceeded_behavior": "truncate"})
@@ -626,6 +818,15 @@ class EmbeddingTests(FakeCase):
         self.assertAlmostEqual(sum(x * x for x in cut), 1, places=4)
         self.assertAlmostEqual(cut[0] / cut[1], whole[0] / whole[1], places=2)
 
+    def test_a_long_text_is_one_input(self):
+        self.assertEqual(len(self.embed("word " * 1000)), 1)
+        got = self.ask("POST", "/v1/embeddings", {"model": "m", "input": ["a"] * 2049})
+        self.assertEqual((got.status, got.json["error"]["param"]), (400, "input"))
+
+    def test_more_dimensions_than_there_are(self):
+        got = self.ask("POST", "/v1/embeddings", {"model": "m", "input": "a", "dimensions": 769})
+        self.assertEqual((got.status, got.json["error"]["param"]), (400, "dimensions"))
+
     def test_token_ids(self):
         self.assertEqual(self.embed([1, 2]), self.embed([[1, 2]]))
 
@@ -733,6 +934,7 @@ class PathTests(FakeCase):
         whole = self.ask("POST", "/v1/chat/completions", HELLO).raw
         for path in ("/v1/v1/chat/completions", "/v1//chat/completions", "/v1/chat/completions/"):
             self.assertEqual(self.ask("POST", path, HELLO).raw, whole)
+        self.assertEqual(self.ask("POST", "/chat/completions", HELLO).raw, whole)
         for path in ("/v1/v2/supported-models", "/v1/supported-models"):
             self.assertEqual(self.ask("GET", path).status, 200)
 
@@ -838,6 +1040,10 @@ class BodyTests(FakeCase):
     def test_sentences_about_values(self):
         for fields, param, message in (
             ({"temperature": 3}, "temperature", "temperature must be at most 2, not 3.0"),
+            ({"temperature": 10**350}, "temperature",
+             f"temperature must be a number, not {'1' + '0' * 56}..."),
+            ({"logit_bias": {"1": "x"}}, "logit_bias[1]",
+             'logit_bias[1] must be a number, not "x"'),
             ({"n": True}, "n", "n must be an integer, not true"),
             ({"n": 1.5}, "n", "n must be an integer, not 1.5"),
             ({"stream": "yes"}, "stream", 'stream must be a boolean, not "yes"'),
@@ -1380,7 +1586,7 @@ RESPONSES = [
     (
         {"toolCalls": [{"name": "f", "arguments": {"a": 1}}], "content": None},
         "text",
-        ["chat", "completion"],
+        ["chat"],
         {"blocks": [CALL], "content": None, "tool_calls": [CALL], "reasoning": None},
     ),
     (
@@ -1451,10 +1657,10 @@ RESPONSES = [
     ({"embedding": [1, 2.5]}, "embedding", ["embedding"], {"vectors": [[1, 2.5]]}),
     ({"embedding": [[1], [2]]}, "embedding", ["embedding"], {"vectors": [[1], [2]]}),
     (
-        {"image": {"b64Json": "aa", "revisedPrompt": "p"}},
+        {"image": {"b64Json": "YWE=", "revisedPrompt": "p"}},
         "image",
         ["image"],
-        {"images": [{"b64_json": "aa", "revised_prompt": "p"}]},
+        {"images": [{"b64_json": "YWE=", "revised_prompt": "p"}]},
     ),
     (
         {"images": [{"url": "u"}, {"url": "v"}]},
@@ -1606,11 +1812,11 @@ BAD_FILES = [
     ),
     (
         file_of(entry({}, {"error": {"message": "x"}, "status": 99})),
-        "fixtures[0].response.status: must be a status from 200 to 999, not 99",
+        "fixtures[0].response.status: must be a status from 400 to 999, not 99",
     ),
     (
         file_of(entry({}, {"embedding": ["a"]})),
-        'fixtures[0].response.embedding[0]: must be a number or a list, not "a"',
+        'fixtures[0].response.embedding[0]: must be a number of 32 bits or a list, not "a"',
     ),
     (
         file_of(entry({}, {"audio": "*"})),
@@ -1625,7 +1831,10 @@ BAD_FILES = [
         "fixtures[0].response.created: must be a whole number from 0 up, not -1",
     ),
     (file_of(entry({}, latncy=1)), "fixtures[0].latncy: unknown key, did you mean latency?"),
-    (file_of(entry({}, latency=-1)), "fixtures[0].latency: must be a number from 0 up, not -1"),
+    (
+        file_of(entry({}, latency=-1)),
+        "fixtures[0].latency: must be a number from 0 to 86400000, not -1",
+    ),
     (file_of(entry({}, times=-1)), "fixtures[0].times: must be a whole number from 1 up, not -1"),
     (
         file_of(entry({}, chunkSize=0)),
@@ -1642,7 +1851,8 @@ BAD_FILES = [
     (file_of(entry({}, replaySpeed=0)), "fixtures[0].replaySpeed: must be a number above 0, not 0"),
     (
         file_of(entry({}, recordedTimings={"interChunkDelaysMs": [1, -1]})),
-        "fixtures[0].recordedTimings.interChunkDelaysMs[1]: must be a number from 0 up, not -1",
+        "fixtures[0].recordedTimings.interChunkDelaysMs[1]: must be a number from 0 to 86400000,"
+        " not -1",
     ),
     (
         file_of(entry({}, chaos={"dropRate": 1.5})),
@@ -1816,8 +2026,8 @@ class KeywordTest(unittest.TestCase):
     def test_tool_calls_images_and_errors(self):
         fixture = self.build(tool_calls=[{"name": "f", "arguments": {"to_do": 1}}])
         self.assertEqual(fixture.response["tool_calls"][0]["arguments"], '{"to_do":1}')
-        fixture = self.build(image={"b64_json": "aa"})
-        self.assertEqual(fixture.response, {"images": [{"b64_json": "aa"}]})
+        fixture = self.build(image={"b64_json": "YWE="})
+        self.assertEqual(fixture.response, {"images": [{"b64_json": "YWE="}]})
         fixture = self.build(status=429, retry_after=1, times=2)
         self.assertEqual(fixture.kind, "status")
         fixture = self.build(disconnect_after_chunks=3)
@@ -1954,22 +2164,27 @@ class ScriptTest(unittest.TestCase):
             script.find_near_misses(*request),
             [
                 {
-                    "fixture": "run time",
+                    "fixture": "run time[0]",
                     "differs": "match.userMessage",
                     "wanted": "bye",
                     "got": "hello",
                 },
-                {"fixture": "run time", "differs": "match.model", "wanted": "m", "got": "n"},
-                {"fixture": "run time", "differs": "response", "wanted": ["rerank"], "got": "chat"},
-                {"fixture": "run time", "differs": "match.sequenceIndex", "wanted": 1, "got": 0},
+                {"fixture": "run time[1]", "differs": "match.model", "wanted": "m", "got": "n"},
                 {
-                    "fixture": "run time",
+                    "fixture": "run time[2]",
+                    "differs": "response",
+                    "wanted": ["rerank"],
+                    "got": "chat",
+                },
+                {"fixture": "run time[3]", "differs": "match.sequenceIndex", "wanted": 1, "got": 0},
+                {
+                    "fixture": "run time[4]",
                     "differs": "match.not",
                     "wanted": {"userMessage": "hello"},
                     "got": "it holds",
                 },
-                {"fixture": "run time", "differs": "times", "wanted": 1, "got": 1},
-                {"fixture": "run time", "differs": None},
+                {"fixture": "run time[5]", "differs": "times", "wanted": 1, "got": 1},
+                {"fixture": "run time[6]", "differs": None},
             ],
         )
         error = script_of(entry({"model": "m"})).miss_error(*request)
@@ -1977,7 +2192,7 @@ class ScriptTest(unittest.TestCase):
             (error.status, error.message),
             (
                 404,
-                'No fixture matches POST /v1/chat/completions. run time: match.model is "n",'
+                'No fixture matches POST /v1/chat/completions. run time[0]: match.model is "n",'
                 ' the fixture wants "m".',
             ),
         )
@@ -2059,6 +2274,9 @@ def run(options, stream=True, seed=0, call=1, clock=None, events=EVENTS):
     return reply.status, got, was_cut
 
 
+ERROR_EVENT = b"data: %b\n\n" % fake.status_reply(500).body
+
+
 class FaultTest(unittest.TestCase):
     def times(self, options, **more):
         return [at for at, _ in run(options, **more)[1]]
@@ -2110,8 +2328,8 @@ class FaultTest(unittest.TestCase):
             ({"disconnectAfterMs": 0}, [], True),
             ({"disconnectAfterMs": 25}, EVENTS, False),
             ({"chaos": {"disconnectRate": 1}}, [], True),
-            ({"errorAfterChunks": 1}, [EVENTS[0], fake.ERROR_EVENT], False),
-            ({"errorAfterChunks": 0}, [fake.ERROR_EVENT], False),
+            ({"errorAfterChunks": 1}, [EVENTS[0], ERROR_EVENT], False),
+            ({"errorAfterChunks": 0}, [ERROR_EVENT], False),
             ({"malformed": True}, [b'data: {"n"\n\n', *EVENTS[1:]], False),
             ({"empty": True}, [b""], False),
         ]:
@@ -2119,7 +2337,7 @@ class FaultTest(unittest.TestCase):
                 status, got, was_cut = run(options)
                 self.assertEqual((status, [p for _, p in got], was_cut), (200, pieces, cut))
         self.assertEqual(
-            json.loads(fake.ERROR_EVENT[6:]),
+            json.loads(ERROR_EVENT[6:]),
             {
                 "error": {
                     "message": "Internal server error",
@@ -2940,6 +3158,386 @@ class TestHostileBodies(unittest.TestCase):
                         replies = split_replies(receive_all(client))
                     self.assertEqual([status for status, _, _ in replies], [400, 200])
                     self.assertIn("message", json.loads(replies[0][2])["error"])
+
+
+# === Scripts and faults over HTTP ===
+
+
+SCRIPTING_CHAT = "/v1/chat/completions"
+ASK_KEY = {"Authorization": "Bearer key-of-a-test", "Content-Type": "application/json"}
+
+
+def fixture_of(content, match, **options):
+    return {"match": match, "response": {"content": content}, **options}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def result_of(call):
+    return {"role": "tool", "tool_call_id": call["id"], "content": "42"}
+
+
+class ScriptingCase(unittest.TestCase):
+    """A test with a server of its own; `options` are its."""
+
+    options: dict = {}  # noqa: RUF012
+
+    def setUp(self):
+        self.server = TogetherAiServer(port=0, **self.options).start()
+        self.addCleanup(self.server.stop)
+
+    def send(self, method, path, body=None, server=None, **headers):
+        """Return status and body; a body is sent as JSON and read as JSON where it is some."""
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", (server or self.server).port, timeout=5
+        )
+        with contextlib.closing(connection):
+            data = None if body is None else json.dumps(body)
+            connection.request(method, path, data, {**ASK_KEY, **headers})
+            response = connection.getresponse()
+            raw = response.read()
+        is_json = response.getheader("Content-Type", "").startswith("application/json")
+        return response.status, json.loads(raw) if is_json else raw.decode()
+
+    def chat(self, *messages, fixture=None, server=None, **fields):
+        """Return the text of an answer, the names of its tool calls, or the status of an error."""
+        said = [user(each) if isinstance(each, str) else each for each in messages]
+        headers = {} if fixture is None else {"X-Parlel-Fixture": json.dumps(fixture)}
+        body = {"model": "m", "messages": said, **fields}
+        status, got = self.send("POST", SCRIPTING_CHAT, body, server, **headers)
+        if status != 200:
+            return status
+        message = got["choices"][0]["message"]
+        return [call["function"]["name"] for call in message["tool_calls"]] or message["content"]
+
+    def stream(self, text="hi"):
+        """Return the texts of a stream's chunks, as far as it comes, and the error it ends with."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=5)
+        with contextlib.closing(connection):
+            body = {"model": "m", "stream": True, "messages": [user(text)]}
+            connection.request("POST", SCRIPTING_CHAT, json.dumps(body), ASK_KEY)
+            try:
+                raw, error = connection.getresponse().read(), None
+            except http.client.IncompleteRead as cut:
+                raw, error = cut.partial, "cut"
+        events = [
+            event[6:] for event in raw.decode().split("\n\n") if event[6:] not in ("", "[DONE]")
+        ]
+        chunks = [json.loads(event) for event in events]
+        if "error" in chunks[-1]:
+            error = chunks.pop()["error"]["message"]
+        return [chunk["choices"][0]["delta"]["content"] for chunk in chunks], error
+
+    def load(self, **files):
+        """Write fixture files into a folder (`__` in a name is a slash) and load it."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, fixtures in files.items():
+                path = os.path.join(folder, *name.split("__")) + ".json"
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "w", encoding="utf-8") as file:
+                    json.dump({"fixtures": fixtures}, file)
+            self.server.load(folder)
+
+
+class ScriptingTests(ScriptingCase):
+    def test_one_mechanism_for_python_files_http_and_header(self):
+        self.load(one=[fixture_of("from a file", {"userMessage": "hi"})])
+        self.assertEqual(self.chat("hi"), "from a file")
+        added = {"fixtures": [fixture_of("over HTTP", {"userMessage": "hi"}, times=1)]}
+        self.assertEqual(
+            self.send("POST", "/__parlel/fixtures", added),
+            (200, {"ok": True, "added": 1, "warnings": []}),
+        )
+        self.server.reply("from Python", user_message="hi", times=1)
+        self.assertEqual(self.chat("hi", fixture={"content": "by header"}), "by header")
+        said = [self.chat("hi") for _ in range(3)]
+        self.assertEqual(said, ["over HTTP", "from Python", "from a file"])
+        listed = self.send("GET", "/__parlel/fixtures")[1]["fixtures"]
+        self.assertEqual([each["served"] for each in listed], [1, 1, 2])
+        self.assertEqual(self.send("DELETE", "/__parlel/fixtures")[0], 200)
+        self.assertEqual(self.send("GET", "/__parlel/fixtures")[1]["count"], 1)
+        self.server.reset()
+        self.assertEqual(self.chat("hi"), "from a file")
+
+    def test_removed_sequences_start_again(self):
+        entry = fixture_of("first", {"userMessage": "hi", "sequenceIndex": 0})
+        for _ in range(2):
+            self.send("POST", "/__parlel/fixtures", {"fixtures": [entry]})
+            self.assertEqual(self.chat("hi"), "first")
+            self.send("DELETE", "/__parlel/fixtures")
+
+    def test_a_refused_request_uses_nothing_up(self):
+        self.server.reply("still there", times=1)
+        self.assertEqual(
+            self.send("POST", SCRIPTING_CHAT, {"messages": [user("no model")]})[0], 400
+        )
+        self.assertEqual(self.chat("hi"), "still there")
+
+    def test_folder_by_name_files_before_sub_folders(self):
+        everything = [fixture_of("x", {})]
+        self.load(z=everything, a__2=everything, a__1=everything, a__b__0=everything, b=everything)
+        listed = self.send("GET", "/__parlel/fixtures")[1]["fixtures"]
+        names = ["b.json", "z.json", "a/1.json", "a/2.json", "a/b/0.json"]
+        self.assertEqual([each["source"] for each in listed], [f"file {name}[0]" for name in names])
+
+    def test_nothing_of_a_bad_folder_or_request_is_loaded(self):
+        good, bad = fixture_of("x", {}), fixture_of("x", {"userMesage": "hi"})
+        with self.assertRaisesRegex(
+            ValueError,
+            r"^b\.json: fixtures\[1\]\.match\.userMesage: unknown key, did you mean userMessage\?$",
+        ):
+            self.load(a=[good], b=[good, bad])
+        status, body = self.send("POST", "/__parlel/fixtures", {"fixtures": [good, bad]})
+        self.assertEqual(status, 400)
+        self.assertIn("fixtures[1].match.userMesage", body["error"]["message"])
+        self.assertEqual(self.send("GET", "/__parlel/fixtures")[1], {"fixtures": [], "count": 0})
+
+    def test_values_that_cannot_be_sent_are_refused_when_loaded(self):
+        surrogate = "\ud800"
+        for response in ({"content": surrogate}, {"json": float("nan")}, {"images": []}):
+            with self.subTest(response=response), self.assertRaises(ValueError):
+                self.server.reply(**response)
+
+    def test_agent_of_two_tool_rounds(self):
+        self.server.reply(
+            tool_calls=[{"name": "search", "arguments": {}, "id": "call_1"}],
+            has_tool_result=False, turn_index=0,
+        )  # fmt: skip
+        self.server.reply(
+            tool_calls=[{"name": "fetch", "arguments": {}, "id": "call_2"}],
+            tool_call_id="call_1", turn_index=1,
+        )  # fmt: skip
+        self.server.reply("Done.", tool_call_id="call_2", has_tool_result=True, turn_index=2)
+        messages = [user("go")]
+        for _ in range(2):
+            message = self.send("POST", SCRIPTING_CHAT, {"model": "m", "messages": messages})[1][
+                "choices"
+            ][0]
+            messages += [message["message"], result_of(message["message"]["tool_calls"][0])]
+        self.assertEqual(self.chat(*messages), "Done.")
+        self.server.assert_all_used()
+
+    def test_64_threads_share_a_sequence(self):
+        wanted = [f"item {index}" for index in range(64)]
+        for index, text in enumerate(wanted):
+            self.server.reply(text, user_message="next", sequence_index=index)
+        with concurrent.futures.ThreadPoolExecutor(64) as pool:
+            got = list(pool.map(lambda _: self.chat("next"), wanted))
+        self.assertEqual(sorted(got), sorted(wanted))
+
+    def test_parallel_callers_script_by_header_alone(self):
+        wanted = [f"caller {number}" for number in range(8)] * 4
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            got = list(pool.map(lambda text: self.chat("same", fixture={"content": text}), wanted))
+        self.assertEqual(got, wanted)
+
+    def test_header_is_utf_8(self):
+        fixture = json.dumps({"content": "\u00e9"}, ensure_ascii=False).encode()
+        body = {"model": "m", "messages": [user("hi")]}
+        got = self.send("POST", SCRIPTING_CHAT, body, **{"X-Parlel-Fixture": fixture})[1]
+        self.assertEqual(got["choices"][0]["message"]["content"], "\u00e9")
+
+    def test_operation_is_matched_under_each_spelling_of_its_path(self):
+        self.server.fail(418, endpoint="POST /v1/chat/completions")
+        body = {"model": "m", "messages": [user("hi")]}
+        for path in (SCRIPTING_CHAT, "/v1" + SCRIPTING_CHAT, SCRIPTING_CHAT + "/"):
+            with self.subTest(path=path):
+                self.assertEqual(self.send("POST", path, body)[0], 418)
+
+    def test_templates_quote_the_request(self):
+        self.server.reply("{{model}} at {{body.temperature}}: {{lastUserMessage}}{{body.none}}")
+        self.assertEqual(self.chat('say "x"', temperature=0.5), 'm at 0.5: say "x"')
+
+    def test_total_of_scripted_usage(self):
+        usage = {"prompt_tokens": 7, "completion_tokens": 3}
+        self.server.reply("Hi", usage=usage)
+        got = self.send("POST", SCRIPTING_CHAT, {"model": "m", "messages": [user("hi")]})[1]
+        self.assertEqual(got["usage"], {**usage, "total_tokens": 10})
+
+    def test_finish_reason_of_completions(self):
+        self.server.reply("Hi", finish_reason="length")
+        got = self.send("POST", "/v1/completions", {"model": "m", "prompt": "hi"})[1]
+        self.assertEqual(got["choices"][0]["finish_reason"], "length")
+
+    def test_without_fixtures_nothing_changes(self):
+        before = self.chat("hi")
+        self.server.reply("never", user_message="something else")
+        self.assertEqual(self.chat("hi"), before)
+
+    def test_assert_all_used_names_what_was_never_served(self):
+        self.server.reply("used", user_message="hi")
+        self.server.reply("unused", user_message="bye")
+        self.chat("hi")
+        with self.assertRaises(AssertionError) as caught:
+            self.server.assert_all_used()
+        self.assertIn('"userMessage": "bye"', str(caught.exception))
+        self.assertNotIn('"userMessage": "hi"', str(caught.exception))
+
+
+class ScriptedMissTests(ScriptingCase):
+    options = {"on_miss": "error"}  # noqa: RUF012
+
+    def test_miss_lists_each_fixture_and_what_differed(self):
+        self.server.reply("x", user_message="hello")
+        self.server.reply(embedding=[1])
+        body = {"model": "m", "messages": [user("bye")]}
+        status, got = self.send("POST", SCRIPTING_CHAT, body)
+        self.assertEqual(status, 404)
+        message = got["error"]["message"]
+        self.assertIn('match.userMessage is "bye", the fixture wants "hello".', message)
+        self.assertIn('response is "chat", the fixture wants ["embedding"].', message)
+        self.assertEqual(self.send("GET", "/v1/models")[0], 200)
+
+
+class ScriptedFaultTests(ScriptingCase):
+    def test_status_has_its_body_and_the_seconds_to_wait(self):
+        self.server.fail(429, retry_after=7, times=1)
+        self.assertEqual([self.chat("hi"), isinstance(self.chat("hi"), str)], [429, True])
+        self.assertEqual([call.status for call in self.server.requests], [429, 200])
+
+    def test_ends_of_a_stream(self):
+        ends = {
+            "disconnect_after_chunks": (["ab", "cd"], "cut"),
+            "truncate_after_chunks": (["ab", "cd"], "cut"),
+            "error_after_chunks": (["ab", "cd"], "Internal server error"),
+        }
+        for option, wanted in ends.items():
+            with self.subTest(option=option):
+                self.server.reset()
+                self.server.reply("abcdef", chunk_size=2, **{option: 2})
+                self.assertEqual(self.stream(), wanted)
+
+    def test_slow_stream_keeps_its_pace(self):
+        profile = {"ttft": 30, "tps": 200}
+        self.server.reply("a b c d e f", streaming_profile=profile)  # 6 tokens and the end
+        began = time.perf_counter()
+        self.assertEqual("".join(self.stream()[0]), "a b c d e f")
+        self.assertGreaterEqual(time.perf_counter() - began, 0.06)
+
+    def test_time_taken_counts_the_wait(self):
+        self.server.reply("x", latency=30)
+        self.chat("hi")
+        self.assertGreaterEqual(self.server.requests[0].duration, 0.03)
+
+    def test_chaos_repeats_with_its_seed(self):
+        def run(seed):
+            with TogetherAiServer(port=0, seed=seed) as server:
+                server.fail(chaos={"dropRate": 0.4, "rateLimitRate": 0.4})
+                for _ in range(20):
+                    self.chat("hi", server=server)
+                return [call.status for call in server.requests]
+
+        first = run(1)
+        self.assertEqual(run(1), first)
+        self.assertNotEqual(run(2), first)
+        self.assertEqual(set(first), {200, 429, 500})
+
+    def test_stop_ends_the_waits(self):
+        threads = threading.active_count() - 1  # without the server's own
+        self.server.fail(latency=60_000)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            waiting = [pool.submit(self.chat, "hi") for _ in range(4)]
+            while len(self.server.requests) < 4:
+                time.sleep(0.005)
+            began = time.perf_counter()
+            self.server.stop()
+            self.assertLess(time.perf_counter() - began, 1)
+            for each in waiting:
+                self.assertIsInstance(
+                    each.exception(timeout=5), (OSError, http.client.HTTPException)
+                )
+        self.assertEqual(threading.active_count(), threads)
+
+
+class ScriptedRecordTests(ScriptingCase):
+    def listed(self, query=""):
+        return self.send("GET", "/__parlel/requests" + query)[1]["requests"]
+
+    def test_filters(self):
+        for model in ("one", "two"):
+            self.chat("hi", model=model)
+            self.chat("hi", model=model, fixture={"status": 503})
+        self.send("GET", "/v1/models")
+        self.send("POST", "/v1" + SCRIPTING_CHAT, {"model": "three", "messages": [user("hi")]})
+        cases = {
+            "": [1, 2, 3, 4, 5, 6],
+            "?path=/v1/models": [5],
+            f"?path={SCRIPTING_CHAT}": [1, 2, 3, 4, 6],
+            "?model=two": [3, 4],
+            "?status=503": [2, 4],
+            "?since=4": [5, 6],
+            "?limit=2": [5, 6],
+            "?model=one&status=503&limit=5": [2],
+        }
+        for query, numbers in cases.items():
+            with self.subTest(query=query):
+                self.assertEqual([call["n"] for call in self.listed(query)], numbers)
+
+    def test_secrets_are_masked(self):
+        names = ("X-Api-Key", "Cookie")
+        self.send(
+            "GET", "/v1/models?api_key=key-of-a-test", **dict.fromkeys(names, "key-of-a-test")
+        )
+        self.assertNotIn("key-of-a-test", json.dumps(self.listed()))
+
+    def test_near_misses_stay_what_they_were(self):
+        self.server.reply("zero", user_message="hi", sequence_index=0)
+        self.server.reply("one", user_message="hi", sequence_index=1)
+        self.chat("hi")
+        self.chat("hi")
+        (near,) = self.server.requests[0].near_misses
+        self.assertEqual(
+            (near["differs"], near["wanted"], near["got"]), ("match.sequenceIndex", 1, 0)
+        )
+
+    def test_record_tells_which_fixture_served(self):
+        for text in ("a", "b"):
+            self.server.reply(text, user_message=text)
+            self.chat(text)
+        self.assertEqual(len({call.fixture for call in self.server.requests}), 2)
+
+    def test_failed_assertion_shows_the_nearest_calls(self):
+        for number in range(9):
+            self.chat("hi", model=f"m{number}")
+        with self.assertRaisesRegex(AssertionError, "(?s)saw 0; nearest:.*m8"):
+            self.server.assert_called(f"POST {SCRIPTING_CHAT}", model="m8", temperature=1)
+
+
+# === Scripts and official clients ===
+
+
+class ScriptedClientTests(unittest.TestCase):
+    """Retries and broken streams as official clients live through them."""
+
+    def check(self, client):
+        question = {"model": "m", "messages": [user("hi")]}
+        self.server.fail(429, retry_after=0.01, times=2)
+        self.assertTrue(client.chat.completions.create(**question).choices[0].message.content)
+        self.assertEqual([call.status for call in self.server.requests], [429, 429, 200])
+
+        self.server.reset()
+        self.server.reply("one two three four", disconnect_after_chunks=2)
+        threads = threading.active_count()
+        got = []
+        with self.assertRaises(Exception) as caught:
+            for chunk in client.chat.completions.create(**question, stream=True):
+                got.append(chunk.choices[0].delta.content)
+        self.assertRegex(type(caught.exception).__name__, "Protocol|Connection|ChunkedEncoding")
+        self.assertEqual(got, ["one", " two"])
+        self.assertLessEqual(threading.active_count(), threads)
+
+    def run_client(self, client_of):
+        with TogetherAiServer(port=0) as self.server:
+            client = client_of(api_key="key-of-a-test", base_url=self.server.base_url)
+            self.check(client)
+
+    def test_together(self):
+        self.run_client(need("together").Together)
+
+    def test_openai(self):
+        self.run_client(need("openai").OpenAI)
 
 
 # === Files, batches, fine-tuning ===

@@ -82,6 +82,7 @@ MAX_JSON_DEPTH = 200  # brackets inside brackets
 MAX_NUMBER_DIGITS = 400  # of one JSON number
 MAX_FORM_FIELDS = 1000  # of one form, query or multipart body
 MAX_PART_HEAD_BYTES = 16384  # the headers of one multipart part
+MAX_PROMPT_SCHEMA = 100_000  # characters of a message in which a schema is looked for
 MAX_TOOLS = 1024  # of one chat request
 MAX_INPUT_ITEMS = 2048  # texts of one embedding request
 MAX_DIMENSIONS = 16384  # of an embedding
@@ -96,6 +97,7 @@ MAX_AUDIO_SECONDS = 4 * 3600  # documented
 MAX_SPEAKERS = 32  # of one transcription
 MAX_VIDEO_SECONDS, DEFAULT_VIDEO_SECONDS = 60, 6
 MAX_FPS, DEFAULT_FPS = 60, 24
+MAX_NEAR_MISSES = 20  # of one call
 MAX_RECORDED_BODY_BYTES = 4 * 2**20  # a larger body is not kept with its call
 MAX_RECORD_BYTES = 64 * 2**20  # bodies of all recorded calls
 
@@ -118,9 +120,14 @@ JSON_MODE_SCHEMA = {  # what a model answers that shall write JSON and is not to
 }
 # What the record calls the inference kinds that have another name there.
 RECORD_KINDS = {"embedding": "embeddings", "image": "images"}
-SECRET_HEADERS = ("authorization", "proxy-authorization", "x-api-key", "api-key", "cookie")
-SECRET_FIELDS = re.compile(r"(?:^|_)(?:api_key|api_token|hf_token|password|secret)$")
-SECRET_ARGS = re.compile(r"((?:^|[?&])(?:api[_-]?key|key|token)=)[^&]*", re.IGNORECASE)
+SECRET_HEADERS = (
+    "authorization", "proxy-authorization", "cookie", "api-key", "x-api-key", "x-auth-token",
+    "x-together-api-key", "openai-api-key", "x-goog-api-key",
+)  # fmt: skip
+SECRET_FIELDS = re.compile(
+    r"(?i)(?:^|[_-])(?:api[_-]?key|api_token|hf_token|token|password|secret)$"
+)
+SECRET_ARGS = re.compile(r"((?:^|[?&])(?:api[_-]?key|key|(?:access_)?token)=)[^&]*", re.IGNORECASE)
 
 
 MAX_HEADER_BYTES = 64 * 2**10  # request line and header lines together
@@ -358,7 +365,7 @@ class Field:
     kinds     Python types of the JSON value; an integer is a number, `True` is not an integer
     low, high bounds of a number, or of the length of a string, array or object
     choices   the values allowed
-    each      the row that every item of an array must pass
+    each      the row that every item of an array, or value of an object, must pass
     fields    the rows of a nested object
     """
 
@@ -384,8 +391,11 @@ class Field:
         self.fields = fields
         # The types of which nothing else needs to be checked.
         bound = bool(choices) or low is not None or high is not None
-        inner: dict[type, bool] = {list: each is not None, dict: fields is not None}
-        self.plain = frozenset(kind for kind in kinds if not (bound or inner.get(kind)))
+        inner: dict[Any, bool] = {
+            list: each is not None,
+            dict: each is not None or fields is not None,
+        }
+        self.plain = frozenset(kind for kind in kinds if not bound and not inner.get(kind, False))
 
     def check(self, value: Any, place: str) -> Any:
         """Return the value in its declared type; raise ApiError naming the place."""
@@ -396,9 +406,9 @@ class Field:
         if self.choices and type(value) in (str, int, bool) and value not in self.choices:
             allowed = ", ".join(map(str, self.choices))
             raise refuse_value(place, f"must be one of {allowed}", value)
-        if self.each is not None and type(value) is list:
+        if self.each is not None and type(value) in (list, dict):
             each = self.each
-            for index, item in enumerate(value):
+            for index, item in list(enumerate(value) if type(value) is list else value.items()):
                 if type(item) not in each.plain:
                     value[index] = each.check(item, f"{place}[{index}]")
         if self.fields is not None and type(value) is dict:
@@ -407,7 +417,7 @@ class Field:
 
     def convert(self, value: Any, place: str) -> Any:
         """Take an integer as a number and 3.0 as the integer 3; refuse every other foreign type."""
-        if type(value) is int and float in self.types:
+        if type(value) is int and float in self.types and abs(value) < 2**1000:
             return float(value)
         if type(value) is float and int in self.types and value.is_integer():
             return int(value)
@@ -1941,7 +1951,8 @@ class Place:
         patterns = [self.reader.pattern(source) for source in self.arguments("pattern")]
         formats = [name for name in self.arguments("format") if name in FORMATS]
         template = FORMATS[formats[0]] if formats else find_by_name(TEXTS, self.name)
-        for _ in range(3 if patterns else TRIES):
+        tries = (10 * TRIES if formats else 3) if patterns else TRIES
+        for _ in range(tries):
             text = fill_template(self.draw, template)
             if not formats and not patterns:
                 while len(text) < low:
@@ -1949,8 +1960,9 @@ class Place:
                 return text[:high]
             if low <= len(text) <= high and all(pattern.is_in(text) for pattern in patterns):
                 return text
-        if not patterns:
-            raise Unsatisfiable(f"{self.path}: no {formats[0]} has {low} to {high} characters")
+        if formats:
+            rule = f"has {low} to {high} characters" + " and the pattern" * bool(patterns)
+            raise Unsatisfiable(f"{self.path}: no {formats[0]} {rule}")
         return patterns[0].make(self.draw, low, high, patterns[1:])
 
     def make_integer(self, attempt: int) -> Any:
@@ -2324,6 +2336,7 @@ def supported_model(model: Model) -> dict[str, Any]:
 # === Dialects ===
 
 # Clients of one generation ask for /v1/v1/..., or for v2 and v3 operations under /v1.
+VERSIONED = re.compile(r"/(?:v[0-9]+|__\w+|shrt|health)(?:/|$)|/$")
 DOUBLED_PREFIX = re.compile(r"/v1(?=/v[123](?:/|$))")
 MOVED_PREFIXES = {
     "/v1/whoami": "/v2/whoami",
@@ -2339,7 +2352,10 @@ def collapse_path(path: str, strict: bool) -> str:
         path = re.sub("//+", "/", path)
     if len(path) > 1 and path[-1] == "/":
         path = path[:-1]
-    if strict or not path.startswith("/v1/"):
+    if strict:
+        return path
+    path = path if VERSIONED.match(path) else "/v1" + path
+    if not path.startswith("/v1/"):
         return path
     path = DOUBLED_PREFIX.sub("", path, count=1)
     return MOVED.sub(lambda found: MOVED_PREFIXES[found.group()], path, count=1)
@@ -2358,6 +2374,14 @@ def is_together(request: Request) -> bool:
 def is_stainless(request: Request) -> bool:
     """Say whether a generated Together client asks: Python 2.x and 3.x, and npm's."""
     return is_together(request) and "x-stainless-lang" in request.headers
+
+
+def has_one_role(request: Request) -> bool:
+    """Say whether only the first delta of a stream names its role.
+
+    OpenAI's helpers join the roles of all deltas; Together's clients require one in each.
+    """
+    return is_openai(request)
 
 
 def wrap_list(request: Request, items: list[Any], strict: bool) -> Any:
@@ -2489,11 +2513,11 @@ class Call:
 
     kind = ""  # chat, completion, embeddings, images, or the family of the path
     status = 0  # of the reply; 0 until there is one
-    duration = 0.0  # seconds until the reply, or the first event, was there
+    duration = 0.0  # seconds until the reply was there; of a stream, until its end
     error = ""  # why it failed, where it did
     warnings: tuple[str, ...] = ()  # a path that was read as another, fields that nothing reads
     fixture = ""  # the source of the one that answered
-    find_near_misses: Callable[[], list[dict[str, Any]]] = list
+    near_misses: Sequence[dict[str, Any]] = ()  # other fixtures, with the key that differed
 
     def __init__(self, number: int, request: Request, at: float) -> None:
         self.number = number
@@ -2507,6 +2531,13 @@ class Call:
         self.at = at  # Unix seconds
         self.size = len(request.raw)  # bytes of the body
         self._raw = request.raw if self.size <= MAX_RECORDED_BODY_BYTES else b""
+
+    def time_events(self, events: Iterator[bytes], started: float) -> Iterator[bytes]:
+        """Pass a stream on and note how long it took in all, waits included."""
+        try:
+            yield from events
+        finally:
+            self.duration = time.perf_counter() - started
 
     @property
     def body(self) -> Any:
@@ -2524,11 +2555,6 @@ class Call:
         """The model that the body names."""
         body = self.body
         return body.get("model") if type(body) is dict else None
-
-    @property
-    def near_misses(self) -> list[dict[str, Any]]:
-        """The other fixtures, each with the first key that differed, by today's counts."""
-        return self.find_near_misses()
 
     def __repr__(self) -> str:
         return f"<Call {self.number}: {self.method} {self.path} -> {self.status}>"
@@ -2550,7 +2576,7 @@ class Call:
             "error": self.error,
             "warnings": list(self.warnings),
             "fixture": self.fixture,
-            "near_misses": self.near_misses,
+            "near_misses": list(self.near_misses),
         }
 
 
@@ -2708,7 +2734,8 @@ LEAVES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "list": ("a list", lambda value: isinstance(value, list)),
     "number": ("a number", is_number),
     "rate": ("a number from 0 to 1", lambda value: is_number(value, 0) and value <= 1),
-    "time": ("a number from 0 up", lambda value: is_number(value, 0)),
+    "float": ("a number of 32 bits", lambda value: is_number(value) and abs(value) < 3.4e38),
+    "time": ("a number from 0 to 86400000", lambda value: is_number(value, 0) and value <= 864e5),
     "speed": ("a number above 0", lambda value: is_number(value, 1e-9)),
     "count": ("a whole number from 0 up", lambda value: is_number(value, 0, int)),
     "size": ("a whole number from 1 up", lambda value: is_number(value, 1, int)),
@@ -2761,7 +2788,8 @@ OPTIONS = make_shape(
 ENTRY = {"match!": MATCH, "response": "object", **OPTIONS}
 
 JSON_TEXT = ("text", "object", "list")
-OVERRIDES = make_shape("id:text created:count model:text usage:object finishReason:text role:text")
+OVERRIDES = make_shape("id:text created:count model:text finishReason:text role:text")
+OVERRIDES["usage"] = {"*": ("count", "object")}
 SPEECH = make_shape(
     "reasoning:text",
     "systemFingerprint provider nativeFinishReason webSearches reasoningSignature redactedThinking",
@@ -2771,8 +2799,8 @@ SPEECH = make_shape(
     **OVERRIDES,
 )
 ENVELOPE = make_shape("message!:text type:text param:text code:text", "metadata")
-ERROR = make_shape("status:status retryAfter:time", "fallthrough", error=ENVELOPE)
-IMAGE = make_shape("url:text b64Json:text revisedPrompt:text")
+ERROR = make_shape("status:failure retryAfter:time", "fallthrough", error=ENVELOPE)
+IMAGE = make_shape("url:text b64Json:base64 revisedPrompt:text")
 SOUND = ("base64", make_shape("b64Json!:base64 contentType:text"))
 AUDIO = make_shape("format:text", "content toolCalls reasoning", audio=SOUND)
 TRANSCRIPT = make_shape(
@@ -2855,7 +2883,7 @@ RESPONSES: dict[str, tuple[list[str], dict[str, Any], Callable[[dict[str, Any]],
         ["image"], {"image": IMAGE, "images": [IMAGE]},
         lambda said: {"images": list(map(snake_keys, said.get("images", [said.get("image", {})])))},
     ),
-    "embedding": (["embedding"], {"embedding": [("number", ["number"])]}, read_vectors),
+    "embedding": (["embedding"], {"embedding": [("float", ["float"])]}, read_vectors),
     "rerank": (["rerank"], {"scores": ["number"]}, dict),
     "json": (
         EVERY, make_shape("json:any status:status", "billableUnits"),
@@ -2964,6 +2992,12 @@ class Reader:
         if not kind:
             keys = ", ".join(TOLD_BY)
             raise ValueError(f"{place}: has none of the keys that say what to answer: {keys}")
+        empty = next((key for key in clean if clean[key] in ([], {}) and key != "json"), None)
+        images = [clean["image"]] if "image" in clean else clean.get("images", [])
+        if empty or not all("url" in image or "b64Json" in image for image in images):
+            raise ValueError(f"{place}.{empty or 'image'}: says nothing")
+        if len({type(item) is list for item in clean.get("embedding", ())}) > 1:
+            raise ValueError(f"{place}.embedding: must be numbers, or a list of numbers each")
         for index, block in enumerate(clean.get("blocks", ())):
             for key in ("text",) if block["type"] == "text" else ("name", "arguments"):
                 if key not in block:
@@ -2978,6 +3012,10 @@ class Reader:
         elif clean.keys() == {"match"}:
             raise ValueError(f"{place}: needs a response, or an option such as latency")
         check_match(clean["match"], kind, place + ".match")
+        try:
+            json.dumps(clean, ensure_ascii=False, allow_nan=False).encode()
+        except ValueError as error:  # half of a surrogate pair, NaN or Infinity
+            raise ValueError(f"{place}: holds what JSON cannot say: {error}") from None
         return kind, clean
 
 
@@ -3032,9 +3070,12 @@ class Fixture:
         self._said = entry.get("response", {})
         self._templated = kind == "text" and "{{" in json.dumps(self._said)
         self.response: dict[str, Any] = self._normalise(self._said)
+        if kind == "text" and self.response["content"] is None:
+            self.kinds = ["chat"]  # tool calls alone
         self.options = {key: entry[key] for key in OPTIONS if key in entry}
         self.chunk_size: int | None = self.options.get("chunkSize")  # characters; None: a token
         self.faulty = not self.options.keys() <= {"times", "chunkSize", "shouldRetry"}
+        self.breaks_late = "errorAfterChunks" in self.options  # an error, but in the stream
         self.match: dict[str, Any] = entry["match"]
         self.turn: int | None = self.match.get("turnIndex")
         self.sequence: int | None = self.match.get("sequenceIndex")
@@ -3118,12 +3159,16 @@ def load_fixtures(path: str, warnings: list[str] | None = None) -> list[Fixture]
 
 def parse_header(text: str) -> Fixture:
     """Build the fixture of an X-Parlel-Fixture header: one entry, or a response alone."""
+    with contextlib.suppress(UnicodeError):  # header bytes are read as latin-1, curl sends UTF-8
+        text = text.encode("latin-1").decode()
     try:
         entry = json.loads(text)
         if isinstance(entry, dict):
             is_entry = entry.keys() & {"match", "response", *OPTIONS}
             entry = {"match": {}, **(entry if is_entry else {"response": entry})}
-        return Fixture(*Reader().read_entry(entry, "X-Parlel-Fixture"), "header")
+        fixture = Fixture(*Reader().read_entry(entry, "X-Parlel-Fixture"), "header")
+        fixture.sequence = None  # one request is no sequence
+        return fixture
     except (ValueError, RecursionError) as error:
         raise ApiError("bad_fixture", reason=str(error)) from None
 
@@ -3144,6 +3189,8 @@ def fixture_from_keywords(verb: str, keywords: Mapping[str, Any], when: Any = No
     `when` is asked with the request. Raises TypeError for an unknown keyword and ValueError for
     a wrong value.
     """
+    if when is not None and not callable(when):
+        raise TypeError(f"{verb}() needs a function as `when`, not {when!r}")
     entry: dict[str, Any] = {"match": {}, "response": {}}
     for word, value in keywords.items():
         if word not in KEYWORDS:
@@ -3172,14 +3219,14 @@ def status_reply(
     body = ApiError(name, model=model, status=status).body()
     if error is not None:
         body["error"].update({"type": "server_error", "code": None, **error})
-    return Reply(json.dumps(body).encode(), status, headers=headers)
+    return Reply(ENCODE(body).encode(), status, headers=headers)
 
 
 def error_reply(fixture: Fixture, request: Request) -> Reply:
     """Build the whole reply of a fixture whose response is an error, a status or `json`."""
     response = fixture.response
     if fixture.kind == "json":
-        return Reply(json.dumps(response["json"]).encode(), response["status"])
+        return Reply(ENCODE(response["json"]).encode(), response["status"])
     reply = status_reply(**response, model=request.body.get("model"))
     if "shouldRetry" in fixture.options:
         asked = json.dumps(fixture.options["shouldRetry"])
@@ -3187,7 +3234,7 @@ def error_reply(fixture: Fixture, request: Request) -> Reply:
     return reply
 
 
-ERROR_EVENT = b"data: %s\n\n" % json.dumps(ApiError("status_500").body()).encode()
+QUIET_OPTIONS = ("times", "chunkSize", "shouldRetry", "chaos")  # that are no fault
 if TYPE_CHECKING:
     Wait = Callable[[float], bool]  # sleeps for so many seconds; True when the server stops
     Clock = Callable[[], float]  # seconds, monotonic
@@ -3203,15 +3250,25 @@ class Fault:
 
     chaos    the rate that hit, or ""
     options  the fixture's, with what the hit adds; `status` replaces the reply
+    error    what a fixture says of an error in the stream
     """
 
-    def __init__(self, options: Mapping[str, Any], draw: Draw) -> None:
+    def __init__(
+        self, options: Mapping[str, Any], draw: Draw, error: Mapping[str, Any] | None = None
+    ) -> None:
+        self.error = {"status": 500, **(error or {})}
         rates = options.get("chaos", {})
         hits = (rate for rate in CHAOS if draw.child(rate).unit() < rates.get(rate, 0))
         self.chaos = next(hits, "")
         self.options: dict[str, Any] = {**options, **CHAOS.get(self.chaos, {})}
         self.latency = rates.get("latencyMs", 0)
         self.draw = draw.child("jitter")
+
+    def describe(self) -> str:
+        """Name what goes wrong, for the record; nothing where chance let the call pass."""
+        names = [self.chaos] if self.chaos else []
+        names += [name for name in self.options if name not in (*QUIET_OPTIONS, "status")]
+        return f"the fixture's {', '.join(names)}" if names else ""
 
     def plan(self, stream: bool) -> Iterator[float]:
         """Yield the seconds before each chunk; a whole reply only knows latency."""
@@ -3244,7 +3301,7 @@ class Fault:
             if count == cut_after or (cut_after < float("inf") and count and not stream):
                 raise Cut
             if stream and count == options.get("errorAfterChunks"):
-                yield ERROR_EVENT
+                yield b"data: %b\n\n" % status_reply(**self.error).body
                 return
             if stream and count == 0 and options.get("malformed"):
                 event = event[:6] + halve(event[6:].rstrip()) + b"\n\n"  # after "data: "
@@ -3261,9 +3318,10 @@ def travel(reply: Reply, fault: Fault, wait: Wait, clock: Clock) -> Reply:
     A whole reply that waits or is cut becomes raw pieces with a Content-Length.
     """
     options = fault.options
-    late_error = reply.events is None and "errorAfterChunks" in options
-    if "status" in options or late_error:
-        reply = status_reply(options.get("status", 500))
+    if "status" in options:
+        reply = status_reply(options["status"])
+    elif reply.events is None and "errorAfterChunks" in options:
+        reply = status_reply(**fault.error)
     if options.get("empty"):
         reply = Reply(b"", reply.status, reply.content_type, reply.headers)
     if reply.events is not None:
@@ -3356,13 +3414,18 @@ class Script:
 
     def remove_run_time(self) -> None:
         """Remove the fixtures that were added at run time; those of files stay."""
-        self._run_time = Layer()
+        with self._lock:
+            for fixture in self._run_time.fixtures:
+                self._sequences.pop(fixture.group, None)
+            self._run_time = Layer()
 
     def add(self, fixtures: Iterable[Fixture], layer: Layer | None = None) -> None:
         """Append fixtures at run time, or to another layer."""
         with self._lock:
             for fixture in fixtures:
                 (layer or self._run_time).add(fixture)
+                if fixture.source == "run time":
+                    fixture.source = f"run time[{fixture.position}]"
 
     def load(self, path: str) -> list[Fixture]:
         """Append the fixtures of a file or folder, or none if one is wrong (ValueError)."""
@@ -3389,6 +3452,13 @@ class Script:
                 if fixture.sequence is not None:
                     self._sequences[fixture.group] = self._sequences.get(fixture.group, 0) + 1
         return fixture
+
+    def give_back(self, fixture: Fixture) -> None:
+        """Count a fixture as not served, because the request was refused after all."""
+        with self._lock:
+            fixture.served -= 1
+            if fixture.sequence is not None:
+                self._sequences[fixture.group] -= 1
 
     def _choose(self, facts: Facts, layers: list[Layer]) -> Fixture | None:
         turn, last_resort = facts["turnIndex"], None
@@ -3418,20 +3488,18 @@ class Script:
         times = fixture.options.get("times")
         return ("times", times, fixture.served) if times and fixture.served >= times else None
 
-    def find_near_misses(
-        self, kind: str, request: Request, served: Fixture | None = None
-    ) -> list[dict[str, Any]]:
-        """List every fixture but the served one with the first key that differed.
+    def find_near_misses(self, kind: str, request: Request) -> list[dict[str, Any]]:
+        """List the first fixtures, each with the first key that differs.
 
-        `differs` is None where nothing did: another fixture went before it.
+        `differs` is None where nothing does: the fixture is served, or another goes before it.
         """
         facts, names = Facts(kind, request), ("differs", "wanted", "got")
         with self._lock:
+            layers = self._list_layers(request)
+            fixtures = [each for layer in layers for each in layer.fixtures]
             return [
                 {"fixture": each.source, **dict(zip(names, obstacle or [None]))}
-                for layer in self._list_layers(request)
-                for each in layer.fixtures
-                if each is not served
+                for each in fixtures[:MAX_NEAR_MISSES]
                 for obstacle in [self._find_obstacle(each, facts)]
             ]
 
@@ -3443,6 +3511,8 @@ class Script:
             for miss in self.find_near_misses(kind, request)
             if miss["differs"]
         ]
+        more = len(self._run_time.fixtures) + len(self._files.fixtures) - MAX_NEAR_MISSES
+        reasons += [f" And {more} more."] if more > 0 else []
         reason = "".join(reasons) or " There are no fixtures."
         return ApiError("no_fixture", method=request.method, path=request.path, reason=reason)
 
@@ -3452,7 +3522,9 @@ class Script:
             return None
         with self._lock:
             self._calls += 1
-            return Fault(fixture.options, Draw.of("fault", [self.seed, self._calls]))
+            draw = Draw.of("fault", [self.seed, self._calls])
+        error = fixture.response if fixture.kind in ("error", "status") else None
+        return Fault(fixture.options, draw, error)
 
     def unused(self) -> list[Fixture]:
         """Return the fixtures that were never served."""
@@ -3473,7 +3545,8 @@ EXACT: dict[tuple[str, str], Route] = {}  # the routes without parameters, found
 
 def read_family(path: str) -> str:
     """Return the word after the version, by which the record names a call."""
-    return path.split("/")[2] if path.count("/") > 1 else ""
+    found = re.match(r"/v[0-9]/([\w-]+)", path)
+    return found.group(1) if found else ""
 
 
 class Route:
@@ -3570,6 +3643,9 @@ def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
 # === Endpoints ===
 
 
+SERVED_AS = {"language": "chat", "code": "chat", "moderation": "chat"}
+
+
 def use_model(server: TogetherAiServer, id: str, type: str) -> Model:
     """Return the model of an id; an unknown one answers too, unless the server is strict."""
     model = server.models.get(id)
@@ -3577,6 +3653,8 @@ def use_model(server: TogetherAiServer, id: str, type: str) -> Model:
         if server.strict:
             raise ApiError("no_model", model=id[:100])
         model = Model(type, id)
+    elif server.strict and SERVED_AS.get(model.type, model.type) != SERVED_AS.get(type, type):
+        raise refuse_value("model", f"must be of the type {type}, not {model.type}", id)
     return model
 
 
@@ -3590,7 +3668,7 @@ SAMPLING_FIELDS = (
     Field("repetition_penalty", float, low=0),
     Field("presence_penalty", float, low=-2, high=2),
     Field("frequency_penalty", float, low=-2, high=2),
-    Field("logit_bias", dict),
+    Field("logit_bias", dict, each=Field("", float)),
     Field("seed", int),
     Field("n", int, low=1, high=128),
     Field("max_tokens", int, low=1),
@@ -3607,12 +3685,16 @@ FUNCTION_FIELDS = Fields(
 )
 CALL_FIELDS = Fields(Field("name", str, required=True), Field("arguments", str))
 URL_FIELDS = Fields(Field("url", str, required=True))
+PART_TYPES = (
+    "text", "image_url", "video_url", "audio_url", "input_audio", "file", "refusal", "reasoning",
+    "thinking",
+)  # fmt: skip
 PART_FIELDS = Fields(
-    Field("type", str, required=True),
+    Field("type", str, required=True, choices=PART_TYPES),
     Field("text", str),
-    Field("image_url", dict, str, fields=URL_FIELDS),
-    Field("video_url", dict, str, fields=URL_FIELDS),
-    Field("audio_url", dict, str, fields=URL_FIELDS),
+    Field("image_url", dict, fields=URL_FIELDS),
+    Field("video_url", dict, fields=URL_FIELDS),
+    Field("audio_url", dict, fields=URL_FIELDS),
     Field("input_audio", dict, fields=Fields(Field("data", str, required=True))),
 )
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -3636,7 +3718,9 @@ FORMAT_FIELDS = Fields(
     Field(
         "json_schema",
         dict,
-        fields=Fields(Field("name", str), Field("strict", bool), Field("schema", dict, bool)),
+        fields=Fields(
+            Field("name", str, high=64), Field("strict", bool), Field("schema", dict, bool)
+        ),
     ),
     Field("schema", dict, bool),
     Field("pattern", str),
@@ -3691,6 +3775,9 @@ def pick_facts(body: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
         for name in names
         if body.get(name) is not None and (name != "n" or body[name] != 1)
     }
+
+
+TOOL_FIELDS = {"tools", "functions", "tool_choice", "function_call"}
 
 
 class Choice:
@@ -3763,15 +3850,17 @@ def check_message(message: dict[str, Any], number: int) -> None:
             raise ApiError("missing", param=f"{place}.content[{index}].{part['type']}")
 
 
-def find_budget(body: dict[str, Any], model: Model, prompt_tokens: int) -> int:
-    """Return how many tokens may be written; raise ApiError when the context is too short."""
+def find_budget(body: dict[str, Any], model: Model, prompt_tokens: int) -> tuple[int, int]:
+    """Return how many tokens may be written, and how many of the prompt are read.
+
+    Raises ApiError when the context is too short, unless the request wants it truncated.
+    """
     asked = body.get("max_completion_tokens") or body.get("max_tokens")
-    budget: int = asked or DEFAULT_MAX_TOKENS
     room = model.context_length or MAX_CONTEXT_TOKENS
-    if prompt_tokens + (asked or 1) <= room:
-        return min(budget, room - prompt_tokens)
-    if body.get("context_length_exceeded_behavior") == "truncate":
-        return max(1, min(budget, room - prompt_tokens if prompt_tokens < room else budget))
+    fits = prompt_tokens + (asked or 1) <= room
+    if fits or body.get("context_length_exceeded_behavior") == "truncate":
+        budget = max(1, min(asked or DEFAULT_MAX_TOKENS, room - prompt_tokens))
+        return budget, min(prompt_tokens, max(1, room - budget))
     raise ApiError(
         "too_long",
         param="max_tokens" if asked else "messages",
@@ -3799,8 +3888,9 @@ def count_usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, Any]:
     for choice in choices:
         thought += len(choice.thoughts)
         written += len(choice.thoughts) + len(choice.pieces)
-        for call in choice.tool_calls:
-            written += count_tokens(call["function"]["name"] + call["function"]["arguments"])
+        called = [call["function"] for call in choice.tool_calls]
+        for function in [*called, choice.function_call] if choice.function_call else called:
+            written += count_tokens(function["name"]) + count_tokens(function["arguments"])
     usage = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": written,
@@ -3820,7 +3910,7 @@ def read_tool_choice(body: dict[str, Any]) -> tuple[str, list[str]]:
     """Return none, auto, required or named, and the names it is limited to."""
     choice = body.get("tool_choice")
     if choice is None:
-        choice = body.get("function_call") if body.get("functions") else None
+        choice = body.get("function_call")
     names = [tool["name"] for tool in find_tools(body)]
     if choice is None or type(choice) is str:
         mode = choice or "auto"
@@ -3845,11 +3935,23 @@ def topic_words(text: str) -> set[bytes]:
     return {word.rstrip(b"s") for word in find_words(text)}
 
 
+def read_turn(messages: list[dict[str, Any]]) -> tuple[str, set[str]]:
+    """Return the last user message, and the names of the tools called since."""
+    asked = ""
+    done: set[str] = set()
+    for message in messages:
+        if message["role"] == "user":
+            asked, done = message_text(message), set()
+        for call in message.get("tool_calls") or ():
+            done.add((call.get("function") or {}).get("name", ""))
+    return asked, done
+
+
 def choose_tools(body: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the functions to call: those that share most words with the last user message.
 
-    With `auto`, none when no word is shared, and none after a tool's result, so that the loop
-    of an agent ends.
+    With `auto`, none when no word is shared, and none after a tool's result; with `required`,
+    those called since the user spoke only when there is no other: so the loops of agents end.
     """
     tools = find_tools(body)
     mode, names = read_tool_choice(body)
@@ -3860,11 +3962,11 @@ def choose_tools(body: dict[str, Any]) -> list[dict[str, Any]]:
     offered = [tool for tool in tools if tool["name"] in names] if names else tools
     if mode == "named":
         return offered[:1]
-    messages = body["messages"]
-    if mode == "auto" and messages[-1]["role"] in ("tool", "function"):
+    asked, done = read_turn(body["messages"])
+    if mode == "auto" and body["messages"][-1]["role"] in ("tool", "function"):
         return []
-    asked = [message_text(message) for message in messages if message["role"] == "user"]
-    wanted = topic_words(asked[-1] if asked else "")
+    offered = [tool for tool in offered if tool["name"] not in done] or offered
+    wanted = topic_words(asked)
     shared = [
         len(wanted & topic_words(f"{tool['name']} {tool.get('description') or ''}"))
         for tool in offered
@@ -3906,6 +4008,20 @@ def make_calls(draw: Draw, functions: list[dict[str, Any]]) -> list[dict[str, An
     return calls
 
 
+def cut_calls(choice: Choice, budget: int) -> None:
+    """End the arguments of tool calls where the budget of tokens is spent."""
+    for at, call in enumerate(choice.tool_calls):
+        function = call["function"]
+        budget -= count_tokens(function["name"])
+        pieces = split_tokens(function["arguments"])
+        if len(pieces) > budget:
+            function["arguments"] = "".join(pieces[: max(budget, 0)])
+            choice.tool_calls = choice.tool_calls[: at + 1]
+            choice.finish_reason = "length"
+            return
+        budget -= len(pieces)
+
+
 def make_pattern_text(draw: Draw, pattern: str | None) -> str:
     """Return text that matches; raise ApiError where nothing can."""
     if not pattern:
@@ -3916,6 +4032,27 @@ def make_pattern_text(draw: Draw, pattern: str | None) -> str:
         raise ApiError("invalid", param="response_format.pattern", reason=str(error)) from None
 
 
+def read_schemas(text: str) -> Iterator[Any]:
+    """Yield the JSON objects in a text that look like a schema."""
+    for found in itertools.islice(re.finditer(r"\{", text[:MAX_PROMPT_SCHEMA]), 100):
+        with contextlib.suppress(ValueError, RecursionError, ApiError):
+            value = DECODER.raw_decode(text, found.start())[0]
+            if type(value) is dict and type(value.get("properties")) is dict:
+                yield value
+
+
+def find_schema(format: dict[str, Any], body: dict[str, Any]) -> Any:
+    """Return the schema of a response format; JSON mode without one looks for it in the prompt."""
+    inner = format.get("json_schema")
+    if format["type"] == "json_schema" and inner is None and "schema" not in format:
+        raise ApiError("missing", param="response_format.json_schema")
+    schema = (inner or format).get("schema")
+    if schema is not None:
+        return schema
+    texts = map(message_text, body["messages"])
+    return next((schema for text in texts for schema in read_schemas(text)), JSON_MODE_SCHEMA)
+
+
 def make_content(draw: Draw, body: dict[str, Any], model: Model) -> list[str]:
     """Return the tokens of an answer in the format asked for."""
     format = body.get("response_format") or {"type": "text"}
@@ -3923,9 +4060,7 @@ def make_content(draw: Draw, body: dict[str, Any], model: Model) -> list[str]:
     if kind == "regex":
         return split_tokens(make_pattern_text(draw, format.get("pattern")))
     if kind != "text":
-        schema = (format.get("json_schema") or format).get("schema")
-        schema = JSON_MODE_SCHEMA if schema is None else schema
-        return split_tokens(make_valid(draw, schema, "response_format"))
+        return split_tokens(make_valid(draw, find_schema(format, body), "response_format"))
     if model.type == "moderation":
         return ["safe"]
     first, *others = make_tokens(draw)
@@ -3956,7 +4091,7 @@ def compose_choice(
     draw: Draw, body: dict[str, Any], model: Model, budget: int, index: int
 ) -> Choice:
     """Write one choice of a chat answer."""
-    functions = choose_tools(body) if "tools" in body or "functions" in body else []
+    functions = choose_tools(body) if TOOL_FIELDS & body.keys() else []
     thoughts = make_reasoning(draw.child("reasoning", index), body, model) if model.thinks else ""
     choice = Choice(index, [], "tool_calls")
     budget -= add_thoughts(choice, thoughts, budget)
@@ -3964,12 +4099,14 @@ def compose_choice(
         choice.finish_reason = "length"
     elif functions:
         choice.tool_calls = make_calls(draw.child("tools", index), functions)
+        cut_calls(choice, budget)
     else:
         pieces = make_content(draw.child("text", index), body, model)
         choice.pieces, choice.finish_reason = cut_tokens(pieces, body.get("stop"), budget)
     if choice.tool_calls and not body.get("tools"):
         choice.function_call = choice.tool_calls.pop()["function"]
-        choice.finish_reason = "function_call"
+        if choice.finish_reason == "tool_calls":
+            choice.finish_reason = "function_call"
     return choice
 
 
@@ -3990,7 +4127,6 @@ def script_choice(
         choice.tool_calls.append(made)
         choice.finish_reason = "tool_calls"
     choice.calls_first = bool(blocks) and blocks[0]["type"] == "tool_call"
-    choice.finish_reason = script.get("finish_reason") or choice.finish_reason
     return choice
 
 
@@ -3999,7 +4135,12 @@ def apply_script(answer: Answer, script: dict[str, Any]) -> None:
     for name in ("id", "created", "model", "role"):
         setattr(answer, name, script.get(name) or getattr(answer, name))
     answer.request.id = answer.id
-    answer.usage.update(script.get("usage") or {})
+    usage = answer.usage
+    usage.update(script.get("usage") or {})
+    if "total_tokens" not in (script.get("usage") or {}):
+        usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+    for choice in answer.choices:
+        choice.finish_reason = script.get("finish_reason") or choice.finish_reason
     answer.reasons = answer.reasons or bool(script["reasoning"])
     size = script["chunk_size"]
     for choice in answer.choices if size else ():
@@ -4050,9 +4191,9 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
     draw = Draw.of("chat", pick_facts(body, CHAT_FACTS))
     request.id = draw_id(draw)
     prompt_tokens = sum([count_message(message) for message in body["messages"]]) + 1
-    if body.get("tools"):
-        prompt_tokens += count_tokens(ENCODE(body["tools"]))
-    budget = find_budget(body, model, prompt_tokens)
+    for name in ("tools", "functions"):
+        prompt_tokens += count_tokens(ENCODE(body[name])) if body.get(name) else 0
+    budget, prompt_tokens = find_budget(body, model, prompt_tokens)
     script = request.script
     choices = [
         script_choice(draw, body, script, budget, index)
@@ -4213,7 +4354,11 @@ def usage_events(
 
 def chat_chunks(answer: Answer) -> Iterator[dict[str, Any]]:
     """Yield an answer as chunks; their fold is the whole reply."""
+    begun: set[int] = set()
     for part in interleave([chat_parts(answer, choice) for choice in answer.choices]):
+        if has_one_role(answer.request) and part["index"] in begun:
+            del part["delta"]["role"]
+        begun.add(part["index"])
         yield {
             "id": answer.id,
             "object": "chat.completion.chunk",
@@ -4254,11 +4399,11 @@ def read_inputs(value: Any, place: str) -> list[Any]:
         return [value]
     if value and all(type(item) is str for item in value):
         return list(value)
-    if value and all(type(item) is int for item in value):
+    if value and all(type(item) is int and item >= 0 for item in value):
         return [value]
     if value and all(type(item) is list for item in value):
         for index, item in enumerate(value):
-            if not item or not all(type(token) is int for token in item):
+            if not item or not all(type(token) is int and token >= 0 for token in item):
                 raise refuse_value(f"{place}[{index}]", "must be an array of token ids", item)
         return list(value)
     raise refuse_value(place, "must be a string, or an array of strings or token ids", value)
@@ -4286,8 +4431,10 @@ def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
     request.id = draw_id(draw)
     script = request.script
     choices: list[Choice] = []
+    prompt_tokens = 0
     for prompt in prompts:
-        budget = find_budget(body, model, count_input(prompt))
+        budget, read = find_budget(body, model, count_input(prompt))
+        prompt_tokens += read
         own = Draw.of("prompt", [facts, prompt])
         for index in range(body.get("n") or 1):
             if script:
@@ -4295,7 +4442,7 @@ def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
             else:
                 pieces = make_tokens(own.child("text", index))
             choices.append(Choice(len(choices), *cut_tokens(pieces, body.get("stop"), budget)))
-    answer = Answer(request, choices, count_usage(sum(map(count_input, prompts)), choices))
+    answer = Answer(request, choices, count_usage(prompt_tokens, choices))
     if script:
         apply_script(answer, script)
     if "echo" in body or "logprobs" in body:
@@ -4402,7 +4549,7 @@ def create_completion(server: TogetherAiServer, request: Request) -> Any:
 
 EMBEDDING_FIELDS = Fields(
     Field("model", str, required=True, low=1),
-    Field("input", str, list, required=True, high=MAX_INPUT_ITEMS),
+    Field("input", str, list, required=True),
     Field("encoding_format", str, choices=("float", "base64")),
     Field("dimensions", int, low=1, high=MAX_DIMENSIONS),
     Field("user", str),
@@ -4412,7 +4559,7 @@ EMBEDDING_FIELDS = Fields(
 def embed(model: Model, value: Any, dimensions: int | None) -> list[int]:
     """Return the unit vector of a text or token list, in hundred-thousandths."""
     vector = make_vector(input_text(value), model.dimensions, model.id.encode())
-    return shorten(vector, dimensions) if dimensions and dimensions < len(vector) else vector
+    return shorten(vector, dimensions) if dimensions else vector
 
 
 def write_numbers(numbers: bytes | str) -> str:
@@ -4442,7 +4589,12 @@ def create_embeddings(server: TogetherAiServer, request: Request) -> Any:
     """Embed texts: those that share words are close."""
     body = request.body
     inputs = read_inputs(body["input"], "input")
+    if len(inputs) > MAX_INPUT_ITEMS:
+        raise refuse_value("input", f"must have at most {MAX_INPUT_ITEMS} items", len(inputs))
     model = use_model(server, body["model"], "embedding")
+    if (body.get("dimensions") or 0) > model.dimensions:
+        rule = f"must be at most {model.dimensions}, as {model.id} has them"
+        raise refuse_value("dimensions", rule, body["dimensions"])
     request.id = draw_id(Draw(hashlib.sha256(request.raw).digest()))
     # Written by hand: the JSON encoder would take ten times as long for the numbers.
     items = [
@@ -4618,7 +4770,9 @@ def list_page(request: Request, items: list[dict[str, Any]]) -> dict[str, Any]:
     """Return one page of the second API: `limit` items after the id that `after` names."""
     after, limit = request.args.get("after"), request.args.get("limit") or 100
     ids = [item["id"] for item in items]
-    start = ids.index(after) + 1 if after in ids else 0
+    if after and after not in ids:
+        raise refuse_value("after", "must be a next_cursor of this list", after)
+    start = ids.index(after) + 1 if after else 0
     page = items[start : start + limit]
     more = len(items) > start + limit
     return {"object": "list", "data": page, "next_cursor": page[-1]["id"] if more else None}
@@ -6329,10 +6483,12 @@ RECORD_FILTERS = Fields(
 def list_requests(server: TogetherAiServer, request: Request) -> Any:
     """List the record, oldest first: of a path, model or status, since a number, the last few."""
     args = request.args
+    for name in args.keys() - RECORD_FILTERS.keys():
+        raise refuse_value(name, f"must be one of {', '.join(RECORD_FILTERS)}", name)
     calls = [
         call
         for call in list(server.requests)
-        if args.get("path") in (None, call.path)
+        if args.get("path") in (None, call.path, collapse_path(call.path, server.strict))
         and args.get("status") in (None, call.status)
         and call.number > args.get("since", 0)
         and ("model" not in args or args["model"] == call.model)
@@ -6853,6 +7009,16 @@ def lead(first: bytes, events: Iterator[bytes]) -> Iterator[bytes]:
     yield from events
 
 
+def stamp(reply: Reply, request: Request) -> Reply:
+    """Add the headers that name a reply; a refused request has no other name than its bytes."""
+    if not request.id:
+        facts = f"{request.method} {request.path}\n".encode("utf-8", "replace")
+        request.id = draw_id(Draw(hashlib.sha256(facts + request.raw).digest()))
+    ray = request.id[-16:]
+    reply.headers = {**reply.headers, "x-request-id": request.id, "cf-ray": f"{ray}-SEA"}
+    return reply
+
+
 def as_reply(value: Any, request: Request, status: int) -> Reply:
     """Make a handler's result a reply; a stream's first event is drawn before the head is sent."""
     if type(value) is Reply:
@@ -6869,10 +7035,7 @@ def as_reply(value: Any, request: Request, status: int) -> Reply:
         )
     else:
         reply = Reply(ENCODE(value).encode(), status)
-    if request.id:
-        ray = request.id[-16:]
-        reply.headers = {**reply.headers, "x-request-id": request.id, "cf-ray": f"{ray}-SEA"}
-    return reply
+    return stamp(reply, request) if request.id else reply
 
 
 class TogetherAiServer:
@@ -7028,7 +7191,12 @@ class TogetherAiServer:
 
     def load(self, path: str) -> None:
         """Load a fixture file, or a folder of them; ValueError names the place that is wrong."""
+        known = len(self.script.warnings)
         self.script.load(os.fspath(path))
+        for warning in self.script.warnings[known:]:
+            import warnings  # rare
+
+            warnings.warn(warning, stacklevel=2)
 
     def assert_all_used(self) -> None:
         """Raise AssertionError listing the fixtures that were never served."""
@@ -7055,8 +7223,8 @@ class TogetherAiServer:
         calls = self.calls_to(operation, **fields)
         if (len(calls) != times) if times is not None else not calls:
             wanted = f"{times} calls" if times is not None else "a call"
-            path = operation.partition(" ")[2]
-            near = sorted(self.requests, key=lambda call: path not in call.path)[:5]
+            near = sorted(self.requests, key=lambda call: self._likeness(call, operation, fields))
+            near = near[:-6:-1]
             shown = [f"{call!r} {ENCODE(call.body)[:300]}" for call in near] or ["no call at all"]
             detail = f" with {ENCODE(fields)}" if fields else ""
             listing = "\n  ".join(shown)
@@ -7121,6 +7289,13 @@ class TogetherAiServer:
         for name in names:
             self.contents.pop(name, None)
 
+    def _likeness(self, call: Call, operation: str, fields: dict[str, Any]) -> tuple[int, int]:
+        """Rank a call by how much of a wanted one it has, then by how new it is."""
+        body = call.body if type(call.body) is dict else {}
+        equal = sum(contains_json(body, {name: fields[name]}) for name in fields)
+        same = operation == f"{call.method} {collapse_path(call.path, self.strict)}"
+        return equal + len(fields) * same + same, call.number
+
     # The pipeline
 
     def answer(self, request: Request) -> Reply:
@@ -7130,6 +7305,8 @@ class TogetherAiServer:
         reply = self._settle(request, call)
         call.status = reply.status
         call.duration = time.perf_counter() - started
+        if reply.events is not None:
+            reply.events = call.time_events(reply.events, started)
         if self.log:
             path = mask_query(request.path + (f"?{request.query}" if request.query else ""))
             self.log(f'"{request.method} {path}" {reply.status} {call.duration * 1000:.1f} ms')
@@ -7197,6 +7374,7 @@ class TogetherAiServer:
         if path != request.path:
             call.warnings += (f"the path was read as {path}",)
         call.kind = read_family(path)
+        request.path = path
         route, request.params = find_route(request.method, path)
         return route
 
@@ -7210,31 +7388,35 @@ class TogetherAiServer:
 
     def _follow_script(self, route: Route, request: Request, call: Call) -> Reply:
         """Answer by the fixture that matches, if there is one."""
+        misses = self.script.find_near_misses(route.kind, request)  # before anything is counted
         fixture = self.script.find(route.kind, request)
-        call.find_near_misses = functools.partial(
-            self.script.find_near_misses, route.kind, request, fixture
-        )
+        call.fixture = fixture.source if fixture else ""
+        call.near_misses = [miss for miss in misses if miss["fixture"] != call.fixture]
         if fixture is None:
             return self._handle(route, request, call)
-        call.fixture = fixture.source
-        if fixture.kind in ("error", "status", "json"):
-            reply = error_reply(fixture, request)
+        if fixture.kind in ("error", "status", "json") and not fixture.breaks_late:
+            reply = stamp(error_reply(fixture, request), request)
         else:
-            if fixture.kind != "generated":
+            if fixture.kind not in ("generated", "error", "status"):
                 request.script = fixture.render(route.kind, request)
                 request.script["chunk_size"] = fixture.chunk_size
-            reply = self._handle(route, request, call)
+            try:
+                reply = self._handle(route, request, call)
+            except ApiError:
+                self.script.give_back(fixture)
+                raise
         fault = self.script.fault(fixture)
-        return travel(reply, fault, self.stopping.wait, time.monotonic) if fault else reply
+        if fault is None:
+            return reply
+        if fault.describe():
+            call.warnings += (fault.describe(),)
+        return travel(reply, fault, self.stopping.wait, time.monotonic)
 
     def _shape_error(self, error: ApiError, request: Request) -> Reply:
         """Return the error envelope; strict servers use production's words where known."""
-        body = error.body(recorded=self.strict)
-        if not request.id:
-            facts = f"{request.method} {request.path}\n".encode("utf-8", "replace")
-            request.id = draw_id(Draw(hashlib.sha256(facts + request.raw).digest()))
-        reply = as_reply({"id": request.id, **body}, request, error.status)
-        reply.headers = {**reply.headers, **error.headers}
+        reply = stamp(Reply(b"", error.status, headers=error.headers), request)
+        body = {"id": request.id, **error.body(recorded=self.strict)}
+        reply.body = ENCODE(body).encode()
         return reply
 
     def body_limit(self, method: str, path: str) -> int:
@@ -7332,7 +7514,7 @@ def main(args: Sequence[str] | None = None) -> int:
     )
     try:
         for path in options.fixtures:
-            server.load(path)
+            server.script.load(path)
         for warning in server.script.warnings:
             print_line(warning)
     except (OSError, ValueError) as error:
