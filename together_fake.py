@@ -1487,6 +1487,8 @@ adjective: bright|calm|clear|careful|fresh|gentle|modern|quick|quiet|simple|stea
 noun: bridge|garden|harbor|journey|letter|market|meadow|notebook|plan|river|signal
 verb: check|compare|explain|improve|measure|prepare|review|share|update
 """)
+# Where a pattern alone would not be enough; other patterns beside a format describe it whole.
+NARROW_FORMATS = ("date", "date-time", "email", "ipv4", "uuid")
 # By format, or by a name that calls for it; Base64 takes four characters for three bytes.
 FORMATS = read_table("""\
 date day birthday deadline dob: 202{d}-0{c}-1{d}
@@ -1960,7 +1962,7 @@ class Place:
                 return text[:high]
             if low <= len(text) <= high and all(pattern.is_in(text) for pattern in patterns):
                 return text
-        if formats:
+        if formats and (not patterns or formats[0] in NARROW_FORMATS):
             rule = f"has {low} to {high} characters" + " and the pattern" * bool(patterns)
             raise Unsatisfiable(f"{self.path}: no {formats[0]} {rule}")
         return patterns[0].make(self.draw, low, high, patterns[1:])
@@ -2517,7 +2519,7 @@ class Call:
     error = ""  # why it failed, where it did
     warnings: tuple[str, ...] = ()  # a path that was read as another, fields that nothing reads
     fixture = ""  # the source of the one that answered
-    near_misses: Sequence[dict[str, Any]] = ()  # other fixtures, with the key that differed
+    misses: Any = ()  # a list of near misses, or what finds them
 
     def __init__(self, number: int, request: Request, at: float) -> None:
         self.number = number
@@ -2556,6 +2558,12 @@ class Call:
         body = self.body
         return body.get("model") if type(body) is dict else None
 
+    @property
+    def near_misses(self) -> list[dict[str, Any]]:
+        """The first fixtures that did not answer, each with the first key that differed."""
+        misses = self.misses() if callable(self.misses) else self.misses
+        return [miss for miss in misses if miss["fixture"] != self.fixture]
+
     def __repr__(self) -> str:
         return f"<Call {self.number}: {self.method} {self.path} -> {self.status}>"
 
@@ -2576,7 +2584,7 @@ class Call:
             "error": self.error,
             "warnings": list(self.warnings),
             "fixture": self.fixture,
-            "near_misses": list(self.near_misses),
+            "near_misses": self.near_misses,
         }
 
 
@@ -3398,6 +3406,9 @@ class Script:
         self._files = Layer()
         self.reset()
 
+    def __len__(self) -> int:
+        return len(self._run_time.fixtures) + len(self._files.fixtures)
+
     @property
     def empty(self) -> bool:
         """Whether there is no fixture at all."""
@@ -3511,7 +3522,7 @@ class Script:
             for miss in self.find_near_misses(kind, request)
             if miss["differs"]
         ]
-        more = len(self._run_time.fixtures) + len(self._files.fixtures) - MAX_NEAR_MISSES
+        more = len(self) - MAX_NEAR_MISSES
         reasons += [f" And {more} more."] if more > 0 else []
         reason = "".join(reasons) or " There are no fixtures."
         return ApiError("no_fixture", method=request.method, path=request.path, reason=reason)
@@ -7388,10 +7399,11 @@ class TogetherAiServer:
 
     def _follow_script(self, route: Route, request: Request, call: Call) -> Reply:
         """Answer by the fixture that matches, if there is one."""
-        misses = self.script.find_near_misses(route.kind, request)  # before anything is counted
+        find_misses = functools.partial(self.script.find_near_misses, route.kind, request)
+        # Before anything is counted; of many fixtures only when somebody looks.
+        call.misses = find_misses() if len(self.script) <= MAX_NEAR_MISSES else find_misses
         fixture = self.script.find(route.kind, request)
         call.fixture = fixture.source if fixture else ""
-        call.near_misses = [miss for miss in misses if miss["fixture"] != call.fixture]
         if fixture is None:
             return self._handle(route, request, call)
         if fixture.kind in ("error", "status", "json") and not fixture.breaks_late:

@@ -9,7 +9,7 @@ import { spawn } from 'node:child_process';
 import { createInterface } from 'node:readline';
 import { describe, test } from 'node:test';
 
-import OpenAI from 'openai';
+import OpenAI, { toFile } from 'openai';
 import { zodFunction, zodResponseFormat } from 'openai/helpers/zod';
 import Together from 'together-ai';
 import { z } from 'zod';
@@ -373,4 +373,111 @@ describe('tools and structured output', { skip: !OBEDIENCE }, () => {
       assert.deepEqual(runner.messages.map(({ role }) => role), ['user', 'assistant', 'tool', 'assistant']);
     });
   }
+});
+
+// Fetch a job until it has ended; return its last state and every status seen.
+async function climb(fetchJob) {
+  const seen = [];
+  for (;;) {
+    const job = await fetchJob();
+    seen.push(job.status);
+    if (['completed', 'failed'].includes(job.status) || seen.length === 10) return { job, seen };
+  }
+}
+
+// A silent WAV file: 16 bits, one channel, 8,000 samples a second.
+function writeSound(seconds) {
+  const data = Buffer.alloc(44 + 16000 * seconds);
+  data.write('RIFF', 0);
+  data.writeUInt32LE(data.length - 8, 4);
+  data.write('WAVEfmt ', 8);
+  data.writeUInt32LE(16, 16);
+  data.writeUInt16LE(1, 20);
+  data.writeUInt16LE(1, 22);
+  data.writeUInt32LE(8000, 24);
+  data.writeUInt32LE(16000, 28);
+  data.writeUInt16LE(2, 32);
+  data.writeUInt16LE(16, 34);
+  data.write('data', 36);
+  data.writeUInt32LE(data.length - 44, 40);
+  return data;
+}
+
+const readLines = async (id) =>
+  (await (await openai.files.content(id)).text()).trim().split('\n').map((line) => JSON.parse(line));
+
+describe('openai: what is stored', () => {
+  const questions = ['Why is the sky blue?', 'What do herons eat?'];
+  const asked = questions.map((content) => ({ model: MODEL, messages: [{ role: 'user', content }] }));
+  const bodies = [...asked, { model: MODEL }]; // the last one is refused
+  const rows = bodies.map((body, n) => ({ custom_id: `q${n}`, method: 'POST', url: '/v1/chat/completions', body }));
+  const lines = rows.map((row) => `${JSON.stringify(row)}\n`).join('');
+  const upload = async () =>
+    openai.files.create({ file: await toFile(Buffer.from(lines), 'lines.jsonl'), purpose: 'batch' });
+
+  test('a file is listed, fetched byte for byte and deleted', async () => {
+    const file = await upload();
+    assert.deepEqual([file.object, file.filename, file.purpose], ['file', 'lines.jsonl', 'batch']);
+    assert.equal(file.bytes, Buffer.byteLength(lines));
+    assert.equal(await (await openai.files.content(file.id)).text(), lines);
+    assert.ok((await collect(await openai.files.list())).some(({ id }) => id === file.id));
+    assert.equal((await openai.files.retrieve(file.id)).filename, 'lines.jsonl');
+    assert.deepEqual(await openai.files.delete(file.id), { id: file.id, object: 'file', deleted: true });
+    assert.ok((await raised(openai.files.retrieve(file.id))) instanceof OpenAI.NotFoundError);
+  });
+
+  test('a batch answers as chat does, and a bad line is an error line', async () => {
+    const { id: input_file_id } = await upload();
+    const created = await openai.batches.create({
+      input_file_id,
+      endpoint: '/v1/chat/completions',
+      completion_window: '24h',
+    });
+    assert.deepEqual([created.object, created.status], ['batch', 'validating']);
+    const { job, seen } = await climb(() => openai.batches.retrieve(created.id));
+    assert.deepEqual(seen, ['in_progress', 'completed']);
+    assert.deepEqual(job.request_counts, { total: 3, completed: 2, failed: 1 });
+    assert.ok((await collect(await openai.batches.list())).some(({ id }) => id === job.id));
+    const answers = await readLines(job.output_file_id);
+    assert.deepEqual(answers.map((row) => row.custom_id).sort(), ['q0', 'q1']);
+    for (const { custom_id, response } of answers) {
+      const direct = await openai.chat.completions.create(bodies[custom_id.slice(1)]);
+      assert.equal(response.status_code, 200);
+      assert.deepEqual(response.body.choices[0].message, direct.choices[0].message);
+    }
+    const errors = await readLines(job.error_file_id);
+    assert.deepEqual(errors.map((row) => row.custom_id), ['q2']);
+  });
+
+  test('a batch is cancelled', async () => {
+    const { id: input_file_id } = await upload();
+    const request = { input_file_id, endpoint: '/v1/chat/completions', completion_window: '24h' };
+    const stopped = await openai.batches.cancel((await openai.batches.create(request)).id);
+    assert.match(stopped.status, /^cancell(ing|ed)$/);
+  });
+});
+
+describe('openai: audio', () => {
+  test('speech as WAV and as MP3', async () => {
+    const request = { model: 'cartesia/sonic', voice: 'newsman', input: 'Hello there, friend.' };
+    for (const [response_format, type, start] of [['wav', 'audio/wav', 'RIFF'], ['mp3', 'audio/mpeg', '\xff\xfb']]) {
+      const reply = await openai.audio.speech.create({ ...request, response_format });
+      assert.equal(reply.headers.get('content-type'), type);
+      const data = Buffer.from(await reply.arrayBuffer());
+      assert.equal(data.toString('latin1', 0, start.length), start);
+    }
+  });
+
+  test('transcriptions and translations last as long as the sound', async () => {
+    const file = await toFile(writeSound(3), 'a.wav');
+    const request = { file, model: 'openai/whisper-large-v3' };
+    const { text } = await openai.audio.transcriptions.create(request);
+    const verbose = { ...request, response_format: 'verbose_json' };
+    const full = await openai.audio.transcriptions.create({ ...verbose, timestamp_granularities: ['segment', 'word'] });
+    assert.deepEqual([full.text, full.duration], [text, 3]);
+    assert.equal(full.words.map(({ word }) => word).join(' '), text);
+    assert.equal(full.segments.at(-1).end, 3);
+    const translation = await openai.audio.translations.create(verbose);
+    assert.ok(translation.text.length > 0);
+  });
 });
