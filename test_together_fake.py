@@ -26,6 +26,7 @@ import json
 import math
 import operator
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -43,8 +44,9 @@ import urllib.error
 import urllib.request
 import wave
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from unittest import mock
 
 import together_fake as fake
@@ -605,6 +607,10 @@ class ChatTests(FakeCase):
             self.assertEqual(got["choices"][0]["finish_reason"], "length")
             self.assertEqual(got["usage"]["completion_tokens"], 5)
 
+    def test_no_tokens_at_all(self):
+        choice = self.chat(max_tokens=0)["choices"][0]
+        self.assertEqual((choice["message"]["content"], choice["finish_reason"]), ("", "length"))
+
     def test_stop_cuts_before_the_first_hit(self):
         whole = self.text()
         words = whole.split()
@@ -868,13 +874,19 @@ class ImageTests(FakeCase):
                 item = self.draw(response_format="b64_json", **fields).json["data"][0]
                 self.assertEqual(self.png_size(base64.b64decode(item["b64_json"])), size)
 
+    def test_zero_counts_as_not_given(self):
+        fields = {"n": 0, "width": 0, "height": 0, "steps": 0}
+        item = self.draw(response_format="b64_json", **fields).json["data"][0]
+        self.assertEqual(self.png_size(base64.b64decode(item["b64_json"])), (1024, 1024))
+
     def test_bad_sizes_and_counts(self):
         for fields, param in (
-            ({"width": 0}, "width"),
+            ({"width": -1}, "width"),
+            ({"width": 8}, "width"),
             ({"height": 9999}, "height"),
             ({"width": None, "height": None, "size": "huge"}, "size"),
             ({"width": None, "height": None, "size": "9999x9999"}, "size"),
-            ({"n": 0}, "n"),
+            ({"n": -1}, "n"),
             ({"n": 100}, "n"),
         ):
             with self.subTest(fields=fields):
@@ -4621,17 +4633,12 @@ def make_tools():
     return [{"type": "function", "function": tool} for tool in tools], models
 
 
-class ClientScenarios:
-    """What every generation of every client must be able to do."""
+class Clients:
+    """Every client of one package: sync and async, at each base URL, lenient and strict."""
 
     package = ""
     majors = ()
-    errors = ERRORS
-    key_header = "default_headers"
     strictness = ({}, {"_strict_response_validation": True})
-    image_size = SIDES
-    image_base64 = "base64"
-    draw = "images.generate"
 
     @classmethod
     def setUpClass(cls):
@@ -4658,6 +4665,17 @@ class ClientScenarios:
         call = Driver(name, make(base_url=url, **options))
         cls.addClassCleanup(call.close)
         return call
+
+
+class ClientScenarios(Clients):
+    """What every generation of every client must be able to do."""
+
+    errors = ERRORS
+    key_header = "default_headers"
+    strictness = ({}, {"_strict_response_validation": True})
+    image_size = SIDES
+    image_base64 = "base64"
+    draw = "images.generate"
 
     def assertRefused(self, call, path, status, param=None, code=None, **fields):
         base = getattr(self.module, "APIError", None) or self.module.error.TogetherException
@@ -5082,6 +5100,344 @@ class OpenAiClientTests(ClientScenarios, unittest.TestCase):
         done = "tool_calls.function.arguments.done"
         (event,) = [event for event in events if event.type == done]
         self.assertEqual((event.name, event.arguments), ("get_weather", made.function.arguments))
+
+
+BASE_MODEL = "meta-llama/Meta-Llama-3.1-8B-Instruct-Reference"
+QUESTIONS = ["Why is the sky blue?", "Who built the lighthouse?", "What do herons eat?"]
+LESSONS = [[*say(question), {"role": "assistant", "content": "See."}] for question in QUESTIONS]
+SPOKEN = {"model": "cartesia/sonic", "input": "Hello there, friend.", "voice": "newsman"}
+HEARD = {"model": "openai/whisper-large-v3", "response_format": "verbose_json"}
+
+
+def write_lines(rows):
+    return b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+
+
+def read_lines(data):
+    return [json.loads(line) for line in data.splitlines()]
+
+
+def write_sound(seconds, rate=8000):
+    """Return a silent WAV file."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(rate)
+        sound.writeframes(bytes(2 * rate * seconds))
+    return file.getvalue()
+
+
+TRAINING = write_lines({"messages": lesson} for lesson in LESSONS * 4)
+SOUND = write_sound(3)
+
+
+def client_batch_lines(**more):
+    """Return the questions as the lines of a batch, and a last one without messages."""
+    bodies = [{"model": CHAT_MODEL, "messages": say(question)} for question in QUESTIONS]
+    rows = enumerate([*bodies, {"model": CHAT_MODEL}])
+    return write_lines({"custom_id": f"q{n}", "body": body, **more} for n, body in rows)
+
+
+class StoreScenarios(Clients):
+    """What every client does with files and batches."""
+
+    batch_purpose = "batch-api"
+    batch_line: Mapping[str, str] = MappingProxyType({})  # what each line of a batch has besides
+    batch_states = ("VALIDATING", ["IN_PROGRESS", "COMPLETED"])
+
+    def upload(self, call, data, purpose="fine-tune"):
+        """Upload a file named lines.jsonl."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "lines.jsonl")
+            path.write_bytes(data)
+            return call("files.upload", file=path, purpose=purpose)
+
+    def download(self, call, id):
+        """Return the content of a file."""
+        return call.finish(call("files.content", id=id).read())
+
+    def start_batch(self, call, id):
+        job = call("batches.create", input_file_id=id, endpoint="/v1/chat/completions")
+        return job.job
+
+    def fetch_batch(self, call, id):
+        return call("batches.retrieve", id=id)
+
+    def list_batches(self, call):
+        return call("batches.list")
+
+    def climb(self, fetch, limit=10):
+        """Fetch a job until it has ended; return its last state and every status seen."""
+        seen = []
+        while len(seen) < limit and (not seen or seen[-1].lower() not in ("completed", "failed")):
+            job = fetch()
+            seen.append(getattr(job.status, "value", job.status))
+        return job, seen
+
+    @each_client
+    def test_files(self, call):
+        file = self.upload(call, TRAINING)
+        self.assertEqual((file.filename, file.bytes), ("lines.jsonl", len(TRAINING)))
+        self.assertEqual(getattr(file.purpose, "value", file.purpose), "fine-tune")
+        self.assertEqual(self.download(call, file.id), TRAINING)
+        other = self.upload(call, TRAINING[:-1])
+        files = call("files.list")
+        listed = {each.id for each in getattr(files, "data", files)}
+        self.assertEqual(listed, {file.id, other.id})
+        self.assertEqual(self.retrieve_file(call, file.id).filename, "lines.jsonl")
+        gone = self.delete_file(call, file.id)
+        self.assertEqual((gone.id, gone.deleted), (file.id, True))
+        self.assertEqual([each["id"] for each in self.server.files], [other.id])
+
+    def retrieve_file(self, call, id):
+        return call("files.retrieve", id=id)
+
+    def delete_file(self, call, id):
+        return call("files.delete", id=id)
+
+    @each_client
+    def test_a_batch_answers_as_chat_does(self, call):
+        file = self.upload(call, client_batch_lines(**self.batch_line), self.batch_purpose)
+        job = self.start_batch(call, file.id)
+        first, rest = self.batch_states
+        self.assertEqual(getattr(job.status, "value", job.status), first)
+        self.assertEqual(job.input_file_id, file.id)
+        done, seen = self.climb(lambda: self.fetch_batch(call, job.id))
+        self.assertEqual(seen, rest)
+        self.assertEqual([each.id for each in self.list_batches(call)], [job.id])
+        rows = read_lines(self.download(call, done.output_file_id))
+        texts = {
+            row["custom_id"]: row["response"]["body"]["choices"][0]["message"]["content"]
+            for row in rows
+        }
+        direct = [call.chat(say(each)).choices[0].message.content for each in QUESTIONS]
+        self.assertEqual(texts, {f"q{n}": text for n, text in enumerate(direct)})
+        (wrong,) = read_lines(self.download(call, done.error_file_id))
+        self.assertEqual(wrong["custom_id"], "q3")
+        self.assertIn("messages", json.dumps(wrong))
+
+
+class TrainingScenarios(StoreScenarios):
+    """What the clients of every together generation do besides: train."""
+
+    package = "together"
+    maker = "Together"
+
+    def list_models(self, call):
+        return [model.id for model in call("models.list")]
+
+    @each_client
+    def test_fine_tuning(self, call):
+        file = self.upload(call, TRAINING)
+        job = call("fine_tuning.create", training_file=file.id, model=BASE_MODEL, lora=True)
+        self.assertEqual(getattr(job.status, "value", job.status), "pending")
+        done, seen = self.climb(lambda: self.fetch_tuning(call, job.id))
+        self.assertEqual(seen, ["queued", "running", "uploading", "completed"])
+        events = self.of_tuning(call, "list_events", job.id).data
+        kinds = [str(getattr(event.type, "value", event.type)).lower() for event in events]
+        self.assertEqual((kinds[0], kinds[-1]), ("job_pending", "job_complete"))
+        self.assertTrue(self.of_tuning(call, "list_checkpoints", job.id))
+        model = self.name_of(done)
+        self.assertTrue(call.chat(model=model).choices[0].message.content)
+        self.assertEqual([each.id for each in call("fine_tuning.list").data], [job.id])
+        self.assertEqual(self.download_model(call, job.id)[:2], self.archive_start)
+        if self.major < 3:
+            self.assertIn(model, self.list_models(call))
+
+    def fetch_tuning(self, call, id):
+        return call("fine_tuning.retrieve", id=id)
+
+    def of_tuning(self, call, name, id):
+        return call(f"fine_tuning.{name}", id=id)
+
+    def name_of(self, job):
+        return job.x_model_output_name
+
+    def download_model(self, call, id):
+        reply = call("fine_tuning.content", ft_id=id, checkpoint="adapter")
+        return call.finish(reply.read())
+
+    archive_start = b"\x1f\x8b"
+
+
+class TogetherV1StoreClientTests(TrainingScenarios, unittest.TestCase):
+    majors = (1,)
+    strictness = ({},)
+
+    # Its async client has neither uploads nor downloads: the sync one makes them.
+    def upload(self, call, data, purpose="fine-tune"):
+        return super().upload(self.calls[0], data, purpose)
+
+    def download(self, call, id):
+        return self.save("files.retrieve_content", id)
+
+    def download_model(self, call, id):
+        return self.save("fine_tuning.download", id)
+
+    def save(self, path, id):
+        """Return what a method of the sync client writes into a file."""
+        with tempfile.TemporaryDirectory() as folder:
+            saved = self.calls[0](path, id=id, output=pathlib.Path(folder, "saved"))
+            return pathlib.Path(saved.filename).read_bytes()
+
+    def start_batch(self, call, id):
+        return call("batches.create_batch", file_id=id, endpoint="/v1/chat/completions")
+
+    def fetch_batch(self, call, id):
+        return call("batches.get_batch", batch_job_id=id)
+
+    def list_batches(self, call):
+        return call("batches.list_batches")
+
+    def name_of(self, job):
+        return job.output_name
+
+
+class TogetherStoreClientTests(TrainingScenarios, unittest.TestCase):
+    majors = (2, 3)
+
+    @classmethod
+    def base_urls(cls, server):
+        return [server.url, server.base_url] if cls.major == 3 else [server.base_url]
+
+    @each_client
+    def test_rerank(self, call):
+        documents = ["a red car", "apple pie recipe", "pie"]
+        reply = call(
+            "rerank.create",
+            model="Salesforce/Llama-Rank-V1",
+            query="apple pie",
+            documents=documents,
+            top_n=2,
+            return_documents=True,
+        )
+        self.assertEqual([each.index for each in reply.results], [1, 2])
+        best, second = reply.results
+        self.assertEqual(best.document.text, "apple pie recipe")
+        self.assertGreater(best.relevance_score, second.relevance_score)
+
+    @each_client
+    def test_speech(self, call):
+        reply = call("audio.speech.create", response_format="wav", **SPOKEN)
+        with wave.open(io.BytesIO(call.finish(reply.read()))) as sound:
+            self.assertEqual(sound.getframerate(), 44100)
+            self.assertGreater(sound.getnframes(), 4410)
+        raw = call("audio.speech.create", response_format="raw", **SPOKEN)
+        chunks = call("audio.speech.create", response_format="raw", stream=True, **SPOKEN)
+        whole = b"".join(base64.b64decode(chunk.b64) for chunk in chunks if chunk.b64)
+        self.assertEqual(whole, call.finish(raw.read()))
+
+    @each_client
+    def test_transcription(self, call):
+        file = ("a.wav", SOUND)
+        plain = call("audio.transcriptions.create", file=file, model=HEARD["model"])
+        full = call(
+            "audio.transcriptions.create",
+            file=file,
+            timestamp_granularities=["segment", "word"],
+            diarize=True,
+            **HEARD,
+        )
+        self.assertEqual(full.text, plain.text)
+        self.assertEqual(full.duration, 3)
+        self.assertEqual(" ".join(word.word for word in full.words), full.text)
+        self.assertTrue(full.speaker_segments[0].speaker_id)
+        other = call("audio.translations.create", file=file, **HEARD)
+        self.assertTrue(other.text)
+
+    @each_client
+    def test_evaluation(self, call):
+        rows = write_lines({"text": question} for question in QUESTIONS)
+        file = self.upload(call, rows, "eval")
+        judge = {"model": CHAT_MODEL, "model_source": "serverless", "system_template": "Judge."}
+        classes = {"labels": ["yes", "no"], "pass_labels": ["yes"]}
+        both = {"model_a": "text", "model_b": "text"}
+        scores = {"min_score": 1.0, "max_score": 5.0, "pass_threshold": 3.0}
+        for type, fields in (("classify", classes), ("score", scores), ("compare", both)):
+            with self.subTest(type=type):
+                parameters = {"judge": judge, "input_data_file_path": file.id, **fields}
+                job = call("evals.create", type=type, parameters=parameters)
+                self.assertEqual(job.status, "pending")
+                done, seen = self.climb(lambda id=job.workflow_id: call("evals.retrieve", id=id))
+                self.assertEqual(seen, ["queued", "running", "completed"])
+                status = call("evals.status", id=job.workflow_id)
+                self.assertEqual(status.results.model_dump(), done.results.model_dump())
+                judged = read_lines(self.download(call, done.results.result_file_id))
+                self.assertEqual(len(judged), len(QUESTIONS))
+        self.assertEqual(len(call("evals.list")), 3)
+
+    @each_client
+    def test_video(self, call):
+        fields = {"model": "minimax/hailuo-02", "prompt": "A heron takes off."}
+        job = call("videos.create", width=64, height=48, seconds="2", **fields)
+        self.assertEqual((job.status, job.size, job.seconds), ("in_progress", "64x48", "2"))
+        done, _ = self.climb(lambda: call("videos.retrieve", id=job.id))
+        self.assertEqual(done.status, "completed")
+        with urllib.request.urlopen(done.outputs.video_url) as response:
+            self.assertEqual(response.headers["Content-Type"], "video/mp4")
+            self.assertEqual(response.read(8)[4:], b"ftyp")
+
+
+class OpenAiStoreClientTests(StoreScenarios, unittest.TestCase):
+    package = "openai"
+    maker = "OpenAI"
+    batch_purpose = "batch"
+    batch_line = MappingProxyType({"method": "POST", "url": "/v1/chat/completions"})
+    batch_states = ("validating", ["in_progress", "completed"])
+
+    def upload(self, call, data, purpose="fine-tune"):
+        return call("files.create", file=("lines.jsonl", data), purpose=purpose)
+
+    def download(self, call, id):
+        return call("files.content", file_id=id).content
+
+    def retrieve_file(self, call, id):
+        return call("files.retrieve", file_id=id)
+
+    def delete_file(self, call, id):
+        return call("files.delete", file_id=id)
+
+    def start_batch(self, call, id):
+        window = {"endpoint": "/v1/chat/completions", "completion_window": "24h"}
+        return call("batches.create", input_file_id=id, metadata={"run": "7"}, **window)
+
+    def fetch_batch(self, call, id):
+        return call("batches.retrieve", batch_id=id)
+
+    @each_client
+    def test_batch_counts(self, call):
+        file = self.upload(call, client_batch_lines(**self.batch_line), "batch")
+        self.assertEqual((file.object, file.purpose, file.status), ("file", "batch", "processed"))
+        job = self.start_batch(call, file.id)
+        self.assertEqual((job.object, job.metadata), ("batch", {"run": "7"}))
+        done, _ = self.climb(lambda: self.fetch_batch(call, job.id))
+        counts = done.request_counts
+        self.assertEqual((counts.total, counts.completed, counts.failed), (4, 3, 1))
+        stopped = call("batches.cancel", batch_id=self.start_batch(call, file.id).id)
+        self.assertIn(stopped.status, ("cancelling", "cancelled"))
+
+    @each_client
+    def test_speech(self, call):
+        reply = call("audio.speech.create", response_format="wav", **SPOKEN)
+        with wave.open(io.BytesIO(reply.content)) as sound:
+            self.assertGreater(sound.getnframes(), 4410)
+        reply = call("audio.speech.create", response_format="mp3", **SPOKEN)
+        self.assertEqual(reply.content[:2], b"\xff\xfb")
+
+    @each_client
+    def test_transcription(self, call):
+        file = ("a.wav", SOUND)
+        plain = call("audio.transcriptions.create", file=file, model=HEARD["model"])
+        if call.picky:  # it wants the scores that only OpenAI gives with each segment
+            self.assertTrue(plain.text)
+            return
+        words = {"timestamp_granularities": ["word"]}
+        full = call("audio.transcriptions.create", file=file, **HEARD, **words)
+        self.assertEqual((full.text, full.duration), (plain.text, 3))
+        self.assertEqual(" ".join(word.word for word in full.words), full.text)
+        other = call("audio.translations.create", file=file, **HEARD)
+        self.assertTrue(other.text)
 
 
 class RequiredClientsTests(unittest.TestCase):

@@ -3682,7 +3682,7 @@ SAMPLING_FIELDS = (
     Field("logit_bias", dict, each=Field("", float)),
     Field("seed", int),
     Field("n", int, low=1, high=128),
-    Field("max_tokens", int, low=1),
+    Field("max_tokens", int, low=0),
     Field("stop", str, list, each=Field("", str)),
     Field("stream", bool),
     Field("stream_options", dict, fields=Fields(Field("include_usage", bool))),
@@ -3741,7 +3741,7 @@ CHAT_FIELDS = Fields(
     Field("model", str, required=True, low=1),
     Field("messages", list, required=True, low=1, each=Field("", dict, fields=MESSAGE_FIELDS)),
     *SAMPLING_FIELDS,
-    Field("max_completion_tokens", int, low=1),
+    Field("max_completion_tokens", int, low=0),
     Field("logprobs", int, bool, low=0, high=20),
     Field("top_logprobs", int, low=0, high=20),
     Field("response_format", dict, fields=FORMAT_FIELDS),
@@ -3866,11 +3866,12 @@ def find_budget(body: dict[str, Any], model: Model, prompt_tokens: int) -> tuple
 
     Raises ApiError when the context is too short, unless the request wants it truncated.
     """
-    asked = body.get("max_completion_tokens") or body.get("max_tokens")
+    asked = body.get("max_completion_tokens", body.get("max_tokens"))
+    asked = body.get("max_tokens") if asked is None else asked
     room = model.context_length or MAX_CONTEXT_TOKENS
     fits = prompt_tokens + (asked or 1) <= room
     if fits or body.get("context_length_exceeded_behavior") == "truncate":
-        budget = max(1, min(asked or DEFAULT_MAX_TOKENS, room - prompt_tokens))
+        budget = min(DEFAULT_MAX_TOKENS if asked is None else asked, max(1, room - prompt_tokens))
         return budget, min(prompt_tokens, max(1, room - budget))
     raise ApiError(
         "too_long",
@@ -4623,12 +4624,12 @@ def create_embeddings(server: TogetherAiServer, request: Request) -> Any:
 IMAGE_FIELDS = Fields(
     Field("model", str, required=True, low=1),
     Field("prompt", str, required=True),
-    Field("n", int, low=1, high=MAX_IMAGES),
-    Field("width", int, low=MIN_IMAGE_SIDE, high=MAX_IMAGE_SIDE),
-    Field("height", int, low=MIN_IMAGE_SIDE, high=MAX_IMAGE_SIDE),
+    Field("n", int, low=0, high=MAX_IMAGES),
+    Field("width", int, low=0, high=MAX_IMAGE_SIDE),
+    Field("height", int, low=0, high=MAX_IMAGE_SIDE),
     Field("size", str),
     Field("aspect_ratio", str),
-    Field("steps", int, low=1, high=100),
+    Field("steps", int, low=0, high=100),
     Field("seed", int),
     Field("image_url", str),
     Field("reference_images", list, each=Field("", str)),
@@ -4666,20 +4667,25 @@ def read_pair(text: str, separator: str, place: str) -> tuple[int, int]:
 
 
 def read_image_size(body: dict[str, Any]) -> tuple[int, int]:
-    """Return width and height from whichever fields give them (default: 1024 by 1024)."""
-    width, height = body.get("width"), body.get("height")
+    """Return width and height from whichever fields give them; 0 counts as not given."""
+    given = {name: body[name] for name in ("width", "height") if body.get(name)}
     size, ratio = body.get("size"), body.get("aspect_ratio")
+    sides = {"width": DEFAULT_IMAGE_SIDE, "height": DEFAULT_IMAGE_SIDE}
+    place = ""
     if size and size != "auto":
-        sides = read_pair(size, "x", "size")
-        for side in sides:
-            IMAGE_FIELDS["width"].check(side, "size")
-        width, height = width or sides[0], height or sides[1]
-    elif ratio and not (width or height):
+        sides, place = dict(zip(sides, read_pair(size, "x", "size"))), "size"
+    elif ratio and not given:
         across, down = read_pair(ratio, ":", "aspect_ratio")
-        root = (across / down) ** 0.5
-        sides = (round(64 * root) * 16, round(64 / root) * 16)
-        width, height = (max(MIN_IMAGE_SIDE, min(side, MAX_IMAGE_SIDE)) for side in sides)
-    return width or DEFAULT_IMAGE_SIDE, height or DEFAULT_IMAGE_SIDE
+        root = min(max(across / down, 1 / 16), 16) ** 0.5
+        # Steps of 16 pixels, which every model takes.
+        sides = {"width": round(64 * root) * 16, "height": round(64 / root) * 16}
+        sides = {name: min(side, MAX_IMAGE_SIDE) for name, side in sides.items()}
+    sides.update(given)
+    rule = f"must be from {MIN_IMAGE_SIDE} to {MAX_IMAGE_SIDE} pixels"
+    for name, side in sides.items():
+        if not MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE:
+            raise refuse_value(place if place and name not in given else name, rule, side)
+    return sides["width"], sides["height"]
 
 
 def script_image(request: Request, image: dict[str, Any], index: int) -> dict[str, Any]:
@@ -6383,6 +6389,25 @@ def list_projects(server: TogetherAiServer, request: Request) -> Any:
     """List the one project there is."""
     owner = {f"organization_{name}": value for name, value in ORGANIZATION.items()}
     return list_page(request, [{**PROJECT, **owner}])
+
+
+def project_model(server: TogetherAiServer, model: Model) -> dict[str, Any]:
+    """Return a model of one's own as the second API lists it."""
+    return {
+        "id": "ml_" + Draw.of("project model", model.id).hex(24),
+        "name": model.id,
+        "organizationId": ORGANIZATION["id"],
+        "projectId": PROJECT["id"],
+        "visibility": "VISIBILITY_PRIVATE",
+        "weights": {"contextLength": str(model.context_length or 0)},
+    }
+
+
+@route("GET", "/v2/projects/{project}/models", query=Fields(Field("limit", int, low=0)))
+def list_project_models(server: TogetherAiServer, request: Request) -> Any:
+    """List the models that jobs and uploads have made."""
+    own = [model for id, model in server.models.items() if id not in MODELS]
+    return list_page(request, [project_model(server, model) for model in own])
 
 
 @route("GET", "/v2/whoami")
