@@ -566,6 +566,92 @@ def measure_fixtures(plan: Plan) -> Iterator[Row]:
     yield Row(name, ratio, 2, at_most=True)
 
 
+def measure_pace(plan: Plan) -> Iterator[Row]:
+    """Ask for a slow stream, and compare when its events come with what was asked."""
+    ttft, tps = 0.2, 50
+    fixture = {
+        "match": {},
+        "response": {"content": "word " * 25},
+        "streamingProfile": {"ttft": 1000 * ttft, "tps": tps},
+    }
+    with serve_fake() as fake:
+        post(fake.port, "/__parlel/fixtures", {"fixtures": [fixture]})
+        connection = Connection(fake.port)
+        began = time.perf_counter()
+        connection.send(Load("/v1/chat/completions", stream_body).encode(0))
+        times: list[float] = []
+        while connection.left:
+            events = connection.receive().count(b"data: {")
+            times += [time.perf_counter() - began] * events
+        connection.socket.close()
+    pace = (len(times) - 1) / (times[-1] - times[0])
+    error = 100 * max(abs(times[0] / ttft - 1), abs(pace / tps - 1))
+    yield Row("slow stream, error of ttft and pace", error, 10, "%", at_most=True)
+
+
+def measure_batch(plan: Plan) -> Iterator[Row]:
+    """Run a batch of 10,000 chats: its lines run when it is retrieved."""
+    rows = ({"custom_id": str(i), "body": chat_body(i)} for i in range(10_000))
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    with serve_fake() as fake:
+        seed = {"files": [{"id": "file-in", "purpose": "batch-api", "content": lines}]}
+        assert post(fake.port, "/__parlel/seed", seed) == 200
+        job = {"endpoint": "/v1/chat/completions", "input_file_id": "file-in"}
+        began = time.perf_counter()
+        batch = ask_json(fake.port, "POST", "/v1/batches", json.dumps(job).encode())["job"]
+        while batch["status"] != "COMPLETED":
+            batch = ask_json(fake.port, "GET", f"/v1/batches/{batch['id']}")
+        took = time.perf_counter() - began
+    yield Row("batch of 10,000 chats", took, 3, "s", at_most=True)
+
+
+def measure_transfer(plan: Plan) -> Iterator[Row]:
+    """Upload and download 100 MB, and see how much memory that takes at the most."""
+    line = json.dumps({"text": "word " * 200}).encode() + b"\n"
+    content = line * (100_000_000 // len(line))
+    fence = b"--fence\r\nContent-Disposition: form-data; name="
+    body = b'%b"purpose"\r\n\r\nfine-tune\r\n%b"file"; filename="a.jsonl"\r\n\r\n%b\r\n--fence--'
+    body %= (fence, fence, content)
+    megabytes = len(content) / 1e6
+    with serve_fake() as fake:
+        before = read_memory(fake.process.pid, "VmHWM")
+        began = time.perf_counter()
+        file = ask_json(fake.port, "POST", "/v1/files", body, "multipart/form-data; boundary=fence")
+        uploaded = time.perf_counter()
+        yield Row("upload of 100 MB", megabytes / (uploaded - began), 200, "MB/s")
+        got = ask_bytes(fake.port, "GET", f"/v1/files/{file['id']}/content")
+        assert got == content, "the download is not what was uploaded"
+        yield Row("download of 100 MB", megabytes / (time.perf_counter() - uploaded), 200, "MB/s")
+        if before:
+            copies = (read_memory(fake.process.pid, "VmHWM") - before) / megabytes
+            yield Row("copies of it in memory", copies, 3, at_most=True)
+
+
+def ask_bytes(
+    port: int, method: str, path: str, body: bytes = b"", kind: str = "application/json"
+) -> bytes:
+    """Return the body of a good answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    headers = {"Content-Type": kind, "Authorization": "Bearer parlel-together"}
+    connection.request(method, path, body, headers)
+    response = connection.getresponse()
+    data = response.read()
+    connection.close()
+    assert response.status < 300, f"{method} {path} answered {response.status}: {data[:300]!r}"
+    return data
+
+
+def ask_json(port: int, *request: Any) -> Any:
+    return json.loads(ask_bytes(port, *request))
+
+
+def read_memory(pid: int, field: str) -> float:
+    """Return a figure of /proc/PID/status in MB; 0 where there is none."""
+    status = Path(f"/proc/{pid}/status")
+    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 / 1e6 if found else 0.0
+
+
 def post(port: int, path: str, body: Any) -> int:
     """Return the status of the answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -640,6 +726,9 @@ MEASUREMENTS = {
     "memory": measure_memory,
     "schema": measure_schema,
     "fixtures": measure_fixtures,
+    "pace": measure_pace,
+    "batch": measure_batch,
+    "transfer": measure_transfer,
 }
 
 
