@@ -300,7 +300,8 @@ class ApiError(Exception):
         self.code = ERROR_CODES.get(name)
         self.param = param
         self.headers: dict[str, str] = {}
-        self.message = template.format(param=param, **facts)
+        message = template.format(param=param, **facts)
+        self.message = message.encode("utf-8", "replace").decode()  # it may quote bad input
         super().__init__(self.message)
 
     def body(self, recorded: bool = False) -> dict[str, Any]:
@@ -547,7 +548,7 @@ def parse_form(raw: bytes) -> dict[str, Any]:
         raise ApiError("bad_body", reason=f"the form fields do not parse ({error})") from None
 
 
-PART_OPTION = re.compile(r';\s*([\w*-]+)="?((?:[^"\\]|\\.)*)"?')
+PART_OPTION = re.compile(r';\s*([\w*-]+)=(?:"((?:[^"\\]|\\.)*)"|([^;"]*))')
 
 
 def parse_part(head: bytes, data: bytes) -> tuple[str, Any]:
@@ -558,8 +559,8 @@ def parse_part(head: bytes, data: bytes) -> tuple[str, Any]:
         headers[name.strip().lower()] = value.strip()
     disposition = headers.get("content-disposition", "")
     options = {
-        name.lower(): re.sub(r"\\(.)", r"\1", value)
-        for name, value in PART_OPTION.findall(disposition.replace("; ", ";"))
+        name.lower(): re.sub(r"\\(.)", r"\1", quoted) or bare.strip()
+        for name, quoted, bare in PART_OPTION.findall(disposition)
     }
     if "name" not in options:
         raise ApiError("bad_body", reason="a multipart part has no name")
@@ -2339,13 +2340,8 @@ def supported_model(model: Model) -> dict[str, Any]:
 
 # Clients of one generation ask for /v1/v1/..., or for v2 and v3 operations under /v1.
 VERSIONED = re.compile(r"/(?:v[0-9]+|__\w+|shrt|health)(?:/|$)|/$")
-DOUBLED_PREFIX = re.compile(r"/v1(?=/v[123](?:/|$))")
-MOVED_PREFIXES = {
-    "/v1/whoami": "/v2/whoami",
-    "/v1/videos": "/v2/videos",
-    "/v1/supported-models": "/v2/supported-models",
-}
-MOVED = re.compile(r"(/v1/(?:whoami|videos|supported-models))(?=/|$)")
+DOUBLED_PREFIX = re.compile(r"^/v1(?=/v[123](?:/|$))")
+MOVED_PREFIX = re.compile(r"^/v1(?=/(?:whoami|videos|supported-models)(?:/|$))")
 
 
 def collapse_path(path: str, strict: bool) -> str:
@@ -2360,7 +2356,7 @@ def collapse_path(path: str, strict: bool) -> str:
     if not path.startswith("/v1/"):
         return path
     path = DOUBLED_PREFIX.sub("", path, count=1)
-    return MOVED.sub(lambda found: MOVED_PREFIXES[found.group()], path, count=1)
+    return MOVED_PREFIX.sub("/v2", path, count=1)
 
 
 def is_openai(request: Request) -> bool:
@@ -2449,11 +2445,11 @@ class Collection:
 
     def get(self, id: str) -> dict[str, Any]:
         """Return one object; raise ApiError 404 where there is none."""
-        item = self._items.get(id)
+        with self._lock:
+            item: dict[str, Any] | None = copy_json(self._items.get(id))
         if item is None:
             raise ApiError("no_object", param="id", noun=self.noun, id=id)
-        copied: dict[str, Any] = copy_json(item)
-        return copied
+        return item
 
     def update(self, id: str, **changes: Any) -> dict[str, Any]:
         """Change some keys of one object and return the whole."""
@@ -2472,11 +2468,10 @@ class Collection:
     def list(self, limit: int | None = None, after: str | None = None) -> list[dict[str, Any]]:
         """Return objects, newest first: at most `limit`, from the one that follows `after`."""
         with self._lock:
-            items = list(self._items.items())[::-1]
-        if after is not None:
-            ids = [id for id, _ in items]
-            items = items[ids.index(after) + 1 :] if after in ids else []
-        return [copy_json(item) for _, item in items[:limit]]
+            ids = list(self._items)[::-1]
+            if after is not None:
+                ids = ids[ids.index(after) + 1 :] if after in ids else []
+            return [copy_json(self._items[id]) for id in ids[:limit]]
 
 
 def climb(ladder: Sequence[str], status: str, *, at_once: bool = False) -> str:
@@ -2533,6 +2528,7 @@ class Call:
         self.at = at  # Unix seconds
         self.size = len(request.raw)  # bytes of the body
         self._raw = request.raw if self.size <= MAX_RECORDED_BODY_BYTES else b""
+        self.kept = len(self._raw)  # bytes of it
 
     def time_events(self, events: Iterator[bytes], started: float) -> Iterator[bytes]:
         """Pass a stream on and note how long it took in all, waits included."""
@@ -3467,9 +3463,10 @@ class Script:
     def give_back(self, fixture: Fixture) -> None:
         """Count a fixture as not served, because the request was refused after all."""
         with self._lock:
-            fixture.served -= 1
+            fixture.served = max(0, fixture.served - 1)
             if fixture.sequence is not None:
-                self._sequences[fixture.group] -= 1
+                count = self._sequences.get(fixture.group, 0)  # a reset may have come between
+                self._sequences[fixture.group] = max(0, count - 1)
 
     def _choose(self, facts: Facts, layers: list[Layer]) -> Fixture | None:
         turn, last_resort = facts["turnIndex"], None
@@ -3492,6 +3489,8 @@ class Script:
             if key == "headers":  # only those asked about, and no secret
                 names = [name.lower() for name in wanted if name.lower() not in SECRET_HEADERS]
                 got = {name: got.get(name) for name in names}
+            elif key == "body":
+                got = summarise(got)
             return f"match.{key}", wanted, got
         count = self._sequences.get(fixture.group, 0)
         if fixture.sequence not in (None, count):
@@ -3506,11 +3505,10 @@ class Script:
         """
         facts, names = Facts(kind, request), ("differs", "wanted", "got")
         with self._lock:
-            layers = self._list_layers(request)
-            fixtures = [each for layer in layers for each in layer.fixtures]
+            fixtures = (each for layer in self._list_layers(request) for each in layer.fixtures)
             return [
                 {"fixture": each.source, **dict(zip(names, obstacle or [None]))}
-                for each in fixtures[:MAX_NEAR_MISSES]
+                for each in itertools.islice(fixtures, MAX_NEAR_MISSES)
                 for obstacle in [self._find_obstacle(each, facts)]
             ]
 
@@ -3566,7 +3564,7 @@ class Route:
     body, query  the tables of fields
     kind         of an inference call: what fixtures name it
     status       of a good reply
-    open         needs no key and is not recorded
+    open         needs no key
     max_bytes    of the body; 0: as much as may be stored
     """
 
@@ -4046,9 +4044,10 @@ def make_pattern_text(draw: Draw, pattern: str | None) -> str:
 
 def read_schemas(text: str) -> Iterator[Any]:
     """Yield the JSON objects in a text that look like a schema."""
-    for found in itertools.islice(re.finditer(r"\{", text[:MAX_PROMPT_SCHEMA]), 100):
+    text = text[:MAX_PROMPT_SCHEMA]
+    for found in itertools.islice(re.finditer(r"\{", text), 20):
         with contextlib.suppress(ValueError, RecursionError, ApiError):
-            value = DECODER.raw_decode(text, found.start())[0]
+            value = CAREFUL_DECODER.raw_decode(text, found.start())[0]
             if type(value) is dict and type(value.get("properties")) is dict:
                 yield value
 
@@ -4409,6 +4408,8 @@ def read_inputs(value: Any, place: str) -> list[Any]:
     """Return a list of texts or token lists from the four forms that clients send them in."""
     if type(value) is str:
         return [value]
+    if len(value) > MAX_INPUT_ITEMS and type(value[0]) is not int:
+        raise refuse_value(place, f"must have at most {MAX_INPUT_ITEMS} items", len(value))
     if value and all(type(item) is str for item in value):
         return list(value)
     if value and all(type(item) is int and item >= 0 for item in value):
@@ -4470,13 +4471,12 @@ def echo_prefix(answer: Answer, choice: Choice) -> str:
     return input_text(prompts[choice.index * len(prompts) // len(answer.choices)])
 
 
-def text_logprobs(request: Request, choice: Choice, start: int, end: int) -> Any:
+def text_logprobs(request: Request, choice: Choice, start: int, end: int, offset: int) -> Any:
     """Return the logprobs of some tokens of a completion, with where each begins."""
     if not choice.scores:
         return None
     pieces = choice.pieces[start:end]
     part = token_logprobs(request, pieces, choice.scores[start:end])
-    offset = sum(map(len, choice.pieces[:start])) if start else 0
     part["text_offset"] = []
     for piece in pieces:
         part["text_offset"].append(offset)
@@ -4497,7 +4497,7 @@ def text_completion(answer: Answer) -> dict[str, Any]:
                 "index": choice.index,
                 "text": echo_prefix(answer, choice) + "".join(choice.pieces),
                 "finish_reason": choice.finish_reason,
-                "logprobs": text_logprobs(answer.request, choice, 0, len(choice.pieces)),
+                "logprobs": text_logprobs(answer.request, choice, 0, len(choice.pieces), 0),
                 "seed": answer.seed,
             }
             for choice in answer.choices
@@ -4520,12 +4520,15 @@ def text_chunks(answer: Answer) -> Iterator[dict[str, Any]]:
     """Yield a text completion as chunks: the union of what the service sent and now documents."""
     kind = completion_object(answer.request, chunk=True)
     streams = [text_deltas(answer, choice) for choice in answer.choices]
+    offsets: dict[int, int] = {}
     for index, at, text, finish_reason in interleave(streams):
         choice = answer.choices[index]
         logprob = choice.scores[at][0] if choice.scores and at is not None else None
         logprobs: Any = logprob
         if at is not None and not is_together(answer.request):
-            logprobs = text_logprobs(answer.request, choice, at, at + 1)
+            offset = offsets.get(index, 0)
+            logprobs = text_logprobs(answer.request, choice, at, at + 1, offset)
+            offsets[index] = offset + len(text)
         id = token_id(text)
         yield {
             "id": answer.id,
@@ -4601,8 +4604,6 @@ def create_embeddings(server: TogetherAiServer, request: Request) -> Any:
     """Embed texts: those that share words are close."""
     body = request.body
     inputs = read_inputs(body["input"], "input")
-    if len(inputs) > MAX_INPUT_ITEMS:
-        raise refuse_value("input", f"must have at most {MAX_INPUT_ITEMS} items", len(inputs))
     model = use_model(server, body["model"], "embedding")
     if (body.get("dimensions") or 0) > model.dimensions:
         rule = f"must be at most {model.dimensions}, as {model.id} has them"
@@ -4757,7 +4758,7 @@ def get_image(server: TogetherAiServer, request: Request) -> Any:
 @route("GET", "/v1/models", query=Fields(Field("dedicated", bool)))
 def list_models(server: TogetherAiServer, request: Request) -> Any:
     """List the catalogue and the models that jobs have made."""
-    items = [model_object(model) for model in server.models.values()]
+    items = [model_object(model) for model in list(server.models.values())]
     if is_openai(request):
         items = [{**item, "owned_by": item["organization"] or "user"} for item in items]
     return wrap_list(request, items, server.strict)
@@ -4780,7 +4781,7 @@ def get_model(server: TogetherAiServer, request: Request) -> Any:
 @route("GET", "/v1/autoscale/models")
 def list_autoscale_models(server: TogetherAiServer, request: Request) -> Any:
     """Name the models that can have an endpoint of their own."""
-    return [{"name": model.id} for model in server.models.values() if model.type == "chat"]
+    return [{"name": model.id} for model in list(server.models.values()) if model.type == "chat"]
 
 
 def list_page(request: Request, items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -4798,14 +4799,14 @@ def list_page(request: Request, items: list[dict[str, Any]]) -> dict[str, Any]:
 @route("GET", "/v2/supported-models", query=Fields(Field("limit", int, low=1, high=1000)))
 def list_supported_models(server: TogetherAiServer, request: Request) -> Any:
     """List the catalogue in the second API's form, page by page."""
-    return list_page(request, [supported_model(model) for model in server.models.values()])
+    return list_page(request, [supported_model(model) for model in list(server.models.values())])
 
 
 @route("GET", "/v2/supported-models/{id...}")
 def get_supported_model(server: TogetherAiServer, request: Request) -> Any:
     """Describe one model in the second API's form, by id or by name."""
     wanted = request.params["id"]
-    for model in server.models.values():
+    for model in list(server.models.values()):
         item = supported_model(model)
         if wanted in (item["id"], item["name"]):
             return item
@@ -4944,7 +4945,11 @@ def seed_objects(server: TogetherAiServer, request: Request) -> Any:
     if type(seeds) is not dict or not set(seeds) <= set(BUILDERS):
         raise ApiError("bad_body", reason=f"it must be an object with lists among {names}")
     Fields(*equal_fields(names, list, each=Field("", dict))).check(seeds)
-    return {name: server.seed(name, items) for name, items in seeds.items()}
+    try:
+        return {name: server.seed(name, items) for name, items in seeds.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"a seed has a value of a wrong kind ({error!r})"
+        raise ApiError("bad_body", reason=reason) from None
 
 
 # --- Files
@@ -5179,7 +5184,7 @@ def complete_upload(server: TogetherAiServer, request: Request) -> Any:
     if sorted(given) != list(parts):
         raise ApiError("invalid", param="parts", reason="must be the parts that were put")
     server.drop(*parts)
-    del server.uploads[request.body["upload_id"]]
+    server.uploads.pop(request.body["upload_id"], None)
     return {"file": file_view(request, fill_file(server, id, b"".join(parts.values())))}
 
 
@@ -5187,7 +5192,7 @@ def complete_upload(server: TogetherAiServer, request: Request) -> Any:
 def abort_upload(server: TogetherAiServer, request: Request) -> Any:
     """Forget a large file that was announced."""
     id = find_upload(server, request.body)
-    del server.uploads[request.body["upload_id"]]
+    server.uploads.pop(request.body["upload_id"], None)
     server.files.remove(id)
     server.drop(*find_parts(server, id))
     return {"success": True}
@@ -5736,8 +5741,7 @@ def list_trainable(server: TogetherAiServer, request: Request) -> Any:
 @route("GET", "/v1/finetune/download", query=DOWNLOAD_FIELDS)
 def download_model(server: TogetherAiServer, request: Request) -> Any:
     """Return the archive of a trained model, or a range of it."""
-    import gzip  # only for downloads
-    import io
+    import io  # only for downloads
     import tarfile
 
     args, jobs = request.args, server.fine_tunes
@@ -5756,7 +5760,12 @@ def download_model(server: TogetherAiServer, request: Request) -> Any:
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             archive.addfile(entry, io.BytesIO(data))
-    return serve_bytes(request, gzip.compress(tar.getvalue(), 0, mtime=0), "application/x-tar")
+    packer = zlib.compressobj(0, zlib.DEFLATED, -zlib.MAX_WBITS)
+    data = tar.getvalue()
+    # By hand: the header that gzip writes differs between versions of Python.
+    head, tail = b"\x1f\x8b\x08\0\0\0\0\0\0\xff", struct.pack("<2I", zlib.crc32(data), len(data))
+    packed = head + packer.compress(data) + packer.flush() + tail
+    return serve_bytes(request, packed, "application/x-tar")
 
 
 def tokenize_file(server: TogetherAiServer, id: str, count: int, on_inputs: bool) -> list[Item]:
@@ -5993,7 +6002,7 @@ def create_transcript(server: TogetherAiServer, request: Request) -> Any:
 def list_voices(server: TogetherAiServer, request: Request) -> Any:
     """List the voices of each speech model."""
     found = []
-    for id, model in server.models.items():
+    for id, model in list(server.models.items()):
         if model.type == "audio" and request.args.get("model") in (None, id):
             names = SPEECH_VOICES.get(id.partition("/")[0], ())
             found.append({"model": id, "voices": [{"id": name, "name": name} for name in names]})
@@ -6151,7 +6160,10 @@ def evaluate(server: TogetherAiServer, job: dict[str, Any]) -> dict[str, Any]:
         row.update(verdict=draw.pick(choices), feedback=make_text(draw.child("feedback"), 1))
     lines = "".join([ENCODE(row) + "\n" for row in judged])
     item = {"filename": f"{job['workflow_id']}_results.jsonl", "purpose": "eval-output"}
-    file = server.store("files", {**item, "content": lines})
+    try:
+        file = server.store("files", {**item, "content": lines})
+    except ApiError as error:
+        return {"status": "error", "results": {"error": error.message}}
     counts = {"generation_fail_count": 0, "judge_fail_count": 0, "result_file_id": file["id"]}
     return {"results": {**sum_up(type, [row["verdict"] for row in judged], facts), **counts}}
 
@@ -6221,7 +6233,7 @@ def list_evaluations(server: TogetherAiServer, request: Request) -> Any:
 @route("GET", "/v1/evaluations/model-list", query=Fields(Field("model_source", str)))
 def list_judges(server: TogetherAiServer, request: Request) -> Any:
     """Name the models that can judge."""
-    return {"model_list": [id for id, model in server.models.items() if model.type == "chat"]}
+    return {"model_list": [id for id, model in list(server.models.items()) if model.type == "chat"]}
 
 
 # --- Dedicated endpoints
@@ -6294,19 +6306,23 @@ def create_endpoint(server: TogetherAiServer, request: Request) -> Any:
 @route("PATCH", "/v1/endpoints/{id}", body=CHANGE_FIELDS)
 def update_endpoint(server: TogetherAiServer, request: Request) -> Any:
     """Start or stop an endpoint, or change its settings."""
-    endpoint = server.endpoints.get(request.params["id"])
     changes = pick_given(request.body, CHANGE_FIELDS)
-    if changes.get("state") == "STARTED":  # one that is not stopped goes on as it is
-        changes["state"] = endpoint["state"] if endpoint["state"] in ENDPOINT_LADDER else "PENDING"
-    endpoint = server.endpoints.update(endpoint["id"], **changes)
-    enter_endpoint(server, endpoint, endpoint["state"])
-    return endpoint
+    with server.job_lock:
+        endpoint = server.endpoints.get(request.params["id"])
+        if changes.get("state") == "STARTED":  # one that is not stopped goes on as it is
+            begun = endpoint["state"] in ENDPOINT_LADDER
+            changes["state"] = endpoint["state"] if begun else ENDPOINT_LADDER[0]
+        endpoint = server.endpoints.update(endpoint["id"], **changes)
+        enter_endpoint(server, endpoint, endpoint["state"])
+    return start_job(server, request, server.endpoints, endpoint, ENDPOINT_LADDER, enter_endpoint)
 
 
 @route("DELETE", "/v1/endpoints/{id}", status=204)
 def delete_endpoint(server: TogetherAiServer, request: Request) -> Any:
     """Delete an endpoint."""
-    server.models.pop(server.endpoints.remove(request.params["id"])["name"], None)
+    endpoint = server.endpoints.remove(request.params["id"])
+    for id in (endpoint["name"], *server.adapters.pop(endpoint["id"], ())):
+        server.models.pop(id, None)
     return Reply(status=204)
 
 
@@ -6406,7 +6422,7 @@ def project_model(server: TogetherAiServer, model: Model) -> dict[str, Any]:
 @route("GET", "/v2/projects/{project}/models", query=Fields(Field("limit", int, low=0)))
 def list_project_models(server: TogetherAiServer, request: Request) -> Any:
     """List the models that jobs and uploads have made."""
-    own = [model for id, model in server.models.items() if id not in MODELS]
+    own = [model for id, model in list(server.models.items()) if id not in MODELS]
     return list_page(request, [project_model(server, model) for model in own])
 
 
@@ -6519,17 +6535,19 @@ RECORD_FILTERS = Fields(
 def list_requests(server: TogetherAiServer, request: Request) -> Any:
     """List the record, oldest first: of a path, model or status, since a number, the last few."""
     args = request.args
-    for name in args.keys() - RECORD_FILTERS.keys():
+    unknown = sorted(args.keys() - RECORD_FILTERS.keys())
+    if unknown:
+        name = unknown[0]
         raise refuse_value(name, f"must be one of {', '.join(RECORD_FILTERS)}", name)
     calls = [
         call
         for call in list(server.requests)
         if args.get("path") in (None, call.path, collapse_path(call.path, server.strict))
         and args.get("status") in (None, call.status)
-        and call.number > args.get("since", 0)
-        and ("model" not in args or args["model"] == call.model)
+        and call.number > (args.get("since") or 0)
+        and args.get("model") in (None, call.model)
     ]
-    items = [call.as_json() for call in calls[-args.get("limit", len(calls)) :]]
+    items = [call.as_json() for call in calls[-(args.get("limit") or len(calls)) :]]
     return {"requests": items, "count": len(items)}
 
 
@@ -7113,7 +7131,8 @@ class TogetherAiServer:
         self.on_miss = on_miss
         self.instant_jobs = instant_jobs
         self.max_stored_bytes = max_stored_bytes
-        self.job_lock = threading.Lock()  # held while a job takes a step
+        # Held while a job takes a step, a whole batch too; its lines may retrieve jobs.
+        self.job_lock = threading.RLock()
         self.script = Script(seed)
         self.record_limit = record_limit
         self.log = log
@@ -7247,7 +7266,7 @@ class TogetherAiServer:
             call
             for call in list(self.requests)
             if call.method == method
-            and collapse_path(call.path, False) == path
+            and collapse_path(call.path, self.strict) == path
             and (not fields or contains_json(call.body, fields))
         ]
 
@@ -7262,7 +7281,7 @@ class TogetherAiServer:
             near = sorted(self.requests, key=lambda call: self._likeness(call, operation, fields))
             near = near[:-6:-1]
             shown = [f"{call!r} {ENCODE(call.body)[:300]}" for call in near] or ["no call at all"]
-            detail = f" with {ENCODE(fields)}" if fields else ""
+            detail = f" with {fields!r}" if fields else ""
             listing = "\n  ".join(shown)
             raise AssertionError(
                 f"wanted {wanted} to {operation}{detail}, saw {len(calls)}; nearest:\n  {listing}"
@@ -7284,7 +7303,10 @@ class TogetherAiServer:
     def store(self, collection: str, item: Mapping[str, Any]) -> dict[str, Any]:
         """Complete an object and add it to its collection."""
         jobs: Collection = getattr(self, collection)
-        return jobs.add(BUILDERS[collection](self, dict(item)))
+        given = dict(item)
+        if given.get(jobs.key, "") is None:
+            del given[jobs.key]
+        return jobs.add(BUILDERS[collection](self, given))
 
     def seed(self, collection: str, items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Store objects under ids of your choice; what an item lacks gets a default.
@@ -7304,9 +7326,7 @@ class TogetherAiServer:
     ) -> dict[str, Any]:
         """Store a file as an upload would, under an id of your choice."""
         item = {"id": id, "content": data, "filename": filename, "purpose": purpose}
-        return self.seed(
-            "files", [{key: value for key, value in item.items() if value is not None}]
-        )[0]
+        return self.store("files", item)
 
     def check_room(self, size: int, instead_of: str = "") -> None:
         """Raise ApiError 413 where so many more bytes would not fit."""
@@ -7369,17 +7389,17 @@ class TogetherAiServer:
     def _record(self, request: Request) -> Call:
         """Keep the call, unless it is one of those that look after the server."""
         path = request.path
-        unrecorded = path in ("/", "/health") or "/__parlel" in path or request.method == "OPTIONS"
-        if unrecorded:
+        control = path in ("/", "/health") or path.lstrip("/").startswith("__parlel/")
+        if control or request.method == "OPTIONS":
             return Call(0, request, 0)
         with self._lock:
             call = Call(next(self._numbers), request, self.clock())
             if len(self.requests) == self.requests.maxlen and self.requests:
-                self._recorded_bytes -= self.requests[0].size
+                self._recorded_bytes -= self.requests[0].kept
             self.requests.append(call)
-            self._recorded_bytes += call.size
+            self._recorded_bytes += call.kept
             while self._recorded_bytes > MAX_RECORD_BYTES and len(self.requests) > 1:
-                self._recorded_bytes -= self.requests.popleft().size
+                self._recorded_bytes -= self.requests.popleft().kept
         return call
 
     def _respond(self, request: Request, call: Call) -> Reply:
