@@ -119,7 +119,7 @@ JSON_MODE_SCHEMA = {  # what a model answers that shall write JSON and is not to
     "required": ["title", "summary", "tags", "confidence"],
 }
 # What the record calls the inference kinds that have another name there.
-RECORD_KINDS = {"embedding": "embeddings", "image": "images"}
+RECORD_KINDS = {"embedding": "embeddings", "image": "images", "job": ""}
 SECRET_HEADERS = (
     "authorization", "proxy-authorization", "cookie", "api-key", "x-api-key", "x-auth-token",
     "x-together-api-key", "openai-api-key", "x-goog-api-key",
@@ -190,6 +190,9 @@ class Upload:
         self.filename = filename
         self.content_type = content_type
         self.data = data
+
+    def __str__(self) -> str:
+        return f"the file {self.filename}"
 
 
 class Reply:
@@ -564,6 +567,8 @@ def parse_part(head: bytes, data: bytes) -> tuple[str, Any]:
     }
     if "name" not in options:
         raise ApiError("bad_body", reason="a multipart part has no name")
+    if "filename*" in options:  # RFC 5987: UTF-8''na%C3%AFve.txt
+        options["filename"] = unquote(options["filename*"].rpartition("'")[2])
     if "filename" in options:
         kind = headers.get("content-type", "application/octet-stream")
         return options["name"], Upload(options["filename"], kind, data)
@@ -576,10 +581,10 @@ def parse_part(head: bytes, data: bytes) -> tuple[str, Any]:
 
 def parse_multipart(raw: bytes, content_type: str) -> dict[str, Any]:
     """Read a multipart/form-data body; every file part is copied once."""
-    found = re.search(r'boundary="?([^";,]{1,200})"?', content_type)
+    found = re.search(r';\s*boundary=(?:"([^"]{1,200})"|([^";,\s]{1,200}))', content_type, re.I)
     if found is None:
         raise ApiError("bad_body", reason="multipart/form-data without a boundary")
-    fence = b"--" + found.group(1).strip().encode()
+    fence = b"--" + (found.group(1) or found.group(2)).encode()
     pairs: list[tuple[str, Any]] = []
     at = raw.find(fence)
     while at >= 0 and raw[at + len(fence) : at + len(fence) + 2] != b"--":
@@ -2643,7 +2648,7 @@ INPUT_FIELDS = {
     "rerank": "query", "speech": "input", "video": "prompt",
 }  # fmt: skip
 PROMPT_KINDS = ("completion", "image", "speech", "video")
-ENDPOINT_KINDS = ("chat", *INPUT_FIELDS, "transcription", "translation")
+ENDPOINT_KINDS = ("chat", *INPUT_FIELDS, "transcription", "translation", "job")
 
 
 class Facts(dict):  # type: ignore[type-arg]
@@ -2728,6 +2733,7 @@ def is_number(value: Any, low: float = -1e300, kind: type = float) -> bool:
     return type(value) in (int, kind) and low <= value <= 1e300
 
 
+VIDEO_ENDS = {"completed": "completed", "processing": "completed", "failed": "failed"}
 # What a value can be: its name in errors, and the test. A shape is one of these names, a list
 # of one shape, a table of keys (`!`: required, `*`: any key), or a tuple of such alternatives.
 LEAVES: dict[str, tuple[str, Callable[[Any], bool]]] = {
@@ -2751,6 +2757,7 @@ LEAVES: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "a status from 400 to 999",
         lambda value: is_number(value, 400, int) and value < 1000,
     ),
+    "video": ("completed, processing or failed", VIDEO_ENDS.__contains__),
     "block": ("'text' or 'toolCall'", lambda value: value in ("text", "toolCall")),
     "base64": ("base64", lambda value: can(DECODE_BASE64, value)),
     "regex": ("a regular expression that compiles", lambda value: can(re.compile, value)),
@@ -2813,7 +2820,7 @@ TRANSCRIPT = make_shape(
     words=["object"],
     segments=["object"],
 )
-VIDEO = make_shape("id!:text status!:text url:text error:text", "b64 cost duration")
+VIDEO = make_shape("id!:text status!:video url:text error:text", "b64 cost duration")
 
 
 def to_snake(name: str) -> str:
@@ -2878,7 +2885,10 @@ EVERY = ["", *ENDPOINT_KINDS]  # "" stands for all routes that have no kind
 RESPONSES: dict[str, tuple[list[str], dict[str, Any], Callable[[dict[str, Any]], Any]]] = {
     "error": (EVERY, ERROR, read_error),
     "audio": (["speech"], AUDIO, read_audio),
-    "video": (["video"], {"video": VIDEO}, lambda said: snake_keys(said["video"])),
+    "video": (
+        ["video"], {"video": VIDEO},
+        lambda said: {**said["video"], "status": VIDEO_ENDS[said["video"]["status"]]},
+    ),
     "transcription": (
         ["transcription", "translation"], {"transcription": TRANSCRIPT},
         lambda said: snake_keys(said["transcription"]),
@@ -2889,6 +2899,7 @@ RESPONSES: dict[str, tuple[list[str], dict[str, Any], Callable[[dict[str, Any]],
     ),
     "embedding": (["embedding"], {"embedding": [("float", ["float"])]}, read_vectors),
     "rerank": (["rerank"], {"scores": ["number"]}, dict),
+    "job": (["job"], {"job": make_shape("status!:text")}, lambda said: said["job"]),
     "json": (
         EVERY, make_shape("json:any status:status", "billableUnits"),
         lambda said: {"status": 200, **said},
@@ -2899,7 +2910,7 @@ RESPONSES: dict[str, tuple[list[str], dict[str, Any], Callable[[dict[str, Any]],
 }  # fmt: skip
 TOLD_BY = {  # the first of these keys that a response has tells its kind
     "error": "error", "audio": "audio", "video": "video", "transcription": "transcription",
-    "image": "image", "images": "image", "embedding": "embedding", "scores": "rerank",
+    "image": "image", "images": "image", "embedding": "embedding", "scores": "rerank", "job": "job",
     "json": "json", "content": "text", "toolCalls": "text", "blocks": "text", "status": "status",
 }  # fmt: skip
 RESPONSE = {key: row[key] for _, row, _ in RESPONSES.values() for key in row}
@@ -4880,8 +4891,8 @@ def start_job(
     server: TogetherAiServer, request: Request, jobs: Collection, job: Item, ladder: Any, enter: Any
 ) -> Item:
     """Keep how a new job shall end, and finish it where jobs are instant."""
-    id, status = job[jobs.key], (request.script or {}).get("status")
-    server.outcomes[id] = "failed" if status == "failed" else ladder[-1]
+    id, status = job[jobs.key], (request.script or {}).get("status", ladder[-1])
+    server.outcomes[id] = ladder[-1] if status in ladder else status
     return climb_job(server, jobs, id, ladder, enter) if server.instant_jobs else job
 
 
@@ -5295,7 +5306,7 @@ def run_batch(server: TogetherAiServer, job: Item, data: bytes) -> Item:
     source = Draw.of("batch", job["id"])
     for number, line in read_lines(data):
         id, reply = run_line(server, job["endpoint"], line, number, seen)
-        if reply.status == 200:
+        if reply.status == 200 and can(json.loads, reply.body):  # a fault may have cut it
             kind, result = "output", b'"response":{"status_code":200,"body":%b}' % reply.body
         else:
             kind, result = "error", b'"error":%b' % ENCODE(find_error(reply)).encode()
@@ -5344,11 +5355,13 @@ def batch_view(server: TogetherAiServer, request: Request, job: Item) -> Item:
         "errors": {"object": "list", "data": error} if error else None, "completion_window": "24h",
         "created_at": parse_time(job["created_at"]), "expires_at": parse_time(job["job_deadline"]),
         **{f"{end}_at": done if end == status else None for end in BATCH_ENDS},
-        "request_counts": dict(zip(("total", "completed", "failed"), sizes)),
+        "request_counts": {
+            "total": max(sizes[0], sizes[1] + sizes[2]), "completed": sizes[1], "failed": sizes[2]
+        },
     }  # fmt: skip
 
 
-@route("POST", "/v1/batches", body=BATCH_FIELDS, status=201)
+@route("POST", "/v1/batches", body=BATCH_FIELDS, kind="job", status=201)
 def create_batch(server: TogetherAiServer, request: Request) -> Any:
     """Start a batch job from a file of requests."""
     file = find_file(server, request.body["input_file_id"], "input_file_id")
@@ -5601,7 +5614,7 @@ def use_trainable(server: TogetherAiServer, id: str) -> Model:
     return model
 
 
-@route("POST", "/v1/fine-tunes", body=FINE_TUNE_FIELDS)
+@route("POST", "/v1/fine-tunes", body=FINE_TUNE_FIELDS, kind="job")
 def create_fine_tune(server: TogetherAiServer, request: Request) -> Any:
     """Start a fine-tuning job."""
     body, jobs = request.body, server.fine_tunes
@@ -6115,7 +6128,7 @@ PARAMETER_ROWS = (
     *many(" ".join(MODELS_JUDGED), str, dict, fields=JUDGED_FIELDS),
 )
 LABELS = many("labels pass_labels", list, required=True, low=1, each=TEXT_ROW)
-SCORES = many("min_score max_score pass_threshold", float, required=True)
+SCORES = many("min_score max_score pass_threshold", float, required=True, low=-1e9, high=1e9)
 EVALUATIONS: dict[str, tuple[Fields, Callable[[Any], Sequence[Any]]]] = {
     # type: its parameters, and the verdicts that a row may get
     "classify": (Fields(*PARAMETER_ROWS, *LABELS), lambda p: p["labels"]),
@@ -6206,8 +6219,8 @@ def show_results(request: Request, job: dict[str, Any]) -> dict[str, Any]:
     return {"status": job["status"], "results": show_evaluation(request, job)["results"]}
 
 
-@route("POST", "/v1/evaluation", body=EVALUATION_FIELDS)
-@route("POST", "/v1/evaluations", body=EVALUATION_FIELDS)
+@route("POST", "/v1/evaluation", body=EVALUATION_FIELDS, kind="job")
+@route("POST", "/v1/evaluations", body=EVALUATION_FIELDS, kind="job")
 def create_evaluation(server: TogetherAiServer, request: Request) -> Any:
     """Start to judge the rows of a data file."""
     type, parameters = request.body["type"], copy_json(request.body["parameters"])
@@ -6293,7 +6306,7 @@ def list_endpoints(server: TogetherAiServer, request: Request) -> Any:
     return {"object": "list", "data": [] if none else server.endpoints.list()}
 
 
-@route("POST", "/v1/endpoints", body=ENDPOINT_FIELDS)
+@route("POST", "/v1/endpoints", body=ENDPOINT_FIELDS, kind="job")
 def create_endpoint(server: TogetherAiServer, request: Request) -> Any:
     """Create an endpoint; it is pending, then starting, then started."""
     use_model(server, request.body["model"], "chat")
@@ -7304,8 +7317,9 @@ class TogetherAiServer:
         """Complete an object and add it to its collection."""
         jobs: Collection = getattr(self, collection)
         given = dict(item)
-        if given.get(jobs.key, "") is None:
-            del given[jobs.key]
+        id = given.pop(jobs.key, None) or given.pop("id", None)
+        if id is not None:
+            given[jobs.key] = id
         return jobs.add(BUILDERS[collection](self, given))
 
     def seed(self, collection: str, items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -7410,7 +7424,7 @@ class TogetherAiServer:
         call.kind = route.recorded_kind
         if self.require_auth and not route.open:
             check_key(request)
-        if request.query and route.query:
+        if route.query and (request.query or route.query.required):
             request.args = parse_form(request.query.encode())
             read_texts(request.args, route.query)
             route.query.check(request.args)
@@ -7436,7 +7450,7 @@ class TogetherAiServer:
 
     def _handle(self, route: Route, request: Request, call: Call) -> Reply:
         """Check the fields and let the handler answer."""
-        if route.kind and self.on_miss == "error" and not call.fixture:
+        if route.kind not in ("", "job") and self.on_miss == "error" and not call.fixture:
             raise self.script.miss_error(route.kind, request)
         if route.body:
             route.body.check(request.body)
@@ -7522,6 +7536,8 @@ def read_options(args: Sequence[str] | None) -> Any:
         "--fixtures", action="append", default=[], metavar="PATH", help="file or folder; repeatable"
     )
     add("--on-miss", choices=("generate", "error"), default="generate", help="without a fixture")
+    add("--instant-jobs", action="store_true", help="jobs finish when they are created")
+    add("--max-stored-bytes", type=int, default=MAX_STORED_BYTES, help="of files (%(default)s)")
     add("--seed", type=int, default=0, help="of the chances in faults (%(default)s)")
     add("--quiet", action="store_true", help="no line for each request")
     add("--routes", action="store_true", help="print the routes and exit")
@@ -7565,6 +7581,8 @@ def main(args: Sequence[str] | None = None) -> int:
         host=options.host,
         require_auth=not options.no_auth,
         strict=options.strict,
+        instant_jobs=options.instant_jobs,
+        max_stored_bytes=options.max_stored_bytes,
         seed=options.seed,
         on_miss=options.on_miss,
         log=None if options.quiet else print_line,
