@@ -1151,6 +1151,7 @@ class Canvas:
                 steps[row if row > 0 else 0].append((column, limit, new))
 
     def encode(self) -> bytes:
+        """Return the PNG of the canvas."""
         rows = []
         row = bytearray([255]) + bytes(self.width)  # 255 becomes the filter byte 0
         for steps, indexes in zip(self.steps, zip(*self.columns)):
@@ -2479,13 +2480,6 @@ class Collection:
             return [copy_json(self._items[id]) for id in ids[:limit]]
 
 
-def climb(ladder: Sequence[str], status: str, *, at_once: bool = False) -> str:
-    """Return the next rung of a job's status; one that left the ladder stays where it is."""
-    if status not in ladder:
-        return status
-    return ladder[-1] if at_once else ladder[min(ladder.index(status) + 1, len(ladder) - 1)]
-
-
 def mask(value: str) -> str:
     """Keep the scheme of a header that holds a key, never the key."""
     scheme, space, _ = value.partition(" ")
@@ -3382,6 +3376,7 @@ class Layer:
         self.filed: dict[str, dict[str, list[tuple[str, Fixture]]]] = {}
 
     def add(self, fixture: Fixture) -> None:
+        """Append a fixture and file it."""
         fixture.position = len(self.fixtures)
         self.fixtures.append(fixture)
         key = next((key for key in TEXT_KEYS if isinstance(fixture.match.get(key), str)), "")
@@ -3788,13 +3783,17 @@ CHAT_FACTS = (
 )  # fmt: skip
 
 
+def pick_given(body: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return those of some fields that a body gives."""
+    return {name: body[name] for name in names if body.get(name) is not None}
+
+
 def pick_facts(body: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Return the fields that an answer is drawn from; one choice is what absent `n` means."""
-    return {
-        name: body[name]
-        for name in names
-        if body.get(name) is not None and (name != "n" or body[name] != 1)
-    }
+    facts = pick_given(body, names)
+    if facts.get("n") == 1:
+        del facts["n"]
+    return facts
 
 
 TOOL_FIELDS = {"tools", "functions", "tool_choice", "function_call"}
@@ -4700,7 +4699,7 @@ def read_image_size(body: dict[str, Any]) -> tuple[int, int]:
     return sides["width"], sides["height"]
 
 
-def script_image(request: Request, image: dict[str, Any], index: int) -> dict[str, Any]:
+def script_image(image: dict[str, Any], index: int) -> dict[str, Any]:
     """Return one image as a fixture gives it."""
     given = {name: value for name, value in image.items() if value is not None}
     return {"index": index, "type": "url" if "url" in given else "b64_json", **given}
@@ -4738,7 +4737,7 @@ def create_images(server: TogetherAiServer, request: Request) -> Any:
     request.id = draw_id(draw)
     script = request.script
     items = [
-        script_image(request, script["images"][index % len(script["images"])], index)
+        script_image(script["images"][index % len(script["images"])], index)
         if script and script["images"]
         else image_item(server, request, draw.child("image", index), index, size)
         for index in range(len(script["images"]) if script else body.get("n") or 1)
@@ -4880,7 +4879,7 @@ def climb_job(
         job = jobs.get(id)
         ladder = (*ladder[:-1], server.outcomes.get(id, ladder[-1]))
         while job[jobs.status] in ladder[:-1]:
-            rung = climb(ladder, job[jobs.status])
+            rung = ladder[ladder.index(job[jobs.status]) + 1]
             job = jobs.update(id, **{jobs.status: rung, **enter(server, job, rung)})
             if not server.instant_jobs:
                 break
@@ -4934,7 +4933,7 @@ def serve_bytes(
     return Reply(data[start:end], 206, content_type, headers)
 
 
-def equal_fields(names: str, *kinds: type, **rules: Any) -> list[Field]:
+def rows_of(names: str, *kinds: type, **rules: Any) -> list[Field]:
     """Return a row for each of the names, all alike."""
     return [Field(name, *kinds, **rules) for name in names.split()]
 
@@ -4955,7 +4954,7 @@ def seed_objects(server: TogetherAiServer, request: Request) -> Any:
     seeds, names = parse_json(request.raw), " ".join(BUILDERS)
     if type(seeds) is not dict or not set(seeds) <= set(BUILDERS):
         raise ApiError("bad_body", reason=f"it must be an object with lists among {names}")
-    Fields(*equal_fields(names, list, each=Field("", dict))).check(seeds)
+    Fields(*rows_of(names, list, each=Field("", dict))).check(seeds)
     try:
         return {name: server.seed(name, items) for name, items in seeds.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -4983,9 +4982,9 @@ INITIATE_FIELDS = Fields(
     Field("num_parts", int, required=True, low=1, high=250),
 )  # fmt: skip
 PART_ROWS = (Field("part_number", int, required=True), Field("etag", str, required=True))
-ENDING_ROWS = equal_fields("upload_id file_id", str, required=True)
+ENDING_ROWS = rows_of("upload_id file_id", str, required=True)
 COMPLETE_FIELDS = Fields(*ENDING_ROWS, list_field("parts", *PART_ROWS, required=True))
-LIST_FIELDS = Fields(Field("limit", int, low=1, high=10000), *equal_fields("after purpose", str))
+LIST_FIELDS = Fields(Field("limit", int, low=1, high=10000), *rows_of("after purpose", str))
 MESSAGE_ROWS = (
     Field("role", str, required=True, choices=("system", "user", "assistant", "tool", "developer")),
     Field("content", str, list, each=Field("", dict)), Field("weight", float, low=0, high=1),
@@ -4994,8 +4993,8 @@ MESSAGES = list_field("messages", *MESSAGE_ROWS, required=True)
 ANSWERS = [list_field(f"{n}preferred_output", *MESSAGE_ROWS, required=True) for n in ("", "non_")]
 DATASETS = {  # what a line of a training file may be; its first required field tells which
     "CONVERSATION": Fields(MESSAGES),
-    "INSTRUCTION": Fields(*equal_fields("prompt completion", str, required=True)),
-    "GENERAL": Fields(*equal_fields("text", str, required=True)),
+    "INSTRUCTION": Fields(*rows_of("prompt completion", str, required=True)),
+    "GENERAL": Fields(*rows_of("text", str, required=True)),
     "PREFERENCE": Fields(object_field("input", MESSAGES, required=True), *ANSWERS),
 }
 BATCH_LINE_FIELDS = Fields(
@@ -5253,7 +5252,7 @@ BATCH_ENDPOINTS = (
 )  # fmt: skip
 BATCH_FIELDS = Fields(
     Field("endpoint", str, required=True, choices=BATCH_ENDPOINTS), Field("metadata", dict),
-    Field("input_file_id", str, required=True), *equal_fields("completion_window model_id", str),
+    Field("input_file_id", str, required=True), *rows_of("completion_window model_id", str),
     Field("priority", int),
 )  # fmt: skip
 BATCH: Item = {
@@ -5429,13 +5428,13 @@ LIMITS: Item = {  # documented, but for the flags
 ON_INPUTS = Field("train_on_inputs", bool, str, choices=(True, False, "auto"))
 ESTIMATE_FIELDS = Fields(
     Field("training_file", str, required=True, low=1),
-    *equal_fields("validation_file model from_checkpoint", str),
+    *rows_of("validation_file model from_checkpoint", str),
     Field("n_epochs", int, low=0, high=20), Field("n_evals", int, low=0, high=100),
     object_field(
         "training_method",
         Field("method", str, required=True, choices=("sft", "dpo")), ON_INPUTS,
-        *equal_fields("dpo_beta rpo_alpha simpo_gamma", float),
-        *equal_fields("dpo_normalize_logratios_by_length dpo_reference_free", bool),
+        *rows_of("dpo_beta rpo_alpha simpo_gamma", float),
+        *rows_of("dpo_normalize_logratios_by_length dpo_reference_free", bool),
     ),
     object_field(
         "training_type",
@@ -5444,7 +5443,7 @@ ESTIMATE_FIELDS = Fields(
         Field("lora_dropout", float, low=0, high=1), Field("lora_trainable_modules", str),
     ),
 )  # fmt: skip
-SECRET_ROWS = equal_fields("wandb_api_key hf_api_token", str)  # no answer shows them
+SECRET_ROWS = rows_of("wandb_api_key hf_api_token", str)  # no answer shows them
 FINE_TUNE_FIELDS = Fields(
     *ESTIMATE_FIELDS.values(), *SECRET_ROWS, ON_INPUTS,
     Field("n_epochs", int, low=1, high=20), Field("n_checkpoints", int, low=1, high=100),
@@ -5453,25 +5452,25 @@ FINE_TUNE_FIELDS = Fields(
     object_field(
         "lr_scheduler",
         Field("lr_scheduler_type", str, required=True, choices=("linear", "cosine")),
-        object_field("lr_scheduler_args", *equal_fields("min_lr_ratio num_cycles", float)),
+        object_field("lr_scheduler_args", *rows_of("min_lr_ratio num_cycles", float)),
     ),
-    *equal_fields("max_grad_norm weight_decay", float, low=0), Field("random_seed", int),
+    *rows_of("max_grad_norm weight_decay", float, low=0), Field("random_seed", int),
     Field("packing", bool), object_field("multimodal_params", Field("train_vision", bool)),
     Field("suffix", str, high=40),
-    *equal_fields("from_hf_model hf_model_revision hf_output_repo_name", str),
-    *equal_fields("wandb_base_url wandb_project_name wandb_name wandb_entity", str),
+    *rows_of("from_hf_model hf_model_revision hf_output_repo_name", str),
+    *rows_of("wandb_base_url wandb_project_name wandb_name wandb_entity", str),
 )  # fmt: skip
 METRIC_FIELDS = Fields(
-    *equal_fields("global_step_from global_step_to", int), Field("resolution", int, low=0),
-    *equal_fields("logged_at_from logged_at_to", str),
+    *rows_of("global_step_from global_step_to", int), Field("resolution", int, low=0),
+    *rows_of("logged_at_from logged_at_to", str),
 )  # fmt: skip
-LIMIT_FIELDS = Fields(*equal_fields("model_name model", str))
+LIMIT_FIELDS = Fields(*rows_of("model_name model", str))
 DOWNLOAD_FIELDS = Fields(
     Field("ft_id", str, required=True), Field("checkpoint_step", int),
     Field("checkpoint", str, choices=("merged", "adapter", "model_output_path")),
 )  # fmt: skip
 PREVIEW_FIELDS = Fields(
-    *equal_fields("model training_file", str, required=True), Field("top_k", int, low=1, high=100),
+    *rows_of("model training_file", str, required=True), Field("top_k", int, low=1, high=100),
     Field("train_on_inputs", bool), Field("training_method", str, choices=("sft",)),
 )  # fmt: skip
 # The nested settings: the member that chooses among their forms, and the documented defaults
@@ -5843,17 +5842,7 @@ def get_tokenized_dataset(server: TogetherAiServer, request: Request) -> Any:
 # --- Rerank
 
 
-def many(names: str, *kinds: type, **rules: Any) -> list[Field]:
-    """Return one row a name, all with the same rules."""
-    return [Field(name, *kinds, **rules) for name in names.split()]
-
-
-def pick_given(body: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Return those of some fields that a body gives."""
-    return {name: body[name] for name in names if body.get(name) is not None}
-
-
-(MODEL_ROW,) = many("model", str, required=True, low=1)
+(MODEL_ROW,) = rows_of("model", str, required=True, low=1)
 TEXT_ROW = Field("", str)
 RERANK_FIELDS = Fields(
     MODEL_ROW, Field("query", str, required=True), Field("top_n", int, low=1),
@@ -5899,7 +5888,7 @@ def rerank(server: TogetherAiServer, request: Request) -> Any:
 MP3_SILENCE = {32000: 0x10, 64000: 0x50, 96000: 0x70, 128000: 0x90, 192000: 0xB0}  # rate's bits
 SPEECH_FIELDS = Fields(
     MODEL_ROW, Field("input", str, required=True, low=1, high=MAX_SPEECH_CHARACTERS),
-    Field("voice", str, required=True), *many("language instructions", str),
+    Field("voice", str, required=True), *rows_of("language instructions", str),
     Field("response_format", str, choices=("wav", "mp3", "raw", "pcm")),
     Field("response_encoding", str, choices=tuple(ENCODINGS)), Field("extra_params", dict),
     Field("sample_rate", int, low=8000, high=48000), Field("stream", bool),
@@ -5912,11 +5901,11 @@ SPEECH_EVENT = {  # has the keys of the older and of the newer documentation
 }  # fmt: skip
 SPEECH_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg"}  # without parameters: Python 1.x compares
 TRANSCRIPTION_FIELDS = Fields(
-    Field("file", Upload, str, required=True), *many("model language prompt", str),
+    Field("file", Upload, str, required=True), *rows_of("model language prompt", str),
     Field("response_format", str, choices=("json", "verbose_json")),
     Field("temperature", float, low=0, high=1), Field("diarize", bool),
     Field("timestamp_granularities", str, list, each=Field("", str, choices=("segment", "word"))),
-    *many("min_speakers max_speakers", int, low=1, high=MAX_SPEAKERS),
+    *rows_of("min_speakers max_speakers", int, low=1, high=MAX_SPEAKERS),
 )  # fmt: skip
 HEARING: Any = {"body": TRANSCRIPTION_FIELDS, "max_bytes": MAX_AUDIO_BYTES}
 SEGMENT_WORDS, WORDS_A_SECOND = 10, 2.5
@@ -6026,11 +6015,11 @@ def list_voices(server: TogetherAiServer, request: Request) -> Any:
 
 VIDEO_FIELDS = Fields(
     MODEL_ROW, Field("prompt", str, low=1, high=32000), Field("seconds", str, int),
-    *many("resolution ratio negative_prompt size", str), *many("seed output_quality", int),
-    *many("width height", int, low=0, high=MAX_IMAGE_SIDE), Field("guidance_scale", float),
+    *rows_of("resolution ratio negative_prompt size", str), *rows_of("seed output_quality", int),
+    *rows_of("width height", int, low=0, high=MAX_IMAGE_SIDE), Field("guidance_scale", float),
     Field("fps", int, low=0, high=MAX_FPS), Field("steps", int, low=10, high=50),
     Field("output_format", str, choices=("MP4", "WEBM")), Field("generate_audio", bool),
-    *many("frame_images reference_images", list), Field("media", dict),
+    *rows_of("frame_images reference_images", list), Field("media", dict),
 )  # fmt: skip
 VIDEO_LADDER = ("in_progress", "completed")
 VIDEO_URL = re.compile(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4", re.ASCII)
@@ -6115,20 +6104,21 @@ def get_video_file(server: TogetherAiServer, request: Request) -> Any:
 # --- Evaluations
 
 JUDGE_ROWS = (
-    *many("model system_template", str, required=True, low=1),
+    *rows_of("model system_template", str, required=True, low=1),
     Field("model_source", str, required=True, choices=("serverless", "dedicated", "external")),
-    *many("external_api_token external_base_url", str), *many("num_workers max_tokens", int, low=1),
+    *rows_of("external_api_token external_base_url", str),
+    *rows_of("num_workers max_tokens", int, low=1),
     Field("temperature", float, low=0, high=2),
 )  # fmt: skip
 JUDGED_FIELDS = Fields(*JUDGE_ROWS, Field("input_template", str, required=True))
 MODELS_JUDGED = ("model_to_evaluate", "model_a", "model_b")
 PARAMETER_ROWS = (
     Field("judge", dict, required=True, fields=Fields(*JUDGE_ROWS)),
-    *many("input_data_file_path", str, required=True, low=1),
-    *many(" ".join(MODELS_JUDGED), str, dict, fields=JUDGED_FIELDS),
+    *rows_of("input_data_file_path", str, required=True, low=1),
+    *rows_of(" ".join(MODELS_JUDGED), str, dict, fields=JUDGED_FIELDS),
 )
-LABELS = many("labels pass_labels", list, required=True, low=1, each=TEXT_ROW)
-SCORES = many("min_score max_score pass_threshold", float, required=True, low=-1e9, high=1e9)
+LABELS = rows_of("labels pass_labels", list, required=True, low=1, each=TEXT_ROW)
+SCORES = rows_of("min_score max_score pass_threshold", float, required=True, low=-1e9, high=1e9)
 EVALUATIONS: dict[str, tuple[Fields, Callable[[Any], Sequence[Any]]]] = {
     # type: its parameters, and the verdicts that a row may get
     "classify": (Fields(*PARAMETER_ROWS, *LABELS), lambda p: p["labels"]),
@@ -6251,17 +6241,17 @@ def list_judges(server: TogetherAiServer, request: Request) -> Any:
 
 # --- Dedicated endpoints
 
-SCALING = Fields(*many("min_replicas max_replicas", int, required=True, low=0))
+SCALING = Fields(*rows_of("min_replicas max_replicas", int, required=True, low=0))
 CHANGE_FIELDS = Fields(
     Field("display_name", str), Field("state", str, choices=("STARTED", "STOPPED")),
     Field("autoscaling", dict, fields=SCALING), Field("inactive_timeout", int, low=0),
 )  # fmt: skip
 ENDPOINT_FIELDS = Fields(
-    *CHANGE_FIELDS.values(), *many("model hardware", str, required=True, low=1),
+    *CHANGE_FIELDS.values(), *rows_of("model hardware", str, required=True, low=1),
     Field("autoscaling", dict, required=True, fields=SCALING), Field("availability_zone", str),
-    *many("disable_prompt_cache disable_speculative_decoding", bool),
+    *rows_of("disable_prompt_cache disable_speculative_decoding", bool),
 )  # fmt: skip
-LIST_ENDPOINTS = Fields(*many("type usage_type", str), Field("mine", bool))
+LIST_ENDPOINTS = Fields(*rows_of("type usage_type", str), Field("mine", bool))
 ENDPOINT_LADDER = ("PENDING", "STARTING", "STARTED")
 # GPU, its GB, link and cents a minute for one; prices chosen
 HARDWARE = (("h100", 80, "sxm", 5.65), ("a100", 80, "sxm", 4.28), ("l40s", 48, "pcie", 3.5))
@@ -6406,9 +6396,9 @@ ORGANIZATION = {"id": "66a1b2c3d4e5f60718293a4b", "name": "Parlel"}
 PROJECT = {"id": "proj-5f0e1d2c3b4a", "name": "Default", "slug": "default"}
 API_KEY_ID = "key-9a8b7c6d5e4f"
 MODEL_UPLOAD_FIELDS = Fields(
-    *many("model_name model_source", str, required=True, low=1),
+    *rows_of("model_name model_source", str, required=True, low=1),
     Field("model_type", str, choices=("model", "adapter")),
-    *many("hf_token description base_model lora_model", str),
+    *rows_of("hf_token description base_model lora_model", str),
 )
 UPLOAD_LADDER = ("Queued", "Running", "Complete")
 
@@ -6420,7 +6410,7 @@ def list_projects(server: TogetherAiServer, request: Request) -> Any:
     return list_page(request, [{**PROJECT, **owner}])
 
 
-def project_model(server: TogetherAiServer, model: Model) -> dict[str, Any]:
+def project_model(model: Model) -> dict[str, Any]:
     """Return a model of one's own as the second API lists it."""
     return {
         "id": "ml_" + Draw.of("project model", model.id).hex(24),
@@ -6436,7 +6426,7 @@ def project_model(server: TogetherAiServer, model: Model) -> dict[str, Any]:
 def list_project_models(server: TogetherAiServer, request: Request) -> Any:
     """List the models that jobs and uploads have made."""
     own = [model for id, model in list(server.models.items()) if id not in MODELS]
-    return list_page(request, [project_model(server, model) for model in own])
+    return list_page(request, [project_model(model) for model in own])
 
 
 @route("GET", "/v2/whoami")
@@ -6487,24 +6477,38 @@ def list_upload_jobs(server: TogetherAiServer, request: Request) -> Any:
     return {"data": server.jobs.list()}
 
 
-def declare_job(path: str, name: str, ladder: Sequence[str], enter: Any, show: Any) -> None:
+def declare_job(
+    path: str, name: str, ladder: Sequence[str], enter: Any, show: Any, sentence: str
+) -> None:
     """Declare the route that describes a job of a collection by `show(request, job)`."""
 
-    @route("GET", path)
     def get_job(server: TogetherAiServer, request: Request) -> Any:
-        """Describe a job, and take it one step on."""
         id = request.params["id"]
         return show(request, climb_job(server, getattr(server, name), id, ladder, enter))
 
+    get_job.__doc__ = sentence
+    route("GET", path)(get_job)
+
 
 JUDGING = ("evaluations", EVALUATION_LADDER, enter_evaluation)
-declare_job("/v2/videos/{id}", "videos", VIDEO_LADDER, enter_video, show_video)
-declare_job("/v1/evaluation/{id}", *JUDGING, show_evaluation)
-declare_job("/v1/evaluations/{id}", *JUDGING, show_evaluation)
-declare_job("/v1/evaluation/{id}/status", *JUDGING, show_results)
-declare_job("/v1/evaluations/{id}/status", *JUDGING, show_results)
-declare_job("/v1/endpoints/{id}", "endpoints", ENDPOINT_LADDER, enter_endpoint, lambda _, job: job)
-declare_job("/v1/jobs/{id}", "jobs", UPLOAD_LADDER, enter_upload, lambda _, job: job)
+DESCRIBING = (*JUDGING, show_evaluation, "Describe an evaluation, one step on.")
+TELLING = (*JUDGING, show_results, "Tell an evaluation's status and results, one step on.")
+declare_job("/v1/evaluation/{id}", *DESCRIBING)
+declare_job("/v1/evaluations/{id}", *DESCRIBING)
+declare_job("/v1/evaluation/{id}/status", *TELLING)
+declare_job("/v1/evaluations/{id}/status", *TELLING)
+declare_job(
+    *("/v2/videos/{id}", "videos", VIDEO_LADDER, enter_video, show_video),
+    "Describe a video, one step on.",
+)
+declare_job(
+    *("/v1/endpoints/{id}", "endpoints", ENDPOINT_LADDER, enter_endpoint, lambda _, job: job),
+    "Describe an endpoint, one step on.",
+)
+declare_job(
+    *("/v1/jobs/{id}", "jobs", UPLOAD_LADDER, enter_upload, lambda _, job: job),
+    "Describe the upload of a model, one step on.",
+)
 
 
 # === Control ===
@@ -6691,6 +6695,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     server: Any  # the HttpServer below
 
     def setup(self) -> None:
+        """Prepare the socket, and what is known of the requests on it."""
         self.connection: socket.socket = self.request
         with contextlib.suppress(OSError):  # some systems refuse it when the client has left
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
@@ -6708,6 +6713,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Do nothing: replies are written whole, and the server closes the socket."""
 
     def handle_one_request(self) -> None:
+        """Read a request and answer it, or say why it cannot be read."""
         self.deadline = 0.0  # when the whole request must be here; set once it has begun
         try:
             request = self.read_request()
@@ -6721,6 +6727,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     # Reading, from the whole request down to the socket
 
     def read_request(self) -> Request:
+        """Return the next request, whole."""
         head = self.read_head()
         if head != self.head:  # a client mostly sends the same one again
             self.parse_head(head)
@@ -6766,6 +6773,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         return data[: end + 2].decode("latin-1")
 
     def read_body(self, headers: Mapping[str, str]) -> bytes:
+        """Return the body by its length or its chunks, after a wished-for 100 Continue."""
         coding, length = headers.get("transfer-encoding"), headers.get("content-length")
         if coding is None:
             if length is None:
@@ -6789,6 +6797,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         return size
 
     def read_chunks(self) -> bytes:
+        """Return a body that comes in chunks; its trailers are read and dropped."""
         pieces = []
         total = 0
         while size := int(self.read_line(CHUNK_LINE)[1], 16):
@@ -6857,6 +6866,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     # Writing, likewise
 
     def write_reply(self, reply: Reply) -> None:
+        """Write a reply with as few calls as can be."""
         framing = self.choose_framing(reply)
         head = self.encode_head(reply, framing)
         body = reply.body
@@ -6905,6 +6915,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.send(data + LAST_CHUNK if chunked else data)
 
     def encode_head(self, reply: Reply, framing: str) -> bytes:
+        """Return the status line and the headers; none can bring another."""
         given, kind = reply.headers, reply.content_type
         if UNSAFE.search("".join([kind, *given, *given.values()])):
             given = {UNSAFE.sub("", name): UNSAFE.sub("", given[name]) for name in given}
