@@ -956,6 +956,14 @@ class PathTests(FakeCase):
         self.assertIn("Unknown endpoint /v1/chat/completion.", got.json["error"]["message"])
         self.assertIn("/v1/chat/completions", got.json["error"]["message"])
 
+    def test_repeated_query_parameters_are_no_bug(self):
+        for route in fake.ROUTES:
+            if route.method == "GET":
+                path = re.sub(r"{\w+(\.\.\.)?}", "id", route.path)
+                for query in ("x=1&x=2", "type=a&type=b", "limit=1&limit=2", "after=a&after=b"):
+                    with self.subTest(path=path, query=query):
+                        self.assertLess(self.ask("GET", f"{path}?{query}").status, 500)
+
     def test_keys(self):
         for value, status in (
             ("Bearer x", 200), ("bearer x", 200), ("Bearer", 401), ("Bearer ", 401), ("x", 401),
@@ -3955,7 +3963,7 @@ class FineTuning(StoreTestCase):
             ({"batch_size": "most"}, 400),
             ({"batch_size": 1000}, 400),
             ({"model": None}, 400),
-            ({"model": None, "from_checkpoint": "ft-other:3"}, 200),
+            ({"model": None, "from_checkpoint": "ft-other:3"}, 404),
         ):
             self.create(status, **more)
 

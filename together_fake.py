@@ -4806,7 +4806,10 @@ def list_page(request: Request, items: list[dict[str, Any]]) -> dict[str, Any]:
     return {"object": "list", "data": page, "next_cursor": page[-1]["id"] if more else None}
 
 
-@route("GET", "/v2/supported-models", query=Fields(Field("limit", int, low=1, high=1000)))
+PAGE_FIELDS = Fields(Field("limit", int, low=0, high=1000), Field("after", str))
+
+
+@route("GET", "/v2/supported-models", query=PAGE_FIELDS)
 def list_supported_models(server: TogetherAiServer, request: Request) -> Any:
     """List the catalogue in the second API's form, page by page."""
     return list_page(request, [supported_model(model) for model in list(server.models.values())])
@@ -4877,7 +4880,9 @@ def climb_job(
     """Take a job to its next rung, whose work `enter(server, job, rung)` does, and return it."""
     with server.job_lock:
         job = jobs.get(id)
-        ladder = (*ladder[:-1], server.outcomes.get(id, ladder[-1]))
+        end = server.outcomes.get(id, ladder[-1])
+        # A job that ends otherwise does so where its work is done, on the third rung at most.
+        ladder = (*(ladder[:-1] if end == ladder[-1] else ladder[: min(3, len(ladder) - 1)]), end)
         while job[jobs.status] in ladder[:-1]:
             rung = ladder[ladder.index(job[jobs.status]) + 1]
             job = jobs.update(id, **{jobs.status: rung, **enter(server, job, rung)})
@@ -5618,6 +5623,8 @@ def create_fine_tune(server: TogetherAiServer, request: Request) -> Any:
     """Start a fine-tuning job."""
     body, jobs = request.body, server.fine_tunes
     base = (body.get("from_checkpoint") or "").partition(":")[0]
+    if base.startswith("ft-"):
+        jobs.get(base)  # or 404
     model = body.get("model") or (jobs.get(base)["model"] if base in jobs else base)
     if not model:
         raise ApiError("missing", param="model")
@@ -6292,7 +6299,7 @@ def endpoint_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str,
 @route("GET", "/v1/endpoints", query=LIST_ENDPOINTS)
 def list_endpoints(server: TogetherAiServer, request: Request) -> Any:
     """List the dedicated on-demand endpoints, newest first: there are no others."""
-    none = {"serverless", "reserved"} & set(request.args.values())
+    none = {"serverless", "reserved"} & {request.args.get(name) for name in ("type", "usage_type")}
     return {"object": "list", "data": [] if none else server.endpoints.list()}
 
 
@@ -6403,7 +6410,7 @@ MODEL_UPLOAD_FIELDS = Fields(
 UPLOAD_LADDER = ("Queued", "Running", "Complete")
 
 
-@route("GET", "/v1/projects", query=Fields(Field("limit", int, low=0), Field("after", str)))
+@route("GET", "/v1/projects", query=PAGE_FIELDS)
 def list_projects(server: TogetherAiServer, request: Request) -> Any:
     """List the one project there is."""
     owner = {f"organization_{name}": value for name, value in ORGANIZATION.items()}
@@ -6422,7 +6429,7 @@ def project_model(model: Model) -> dict[str, Any]:
     }
 
 
-@route("GET", "/v2/projects/{project}/models", query=Fields(Field("limit", int, low=0)))
+@route("GET", "/v2/projects/{project}/models", query=PAGE_FIELDS)
 def list_project_models(server: TogetherAiServer, request: Request) -> Any:
     """List the models that jobs and uploads have made."""
     own = [model for id, model in list(server.models.items()) if id not in MODELS]
