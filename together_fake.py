@@ -278,6 +278,28 @@ ERRORS: dict[str, tuple[int, str]] = {
     "unknown_coding": (501, "Transfer-Encoding {coding!r} is not known; only chunked is."),
     "bad_version": (505, "The HTTP version is not known; HTTP/1.1 and HTTP/1.0 are."),
 }
+# What a scripted status sends, and what is said of fixtures.
+ERRORS.update({  # 400, 429, 500 and 503 are recorded, 402 reported by users, the others chosen
+    "status_400": (400, "Input validation error"),
+    "status_402": (402, "Credit limit exceeded, please"
+        " [add credits](https://api.together.ai/settings/billing). If you've already made a"
+        " payment, please wait up to 5 minutes for balances to update and try again."),
+    "status_403": (403, "This request is not permitted"),
+    "status_408": (408, "Request timed out"),
+    "status_409": (409, "The resource already exists"),
+    "status_413": (413, "Request entity too large"),
+    "status_422": (422, "The parameters are malformed"),
+    "status_429": (429, "Request was rejected due to request rate limiting. Your rate limits are"
+        " 60 RPM (1 QPS) and 60000 TPM (1000 TPS)."
+        " See details: https://docs.together.ai/docs/rate-limits"),
+    "status_500": (500, "Internal server error"),
+    "status_503": (503, "Service unavailable"),
+    "status_504": (504, "Gateway timeout"),
+    "status_529": (529, "The service is overloaded"),
+    "other_status": (500, "The request failed with status {status}"),
+    "bad_fixture": (400, "The fixture was refused: {reason}"),
+    "no_fixture": (404, "No fixture matches {method} {path}.{reason}"),
+})  # fmt: skip
 ERROR_TYPES = {
     402: "credit_limit",
     413: "request_too_large",
@@ -2585,27 +2607,6 @@ class Call:
 
 # === Script ===
 
-ERRORS.update({  # 400, 429, 500 and 503 are recorded, 402 reported by users, the others chosen
-    "status_400": (400, "Input validation error"),
-    "status_402": (402, "Credit limit exceeded, please"
-        " [add credits](https://api.together.ai/settings/billing). If you've already made a"
-        " payment, please wait up to 5 minutes for balances to update and try again."),
-    "status_403": (403, "This request is not permitted"),
-    "status_408": (408, "Request timed out"),
-    "status_409": (409, "The resource already exists"),
-    "status_413": (413, "Request entity too large"),
-    "status_422": (422, "The parameters are malformed"),
-    "status_429": (429, "Request was rejected due to request rate limiting. Your rate limits are"
-        " 60 RPM (1 QPS) and 60000 TPM (1000 TPS)."
-        " See details: https://docs.together.ai/docs/rate-limits"),
-    "status_500": (500, "Internal server error"),
-    "status_503": (503, "Service unavailable"),
-    "status_504": (504, "Gateway timeout"),
-    "status_529": (529, "The service is overloaded"),
-    "other_status": (500, "The request failed with status {status}"),
-    "bad_fixture": (400, "The fixture was refused: {reason}"),
-    "no_fixture": (404, "No fixture matches {method} {path}.{reason}"),
-})  # fmt: skip
 STATUS_ERRORS = {401: "bad_key", 404: "no_model"}  # for the others: status_...
 PROXY_STATUSES = (520, 521, 522, 523, 524)  # sent as text by the proxy in front of production
 RATE_LIMIT_HEADERS = {  # recorded, but for the seconds
