@@ -1205,6 +1205,13 @@ class MultipartTests(FakeCase):
         for kind in ("multipart/form-data; Boundary=X", 'multipart/form-data; boundary="X"'):
             self.assertEqual(self.upload("D:filename=a.jsonl", kind).status, 200)
 
+    def test_a_finished_file_stays_as_it_is(self):
+        id = self.upload("D:filename=a.jsonl").json["id"]
+        for path in (f"/__upload/{id}", f"/__upload/{id}/1"):
+            self.assertEqual(self.ask("PUT", path, b"other", headers={}).status, 400)
+        self.assertEqual(self.ask("GET", f"/v1/files/{id}/content").raw, b'{"a": 1}')
+        self.assertEqual(self.ask("PUT", f"/__upload/{id}", b'{"a": 1}', headers={}).status, 200)
+
     def test_large_bodies_leave_the_record_alone(self):
         self.chat()
         body = b"." * (fake.MAX_RECORDED_BODY_BYTES + 1)

@@ -5167,7 +5167,11 @@ def initiate_upload(server: TogetherAiServer, request: Request) -> Any:
 @route("PUT", "/__upload/{id}/{part}", open=True, max_bytes=STORAGE_LIMIT)
 def put_file(server: TogetherAiServer, request: Request) -> Any:
     """Take the data of an announced file, or one part of it; it needs no key."""
-    id, part = server.files.get(request.params["id"])["id"], request.params.get("part")
+    file, part = server.files.get(request.params["id"]), request.params.get("part")
+    id, status = file["id"], file["processing_status"]
+    if status != "PENDING" and server.contents.get(id) != request.raw:  # the same again is fine
+        reason = "its data cannot change any more"
+        raise ApiError("bad_state", noun="File", id=id, status=status, reason=reason)
     if part is None:
         fill_file(server, id, request.raw)
     elif re.fullmatch("[1-9][0-9]{0,2}", part):
