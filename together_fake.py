@@ -1612,6 +1612,8 @@ def as_whole(number: Any) -> Any:
 
 def canonical(value: Any) -> str:
     """Return a text that is the same for equal values: for 1 and 1.0, but not for true."""
+    if type(value) is str:
+        return '"' + value  # most are texts, and this is the short way for them
     plain = json.loads(json.dumps(value), parse_float=lambda digits: as_whole(float(digits)))
     return json.dumps(plain, sort_keys=True)
 
