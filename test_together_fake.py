@@ -1134,6 +1134,16 @@ class RecordTests(FakeCase):
                 big.answer(Request("POST", "/x", b"." * 40))
         self.assertEqual(len(big.requests), 2)
 
+    def test_near_misses_among_many_fixtures_keep_no_request(self):
+        for number in range(fake.MAX_NEAR_MISSES + 5):
+            self.server.reply("x", user_message=f"never {number}")
+        self.chat("hello")
+        call = self.server.requests[-1]
+        self.assertEqual(len(call.near_misses), fake.MAX_NEAR_MISSES)
+        self.assertEqual(call.near_misses[0]["got"], "hello")
+        held = call.find_misses.args + tuple(call.find_misses.keywords.values())
+        self.assertEqual(held, ("chat",))
+
     def test_a_bug_is_a_500_and_kept(self):
         server = TogetherAiServer(port=0, require_auth=False)
         server.models = None
@@ -1268,10 +1278,14 @@ class CommandLineTests(unittest.TestCase):
     def test_it_says_where_it_listens_and_stops_cleanly(self):
         command = [sys.executable, str(HERE / "together_fake.py"), "--port", "0"]
         for number in (signal.SIGINT, signal.SIGTERM):
+            began = time.perf_counter()
             with subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             ) as program:
                 lines = [program.stdout.readline() for _ in range(3)]
+                # Ten times as long is left for debug builds and busy machines.
+                said = json.loads((HERE / "manifest.json").read_text("utf-8"))["startup_time_ms"]
+                self.assertLess(time.perf_counter() - began, 10 * said / 1000)
                 port = int(re.search(r"listens on http://127\.0\.0\.1:(\d+)", lines[0]).group(1))
                 self.assertEqual(lines[1], "export TOGETHER_API_KEY=parlel-together\n")
                 self.assertEqual(lines[2], f"export TOGETHER_BASE_URL=http://127.0.0.1:{port}/v1\n")
@@ -4465,7 +4479,6 @@ class RepositoryTests(unittest.TestCase):
         )
         self.assertEqual(manifest["env_vars"], TogetherAiServer().env)
         self.assertAlmostEqual(manifest["size_kb"], len(self.source.encode()) / 1024, delta=5)
-        self.assertLessEqual(manifest["startup_time_ms"], 200)
 
 
 class StandIn:

@@ -355,11 +355,15 @@ KIND_NAMES = {
 }
 
 
+def preview(value: Any) -> str:
+    """Write a value for an error's sentence, cut to a readable length."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def refuse_value(place: str, rule: str, value: Any) -> ApiError:
     """Name the place, the rule and the value that broke it, cut to a readable length."""
-    shown = json.dumps(value, default=str)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return ApiError("invalid", param=place, reason=f"{rule}, not {shown}")
+    return ApiError("invalid", param=place, reason=f"{rule}, not {preview(value)}")
 
 
 class Fields(dict):  # type: ignore[type-arg]
@@ -2537,7 +2541,8 @@ class Call:
     error = ""  # why it failed, where it did
     warnings: tuple[str, ...] = ()  # a path that was read as another, fields that nothing reads
     fixture = ""  # the source of the one that answered
-    misses: Any = ()  # a list of near misses, or what finds them
+    misses: Sequence[dict[str, Any]] = ()
+    find_misses: Any = None  # of many fixtures: what finds them when somebody looks
 
     def __init__(self, number: int, request: Request, at: float) -> None:
         self.number = number
@@ -2580,7 +2585,12 @@ class Call:
     @property
     def near_misses(self) -> list[dict[str, Any]]:
         """The first fixtures that did not answer, each with the first key that differed."""
-        misses = self.misses() if callable(self.misses) else self.misses
+        misses = self.misses
+        if self.find_misses is not None:
+            path = collapse_path(self.path, False)
+            request = Request(self.method, path, self._raw, headers=self.headers)
+            request.body = self.body or {}
+            misses = self.find_misses(request)
         return [miss for miss in misses if miss["fixture"] != self.fixture]
 
     def __repr__(self) -> str:
@@ -2912,12 +2922,6 @@ TOLD_BY = {  # the first of these keys that a response has tells its kind
 }  # fmt: skip
 RESPONSE = {key: row[key] for _, row, _ in RESPONSES.values() for key in row}
 RESPONSE.update(SPEECH)  # where a key has another shape elsewhere
-
-
-def preview(value: Any) -> str:
-    """Write a value for an error's sentence, cut to a readable length."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def suggest(name: str, names: Iterable[str]) -> str:
@@ -3417,7 +3421,7 @@ class Script:
     @property
     def empty(self) -> bool:
         """Whether there is no fixture at all."""
-        return not (self._run_time.fixtures or self._files.fixtures)
+        return not len(self)
 
     def reset(self) -> None:
         """Remove what was added at run time, and count again from zero."""
@@ -3743,7 +3747,7 @@ FORMAT_FIELDS = Fields(
     Field("schema", dict, bool),
     Field("pattern", str),
 )
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+EFFORTS = tuple(EFFORT_THOUGHTS)
 CHAT_FIELDS = Fields(
     Field("model", str, required=True, low=1),
     Field("messages", list, required=True, low=1, each=Field("", dict, fields=MESSAGE_FIELDS)),
@@ -7122,8 +7126,7 @@ def as_reply(value: Any, request: Request, status: int) -> Reply:
             b"",
             status,
             "text/event-stream;charset=utf-8",
-            {"Cache-Control": "no-cache, no-transform"},
-            lead(first, events),
+            events=lead(first, events),
         )
     else:
         reply = Reply(ENCODE(value).encode(), status)
@@ -7483,9 +7486,11 @@ class TogetherAiServer:
 
     def _follow_script(self, route: Route, request: Request, call: Call) -> Reply:
         """Answer by the fixture that matches, if there is one."""
-        find_misses = functools.partial(self.script.find_near_misses, route.kind, request)
-        # Before anything is counted; of many fixtures only when somebody looks.
-        call.misses = find_misses() if len(self.script) <= MAX_NEAR_MISSES else find_misses
+        find_misses = functools.partial(self.script.find_near_misses, route.kind)
+        if len(self.script) <= MAX_NEAR_MISSES:
+            call.misses = find_misses(request)  # before anything is counted
+        else:
+            call.find_misses = find_misses
         fixture = self.script.find(route.kind, request)
         call.fixture = fixture.source if fixture else ""
         if fixture is None:
