@@ -1341,9 +1341,9 @@ class Texts(unittest.TestCase):
     def test_golden(self):
         self.assertEqual(
             fake.make_text(golden(2), 2),
-            "Their modest answer welcomes the pleasure of a task well done, so a short break"
-            " does no harm. On a calm day, the details decide the outcome, and there is always"
-            " more to learn.",
+            "The mild season adds the pleasure of a task well done, because nobody sees"
+            " the whole picture. Most of all, every simple forest welcomes a better grasp"
+            " of the basics from one generation to the next.",
         )
 
     def test_lengths(self):
@@ -1457,9 +1457,9 @@ class Vectors(unittest.TestCase):
 class Media(unittest.TestCase):
     def test_image_pixels(self):
         for number, width, height, wanted in (
-            (1, 96, 64, "922e14997cdffc86"),
-            (2, 96, 64, "0acdbbe21802c97e"),
-            (1, 1024, 1024, "3963d4720bdf60cc"),
+            (1, 96, 64, "629a030c953dd3df"),
+            (2, 96, 64, "18ec6ef32e65f611"),
+            (1, 1024, 1024, "66f9485350a648f6"),
         ):
             image = fake.make_image(golden(number), width, height)
             _, _, palette, rows = read_png(image)
@@ -1493,7 +1493,7 @@ class Media(unittest.TestCase):
             self.assertEqual((file.getframerate(), file.getnframes()), (44100, 10584))
 
     def test_speech_golden(self):
-        heads = ["7875f0cc69d9", "ca5611d832ff"]
+        heads = ["d1bb4c73c02e", "216e4a5cd02d"]
         for encoding, wanted in zip(fake.ENCODINGS, heads):
             samples = fake.make_speech(golden(1), "Hello there, friend", 16000, encoding)
             self.assertEqual(hashlib.sha256(samples).hexdigest()[:12], wanted)

@@ -71,7 +71,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 __all__ = ["ApiError", "Call", "TogetherAiServer", "main"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 DEFAULT_PORT = 4863
 DEFAULT_KEY = "parlel-together"
@@ -103,6 +103,8 @@ MAX_RECORD_BYTES = 64 * 2**20  # bodies of all recorded calls
 
 DEFAULT_MAX_TOKENS = 2048  # recorded: where several models stop when nothing is asked
 MAX_CONTEXT_TOKENS = 2**40  # of a model whose context length is unknown
+MAX_WORD_BYTES = 40  # of a word: what counts of it for a vector, and what is worth remembering
+MAX_COUNTED_WORDS = 8192  # whose numbers of tokens are remembered
 MEDIA_TOKENS = 256  # of an image, video or sound in a prompt
 MESSAGE_TOKENS = 3  # of the frame around a message
 
@@ -143,11 +145,53 @@ LINGER_SECONDS = 1.0  # for a refused client to read why, before the connection 
 
 # === Messages ===
 
-# Compact JSON, with letters of every alphabet as they are.
-ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
+
+def make_encoder(**options: Any) -> Callable[[Any], str]:
+    """Return a writer of compact JSON; `JSONEncoder.encode` sets one up for every value."""
+    encoder = json.JSONEncoder(separators=(",", ":"), check_circular=False, **options)
+    make = vars(json.encoder).get("c_make_encoder")
+    if make is None:  # not CPython
+        return encoder.encode
+    escape = "encode_basestring" + ("_ascii" if encoder.ensure_ascii else "")
+    write = make(
+        *(None, encoder.default, getattr(json.encoder, escape), None, ":", ","),
+        *(encoder.sort_keys, False, True),
+    )
+    return lambda value: "".join(write(value, 0))
+
+
+# JSON with letters of every alphabet as they are.
+ENCODE = make_encoder(ensure_ascii=False)
 # The same for every order of keys: what draws are made from.
-CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), check_circular=False).encode
+CANONICAL = make_encoder(sort_keys=True)
+QUOTE = json.encoder.encode_basestring  # of a string alone
 DONE = b"data: [DONE]\n\n"  # the last event of every stream
+
+
+def mask(value: str) -> str:
+    """Keep the scheme of a header that holds a key, never the key."""
+    scheme, space, _ = value.partition(" ")
+    return f"{scheme} ***" if space else "***"
+
+
+class Headers(dict):  # type: ignore[type-arg]
+    """Header fields by name in lower case; the requests of one connection mostly share them."""
+
+    @functools.cached_property
+    def masked(self) -> dict[str, str]:
+        """The fields without any key, for the record."""
+        return {name: mask(self[name]) if name in SECRET_HEADERS else self[name] for name in self}
+
+    @property
+    def agent(self) -> str:
+        """The program that asks, by its own words."""
+        return str(self.get("user-agent", ""))
+
+    @functools.cached_property
+    def has_key(self) -> bool:
+        """Whether there is a non-empty bearer token, whatever the case of the word before it."""
+        scheme, _, key = self.get("authorization", "").partition(" ")
+        return scheme.lower() == "bearer" and bool(key.strip())
 
 
 class Request:
@@ -171,7 +215,7 @@ class Request:
         self.method = method
         self.path = path  # percent-encoded, without the query
         self.query = query  # as received
-        self.headers = headers or {}  # names in lower case
+        self.headers = headers if type(headers) is Headers else Headers(headers or {})
         self.raw: bytes = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.origin = origin  # "http://host:port", for URLs that point back here
         self.body: dict[str, Any] = {}  # parsed and checked by answer()
@@ -198,7 +242,7 @@ class Upload:
 class Reply:
     """A whole answer: bytes with a status, or a stream of events that are each sent at once."""
 
-    __slots__ = ("body", "content_type", "events", "headers", "status")
+    __slots__ = ("body", "content_type", "events", "headers", "id", "status")
 
     def __init__(
         self,
@@ -213,6 +257,7 @@ class Reply:
         self.content_type = content_type
         self.headers = headers or {}
         self.events = events  # encoded events; body is not sent when this is set
+        self.id = ""  # of the answer, for the headers that name it
 
 
 class Events:
@@ -373,17 +418,35 @@ class Fields(dict):  # type: ignore[type-arg]
         super().__init__((row.name, row) for row in rows)
         self.required = tuple(row.name for row in rows if row.required)
 
+    @functools.cached_property
+    def rules(self) -> dict[str, dict[type, Any]]:
+        """What tells by name and type that a value passes as it is, see `Field.rules`."""
+        return {name: field.rules for name, field in self.items()}
+
+    def passes(self, values: dict[str, Any]) -> bool:
+        """Tell whether `check()` would change and refuse nothing."""
+        for name in self.required:
+            if values.get(name) is None:
+                return False
+        rules = self.rules
+        for name, value in values.items():
+            if name in rules and value is not None:
+                rule = rules[name].get(type(value))
+                if rule is not True and (rule is None or not rule(value)):
+                    return False
+        return True
+
     def check(self, values: dict[str, Any], place: str = "") -> None:
         """Check values in place; unknown names pass and `null` counts as absent."""
         for name in self.required:
             if values.get(name) is None:
                 raise ApiError("missing", param=place + name)
+        rules = self.rules
         for name, value in values.items():
-            field = self.get(name)
-            if field is not None and value is not None and type(value) not in field.plain:
-                checked = field.check(value, place + name)
-                if checked is not value:
-                    values[name] = checked  # the keys stay, so iterating is safe
+            if name in rules and value is not None:
+                rule = rules[name].get(type(value))
+                if rule is not True and (rule is None or not rule(value)):
+                    values[name] = self[name].check(value, place + name)  # the keys stay
 
 
 NO_FIELDS = Fields()
@@ -419,13 +482,48 @@ class Field:
         self.choices = choices
         self.each = each
         self.fields = fields
-        # The types of which nothing else needs to be checked.
-        bound = bool(choices) or low is not None or high is not None
-        inner: dict[Any, bool] = {
-            list: each is not None,
-            dict: each is not None or fields is not None,
-        }
-        self.plain = frozenset(kind for kind in kinds if not bound and not inner.get(kind, False))
+
+    @functools.cached_property
+    def rules(self) -> dict[type, Any]:
+        """The test by type that tells quickly, and never wrongly, that a value passes as it is.
+
+        True: every value of the type does. What fails a test is left to `check()`.
+        """
+        low = float("-inf") if self.low is None else self.low
+        high = float("inf") if self.high is None else self.high
+        bound = low > float("-inf") or high < float("inf")
+        return {kind: self.make_rule(kind, low, high, bound) for kind in self.kinds}
+
+    def make_rule(self, kind: type, low: float, high: float, bound: bool) -> Any:
+        """Return the test for values of one type, or True."""
+        tests: list[Callable[[Any], bool]] = []
+        if self.choices and kind in (str, int, bool):
+            tests.append(frozenset(self.choices).__contains__)
+        if self.each is not None and kind in (list, dict):
+            return self.each.make_items_rule(low, high) if kind is list else None
+        if bound and kind in (int, float):
+            tests.append(lambda value: low <= value <= high)
+        elif bound and kind in (str, list, dict):
+            tests.append(lambda value: low <= len(value) <= high)
+        if self.fields is not None and kind is dict:
+            tests.append(self.fields.passes)
+        if not tests:
+            return True
+        first, *others = tests
+        return (lambda value: first(value) and others[0](value)) if others else first
+
+    def make_items_rule(self, low: float, high: float) -> Callable[[list[Any]], bool]:
+        """Return the test for an array of so many of these."""
+        rules = self.rules
+
+        def test(items: list[Any]) -> bool:
+            for item in items:
+                rule = rules.get(type(item))
+                if rule is not True and (rule is None or not rule(item)):
+                    return False
+            return low <= len(items) <= high
+
+        return test
 
     def check(self, value: Any, place: str) -> Any:
         """Return the value in its declared type; raise ApiError naming the place."""
@@ -437,10 +535,8 @@ class Field:
             allowed = ", ".join(map(str, self.choices))
             raise refuse_value(place, f"must be one of {allowed}", value)
         if self.each is not None and type(value) in (list, dict):
-            each = self.each
             for index, item in list(enumerate(value) if type(value) is list else value.items()):
-                if type(item) not in each.plain:
-                    value[index] = each.check(item, f"{place}[{index}]")
+                value[index] = self.each.check(item, f"{place}[{index}]")
         if self.fields is not None and type(value) is dict:
             self.fields.check(value, place + ".")
         return value
@@ -534,10 +630,17 @@ def measure_depth(value: Any) -> int:
 
 def parse_json(raw: bytes) -> Any:
     """Read JSON with limits; raise ApiError for whatever standard JSON does not allow."""
-    suspect = len(raw) > MAX_NUMBER_DIGITS and LONG_NUMBER.search(raw)
+    long = len(raw) > MAX_NUMBER_DIGITS  # and so may be deep, or have a long number
+    decoder = CAREFUL_DECODER if long and LONG_NUMBER.search(raw) else DECODER
     try:
-        value = (CAREFUL_DECODER if suspect else DECODER).decode(raw.decode())
-        if b"\\ud" in raw or b"\\uD" in raw:  # pairs are fine, a lone surrogate does not encode
+        text = raw.decode()
+        try:
+            value, end = decoder.scan_once(text, 0)  # type: ignore[attr-defined]
+        except StopIteration:
+            end = -1
+        if end != len(text):  # there are blanks around the value, or this is no JSON
+            value = decoder.decode(text)
+        if b"\\u" in raw and (b"\\ud" in raw or b"\\uD" in raw):  # a lone surrogate is refused
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ApiError("bad_json", reason="a string has half of a surrogate pair") from None
@@ -548,7 +651,7 @@ def parse_json(raw: bytes) -> Any:
         raise ApiError("bad_json", reason=where) from None
     except RecursionError:
         raise ApiError("bad_json", reason=f"it nests deeper than {MAX_JSON_DEPTH}") from None
-    brackets = raw.count(b"[") + raw.count(b"{")
+    brackets = raw.count(b"[") + raw.count(b"{") if long else 0
     if brackets > MAX_JSON_DEPTH and measure_depth(value) > MAX_JSON_DEPTH:
         raise ApiError("bad_json", reason=f"it nests deeper than {MAX_JSON_DEPTH}")
     return value
@@ -650,8 +753,8 @@ class Draw:
     """Repeatable choices from a hash: the same names and facts give the same draw, everywhere.
 
     `child()` starts an independent draw for one question, so that a new question never
-    changes old answers. Within one draw, each call uses up the next bytes of one
-    shake_256 stream.
+    changes old answers. Within one draw, each call uses up the next bytes of one stream:
+    64 of blake2b, which is quick to set up, and then those of shake_256.
     """
 
     __slots__ = ("_at", "_pool", "key")
@@ -664,17 +767,25 @@ class Draw:
     @classmethod
     def of(cls, name: str, facts: Any) -> Draw:
         """Start from a name and JSON-able facts; the order of keys does not matter."""
-        return cls(hashlib.sha256(f"{name}\n{CANONICAL(facts)}".encode()).digest())
+        text = f"{name}\n{CANONICAL(facts)}"
+        return cls(hashlib.blake2b(text.encode(), digest_size=32).digest())
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> Draw:
+        """Start from bytes."""
+        return cls(hashlib.blake2b(data, digest_size=32).digest())
 
     def child(self, *names: str | int) -> Draw:
         """Start the draw of one question about this one."""
-        return Draw(self.key + ascii(names).encode())
+        return Draw(self.key + "\n".join(map(str, names)).encode())
 
     def take(self, size: int) -> bytes:
         """Return the next `size` bytes."""
         end = self._at + size
         if end > len(self._pool):
-            self._pool = hashlib.shake_256(self.key).digest(max(64, 2 * end))
+            self._pool = hashlib.blake2b(self.key).digest()
+            if end > 64:
+                self._pool += hashlib.shake_256(self.key).digest(2 * end)
         start, self._at = self._at, end
         return self._pool[start:end]
 
@@ -828,18 +939,21 @@ The change""")
 ADVICE = phrases("""\
 It helps to / It is wise to / It is often enough to / The best step is to / One good way is to /
 It never hurts to / A sensible rule is to / It is worth the time to""")
+
+
 SUBJECT = (phrases(DETERMINERS), ADJECTIVES, NOUNS)
 NEW_SUBJECT = (tuple(" " + word[1:].capitalize() for word in SUBJECT[0]), ADJECTIVES, NOUNS)
 PREDICATE = (VERBS, OBJECTS, TAILS)
-OPENING_SENTENCES = (
+OPENING_FORMS = (
     (*NEW_SUBJECT, *PREDICATE), (OPENINGS, *SUBJECT, VERBS, OBJECTS, CAUSES),
     (OPENINGS, CLAUSES, CAUSES), (*NEW_SUBJECT, VERBS, OBJECTS, CAUSES),
-) * 64  # fmt: skip
-LATER_SENTENCES = (
-    (*NEW_SUBJECT, *PREDICATE), (LINKS, CLAUSES, CAUSES), (RESULTS, *PREDICATE),
-    (ADVICE, STEPS, CAUSES), (LINKS, *SUBJECT, *PREDICATE), (RESULTS, VERBS, OBJECTS, CAUSES),
-    (OPENINGS, CLAUSES, CAUSES), (ADVICE, STEPS, TAILS),
-) * 32  # fmt: skip
+)  # fmt: skip
+LATER_FORMS = (
+    OPENING_FORMS[0], (LINKS, CLAUSES, CAUSES), (RESULTS, *PREDICATE), (ADVICE, STEPS, CAUSES),
+    (LINKS, *SUBJECT, *PREDICATE), (RESULTS, VERBS, OBJECTS, CAUSES), (OPENINGS, CLAUSES, CAUSES),
+    (ADVICE, STEPS, TAILS),
+)  # fmt: skip
+PLACES = 8  # of a sentence in a text, which have sentences of their own
 
 
 # ASCII classes only: other letters differ between the Unicode tables of Python versions.
@@ -854,37 +968,55 @@ def split_tokens(text: str) -> list[str]:
     return TOKEN.findall(text)
 
 
+class TokenCounts(dict):  # type: ignore[type-arg]
+    """The number of tokens of words, and of the phrases of the word lists."""
+
+    def __missing__(self, text: str) -> int:
+        if text.isdigit() and text.isascii():
+            return (len(text) + 2) // 3  # numbers seldom come again
+        count = TOKEN.subn("", text)[1]  # faster than a list
+        if len(text) <= MAX_WORD_BYTES:
+            if len(self) >= MAX_COUNTED_WORDS:
+                self.clear()
+            self[text] = count
+        return count
+
+
+TOKEN_COUNTS = TokenCounts()
+
+
 def count_tokens(text: str) -> int:
     """Return `len(split_tokens(text))`."""
-    return TOKEN.subn("", text)[1]  # faster than a list
+    if text.isprintable() and "  " not in text:  # a single space belongs to the word behind it
+        count: int = sum(map(TOKEN_COUNTS.__getitem__, text.split(" ")))
+        return count + text.endswith(" ")
+    return TOKEN_COUNTS.__missing__(text)
 
 
-class Tokens(dict):  # type: ignore[type-arg]
-    """The tokens of each phrase of the word lists."""
-
-    def __missing__(self, phrase: str) -> list[str]:
-        self[phrase] = tokens = split_tokens(phrase)
-        return tokens
-
-
-PHRASE_TOKENS = Tokens()
+@functools.lru_cache(maxsize=256 * PLACES)  # all there are
+def make_sentence(place: int, number: int) -> tuple[str, int]:
+    """Write one of the 256 sentences for a place in a text, and count its tokens."""
+    draw = Draw(b"sentence").child(place, number)
+    tables = draw.pick(LATER_FORMS if place else OPENING_FORMS)
+    text = "".join([draw.pick(table) for table in tables])
+    return text, count_tokens(text)
 
 
-def make_tokens(draw: Draw, sentences: int | None = None) -> list[str]:
-    """Write calm prose as tokens; without a number of sentences, 40 to 90 words."""
-    data = draw.take(8 * (sentences or 5))  # a sentence has at most 7 phrases
-    count = sentences or 4 + (data[-1] & 1)
-    tables = list(OPENING_SENTENCES[data[0]])
-    for byte in data[1:count]:
-        tables += LATER_SENTENCES[byte]
-    # A phrase begins with a space and so with a token of its own.
-    picked = [PHRASE_TOKENS[table[byte]] for table, byte in zip(tables, data[count:])]
-    return list(itertools.chain.from_iterable(picked))
+def make_prose(draw: Draw, sentences: int | None = None) -> tuple[str, int]:
+    """Write calm prose that begins with a space, and count its tokens.
+
+    Without a number of sentences it has 40 to 90 words.
+    """
+    data = draw.take(sentences or 6)
+    if sentences is None:
+        data = data[: 4 + (data[5] & 1)]
+    made = [make_sentence(place % PLACES, byte) for place, byte in enumerate(data)]
+    return "".join([text for text, _ in made]), sum([count for _, count in made])
 
 
 def make_text(draw: Draw, sentences: int | None = None) -> str:
     """Write calm prose."""
-    return "".join(make_tokens(draw, sentences))[1:]
+    return make_prose(draw, sentences)[0][1:]
 
 
 TASKS = phrases("""\
@@ -953,7 +1085,6 @@ BUCKETS = 4096
 LEVELS = bytes(range(32)) * 8  # a random byte as one of 32 levels
 BLOCK_WORDS = 48  # whose sums stay below 2 ** 16: 48 words of 44 buckets of 31
 MAX_TEXT_WORDS = 32768  # that count for a vector
-MAX_WORD_BYTES = 40
 CACHE_LANES = 2**22  # of each cache of one model; 2 bytes a lane
 QUANTUM = 100000  # steps from 0 to 1
 
@@ -2395,12 +2526,12 @@ def collapse_path(path: str, strict: bool) -> str:
 
 def is_openai(request: Request) -> bool:
     """Say whether an official OpenAI client asks."""
-    return request.headers.get("user-agent", "").startswith(("OpenAI/", "AsyncOpenAI/"))
+    return request.headers.agent.startswith(("OpenAI/", "AsyncOpenAI/"))
 
 
 def is_together(request: Request) -> bool:
     """Say whether an official Together client asks, of whichever generation."""
-    return request.headers.get("user-agent", "").startswith(("Together/", "AsyncTogether/"))
+    return request.headers.agent.startswith(("Together/", "AsyncTogether/"))
 
 
 def is_stainless(request: Request) -> bool:
@@ -2508,12 +2639,6 @@ class Collection:
             return [copy_json(self._items[id]) for id in ids[:limit]]
 
 
-def mask(value: str) -> str:
-    """Keep the scheme of a header that holds a key, never the key."""
-    scheme, space, _ = value.partition(" ")
-    return f"{scheme} ***" if space else "***"
-
-
 def mask_query(query: str) -> str:
     """Hide the keys in a query."""
     return SECRET_ARGS.sub(r"\1***", query)
@@ -2549,14 +2674,10 @@ class Call:
         self.method = request.method
         self.path = request.path
         self.query = mask_query(request.query) if request.query else ""
-        self.headers = dict(request.headers)
-        for name in SECRET_HEADERS:
-            if name in self.headers:
-                self.headers[name] = mask(self.headers[name])
+        self.headers = request.headers.masked
         self.at = at  # Unix seconds
-        self.size = len(request.raw)  # bytes of the body
-        self._raw = request.raw if self.size <= MAX_RECORDED_BODY_BYTES else b""
-        self.kept = len(self._raw)  # bytes of it
+        self._raw = request.raw if len(request.raw) <= MAX_RECORDED_BODY_BYTES else b""
+        self.kept = len(self._raw)  # bytes of the body
 
     def time_events(self, events: Iterator[bytes], started: float) -> Iterator[bytes]:
         """Pass a stream on and note how long it took in all, waits included."""
@@ -3735,6 +3856,7 @@ MESSAGE_FIELDS = Fields(
     Field("reasoning_content", str),
 )
 RESPONSE_FORMATS = ("text", "json_object", "json_schema", "regex")
+TEXT_FORMAT = {"type": "text"}
 FORMAT_FIELDS = Fields(
     Field("type", str, required=True, choices=RESPONSE_FORMATS),
     Field(
@@ -3782,12 +3904,12 @@ CHAT_FIELDS = Fields(
     Field("metadata", dict),
 )
 # What would change a model's answer; the rest (stream, user, limits on the length) does not.
-CHAT_FACTS = (
+CHAT_FACTS = frozenset((
     "model", "messages", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "logit_bias", "seed", "n", "response_format",
     "tools", "tool_choice", "functions", "function_call", "reasoning_effort", "reasoning",
     "chat_template_kwargs", "safety_model",
-)  # fmt: skip
+))  # fmt: skip
 
 
 def pick_given(body: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -3795,10 +3917,10 @@ def pick_given(body: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
     return {name: body[name] for name in names if body.get(name) is not None}
 
 
-def pick_facts(body: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def pick_facts(body: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
     """Return the fields that an answer is drawn from; one choice is what absent `n` means."""
-    facts = pick_given(body, names)
-    if facts.get("n") == 1:
+    facts = {name: body[name] for name in body if name in names and body[name] is not None}
+    if "n" in facts and facts["n"] == 1:
         del facts["n"]
     return facts
 
@@ -3809,40 +3931,47 @@ TOOL_FIELDS = {"tools", "functions", "tool_choice", "function_call"}
 class Choice:
     """One of the texts that answer a prompt, as data: chunks and whole replies come from it."""
 
-    __slots__ = (
-        "calls_first", "finish_reason", "function_call", "index", "pieces", "scores", "thoughts",
-        "tool_calls",
-    )  # fmt: skip
+    thoughts: Sequence[str] = ()  # tokens of the reasoning
+    tool_calls: Sequence[dict[str, Any]] = ()
+    calls_first = False  # in a stream, before the text
+    function_call: dict[str, Any] | None = None  # the older form of one tool call
+    scores: Sequence[Any] = ()  # a token's (logprob, alternatives), where asked for
+    _pieces: list[str] | None = None
 
-    def __init__(self, index: int, pieces: list[str], finish_reason: str) -> None:
+    def __init__(self, index: int, text: str, token_count: int, finish_reason: str) -> None:
         self.index = index
-        self.pieces = pieces  # tokens of the text
+        self.text = text
+        self.token_count = token_count  # of the text
         self.finish_reason = finish_reason
-        self.thoughts: list[str] = []  # tokens of the reasoning
-        self.tool_calls: list[dict[str, Any]] = []
-        self.calls_first = False  # in a stream, before the text
-        self.function_call: dict[str, Any] | None = None  # the older form of one tool call
-        self.scores: list[Any] = []  # a token's (logprob, alternatives), where asked for
+
+    @property
+    def pieces(self) -> list[str]:
+        """What each chunk of a stream holds of the text: its tokens, or what a fixture wants."""
+        if self._pieces is None:
+            self._pieces = split_tokens(self.text)
+        return self._pieces
+
+    def cut_pieces(self, size: int) -> None:
+        """Let each chunk of a stream hold so many characters."""
+        text = self.text
+        self._pieces = [text[at : at + size] for at in range(0, len(text), size)]
 
 
 class Answer:
     """All that an answer says, before it is shaped as chunks or as a whole."""
 
-    __slots__ = (
-        "choices", "created", "id", "model", "prompt", "reasons", "request", "role", "seed", "usage"
-    )  # fmt: skip
+    created = CREATED
+    role = "assistant"
+    prompt: Sequence[dict[str, Any]] = ()  # the echo
+    reasons = False  # messages have a key for reasoning
 
     def __init__(self, request: Request, choices: list[Choice], usage: dict[str, Any]) -> None:
         self.request = request
         self.id = request.id
-        self.created = CREATED
         self.model: str = request.body["model"]
-        self.role = "assistant"
         self.seed: int | None = request.body.get("seed")
         self.choices = choices
         self.usage = usage
-        self.prompt: list[dict[str, Any]] = []  # the echo
-        self.reasons = False  # messages have a key for reasoning
 
 
 def message_text(message: dict[str, Any]) -> str:
@@ -3851,15 +3980,6 @@ def message_text(message: dict[str, Any]) -> str:
     if type(content) is list:
         return "".join([part.get("text") or "" for part in content])
     return content or ""
-
-
-def count_message(message: dict[str, Any]) -> int:
-    """Count the tokens of a message: its text, calls, media and the frame around it."""
-    content = message.get("content")
-    media = sum(part["type"] != "text" for part in content) if type(content) is list else 0
-    calls = message.get("tool_calls")
-    inner = count_tokens(ENCODE(calls)) if calls else 0
-    return count_tokens(message_text(message)) + inner + media * MEDIA_TOKENS + MESSAGE_TOKENS
 
 
 def check_message(message: dict[str, Any], number: int) -> None:
@@ -3874,6 +3994,21 @@ def check_message(message: dict[str, Any], number: int) -> None:
     for index, part in enumerate(content if type(content) is list else ()):
         if part["type"] in PART_FIELDS and part.get(part["type"]) is None:
             raise ApiError("missing", param=f"{place}.content[{index}].{part['type']}")
+
+
+def count_messages(messages: list[dict[str, Any]]) -> int:
+    """Check each message, and count its tokens: text, calls, media and the frame around it."""
+    count = 1 + MESSAGE_TOKENS * len(messages)
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if type(content) is not str or message["role"] == "tool":
+            check_message(message, number)
+        if type(content) is list:
+            count += MEDIA_TOKENS * sum(part["type"] != "text" for part in content)
+        count += count_tokens(content if type(content) is str else message_text(message))
+        if message.get("tool_calls"):
+            count += count_tokens(ENCODE(message["tool_calls"]))
+    return count
 
 
 def find_budget(body: dict[str, Any], model: Model, prompt_tokens: int) -> tuple[int, int]:
@@ -3898,14 +4033,18 @@ def find_budget(body: dict[str, Any], model: Model, prompt_tokens: int) -> tuple
     )
 
 
-def cut_tokens(pieces: list[str], stop: Any, budget: int) -> tuple[list[str], str]:
-    """Return the tokens before the first stop text and within the budget, and why they end."""
+def cut_text(text: str, count: int, stop: Any, budget: int) -> tuple[str, int, str]:
+    """Return what of a text of `count` tokens is before a stop text and within the budget.
+
+    The number of its tokens and the reason of its end follow.
+    """
     if stop:
-        text = "".join(pieces)
         for ending in [stop] if type(stop) is str else stop:
             text = text.partition(ending)[0] if ending else text
-        pieces = split_tokens(text)
-    return (pieces[:budget], "length") if len(pieces) > budget else (pieces, "stop")
+        count = count_tokens(text)
+    if count > budget:
+        return "".join(split_tokens(text)[:budget]), budget, "length"
+    return text, count, "stop"
 
 
 def count_usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, Any]:
@@ -3914,7 +4053,7 @@ def count_usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, Any]:
     thought = 0
     for choice in choices:
         thought += len(choice.thoughts)
-        written += len(choice.thoughts) + len(choice.pieces)
+        written += len(choice.thoughts) + choice.token_count
         called = [call["function"] for call in choice.tool_calls]
         for function in [*called, choice.function_call] if choice.function_call else called:
             written += count_tokens(function["name"]) + count_tokens(function["arguments"])
@@ -4081,18 +4220,20 @@ def find_schema(format: dict[str, Any], body: dict[str, Any]) -> Any:
     return next((schema for text in texts for schema in read_schemas(text)), JSON_MODE_SCHEMA)
 
 
-def make_content(draw: Draw, body: dict[str, Any], model: Model) -> list[str]:
-    """Return the tokens of an answer in the format asked for."""
-    format = body.get("response_format") or {"type": "text"}
+def make_content(draw: Draw, body: dict[str, Any], model: Model) -> tuple[str, int]:
+    """Return an answer in the format asked for, and the number of its tokens."""
+    format = body.get("response_format") or TEXT_FORMAT
     kind = format["type"]
+    if kind == "text" and model.type != "moderation":
+        text, count = make_prose(draw)
+        return text[1:], count
     if kind == "regex":
-        return split_tokens(make_pattern_text(draw, format.get("pattern")))
-    if kind != "text":
-        return split_tokens(make_valid(draw, find_schema(format, body), "response_format"))
-    if model.type == "moderation":
-        return ["safe"]
-    first, *others = make_tokens(draw)
-    return [first[1:], *others]
+        text = make_pattern_text(draw, format.get("pattern"))
+    elif kind == "text":
+        text = "safe"
+    else:
+        text = make_valid(draw, find_schema(format, body), "response_format")
+    return text, count_tokens(text)
 
 
 def make_reasoning(draw: Draw, body: dict[str, Any], model: Model) -> str:
@@ -4119,20 +4260,23 @@ def compose_choice(
     draw: Draw, body: dict[str, Any], model: Model, budget: int, index: int
 ) -> Choice:
     """Write one choice of a chat answer."""
-    functions = choose_tools(body) if TOOL_FIELDS & body.keys() else []
-    thoughts = make_reasoning(draw.child("reasoning", index), body, model) if model.thinks else ""
-    choice = Choice(index, [], "tool_calls")
-    budget -= add_thoughts(choice, thoughts, budget)
+    functions = [] if TOOL_FIELDS.isdisjoint(body) else choose_tools(body)
+    choice = Choice(index, "", 0, "tool_calls")
+    if model.thinks:
+        thoughts = make_reasoning(draw.child("reasoning", index), body, model)
+        budget -= add_thoughts(choice, thoughts, budget)
     if budget <= 0:
         choice.finish_reason = "length"
     elif functions:
         choice.tool_calls = make_calls(draw.child("tools", index), functions)
         cut_calls(choice, budget)
     else:
-        pieces = make_content(draw.child("text", index), body, model)
-        choice.pieces, choice.finish_reason = cut_tokens(pieces, body.get("stop"), budget)
+        content = make_content(draw.child("text", index), body, model)
+        choice.text, choice.token_count, choice.finish_reason = cut_text(
+            *content, body.get("stop"), budget
+        )
     if choice.tool_calls and not body.get("tools"):
-        choice.function_call = choice.tool_calls.pop()["function"]
+        choice.function_call, choice.tool_calls = choice.tool_calls[0]["function"], ()
         if choice.finish_reason == "tool_calls":
             choice.finish_reason = "function_call"
     return choice
@@ -4142,18 +4286,23 @@ def script_choice(
     draw: Draw, body: dict[str, Any], script: dict[str, Any], budget: int, index: int
 ) -> Choice:
     """Write one choice that a fixture scripts; the limits on its length hold too."""
-    choice = Choice(index, [], "tool_calls")
+    choice = Choice(index, "", 0, "tool_calls")
     budget -= add_thoughts(choice, script["reasoning"], budget)
     blocks = script["blocks"]
     calls = [block for block in blocks if block["type"] == "tool_call"]
     if script["content"] is not None or not calls:
-        pieces = split_tokens(script["content"] or "")
-        choice.pieces, choice.finish_reason = cut_tokens(pieces, body.get("stop"), max(budget, 0))
-    for at, call in enumerate(calls):
-        own = draw.child("call", index, at)
-        made = tool_call(own, at, call["name"], call["arguments"], call["id"])
-        choice.tool_calls.append(made)
+        text = script["content"] or ""
+        choice.text, choice.token_count, choice.finish_reason = cut_text(
+            text, count_tokens(text), body.get("stop"), max(budget, 0)
+        )
+    if calls:
         choice.finish_reason = "tool_calls"
+        choice.tool_calls = [
+            tool_call(
+                *(draw.child("call", index, at), at, call["name"], call["arguments"], call["id"])
+            )
+            for at, call in enumerate(calls)
+        ]
     choice.calls_first = bool(blocks) and blocks[0]["type"] == "tool_call"
     return choice
 
@@ -4170,10 +4319,8 @@ def apply_script(answer: Answer, script: dict[str, Any]) -> None:
     for choice in answer.choices:
         choice.finish_reason = script.get("finish_reason") or choice.finish_reason
     answer.reasons = answer.reasons or bool(script["reasoning"])
-    size = script["chunk_size"]
-    for choice in answer.choices if size else ():
-        text = "".join(choice.pieces)
-        choice.pieces = [text[at : at + size] for at in range(0, len(text), size)]
+    for choice in answer.choices if script["chunk_size"] else ():
+        choice.cut_pieces(script["chunk_size"])
 
 
 def score_choices(draw: Draw, choices: list[Choice], count: int) -> None:
@@ -4182,7 +4329,7 @@ def score_choices(draw: Draw, choices: list[Choice], count: int) -> None:
         choice.scores = make_scores(draw.child("logprobs", choice.index), choice.pieces, count)
 
 
-def token_logprobs(request: Request, pieces: list[str], scores: list[Any]) -> dict[str, Any]:
+def token_logprobs(request: Request, pieces: Sequence[str], scores: Sequence[Any]) -> Any:
     """Return logprobs in Together's form: parallel lists."""
     part = {
         "tokens": pieces,
@@ -4213,12 +4360,10 @@ def finish_answer(answer: Answer, draw: Draw, prompt: str) -> None:
 def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
     """Write the whole answer to a conversation, whole or streamed."""
     body = request.body
-    for index, message in enumerate(body["messages"]):
-        check_message(message, index)
+    prompt_tokens = count_messages(body["messages"])
     model = use_model(server, body["model"], "chat")
     draw = Draw.of("chat", pick_facts(body, CHAT_FACTS))
     request.id = draw_id(draw)
-    prompt_tokens = sum([count_message(message) for message in body["messages"]]) + 1
     for name in ("tools", "functions"):
         prompt_tokens += count_tokens(ENCODE(body[name])) if body.get(name) else 0
     budget, prompt_tokens = find_budget(body, model, prompt_tokens)
@@ -4238,7 +4383,7 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
     return answer
 
 
-def content_logprobs(pieces: list[str], scores: list[Any]) -> dict[str, Any]:
+def content_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> dict[str, Any]:
     """Return logprobs in OpenAI's form: one object a token."""
 
     def entry(piece: str, logprob: float) -> dict[str, Any]:
@@ -4272,40 +4417,55 @@ def chunk_logprobs(request: Request, choice: Choice, at: int) -> Any:
     return token_logprobs(request, pieces, scores)
 
 
-def chat_message(answer: Answer, choice: Choice) -> dict[str, Any]:
-    """Return the message of a whole answer."""
+# A whole answer, one of its choices, and a message of text alone, of what is JSON already: an
+# encoder takes twice as long for the whole.
+CHAT_COMPLETION = (
+    '{"id":%s,"object":"chat.completion","created":%d,"model":%s,"prompt":%s,"choices":[%s],'
+    '"usage":%s}'
+)
+CHAT_CHOICE = '{"index":%d,"message":%s,"logprobs":%s,"finish_reason":%s,"seed":%s}'
+CHAT_MESSAGE = '{"role":%s,"content":%s,"tool_calls":[]}'
+
+
+def chat_message(answer: Answer, choice: Choice) -> str:
+    """Return the message of a whole answer as JSON."""
+    if not (choice.tool_calls or choice.function_call or answer.reasons):
+        return CHAT_MESSAGE % (QUOTE(answer.role), QUOTE(choice.text))
     message: dict[str, Any] = {
         "role": answer.role,
-        "content": "".join(choice.pieces) if not choice.tool_calls or choice.pieces else None,
+        "content": choice.text if not choice.tool_calls or choice.text else None,
         "tool_calls": choice.tool_calls,
     }
     if choice.function_call is not None:
         message.update(content=None, function_call=choice.function_call)
     if answer.reasons:
         message["reasoning"] = "".join(choice.thoughts) or None
-    return message
+    return ENCODE(message)
 
 
-def chat_completion(answer: Answer) -> dict[str, Any]:
+def chat_completion(answer: Answer) -> Reply:
     """Return a whole answer: what folding its chunks gives."""
-    return {
-        "id": answer.id,
-        "object": "chat.completion",
-        "created": answer.created,
-        "model": answer.model,
-        "prompt": answer.prompt,
-        "choices": [
-            {
-                "index": choice.index,
-                "message": chat_message(answer, choice),
-                "logprobs": whole_logprobs(answer.request, choice),
-                "finish_reason": choice.finish_reason,
-                "seed": answer.seed,
-            }
-            for choice in answer.choices
-        ],
-        "usage": answer.usage,
-    }
+    seed = "null" if answer.seed is None else answer.seed
+    choices = [
+        CHAT_CHOICE
+        % (
+            choice.index,
+            chat_message(answer, choice),
+            ENCODE(whole_logprobs(answer.request, choice)) if choice.scores else "null",
+            QUOTE(choice.finish_reason),
+            seed,
+        )
+        for choice in answer.choices
+    ]
+    text = CHAT_COMPLETION % (
+        QUOTE(answer.id),
+        answer.created,
+        QUOTE(answer.model),
+        ENCODE(answer.prompt) if answer.prompt else "[]",
+        ",".join(choices),
+        ENCODE(answer.usage),
+    )
+    return Reply(text.encode())
 
 
 def chat_part(answer: Answer, choice: Choice, **delta: Any) -> dict[str, Any]:
@@ -4415,10 +4575,10 @@ COMPLETION_FIELDS = Fields(
     Field("logprobs", int, low=0, high=20),
     Field("user", str),
 )
-COMPLETION_FACTS = (
+COMPLETION_FACTS = frozenset((
     "model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "logit_bias", "seed", "n", "suffix", "safety_model",
-)  # fmt: skip
+))  # fmt: skip
 
 
 def read_inputs(value: Any, place: str) -> list[Any]:
@@ -4468,10 +4628,11 @@ def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
         own = Draw.of("prompt", [facts, prompt])
         for index in range(body.get("n") or 1):
             if script:
-                pieces = split_tokens(script["content"] or "")
+                text = script["content"] or ""
+                count = count_tokens(text)
             else:
-                pieces = make_tokens(own.child("text", index))
-            choices.append(Choice(len(choices), *cut_tokens(pieces, body.get("stop"), budget)))
+                text, count = make_prose(own.child("text", index))
+            choices.append(Choice(len(choices), *cut_text(text, count, body.get("stop"), budget)))
     answer = Answer(request, choices, count_usage(prompt_tokens, choices))
     if script:
         apply_script(answer, script)
@@ -4512,7 +4673,7 @@ def text_completion(answer: Answer) -> dict[str, Any]:
         "choices": [
             {
                 "index": choice.index,
-                "text": echo_prefix(answer, choice) + "".join(choice.pieces),
+                "text": echo_prefix(answer, choice) + choice.text,
                 "finish_reason": choice.finish_reason,
                 "logprobs": text_logprobs(answer.request, choice, 0, len(choice.pieces), 0),
                 "seed": answer.seed,
@@ -4625,7 +4786,7 @@ def create_embeddings(server: TogetherAiServer, request: Request) -> Any:
     if (body.get("dimensions") or 0) > model.dimensions:
         rule = f"must be at most {model.dimensions}, as {model.id} has them"
         raise refuse_value("dimensions", rule, body["dimensions"])
-    request.id = draw_id(Draw(hashlib.sha256(request.raw).digest()))
+    request.id = draw_id(Draw.of_bytes(request.raw))
     # Written by hand: the JSON encoder would take ten times as long for the numbers.
     items = [
         f'{{"object":"embedding","index":{index},"embedding":{numbers}}}'
@@ -4670,10 +4831,10 @@ IMAGE_FIELDS = Fields(
     Field("output_format", str, choices=("jpeg", "png")),
     Field("user", str),
 )
-IMAGE_FACTS = (
+IMAGE_FACTS = frozenset((
     "model", "prompt", "width", "height", "steps", "seed", "image_url", "reference_images",
     "image_loras", "guidance_scale", "guidance", "negative_prompt", "image_base64",
-)  # fmt: skip
+))  # fmt: skip
 
 
 def read_pair(text: str, separator: str, place: str) -> tuple[int, int]:
@@ -4714,7 +4875,7 @@ def script_image(image: dict[str, Any], index: int) -> dict[str, Any]:
 
 def paint(token: str, width: int, height: int) -> bytes:
     """Return the PNG of a token: its URL holds all there is to know about it."""
-    return make_image(Draw(hashlib.sha256(token.encode()).digest()), width, height)
+    return make_image(Draw.of_bytes(token.encode()), width, height)
 
 
 def image_item(
@@ -6115,7 +6276,7 @@ def get_video_file(server: TogetherAiServer, request: Request) -> Any:
     limits = (MAX_IMAGE_SIDE, MAX_IMAGE_SIDE, MAX_VIDEO_SECONDS, MAX_FPS)
     if found is None or not all(0 < fact <= limit for fact, limit in zip(facts, limits)):
         raise ApiError("no_object", param="name", noun="Video", id=request.params["name"][:100])
-    draw = Draw(hashlib.sha256(found.group(1).encode()).digest())
+    draw = Draw.of_bytes(found.group(1).encode())
     return serve_bytes(request, make_video(draw, *facts), "video/mp4")
 
 
@@ -6679,12 +6840,12 @@ def explain_refusal(head: str) -> ApiError:
     return ApiError(name, reason=reason)
 
 
-def parse_fields(lines: str) -> dict[str, str]:
+def parse_fields(lines: str) -> Headers:
     """Return header lines by name in lower case; repeated ones are joined."""
     fields = FIELD.findall(lines)
     if len(fields) > MAX_HEADERS:
         raise ApiError("headers_too_large", bytes=MAX_HEADER_BYTES, count=MAX_HEADERS)
-    headers = {name.lower(): value for name, value in fields}
+    headers = Headers([(name.lower(), value) for name, value in fields])
     if len(headers) < len(fields):
         for name in headers:
             values = [value for other, value in fields if other.lower() == name]
@@ -6933,35 +7094,33 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.send(data + LAST_CHUNK if chunked else data)
 
     def encode_head(self, reply: Reply, framing: str) -> bytes:
-        """Return the status line and the headers; none can bring another."""
-        given, kind = reply.headers, reply.content_type
-        if UNSAFE.search("".join([kind, *given, *given.values()])):
-            given = {UNSAFE.sub("", name): UNSAFE.sub("", given[name]) for name in given}
-            kind = UNSAFE.sub("", kind)
-        fields = "".join(
-            [f"{name}: {value}\r\n" for name, value in given.items() if name.lower() not in OWN]
-        )
+        """Return the status line and the headers; no value can start a header of its own."""
+        given = reply.headers
+        fields = [f"{name}: {given[name]}" for name in given if name.lower() not in OWN]
+        if reply.id:
+            fields += (f"x-request-id: {reply.id}", f"cf-ray: {reply.id[-16:]}-SEA")
         if reply.status not in BODILESS:
-            fields += f"Content-Type: {kind}\r\n"
-            fields += framing and f"{framing}\r\n"
+            fields.append(f"Content-Type: {reply.content_type}")
+            if framing:
+                fields.append(framing)
         if self.close_connection:
-            fields += "Connection: close\r\n"
+            fields.append("Connection: close")
         elif self.minor == "0":
-            fields += "Connection: keep-alive\r\n"
-        return (
-            f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, '')}\r\n"
-            f"Server: together-fake\r\nDate: {self.tell_date()}\r\n"
-            f"Access-Control-Allow-Origin: *\r\n{fields}\r\n"
-        ).encode("latin-1", "replace")
+            fields.append("Connection: keep-alive")
+        if not "".join(fields).isprintable():
+            fields = [UNSAFE.sub("", field) for field in fields]
+        start = f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, '')}"
+        return "\r\n".join([start, self.tell_date(), *fields, "\r\n"]).encode("latin-1", "replace")
 
     def tell_date(self) -> str:
-        """Return the time as HTTP writes it, formatted once a second."""
+        """Return the headers of every reply, with the time as HTTP writes it, once a second."""
         now = int(time.time())
-        second, date = self.server.date
+        second, lines = self.server.date
         if now != second:
             date = self.date_time_string(now)
-            self.server.date = (now, date)
-        return str(date)
+            lines = f"Server: together-fake\r\nDate: {date}\r\nAccess-Control-Allow-Origin: *"
+            self.server.date = (now, lines)
+        return str(lines)
 
     def send(self, data: bytes, flags: int = 0) -> None:
         try:
@@ -6998,7 +7157,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         """Bind to (host, port). The app has `answer()`, `refuse()` and `body_limit()`."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.app = app
-        self.date = (0, "")  # Unix seconds, and the same as HTTP writes them
+        self.date = (0, "")  # Unix seconds, and the headers that tell them
         self.stopping = threading.Event()
         self.workers: list[threading.Thread] = []
         self.waiting: list[bool] = []  # an item for each worker without a client
@@ -7070,6 +7229,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
 # === Server ===
 
+CONTROL_PATH = re.compile(r"/+__parlel/|/(?:health)?\Z")  # these calls are not recorded
 CORS_METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
 
 
@@ -7083,13 +7243,6 @@ def allow_origin(request: Request) -> Reply:
         "Access-Control-Max-Age": "86400",
     }
     return Reply(b"", 204, headers=headers)
-
-
-def check_key(request: Request) -> None:
-    """Accept any non-empty bearer token, whatever the case of the word before it."""
-    scheme, _, key = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
-        raise ApiError("bad_key")
 
 
 def encode_events(chunks: Iterator[Any]) -> Iterator[bytes]:
@@ -7106,12 +7259,11 @@ def lead(first: bytes, events: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def stamp(reply: Reply, request: Request) -> Reply:
-    """Add the headers that name a reply; a refused request has no other name than its bytes."""
+    """Give a reply its name; a refused request has no other one than its bytes."""
     if not request.id:
         facts = f"{request.method} {request.path}\n".encode("utf-8", "replace")
-        request.id = draw_id(Draw(hashlib.sha256(facts + request.raw).digest()))
-    ray = request.id[-16:]
-    reply.headers = {**reply.headers, "x-request-id": request.id, "cf-ray": f"{ray}-SEA"}
+        request.id = draw_id(Draw.of_bytes(facts + request.raw))
+    reply.id = request.id
     return reply
 
 
@@ -7130,7 +7282,8 @@ def as_reply(value: Any, request: Request, status: int) -> Reply:
         )
     else:
         reply = Reply(ENCODE(value).encode(), status)
-    return stamp(reply, request) if request.id else reply
+    reply.id = request.id
+    return reply
 
 
 class TogetherAiServer:
@@ -7431,7 +7584,7 @@ class TogetherAiServer:
     def _record(self, request: Request) -> Call:
         """Keep the call, unless it is one of those that look after the server."""
         path = request.path
-        control = path in ("/", "/health") or path.lstrip("/").startswith("__parlel/")
+        control = path[:4] != "/v1/" and CONTROL_PATH.match(path)
         if control or request.method == "OPTIONS":
             return Call(0, request, 0)
         with self._lock:
@@ -7450,8 +7603,8 @@ class TogetherAiServer:
             return allow_origin(request)
         route = EXACT.get((request.method, request.path)) or self._find_route(request, call)
         call.kind = route.recorded_kind
-        if self.require_auth and not route.open:
-            check_key(request)
+        if self.require_auth and not route.open and not request.headers.has_key:
+            raise ApiError("bad_key")
         if route.query and (request.query or route.query.required):
             request.args = parse_form(request.query.encode())
             read_texts(request.args, route.query)
