@@ -28,6 +28,7 @@ import operator
 import os
 import pathlib
 import re
+import select
 import shutil
 import signal
 import socket
@@ -1341,9 +1342,8 @@ class Texts(unittest.TestCase):
     def test_golden(self):
         self.assertEqual(
             fake.make_text(golden(2), 2),
-            "The mild season adds the pleasure of a task well done, because nobody sees"
-            " the whole picture. Most of all, every simple forest welcomes a better grasp"
-            " of the basics from one generation to the next.",
+            "Every steady season demands a calm and open mind as any beginner soon finds"
+            " out. It helps to rest before making a decision by the time spring returns.",
         )
 
     def test_lengths(self):
@@ -2982,7 +2982,7 @@ class TestReplies(WireCase):
         server = fake.HttpServer(("127.0.0.1", 0), EchoApp(reply))
         self.addCleanup(server.stop)
         client = FakeSocket(request)
-        fake.Connection(client, ("127.0.0.1", 1), server)
+        fake.Connection(client, ("127.0.0.1", 1), server).answer_requests()
         return client.sent
 
     def test_every_reply_has_these_headers(self):
@@ -3150,6 +3150,98 @@ class TestStreams(WireCase):
         self.serve(reply)
         self.exchange(HEALTH.replace(b"GET", b"HEAD"))
         self.assertEqual(states, ["closed"])
+
+
+class TestTheLead(WireCase):
+    """One worker serves all clients, and leaves them to another before it keeps them waiting."""
+
+    def ask(self, client):
+        client.sendall(HEALTH)
+        return client.recv(65536)[:15]
+
+    def test_idle_clients_need_no_thread(self):
+        self.serve()
+        clients = [self.connect() for _ in range(200)]
+        for _ in range(2):
+            for client in clients:
+                self.assertEqual(self.ask(client), b"HTTP/1.1 200 OK")
+        self.assertLessEqual(len(self.server.workers), 4)
+
+    def test_a_busy_handler_delays_nobody_for_long(self):
+        entered, leave = threading.Event(), threading.Event()
+        self.addCleanup(leave.set)
+
+        def reply():
+            if not entered.is_set():
+                entered.set()
+                leave.wait(10)
+            return fake.Reply(b"{}")
+
+        self.serve(reply)
+        busy, other = self.connect(), self.connect()
+        busy.sendall(HEALTH)
+        self.assertTrue(entered.wait(10))
+        for _ in range(3):
+            self.assertEqual(self.ask(other), b"HTTP/1.1 200 OK")
+        leave.set()
+        self.assertEqual(busy.recv(15), b"HTTP/1.1 200 OK")
+        self.assertEqual(self.ask(other), b"HTTP/1.1 200 OK")
+
+    def test_a_busy_handler_holds_no_reply_back(self):
+        gate, leave = threading.Event(), threading.Event()
+        self.addCleanup(leave.set)
+        waits = {1: gate, 3: leave}  # of the first and the third request
+
+        def reply():
+            if len(self.app.requests) in waits:
+                waits[len(self.app.requests)].wait(10)
+            return fake.Reply(b"{}")
+
+        self.serve(reply)
+        first, *others = (self.connect() for _ in range(3))
+        first.sendall(HEALTH)
+        while not self.app.requests:
+            time.sleep(0.001)
+        for client in others:  # one round serves both, and the second one's handler is busy
+            client.sendall(HEALTH)
+        gate.set()
+        self.assertEqual(len(select.select(others, [], [], 10)[0]), 1)
+        leave.set()
+        self.assertEqual([client.recv(15)[-2:] for client in others], [b"OK", b"OK"])
+
+    def test_clients_that_do_not_read_hinder_nobody(self):
+        self.serve(lambda: fake.Reply(bytes(60_000)))
+        deaf = [self.connect() for _ in range(3)]
+        for client in deaf:
+            client.settimeout(0.2)
+            with contextlib.suppress(OSError):
+                for _ in range(200):
+                    client.sendall(HEALTH)
+        self.assertEqual(self.ask(self.connect()), b"HTTP/1.1 200 OK")
+
+    def test_too_many_clients_wait_until_one_leaves(self):
+        with mock.patch.object(fake, "MAX_CONNECTIONS", 2):
+            self.serve()
+            first, second, third = (self.connect() for _ in range(3))
+            self.assertEqual(self.ask(first), b"HTTP/1.1 200 OK")
+            self.assertEqual(self.ask(second), b"HTTP/1.1 200 OK")
+            third.sendall(HEALTH)
+            third.settimeout(0.05)
+            self.assertRaises(socket.timeout, third.recv, 1)
+            first.close()
+            third.settimeout(10)
+            self.assertEqual(third.recv(15), b"HTTP/1.1 200 OK")
+
+    def test_heads_are_remembered_but_not_without_limit(self):
+        self.serve()
+        client = self.connect()
+        for number in range(fake.MAX_REMEMBERED_HEADS + 10):
+            client.sendall(b"GET /%d HTTP/1.1\r\nHost: x\r\n\r\n" % number)
+            client.recv(65536)
+        client.sendall(b"GET /x HTTP/1.1\r\nHost: x\r\nA: %b\r\n\r\n" % (b"a" * 4000))
+        client.recv(65536)
+        self.assertEqual(len(self.server.heads), 10)
+        self.assertEqual([request.path for request in self.app.requests[-3:-1]], ["/264", "/265"])
 
 
 class TestLifeCycle(WireCase):
@@ -3546,7 +3638,7 @@ class ScriptedFaultTests(ScriptingCase):
         self.assertEqual(set(first), {200, 429, 500})
 
     def test_stop_ends_the_waits(self):
-        threads = threading.active_count() - 1  # without the server's own
+        threads = threading.active_count() - 2  # without the server's own
         self.server.fail(latency=60_000)
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             waiting = [pool.submit(self.chat, "hi") for _ in range(4)]

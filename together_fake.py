@@ -54,6 +54,7 @@ import json
 import operator
 import os
 import re
+import selectors
 import socket
 import socketserver
 import string
@@ -140,6 +141,10 @@ MAX_CONNECTIONS = 2000  # at once; further ones wait in the backlog
 BACKLOG = 1024  # connections that wait to be accepted
 RECEIVE_SECONDS = 30.0  # from a request's first byte to its last
 IDLE_SECONDS = 60.0  # without a request on an open connection
+MAX_HELD = 8  # replies that are sent at once
+PATIENCE_SECONDS = 0.02  # with one request, before another worker serves the other clients
+MAX_REMEMBERED_HEADS = 256  # of requests, so that they need not be taken apart again
+MAX_REMEMBERED_HEAD_BYTES = 2048
 LINGER_SECONDS = 1.0  # for a refused client to read why, before the connection closes
 
 
@@ -576,7 +581,7 @@ class Field:
             return text
 
 
-def read_texts(values: dict[str, Any], fields: Fields) -> None:
+def read_texts(values: dict[str, Any], fields: Fields) -> dict[str, Any]:
     """Give the texts of a form or query the types of their fields, in place."""
     for name, value in values.items():
         field = fields.get(name)
@@ -584,6 +589,7 @@ def read_texts(values: dict[str, Any], fields: Fields) -> None:
             values[name] = field.read_text(value)
         elif field is not None and type(value) is list and field.each is not None:
             values[name] = [field.each.read_text(v) if type(v) is str else v for v in value]
+    return values
 
 
 def read_float(text: str) -> float:
@@ -732,18 +738,16 @@ def parse_multipart(raw: bytes, content_type: str) -> dict[str, Any]:
 
 def parse_body(raw: bytes, content_type: str, fields: Fields) -> dict[str, Any]:
     """Read a JSON, urlencoded or multipart body as one dict, texts in the types of its table."""
-    kind = "" if content_type == "application/json" else content_type.lower().lstrip()
-    if kind.startswith("multipart/form-data"):
-        body = parse_multipart(raw, content_type)
-    elif kind.startswith("application/x-www-form-urlencoded") and raw.lstrip()[:1] != b"{":
-        body = parse_form(raw)
-    else:
-        value = parse_json(raw) if raw else {}
-        if type(value) is not dict:
-            raise ApiError("bad_json", reason="the body must be a JSON object")
-        return value
-    read_texts(body, fields)
-    return body
+    if content_type != "application/json":
+        kind = content_type.lower().lstrip()
+        if kind.startswith("multipart/form-data"):
+            return read_texts(parse_multipart(raw, content_type), fields)
+        if kind.startswith("application/x-www-form-urlencoded") and raw.lstrip()[:1] != b"{":
+            return read_texts(parse_form(raw), fields)
+    value = parse_json(raw) if raw else {}
+    if type(value) is not dict:
+        raise ApiError("bad_json", reason="the body must be a JSON object")
+    return value
 
 
 # === Draws ===
@@ -777,7 +781,7 @@ class Draw:
 
     def child(self, *names: str | int) -> Draw:
         """Start the draw of one question about this one."""
-        return Draw(self.key + "\n".join(map(str, names)).encode())
+        return Draw(self.key + ascii(names).encode())
 
     def take(self, size: int) -> bytes:
         """Return the next `size` bytes."""
@@ -983,13 +987,14 @@ class TokenCounts(dict):  # type: ignore[type-arg]
 
 
 TOKEN_COUNTS = TokenCounts()
+COUNT_WORD = TOKEN_COUNTS.__getitem__
 
 
 def count_tokens(text: str) -> int:
     """Return `len(split_tokens(text))`."""
     if text.isprintable() and "  " not in text:  # a single space belongs to the word behind it
-        count: int = sum(map(TOKEN_COUNTS.__getitem__, text.split(" ")))
-        return count + text.endswith(" ")
+        count: int = sum(map(COUNT_WORD, text.split(" ")))
+        return count + (text[-1:] == " ")
     return TOKEN_COUNTS.__missing__(text)
 
 
@@ -1010,8 +1015,12 @@ def make_prose(draw: Draw, sentences: int | None = None) -> tuple[str, int]:
     data = draw.take(sentences or 6)
     if sentences is None:
         data = data[: 4 + (data[5] & 1)]
-    made = [make_sentence(place % PLACES, byte) for place, byte in enumerate(data)]
-    return "".join([text for text, _ in made]), sum([count for _, count in made])
+    text, count = "", 0
+    for place, byte in enumerate(data):
+        sentence, tokens = make_sentence(place % PLACES, byte)
+        text += sentence
+        count += tokens
+    return text, count
 
 
 def make_text(draw: Draw, sentences: int | None = None) -> str:
@@ -2681,10 +2690,10 @@ class Call:
 
     def time_events(self, events: Iterator[bytes], started: float) -> Iterator[bytes]:
         """Pass a stream on and note how long it took in all, waits included."""
-        try:
-            yield from events
-        finally:
-            self.duration = time.perf_counter() - started
+        with contextlib.closing(events):  # type: ignore[type-var]
+            for event in events:
+                self.duration = time.perf_counter() - started  # before the client has the last
+                yield event
 
     @property
     def body(self) -> Any:
@@ -3919,9 +3928,10 @@ def pick_given(body: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
 
 def pick_facts(body: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
     """Return the fields that an answer is drawn from; one choice is what absent `n` means."""
-    facts = {name: body[name] for name in body if name in names and body[name] is not None}
-    if "n" in facts and facts["n"] == 1:
-        del facts["n"]
+    facts = {}
+    for name, value in body.items():
+        if name in names and value is not None and (name != "n" or value != 1):
+            facts[name] = value
     return facts
 
 
@@ -4016,8 +4026,9 @@ def find_budget(body: dict[str, Any], model: Model, prompt_tokens: int) -> tuple
 
     Raises ApiError when the context is too short, unless the request wants it truncated.
     """
-    asked = body.get("max_completion_tokens", body.get("max_tokens"))
-    asked = body.get("max_tokens") if asked is None else asked
+    asked = body.get("max_tokens")
+    if body.get("max_completion_tokens") is not None:
+        asked = body["max_completion_tokens"]
     room = model.context_length or MAX_CONTEXT_TOKENS
     fits = prompt_tokens + (asked or 1) <= room
     if fits or body.get("context_length_exceeded_behavior") == "truncate":
@@ -4047,16 +4058,22 @@ def cut_text(text: str, count: int, stop: Any, budget: int) -> tuple[str, int, s
     return text, count, "stop"
 
 
+def count_call(function: dict[str, Any]) -> int:
+    """Count the tokens of a function call."""
+    return count_tokens(function["name"]) + count_tokens(function["arguments"])
+
+
 def count_usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, Any]:
     """Add up the tokens of an answer."""
-    written = 0
-    thought = 0
+    written = thought = 0
     for choice in choices:
         thought += len(choice.thoughts)
-        written += len(choice.thoughts) + choice.token_count
-        called = [call["function"] for call in choice.tool_calls]
-        for function in [*called, choice.function_call] if choice.function_call else called:
-            written += count_tokens(function["name"]) + count_tokens(function["arguments"])
+        written += choice.token_count
+        for call in choice.tool_calls:
+            written += count_call(call["function"])
+        if choice.function_call:
+            written += count_call(choice.function_call)
+    written += thought
     usage = {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": written,
@@ -4364,16 +4381,16 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
     model = use_model(server, body["model"], "chat")
     draw = Draw.of("chat", pick_facts(body, CHAT_FACTS))
     request.id = draw_id(draw)
-    for name in ("tools", "functions"):
+    for name in () if TOOL_FIELDS.isdisjoint(body) else ("tools", "functions"):
         prompt_tokens += count_tokens(ENCODE(body[name])) if body.get(name) else 0
     budget, prompt_tokens = find_budget(body, model, prompt_tokens)
     script = request.script
-    choices = [
-        script_choice(draw, body, script, budget, index)
-        if script
-        else compose_choice(draw, body, model, budget, index)
-        for index in range(body.get("n") or 1)
-    ]
+    choices = []
+    for index in range(body.get("n") or 1):
+        if script:
+            choices.append(script_choice(draw, body, script, budget, index))
+        else:
+            choices.append(compose_choice(draw, body, model, budget, index))
     answer = Answer(request, choices, count_usage(prompt_tokens, choices))
     answer.reasons = model.thinks
     if script:
@@ -4396,7 +4413,7 @@ def content_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> dict[str, 
     return {"content": content, "refusal": None}
 
 
-def whole_logprobs(request: Request, choice: Choice) -> dict[str, Any] | None:
+def whole_logprobs(request: Request, choice: Choice) -> Any:
     """Return a choice's logprobs in the form asked for: `true` is OpenAI's, a number Together's."""
     if not choice.scores:
         return None
@@ -4417,20 +4434,10 @@ def chunk_logprobs(request: Request, choice: Choice, at: int) -> Any:
     return token_logprobs(request, pieces, scores)
 
 
-# A whole answer, one of its choices, and a message of text alone, of what is JSON already: an
-# encoder takes twice as long for the whole.
-CHAT_COMPLETION = (
-    '{"id":%s,"object":"chat.completion","created":%d,"model":%s,"prompt":%s,"choices":[%s],'
-    '"usage":%s}'
-)
-CHAT_CHOICE = '{"index":%d,"message":%s,"logprobs":%s,"finish_reason":%s,"seed":%s}'
-CHAT_MESSAGE = '{"role":%s,"content":%s,"tool_calls":[]}'
-
-
 def chat_message(answer: Answer, choice: Choice) -> str:
     """Return the message of a whole answer as JSON."""
     if not (choice.tool_calls or choice.function_call or answer.reasons):
-        return CHAT_MESSAGE % (QUOTE(answer.role), QUOTE(choice.text))
+        return f'{{"role":{QUOTE(answer.role)},"content":{QUOTE(choice.text)},"tool_calls":[]}}'
     message: dict[str, Any] = {
         "role": answer.role,
         "content": choice.text if not choice.tool_calls or choice.text else None,
@@ -4444,28 +4451,25 @@ def chat_message(answer: Answer, choice: Choice) -> str:
 
 
 def chat_completion(answer: Answer) -> Reply:
-    """Return a whole answer: what folding its chunks gives."""
+    """Return a whole answer: what folding its chunks gives.
+
+    The JSON is written by hand, which takes half the time of encoding a tree of objects.
+    """
     seed = "null" if answer.seed is None else answer.seed
-    choices = [
-        CHAT_CHOICE
-        % (
-            choice.index,
-            chat_message(answer, choice),
-            ENCODE(whole_logprobs(answer.request, choice)) if choice.scores else "null",
-            QUOTE(choice.finish_reason),
-            seed,
+    choices = ""
+    for choice in answer.choices:
+        logprobs = ENCODE(whole_logprobs(answer.request, choice)) if choice.scores else "null"
+        choices += (
+            f'{choices and ","}{{"index":{choice.index},"message":{chat_message(answer, choice)},'
+            f'"logprobs":{logprobs},"finish_reason":{QUOTE(choice.finish_reason)},"seed":{seed}}}'
         )
-        for choice in answer.choices
-    ]
-    text = CHAT_COMPLETION % (
-        QUOTE(answer.id),
-        answer.created,
-        QUOTE(answer.model),
-        ENCODE(answer.prompt) if answer.prompt else "[]",
-        ",".join(choices),
-        ENCODE(answer.usage),
+    return Reply(
+        (
+            f'{{"id":{QUOTE(answer.id)},"object":"chat.completion","created":{answer.created},'
+            f'"model":{QUOTE(answer.model)},"prompt":{ENCODE(answer.prompt)},'
+            f'"choices":[{choices}],"usage":{ENCODE(answer.usage)}}}'
+        ).encode()
     )
-    return Reply(text.encode())
 
 
 def chat_part(answer: Answer, choice: Choice, **delta: Any) -> dict[str, Any]:
@@ -6776,6 +6780,7 @@ def remove_fixtures(server: TogetherAiServer, request: Request) -> Any:
 
 POSIX = sys.platform != "win32"
 MSG_MORE = getattr(socket, "MSG_MORE", 0)  # Linux: the rest follows at once
+MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows: never used before something came
 MSG_WAITALL = getattr(socket, "MSG_WAITALL", 0) if POSIX else 0  # one call for a whole body
 MAX_RECEIVE_BYTES = 2**30 if MSG_WAITALL else 2**20  # taken in one call
 RECEIVE_BYTES = 64 * 2**10  # asked for at once, where the number to come is unknown
@@ -6865,6 +6870,47 @@ def frame_chunk(event: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(event), event) if event else b""  # empty would end the body
 
 
+class Head:
+    """What the lines before a body say; the requests of a connection mostly share one."""
+
+    __slots__ = (
+        "closes",
+        "coding",
+        "fields",
+        "length",
+        "method",
+        "minor",
+        "origin",
+        "path",
+        "query",
+    )
+
+    def __init__(self, text: str, netloc: str) -> None:
+        """Take a head apart; raise ApiError where it is none."""
+        match = HEAD.fullmatch(text)
+        if not match:
+            raise explain_refusal(text)
+        self.method, path, query, self.minor, lines = match.groups()
+        self.path, self.query = path or "/", query or ""
+        self.fields = fields = parse_fields(lines)
+        if self.minor != "0" and "host" not in fields:
+            raise ApiError("bad_http", reason="HTTP/1.1 needs a Host header")
+        self.origin = "http://" + (fields.get("host") or netloc)
+        options = fields.get("connection", "").lower()
+        old = self.minor == "0"
+        self.closes = "close" in options or (old and "keep-alive" not in options)
+        self.coding: str | None = fields.get("transfer-encoding")
+        self.length: str | None = fields.get("content-length")
+        if self.coding is not None and (self.length is not None or old):
+            raise ApiError("bad_http", reason="Transfer-Encoding takes HTTP/1.1 and no length")
+        if self.coding is not None and self.coding.lower() != "chunked":
+            raise ApiError("unknown_coding", coding=self.coding)
+
+
+# What is known of a client whose request cannot be read.
+NO_HEAD = Head("GET / HTTP/1.1\r\nHost: \r\n", "")
+
+
 class Connection(http.server.BaseHTTPRequestHandler):
     """One client's connection: reads requests, has the app answer them, writes the replies.
 
@@ -6879,26 +6925,37 @@ class Connection(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):  # some systems refuse it when the client has left
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.unused = b""  # received, and not yet part of a request
-        self.head, self.command, self.path, self.minor = "", "", "", "1"  # of the latest request
+        self.head = NO_HEAD  # of the latest request
         self.patience = 0.0  # seconds that one receive may take, as last set
+        self.leads: list[bool] = []  # an item while it is served by the worker with the lead
         self.close_connection = False
 
     def handle(self) -> None:
-        with contextlib.suppress(Cut):
-            while not self.close_connection:
-                self.handle_one_request()
+        """Do nothing: the server calls `answer_requests()` whenever something has come."""
 
     def finish(self) -> None:
         """Do nothing: replies are written whole, and the server closes the socket."""
 
+    def answer_requests(self) -> None:
+        """Answer what has come, which may be nothing, part of a request, or several."""
+        try:
+            self.unused = self.connection.recv(RECEIVE_BYTES, MSG_DONTWAIT)
+            self.close_connection = not self.unused
+            while self.unused and not self.close_connection:
+                self.handle_one_request()
+        except BlockingIOError:
+            pass
+        except OSError:
+            raise Cut from None
+
     def handle_one_request(self) -> None:
         """Read a request and answer it, or say why it cannot be read."""
-        self.deadline = 0.0  # when the whole request must be here; set once it has begun
+        self.deadline = 0.0  # when the whole request must be here; set once more has to come
         try:
             request = self.read_request()
         except ApiError as error:
             self.close_connection = True  # where the next request begins is unknown
-            self.write_reply(self.server.app.refuse(error, self.command, self.path))
+            self.write_reply(self.server.app.refuse(error, self.head.method, self.head.path))
             self.linger()
         else:
             self.write_reply(self.server.app.answer(request))
@@ -6907,39 +6964,21 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def read_request(self) -> Request:
         """Return the next request, whole."""
-        head = self.read_head()
-        if head != self.head:  # a client mostly sends the same one again
-            self.parse_head(head)
-        self.close_connection = self.closes
+        self.head = NO_HEAD
+        self.head = head = self.read_head()
+        self.close_connection = head.closes
         return Request(
-            self.command,
-            self.path,
-            self.read_body(self.fields),
-            query=self.query,
-            headers=self.fields,
-            origin="http://" + (self.fields.get("host") or self.server.netloc),
+            head.method,
+            head.path,
+            self.read_body(head),
+            query=head.query,
+            headers=head.fields,
+            origin=head.origin,
         )
 
-    def parse_head(self, head: str) -> None:
-        """Take a head apart; raise ApiError where it is none."""
-        match = HEAD.fullmatch(head)
-        if not match:
-            raise explain_refusal(head)
-        self.command, path, query, self.minor, lines = match.groups()
-        self.path, self.query = path or "/", query or ""
-        self.fields = parse_fields(lines)
-        if self.minor != "0" and "host" not in self.fields:
-            raise ApiError("bad_http", reason="HTTP/1.1 needs a Host header")
-        options = self.fields.get("connection", "").lower()
-        old = self.minor == "0"
-        self.closes = "close" in options or (old and "keep-alive" not in options)
-        self.head = head
-
-    def read_head(self) -> str:
-        """Return a request's line and header lines, without the empty line behind them."""
-        data = self.unused or self.receive_within(self.server.idle_seconds, RECEIVE_BYTES)
-        if not data:
-            raise Cut  # idle for too long
+    def read_head(self) -> Head:
+        """Return what a request's line and header lines say."""
+        data = self.unused
         seen = 0
         while (end := data.find(b"\r\n\r\n", max(0, seen - 3))) < 0:
             if len(data) > MAX_HEADER_BYTES:
@@ -6949,28 +6988,27 @@ class Connection(http.server.BaseHTTPRequestHandler):
             seen = len(data)
             data += self.receive(MAX_HEADER_BYTES + 1 - seen)
         self.unused = data[end + 4 :]
-        return data[: end + 2].decode("latin-1")
+        head: Head = self.server.find_head(data[: end + 2])
+        return head
 
-    def read_body(self, headers: Mapping[str, str]) -> bytes:
+    def read_body(self, head: Head) -> bytes:
         """Return the body by its length or its chunks, after a wished-for 100 Continue."""
-        coding, length = headers.get("transfer-encoding"), headers.get("content-length")
-        if coding is None:
-            if length is None:
+        if head.coding is None:
+            if head.length is None:
                 return b""
-            size = self.check_size(parse_length(length))
-        elif length is not None or self.minor == "0":
-            raise ApiError("bad_http", reason="Transfer-Encoding takes HTTP/1.1 and no length")
-        elif coding.lower() != "chunked":
-            raise ApiError("unknown_coding", coding=coding)
-        waits = headers.get("expect", "").lower() == "100-continue" and self.minor != "0"
+            size = self.check_size(parse_length(head.length))
+            if size == len(self.unused):
+                body, self.unused = self.unused, b""
+                return body
+        waits = head.fields.get("expect", "").lower() == "100-continue" and head.minor != "0"
         if waits and not self.unused:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return self.read_exactly(size) if coding is None else self.read_chunks()
+        return self.read_exactly(size) if head.coding is None else self.read_chunks()
 
     def check_size(self, size: int) -> int:
         """Return the size of a body that is not over the route's limit."""
         if size > MAX_JSON_BYTES:
-            limit = self.server.app.body_limit(self.command, self.path)
+            limit = self.server.app.body_limit(self.head.method, self.head.path)
             if size > limit:
                 raise ApiError("too_large", size=size, limit=limit)
         return size
@@ -7009,6 +7047,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def receive(self, size: int, flags: int = 0) -> bytes:
         """Return more of a request that has begun, within what is left of its time."""
+        self.server.pass_lead(self)
         now = time.monotonic()
         self.deadline = self.deadline or now + self.server.receive_seconds
         data = self.receive_within(self.deadline - now, size, flags)
@@ -7051,13 +7090,16 @@ class Connection(http.server.BaseHTTPRequestHandler):
         body = reply.body
         if reply.events is not None:
             self.write_events(head, reply.events, framing)
-        elif self.command == "HEAD" or reply.status in BODILESS:
+        elif self.head.method == "HEAD" or reply.status in BODILESS:
             self.send(head)
-        elif len(body) <= MAX_JOIN_BYTES:
-            self.send(head + body)
-        else:
+        elif len(body) > MAX_JOIN_BYTES:
+            self.server.pass_lead(self)
             self.send(head, MSG_MORE)
             self.send(body)
+        elif self.leads and not self.unused and not self.close_connection:
+            self.server.held.append((self, head + body))
+        else:
+            self.send(head + body)
 
     def choose_framing(self, reply: Reply) -> str:
         """Return the header lines that tell where the reply ends."""
@@ -7066,17 +7108,18 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if "Content-Length" in reply.headers:
             return f"Content-Length: {reply.headers['Content-Length']}"
         reply.headers = {**UNCACHED, **reply.headers}
-        if self.minor == "0":
+        if self.head.minor == "0":
             self.close_connection = True
             return ""
         return CHUNKED
 
     def write_events(self, head: bytes, events: Iterator[bytes], framing: str) -> None:
         """Send each event as it comes; the first goes with the head, the last with the end."""
-        chunked = framing is CHUNKED and self.command != "HEAD"
+        self.server.pass_lead(self)
+        chunked = framing is CHUNKED and self.head.method != "HEAD"
         data = head
         try:
-            for event in events if self.command != "HEAD" else ():
+            for event in events if self.head.method != "HEAD" else ():
                 data += frame_chunk(event) if chunked else event
                 if event == DONE:
                     break
@@ -7105,7 +7148,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 fields.append(framing)
         if self.close_connection:
             fields.append("Connection: close")
-        elif self.minor == "0":
+        elif self.head.minor == "0":
             fields.append("Connection: keep-alive")
         if not "".join(fields).isprintable():
             fields = [UNSAFE.sub("", field) for field in fields]
@@ -7130,6 +7173,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def linger(self) -> None:
         """Take what a refused client still sends: closing before would reset the reply away."""
+        self.server.pass_lead(self)
         end = time.monotonic() + self.server.linger_seconds
         try:
             self.connection.shutdown(socket.SHUT_WR)
@@ -7142,8 +7186,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
 class HttpServer(http.server.ThreadingHTTPServer):
     """Serves `app` at an address, from construction (`OSError`: it is taken) to `stop()`.
 
-    Worker threads wait in `accept()`, and serve a client to its end before they wait again. So
-    no connection changes hands, and a thread starts only when none was left waiting.
+    One of the worker threads has the lead: it waits for all clients at once and answers them in
+    turn, so that a request changes no threads. Before it waits for a single client it passes the
+    lead to another worker, and where one request takes it long, the watch does so. It then comes
+    back as a worker that waits for the lead. Only the lead touches the selector.
+
+    Clients that ask at once get their replies at once, a few at a time: to wake a sleeping client
+    costs half as much as to answer it, and while it is awake the next reply wakes nobody.
     """
 
     request_queue_size = BACKLOG
@@ -7158,11 +7207,27 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.app = app
         self.date = (0, "")  # Unix seconds, and the headers that tell them
+        self.heads: dict[bytes, Head] = {}  # those met of late
         self.stopping = threading.Event()
-        self.workers: list[threading.Thread] = []
-        self.waiting: list[bool] = []  # an item for each worker without a client
         self.clients: set[socket.socket] = set()
+        self.idle: dict[Connection, float] = {}  # in the selector, and when each is to be closed
+        self.returned: deque[Connection] = deque()  # from other workers, to be idle again
+        self.held: list[tuple[Connection, bytes]] = []  # replies to be sent at once
+        self.workers: list[threading.Thread] = []
+        self.waiting: list[bool] = []  # an item for each worker that waits for the lead
+        self.lead = threading.Lock()  # held by the worker that has it
+        self.serving: Connection | None = None  # by the lead, now or last
+        self.served = 0  # how often the lead has begun to serve
+        self.watched = False  # the watch is awake
+        self.alarm = threading.Event()  # wakes the watch
         super().__init__(address, Connection)
+        self.socket.setblocking(False)
+        self.selector = selectors.DefaultSelector()
+        self.bell, self.button = socket.socketpair()  # ends the lead's waiting
+        self.button.setblocking(False)
+        self.selector.register(self.bell, selectors.EVENT_READ, self.take_back)
+        self.accepting = False
+        self.accept_or_not()
 
     def server_bind(self) -> None:
         socketserver.TCPServer.server_bind(self)  # HTTPServer's also looks up the host's name
@@ -7170,9 +7235,26 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = host, port
         self.netloc = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
+    def find_head(self, data: bytes) -> Head:
+        """Return what the lines of a head say; a client mostly sends the same again."""
+        head = self.heads.get(data)
+        if head is None:
+            head = Head(data.decode("latin-1"), self.netloc)
+            if len(data) <= MAX_REMEMBERED_HEAD_BYTES:
+                if len(self.heads) >= MAX_REMEMBERED_HEADS:
+                    self.heads.clear()
+                self.heads[data] = head
+        return head
+
+    # The workers
+
     def start(self) -> None:
-        """Begin to answer, or answer one more client at a time."""
-        worker = threading.Thread(target=self.serve_forever, name="together-fake", daemon=True)
+        """Begin to answer."""
+        self.start_thread(self.serve_forever)
+        self.start_thread(self.watch)
+
+    def start_thread(self, target: Callable[[], None]) -> None:
+        worker = threading.Thread(target=target, name="together-fake", daemon=True)
         worker.start()
         self.workers.append(worker)
 
@@ -7180,29 +7262,163 @@ class HttpServer(http.server.ThreadingHTTPServer):
         """Be one worker until `stop()`. Nothing is polled."""
         while not self.stopping.is_set():
             self.waiting.append(True)
-            try:
-                client, address = self.get_request()
-            except OSError:
-                self.stopping.wait(0.01)  # too many open files, say
-                continue
-            finally:
-                self.waiting.pop()
-            self.process_request(client, address)
+            self.lead.acquire()
+            self.waiting.pop()
+            while not self.stopping.is_set():
+                if not self.serve_ready():
+                    break
+            else:
+                self.lead.release()  # the next worker shall see it too
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve one client to its end, while another worker waits for the next."""
-        self.clients.add(request)
+    def pass_lead(self, connection: Connection) -> None:
+        """Let another worker lead, if the one that serves this connection does."""
         try:
-            if not self.waiting and len(self.workers) < MAX_CONNECTIONS:
-                with contextlib.suppress(RuntimeError):  # the system's last thread: clients wait
-                    self.start()
-            if not self.stopping.is_set():
-                self.finish_request(request, client_address)
+            connection.leads.pop()
+        except IndexError:
+            return
+        self.ignore(connection)
+        self.lead.release()
+        if not self.waiting:
+            with contextlib.suppress(RuntimeError):  # the system's last thread: the others wait
+                self.start_thread(self.serve_forever)
+
+    def watch(self) -> None:
+        """Pass the lead of a worker that spends long on one connection, until `stop()`."""
+        while not self.stopping.is_set():
+            served, connection = self.served, self.serving
+            if self.stopping.wait(PATIENCE_SECONDS) or served != self.served:
+                continue
+            if connection is not None and connection.leads:
+                self.pass_lead(connection)
+                continue
+            self.alarm.clear()
+            self.watched = False
+            if served == self.served and not self.stopping.is_set():
+                self.alarm.wait()
+            self.watched = True
+
+    # What the lead does
+
+    def serve_ready(self) -> bool:
+        """Serve those who have sent something; return whether this worker still has the lead."""
+        if self.held and not self.send_held():
+            return False
+        timeout = None
+        if self.idle:
+            connection, end = next(iter(self.idle.items()))  # idle for longest
+            timeout = end - time.monotonic()
+            if timeout <= 0:
+                self.forget(connection)
+                return True
+        for key, _ in self.selector.select(timeout):
+            if not key.data() or (len(self.held) >= MAX_HELD and not self.send_held()):
+                return False
+        return True
+
+    def send_held(self) -> bool:
+        """Send the replies held back; return whether this worker still has the lead."""
+        self.held, held = [], self.held
+        for at, (connection, data) in enumerate(held):
+            try:
+                sent = connection.connection.send(data, MSG_DONTWAIT) if MSG_DONTWAIT else 0
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self.forget(connection)  # the client left
+                continue
+            rest = data[sent:]
+            if rest and not self.serve(connection, functools.partial(connection.send, rest)):
+                self.held += held[at + 1 :]
+                self.ring()
+                return False
+        return True
+
+    def welcome(self) -> bool:
+        """Accept a client and serve it; return whether this worker still has the lead."""
+        try:
+            client, address = self.get_request()
+            client.setblocking(True)  # on some systems it is as the server's socket
+        except BlockingIOError:
+            return True
+        except OSError:
+            self.stopping.wait(0.01)  # too many open files, say
+            return True
+        self.clients.add(client)
+        self.accept_or_not()
+        connection = Connection(client, address, self)
+        if MSG_DONTWAIT:
+            return self.serve(connection, connection.answer_requests)
+        self.put_back(connection)
+        return True
+
+    def accept_or_not(self) -> None:
+        """Accept clients while there are not too many."""
+        if self.stopping.is_set():
+            return
+        room = len(self.clients) < MAX_CONNECTIONS
+        if room and not self.accepting:
+            self.selector.register(self.socket, selectors.EVENT_READ, self.welcome)
+        elif self.accepting and not room:
+            self.selector.unregister(self.socket)
+        self.accepting = room
+
+    def serve(self, connection: Connection, act: Callable[[], None]) -> bool:
+        """Do something for one client; return whether this worker still has the lead."""
+        self.serving = connection
+        connection.leads.append(True)
+        self.served += 1
+        if not self.watched:
+            self.watched = True
+            self.alarm.set()
+        try:
+            act()
+        except Cut:
+            connection.close_connection = True
         except Exception:
-            self.handle_error(request, client_address)
-        finally:
-            self.clients.discard(request)
-            request.close()
+            connection.close_connection = True
+            self.handle_error(connection.connection, connection.client_address)
+        try:
+            connection.leads.pop()
+        except IndexError:
+            self.returned.append(connection)
+            self.ring()
+            return False
+        self.put_back(connection)
+        return True
+
+    def put_back(self, connection: Connection) -> None:
+        """Wait until more comes from a connection, or close it."""
+        if connection.close_connection or self.stopping.is_set():
+            self.forget(connection)
+            return
+        if self.idle.pop(connection, None) is None:
+            ready = functools.partial(self.serve, connection, connection.answer_requests)
+            self.selector.register(connection.connection, selectors.EVENT_READ, ready)
+        self.idle[connection] = time.monotonic() + self.idle_seconds
+
+    def ignore(self, connection: Connection) -> None:
+        """Do not look any more whether something comes from a connection."""
+        if self.idle.pop(connection, None) is not None and not self.stopping.is_set():
+            self.selector.unregister(connection.connection)
+
+    def forget(self, connection: Connection) -> None:
+        """Close a connection."""
+        self.ignore(connection)
+        self.clients.discard(connection.connection)
+        connection.connection.close()
+        self.accept_or_not()
+
+    def ring(self) -> None:
+        """Have the lead look at what other workers have returned."""
+        with contextlib.suppress(OSError):  # it rings already, or it is over
+            self.button.send(b"\0")
+
+    def take_back(self) -> bool:
+        """Put back what other workers have returned."""
+        self.bell.recv(RECEIVE_BYTES)
+        while self.returned:
+            self.put_back(self.returned.popleft())
+        return True
 
     def stop(self) -> None:
         """End the connections, wait for the workers, free the port.
@@ -7213,18 +7429,18 @@ class HttpServer(http.server.ThreadingHTTPServer):
         for client in list(self.clients):
             with contextlib.suppress(OSError):  # it has just closed
                 client.shutdown(socket.SHUT_RDWR)
-        self.wake_workers()
+        self.ring()
+        self.alarm.set()
         if threading.current_thread() not in self.workers:
             for worker in self.workers:
                 worker.join()
+            for client in self.clients:
+                client.close()
+            self.clients.clear()
         self.server_close()
-
-    def wake_workers(self) -> None:
-        """End every `accept()` in the way that all systems know: a connection for each."""
-        address = (LOOPBACK.get(self.server_name, self.server_name), self.server_port)
-        for _ in self.workers if self.socket.fileno() >= 0 else ():
-            with contextlib.suppress(OSError):
-                socket.create_connection(address, 1).close()
+        self.selector.close()
+        self.bell.close()
+        self.button.close()
 
 
 # === Server ===
