@@ -1342,8 +1342,9 @@ class Texts(unittest.TestCase):
     def test_golden(self):
         self.assertEqual(
             fake.make_text(golden(2), 2),
-            "Every steady season demands a calm and open mind as any beginner soon finds"
-            " out. It helps to rest before making a decision by the time spring returns.",
+            "Near the coast, this clear journey explains a clear view of the whole, so it"
+            " pays to stay flexible. Besides, some problems solve themselves, because"
+            " curiosity keeps things moving.",
         )
 
     def test_lengths(self):
@@ -1457,9 +1458,9 @@ class Vectors(unittest.TestCase):
 class Media(unittest.TestCase):
     def test_image_pixels(self):
         for number, width, height, wanted in (
-            (1, 96, 64, "629a030c953dd3df"),
-            (2, 96, 64, "18ec6ef32e65f611"),
-            (1, 1024, 1024, "66f9485350a648f6"),
+            (1, 96, 64, "ec6798ded8bfab5c"),
+            (2, 96, 64, "666b6161dfd2c889"),
+            (1, 1024, 1024, "762c00a8cb548043"),
         ):
             image = fake.make_image(golden(number), width, height)
             _, _, palette, rows = read_png(image)
@@ -1493,7 +1494,7 @@ class Media(unittest.TestCase):
             self.assertEqual((file.getframerate(), file.getnframes()), (44100, 10584))
 
     def test_speech_golden(self):
-        heads = ["d1bb4c73c02e", "216e4a5cd02d"]
+        heads = ["2876d2278526", "e0a4aa91d038"]
         for encoding, wanted in zip(fake.ENCODINGS, heads):
             samples = fake.make_speech(golden(1), "Hello there, friend", 16000, encoding)
             self.assertEqual(hashlib.sha256(samples).hexdigest()[:12], wanted)

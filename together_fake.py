@@ -54,6 +54,7 @@ import json
 import operator
 import os
 import re
+import select
 import selectors
 import socket
 import socketserver
@@ -141,6 +142,7 @@ MAX_CONNECTIONS = 2000  # at once; further ones wait in the backlog
 BACKLOG = 1024  # connections that wait to be accepted
 RECEIVE_SECONDS = 30.0  # from a request's first byte to its last
 IDLE_SECONDS = 60.0  # without a request on an open connection
+MAX_READY = 64  # clients that are served in one round
 MAX_HELD = 8  # replies that are sent at once
 PATIENCE_SECONDS = 0.02  # with one request, before another worker serves the other clients
 MAX_REMEMBERED_HEADS = 256  # of requests, so that they need not be taken apart again
@@ -761,23 +763,23 @@ class Draw:
     64 of blake2b, which is quick to set up, and then those of shake_256.
     """
 
-    __slots__ = ("_at", "_pool", "key")
+    __slots__ = ("_at", "_pool", "_start", "key")
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, start: bytes = b"") -> None:
         self.key = key
-        self._pool = b""
+        self._start = self._pool = start  # of the stream
         self._at = 0
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> Draw:
+        """Start from bytes: one half of their digest is the key, the other starts the stream."""
+        digest = hashlib.blake2b(data).digest()
+        return cls(digest[:32], digest[32:])
 
     @classmethod
     def of(cls, name: str, facts: Any) -> Draw:
         """Start from a name and JSON-able facts; the order of keys does not matter."""
-        text = f"{name}\n{CANONICAL(facts)}"
-        return cls(hashlib.blake2b(text.encode(), digest_size=32).digest())
-
-    @classmethod
-    def of_bytes(cls, data: bytes) -> Draw:
-        """Start from bytes."""
-        return cls(hashlib.blake2b(data, digest_size=32).digest())
+        return cls.of_bytes(f"{name}\n{CANONICAL(facts)}".encode())
 
     def child(self, *names: str | int) -> Draw:
         """Start the draw of one question about this one."""
@@ -785,13 +787,12 @@ class Draw:
 
     def take(self, size: int) -> bytes:
         """Return the next `size` bytes."""
-        end = self._at + size
-        if end > len(self._pool):
-            self._pool = hashlib.blake2b(self.key).digest()
-            if end > 64:
-                self._pool += hashlib.shake_256(self.key).digest(2 * end)
-        start, self._at = self._at, end
-        return self._pool[start:end]
+        start, self._at = self._at, self._at + size
+        if self._at > len(self._pool):
+            self._pool = self._start + hashlib.blake2b(self.key).digest()
+            if self._at > len(self._pool):
+                self._pool += hashlib.shake_256(self.key).digest(2 * self._at)
+        return self._pool[start : self._at]
 
     def below(self, limit: int) -> int:
         """Return an integer from 0 to `limit - 1`."""
@@ -973,7 +974,7 @@ def split_tokens(text: str) -> list[str]:
 
 
 class TokenCounts(dict):  # type: ignore[type-arg]
-    """The number of tokens of words, and of the phrases of the word lists."""
+    """The number of tokens of words and other short texts."""
 
     def __missing__(self, text: str) -> int:
         if text.isdigit() and text.isascii():
@@ -992,10 +993,14 @@ COUNT_WORD = TOKEN_COUNTS.__getitem__
 
 def count_tokens(text: str) -> int:
     """Return `len(split_tokens(text))`."""
-    if text.isprintable() and "  " not in text:  # a single space belongs to the word behind it
-        count: int = sum(map(COUNT_WORD, text.split(" ")))
-        return count + (text[-1:] == " ")
-    return TOKEN_COUNTS.__missing__(text)
+    count: int
+    if len(text) <= MAX_WORD_BYTES:
+        count = COUNT_WORD(text)
+    elif text.isprintable() and "  " not in text:  # a single space belongs to the word behind it
+        count = sum(map(COUNT_WORD, text.split(" "))) + (text[-1] == " ")
+    else:
+        count = TOKEN_COUNTS.__missing__(text)
+    return count
 
 
 @functools.lru_cache(maxsize=256 * PLACES)  # all there are
@@ -4288,9 +4293,10 @@ def compose_choice(
         choice.tool_calls = make_calls(draw.child("tools", index), functions)
         cut_calls(choice, budget)
     else:
-        content = make_content(draw.child("text", index), body, model)
+        own = draw.child("text", index) if index else draw  # nothing else takes from it
+        text, count = make_content(own, body, model)
         choice.text, choice.token_count, choice.finish_reason = cut_text(
-            *content, body.get("stop"), budget
+            text, count, body.get("stop"), budget
         )
     if choice.tool_calls and not body.get("tools"):
         choice.function_call, choice.tool_calls = choice.tool_calls[0]["function"], ()
@@ -4456,6 +4462,7 @@ def chat_completion(answer: Answer) -> Reply:
     The JSON is written by hand, which takes half the time of encoding a tree of objects.
     """
     seed = "null" if answer.seed is None else answer.seed
+    prompt = ENCODE(answer.prompt) if answer.prompt else "[]"
     choices = ""
     for choice in answer.choices:
         logprobs = ENCODE(whole_logprobs(answer.request, choice)) if choice.scores else "null"
@@ -4466,8 +4473,8 @@ def chat_completion(answer: Answer) -> Reply:
     return Reply(
         (
             f'{{"id":{QUOTE(answer.id)},"object":"chat.completion","created":{answer.created},'
-            f'"model":{QUOTE(answer.model)},"prompt":{ENCODE(answer.prompt)},'
-            f'"choices":[{choices}],"usage":{ENCODE(answer.usage)}}}'
+            f'"model":{QUOTE(answer.model)},"prompt":{prompt},"choices":[{choices}],'
+            f'"usage":{ENCODE(answer.usage)}}}'
         ).encode()
     )
 
@@ -6799,7 +6806,7 @@ REASONS = {
     int(code): names[0] for code, names in http.server.BaseHTTPRequestHandler.responses.items()
 }
 UNCACHED = {"Cache-Control": "no-cache, no-transform"}  # a proxy shall not gather a stream
-CHUNKED = "Transfer-Encoding: chunked"
+CHUNKED = "Transfer-Encoding: chunked\r\n"
 BODILESS = {204, 304}  # statuses whose replies end with the head
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where to reach a server bound to all
 UNSAFE = re.compile(r"[\r\n\0]+")  # would start a header of its own
@@ -6866,6 +6873,11 @@ def parse_length(digits: str) -> int:
     return int(digits) if len(digits) < 19 else sys.maxsize
 
 
+def clean_header(text: str) -> str:
+    """Return a header without what would start a header of its own."""
+    return text if text.isprintable() else UNSAFE.sub("", text)
+
+
 def frame_chunk(event: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(event), event) if event else b""  # empty would end the body
 
@@ -6874,16 +6886,8 @@ class Head:
     """What the lines before a body say; the requests of a connection mostly share one."""
 
     __slots__ = (
-        "closes",
-        "coding",
-        "fields",
-        "length",
-        "method",
-        "minor",
-        "origin",
-        "path",
-        "query",
-    )
+        "closes", "coding", "fields", "method", "minor", "origin", "path", "query", "size",
+    )  # fmt: skip
 
     def __init__(self, text: str, netloc: str) -> None:
         """Take a head apart; raise ApiError where it is none."""
@@ -6900,11 +6904,11 @@ class Head:
         old = self.minor == "0"
         self.closes = "close" in options or (old and "keep-alive" not in options)
         self.coding: str | None = fields.get("transfer-encoding")
-        self.length: str | None = fields.get("content-length")
-        if self.coding is not None and (self.length is not None or old):
+        if self.coding is not None and ("content-length" in fields or old):
             raise ApiError("bad_http", reason="Transfer-Encoding takes HTTP/1.1 and no length")
         if self.coding is not None and self.coding.lower() != "chunked":
             raise ApiError("unknown_coding", coding=self.coding)
+        self.size = parse_length(fields.get("content-length", "0"))  # of the body
 
 
 # What is known of a client whose request cannot be read.
@@ -6927,6 +6931,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.unused = b""  # received, and not yet part of a request
         self.head = NO_HEAD  # of the latest request
         self.patience = 0.0  # seconds that one receive may take, as last set
+        self.used = 0.0  # when it last became idle
         self.leads: list[bool] = []  # an item while it is served by the worker with the lead
         self.close_connection = False
 
@@ -6993,32 +6998,29 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def read_body(self, head: Head) -> bytes:
         """Return the body by its length or its chunks, after a wished-for 100 Continue."""
-        if head.coding is None:
-            if head.length is None:
-                return b""
-            size = self.check_size(parse_length(head.length))
-            if size == len(self.unused):
-                body, self.unused = self.unused, b""
-                return body
+        if head.coding is None and head.size == len(self.unused):
+            body, self.unused = self.unused, b""
+            return body
+        self.check_size(head.size)
         waits = head.fields.get("expect", "").lower() == "100-continue" and head.minor != "0"
         if waits and not self.unused:
             self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return self.read_exactly(size) if head.coding is None else self.read_chunks()
+        return self.read_exactly(head.size) if head.coding is None else self.read_chunks()
 
-    def check_size(self, size: int) -> int:
-        """Return the size of a body that is not over the route's limit."""
+    def check_size(self, size: int) -> None:
+        """Raise ApiError for a body that is over the route's limit."""
         if size > MAX_JSON_BYTES:
             limit = self.server.app.body_limit(self.head.method, self.head.path)
             if size > limit:
                 raise ApiError("too_large", size=size, limit=limit)
-        return size
 
     def read_chunks(self) -> bytes:
         """Return a body that comes in chunks; its trailers are read and dropped."""
         pieces = []
         total = 0
         while size := int(self.read_line(CHUNK_LINE)[1], 16):
-            total = self.check_size(total + size)
+            total += size
+            self.check_size(total)
             pieces.append(self.read_exactly(size))
             self.read_line(CHUNK_END)
         for _ in range(MAX_HEADERS + 1):
@@ -7096,7 +7098,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.server.pass_lead(self)
             self.send(head, MSG_MORE)
             self.send(body)
-        elif self.leads and not self.unused and not self.close_connection:
+        elif self.server.holding and self.leads and not (self.unused or self.close_connection):
             self.server.held.append((self, head + body))
         else:
             self.send(head + body)
@@ -7104,9 +7106,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def choose_framing(self, reply: Reply) -> str:
         """Return the header lines that tell where the reply ends."""
         if reply.events is None:
-            return f"Content-Length: {len(reply.body)}"
+            return f"Content-Length: {len(reply.body)}\r\n"
         if "Content-Length" in reply.headers:
-            return f"Content-Length: {reply.headers['Content-Length']}"
+            return f"Content-Length: {reply.headers['Content-Length']}\r\n"
         reply.headers = {**UNCACHED, **reply.headers}
         if self.head.minor == "0":
             self.close_connection = True
@@ -7137,23 +7139,22 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.send(data + LAST_CHUNK if chunked else data)
 
     def encode_head(self, reply: Reply, framing: str) -> bytes:
-        """Return the status line and the headers; no value can start a header of its own."""
-        given = reply.headers
-        fields = [f"{name}: {given[name]}" for name in given if name.lower() not in OWN]
+        """Return the status line and the headers."""
+        fields = ""
+        for name, value in reply.headers.items():
+            if name.lower() not in OWN:
+                fields += clean_header(f"{name}: {value}") + "\r\n"
         if reply.id:
-            fields += (f"x-request-id: {reply.id}", f"cf-ray: {reply.id[-16:]}-SEA")
+            id = clean_header(reply.id)
+            fields += f"x-request-id: {id}\r\ncf-ray: {id[-16:]}-SEA\r\n"
         if reply.status not in BODILESS:
-            fields.append(f"Content-Type: {reply.content_type}")
-            if framing:
-                fields.append(framing)
+            fields += f"Content-Type: {clean_header(reply.content_type)}\r\n{framing}"
         if self.close_connection:
-            fields.append("Connection: close")
+            fields += "Connection: close\r\n"
         elif self.head.minor == "0":
-            fields.append("Connection: keep-alive")
-        if not "".join(fields).isprintable():
-            fields = [UNSAFE.sub("", field) for field in fields]
-        start = f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, '')}"
-        return "\r\n".join([start, self.tell_date(), *fields, "\r\n"]).encode("latin-1", "replace")
+            fields += "Connection: keep-alive\r\n"
+        start = f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, '')}\r\n{self.tell_date()}"
+        return f"{start}{fields}\r\n".encode("latin-1", "replace")
 
     def tell_date(self) -> str:
         """Return the headers of every reply, with the time as HTTP writes it, once a second."""
@@ -7161,7 +7162,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         second, lines = self.server.date
         if now != second:
             date = self.date_time_string(now)
-            lines = f"Server: together-fake\r\nDate: {date}\r\nAccess-Control-Allow-Origin: *"
+            lines = f"Server: together-fake\r\nDate: {date}\r\nAccess-Control-Allow-Origin: *\r\n"
             self.server.date = (now, lines)
         return str(lines)
 
@@ -7183,13 +7184,45 @@ class Connection(http.server.BaseHTTPRequestHandler):
             pass
 
 
+class Poller:
+    """Waits for many sockets at once: epoll where there is one, which costs half of a selector."""
+
+    def __init__(self) -> None:
+        self.calls: dict[int, Callable[[], bool]] = {}  # by the number of the socket
+        self.epoll = select.epoll() if hasattr(select, "epoll") else None
+        self.selector = None if self.epoll else selectors.DefaultSelector()
+
+    def add(self, sock: socket.socket, call: Callable[[], bool]) -> None:
+        """Have `wait()` return `call` whenever there is something to receive."""
+        self.calls[sock.fileno()] = call
+        if self.epoll:
+            self.epoll.register(sock, select.EPOLLIN)
+        elif self.selector:
+            self.selector.register(sock, selectors.EVENT_READ)
+
+    def remove(self, sock: socket.socket) -> None:
+        """Wait for a socket no longer."""
+        del self.calls[sock.fileno()]
+        (self.epoll or self.selector).unregister(sock)  # type: ignore[union-attr]
+
+    def wait(self, timeout: float | None) -> list[Callable[[], bool]]:
+        """Return what to call for each socket that is ready; none after so many seconds."""
+        if self.epoll:
+            return [self.calls[number] for number, _ in self.epoll.poll(timeout, MAX_READY)]
+        assert self.selector
+        return [self.calls[key.fd] for key, _ in self.selector.select(timeout)]
+
+    def close(self) -> None:
+        (self.epoll or self.selector).close()  # type: ignore[union-attr]
+
+
 class HttpServer(http.server.ThreadingHTTPServer):
     """Serves `app` at an address, from construction (`OSError`: it is taken) to `stop()`.
 
     One of the worker threads has the lead: it waits for all clients at once and answers them in
     turn, so that a request changes no threads. Before it waits for a single client it passes the
     lead to another worker, and where one request takes it long, the watch does so. It then comes
-    back as a worker that waits for the lead. Only the lead touches the selector.
+    back as a worker that waits for the lead. Only the lead touches the poller.
 
     Clients that ask at once get their replies at once, a few at a time: to wake a sleeping client
     costs half as much as to answer it, and while it is awake the next reply wakes nobody.
@@ -7210,9 +7243,10 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.heads: dict[bytes, Head] = {}  # those met of late
         self.stopping = threading.Event()
         self.clients: set[socket.socket] = set()
-        self.idle: dict[Connection, float] = {}  # in the selector, and when each is to be closed
+        self.idle: dict[Connection, float] = {}  # in the poller, and when to look at each again
         self.returned: deque[Connection] = deque()  # from other workers, to be idle again
         self.held: list[tuple[Connection, bytes]] = []  # replies to be sent at once
+        self.holding = False  # there are several in this round
         self.workers: list[threading.Thread] = []
         self.waiting: list[bool] = []  # an item for each worker that waits for the lead
         self.lead = threading.Lock()  # held by the worker that has it
@@ -7222,10 +7256,10 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.alarm = threading.Event()  # wakes the watch
         super().__init__(address, Connection)
         self.socket.setblocking(False)
-        self.selector = selectors.DefaultSelector()
+        self.poller = Poller()
         self.bell, self.button = socket.socketpair()  # ends the lead's waiting
         self.button.setblocking(False)
-        self.selector.register(self.bell, selectors.EVENT_READ, self.take_back)
+        self.poller.add(self.bell, self.take_back)
         self.accepting = False
         self.accept_or_not()
 
@@ -7305,13 +7339,15 @@ class HttpServer(http.server.ThreadingHTTPServer):
             return False
         timeout = None
         if self.idle:
-            connection, end = next(iter(self.idle.items()))  # idle for longest
+            connection, end = next(iter(self.idle.items()))  # the first one to look at
             timeout = end - time.monotonic()
             if timeout <= 0:
-                self.forget(connection)
+                self.close_idle(connection)
                 return True
-        for key, _ in self.selector.select(timeout):
-            if not key.data() or (len(self.held) >= MAX_HELD and not self.send_held()):
+        ready = self.poller.wait(timeout)
+        self.holding = len(ready) > 1
+        for call in ready:
+            if not call() or (len(self.held) >= MAX_HELD and not self.send_held()):
                 return False
         return True
 
@@ -7357,9 +7393,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
             return
         room = len(self.clients) < MAX_CONNECTIONS
         if room and not self.accepting:
-            self.selector.register(self.socket, selectors.EVENT_READ, self.welcome)
+            self.poller.add(self.socket, self.welcome)
         elif self.accepting and not room:
-            self.selector.unregister(self.socket)
+            self.poller.remove(self.socket)
         self.accepting = room
 
     def serve(self, connection: Connection, act: Callable[[], None]) -> bool:
@@ -7391,15 +7427,25 @@ class HttpServer(http.server.ThreadingHTTPServer):
         if connection.close_connection or self.stopping.is_set():
             self.forget(connection)
             return
-        if self.idle.pop(connection, None) is None:
-            ready = functools.partial(self.serve, connection, connection.answer_requests)
-            self.selector.register(connection.connection, selectors.EVENT_READ, ready)
-        self.idle[connection] = time.monotonic() + self.idle_seconds
+        connection.used = time.monotonic()
+        if connection not in self.idle:
+            self.idle[connection] = connection.used + self.idle_seconds
+            act = functools.partial(self.serve, connection, connection.answer_requests)
+            self.poller.add(connection.connection, act)
+
+    def close_idle(self, connection: Connection) -> None:
+        """Close a connection if it has been idle for too long, or see when it will be."""
+        end = connection.used + self.idle_seconds
+        if end <= time.monotonic():
+            self.forget(connection)
+        else:
+            del self.idle[connection]
+            self.idle[connection] = end  # as the last one
 
     def ignore(self, connection: Connection) -> None:
         """Do not look any more whether something comes from a connection."""
         if self.idle.pop(connection, None) is not None and not self.stopping.is_set():
-            self.selector.unregister(connection.connection)
+            self.poller.remove(connection.connection)
 
     def forget(self, connection: Connection) -> None:
         """Close a connection."""
@@ -7438,7 +7484,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
                 client.close()
             self.clients.clear()
         self.server_close()
-        self.selector.close()
+        self.poller.close()
         self.bell.close()
         self.button.close()
 
