@@ -13,6 +13,7 @@ import asyncio
 import base64
 import concurrent.futures
 import contextlib
+import ctypes
 import errno
 import functools
 import gzip
@@ -1298,6 +1299,31 @@ class CommandLineTests(unittest.TestCase):
                 _, log = program.communicate(timeout=10)
                 self.assertEqual(program.returncode, 0)
                 self.assertRegex(log, r'^"GET /v1/models\?api_key=\*\*\*" 401 \d+\.\d ms\n$')
+
+    def test_main_returns_when_it_is_stopped(self):
+        code = "import together_fake; print(together_fake.main(['--port', '0', '--quiet']))"
+        with subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=HERE
+        ) as program:
+            program.stdout.readline()
+            program.send_signal(signal.SIGINT)
+            self.assertEqual(program.communicate(timeout=10)[0].split("\n")[-2:], ["0", ""])
+
+    @unittest.skipUnless(os.path.exists("/proc/self/status"), "needs Linux")
+    def test_it_gives_back_what_compiling_took(self):
+        if fake.STAYS or not hasattr(ctypes.CDLL(None), "malloc_trim"):
+            self.skipTest("not with this Python or C library")
+        command = [sys.executable, str(HERE / "together_fake.py"), "--port", "0", "--quiet"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
+            program.stdout.readline()
+            given_back, end = 0, time.monotonic() + 10
+            while given_back < 8 and time.monotonic() < end:
+                status = Path(f"/proc/{program.pid}/status").read_text()
+                peak, now = (int(re.search(rf"{n}:\s+(\d+)", status)[1]) for n in ("HWM", "RSS"))
+                given_back = (peak - now) / 1024
+            program.terminate()
+            self.assertGreaterEqual(given_back, 8)  # MB; 18 were seen
+            self.assertEqual(program.wait(10), 0)
 
     def test_a_taken_port_is_one_line(self):
         with socket.socket() as taken:
