@@ -621,6 +621,13 @@ CAREFUL_DECODER = json.JSONDecoder(
 LONG_NUMBER = re.compile(rb"[0-9]{%d}" % MAX_NUMBER_DIGITS)
 
 
+def has_long_number(raw: bytes) -> bool:
+    """Tell whether so many digits stand in a row; if so, some stand where these bytes are."""
+    sample = raw[MAX_NUMBER_DIGITS - 1 :: MAX_NUMBER_DIGITS]
+    some = len(sample.translate(None, b"0123456789")) < len(sample)
+    return some and LONG_NUMBER.search(raw) is not None
+
+
 def measure_depth(value: Any) -> int:
     """Count how deep arrays and objects nest."""
     depth, level = 0, [value]
@@ -639,7 +646,7 @@ def measure_depth(value: Any) -> int:
 def parse_json(raw: bytes) -> Any:
     """Read JSON with limits; raise ApiError for whatever standard JSON does not allow."""
     long = len(raw) > MAX_NUMBER_DIGITS  # and so may be deep, or have a long number
-    decoder = CAREFUL_DECODER if long and LONG_NUMBER.search(raw) else DECODER
+    decoder = CAREFUL_DECODER if long and has_long_number(raw) else DECODER
     try:
         text = raw.decode()
         try:
@@ -1097,7 +1104,8 @@ STOPWORDS = frozenset(
 )
 BUCKETS = 4096
 LEVELS = bytes(range(32)) * 8  # a random byte as one of 32 levels
-BLOCK_WORDS = 48  # whose sums stay below 2 ** 16: 48 words of 44 buckets of 31
+BLOCK_BUCKETS = 2112  # of 31, whose sums stay below 2 ** 16
+BLOCK_WORDS = 48  # so many words of 44 buckets
 MAX_TEXT_WORDS = 32768  # that count for a vector
 CACHE_LANES = 2**22  # of each cache of one model; 2 bytes a lane
 QUANTUM = 100000  # steps from 0 to 1
@@ -1179,8 +1187,11 @@ def add_words(words: list[bytes], sums: Words) -> tuple[list[int], int]:
     """Return the sum of the words' vectors, and how many buckets are in it."""
     size = sums.buckets.size + 1
     lanes: list[int] = []
-    for start in range(0, len(words), BLOCK_WORDS):
-        total = sum(map(sums.__getitem__, words[start : start + BLOCK_WORDS]))
+    # A word has two buckets more than letters, so most texts are one block.
+    small = sum(map(len, words)) + 2 * len(words) <= BLOCK_BUCKETS
+    block_words = len(words) if small else BLOCK_WORDS
+    for start in range(0, len(words), block_words):
+        total = sum(map(sums.__getitem__, words[start : start + block_words]))
         block = struct.unpack(f"<{size}H", total.to_bytes(2 * size, "little"))
         lanes = list(map(operator.add, lanes, block)) if lanes else list(block)
     return lanes, lanes.pop()
@@ -1224,8 +1235,12 @@ DECIMALS = Decimals()
 
 
 def format_floats(vector: list[int]) -> str:
-    """Return the inside of a JSON array."""
-    return ",".join(map(DECIMALS.__getitem__, vector))
+    """Return the inside of a JSON array; a mirror image is not looked up."""
+    half = vector[: len(vector) // 2]
+    if half + half[::-1] != vector:
+        return ",".join(map(DECIMALS.__getitem__, vector))
+    texts = list(map(DECIMALS.__getitem__, half))
+    return ",".join(texts + texts[::-1])
 
 
 def pack_floats(vector: list[int]) -> bytes:
