@@ -1749,24 +1749,41 @@ NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 SAMPLE = re.compile(r"\{([^{}0-9]+)([0-9]*)\}")
 
 
+@functools.lru_cache(maxsize=1024)
+def split_name(name: str) -> list[str]:
+    """Return what a property's name may be listed as: its ends first, then single words."""
+    words = [word.lower() for word in NAME_WORD.findall(name)]
+    ends = ["_".join(words[start:]) for start in range(len(words))]
+    return [key for end in (*ends, *reversed(words)) for key in (end, end.rstrip("s"))]
+
+
 def find_by_name(table: Mapping[str, str], name: str) -> str:
     """Return the row that a property's name suggests: `homeEmail` finds `email`."""
     if name in table:
         return table[name]
-    words = [word.lower() for word in NAME_WORD.findall(name[:100])]
-    ends = ["_".join(words[start:]) for start in range(len(words))]
-    keys = [key for end in (*ends, *reversed(words)) for key in (end, end.rstrip("s"))]
-    return next((table[key] for key in keys if key in table), table["*"])
+    for key in split_name(name[:100]):
+        if key in table:
+            return table[key]
+    return table["*"]
+
+
+@functools.lru_cache(maxsize=256)  # the tables have about so many
+def read_template(template: str) -> list[tuple[str, list[str]]]:
+    """Return each text of a template with the choices for what follows it, as often as it does."""
+    parts = SAMPLE.split(template)  # text, kind, count, text, ...
+    read: list[tuple[str, list[str]]] = []
+    for text, kind, count in zip(parts[::3], parts[1::3], parts[2::3]):
+        choices = SAMPLES.get(kind, kind).split("|")
+        read += [(text, choices), *[("", choices)] * (int(count or 1) - 1)]
+    return [*read, (parts[-1], [""])]
 
 
 def fill_template(draw: Draw, template: str) -> str:
     """Replace each `{kind}` of a template by a draw from `SAMPLES`."""
-    parts = SAMPLE.split(template)  # text, kind, count, text, ...
-    for at in range(1, len(parts), 3):
-        choices = SAMPLES.get(parts[at], parts[at]).split("|")
-        parts[at] = "".join([draw.pick(choices) for _ in range(int(parts[at + 1] or 1))])
-        parts[at + 1] = ""
-    return "".join(parts)
+    made = ""
+    for text, choices in read_template(template):
+        made += text + (draw.pick(choices) if len(choices) > 1 else choices[0])
+    return made
 
 
 def as_whole(number: Any) -> Any:
@@ -1892,6 +1909,13 @@ UNSUPPORTED = {
 }
 
 
+# The keywords that `rewrite` looks for.
+REWRITTEN = {
+    *("exclusiveMinimum", "exclusiveMaximum", "items", "prefixItems"),
+    *("patternProperties", "additionalProperties"),
+}
+
+
 def rewrite(schema: dict[str, Any]) -> None:
     """Put old keywords into those of draft 2020-12, and add those that the others depend on."""
     for side, strict in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
@@ -1947,7 +1971,8 @@ class SchemaReader:
         if "type" in read:  # as a tuple, with integers among the numbers
             names = [read["type"]] if isinstance(read["type"], str) else read["type"]
             read["type"] = (*names, "integer") if "number" in names else tuple(names)
-        rewrite(read)
+        if not REWRITTEN.isdisjoint(read):
+            rewrite(read)
         self._targets[place] = self._targets[f"#{read.get('$anchor', place[1:])}"] = read
         return read
 
@@ -1970,7 +1995,9 @@ class SchemaReader:
         """Tell whether the value is valid; `format` is not tested, as in most validators."""
         if isinstance(schema, bool):
             return schema
-        self.spend()
+        self.steps -= 1  # as spend() does
+        if self.steps < 0:
+            raise OutOfSteps
         kind = KINDS[type(value)]
         for keyword, argument in schema.items():
             _, spoken_of, check = VOCABULARY[keyword]
@@ -1980,7 +2007,10 @@ class SchemaReader:
 
     def accepts_all(self, schemas: Any, value: Any) -> bool:
         """Tell whether the value is valid for each of the schemas."""
-        return all(map(self.accepts, schemas, itertools.repeat(value)))
+        for schema in schemas:  # noqa: SIM110, which takes twice as long
+            if not self.accepts(schema, value):
+                return False
+        return True
 
     def is_among(self, value: Any, choices: Any) -> bool:
         """Tell whether the value equals one of the choices."""
@@ -1991,13 +2021,15 @@ class SchemaReader:
         """Return all that a schema asks of a property."""
         declared = schema.get("properties", {})
         parts = [declared[name]] if name in declared else []
-        for source, part in schema.get("patternProperties", {}).items():
-            if self.pattern(source).is_in(name):
-                parts.append(part)
+        if "patternProperties" in schema:
+            for source, part in schema["patternProperties"].items():
+                if self.pattern(source).is_in(name):
+                    parts.append(part)
         return parts or [schema.get("additionalProperties", True)]
 
 
 # What a made value does not meet by the way it is made, and is therefore tested for.
+COMBINING = {"$ref", "allOf", "anyOf", "oneOf"}  # keywords that add parts to be met
 TESTED = {"oneOf", "not", "contains", "if", "dependentRequired", "dependentSchemas"}
 NAMING = {"const", "enum", "examples", "default"}  # keywords with values
 
@@ -2005,6 +2037,8 @@ NAMING = {"const", "enum", "examples", "default"}  # keywords with values
 def list_types(parts: list[Any]) -> list[str]:
     """Return the types that all parts allow; without any, first those the keywords speak of."""
     given = [part["type"] for part in parts if "type" in part]
+    if len(given) == 1:
+        return list(given[0])
     if given:
         return [name for name in given[0] if all(name in other for other in given[1:])]
     spoken_of = [VOCABULARY[keyword][1] for part in parts for keyword in part]
@@ -2014,16 +2048,22 @@ def list_types(parts: list[Any]) -> list[str]:
 class Place:
     """One place of an instance: makes its value, which meets all of `parts`, and those inside."""
 
+    within: Place | None = None  # the place around this one
+    key: str | int = "#"  # there
+    name = ""  # of the property, for values that look natural
+    trail: tuple[str, ...] = ("#",)  # references on the way
+
     def __init__(self, reader: SchemaReader, draw: Draw, parts: list[Any], depth: int) -> None:
         self.reader = reader
         self.draw = draw
         self.parts = parts
         self.depth = depth  # levels that are left before only what must be there is made
         self.deep = depth <= 0  # only what must be there is made
-        self.path = "#"
-        self.name = ""  # of the property, for values that look natural
-        self.trail: tuple[str, ...] = ("#",)  # references on the way
-        self.said: dict[str, list[Any]] = {}  # arguments by keyword
+
+    @property
+    def path(self) -> str:
+        """Where this is in the instance, for errors."""
+        return f"{self.within.path}/{self.key}"[:200] if self.within else str(self.key)
 
     def arguments(self, keyword: str) -> list[Any]:
         """Return the arguments that the parts give to a keyword."""
@@ -2031,8 +2071,9 @@ class Place:
 
     def count_range(self, what: str, limit: int) -> tuple[int, int]:
         """Return the range of minLength, minItems or minProperties, at most up to `limit`."""
-        low = int(max([0, *self.arguments(f"min{what}")]))
-        high = int(min([limit, *self.arguments(f"max{what}")]))
+        lows, highs = self.said.get("min" + what), self.said.get("max" + what)
+        low = int(max(lows)) if lows else 0
+        high = min(limit, int(min(highs))) if highs else limit
         if low > high:
             raise Unsatisfiable(f"{self.path}: min{what} {low} is above {high}")
         return low, high
@@ -2045,7 +2086,7 @@ class Place:
     def make_inside(self, key: str | int, parts: list[Any], name: str, attempt: int) -> Any:
         """Return a value for an item, a property or a property's name."""
         inner = Place(self.reader, self.draw.child(key, attempt), parts, self.depth - 1)
-        inner.path = f"{self.path}/{key}"[:200]
+        inner.within, inner.key = self, key
         inner.name, inner.trail, inner.deep = name, self.trail, self.deep or inner.deep
         return inner.make()
 
@@ -2053,16 +2094,19 @@ class Place:
         """Return a value by the first way that is not blocked."""
         if self.depth < -MAX_MORE_DEPTH:
             raise Unsatisfiable(f"{self.path}: nests too deep")
-        deep = self.deep or self.reader.steps < MAX_STEPS - MANY_STEPS
+        deep = self.deep = self.deep or self.reader.steps < MAX_STEPS - MANY_STEPS
+        for part in self.parts:
+            if isinstance(part, bool) or not COMBINING.isdisjoint(part):
+                break
+        else:  # there is one way
+            self.reader.spend(2 * len(self.parts))
+            return self._fill(self.parts)
         problem, trail = None, self.trail
         for parts, refs in itertools.islice(self._ways(self.parts, [], []), MAX_BRANCHES):
-            self.parts, self.said, self.trail = parts, {}, (*trail, *refs)
+            self.trail = (*trail, *refs)
             self.deep = deep or not set(refs).isdisjoint(trail)
-            for part in parts:
-                for keyword, argument in part.items():
-                    self.said.setdefault(keyword, []).append(argument)
             try:
-                return self._fill()
+                return self._fill(parts)
             except Unsatisfiable as error:
                 problem = problem or error
         raise problem or Unsatisfiable(f"{self.path}: no value is allowed here")
@@ -2106,23 +2150,31 @@ class Place:
         self.reader.spend(len(text) // 100)
         return text.count("'$ref'")
 
-    def _fill(self) -> Any:
+    def _fill(self, parts: list[Any]) -> Any:
         """Return a value that meets the parts: one that they name, else one made."""
+        self.parts = parts
+        self.said: dict[str, list[Any]] = {}  # arguments by keyword
+        for part in parts:
+            for keyword, argument in part.items():
+                self.said.setdefault(keyword, []).append(argument)
         for value in [] if NAMING.isdisjoint(self.said) else self._list_known_values():
             if self.reader.accepts_all(self.parts, value):
                 return value
         named = "enum" in self.said or "const" in self.said
-        last = ("array", "object") if self.deep else ("null",)
+        kinds = [] if named else list_types(self.parts)
+        if len(kinds) > 1:
+            last = ("array", "object") if self.deep else ("null",)
+            kinds.sort(key=last.__contains__)
         tested = [] if TESTED.isdisjoint(self.said) else self.parts
         problem = None
-        for kind in sorted([] if named else list_types(self.parts), key=last.__contains__):
+        for kind in kinds:
             for attempt in range(TRIES if tested else 1):
                 try:
                     value = getattr(self, f"make_{kind}")(attempt)
                 except Unsatisfiable as error:
                     problem = problem or error
                     break
-                if self.reader.accepts_all(tested, value):
+                if not tested or self.reader.accepts_all(tested, value):
                     return value
         raise problem or self.refusal("value")
 
@@ -2145,8 +2197,8 @@ class Place:
     def make_string(self, attempt: int) -> str:
         """Return a text by format, by name or by pattern."""
         low, high = self.count_range("Length", MAX_TEXT)
-        patterns = [self.reader.pattern(source) for source in self.arguments("pattern")]
-        formats = [name for name in self.arguments("format") if name in FORMATS]
+        patterns = list(map(self.reader.pattern, self.arguments("pattern")))
+        formats = list(filter(FORMATS.__contains__, self.arguments("format")))
         template = FORMATS[formats[0]] if formats else find_by_name(TEXTS, self.name)
         tries = (10 * TRIES if formats else 3) if patterns else TRIES
         for _ in range(tries):
@@ -2175,6 +2227,9 @@ class Place:
         first = int(-(-start // step))
         count = max(1, int(end // step) - first + 1)
         chosen = self.draw.below(count) + attempt
+        value: Any = round((first + chosen % count) * step, 10)
+        if self.reader.accepts_all(self.parts, value):  # as mostly
+            return value
         tried = (first + (chosen + more) % count for more in range(min(count, MAX_ITEMS)))
         values = (value for times in tried for value in (round(times * step, 10), times * step))
         for value in itertools.chain(values, (start + (end - start) / 2, start, end)):
@@ -2245,9 +2300,12 @@ class Place:
                 continue
 
     def _make_property(self, name: str, attempt: int) -> Any:
-        if not self.reader.accepts_all(self.arguments("propertyNames"), name):
+        rules = self.arguments("propertyNames")
+        if rules and not self.reader.accepts_all(rules, name):
             raise Unsatisfiable(f"{self.path}: propertyNames forbids the name {name[:60]!r}")
-        parts = [part for said in self.parts for part in self.reader.for_property(said, name)]
+        parts: list[Any] = []
+        for part in self.parts:
+            parts += self.reader.for_property(part, name)
         return self.make_inside(name, parts, name, attempt)
 
     def _draw_name(self, number: int, attempt: int) -> str:
