@@ -1288,15 +1288,19 @@ RIDGES = {
 HALOS = ((12, 25, 36), (26, 16, 36), (65, 11, 8), (100, 10, 1))  # light, size and shades
 
 
+@functools.lru_cache(maxsize=16)
+def weigh(shape: str, weight: int) -> list[int]:
+    """Return one turn of a shape's wave, so many times as high."""
+    return [height * weight for height in RIDGES[shape][0]]
+
+
 def outline(data: bytes, shape: str, width: int) -> list[int]:
     """Draw a height from -256 to 256 for each column."""
-    table, waves = RIDGES[shape]
     heights = [0] * width
-    for (turns, weight), extra, start in zip(waves, data, data[4:]):
-        steps = itertools.count(start << 12, (turns * 1024 + 4 * extra << 10) // width)
-        heights = [
-            height + table[step >> 10 & 1023] * weight for height, step in zip(heights, steps)
-        ]
+    for (turns, weight), extra, start in zip(RIDGES[shape][1], data, data[4:]):
+        table, step = weigh(shape, weight), (turns * 1024 + 4 * extra << 10) // width
+        places = range(start << 12, (start << 12) + step * width, step)
+        heights = list(map(operator.add, heights, [table[at >> 10 & 1023] for at in places]))
     return [height >> 3 for height in heights]
 
 
@@ -1309,13 +1313,14 @@ class Canvas:
     """A picture of things in front of each other; a thing is a smooth change of colour.
 
     What happens on the way down is kept by row, with one row more below the picture: in a
-    column, thing `new` replaces those up to `limit`. Thing 0 is behind all others.
+    column, thing `new` replaces those up to `limit`. Thing 0 is behind all others. A step is one
+    number (`column << 16 | limit << 8 | new`): ten thousand tuples would wake the collector.
     """
 
     def __init__(self, width: int, height: int) -> None:
         self.width = width
         self.height = height
-        self.steps: list[list[tuple[int, int, int]]] = [[] for _ in range(height + 1)]
+        self.steps: list[list[int]] = [[] for _ in range(height + 1)]
         self.columns: list[bytes] = []  # of each thing: the palette index in every row
         self.palette = b""
 
@@ -1331,19 +1336,24 @@ class Canvas:
 
     def paint(self, left: int, rows: list[int], limit: int, new: int) -> None:
         """Change things below the given rows of the columns from `left` on."""
-        steps, height = self.steps, self.height
-        for column, row in enumerate(rows, left + 1):
-            if 0 < column <= self.width and row < height:
-                steps[row if row > 0 else 0].append((column, limit, new))
+        if left < 0:
+            rows, left = rows[-left:], 0
+        rows = rows[: self.width - left]
+        if rows and (min(rows) < 0 or max(rows) > self.height):
+            rows = [min(max(row, 0), self.height) for row in rows]
+        steps = self.steps
+        first = (left + 1 << 16) + (limit << 8) + new
+        for row, step in zip(rows, range(first, first + (len(rows) << 16), 1 << 16)):
+            steps[row].append(step)
 
     def encode(self) -> bytes:
         """Return the PNG of the canvas."""
         rows = []
         row = bytearray([255]) + bytes(self.width)  # 255 becomes the filter byte 0
         for steps, indexes in zip(self.steps, zip(*self.columns)):
-            for column, limit, new in steps:
-                if row[column] <= limit:
-                    row[column] = new
+            for step in steps:
+                if row[step >> 16] <= step >> 8 & 255:
+                    row[step >> 16] = step & 255
             rows.append(bytes(row.translate(bytes(indexes).ljust(256, b"\0"))))
         return encode_png(self.width, self.height, rows, self.palette)
 
