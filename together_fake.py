@@ -70,7 +70,7 @@ from urllib.parse import parse_qsl, unquote
 TYPE_CHECKING = False  # as in typing, whose import would cost a cold start 4 ms
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from typing import Any
+    from typing import Any, AnyStr
 
 __all__ = ["ApiError", "Call", "TogetherAiServer", "main"]
 __version__ = "0.2.0"
@@ -110,7 +110,6 @@ MAX_COUNTED_WORDS = 8192  # whose numbers of tokens are remembered
 MEDIA_TOKENS = 256  # of an image, video or sound in a prompt
 MESSAGE_TOKENS = 3  # of the frame around a message
 
-
 EFFORT_THOUGHTS = {"none": 0, "minimal": 1, "low": 1, "medium": 1, "high": 2, "xhigh": 3, "max": 4}
 JSON_MODE_SCHEMA = {  # what a model answers that shall write JSON and is not told which
     "type": "object",
@@ -128,10 +127,29 @@ SECRET_HEADERS = (
     "authorization", "proxy-authorization", "cookie", "api-key", "x-api-key", "x-auth-token",
     "x-together-api-key", "openai-api-key", "x-goog-api-key",
 )  # fmt: skip
-SECRET_FIELDS = re.compile(
+
+
+class LateRegex:
+    """A regular expression that is compiled when it is first used: all of them take 6 ms."""
+
+    def __init__(self, source: Any, flags: int) -> None:
+        self.source = (source, flags)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(re.compile(*self.source), name)
+        setattr(self, name, found)
+        return found
+
+
+def late_regex(source: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
+    """Return what `re.compile()` does, late."""
+    return LateRegex(source, flags)  # type: ignore[return-value]
+
+
+SECRET_FIELDS = late_regex(
     r"(?i)(?:^|[_-])(?:api[_-]?key|api_token|hf_token|token|password|secret)$"
 )
-SECRET_ARGS = re.compile(r"((?:^|[?&])(?:api[_-]?key|key|(?:access_)?token)=)[^&]*", re.IGNORECASE)
+SECRET_ARGS = late_regex(r"((?:^|[?&])(?:api[_-]?key|key|(?:access_)?token)=)[^&]*", re.IGNORECASE)
 
 
 MAX_HEADER_BYTES = 64 * 2**10  # request line and header lines together
@@ -142,12 +160,12 @@ MAX_CONNECTIONS = 2000  # at once; further ones wait in the backlog
 BACKLOG = 1024  # connections that wait to be accepted
 RECEIVE_SECONDS = 30.0  # from a request's first byte to its last
 IDLE_SECONDS = 60.0  # without a request on an open connection
+LINGER_SECONDS = 1.0  # for a refused client to read why, before the connection closes
 MAX_READY = 64  # clients that are served in one round
 MAX_HELD = 8  # replies that are sent at once
 PATIENCE_SECONDS = 0.02  # with one request, before another worker serves the other clients
 MAX_REMEMBERED_HEADS = 256  # of requests, so that they need not be taken apart again
 MAX_REMEMBERED_HEAD_BYTES = 2048
-LINGER_SECONDS = 1.0  # for a refused client to read why, before the connection closes
 
 
 # === Messages ===
@@ -618,7 +636,7 @@ DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=read_floa
 CAREFUL_DECODER = json.JSONDecoder(
     parse_constant=refuse_constant, parse_float=read_float, parse_int=read_int
 )
-LONG_NUMBER = re.compile(rb"[0-9]{%d}" % MAX_NUMBER_DIGITS)
+LONG_NUMBER = late_regex(rb"[0-9]{%d}" % MAX_NUMBER_DIGITS)
 
 
 def has_long_number(raw: bytes) -> bool:
@@ -695,7 +713,7 @@ def parse_form(raw: bytes) -> dict[str, Any]:
         raise ApiError("bad_body", reason=f"the form fields do not parse ({error})") from None
 
 
-PART_OPTION = re.compile(r';\s*([\w*-]+)=(?:"((?:[^"\\]|\\.)*)"|([^;"]*))')
+PART_OPTION = late_regex(r';\s*([\w*-]+)=(?:"((?:[^"\\]|\\.)*)"|([^;"]*))')
 
 
 def parse_part(head: bytes, data: bytes) -> tuple[str, Any]:
@@ -969,7 +987,7 @@ PLACES = 8  # of a sentence in a text, which have sentences of their own
 
 
 # ASCII classes only: other letters differ between the Unicode tables of Python versions.
-TOKEN = re.compile(
+TOKEN = late_regex(
     r" ?(?:[A-Za-z]{1,7}|[0-9]{1,3}|[^\x00-\x7F]{1,2}|[!-/:-@\[-`{-~])"
     r"|\n+|[ \t]+(?= )|[\x00-\x20\x7F]"
 )
@@ -1096,7 +1114,7 @@ def make_alternatives(draw: Draw, piece: str, count: int) -> list[tuple[str, flo
     return found
 
 
-WORD = re.compile(rb"[a-z0-9]+|[\x80-\xff]+")  # of UTF-8 whose ASCII letters are in lower case
+WORD = late_regex(rb"[a-z0-9]+|[\x80-\xff]+")  # of UTF-8 whose ASCII letters are in lower case
 STOPWORDS = frozenset(
     b"a an and are as at be but by can do does for from has have how i in into is it its more of"
     b" on or our so than that the their there these they this to was we were what when where"
@@ -1513,7 +1531,7 @@ class OutOfSteps(Exception):
 
 # Only what ECMA-262 and Python read alike. Whether a repeat is lazy does not change the texts.
 ESCAPE = r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[dDwWsStnrfv]|[^0-9A-Za-z])"
-PATTERN_TOKEN = re.compile(
+PATTERN_TOKEN = late_regex(
     r"(?P<open>\((?!\?)|\(\?(?:P?<[A-Za-z_]\w*>|[:=!]))|(?P<mark>[|)])|(?P<at>[\^$]|\\[AZbB])"
     r"|(?P<repeat>[*+?]|\{[0-9]{1,6}(?:,[0-9]{0,6})?\})\??(?![*+?{])"
     rf"|(?P<set>\.|{ESCAPE}|\[(?!\^?\])\^?(?:{ESCAPE}|\\b|[^\\\]])+\])"
@@ -1521,7 +1539,7 @@ PATTERN_TOKEN = re.compile(
     re.DOTALL,
 )
 TOKEN_MEANINGS = {".": r"[^\n\r\u2028\u2029]", "$": r"\Z"}  # in Python
-SET_OPERATOR = re.compile(r"\\.|(?!^)[\[&|~]", re.DOTALL)  # some day Python may read sets in sets
+SET_OPERATOR = late_regex(r"\\.|(?!^)[\[&|~]", re.DOTALL)  # some day Python may read sets in sets
 REPEATS = {"*": (0, MAX_TEXT), "+": (1, MAX_TEXT), "?": (0, 1)}
 PRINTABLE = "".join(map(chr, range(32, 127)))
 
@@ -1755,8 +1773,8 @@ year: 1990 2025
 day hour minute: 1 23
 latitude lat longitude lon lng temperature: -5 40
 """)
-NAME_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-SAMPLE = re.compile(r"\{([^{}0-9]+)([0-9]*)\}")
+NAME_WORD = late_regex(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+SAMPLE = late_regex(r"\{([^{}0-9]+)([0-9]*)\}")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -2481,7 +2499,7 @@ meta-llama/Llama-2-70b-hf|Meta|LLaMA-2 (70B)|4096|0.9/0.9|
 Meta-Llama/Llama-Guard-7b|Meta|Llama Guard (7B)|4096|0.2/0.2|
 """
 UNIT_PRICES = {"image_pixel": "price_per_megapixel", "transcribe": "price_per_minute"}
-MORE = re.compile(r"(thinks)|([0-9]+) dimensions|(\w+) ([0-9.]+)(?: \((.+)\))?")
+MORE = late_regex(r"(thinks)|([0-9]+) dimensions|(\w+) ([0-9.]+)(?: \((.+)\))?")
 
 
 def read_model(type: str, row: str) -> Model:
@@ -2601,9 +2619,9 @@ def supported_model(model: Model) -> dict[str, Any]:
 # === Dialects ===
 
 # Clients of one generation ask for /v1/v1/..., or for v2 and v3 operations under /v1.
-VERSIONED = re.compile(r"/(?:v[0-9]+|__\w+|shrt|health)(?:/|$)|/$")
-DOUBLED_PREFIX = re.compile(r"^/v1(?=/v[123](?:/|$))")
-MOVED_PREFIX = re.compile(r"^/v1(?=/(?:whoami|videos|supported-models)(?:/|$))")
+VERSIONED = late_regex(r"/(?:v[0-9]+|__\w+|shrt|health)(?:/|$)|/$")
+DOUBLED_PREFIX = late_regex(r"^/v1(?=/v[123](?:/|$))")
+MOVED_PREFIX = late_regex(r"^/v1(?=/(?:whoami|videos|supported-models)(?:/|$))")
 
 
 def collapse_path(path: str, strict: bool) -> str:
@@ -3277,7 +3295,7 @@ def compile_match(match: dict[str, Any]) -> dict[str, Any]:
     return wanted
 
 
-TEMPLATE = re.compile(r"\{\{\s*([A-Za-z]\w*)((?:\.[\w-]+)*)\s*\}\}", re.ASCII)
+TEMPLATE = late_regex(r"\{\{\s*([A-Za-z]\w*)((?:\.[\w-]+)*)\s*\}\}", re.ASCII)
 QUOTABLE = {key: key for key in ("model", "systemMessage", "inputText", "body", "headers")}
 QUOTABLE["lastUserMessage"] = "userMessage"
 
@@ -3343,7 +3361,7 @@ class Fixture:
         return {**self.entry, "source": self.source, "served": self.served}
 
 
-FOREIGN_ENDPOINTS = re.compile(r"(audio-gen|elevenlabs-.+|fal|fal-audio|openai-live|realtime.*)\Z")
+FOREIGN_ENDPOINTS = late_regex(r"(audio-gen|elevenlabs-.+|fal|fal-audio|openai-live|realtime.*)\Z")
 
 
 def parse_fixtures(data: Any, place: str = "", warnings: list[str] | None = None) -> list[Fixture]:
@@ -5097,7 +5115,7 @@ TIME_FORMAT = "%Y-%m-%dT%H:%M:%S"
 USER = "parlel"  # whose models and jobs these are
 USER_ID = "65f0c2a1b3d4e5f60718293a"
 BUILDERS: dict[str, Callable[[Any, Item], Item]] = {}
-RANGE = re.compile(r"bytes=(?=-?[0-9])([0-9]*)-([0-9]*)")
+RANGE = late_regex(r"bytes=(?=-?[0-9])([0-9]*)-([0-9]*)")
 
 
 def stored(name: str) -> Callable[[Any], Any]:
@@ -6295,7 +6313,7 @@ VIDEO_FIELDS = Fields(
     *rows_of("frame_images reference_images", list), Field("media", dict),
 )  # fmt: skip
 VIDEO_LADDER = ("in_progress", "completed")
-VIDEO_URL = re.compile(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4", re.ASCII)
+VIDEO_URL = late_regex(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4", re.ASCII)
 
 
 def read_counts(pattern: str, text: Any, default: tuple[int, ...]) -> tuple[int, ...]:
@@ -6892,13 +6910,13 @@ UNCACHED = {"Cache-Control": "no-cache, no-transform"}  # a proxy shall not gath
 CHUNKED = "Transfer-Encoding: chunked\r\n"
 BODILESS = {204, 304}  # statuses whose replies end with the head
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where to reach a server bound to all
-UNSAFE = re.compile(r"[\r\n\0]+")  # would start a header of its own
+UNSAFE = late_regex(r"[\r\n\0]+")  # would start a header of its own
 
 # What a request looks like. These patterns are the whole specification: what they do not match
 # is refused. Text is latin-1, so a character is a byte.
 NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 VALUE = r"[\t -~\x80-\xff]*"
-HEAD = re.compile(
+HEAD = late_regex(
     rf"""(?:\r\n)?                       # an empty line too many, as old clients send
     ({NAME})[ ]                          # method
     (?:(?i:https?://)[^/?\ \r\n]+)?      # of an absolute target, only the path counts
@@ -6908,24 +6926,24 @@ HEAD = re.compile(
     ((?:{NAME}:{VALUE}\r\n)*)            # header lines""",
     re.VERBOSE,
 )
-FIELD = re.compile(r"([^:]+):[ \t]*([^\r]*[^\r\t ]|)[ \t]*\r\n")
-CHUNK_LINE = re.compile(rf"([0-9A-Fa-f]{{1,15}})[ \t]*(?:;{VALUE})?\r\n".encode("latin-1"))
-CHUNK_END = re.compile(rb"\r\n")
-TRAILER_LINE = re.compile(rf"(?:{NAME}:{VALUE})?\r\n".encode("latin-1"))
+FIELD = late_regex(r"([^:]+):[ \t]*([^\r]*[^\r\t ]|)[ \t]*\r\n")
+CHUNK_LINE = late_regex(rf"([0-9A-Fa-f]{{1,15}})[ \t]*(?:;{VALUE})?\r\n".encode("latin-1"))
+CHUNK_END = late_regex(rb"\r\n")
+TRAILER_LINE = late_regex(rf"(?:{NAME}:{VALUE})?\r\n".encode("latin-1"))
 
 # Tells from its first bytes that a head will never be one, so that nobody waits for the rest.
-HOPELESS = re.compile(rb"\A(?:\r\n)?[^!-~\r]|(?<!\r)\n|\r(?!\n|\Z)|\0")
+HOPELESS = late_regex(rb"\A(?:\r\n)?[^!-~\r]|(?<!\r)\n|\r(?!\n|\Z)|\0")
 
 # (pattern, error, reason): why a head is none, the first that matches.
 REFUSALS = [
-    (re.compile(r"\A\x16\x03"), "bad_http", "this is TLS, but the port speaks http://"),
-    (re.compile(r"\APRI \* HTTP/2"), "bad_http", "this is HTTP/2, but the port speaks HTTP/1.1"),
-    (re.compile(r"\A[^\r\n]* HTTP/(?!1\.)[0-9.]+\r\n"), "bad_version", ""),
-    (re.compile(r"(?<!\r)\n|\r(?!\n|\Z)|\0"), "bad_http", "it has a bare CR, LF or NUL"),
-    (re.compile(r"\n[ \t]"), "bad_http", "a header line is folded"),
-    (re.compile(r"\n[^\r:]*[ \t]:"), "bad_http", "a blank stands before a header's colon"),
-    (re.compile(r"\n:"), "bad_http", "a header has no name"),
-    (re.compile(r""), "bad_http", "a line is neither METHOD /path HTTP/1.1 nor Name: value"),
+    (late_regex(r"\A\x16\x03"), "bad_http", "this is TLS, but the port speaks http://"),
+    (late_regex(r"\APRI \* HTTP/2"), "bad_http", "this is HTTP/2, but the port speaks HTTP/1.1"),
+    (late_regex(r"\A[^\r\n]* HTTP/(?!1\.)[0-9.]+\r\n"), "bad_version", ""),
+    (late_regex(r"(?<!\r)\n|\r(?!\n|\Z)|\0"), "bad_http", "it has a bare CR, LF or NUL"),
+    (late_regex(r"\n[ \t]"), "bad_http", "a header line is folded"),
+    (late_regex(r"\n[^\r:]*[ \t]:"), "bad_http", "a blank stands before a header's colon"),
+    (late_regex(r"\n:"), "bad_http", "a header has no name"),
+    (late_regex(r""), "bad_http", "a line is neither METHOD /path HTTP/1.1 nor Name: value"),
 ]
 
 
@@ -6994,8 +7012,10 @@ class Head:
         self.size = parse_length(fields.get("content-length", "0"))  # of the body
 
 
-# What is known of a client whose request cannot be read.
-NO_HEAD = Head("GET / HTTP/1.1\r\nHost: \r\n", "")
+class NoHead:
+    """What is known of a request that cannot be read."""
+
+    method, path, minor = "GET", "/", "1"
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
@@ -7012,7 +7032,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):  # some systems refuse it when the client has left
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.unused = b""  # received, and not yet part of a request
-        self.head = NO_HEAD  # of the latest request
+        self.head: Any = NoHead  # of the latest request
         self.patience = 0.0  # seconds that one receive may take, as last set
         self.used = 0.0  # when it last became idle
         self.leads: list[bool] = []  # an item while it is served by the worker with the lead
@@ -7052,7 +7072,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def read_request(self) -> Request:
         """Return the next request, whole."""
-        self.head = NO_HEAD
+        self.head = NoHead
         self.head = head = self.read_head()
         self.close_connection = head.closes
         return Request(
@@ -7574,7 +7594,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
 # === Server ===
 
-CONTROL_PATH = re.compile(r"/+__parlel/|/(?:health)?\Z")  # these calls are not recorded
+CONTROL_PATH = late_regex(r"/+__parlel/|/(?:health)?\Z")  # these calls are not recorded
 CORS_METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
 
 
@@ -7686,11 +7706,17 @@ class TogetherAiServer:
 
     def start(self) -> TogetherAiServer:
         """Listen and return; raise OSError at once where the port is taken."""
+        server = self.listen()
+        if not server.workers:
+            server.start()
+        return self
+
+    def listen(self) -> HttpServer:
+        """Take the port, where clients wait until `start()`; raise OSError where it is taken."""
         if self._http is None:
             self.stopping.clear()
             self._http = HttpServer((self.host, self._wanted_port), self)
-            self._http.start()
-        return self
+        return self._http
 
     def stop(self) -> None:
         """End live connections and leave neither a thread nor a socket; start() works again."""
@@ -8084,16 +8110,17 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def keep_serving(server: TogetherAiServer, done: threading.Event, stay: bool) -> None:
-    """Wait until it is over, and stop the server."""
+def keep_serving(server: TogetherAiServer, bell: socket.socket, stay: bool) -> None:
+    """Serve until the bell rings."""
     import gc
 
-    gc.freeze()  # what lives until the end need not be looked at again and again
     if not stay:
         threading.main_thread().join()
-        if not done.wait(0.05):  # the first client goes before
-            give_back_memory()
-    done.wait()
+        give_back_memory()
+    gc.freeze()  # what lives until the end need not be looked at again and again
+    server.start()
+    with bell:
+        bell.recv(1)
     server.stop()
 
 
@@ -8101,23 +8128,26 @@ def serve(server: TogetherAiServer, stay: bool) -> threading.Thread:
     """Start a server and say where it listens; the thread returned ends at Ctrl-C or SIGTERM."""
     import signal
 
-    done = threading.Event()
+    server.listen()
+    bell, button = socket.socketpair()
+    button.setblocking(False)
+    # Handlers run when the main thread finds the time, but this is written to at once.
+    signal.set_wakeup_fd(button.detach())
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda *_: done.set())
-    server.start()
+        signal.signal(name, lambda *_: None)
     print(f"together_fake {__version__} listens on {server.url}")
     for variable, value in server.env.items():
         print(f"export {variable}={value}")
     sys.stdout.flush()
-    keeper = threading.Thread(target=keep_serving, args=(server, done, stay))
+    keeper = threading.Thread(target=keep_serving, args=(server, bell, stay))
     keeper.start()
     return keeper
 
 
 # Python keeps a script's syntax tree until its last line is done, so the main thread of a process
-# does not wait in this file for the server to stop. On Windows no signal would reach it elsewhere,
-# and Python 3.12.0 and 3.12.1 start no threads after that line.
-STAYS = not POSIX or (3, 12) <= sys.version_info < (3, 12, 2)
+# does not wait in this file for the server to stop. But Python 3.12.0 and 3.12.1 start no threads
+# after that line.
+STAYS = (3, 12) <= sys.version_info < (3, 12, 2)
 
 
 def main(args: Sequence[str] | None = None, *, stay: bool = True) -> int:
@@ -8153,8 +8183,8 @@ def main(args: Sequence[str] | None = None, *, stay: bool = True) -> int:
     except OSError as error:
         print_line(f"cannot listen on {options.host}:{options.port}: {error}")
         return 1
-    while stay and keeper.is_alive():
-        keeper.join(1)  # on Windows, signals arrive between two waits
+    if stay:
+        keeper.join()
     return 0
 
 
