@@ -37,17 +37,12 @@ CHAT_MODEL = "meta-llama/Llama-3.3-70B-Instruct-Turbo"
 EMBEDDING_MODEL = "togethercomputer/m2-bert-80M-8k-retrieval"
 IMAGE_MODEL = "black-forest-labs/FLUX.1-schnell"
 NEW_AT_ONCE = 4  # connections in flight where each request has its own
-# The share of its target below which a row fails --check: about a third of what was measured on
-# a quiet machine, because CI may share its cores. Rows that reach their target fail below LENIENT.
+# The share of its target below which a row fails --check: LENIENT, because CI may share its cores,
+# and less for rows that fall short of their target, or that few rounds cannot tell.
 LENIENT = 0.3
 FLOORS = {
-    "chat, 1 keep-alive connection": 0.25,
-    "chat, 16 keep-alive connections": 0.18,
-    "chat, 64 keep-alive connections": 0.18,
-    "chat, a new connection each": 0.2,
-    "chat without tools or schema": 0.18,
     "embeddings, texts of 50 words by plain replies": 0.2,
-    "spawn to first answer": 0.12,
+    "spawn to first answer": 0.15,
     "slow stream, error of ttft and pace": 0.2,
 }
 
