@@ -3246,6 +3246,34 @@ class TestTheLead(WireCase):
                     client.sendall(HEALTH)
         self.assertEqual(self.ask(self.connect()), b"HTTP/1.1 200 OK")
 
+    def test_a_client_that_does_not_read_holds_no_other_reply_back(self):
+        gate, entered = threading.Event(), threading.Event()
+
+        def reply():
+            path = self.app.requests[-1].path
+            if path == "/gate":
+                entered.set()
+                gate.wait(10)
+            return fake.Reply(bytes(60_000) if path == "/large" else path.encode())
+
+        def ask(client, path):
+            client.sendall(b"GET /%b HTTP/1.1\r\nHost: x\r\n\r\n" % path)
+
+        self.serve(reply)
+        first, deaf, *others = (self.connect() for _ in range(5))
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        for _ in range(80):  # replies until the deaf one's socket is full, and some more
+            gate.clear()
+            entered.clear()
+            ask(first, b"gate")
+            self.assertTrue(entered.wait(10))
+            ask(deaf, b"large")
+            for client in others:
+                ask(client, b"other")
+            gate.set()
+            for client in (first, *others):
+                self.assertIn(b"\r\n\r\n/", client.recv(65536))
+
     def test_too_many_clients_wait_until_one_leaves(self):
         with mock.patch.object(fake, "MAX_CONNECTIONS", 2):
             self.serve()
@@ -3317,6 +3345,51 @@ class TestLifeCycle(WireCase):
         self.assertEqual(self.exchange(HEALTH), b"")
         self.server.stop()
         self.assertFalse(any(worker.is_alive() for worker in self.server.workers))
+
+    def test_a_handler_that_was_left_alone_may_stop_the_server(self):
+        def reply():
+            while self.server.serving.leads:  # the watch passes the lead on
+                time.sleep(0.001)
+            self.server.stop()
+            return fake.Reply()
+
+        self.serve(reply)
+        self.assertEqual(self.exchange(HEALTH), b"")
+        self.server.stop()
+        self.assertFalse(any(worker.is_alive() for worker in self.server.workers))
+
+    def test_a_client_that_comes_while_it_stops_does_not_delay_it(self):
+        server = self.serve()
+        accept, stopper = server.get_request, threading.Thread(target=server.stop)
+
+        def accept_late():
+            accepted = accept()
+            stopper.start()
+            server.stopping.wait(10)
+            return accepted
+
+        server.get_request = accept_late
+        client = self.connect()
+        client.sendall(b"GET / HTTP/1.1\r\n")  # and no more
+        receive_all(client)
+        stopper.join(10)
+        self.assertFalse(stopper.is_alive())
+
+    def test_workers_of_a_burst_end(self):
+        self.serve()
+        clients = [self.connect() for _ in range(60)]
+        for client in clients:
+            client.sendall(b"GET / HTTP/1.1\r\n")
+        end = time.monotonic() + 10
+        while len(self.server.workers) < 61 and time.monotonic() < end:
+            time.sleep(0.001)
+        self.assertGreaterEqual(len(self.server.workers), 61)
+        for client in clients:
+            client.sendall(b"Host: x\r\n\r\n")
+            self.assertEqual(client.recv(15), b"HTTP/1.1 200 OK")
+        while len(self.server.workers) > fake.MAX_WAITING + 3 and time.monotonic() < end:
+            time.sleep(0.001)
+        self.assertLessEqual(len(self.server.workers), fake.MAX_WAITING + 3)
 
     def test_stop_without_start(self):
         server = fake.HttpServer(("127.0.0.1", 0), EchoApp())

@@ -163,6 +163,8 @@ IDLE_SECONDS = 60.0  # without a request on an open connection
 LINGER_SECONDS = 1.0  # for a refused client to read why, before the connection closes
 MAX_READY = 64  # clients that are served in one round
 MAX_HELD = 8  # replies that are sent at once
+MAX_IN_A_ROW = 8  # requests of one client, before another worker serves the others
+MAX_WAITING = 16  # workers without a client
 PATIENCE_SECONDS = 0.02  # with one request, before another worker serves the other clients
 MAX_REMEMBERED_HEADS = 256  # of requests, so that they need not be taken apart again
 MAX_REMEMBERED_HEAD_BYTES = 2048
@@ -7034,7 +7036,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.unused = b""  # received, and not yet part of a request
         self.head: Any = NoHead  # of the latest request
         self.patience = 0.0  # seconds that one receive may take, as last set
-        self.used = 0.0  # when it last became idle
+        self.reply = b""  # for the server to send with others, if it is served by the lead
         self.leads: list[bool] = []  # an item while it is served by the worker with the lead
         self.close_connection = False
 
@@ -7049,7 +7051,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
         try:
             self.unused = self.connection.recv(RECEIVE_BYTES, MSG_DONTWAIT)
             self.close_connection = not self.unused
+            count = 0
             while self.unused and not self.close_connection:
+                count += 1
+                if count > MAX_IN_A_ROW:
+                    self.server.pass_lead(self)
                 self.handle_one_request()
         except BlockingIOError:
             pass
@@ -7171,20 +7177,21 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return b""
         except OSError:
             raise Cut from None
+        finally:
+            if not POSIX:
+                self.connection.settimeout(None)  # sending may take longer
         if not data:
             raise Cut
         return data
 
     def limit_receiving(self, seconds: float) -> None:
         """Let the kernel end a receive in time, which saves the poll() of settimeout()."""
-        if seconds == self.patience:
-            return
-        self.patience = seconds
-        if POSIX:
+        if not POSIX:
+            self.connection.settimeout(seconds)
+        elif seconds != self.patience:
+            self.patience = seconds
             timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 999_999) + 1)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
-        else:
-            self.connection.settimeout(seconds)
 
     # Writing, likewise
 
@@ -7202,7 +7209,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.send(head, MSG_MORE)
             self.send(body)
         elif self.server.holding and self.leads and not (self.unused or self.close_connection):
-            self.server.held.append((self, head + body))
+            self.reply = head + body
         else:
             self.send(head + body)
 
@@ -7346,7 +7353,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.heads: dict[bytes, Head] = {}  # those met of late
         self.stopping = threading.Event()
         self.clients: set[socket.socket] = set()
-        self.idle: dict[Connection, float] = {}  # in the poller, and when to look at each again
+        self.idle: dict[Connection, float] = {}  # in the poller, and when each is to be closed
         self.returned: deque[Connection] = deque()  # from other workers, to be idle again
         self.held: list[tuple[Connection, bytes]] = []  # replies to be sent at once
         self.holding = False  # there are several in this round
@@ -7398,6 +7405,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Be one worker until `stop()`. Nothing is polled."""
         while not self.stopping.is_set():
+            if len(self.waiting) >= MAX_WAITING:
+                self.workers.remove(threading.current_thread())  # there was a burst
+                return
             self.waiting.append(True)
             self.lead.acquire()
             self.waiting.pop()
@@ -7442,10 +7452,10 @@ class HttpServer(http.server.ThreadingHTTPServer):
             return False
         timeout = None
         if self.idle:
-            connection, end = next(iter(self.idle.items()))  # the first one to look at
+            connection, end = next(iter(self.idle.items()))  # idle for longest
             timeout = end - time.monotonic()
             if timeout <= 0:
-                self.close_idle(connection)
+                self.forget(connection)
                 return True
         ready = self.poller.wait(timeout)
         self.holding = len(ready) > 1
@@ -7456,8 +7466,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def send_held(self) -> bool:
         """Send the replies held back; return whether this worker still has the lead."""
-        self.held, held = [], self.held
-        for at, (connection, data) in enumerate(held):
+        while self.held:
+            connection, data = self.held.pop(0)
             try:
                 sent = connection.connection.send(data, MSG_DONTWAIT) if MSG_DONTWAIT else 0
             except BlockingIOError:
@@ -7467,8 +7477,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
                 continue
             rest = data[sent:]
             if rest and not self.serve(connection, functools.partial(connection.send, rest)):
-                self.held += held[at + 1 :]
-                self.ring()
                 return False
         return True
 
@@ -7483,6 +7491,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
             self.stopping.wait(0.01)  # too many open files, say
             return True
         self.clients.add(client)
+        if self.stopping.is_set():  # stop() may have looked at the clients before
+            with contextlib.suppress(OSError):
+                client.shutdown(socket.SHUT_RDWR)
         self.accept_or_not()
         connection = Connection(client, address, self)
         if MSG_DONTWAIT:
@@ -7504,8 +7515,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def serve(self, connection: Connection, act: Callable[[], None]) -> bool:
         """Do something for one client; return whether this worker still has the lead."""
         self.serving = connection
-        connection.leads.append(True)
         self.served += 1
+        connection.leads.append(True)
         if not self.watched:
             self.watched = True
             self.alarm.set()
@@ -7516,34 +7527,39 @@ class HttpServer(http.server.ThreadingHTTPServer):
         except Exception:
             connection.close_connection = True
             self.handle_error(connection.connection, connection.client_address)
+        reply, connection.reply = connection.reply, b""
         try:
             connection.leads.pop()
         except IndexError:
-            self.returned.append(connection)
-            self.ring()
+            self.come_back(connection, reply)
             return False
         self.put_back(connection)
+        if reply:
+            self.held.append((connection, reply))
         return True
+
+    def come_back(self, connection: Connection, reply: bytes) -> None:
+        """Return a connection to whoever has the lead now."""
+        try:
+            connection.send(reply)
+        except Cut:
+            connection.close_connection = True
+        self.returned.append(connection)
+        self.ring()
 
     def put_back(self, connection: Connection) -> None:
         """Wait until more comes from a connection, or close it."""
         if connection.close_connection or self.stopping.is_set():
             self.forget(connection)
             return
-        connection.used = time.monotonic()
-        if connection not in self.idle:
-            self.idle[connection] = connection.used + self.idle_seconds
+        if self.idle.pop(connection, None) is None:
             act = functools.partial(self.serve, connection, connection.answer_requests)
-            self.poller.add(connection.connection, act)
-
-    def close_idle(self, connection: Connection) -> None:
-        """Close a connection if it has been idle for too long, or see when it will be."""
-        end = connection.used + self.idle_seconds
-        if end <= time.monotonic():
-            self.forget(connection)
-        else:
-            del self.idle[connection]
-            self.idle[connection] = end  # as the last one
+            try:
+                self.poller.add(connection.connection, act)
+            except OSError:  # no memory for one more, say
+                self.forget(connection)
+                return
+        self.idle[connection] = time.monotonic() + self.idle_seconds
 
     def ignore(self, connection: Connection) -> None:
         """Do not look any more whether something comes from a connection."""
@@ -7580,12 +7596,19 @@ class HttpServer(http.server.ThreadingHTTPServer):
                 client.shutdown(socket.SHUT_RDWR)
         self.ring()
         self.alarm.set()
-        if threading.current_thread() not in self.workers:
-            for worker in self.workers:
-                worker.join()
-            for client in self.clients:
-                client.close()
-            self.clients.clear()
+        if threading.current_thread() in self.workers:
+            self.start_thread(self.finish)
+        else:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the workers, and close what they used."""
+        me = threading.current_thread()
+        while running := [each for each in self.workers if each is not me and each.is_alive()]:
+            running[0].join()
+        for client in list(self.clients):
+            client.close()
+        self.clients.clear()
         self.server_close()
         self.poller.close()
         self.bell.close()
@@ -8119,9 +8142,9 @@ def keep_serving(server: TogetherAiServer, bell: socket.socket, stay: bool) -> N
         give_back_memory()
     gc.freeze()  # what lives until the end need not be looked at again and again
     server.start()
-    with bell:
-        bell.recv(1)
+    bell.recv(1)
     server.stop()
+    bell.detach()  # stays open: a second signal shall find somebody who listens
 
 
 def serve(server: TogetherAiServer, stay: bool) -> threading.Thread:
