@@ -824,7 +824,13 @@ class Draw:
     def below(self, limit: int) -> int:
         """Return an integer from 0 to `limit - 1`."""
         size = (limit.bit_length() + 15) // 8  # 8 spare bits: no visible bias
-        return int.from_bytes(self.take(size), "big") * limit >> (8 * size)
+        start, end = self._at, self._at + size
+        if end <= len(self._pool):  # as take() does, mostly
+            self._at = end
+            data = self._pool[start:end]
+        else:
+            data = self.take(size)
+        return int.from_bytes(data, "big") * limit >> (8 * size)
 
     def unit(self) -> float:
         """Return a number from 0 up to, not including, 1."""
@@ -1989,21 +1995,25 @@ class SchemaReader:
             raise Unsatisfiable(f"{place[:200]}: {reason}")
         read: dict[str, Any] = {}
         for keyword, argument in schema.items():
-            if keyword in UNSUPPORTED:
-                raise Unsatisfiable(f"{place[:200]}: {keyword} is not supported")
-            shape = VOCABULARY[keyword][0] if keyword in VOCABULARY else ""
-            if shape and not SHAPES[shape](argument):
+            if keyword not in VOCABULARY:
+                if keyword in UNSUPPORTED:
+                    raise Unsatisfiable(f"{place[:200]}: {keyword} is not supported")
+                continue
+            shape = VOCABULARY[keyword][0]
+            if not SHAPES[shape](argument):
                 raise Unsatisfiable(f"{place[:200]}: {keyword} cannot be {str(argument)[:60]}")
             if shape in ("schema", "schemas", "items", "map"):
                 read[keyword] = self._read_inner(argument, f"{place}/{keyword}", shape)
-            elif shape:
+            else:
                 read[keyword] = argument
         if "type" in read:  # as a tuple, with integers among the numbers
             names = [read["type"]] if isinstance(read["type"], str) else read["type"]
             read["type"] = (*names, "integer") if "number" in names else tuple(names)
         if not REWRITTEN.isdisjoint(read):
             rewrite(read)
-        self._targets[place] = self._targets[f"#{read.get('$anchor', place[1:])}"] = read
+        self._targets[place] = read
+        if "$anchor" in read:
+            self._targets[f"#{read['$anchor']}"] = read
         return read
 
     def _read_inner(self, argument: Any, place: str, shape: str) -> Any:
@@ -2078,17 +2088,28 @@ def list_types(parts: list[Any]) -> list[str]:
 class Place:
     """One place of an instance: makes its value, which meets all of `parts`, and those inside."""
 
-    within: Place | None = None  # the place around this one
-    key: str | int = "#"  # there
-    name = ""  # of the property, for values that look natural
     trail: tuple[str, ...] = ("#",)  # references on the way
 
-    def __init__(self, reader: SchemaReader, draw: Draw, parts: list[Any], depth: int) -> None:
+    def __init__(
+        self,
+        reader: SchemaReader,
+        draw: Draw,
+        parts: list[Any],
+        depth: int,
+        within: Place | None = None,
+        key: str | int = "#",
+        name: str = "",
+    ) -> None:
         self.reader = reader
         self.draw = draw
         self.parts = parts
         self.depth = depth  # levels that are left before only what must be there is made
         self.deep = depth <= 0  # only what must be there is made
+        self.within = within  # the place around this one
+        self.key = key  # there
+        self.name = name  # of the property, for values that look natural
+        if within:
+            self.trail, self.deep = within.trail, within.deep or self.deep
 
     @property
     def path(self) -> str:
@@ -2115,10 +2136,8 @@ class Place:
 
     def make_inside(self, key: str | int, parts: list[Any], name: str, attempt: int) -> Any:
         """Return a value for an item, a property or a property's name."""
-        inner = Place(self.reader, self.draw.child(key, attempt), parts, self.depth - 1)
-        inner.within, inner.key = self, key
-        inner.name, inner.trail, inner.deep = name, self.trail, self.deep or inner.deep
-        return inner.make()
+        own = self.draw.child(key, attempt)
+        return Place(self.reader, own, parts, self.depth - 1, self, key, name).make()
 
     def make(self) -> Any:
         """Return a value by the first way that is not blocked."""
@@ -2187,10 +2206,12 @@ class Place:
         for part in parts:
             for keyword, argument in part.items():
                 self.said.setdefault(keyword, []).append(argument)
-        for value in [] if NAMING.isdisjoint(self.said) else self._list_known_values():
-            if self.reader.accepts_all(self.parts, value):
-                return value
-        named = "enum" in self.said or "const" in self.said
+        named = False
+        if not NAMING.isdisjoint(self.said):
+            named = "enum" in self.said or "const" in self.said
+            for value in self._list_known_values():
+                if self.reader.accepts_all(self.parts, value):
+                    return value
         kinds = [] if named else list_types(self.parts)
         if len(kinds) > 1:
             last = ("array", "object") if self.deep else ("null",)
