@@ -3274,6 +3274,22 @@ class TestTheLead(WireCase):
             for client in (first, *others):
                 self.assertIn(b"\r\n\r\n/", client.recv(65536))
 
+    def test_a_bug_in_the_lead_does_not_end_it(self):
+        self.serve()
+        wait, bugs = self.server.poller.wait, [KeyError("a bug"), OSError("another")]
+
+        def wait_or_fail(seconds):
+            if bugs:
+                raise bugs.pop()
+            return wait(seconds)
+
+        said = io.StringIO()
+        self.server.poller.wait = wait_or_fail
+        with contextlib.redirect_stderr(said):
+            for _ in range(3):
+                self.assertEqual(self.ask(self.connect()), b"HTTP/1.1 200 OK")
+        self.assertIn("KeyError: 'a bug'", said.getvalue())
+
     def test_too_many_clients_wait_until_one_leaves(self):
         with mock.patch.object(fake, "MAX_CONNECTIONS", 2):
             self.serve()

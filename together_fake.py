@@ -156,7 +156,8 @@ MAX_HEADER_BYTES = 64 * 2**10  # request line and header lines together
 MAX_HEADERS = 100  # header lines, and trailer lines of a chunked body
 MAX_CHUNK_LINE_BYTES = 4096  # a chunk's size with its extensions, or one trailer line
 MAX_JOIN_BYTES = 64 * 2**10  # a larger body is sent after its head, not copied behind it
-MAX_CONNECTIONS = 2000  # at once; further ones wait in the backlog
+# At once, further ones wait in the backlog; select() alone, on Windows, watches 512.
+MAX_CONNECTIONS = 2000 if hasattr(select, "poll") else 500
 BACKLOG = 1024  # connections that wait to be accepted
 RECEIVE_SECONDS = 30.0  # from a request's first byte to its last
 IDLE_SECONDS = 60.0  # without a request on an open connection
@@ -7433,8 +7434,12 @@ class HttpServer(http.server.ThreadingHTTPServer):
             self.lead.acquire()
             self.waiting.pop()
             while not self.stopping.is_set():
-                if not self.serve_ready():
-                    break
+                try:
+                    if not self.serve_ready():
+                        break
+                except Exception:  # nobody else would serve
+                    self.handle_error(self.socket, self.server_address)
+                    self.stopping.wait(0.01)
             else:
                 self.lead.release()  # the next worker shall see it too
 
