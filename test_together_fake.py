@@ -1400,6 +1400,9 @@ class Tokens(unittest.TestCase):
             " ",
             "  a",
             "a \n b",
+            " more than forty characters with a blank at both ends ",
+            "more than forty characters and  two blanks in a row",
+            "more than forty \u00e4\u00f6\u00fc\u65e5\u672c characters, 1234567 and a mark: \x7f.",
             everything,
             everything[::-1],
             fake.make_text(golden(1)),
@@ -3313,6 +3316,18 @@ class TestTheLead(WireCase):
         client.recv(65536)
         self.assertEqual(len(self.server.heads), 10)
         self.assertEqual([request.path for request in self.app.requests[-3:-1]], ["/264", "/265"])
+
+
+class TestTheLeadElsewhere(TestTheLead):
+    """The same where the system has neither epoll nor MSG_DONTWAIT."""
+
+    def setUp(self):
+        for patch in (
+            mock.patch.object(fake, "select", types.SimpleNamespace()),
+            mock.patch.object(fake, "MSG_DONTWAIT", 0),
+        ):
+            patch.start()
+            self.addCleanup(patch.stop)
 
 
 class TestLifeCycle(WireCase):
