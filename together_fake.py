@@ -7415,8 +7415,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
     # The workers
 
     def start(self) -> None:
-        """Begin to answer."""
-        self.start_thread(self.serve_forever)
+        """Begin to answer: with one worker that leads, one that waits, and the watch."""
+        self.start_worker()
+        self.start_worker()
         self.start_thread(self.watch)
 
     def start_thread(self, target: Callable[[], None]) -> None:
@@ -7424,13 +7425,21 @@ class HttpServer(http.server.ThreadingHTTPServer):
         worker.start()
         self.workers.append(worker)
 
+    def start_worker(self) -> None:
+        self.waiting.append(True)  # from now on, so that nobody starts another one for the same
+        try:
+            self.start_thread(self.work)
+        except RuntimeError:  # it would be the system's last thread
+            self.waiting.pop()
+
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Be one worker until `stop()`. Nothing is polled."""
-        while not self.stopping.is_set():
-            if len(self.waiting) >= MAX_WAITING:
-                self.workers.remove(threading.current_thread())  # there was a burst
-                return
-            self.waiting.append(True)
+        self.waiting.append(True)
+        self.work()
+
+    def work(self) -> None:
+        """Wait for the lead and serve while having it, again and again until `stop()`."""
+        while True:
             self.lead.acquire()
             self.waiting.pop()
             while not self.stopping.is_set():
@@ -7442,6 +7451,13 @@ class HttpServer(http.server.ThreadingHTTPServer):
                     self.stopping.wait(0.01)
             else:
                 self.lead.release()  # the next worker shall see it too
+                return
+            if self.stopping.is_set():
+                return
+            if len(self.waiting) >= MAX_WAITING:  # after a burst
+                self.workers.remove(threading.current_thread())
+                return
+            self.waiting.append(True)
 
     def pass_lead(self, connection: Connection) -> None:
         """Let another worker lead, if the one that serves this connection does."""
@@ -7452,8 +7468,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.ignore(connection)
         self.lead.release()
         if not self.waiting:
-            with contextlib.suppress(RuntimeError):  # the system's last thread: the others wait
-                self.start_thread(self.serve_forever)
+            self.start_worker()
 
     def watch(self) -> None:
         """Pass the lead of a worker that spends long on one connection, until `stop()`."""
