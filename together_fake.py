@@ -1377,11 +1377,16 @@ class Canvas:
         """Return the PNG of the canvas."""
         rows = []
         row = bytearray([255]) + bytes(self.width)  # 255 becomes the filter byte 0
-        for steps, indexes in zip(self.steps, zip(*self.columns)):
+        shades, line, last = b"".join(self.columns), b"", b""
+        for index, steps in zip(range(self.height), self.steps):
             for step in steps:
-                if row[step >> 16] <= step >> 8 & 255:
-                    row[step >> 16] = step & 255
-            rows.append(bytes(row.translate(bytes(indexes).ljust(256, b"\0"))))
+                column = step >> 16
+                if row[column] <= step >> 8 & 255:
+                    row[column] = step & 255
+            table = shades[index :: self.height]  # of all things in this row
+            if steps or table != last:
+                line, last = bytes(row.translate(table.ljust(256, b"\0"))), table
+            rows.append(line)
         return encode_png(self.width, self.height, rows, self.palette)
 
 
