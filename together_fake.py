@@ -7362,7 +7362,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     back as a worker that waits for the lead. Only the lead touches the poller.
 
     Clients that ask at once get their replies at once, a few at a time: to wake a sleeping client
-    costs half as much as to answer it, and while it is awake the next reply wakes nobody.
+    costs a third of answering it, and while it is awake the next reply wakes nobody.
     """
 
     request_queue_size = BACKLOG
