@@ -787,8 +787,8 @@ class Draw:
     """Repeatable choices from a hash: the same names and facts give the same draw, everywhere.
 
     `child()` starts an independent draw for one question, so that a new question never
-    changes old answers. Within one draw, each call uses up the next bytes of one stream:
-    64 of blake2b, which is quick to set up, and then those of shake_256.
+    changes old answers. Within one draw, each call uses up the next bytes of one stream: the
+    first ones are blake2b's, which costs half of shake_256, whose bytes follow.
     """
 
     __slots__ = ("_at", "_pool", "_start", "key")
