@@ -2512,6 +2512,14 @@ class FaultTest(unittest.TestCase):
         )
         self.assertEqual(reply.headers["Content-Length"], "5")
 
+    def test_an_empty_reply_keeps_its_name(self):
+        reply = fake.Reply(b"12345", headers={"a": "b"})
+        reply.id = "answer-1"
+        clock = Clock()
+        fault = fake.Fault({"empty": True}, fake.Draw(b""))
+        got = fake.travel(reply, fault, clock.wait, clock.read)
+        self.assertEqual((got.id, got.headers, got.body), ("answer-1", {"a": "b"}, b""))
+
     def test_chaos_statuses(self):
         for options, status in [
             ({"chaos": {"dropRate": 1}}, 500),

