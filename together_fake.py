@@ -15,28 +15,37 @@ Copied into a repository and started by a test:
 Run by itself: `python together_fake.py`. Used by any program through the variables
 TOGETHER_BASE_URL and TOGETHER_API_KEY, set before the program builds its client.
 
-The sections, each of which uses only those above it:
+The sections, each of which uses only those above it; a star marks what touches more than memory:
 
-    Settings      every default and limit
-    Messages      a request, a reply, a stream
-    Errors        the table of errors, and their JSON
-    Checks        tables of fields; JSON, forms and multipart bodies
-    Draws         repeatable choices from a hash
-    Makers        words, tokens, vectors, images, values for a schema
-    Catalogue     the models
-    Dialects      where clients need different bodies
-    Collections   the record of calls, stored objects and the status ladders of jobs
-    Script        fixtures: scripted answers and faults
-    Routes        the table of operations
-    Endpoints     what each operation does
-    Control       routes that look after the server
-    Wire          sockets and HTTP
-    Server        TogetherAiServer: options, state, the pipeline, life cycle
-    Command line  main()
+    Settings       imports, every default
+    Messages       a request, a reply, a stream; the JSON that goes out
+    Errors         the table of errors, and their JSON
+    Checks         tables of fields; JSON, forms and multipart bodies
+    Randomness     repeatable choices from a hash
+    Text           prose, tokens, logprobs
+    Vectors        embeddings, and how alike they are
+    Media          images, sound, videos
+    Schemas        texts for a pattern, values for a JSON schema
+    Catalogue      the models
+    Dialects       where clients need different bodies
+    Collections    stored objects, the record of calls
+    Fixtures *     scripted answers; reads the files it is given
+    Faults         how a scripted reply goes wrong on its way
+    Routes         the table of operations
+    Inference endpoints     chat, completions, embeddings, rerank
+    File and job endpoints  files, batches, fine-tuning, evaluations, dedicated endpoints
+    Media endpoints         images, speech, transcription, videos
+    Account endpoints       models, projects
+    Control        routes that look after the server
+    HTTP *         the grammar of requests; reads from and writes to one client's socket
+    Sockets *      listens, and the threads that answer
+    Server *       TogetherAiServer: options, state, the pipeline, life cycle
+    Command line * main(): standard output, standard error, signals
 
-To add an endpoint: in Endpoints, declare its fields, write a function that takes the server and
-the request and returns JSON, a `Reply` or `Events`, and put `@route(method, path, body=fields)`
-above it. Its cases in the tests, its line in `--routes` and its 405s follow by themselves.
+To add an endpoint: in a section of endpoints, declare its fields, write a function that takes the
+server and the request and returns JSON, a `Reply` or `Events`, and put
+`@route(method, path, body=fields)` above it. Its cases in the tests, its line in `--routes` and
+its 405s follow by themselves.
 """
 
 # === Settings ===
@@ -79,55 +88,6 @@ DEFAULT_PORT = 4863
 DEFAULT_KEY = "parlel-together"
 CREATED = 1700000000  # the clock of every generated answer, in Unix seconds
 
-MAX_JSON_BYTES = 32 * 2**20  # a JSON or form body
-MAX_JSON_DEPTH = 200  # brackets inside brackets
-MAX_NUMBER_DIGITS = 400  # of one JSON number
-MAX_FORM_FIELDS = 1000  # of one form, query or multipart body
-MAX_PART_HEAD_BYTES = 16384  # the headers of one multipart part
-MAX_PROMPT_SCHEMA = 100_000  # characters of a message in which a schema is looked for
-MAX_TOOLS = 1024  # of one chat request
-MAX_INPUT_ITEMS = 2048  # texts of one embedding request
-MAX_DIMENSIONS = 16384  # of an embedding
-MAX_IMAGES = 4  # of one request; documented
-MIN_IMAGE_SIDE, MAX_IMAGE_SIDE, DEFAULT_IMAGE_SIDE = 16, 2048, 1024  # pixels
-MAX_STORED_BYTES = 256 * 2**20  # contents of all files together
-STORAGE_LIMIT = 0  # as a route's max_bytes: what the server may store
-PARSED_BYTES = 2 * 2**20  # of a JSONL file: what is parsed line by line, the rest is scanned
-MAX_BATCH_LINES = 50_000  # documented
-MAX_AUDIO_BYTES = 80 * 2**20  # a body with sound or pictures; documented
-MAX_AUDIO_SECONDS = 4 * 3600  # documented
-MAX_SPEAKERS = 32  # of one transcription
-MAX_VIDEO_SECONDS, DEFAULT_VIDEO_SECONDS = 60, 6
-MAX_FPS, DEFAULT_FPS = 60, 24
-MAX_NEAR_MISSES = 20  # of one call
-MAX_RECORDED_BODY_BYTES = 4 * 2**20  # a larger body is not kept with its call
-MAX_RECORD_BYTES = 64 * 2**20  # bodies of all recorded calls
-
-DEFAULT_MAX_TOKENS = 2048  # recorded: where several models stop when nothing is asked
-MAX_CONTEXT_TOKENS = 2**40  # of a model whose context length is unknown
-MAX_WORD_BYTES = 40  # of a word: what counts of it for a vector, and what is worth remembering
-MAX_COUNTED_WORDS = 8192  # whose numbers of tokens are remembered
-MEDIA_TOKENS = 256  # of an image, video or sound in a prompt
-MESSAGE_TOKENS = 3  # of the frame around a message
-
-EFFORT_THOUGHTS = {"none": 0, "minimal": 1, "low": 1, "medium": 1, "high": 2, "xhigh": 3, "max": 4}
-JSON_MODE_SCHEMA = {  # what a model answers that shall write JSON and is not told which
-    "type": "object",
-    "properties": {
-        "title": {"type": "string"},
-        "summary": {"type": "string"},
-        "tags": {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 4},
-        "confidence": {"type": "number", "minimum": 0, "maximum": 1},
-    },
-    "required": ["title", "summary", "tags", "confidence"],
-}
-# What the record calls the inference kinds that have another name there.
-RECORD_KINDS = {"embedding": "embeddings", "image": "images", "job": ""}
-SECRET_HEADERS = (
-    "authorization", "proxy-authorization", "cookie", "api-key", "x-api-key", "x-auth-token",
-    "x-together-api-key", "openai-api-key", "x-goog-api-key",
-)  # fmt: skip
-
 
 class LateRegex:
     """A regular expression that is compiled when it is first used: all of them take 5 ms."""
@@ -146,32 +106,12 @@ def late_regex(source: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
     return LateRegex(source, flags)  # type: ignore[return-value]
 
 
-SECRET_FIELDS = late_regex(
-    r"(?i)(?:^|[_-])(?:api[_-]?key|api_token|hf_token|token|password|secret)$"
-)
-SECRET_ARGS = late_regex(r"((?:^|[?&])(?:api[_-]?key|key|(?:access_)?token)=)[^&]*", re.IGNORECASE)
-
-
-MAX_HEADER_BYTES = 64 * 2**10  # request line and header lines together
-MAX_HEADERS = 100  # header lines, and trailer lines of a chunked body
-MAX_CHUNK_LINE_BYTES = 4096  # a chunk's size with its extensions, or one trailer line
-MAX_JOIN_BYTES = 64 * 2**10  # a larger body is sent after its head, not copied behind it
-# At once, further ones wait in the backlog; select() alone, on Windows, watches 512.
-MAX_CONNECTIONS = 2000 if hasattr(select, "poll") else 500
-BACKLOG = 1024  # connections that wait to be accepted
-RECEIVE_SECONDS = 30.0  # from a request's first byte to its last
-IDLE_SECONDS = 60.0  # without a request on an open connection
-LINGER_SECONDS = 1.0  # for a refused client to read why, before the connection closes
-MAX_READY = 64  # clients that are served in one round
-MAX_HELD = 8  # replies that are sent at once
-MAX_IN_A_ROW = 8  # requests of one client, before another worker serves the others
-MAX_WAITING = 16  # workers without a client
-PATIENCE_SECONDS = 0.02  # with one request, before another worker serves the other clients
-MAX_REMEMBERED_HEADS = 256  # of requests, so that they need not be taken apart again
-MAX_REMEMBERED_HEAD_BYTES = 2048
-
-
 # === Messages ===
+
+SECRET_HEADERS = (
+    "authorization", "proxy-authorization", "cookie", "api-key", "x-api-key", "x-auth-token",
+    "x-together-api-key", "openai-api-key", "x-goog-api-key",
+)  # fmt: skip
 
 
 def make_encoder(**options: Any) -> Callable[[Any], str]:
@@ -417,6 +357,12 @@ class ApiError(Exception):
 
 # === Checks ===
 
+MAX_JSON_BYTES = 32 * 2**20  # a JSON or form body
+MAX_JSON_DEPTH = 200  # brackets inside brackets
+MAX_NUMBER_DIGITS = 400  # of one JSON number
+MAX_FORM_FIELDS = 1000  # of one form, query or multipart body
+MAX_PART_HEAD_BYTES = 16384  # the headers of one multipart part
+
 KIND_NAMES = {
     str: "a string",
     int: "an integer",
@@ -604,6 +550,21 @@ class Field:
             return text
 
 
+def rows_of(names: str, *kinds: type, **rules: Any) -> list[Field]:
+    """Return a row for each of the names, all alike."""
+    return [Field(name, *kinds, **rules) for name in names.split()]
+
+
+def object_field(name: str, *inner: Field, required: bool = False) -> Field:
+    """Return the row of an object with rows of its own."""
+    return Field(name, dict, required=required, fields=Fields(*inner))
+
+
+def list_field(name: str, *inner: Field, required: bool = False) -> Field:
+    """Return the row of an array of such objects, at least one."""
+    return Field(name, list, required=required, low=1, each=object_field("", *inner))
+
+
 def read_texts(values: dict[str, Any], fields: Fields) -> dict[str, Any]:
     """Give the texts of a form or query the types of their fields, in place."""
     for name, value in values.items():
@@ -780,7 +741,7 @@ def parse_body(raw: bytes, content_type: str, fields: Fields) -> dict[str, Any]:
     return value
 
 
-# === Draws ===
+# === Randomness ===
 
 
 class Draw:
@@ -868,7 +829,10 @@ def draw_uuid(draw: Draw) -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
-# === Makers ===
+# === Text ===
+
+MAX_WORD_BYTES = 40  # of a word: what counts of it for a vector, and what is worth remembering
+MAX_COUNTED_WORDS = 8192  # whose numbers of tokens are remembered
 
 
 def phrases(text: str, first: str = " ", last: str = "") -> tuple[str, ...]:
@@ -979,7 +943,6 @@ ADVICE = phrases("""\
 It helps to / It is wise to / It is often enough to / The best step is to / One good way is to /
 It never hurts to / A sensible rule is to / It is worth the time to""")
 
-
 SUBJECT = (phrases(DETERMINERS), ADJECTIVES, NOUNS)
 NEW_SUBJECT = (tuple(" " + word[1:].capitalize() for word in SUBJECT[0]), ADJECTIVES, NOUNS)
 PREDICATE = (VERBS, OBJECTS, TAILS)
@@ -993,7 +956,6 @@ LATER_FORMS = (
     (ADVICE, STEPS, TAILS),
 )  # fmt: skip
 PLACES = 8  # of a sentence in a text, which have sentences of their own
-
 
 # ASCII classes only: other letters differ between the Unicode tables of Python versions.
 TOKEN = late_regex(
@@ -1122,6 +1084,14 @@ def make_alternatives(draw: Draw, piece: str, count: int) -> list[tuple[str, flo
         logprob = found[-1][1] - 0.7
     return found
 
+
+def make_scores(draw: Draw, pieces: list[str], count: int) -> list[Any]:
+    """Return for each token its logprob and its `count` likeliest alternatives, itself first."""
+    tops = [make_alternatives(draw, piece, max(count, 1)) for piece in pieces]
+    return [(top[0][1], top[:count]) for top in tops]
+
+
+# === Vectors ===
 
 WORD = late_regex(rb"[a-z0-9]+|[\x80-\xff]+")  # of UTF-8 whose ASCII letters are in lower case
 STOPWORDS = frozenset(
@@ -1273,6 +1243,11 @@ def format_floats(vector: list[int]) -> str:
 def pack_floats(vector: list[int]) -> bytes:
     """Return little-endian 32-bit floats."""
     return struct.pack(f"<{len(vector)}f", *[step / QUANTUM for step in vector])
+
+
+# === Media ===
+
+MIN_IMAGE_SIDE, MAX_IMAGE_SIDE, DEFAULT_IMAGE_SIDE = 16, 2048, 1024  # pixels
 
 
 def encode_png(width: int, height: int, rows: Iterable[bytes], palette: bytes) -> bytes:
@@ -1517,13 +1492,7 @@ def make_video(draw: Draw, width: int, height: int, seconds: float, fps: int) ->
     return start + box(b"mdat", frame) + box(b"moov", box(b"mvhd", *head), track)
 
 
-def make_scores(draw: Draw, pieces: list[str], count: int) -> list[Any]:
-    """Return for each token its logprob and its `count` likeliest alternatives, itself first."""
-    tops = [make_alternatives(draw, piece, max(count, 1)) for piece in pieces]
-    return [(top[0][1], top[:count]) for top in tops]
-
-
-# Makers, schemas: texts that match a pattern, values that fit a JSON schema.
+# === Schemas ===
 
 MAX_STEPS = 60_000  # of work for one schema, about half a second
 MAX_TEXT = 10_000  # characters that a schema may ask of one string
@@ -1949,7 +1918,6 @@ UNSUPPORTED = {
     *("$dynamicRef", "$recursiveRef", "dependencies", "minContains", "maxContains"),
     *("unevaluatedItems", "unevaluatedProperties"),
 }
-
 
 # The keywords that `rewrite` looks for.
 REWRITTEN = {
@@ -2407,7 +2375,6 @@ def make_matching(draw: Draw, pattern: str) -> str:
 
 # === Catalogue ===
 
-
 CREATED_AT = {  # recorded; of most models the service says 0
     "meta-llama/Llama-3.3-70B-Instruct-Turbo": 1733466629,
     "openai/gpt-oss-120b": 1754414557,
@@ -2716,6 +2683,14 @@ def shape_top_logprobs(request: Request, tops: list[dict[str, float]]) -> Any:
 
 # === Collections ===
 
+MAX_RECORDED_BODY_BYTES = 4 * 2**20  # a larger body is not kept with its call
+MAX_RECORD_BYTES = 64 * 2**20  # bodies of all recorded calls
+
+SECRET_FIELDS = late_regex(
+    r"(?i)(?:^|[_-])(?:api[_-]?key|api_token|hf_token|token|password|secret)$"
+)
+SECRET_ARGS = late_regex(r"((?:^|[?&])(?:api[_-]?key|key|(?:access_)?token)=)[^&]*", re.IGNORECASE)
+
 
 def copy_json(value: Any) -> Any:
     """Copy nested dicts and lists; other values are shared."""
@@ -2882,15 +2857,9 @@ class Call:
         }
 
 
-# === Script ===
+# === Fixtures ===
 
-STATUS_ERRORS = {401: "bad_key", 404: "no_model"}  # for the others: status_...
-PROXY_STATUSES = (520, 521, 522, 523, 524)  # sent as text by the proxy in front of production
-RATE_LIMIT_HEADERS = {  # recorded, but for the seconds
-    "retry-after": "{seconds}", "x-ratelimit": "true", "x-ratelimit-limit": "1",
-    "x-ratelimit-remaining": "0", "x-ratelimit-reset": "{seconds}",
-    "x-ratelimit-limit-tokens": "1000", "x-ratelimit-remaining-tokens": "979",
-}  # fmt: skip
+MAX_NEAR_MISSES = 20  # of one call
 
 
 def dig(value: Any, *steps: str) -> Any:
@@ -3483,141 +3452,6 @@ def fixture_from_keywords(verb: str, keywords: Mapping[str, Any], when: Any = No
     return Fixture(*Reader(to_camel).read_entry(entry, f"{verb}()"), when=when)
 
 
-def status_reply(
-    status: int, error: Any = None, retry_after: float | None = None, model: Any = None
-) -> Reply:
-    """Build an error reply; without `error` with that status's real body.
-
-    retry_after  seconds; a 429 always has some (1)
-    """
-    seconds = 1 if retry_after is None and status == 429 else retry_after
-    names = () if seconds is None else RATE_LIMIT_HEADERS if status == 429 else ("retry-after",)
-    headers = {name: RATE_LIMIT_HEADERS[name].format(seconds=seconds) for name in names}
-    if status in PROXY_STATUSES and error is None:
-        return Reply(b"error code: %d" % status, status, "text/plain; charset=UTF-8", headers)
-    name = STATUS_ERRORS.get(status, f"status_{status}")
-    name = name if name in ERRORS else "other_status"
-    body = ApiError(name, model=model, status=status).body()
-    if error is not None:
-        body["error"].update({"type": "server_error", "code": None, **error})
-    return Reply(ENCODE(body).encode(), status, headers=headers)
-
-
-def error_reply(fixture: Fixture, request: Request) -> Reply:
-    """Build the whole reply of a fixture whose response is an error, a status or `json`."""
-    response = fixture.response
-    if fixture.kind == "json":
-        return Reply(ENCODE(response["json"]).encode(), response["status"])
-    reply = status_reply(**response, model=request.body.get("model"))
-    if "shouldRetry" in fixture.options:
-        asked = json.dumps(fixture.options["shouldRetry"])
-        reply.headers = {**reply.headers, "x-should-retry": asked}
-    return reply
-
-
-QUIET_OPTIONS = ("times", "chunkSize", "shouldRetry", "chaos")  # that are no fault
-if TYPE_CHECKING:
-    Wait = Callable[[float], bool]  # sleeps for so many seconds; True when the server stops
-    Clock = Callable[[], float]  # seconds, monotonic
-
-
-def halve(text: bytes) -> bytes:
-    """Return the first half of a JSON text."""
-    return text[: (len(text) + 1) // 2]
-
-
-class Fault:
-    """How one reply goes wrong on its way, drawn from a fixture's options.
-
-    chaos    the rate that hit, or ""
-    options  the fixture's, with what the hit adds; `status` replaces the reply
-    error    what a fixture says of an error in the stream
-    """
-
-    def __init__(
-        self, options: Mapping[str, Any], draw: Draw, error: Mapping[str, Any] | None = None
-    ) -> None:
-        self.error = {"status": 500, **(error or {})}
-        rates = options.get("chaos", {})
-        hits = (rate for rate in CHAOS if draw.child(rate).unit() < rates.get(rate, 0))
-        self.chaos = next(hits, "")
-        self.options: dict[str, Any] = {**options, **CHAOS.get(self.chaos, {})}
-        self.latency = rates.get("latencyMs", 0)
-        self.draw = draw.child("jitter")
-
-    def describe(self) -> str:
-        """Name what goes wrong, for the record; nothing where chance let the call pass."""
-        names = [self.chaos] if self.chaos else []
-        names += [name for name in self.options if name not in (*QUIET_OPTIONS, "status")]
-        return f"the fixture's {', '.join(names)}" if names else ""
-
-    def plan(self, stream: bool) -> Iterator[float]:
-        """Yield the seconds before each chunk; a whole reply only knows latency."""
-        latency = self.options.get("latency", 0)
-        profile = self.options.get("streamingProfile", {}) if stream else {}
-        recorded = self.options.get("recordedTimings")
-        tick = 1000 / profile["tps"] if "tps" in profile else latency
-        first, rest = [profile.get("ttft", tick)], tick if stream else 0
-        if stream and recorded and not profile:
-            delays = recorded.get("interChunkDelaysMs", [])
-            first, rest = [recorded.get("ttftMs", 0), *delays], sum(delays) / max(1, len(delays))
-        jitter, speed = profile.get("jitter", 0), 1000 * self.options.get("replaySpeed", 1)
-        for pause in itertools.chain(first, itertools.repeat(rest)):
-            yield pause * (1 + jitter * (2 * self.draw.unit() - 1)) / speed
-
-    def carry(
-        self, events: Iterable[bytes], stream: bool, wait: Wait, clock: Clock
-    ) -> Iterator[bytes]:
-        """Yield events at their times, measured from the start, until the fault ends them.
-
-        Raises Cut where the connection ends: after enough chunks or ms, or when the server stops.
-        """
-        options, start = self.options, clock()
-        due = start + self.latency / 1000
-        end = start + options.get("disconnectAfterMs", float("inf")) / 1000
-        cuts = ("disconnectAfterChunks", "truncateAfterChunks" if stream else "")
-        cut_after = min((options[key] for key in cuts if key in options), default=float("inf"))
-        plan = self.plan(stream)
-        for count, event in enumerate(events):
-            if count == cut_after or (cut_after < float("inf") and count and not stream):
-                raise Cut
-            if stream and count == options.get("errorAfterChunks"):
-                yield b"data: %b\n\n" % status_reply(**self.error).body
-                return
-            if stream and count == 0 and options.get("malformed"):
-                event = event[:6] + halve(event[6:].rstrip()) + b"\n\n"  # after "data: "
-            due += next(plan) if event != DONE else 0
-            left = min(due, end) - clock()
-            if (left > 0 and wait(left)) or max(due, clock()) >= end:
-                raise Cut
-            yield event
-
-
-def travel(reply: Reply, fault: Fault, wait: Wait, clock: Clock) -> Reply:
-    """Return the reply as it arrives under a fault; its waits happen while its events are drawn.
-
-    A whole reply that waits or is cut becomes raw pieces with a Content-Length.
-    """
-    options = fault.options
-    if "status" in options:
-        reply = status_reply(options["status"])
-    elif reply.events is None and "errorAfterChunks" in options:
-        reply = status_reply(**fault.error)
-    if options.get("empty"):
-        reply.body, reply.events = b"", None
-    if reply.events is not None:
-        reply.events = fault.carry(reply.events, True, wait, clock)
-        return reply
-    if options.get("malformed"):
-        reply.body = halve(reply.body)
-    timed = options.keys() & {"latency", "disconnectAfterMs", "disconnectAfterChunks"}
-    if timed or fault.latency:
-        reply.headers = {**reply.headers, "Content-Length": str(len(reply.body))}
-        half = halve(reply.body)
-        reply.events = fault.carry((half, reply.body[len(half) :]), False, wait, clock)
-    return reply
-
-
 def select_turn(fixtures: list[Fixture], turn: int) -> Fixture | None:
     """Choose among fixtures that all match, by the number of assistant messages so far.
 
@@ -3803,15 +3637,11 @@ class Script:
         reason = "".join(reasons) or " There are no fixtures."
         return ApiError("no_fixture", method=request.method, path=request.path, reason=reason)
 
-    def fault(self, fixture: Fixture) -> Fault | None:
-        """Draw how this call's reply goes wrong, from the seed and the count of such calls."""
-        if not fixture.faulty:
-            return None
+    def count_fault(self) -> int:
+        """Count one more call whose reply goes wrong; return how many there are."""
         with self._lock:
             self._calls += 1
-            draw = Draw.of("fault", [self.seed, self._calls])
-        error = fixture.response if fixture.kind in ("error", "status") else None
-        return Fault(fixture.options, draw, error)
+            return self._calls
 
     def unused(self) -> list[Fixture]:
         """Return the fixtures that were never served."""
@@ -3823,8 +3653,167 @@ class Script:
         return {"fixtures": every, "count": len(every)}
 
 
+# === Faults ===
+
+STATUS_ERRORS = {401: "bad_key", 404: "no_model"}  # for the others: status_...
+PROXY_STATUSES = (520, 521, 522, 523, 524)  # sent as text by the proxy in front of production
+RATE_LIMIT_HEADERS = {  # recorded, but for the seconds
+    "retry-after": "{seconds}", "x-ratelimit": "true", "x-ratelimit-limit": "1",
+    "x-ratelimit-remaining": "0", "x-ratelimit-reset": "{seconds}",
+    "x-ratelimit-limit-tokens": "1000", "x-ratelimit-remaining-tokens": "979",
+}  # fmt: skip
+
+if TYPE_CHECKING:
+    Wait = Callable[[float], bool]  # sleeps for so many seconds; True when the server stops
+    Clock = Callable[[], float]  # seconds, monotonic
+
+
+def status_reply(
+    status: int, error: Any = None, retry_after: float | None = None, model: Any = None
+) -> Reply:
+    """Build an error reply; without `error` with that status's real body.
+
+    retry_after  seconds; a 429 always has some (1)
+    """
+    seconds = 1 if retry_after is None and status == 429 else retry_after
+    names = () if seconds is None else RATE_LIMIT_HEADERS if status == 429 else ("retry-after",)
+    headers = {name: RATE_LIMIT_HEADERS[name].format(seconds=seconds) for name in names}
+    if status in PROXY_STATUSES and error is None:
+        return Reply(b"error code: %d" % status, status, "text/plain; charset=UTF-8", headers)
+    name = STATUS_ERRORS.get(status, f"status_{status}")
+    name = name if name in ERRORS else "other_status"
+    body = ApiError(name, model=model, status=status).body()
+    if error is not None:
+        body["error"].update({"type": "server_error", "code": None, **error})
+    return Reply(ENCODE(body).encode(), status, headers=headers)
+
+
+def error_reply(fixture: Fixture, request: Request) -> Reply:
+    """Build the whole reply of a fixture whose response is an error, a status or `json`."""
+    response = fixture.response
+    if fixture.kind == "json":
+        return Reply(ENCODE(response["json"]).encode(), response["status"])
+    reply = status_reply(**response, model=request.body.get("model"))
+    if "shouldRetry" in fixture.options:
+        asked = json.dumps(fixture.options["shouldRetry"])
+        reply.headers = {**reply.headers, "x-should-retry": asked}
+    return reply
+
+
+QUIET_OPTIONS = ("times", "chunkSize", "shouldRetry", "chaos")  # that are no fault
+
+
+def halve(text: bytes) -> bytes:
+    """Return the first half of a JSON text."""
+    return text[: (len(text) + 1) // 2]
+
+
+class Fault:
+    """How one reply goes wrong on its way, drawn from a fixture's options.
+
+    chaos    the rate that hit, or ""
+    options  the fixture's, with what the hit adds; `status` replaces the reply
+    error    what a fixture says of an error in the stream
+    """
+
+    def __init__(
+        self, options: Mapping[str, Any], draw: Draw, error: Mapping[str, Any] | None = None
+    ) -> None:
+        self.error = {"status": 500, **(error or {})}
+        rates = options.get("chaos", {})
+        hits = (rate for rate in CHAOS if draw.child(rate).unit() < rates.get(rate, 0))
+        self.chaos = next(hits, "")
+        self.options: dict[str, Any] = {**options, **CHAOS.get(self.chaos, {})}
+        self.latency = rates.get("latencyMs", 0)
+        self.draw = draw.child("jitter")
+
+    def describe(self) -> str:
+        """Name what goes wrong, for the record; nothing where chance let the call pass."""
+        names = [self.chaos] if self.chaos else []
+        names += [name for name in self.options if name not in (*QUIET_OPTIONS, "status")]
+        return f"the fixture's {', '.join(names)}" if names else ""
+
+    def plan(self, stream: bool) -> Iterator[float]:
+        """Yield the seconds before each chunk; a whole reply only knows latency."""
+        latency = self.options.get("latency", 0)
+        profile = self.options.get("streamingProfile", {}) if stream else {}
+        recorded = self.options.get("recordedTimings")
+        tick = 1000 / profile["tps"] if "tps" in profile else latency
+        first, rest = [profile.get("ttft", tick)], tick if stream else 0
+        if stream and recorded and not profile:
+            delays = recorded.get("interChunkDelaysMs", [])
+            first, rest = [recorded.get("ttftMs", 0), *delays], sum(delays) / max(1, len(delays))
+        jitter, speed = profile.get("jitter", 0), 1000 * self.options.get("replaySpeed", 1)
+        for pause in itertools.chain(first, itertools.repeat(rest)):
+            yield pause * (1 + jitter * (2 * self.draw.unit() - 1)) / speed
+
+    def carry(
+        self, events: Iterable[bytes], stream: bool, wait: Wait, clock: Clock
+    ) -> Iterator[bytes]:
+        """Yield events at their times, measured from the start, until the fault ends them.
+
+        Raises Cut where the connection ends: after enough chunks or ms, or when the server stops.
+        """
+        options, start = self.options, clock()
+        due = start + self.latency / 1000
+        end = start + options.get("disconnectAfterMs", float("inf")) / 1000
+        cuts = ("disconnectAfterChunks", "truncateAfterChunks" if stream else "")
+        cut_after = min((options[key] for key in cuts if key in options), default=float("inf"))
+        plan = self.plan(stream)
+        for count, event in enumerate(events):
+            if count == cut_after or (cut_after < float("inf") and count and not stream):
+                raise Cut
+            if stream and count == options.get("errorAfterChunks"):
+                yield b"data: %b\n\n" % status_reply(**self.error).body
+                return
+            if stream and count == 0 and options.get("malformed"):
+                event = event[:6] + halve(event[6:].rstrip()) + b"\n\n"  # after "data: "
+            due += next(plan) if event != DONE else 0
+            left = min(due, end) - clock()
+            if (left > 0 and wait(left)) or max(due, clock()) >= end:
+                raise Cut
+            yield event
+
+
+def draw_fault(script: Script, fixture: Fixture) -> Fault | None:
+    """Draw how this call's reply goes wrong, from the seed and the count of such calls."""
+    if not fixture.faulty:
+        return None
+    draw = Draw.of("fault", [script.seed, script.count_fault()])
+    error = fixture.response if fixture.kind in ("error", "status") else None
+    return Fault(fixture.options, draw, error)
+
+
+def travel(reply: Reply, fault: Fault, wait: Wait, clock: Clock) -> Reply:
+    """Return the reply as it arrives under a fault; its waits happen while its events are drawn.
+
+    A whole reply that waits or is cut becomes raw pieces with a Content-Length.
+    """
+    options = fault.options
+    if "status" in options:
+        reply = status_reply(options["status"])
+    elif reply.events is None and "errorAfterChunks" in options:
+        reply = status_reply(**fault.error)
+    if options.get("empty"):
+        reply.body, reply.events = b"", None
+    if reply.events is not None:
+        reply.events = fault.carry(reply.events, True, wait, clock)
+        return reply
+    if options.get("malformed"):
+        reply.body = halve(reply.body)
+    timed = options.keys() & {"latency", "disconnectAfterMs", "disconnectAfterChunks"}
+    if timed or fault.latency:
+        reply.headers = {**reply.headers, "Content-Length": str(len(reply.body))}
+        half = halve(reply.body)
+        reply.events = fault.carry((half, reply.body[len(half) :]), False, wait, clock)
+    return reply
+
+
 # === Routes ===
 
+STORAGE_LIMIT = 0  # as a route's max_bytes: what the server may store
+# What the record calls the inference kinds that have another name there.
+RECORD_KINDS = {"embedding": "embeddings", "image": "images", "job": ""}
 
 ROUTES: list[Route] = []
 EXACT: dict[tuple[str, str], Route] = {}  # the routes without parameters, found by one look-up
@@ -3927,8 +3916,7 @@ def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
     raise refuse_path(method, path, allowed)
 
 
-# === Endpoints ===
-
+# === Inference endpoints ===
 
 SERVED_AS = {"language": "chat", "code": "chat", "moderation": "chat"}
 
@@ -3946,6 +3934,26 @@ def use_model(server: TogetherAiServer, id: str, type: str) -> Model:
 
 
 # --- Chat completions
+
+MAX_TOOLS = 1024  # of one chat request
+MAX_PROMPT_SCHEMA = 100_000  # characters of a message in which a schema is looked for
+
+DEFAULT_MAX_TOKENS = 2048  # recorded: where several models stop when nothing is asked
+MAX_CONTEXT_TOKENS = 2**40  # of a model whose context length is unknown
+MEDIA_TOKENS = 256  # of an image, video or sound in a prompt
+MESSAGE_TOKENS = 3  # of the frame around a message
+
+EFFORT_THOUGHTS = {"none": 0, "minimal": 1, "low": 1, "medium": 1, "high": 2, "xhigh": 3, "max": 4}
+JSON_MODE_SCHEMA = {  # what a model answers that shall write JSON and is not told which
+    "type": "object",
+    "properties": {
+        "title": {"type": "string"},
+        "summary": {"type": "string"},
+        "tags": {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 4},
+        "confidence": {"type": "number", "minimum": 0, "maximum": 1},
+    },
+    "required": ["title", "summary", "tags", "confidence"],
+}
 
 SAMPLING_FIELDS = (
     Field("temperature", float, low=0, high=2),
@@ -4709,6 +4717,8 @@ def create_chat_completion(server: TogetherAiServer, request: Request) -> Any:
 
 # --- Text completions
 
+MAX_INPUT_ITEMS = 2048  # texts of one embedding request
+
 COMPLETION_FIELDS = Fields(
     Field("model", str, required=True, low=1),
     Field("prompt", str, list, required=True),
@@ -4881,6 +4891,8 @@ def create_completion(server: TogetherAiServer, request: Request) -> Any:
 
 # --- Embeddings
 
+MAX_DIMENSIONS = 16384  # of an embedding
+
 EMBEDDING_FIELDS = Fields(
     Field("model", str, required=True, low=1),
     Field("input", str, list, required=True),
@@ -4939,200 +4951,50 @@ def create_embeddings(server: TogetherAiServer, request: Request) -> Any:
     return Reply(f'{head}{",".join(items)}],"usage":{usage}}}'.encode())
 
 
-# --- Images
+# --- Rerank
 
-IMAGE_FIELDS = Fields(
-    Field("model", str, required=True, low=1),
-    Field("prompt", str, required=True),
-    Field("n", int, low=0, high=MAX_IMAGES),
-    Field("width", int, low=0, high=MAX_IMAGE_SIDE),
-    Field("height", int, low=0, high=MAX_IMAGE_SIDE),
-    Field("size", str),
-    Field("aspect_ratio", str),
-    Field("steps", int, low=0, high=100),
-    Field("seed", int),
-    Field("image_url", str),
-    Field("reference_images", list, each=Field("", str)),
-    Field(
-        "image_loras",
-        list,
-        each=Field(
-            "",
-            dict,
-            fields=Fields(Field("path", str, required=True), Field("scale", float, required=True)),
-        ),
-    ),
-    Field("guidance_scale", float),
-    Field("guidance", float),
-    Field("negative_prompt", str),
-    Field("disable_safety_checker", bool),
-    Field("prompt_upsampling", bool),
-    Field("image_base64", str),
-    Field("response_format", str, choices=("base64", "b64_json", "url")),
-    Field("output_format", str, choices=("jpeg", "png")),
-    Field("user", str),
-)
-IMAGE_FACTS = frozenset((
-    "model", "prompt", "width", "height", "steps", "seed", "image_url", "reference_images",
-    "image_loras", "guidance_scale", "guidance", "negative_prompt", "image_base64",
-))  # fmt: skip
+(MODEL_ROW,) = rows_of("model", str, required=True, low=1)
+TEXT_ROW = Field("", str)
+RERANK_FIELDS = Fields(
+    MODEL_ROW, Field("query", str, required=True), Field("top_n", int, low=1),
+    Field("documents", list, required=True, low=1, high=MAX_INPUT_ITEMS, each=Field("", str, dict)),
+    Field("return_documents", bool), Field("rank_fields", list, each=TEXT_ROW),
+)  # fmt: skip
 
 
-def read_pair(text: str, separator: str, place: str) -> tuple[int, int]:
-    """Read `1024x768` or `16:9`."""
-    found = re.fullmatch(rf"([1-9]\d{{0,4}}){separator}([1-9]\d{{0,4}})", text, re.ASCII)
-    if found is None:
-        raise refuse_value(place, f"must be two numbers such as 16{separator}9", text)
-    return int(found.group(1)), int(found.group(2))
+def document_text(document: Any, names: list[str] | None) -> str:
+    """Return what of a document is compared with the query."""
+    if type(document) is str:
+        return document
+    values = pick_given(document, document if names is None else names).values()
+    return "\n".join([value if type(value) is str else ENCODE(value) for value in values])
 
 
-def read_image_size(body: dict[str, Any]) -> tuple[int, int]:
-    """Return width and height from whichever fields give them; 0 counts as not given."""
-    given = {name: body[name] for name in ("width", "height") if body.get(name)}
-    size, ratio = body.get("size"), body.get("aspect_ratio")
-    sides = {"width": DEFAULT_IMAGE_SIDE, "height": DEFAULT_IMAGE_SIDE}
-    place = ""
-    if size and size != "auto":
-        sides, place = dict(zip(sides, read_pair(size, "x", "size"))), "size"
-    elif ratio and not given:
-        across, down = read_pair(ratio, ":", "aspect_ratio")
-        root = min(max(across / down, 1 / 16), 16) ** 0.5
-        # Steps of 16 pixels, which every model takes.
-        sides = {"width": round(64 * root) * 16, "height": round(64 / root) * 16}
-        sides = {name: min(side, MAX_IMAGE_SIDE) for name, side in sides.items()}
-    sides.update(given)
-    rule = f"must be from {MIN_IMAGE_SIDE} to {MAX_IMAGE_SIDE} pixels"
-    for name, side in sides.items():
-        if not MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE:
-            raise refuse_value(place if place and name not in given else name, rule, side)
-    return sides["width"], sides["height"]
-
-
-def script_image(image: dict[str, Any], index: int) -> dict[str, Any]:
-    """Return one image as a fixture gives it."""
-    given = {name: value for name, value in image.items() if value is not None}
-    return {"index": index, "type": "url" if "url" in given else "b64_json", **given}
-
-
-def paint(token: str, width: int, height: int) -> bytes:
-    """Return the PNG of a token: its URL holds all there is to know about it."""
-    return make_image(Draw.of_bytes(token.encode()), width, height)
-
-
-def image_item(
-    server: TogetherAiServer, request: Request, draw: Draw, index: int, size: tuple[int, int]
-) -> dict[str, Any]:
-    """Return one image as base64, as a URL, or as both when nothing was asked."""
-    form = request.body.get("response_format")
-    token = draw_letters(draw, 16)
-    item: dict[str, Any] = {"index": index, "type": "url" if form in (None, "url") else "b64_json"}
-    if form in (None, "url"):
-        item["url"] = f"{request.origin or server.url}/shrt/{token}-{size[0]}x{size[1]}.png"
-    if form != "url":
-        item["b64_json"] = base64.b64encode(paint(token, *size)).decode()
-    item["timings"] = {"inference": (100 + draw.below(900)) / 1000}
-    return item
-
-
-@route("POST", "/v1/images/generations", body=IMAGE_FIELDS, kind="image")
-def create_images(server: TogetherAiServer, request: Request) -> Any:
-    """Paint PNG images of a prompt."""
-    body = request.body
-    if not body["prompt"]:
-        raise ApiError("empty_prompt", param="prompt")
-    model = use_model(server, body["model"], "image")
-    size = read_image_size(body)
-    draw = Draw.of("image", pick_facts(body, IMAGE_FACTS))
+@route("POST", "/v1/rerank", body=RERANK_FIELDS, kind="rerank")
+def rerank(server: TogetherAiServer, request: Request) -> Any:
+    """Sort documents by their likeness to a query."""
+    body, documents = request.body, request.body["documents"]
+    model = use_model(server, body["model"], "rerank")
+    texts = [document_text(document, body.get("rank_fields")) for document in documents]
+    wanted = embed(model, body["query"], None)
+    scores = [round(min(1.0, likeness(wanted, embed(model, text, None))), 6) for text in texts]
+    if request.script:
+        scores = (request.script["scores"] + [0.0] * len(texts))[: len(texts)]
+    results = []
+    for index in sorted(range(len(scores)), key=lambda i: -scores[i])[: body.get("top_n")]:
+        text = documents[index] if type(documents[index]) is str else ENCODE(documents[index])
+        document = {"text": text} if body.get("return_documents") else {}
+        results.append({"index": index, "relevance_score": scores[index], "document": document})
+    draw = Draw.of("rerank", [model.id, body["query"], documents])
     request.id = draw_id(draw)
-    script = request.script
-    items = [
-        script_image(script["images"][index % len(script["images"])], index)
-        if script and script["images"]
-        else image_item(server, request, draw.child("image", index), index, size)
-        for index in range(len(script["images"]) if script else body.get("n") or 1)
-    ]
+    tokens = sum(map(count_tokens, texts)) + count_tokens(body["query"]) * len(texts)
     return {
-        "id": request.id,
-        "model": model.id,
-        "object": "list",
-        "created": CREATED,
-        "data": items,
-    }
+        "object": "rerank", "id": draw_uuid(draw), "model": model.id, "results": results,
+        "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
+    }  # fmt: skip
 
 
-@route("GET", "/shrt/{token}", open=True)
-def get_image(server: TogetherAiServer, request: Request) -> Any:
-    """Serve an image that an answer pointed to; it needs no key."""
-    found = re.fullmatch(r"(\w{16})-(\d{1,4})x(\d{1,4})\.png", request.params["token"], re.ASCII)
-    sides = [int(side) for side in found.groups()[1:]] if found else [0]
-    if found is None or not all(MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE for side in sides):
-        raise ApiError("no_object", param="token", noun="Image", id=request.params["token"][:100])
-    png = paint(found.group(1), *sides)
-    return Reply(png, content_type="image/png", headers={"Cache-Control": "max-age=31536000"})
-
-
-# --- Models
-
-
-@route("GET", "/v1/models", query=Fields(Field("dedicated", bool)))
-def list_models(server: TogetherAiServer, request: Request) -> Any:
-    """List the catalogue and the models that jobs have made."""
-    items = [model_object(model) for model in list(server.models.values())]
-    if is_openai(request):
-        items = [{**item, "owned_by": item["organization"] or "user"} for item in items]
-    return wrap_list(request, items, server.strict)
-
-
-def find_model(server: TogetherAiServer, id: str) -> Model:
-    """Return a model of the catalogue; raise ApiError 404 for any other."""
-    if id not in server.models:
-        raise ApiError("no_model", model=id[:100])
-    return server.models[id]
-
-
-@route("GET", "/v1/models/{id...}")
-def get_model(server: TogetherAiServer, request: Request) -> Any:
-    """Describe one model; its slashes may come as they are or as %2F."""
-    item = model_object(find_model(server, request.params["id"]))
-    return {**item, "owned_by": item["organization"] or "user"}
-
-
-@route("GET", "/v1/autoscale/models")
-def list_autoscale_models(server: TogetherAiServer, request: Request) -> Any:
-    """Name the models that can have an endpoint of their own."""
-    return [{"name": model.id} for model in list(server.models.values()) if model.type == "chat"]
-
-
-def list_page(request: Request, items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return one page of the second API: `limit` items after the id that `after` names."""
-    after, limit = request.args.get("after"), request.args.get("limit") or 100
-    ids = [item["id"] for item in items]
-    if after and after not in ids:
-        raise refuse_value("after", "must be a next_cursor of this list", after)
-    start = ids.index(after) + 1 if after else 0
-    page = items[start : start + limit]
-    more = len(items) > start + limit
-    return {"object": "list", "data": page, "next_cursor": page[-1]["id"] if more else None}
-
-
-PAGE_FIELDS = Fields(Field("limit", int, low=0, high=1000), Field("after", str))
-
-
-@route("GET", "/v2/supported-models", query=PAGE_FIELDS)
-def list_supported_models(server: TogetherAiServer, request: Request) -> Any:
-    """List the catalogue in the second API's form, page by page."""
-    return list_page(request, [supported_model(model) for model in list(server.models.values())])
-
-
-@route("GET", "/v2/supported-models/{id...}")
-def get_supported_model(server: TogetherAiServer, request: Request) -> Any:
-    """Describe one model in the second API's form, by id or by name."""
-    wanted = request.params["id"]
-    for model in list(server.models.values()):
-        item = supported_model(model)
-        if wanted in (item["id"], item["name"]):
-            return item
-    return supported_model(find_model(server, wanted))
+# === File and job endpoints ===
 
 
 # --- Stored objects
@@ -5247,36 +5109,10 @@ def serve_bytes(
     return Reply(data[start:end], 206, content_type, headers)
 
 
-def rows_of(names: str, *kinds: type, **rules: Any) -> list[Field]:
-    """Return a row for each of the names, all alike."""
-    return [Field(name, *kinds, **rules) for name in names.split()]
-
-
-def object_field(name: str, *inner: Field, required: bool = False) -> Field:
-    """Return the row of an object with rows of its own."""
-    return Field(name, dict, required=required, fields=Fields(*inner))
-
-
-def list_field(name: str, *inner: Field, required: bool = False) -> Field:
-    """Return the row of an array of such objects, at least one."""
-    return Field(name, list, required=required, low=1, each=object_field("", *inner))
-
-
-@route("POST", "/__parlel/seed", open=True, max_bytes=STORAGE_LIMIT)
-def seed_objects(server: TogetherAiServer, request: Request) -> Any:
-    """Store objects with chosen ids: `{"files": [{"id": "file-1", "content": "..."}], ...}`."""
-    seeds, names = parse_json(request.raw), " ".join(BUILDERS)
-    if type(seeds) is not dict or not set(seeds) <= set(BUILDERS):
-        raise ApiError("bad_body", reason=f"it must be an object with lists among {names}")
-    Fields(*rows_of(names, list, each=Field("", dict))).check(seeds)
-    try:
-        return {name: server.seed(name, items) for name, items in seeds.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"a seed has a value of a wrong kind ({error!r})"
-        raise ApiError("bad_body", reason=reason) from None
-
-
 # --- Files
+
+MAX_STORED_BYTES = 256 * 2**20  # contents of all files together
+PARSED_BYTES = 2 * 2**20  # of a JSONL file: what is parsed line by line, the rest is scanned
 
 CHECKED_PURPOSES = ("fine-tune", "batch-api", "eval")  # the ones whose data is validated
 OPENAI_PURPOSES = {"batch": "batch-api", "batch_output": "batch-generated"}
@@ -5561,6 +5397,8 @@ def delete_file(server: TogetherAiServer, request: Request) -> Any:
 
 
 # --- Batches
+
+MAX_BATCH_LINES = 50_000  # documented
 
 BATCH_LADDER = ("VALIDATING", "IN_PROGRESS", "COMPLETED")
 BATCH_ENDS = ("completed", "failed", "cancelled", "expired")
@@ -6159,268 +5997,6 @@ def get_tokenized_dataset(server: TogetherAiServer, request: Request) -> Any:
     }  # fmt: skip
 
 
-# --- Rerank
-
-
-(MODEL_ROW,) = rows_of("model", str, required=True, low=1)
-TEXT_ROW = Field("", str)
-RERANK_FIELDS = Fields(
-    MODEL_ROW, Field("query", str, required=True), Field("top_n", int, low=1),
-    Field("documents", list, required=True, low=1, high=MAX_INPUT_ITEMS, each=Field("", str, dict)),
-    Field("return_documents", bool), Field("rank_fields", list, each=TEXT_ROW),
-)  # fmt: skip
-
-
-def document_text(document: Any, names: list[str] | None) -> str:
-    """Return what of a document is compared with the query."""
-    if type(document) is str:
-        return document
-    values = pick_given(document, document if names is None else names).values()
-    return "\n".join([value if type(value) is str else ENCODE(value) for value in values])
-
-
-@route("POST", "/v1/rerank", body=RERANK_FIELDS, kind="rerank")
-def rerank(server: TogetherAiServer, request: Request) -> Any:
-    """Sort documents by their likeness to a query."""
-    body, documents = request.body, request.body["documents"]
-    model = use_model(server, body["model"], "rerank")
-    texts = [document_text(document, body.get("rank_fields")) for document in documents]
-    wanted = embed(model, body["query"], None)
-    scores = [round(min(1.0, likeness(wanted, embed(model, text, None))), 6) for text in texts]
-    if request.script:
-        scores = (request.script["scores"] + [0.0] * len(texts))[: len(texts)]
-    results = []
-    for index in sorted(range(len(scores)), key=lambda i: -scores[i])[: body.get("top_n")]:
-        text = documents[index] if type(documents[index]) is str else ENCODE(documents[index])
-        document = {"text": text} if body.get("return_documents") else {}
-        results.append({"index": index, "relevance_score": scores[index], "document": document})
-    draw = Draw.of("rerank", [model.id, body["query"], documents])
-    request.id = draw_id(draw)
-    tokens = sum(map(count_tokens, texts)) + count_tokens(body["query"]) * len(texts)
-    return {
-        "object": "rerank", "id": draw_uuid(draw), "model": model.id, "results": results,
-        "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
-    }  # fmt: skip
-
-
-# --- Audio
-
-MP3_SILENCE = {32000: 0x10, 64000: 0x50, 96000: 0x70, 128000: 0x90, 192000: 0xB0}  # rate's bits
-SPEECH_FIELDS = Fields(
-    MODEL_ROW, Field("input", str, required=True, low=1, high=MAX_SPEECH_CHARACTERS),
-    Field("voice", str, required=True), *rows_of("language instructions", str),
-    Field("response_format", str, choices=("wav", "mp3", "raw", "pcm")),
-    Field("response_encoding", str, choices=tuple(ENCODINGS)), Field("extra_params", dict),
-    Field("sample_rate", int, low=8000, high=48000), Field("stream", bool),
-    Field("bit_rate", int, choices=tuple(MP3_SILENCE)), Field("speed", float, low=0.25, high=4),
-)  # fmt: skip
-SPEECH_FACTS = ("model", "input", "voice", "language", "extra_params", "speed", "instructions")
-SPEECH_EVENT_MS = 250  # of sound in one event of a stream
-SPEECH_EVENT = {  # has the keys of the older and of the newer documentation
-    "object": "audio.tts.chunk", "type": "conversation.item.audio_output.delta", "item_id": "tts_1"
-}  # fmt: skip
-SPEECH_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg"}  # without parameters: Python 1.x compares
-TRANSCRIPTION_FIELDS = Fields(
-    Field("file", Upload, str, required=True), *rows_of("model language prompt", str),
-    Field("response_format", str, choices=("json", "verbose_json")),
-    Field("temperature", float, low=0, high=1), Field("diarize", bool),
-    Field("timestamp_granularities", str, list, each=Field("", str, choices=("segment", "word"))),
-    *rows_of("min_speakers max_speakers", int, low=1, high=MAX_SPEAKERS),
-)  # fmt: skip
-HEARING: Any = {"body": TRANSCRIPTION_FIELDS, "max_bytes": MAX_AUDIO_BYTES}
-SEGMENT_WORDS, WORDS_A_SECOND = 10, 2.5
-SPEECH_VOICES = {  # documented examples, by who made the model
-    "cartesia": ("friendly sidekick", "british reading lady", "newsman", "storyteller lady"),
-    "hexgrad": ("af_alloy", "af_bella", "af_heart", "am_adam", "am_michael", "bf_emma"),
-    "canopylabs": ("tara", "leah", "jess", "leo", "dan", "mia", "zac", "zoe"),
-}
-
-
-@route("POST", "/v1/audio/speech", body=SPEECH_FIELDS, kind="speech")
-def create_speech(server: TogetherAiServer, request: Request) -> Any:
-    """Hum a text: WAV or raw samples, whole or as a stream; an MP3 is silent."""
-    body, script, streams = request.body, request.script or {}, request.body.get("stream")
-    form = body.get("response_format") or ("raw" if streams else "wav")
-    if streams and form not in ("raw", "pcm"):
-        raise refuse_value("response_format", "must be raw where stream is true", form)
-    model = use_model(server, body["model"], "audio")
-    draw = Draw.of("speech", pick_given(body, SPEECH_FACTS))
-    request.id = draw_id(draw)
-    rate = body.get("sample_rate") or (44100 if "cartesia" in model.id else 24000)
-    encoding = "pcm_s16le" if form == "wav" else body.get("response_encoding") or "pcm_f32le"
-    if script:
-        sound, form = script["audio"], script["format"] or form
-    elif form == "mp3":
-        bits, text = body.get("bit_rate") or 128000, body["input"]
-        head = bytes([0xFF, 0xFB, MP3_SILENCE[bits], 0xC0])  # 26 ms of MPEG-1 layer 3, mono
-        sound = head.ljust(144 * bits // 44100, b"\0") * (len(text) * CHARACTER_MS // 26 + 1)
-    else:
-        sound = make_speech(draw, body["input"], rate, encoding)
-        sound = wrap_wav(sound, rate) if form == "wav" else sound
-    if streams:
-        size = rate * SPEECH_EVENT_MS // 1000 * struct.calcsize(ENCODINGS[encoding])
-        starts = range(0, len(sound) or 1, size)
-        parts = (base64.b64encode(sound[at : at + size]).decode() for at in starts)
-        return Events({**SPEECH_EVENT, "model": model.id, "b64": p, "delta": p} for p in parts)
-    kind = SPEECH_TYPES.get(form, "application/octet-stream")
-    return Reply(sound, content_type=script.get("content_type") or kind)
-
-
-def hear(body: dict[str, Any], task: str) -> tuple[list[str], float]:
-    """Return the words that an audio's bytes (or its URL) stand for, and its seconds."""
-    file = body["file"]
-    data = file.encode("utf-8", "replace") if type(file) is str else file.data
-    if not data:
-        raise ApiError("invalid", param="file", reason="is empty")
-    facts = pick_given(body, ("model", "language", "prompt", "temperature"))
-    draw = Draw.of(task, [facts, hashlib.sha256(data).hexdigest()])
-    seconds = 5.0 + draw.below(56) if type(file) is str else audio_seconds(data)
-    seconds = round(min(max(seconds, 0.4), MAX_AUDIO_SECONDS), 2)
-    count = max(1, round(seconds * WORDS_A_SECOND))
-    return make_text(draw.child("words"), 1 + count // 8).split()[:count], seconds
-
-
-def make_segments(words: list[str], seconds: float, speakers: int) -> list[dict[str, Any]]:
-    """Spread words over the time, by their letters; speakers take turns, a segment each."""
-    ends = [0, *itertools.accumulate(len(word) + 1 for word in words)]
-    times = [round(seconds * end / ends[-1], 2) for end in ends]
-    timed = [{"word": w, "start": s, "end": e} for w, s, e in zip(words, times, times[1:])]
-    segments = []
-    for id, at in enumerate(range(0, len(words), SEGMENT_WORDS)):
-        speaker = {"speaker_id": f"SPEAKER_{id % speakers:02}"}
-        part = [{**word, **speaker} for word in timed[at : at + SEGMENT_WORDS]]
-        whole = {"id": id, "start": part[0]["start"], "end": part[-1]["end"], **speaker}
-        text = " ".join(words[at : at + SEGMENT_WORDS])
-        segments.append({**whole, "text": text, "words": part})
-    return segments
-
-
-@route("POST", "/v1/audio/transcriptions", kind="transcription", **HEARING)
-@route("POST", "/v1/audio/translations", kind="translation", **HEARING)
-def create_transcript(server: TogetherAiServer, request: Request) -> Any:
-    """Write down what an audio file says, or a translation: words drawn from its bytes."""
-    body, script = request.body, request.script or {}  # a fixture says all or some of it
-    task = "translate" if "translations" in request.path else "transcribe"
-    words, seconds = hear(body, task)
-    words = script["text"].split() or [""] if script else words
-    seconds = script.get("duration") or seconds
-    speakers = max(body.get("min_speakers") or 1, min(2, body.get("max_speakers") or 2))
-    spoken = make_segments(words, seconds, speakers)
-    answer = {
-        "task": task, "language": (body.get("language") or "en").replace("auto", "en"),
-        "duration": seconds, "text": " ".join(words),
-        "segments": [pick_given(part, ("id", "start", "end", "text")) for part in spoken],
-    }  # fmt: skip
-    timed = [word for part in spoken for word in part["words"]]
-    if body.get("diarize"):
-        answer.update(words=timed, speaker_segments=spoken)
-    elif "word" in (body.get("timestamp_granularities") or ()):
-        answer["words"] = [pick_given(word, ("word", "start", "end")) for word in timed]
-    answer = {name: script.get(name) or value for name, value in answer.items()}
-    return answer if body.get("response_format") == "verbose_json" else {"text": answer["text"]}
-
-
-@route("GET", "/v1/voices", query=Fields(Field("model", str)))
-def list_voices(server: TogetherAiServer, request: Request) -> Any:
-    """List the voices of each speech model."""
-    found = []
-    for id, model in list(server.models.items()):
-        if model.type == "audio" and request.args.get("model") in (None, id):
-            names = SPEECH_VOICES.get(id.partition("/")[0], ())
-            found.append({"model": id, "voices": [{"id": name, "name": name} for name in names]})
-    return {"data": found}
-
-
-# --- Videos
-
-VIDEO_FIELDS = Fields(
-    MODEL_ROW, Field("prompt", str, low=1, high=32000), Field("seconds", str, int),
-    *rows_of("resolution ratio negative_prompt size", str), *rows_of("seed output_quality", int),
-    *rows_of("width height", int, low=0, high=MAX_IMAGE_SIDE), Field("guidance_scale", float),
-    Field("fps", int, low=0, high=MAX_FPS), Field("steps", int, low=10, high=50),
-    Field("output_format", str, choices=("MP4", "WEBM")), Field("generate_audio", bool),
-    *rows_of("frame_images reference_images", list), Field("media", dict),
-)  # fmt: skip
-VIDEO_LADDER = ("in_progress", "completed")
-VIDEO_URL = late_regex(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4", re.ASCII)
-
-
-def read_counts(pattern: str, text: Any, default: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the numbers of a text such as `720p`; the default where it is none, or holds a 0."""
-    found = re.fullmatch(pattern, str(text), re.ASCII)
-    counts = tuple(map(int, found.groups())) if found else default
-    return counts if all(counts) else default
-
-
-def read_video_size(body: dict[str, Any]) -> str:
-    """Return width and height from whichever fields give them, as `1366x768`."""
-    given = (body.get("width") or 0, body.get("height") or 0)
-    width, height = read_counts(r"(\d{1,4})x(\d{1,4})", body.get("size"), given)
-    across, down = read_counts(r"(\d{1,3}):(\d{1,3})", body.get("ratio"), (16, 9))
-    if not (width or height):
-        (lines,) = read_counts(r"(\d{1,4})[pP]", body.get("resolution"), (768,))
-        width, height = (0, lines) if across >= down else (lines, 0)
-    width = width or -(-height * across // (2 * down)) * 2
-    height = height or -(-width * down // (2 * across)) * 2
-    return "x".join(str(max(MIN_IMAGE_SIDE, min(n, MAX_IMAGE_SIDE))) for n in (width, height))
-
-
-@stored("videos")
-def video_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
-    """Complete a video job; the URL of its file holds all there is to know about that."""
-    id = item.get("id") or server.next_id("video-")
-    item = {"size": "1366x768", "seconds": str(DEFAULT_VIDEO_SECONDS), "fps": DEFAULT_FPS, **item}
-    name = draw_letters(Draw.of("video", item.pop("facts", id)), 16)
-    name = f"{name}-{item['size']}-{item['seconds']}s{item.pop('fps')}.mp4"
-    url, now = f"{item.pop('origin', server.url)}/shrt/videos/{name}", server.now()
-    return {
-        "id": id, "object": "video", "model": "minimax/hailuo-02", "status": "in_progress",
-        "created_at": now, "completed_at": now if item.get("status") == "completed" else None,
-        "outputs": {"cost": 0, "video_url": item.pop("url", url)}, "error": None, **item,
-    }  # fmt: skip
-
-
-def enter_video(server: TogetherAiServer, job: dict[str, Any], rung: str) -> dict[str, Any]:
-    """Note when a video was completed, or that it was not."""
-    failure = {"error": job["error"] or {"code": None, "message": "The video failed"}}
-    return failure if rung == "failed" else {"completed_at": server.now()}
-
-
-def show_video(request: Request, job: dict[str, Any]) -> dict[str, Any]:
-    """Return a video job, with its outputs once it is completed."""
-    done = job["status"] == "completed"
-    return {**job, "outputs": job["outputs"] if done else None, "progress": 100 if done else 0}
-
-
-@route("POST", "/v2/videos", body=VIDEO_FIELDS, kind="video", max_bytes=MAX_AUDIO_BYTES)
-def create_video(server: TogetherAiServer, request: Request) -> Any:
-    """Start a video; it is completed when it is first retrieved."""
-    body, script = request.body, request.script or {}
-    (seconds,) = read_counts(r"(\d{1,2})", body.get("seconds"), (DEFAULT_VIDEO_SECONDS,))
-    item = {
-        "model": use_model(server, body["model"], "video").id, "size": read_video_size(body),
-        "seconds": str(min(seconds, MAX_VIDEO_SECONDS)), "fps": body.get("fps") or DEFAULT_FPS,
-        "origin": request.origin or server.url, "facts": pick_given(body, VIDEO_FIELDS),
-        **pick_given(script, ("id", "url")),
-    }  # fmt: skip
-    if script.get("error"):
-        item["error"] = {"code": None, "message": script["error"]}
-    jobs, job = server.videos, server.store("videos", item)
-    return show_video(request, start_job(server, request, jobs, job, VIDEO_LADDER, enter_video))
-
-
-@route("GET", "/shrt/videos/{name}", open=True)
-def get_video_file(server: TogetherAiServer, request: Request) -> Any:
-    """Serve a video that an answer pointed to; it needs no key."""
-    found = VIDEO_URL.fullmatch(request.params["name"])
-    facts = [int(number) for number in found.groups()[1:]] if found else [0, 0, 0, 0]
-    limits = (MAX_IMAGE_SIDE, MAX_IMAGE_SIDE, MAX_VIDEO_SECONDS, MAX_FPS)
-    if found is None or not all(0 < fact <= limit for fact, limit in zip(facts, limits)):
-        raise ApiError("no_object", param="name", noun="Video", id=request.params["name"][:100])
-    draw = Draw.of_bytes(found.group(1).encode())
-    return serve_bytes(request, make_video(draw, *facts), "video/mp4")
-
-
 # --- Evaluations
 
 JUDGE_ROWS = (
@@ -6710,6 +6286,435 @@ def list_availability_zones(server: TogetherAiServer, request: Request) -> Any:
     return {"avzones": ["us-central-4b", "us-east-1a", "us-west-2b"]}
 
 
+# === Media endpoints ===
+
+
+# --- Images
+
+MAX_IMAGES = 4  # of one request; documented
+
+IMAGE_FIELDS = Fields(
+    Field("model", str, required=True, low=1),
+    Field("prompt", str, required=True),
+    Field("n", int, low=0, high=MAX_IMAGES),
+    Field("width", int, low=0, high=MAX_IMAGE_SIDE),
+    Field("height", int, low=0, high=MAX_IMAGE_SIDE),
+    Field("size", str),
+    Field("aspect_ratio", str),
+    Field("steps", int, low=0, high=100),
+    Field("seed", int),
+    Field("image_url", str),
+    Field("reference_images", list, each=Field("", str)),
+    Field(
+        "image_loras",
+        list,
+        each=Field(
+            "",
+            dict,
+            fields=Fields(Field("path", str, required=True), Field("scale", float, required=True)),
+        ),
+    ),
+    Field("guidance_scale", float),
+    Field("guidance", float),
+    Field("negative_prompt", str),
+    Field("disable_safety_checker", bool),
+    Field("prompt_upsampling", bool),
+    Field("image_base64", str),
+    Field("response_format", str, choices=("base64", "b64_json", "url")),
+    Field("output_format", str, choices=("jpeg", "png")),
+    Field("user", str),
+)
+IMAGE_FACTS = frozenset((
+    "model", "prompt", "width", "height", "steps", "seed", "image_url", "reference_images",
+    "image_loras", "guidance_scale", "guidance", "negative_prompt", "image_base64",
+))  # fmt: skip
+
+
+def read_pair(text: str, separator: str, place: str) -> tuple[int, int]:
+    """Read `1024x768` or `16:9`."""
+    found = re.fullmatch(rf"([1-9]\d{{0,4}}){separator}([1-9]\d{{0,4}})", text, re.ASCII)
+    if found is None:
+        raise refuse_value(place, f"must be two numbers such as 16{separator}9", text)
+    return int(found.group(1)), int(found.group(2))
+
+
+def read_image_size(body: dict[str, Any]) -> tuple[int, int]:
+    """Return width and height from whichever fields give them; 0 counts as not given."""
+    given = {name: body[name] for name in ("width", "height") if body.get(name)}
+    size, ratio = body.get("size"), body.get("aspect_ratio")
+    sides = {"width": DEFAULT_IMAGE_SIDE, "height": DEFAULT_IMAGE_SIDE}
+    place = ""
+    if size and size != "auto":
+        sides, place = dict(zip(sides, read_pair(size, "x", "size"))), "size"
+    elif ratio and not given:
+        across, down = read_pair(ratio, ":", "aspect_ratio")
+        root = min(max(across / down, 1 / 16), 16) ** 0.5
+        # Steps of 16 pixels, which every model takes.
+        sides = {"width": round(64 * root) * 16, "height": round(64 / root) * 16}
+        sides = {name: min(side, MAX_IMAGE_SIDE) for name, side in sides.items()}
+    sides.update(given)
+    rule = f"must be from {MIN_IMAGE_SIDE} to {MAX_IMAGE_SIDE} pixels"
+    for name, side in sides.items():
+        if not MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE:
+            raise refuse_value(place if place and name not in given else name, rule, side)
+    return sides["width"], sides["height"]
+
+
+def script_image(image: dict[str, Any], index: int) -> dict[str, Any]:
+    """Return one image as a fixture gives it."""
+    given = {name: value for name, value in image.items() if value is not None}
+    return {"index": index, "type": "url" if "url" in given else "b64_json", **given}
+
+
+def paint(token: str, width: int, height: int) -> bytes:
+    """Return the PNG of a token: its URL holds all there is to know about it."""
+    return make_image(Draw.of_bytes(token.encode()), width, height)
+
+
+def image_item(
+    server: TogetherAiServer, request: Request, draw: Draw, index: int, size: tuple[int, int]
+) -> dict[str, Any]:
+    """Return one image as base64, as a URL, or as both when nothing was asked."""
+    form = request.body.get("response_format")
+    token = draw_letters(draw, 16)
+    item: dict[str, Any] = {"index": index, "type": "url" if form in (None, "url") else "b64_json"}
+    if form in (None, "url"):
+        item["url"] = f"{request.origin or server.url}/shrt/{token}-{size[0]}x{size[1]}.png"
+    if form != "url":
+        item["b64_json"] = base64.b64encode(paint(token, *size)).decode()
+    item["timings"] = {"inference": (100 + draw.below(900)) / 1000}
+    return item
+
+
+@route("POST", "/v1/images/generations", body=IMAGE_FIELDS, kind="image")
+def create_images(server: TogetherAiServer, request: Request) -> Any:
+    """Paint PNG images of a prompt."""
+    body = request.body
+    if not body["prompt"]:
+        raise ApiError("empty_prompt", param="prompt")
+    model = use_model(server, body["model"], "image")
+    size = read_image_size(body)
+    draw = Draw.of("image", pick_facts(body, IMAGE_FACTS))
+    request.id = draw_id(draw)
+    script = request.script
+    items = [
+        script_image(script["images"][index % len(script["images"])], index)
+        if script and script["images"]
+        else image_item(server, request, draw.child("image", index), index, size)
+        for index in range(len(script["images"]) if script else body.get("n") or 1)
+    ]
+    return {
+        "id": request.id,
+        "model": model.id,
+        "object": "list",
+        "created": CREATED,
+        "data": items,
+    }
+
+
+@route("GET", "/shrt/{token}", open=True)
+def get_image(server: TogetherAiServer, request: Request) -> Any:
+    """Serve an image that an answer pointed to; it needs no key."""
+    found = re.fullmatch(r"(\w{16})-(\d{1,4})x(\d{1,4})\.png", request.params["token"], re.ASCII)
+    sides = [int(side) for side in found.groups()[1:]] if found else [0]
+    if found is None or not all(MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE for side in sides):
+        raise ApiError("no_object", param="token", noun="Image", id=request.params["token"][:100])
+    png = paint(found.group(1), *sides)
+    return Reply(png, content_type="image/png", headers={"Cache-Control": "max-age=31536000"})
+
+
+# --- Audio
+
+MAX_AUDIO_BYTES = 80 * 2**20  # a body with sound or pictures; documented
+MAX_AUDIO_SECONDS = 4 * 3600  # documented
+MAX_SPEAKERS = 32  # of one transcription
+
+MP3_SILENCE = {32000: 0x10, 64000: 0x50, 96000: 0x70, 128000: 0x90, 192000: 0xB0}  # rate's bits
+SPEECH_FIELDS = Fields(
+    MODEL_ROW, Field("input", str, required=True, low=1, high=MAX_SPEECH_CHARACTERS),
+    Field("voice", str, required=True), *rows_of("language instructions", str),
+    Field("response_format", str, choices=("wav", "mp3", "raw", "pcm")),
+    Field("response_encoding", str, choices=tuple(ENCODINGS)), Field("extra_params", dict),
+    Field("sample_rate", int, low=8000, high=48000), Field("stream", bool),
+    Field("bit_rate", int, choices=tuple(MP3_SILENCE)), Field("speed", float, low=0.25, high=4),
+)  # fmt: skip
+SPEECH_FACTS = ("model", "input", "voice", "language", "extra_params", "speed", "instructions")
+SPEECH_EVENT_MS = 250  # of sound in one event of a stream
+SPEECH_EVENT = {  # has the keys of the older and of the newer documentation
+    "object": "audio.tts.chunk", "type": "conversation.item.audio_output.delta", "item_id": "tts_1"
+}  # fmt: skip
+SPEECH_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg"}  # without parameters: Python 1.x compares
+TRANSCRIPTION_FIELDS = Fields(
+    Field("file", Upload, str, required=True), *rows_of("model language prompt", str),
+    Field("response_format", str, choices=("json", "verbose_json")),
+    Field("temperature", float, low=0, high=1), Field("diarize", bool),
+    Field("timestamp_granularities", str, list, each=Field("", str, choices=("segment", "word"))),
+    *rows_of("min_speakers max_speakers", int, low=1, high=MAX_SPEAKERS),
+)  # fmt: skip
+HEARING: Any = {"body": TRANSCRIPTION_FIELDS, "max_bytes": MAX_AUDIO_BYTES}
+SEGMENT_WORDS, WORDS_A_SECOND = 10, 2.5
+SPEECH_VOICES = {  # documented examples, by who made the model
+    "cartesia": ("friendly sidekick", "british reading lady", "newsman", "storyteller lady"),
+    "hexgrad": ("af_alloy", "af_bella", "af_heart", "am_adam", "am_michael", "bf_emma"),
+    "canopylabs": ("tara", "leah", "jess", "leo", "dan", "mia", "zac", "zoe"),
+}
+
+
+@route("POST", "/v1/audio/speech", body=SPEECH_FIELDS, kind="speech")
+def create_speech(server: TogetherAiServer, request: Request) -> Any:
+    """Hum a text: WAV or raw samples, whole or as a stream; an MP3 is silent."""
+    body, script, streams = request.body, request.script or {}, request.body.get("stream")
+    form = body.get("response_format") or ("raw" if streams else "wav")
+    if streams and form not in ("raw", "pcm"):
+        raise refuse_value("response_format", "must be raw where stream is true", form)
+    model = use_model(server, body["model"], "audio")
+    draw = Draw.of("speech", pick_given(body, SPEECH_FACTS))
+    request.id = draw_id(draw)
+    rate = body.get("sample_rate") or (44100 if "cartesia" in model.id else 24000)
+    encoding = "pcm_s16le" if form == "wav" else body.get("response_encoding") or "pcm_f32le"
+    if script:
+        sound, form = script["audio"], script["format"] or form
+    elif form == "mp3":
+        bits, text = body.get("bit_rate") or 128000, body["input"]
+        head = bytes([0xFF, 0xFB, MP3_SILENCE[bits], 0xC0])  # 26 ms of MPEG-1 layer 3, mono
+        sound = head.ljust(144 * bits // 44100, b"\0") * (len(text) * CHARACTER_MS // 26 + 1)
+    else:
+        sound = make_speech(draw, body["input"], rate, encoding)
+        sound = wrap_wav(sound, rate) if form == "wav" else sound
+    if streams:
+        size = rate * SPEECH_EVENT_MS // 1000 * struct.calcsize(ENCODINGS[encoding])
+        starts = range(0, len(sound) or 1, size)
+        parts = (base64.b64encode(sound[at : at + size]).decode() for at in starts)
+        return Events({**SPEECH_EVENT, "model": model.id, "b64": p, "delta": p} for p in parts)
+    kind = SPEECH_TYPES.get(form, "application/octet-stream")
+    return Reply(sound, content_type=script.get("content_type") or kind)
+
+
+def hear(body: dict[str, Any], task: str) -> tuple[list[str], float]:
+    """Return the words that an audio's bytes (or its URL) stand for, and its seconds."""
+    file = body["file"]
+    data = file.encode("utf-8", "replace") if type(file) is str else file.data
+    if not data:
+        raise ApiError("invalid", param="file", reason="is empty")
+    facts = pick_given(body, ("model", "language", "prompt", "temperature"))
+    draw = Draw.of(task, [facts, hashlib.sha256(data).hexdigest()])
+    seconds = 5.0 + draw.below(56) if type(file) is str else audio_seconds(data)
+    seconds = round(min(max(seconds, 0.4), MAX_AUDIO_SECONDS), 2)
+    count = max(1, round(seconds * WORDS_A_SECOND))
+    return make_text(draw.child("words"), 1 + count // 8).split()[:count], seconds
+
+
+def make_segments(words: list[str], seconds: float, speakers: int) -> list[dict[str, Any]]:
+    """Spread words over the time, by their letters; speakers take turns, a segment each."""
+    ends = [0, *itertools.accumulate(len(word) + 1 for word in words)]
+    times = [round(seconds * end / ends[-1], 2) for end in ends]
+    timed = [{"word": w, "start": s, "end": e} for w, s, e in zip(words, times, times[1:])]
+    segments = []
+    for id, at in enumerate(range(0, len(words), SEGMENT_WORDS)):
+        speaker = {"speaker_id": f"SPEAKER_{id % speakers:02}"}
+        part = [{**word, **speaker} for word in timed[at : at + SEGMENT_WORDS]]
+        whole = {"id": id, "start": part[0]["start"], "end": part[-1]["end"], **speaker}
+        text = " ".join(words[at : at + SEGMENT_WORDS])
+        segments.append({**whole, "text": text, "words": part})
+    return segments
+
+
+@route("POST", "/v1/audio/transcriptions", kind="transcription", **HEARING)
+@route("POST", "/v1/audio/translations", kind="translation", **HEARING)
+def create_transcript(server: TogetherAiServer, request: Request) -> Any:
+    """Write down what an audio file says, or a translation: words drawn from its bytes."""
+    body, script = request.body, request.script or {}  # a fixture says all or some of it
+    task = "translate" if "translations" in request.path else "transcribe"
+    words, seconds = hear(body, task)
+    words = script["text"].split() or [""] if script else words
+    seconds = script.get("duration") or seconds
+    speakers = max(body.get("min_speakers") or 1, min(2, body.get("max_speakers") or 2))
+    spoken = make_segments(words, seconds, speakers)
+    answer = {
+        "task": task, "language": (body.get("language") or "en").replace("auto", "en"),
+        "duration": seconds, "text": " ".join(words),
+        "segments": [pick_given(part, ("id", "start", "end", "text")) for part in spoken],
+    }  # fmt: skip
+    timed = [word for part in spoken for word in part["words"]]
+    if body.get("diarize"):
+        answer.update(words=timed, speaker_segments=spoken)
+    elif "word" in (body.get("timestamp_granularities") or ()):
+        answer["words"] = [pick_given(word, ("word", "start", "end")) for word in timed]
+    answer = {name: script.get(name) or value for name, value in answer.items()}
+    return answer if body.get("response_format") == "verbose_json" else {"text": answer["text"]}
+
+
+@route("GET", "/v1/voices", query=Fields(Field("model", str)))
+def list_voices(server: TogetherAiServer, request: Request) -> Any:
+    """List the voices of each speech model."""
+    found = []
+    for id, model in list(server.models.items()):
+        if model.type == "audio" and request.args.get("model") in (None, id):
+            names = SPEECH_VOICES.get(id.partition("/")[0], ())
+            found.append({"model": id, "voices": [{"id": name, "name": name} for name in names]})
+    return {"data": found}
+
+
+# --- Videos
+
+MAX_VIDEO_SECONDS, DEFAULT_VIDEO_SECONDS = 60, 6
+MAX_FPS, DEFAULT_FPS = 60, 24
+
+VIDEO_FIELDS = Fields(
+    MODEL_ROW, Field("prompt", str, low=1, high=32000), Field("seconds", str, int),
+    *rows_of("resolution ratio negative_prompt size", str), *rows_of("seed output_quality", int),
+    *rows_of("width height", int, low=0, high=MAX_IMAGE_SIDE), Field("guidance_scale", float),
+    Field("fps", int, low=0, high=MAX_FPS), Field("steps", int, low=10, high=50),
+    Field("output_format", str, choices=("MP4", "WEBM")), Field("generate_audio", bool),
+    *rows_of("frame_images reference_images", list), Field("media", dict),
+)  # fmt: skip
+VIDEO_LADDER = ("in_progress", "completed")
+VIDEO_URL = late_regex(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4", re.ASCII)
+
+
+def read_counts(pattern: str, text: Any, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the numbers of a text such as `720p`; the default where it is none, or holds a 0."""
+    found = re.fullmatch(pattern, str(text), re.ASCII)
+    counts = tuple(map(int, found.groups())) if found else default
+    return counts if all(counts) else default
+
+
+def read_video_size(body: dict[str, Any]) -> str:
+    """Return width and height from whichever fields give them, as `1366x768`."""
+    given = (body.get("width") or 0, body.get("height") or 0)
+    width, height = read_counts(r"(\d{1,4})x(\d{1,4})", body.get("size"), given)
+    across, down = read_counts(r"(\d{1,3}):(\d{1,3})", body.get("ratio"), (16, 9))
+    if not (width or height):
+        (lines,) = read_counts(r"(\d{1,4})[pP]", body.get("resolution"), (768,))
+        width, height = (0, lines) if across >= down else (lines, 0)
+    width = width or -(-height * across // (2 * down)) * 2
+    height = height or -(-width * down // (2 * across)) * 2
+    return "x".join(str(max(MIN_IMAGE_SIDE, min(n, MAX_IMAGE_SIDE))) for n in (width, height))
+
+
+@stored("videos")
+def video_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
+    """Complete a video job; the URL of its file holds all there is to know about that."""
+    id = item.get("id") or server.next_id("video-")
+    item = {"size": "1366x768", "seconds": str(DEFAULT_VIDEO_SECONDS), "fps": DEFAULT_FPS, **item}
+    name = draw_letters(Draw.of("video", item.pop("facts", id)), 16)
+    name = f"{name}-{item['size']}-{item['seconds']}s{item.pop('fps')}.mp4"
+    url, now = f"{item.pop('origin', server.url)}/shrt/videos/{name}", server.now()
+    return {
+        "id": id, "object": "video", "model": "minimax/hailuo-02", "status": "in_progress",
+        "created_at": now, "completed_at": now if item.get("status") == "completed" else None,
+        "outputs": {"cost": 0, "video_url": item.pop("url", url)}, "error": None, **item,
+    }  # fmt: skip
+
+
+def enter_video(server: TogetherAiServer, job: dict[str, Any], rung: str) -> dict[str, Any]:
+    """Note when a video was completed, or that it was not."""
+    failure = {"error": job["error"] or {"code": None, "message": "The video failed"}}
+    return failure if rung == "failed" else {"completed_at": server.now()}
+
+
+def show_video(request: Request, job: dict[str, Any]) -> dict[str, Any]:
+    """Return a video job, with its outputs once it is completed."""
+    done = job["status"] == "completed"
+    return {**job, "outputs": job["outputs"] if done else None, "progress": 100 if done else 0}
+
+
+@route("POST", "/v2/videos", body=VIDEO_FIELDS, kind="video", max_bytes=MAX_AUDIO_BYTES)
+def create_video(server: TogetherAiServer, request: Request) -> Any:
+    """Start a video; it is completed when it is first retrieved."""
+    body, script = request.body, request.script or {}
+    (seconds,) = read_counts(r"(\d{1,2})", body.get("seconds"), (DEFAULT_VIDEO_SECONDS,))
+    item = {
+        "model": use_model(server, body["model"], "video").id, "size": read_video_size(body),
+        "seconds": str(min(seconds, MAX_VIDEO_SECONDS)), "fps": body.get("fps") or DEFAULT_FPS,
+        "origin": request.origin or server.url, "facts": pick_given(body, VIDEO_FIELDS),
+        **pick_given(script, ("id", "url")),
+    }  # fmt: skip
+    if script.get("error"):
+        item["error"] = {"code": None, "message": script["error"]}
+    jobs, job = server.videos, server.store("videos", item)
+    return show_video(request, start_job(server, request, jobs, job, VIDEO_LADDER, enter_video))
+
+
+@route("GET", "/shrt/videos/{name}", open=True)
+def get_video_file(server: TogetherAiServer, request: Request) -> Any:
+    """Serve a video that an answer pointed to; it needs no key."""
+    found = VIDEO_URL.fullmatch(request.params["name"])
+    facts = [int(number) for number in found.groups()[1:]] if found else [0, 0, 0, 0]
+    limits = (MAX_IMAGE_SIDE, MAX_IMAGE_SIDE, MAX_VIDEO_SECONDS, MAX_FPS)
+    if found is None or not all(0 < fact <= limit for fact, limit in zip(facts, limits)):
+        raise ApiError("no_object", param="name", noun="Video", id=request.params["name"][:100])
+    draw = Draw.of_bytes(found.group(1).encode())
+    return serve_bytes(request, make_video(draw, *facts), "video/mp4")
+
+
+# === Account endpoints ===
+
+
+# --- Models
+
+
+@route("GET", "/v1/models", query=Fields(Field("dedicated", bool)))
+def list_models(server: TogetherAiServer, request: Request) -> Any:
+    """List the catalogue and the models that jobs have made."""
+    items = [model_object(model) for model in list(server.models.values())]
+    if is_openai(request):
+        items = [{**item, "owned_by": item["organization"] or "user"} for item in items]
+    return wrap_list(request, items, server.strict)
+
+
+def find_model(server: TogetherAiServer, id: str) -> Model:
+    """Return a model of the catalogue; raise ApiError 404 for any other."""
+    if id not in server.models:
+        raise ApiError("no_model", model=id[:100])
+    return server.models[id]
+
+
+@route("GET", "/v1/models/{id...}")
+def get_model(server: TogetherAiServer, request: Request) -> Any:
+    """Describe one model; its slashes may come as they are or as %2F."""
+    item = model_object(find_model(server, request.params["id"]))
+    return {**item, "owned_by": item["organization"] or "user"}
+
+
+@route("GET", "/v1/autoscale/models")
+def list_autoscale_models(server: TogetherAiServer, request: Request) -> Any:
+    """Name the models that can have an endpoint of their own."""
+    return [{"name": model.id} for model in list(server.models.values()) if model.type == "chat"]
+
+
+def list_page(request: Request, items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one page of the second API: `limit` items after the id that `after` names."""
+    after, limit = request.args.get("after"), request.args.get("limit") or 100
+    ids = [item["id"] for item in items]
+    if after and after not in ids:
+        raise refuse_value("after", "must be a next_cursor of this list", after)
+    start = ids.index(after) + 1 if after else 0
+    page = items[start : start + limit]
+    more = len(items) > start + limit
+    return {"object": "list", "data": page, "next_cursor": page[-1]["id"] if more else None}
+
+
+PAGE_FIELDS = Fields(Field("limit", int, low=0, high=1000), Field("after", str))
+
+
+@route("GET", "/v2/supported-models", query=PAGE_FIELDS)
+def list_supported_models(server: TogetherAiServer, request: Request) -> Any:
+    """List the catalogue in the second API's form, page by page."""
+    return list_page(request, [supported_model(model) for model in list(server.models.values())])
+
+
+@route("GET", "/v2/supported-models/{id...}")
+def get_supported_model(server: TogetherAiServer, request: Request) -> Any:
+    """Describe one model in the second API's form, by id or by name."""
+    wanted = request.params["id"]
+    for model in list(server.models.values()):
+        item = supported_model(model)
+        if wanted in (item["id"], item["name"]):
+            return item
+    return supported_model(find_model(server, wanted))
+
+
 # --- Projects and uploads of models
 
 ORGANIZATION = {"id": "66a1b2c3d4e5f60718293a4b", "name": "Parlel"}
@@ -6830,7 +6835,6 @@ declare_job(
     "Describe the upload of a model, one step on.",
 )
 
-
 # === Control ===
 
 
@@ -6857,6 +6861,20 @@ def reset_server(server: TogetherAiServer, request: Request) -> Any:
     """Go back to the state after the start."""
     server.reset()
     return {"ok": True}
+
+
+@route("POST", "/__parlel/seed", open=True, max_bytes=STORAGE_LIMIT)
+def seed_objects(server: TogetherAiServer, request: Request) -> Any:
+    """Store objects with chosen ids: `{"files": [{"id": "file-1", "content": "..."}], ...}`."""
+    seeds, names = parse_json(request.raw), " ".join(BUILDERS)
+    if type(seeds) is not dict or not set(seeds) <= set(BUILDERS):
+        raise ApiError("bad_body", reason=f"it must be an object with lists among {names}")
+    Fields(*rows_of(names, list, each=Field("", dict))).check(seeds)
+    try:
+        return {name: server.seed(name, items) for name, items in seeds.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"a seed has a value of a wrong kind ({error!r})"
+        raise ApiError("bad_body", reason=reason) from None
 
 
 RECORD_FILTERS = Fields(
@@ -6913,7 +6931,15 @@ def remove_fixtures(server: TogetherAiServer, request: Request) -> Any:
     return {"ok": True}
 
 
-# === Wire ===
+# === HTTP ===
+
+MAX_HEADER_BYTES = 64 * 2**10  # request line and header lines together
+MAX_HEADERS = 100  # header lines, and trailer lines of a chunked body
+MAX_CHUNK_LINE_BYTES = 4096  # a chunk's size with its extensions, or one trailer line
+MAX_JOIN_BYTES = 64 * 2**10  # a larger body is sent after its head, not copied behind it
+RECEIVE_SECONDS = 30.0  # from a request's first byte to its last
+LINGER_SECONDS = 1.0  # for a refused client to read why, before the connection closes
+MAX_IN_A_ROW = 8  # requests of one client, before another worker serves the others
 
 POSIX = sys.platform != "win32"
 MSG_MORE = getattr(socket, "MSG_MORE", 0)  # Linux: the rest follows at once
@@ -6938,7 +6964,6 @@ REASONS = {
 UNCACHED = {"Cache-Control": "no-cache, no-transform"}  # a proxy shall not gather a stream
 CHUNKED = "Transfer-Encoding: chunked\r\n"
 BODILESS = {204, 304}  # statuses whose replies end with the head
-LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where to reach a server bound to all
 UNSAFE = late_regex(r"[\r\n\0]+")  # would start a header of its own
 
 # What a request looks like. These patterns are the whole specification: what they do not match
@@ -7321,6 +7346,20 @@ class Connection(http.server.BaseHTTPRequestHandler):
             pass
 
 
+# === Sockets ===
+
+# At once, further ones wait in the backlog; select() alone, on Windows, watches 512.
+MAX_CONNECTIONS = 2000 if hasattr(select, "poll") else 500
+BACKLOG = 1024  # connections that wait to be accepted
+IDLE_SECONDS = 60.0  # without a request on an open connection
+MAX_READY = 64  # clients that are served in one round
+MAX_HELD = 8  # replies that are sent at once
+MAX_WAITING = 16  # workers without a client
+PATIENCE_SECONDS = 0.02  # with one request, before another worker serves the other clients
+MAX_REMEMBERED_HEADS = 256  # of requests, so that they need not be taken apart again
+MAX_REMEMBERED_HEAD_BYTES = 2048
+
+
 class Poller:
     """Waits for many sockets at once: epoll where there is one, which costs half of a selector."""
 
@@ -7662,6 +7701,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
 
 # === Server ===
+
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where to reach a server bound to all
 
 CONTROL_PATH = late_regex(r"/+__parlel/|/(?:health)?\Z")  # these calls are not recorded
 CORS_METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
@@ -8099,7 +8140,7 @@ class TogetherAiServer:
             except ApiError:
                 self.script.give_back(fixture)
                 raise
-        fault = self.script.fault(fixture)
+        fault = draw_fault(self.script, fixture)
         if fault is None:
             return reply
         if fault.describe():
