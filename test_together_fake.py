@@ -1347,7 +1347,7 @@ class CommandLineTests(unittest.TestCase):
 
 
 def golden(number):
-    return fake.Draw.of("golden", number)
+    return fake.HashRandom.of("golden", number)
 
 
 def read_png(data):
@@ -1460,7 +1460,10 @@ class Vectors(unittest.TestCase):
                 vector = fake.make_vector(text, size, b"k")
                 self.assertEqual(len(vector), size)
                 for part in {vector[:1] and 1, size // 2 or 1, size}:
-                    norm = sum([q * q for q in fake.shorten(vector, part)]) ** 0.5 / fake.QUANTUM
+                    norm = (
+                        sum([q * q for q in fake.truncate_vector(vector, part)]) ** 0.5
+                        / fake.QUANTUM
+                    )
                     self.assertAlmostEqual(norm, 1, delta=3e-4)
 
     def test_straightforward_sum(self):
@@ -1475,7 +1478,9 @@ class Vectors(unittest.TestCase):
 
     def test_likeness(self):
         def near(one, other):
-            return fake.likeness(*(fake.make_vector(text, 768, b"m") for text in (one, other)))
+            return fake.cosine_similarity(
+                *(fake.make_vector(text, 768, b"m") for text in (one, other))
+            )
 
         llama = "The llama is a camelid of the Andes"
         self.assertGreater(near(llama, "camelids near Peru: llama"), 0.3)
@@ -1588,7 +1593,7 @@ def entry(match, response="ok", **options):
 
 
 def script_of(*entries, seed=0):
-    script = fake.Script(seed)
+    script = fake.Fixtures(seed)
     script.add(fake.parse_fixtures(file_of(*entries)))
     return script
 
@@ -2086,7 +2091,7 @@ class FixtureTest(unittest.TestCase):
             for name in ("z.json", "b.json", "a/c.json", "note.txt"):
                 with open(os.path.join(folder, name), "w", encoding="utf-8") as out:
                     json.dump(file_of(entry({}, name)), out)
-            script = fake.Script()
+            script = fake.Fixtures()
             self.assertTrue(script.empty)
             loaded = script.load(folder)
             self.assertEqual([content(each) for each in loaded], ["b.json", "z.json", "a/c.json"])
@@ -2099,7 +2104,7 @@ class FixtureTest(unittest.TestCase):
             for name, text in (("a.json", json.dumps(file_of(entry({})))), ("b.json", "{oops")):
                 with open(os.path.join(folder, name), "w", encoding="utf-8") as out:
                     out.write(text)
-            script = fake.Script()
+            script = fake.Fixtures()
             with self.assertRaisesRegex(ValueError, r"^b\.json: is not JSON: "):
                 script.load(folder)
             self.assertTrue(script.empty)
@@ -2178,7 +2183,7 @@ class KeywordTest(unittest.TestCase):
         fixture = fake.fixture_from_keywords(
             "reply", {"content": "x"}, when=lambda request: request.body["n"] > 1
         )
-        script = fake.Script()
+        script = fake.Fixtures()
         script.add([fixture])
         self.assertIsNone(script.find(*ask({"n": 1})))
         self.assertIs(script.find(*ask({"n": 2})), fixture)
@@ -2239,7 +2244,7 @@ class ScriptTest(unittest.TestCase):
         self.assertEqual([each["served"] for each in script.describe()["fixtures"]], [1, 1, 2, 1])
 
     def test_order_header_run_time_files(self):
-        script = fake.Script()
+        script = fake.Fixtures()
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "f.json")
             with open(path, "w", encoding="utf-8") as out:
@@ -2268,7 +2273,7 @@ class ScriptTest(unittest.TestCase):
         ]:
             with self.subTest(value=value):
                 own = json.dumps(value)
-                self.assertEqual(fake.Script().find(*ask({}, X_Parlel_Fixture=own)).kind, kind)
+                self.assertEqual(fake.Fixtures().find(*ask({}, X_Parlel_Fixture=own)).kind, kind)
         for text, reason in [
             ("{", "Expecting property name"),
             ("[]", "X-Parlel-Fixture: must be an object, not []"),
@@ -2282,7 +2287,7 @@ class ScriptTest(unittest.TestCase):
             ),
         ]:
             with self.subTest(text=text), self.assertRaises(fake.ApiError) as caught:
-                fake.Script().find(*ask({}, X_Parlel_Fixture=text))
+                fake.Fixtures().find(*ask({}, X_Parlel_Fixture=text))
             self.assertEqual(caught.exception.status, 400)
             self.assertTrue(
                 caught.exception.message.startswith("The fixture was refused: " + reason),
@@ -2356,7 +2361,7 @@ class ScriptTest(unittest.TestCase):
         )
         for text in ("", "xabc", "xabcdx", "a question 77 of", "é€𝄞x", "zzz", "question 7"):
             with self.subTest(text=text):
-                facts = fake.Facts(*chat("user: " + text))
+                facts = fake.MatchFacts(*chat("user: " + text))
                 likely = script._run_time.find_likely(facts)
                 self.assertEqual(
                     [content(each) for each in likely],
@@ -2402,8 +2407,8 @@ def run(options, stream=True, seed=0, call=1, clock=None, events=EVENTS):
     """Send a reply through a fault: status, [(time, piece)], whether it was cut."""
     clock = clock or Clock()
     reply = fake.Reply(b'{"answer": 42}', events=iter(events) if stream else None)
-    fault = fake.Fault(options, fake.Draw.of("fault", [seed, call]))
-    reply = fake.travel(reply, fault, clock.wait, clock.read)
+    fault = fake.Fault(options, fake.HashRandom.of("fault", [seed, call]))
+    reply = fake.apply_fault(reply, fault, clock.wait, clock.read)
     got, was_cut = [], False
     if reply.events is None:
         return reply.status, [(0, reply.body)], False
@@ -2504,9 +2509,9 @@ class FaultTest(unittest.TestCase):
         ]:
             with self.subTest(options=options):
                 self.assertEqual(run(options, stream=False), (status, pieces, cut))
-        reply = fake.travel(
+        reply = fake.apply_fault(
             fake.Reply(b"12345"),
-            fake.Fault({"disconnectAfterChunks": 1}, fake.Draw(b"")),
+            fake.Fault({"disconnectAfterChunks": 1}, fake.HashRandom(b"")),
             Clock().wait,
             Clock().read,
         )
@@ -2516,8 +2521,8 @@ class FaultTest(unittest.TestCase):
         reply = fake.Reply(b"12345", headers={"a": "b"})
         reply.id = "answer-1"
         clock = Clock()
-        fault = fake.Fault({"empty": True}, fake.Draw(b""))
-        got = fake.travel(reply, fault, clock.wait, clock.read)
+        fault = fake.Fault({"empty": True}, fake.HashRandom(b""))
+        got = fake.apply_fault(reply, fault, clock.wait, clock.read)
         self.assertEqual((got.id, got.headers, got.body), ("answer-1", {"a": "b"}, b""))
 
     def test_chaos_statuses(self):

@@ -190,7 +190,7 @@ class Request:
         self.args: dict[str, Any] = {}  # the query, in the types of the route's table
         self.params: dict[str, str] = {}  # the path's parameters
         self.id = ""  # of the answer, once it is drawn
-        self.script: dict[str, Any] | None = None  # what a fixture says instead of the makers
+        self.script: dict[str, Any] | None = None  # what a fixture says instead of the generators
 
 
 class Upload:
@@ -654,7 +654,7 @@ def parse_json(raw: bytes) -> Any:
     return value
 
 
-def gather(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def collect_fields(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     """Make a dict of form fields; `name[]` and repeated names become arrays."""
     values: dict[str, Any] = {}
     for name, value in pairs:
@@ -672,7 +672,7 @@ def parse_form(raw: bytes) -> dict[str, Any]:
     """Read a urlencoded body, or a query."""
     try:
         pairs = parse_qsl(raw.decode(), keep_blank_values=True, max_num_fields=MAX_FORM_FIELDS)
-        return gather((name, str(value.encode(), "utf-8")) for name, value in pairs)
+        return collect_fields((name, str(value.encode(), "utf-8")) for name, value in pairs)
     except ValueError as error:
         raise ApiError("bad_body", reason=f"the form fields do not parse ({error})") from None
 
@@ -723,7 +723,7 @@ def parse_multipart(raw: bytes, content_type: str) -> dict[str, Any]:
         at += 2
     else:
         if at >= 0:
-            return gather(pairs)
+            return collect_fields(pairs)
     raise ApiError("bad_body", reason="the multipart parts do not end where they should")
 
 
@@ -744,7 +744,7 @@ def parse_body(raw: bytes, content_type: str, fields: Fields) -> dict[str, Any]:
 # === Randomness ===
 
 
-class Draw:
+class HashRandom:
     """Repeatable choices from a hash: the same names and facts give the same draw, everywhere.
 
     `child()` starts an independent draw for one question, so that a new question never
@@ -760,21 +760,21 @@ class Draw:
         self._at = 0
 
     @classmethod
-    def of_bytes(cls, data: bytes) -> Draw:
+    def of_bytes(cls, data: bytes) -> HashRandom:
         """Start from bytes: one half of their digest is the key, the other starts the stream."""
         digest = hashlib.blake2b(data).digest()
         return cls(digest[:32], digest[32:])
 
     @classmethod
-    def of(cls, name: str, facts: Any) -> Draw:
+    def of(cls, name: str, facts: Any) -> HashRandom:
         """Start from a name and JSON-able facts; the order of keys does not matter."""
         return cls.of_bytes(f"{name}\n{CANONICAL(facts)}".encode())
 
-    def child(self, *names: str | int) -> Draw:
+    def child(self, *names: str | int) -> HashRandom:
         """Start the draw of one question about this one."""
-        return Draw(self.key + ascii(names).encode())
+        return HashRandom(self.key + ascii(names).encode())
 
-    def take(self, size: int) -> bytes:
+    def randbytes(self, size: int) -> bytes:
         """Return the next `size` bytes."""
         start, self._at = self._at, self._at + size
         if self._at > len(self._pool):
@@ -783,7 +783,7 @@ class Draw:
                 self._pool += hashlib.shake_256(self.key).digest(2 * self._at)
         return self._pool[start : self._at]
 
-    def below(self, limit: int) -> int:
+    def randbelow(self, limit: int) -> int:
         """Return an integer from 0 to `limit - 1`."""
         size = (limit.bit_length() + 15) // 8  # 8 spare bits: no visible bias
         start, end = self._at, self._at + size
@@ -791,20 +791,20 @@ class Draw:
             self._at = end
             data = self._pool[start:end]
         else:
-            data = self.take(size)
+            data = self.randbytes(size)
         return int.from_bytes(data, "big") * limit >> (8 * size)
 
-    def unit(self) -> float:
+    def random(self) -> float:
         """Return a number from 0 up to, not including, 1."""
-        return self.below(1 << 32) / 4294967296
+        return self.randbelow(1 << 32) / 4294967296
 
-    def pick(self, choices: Sequence[Any]) -> Any:
+    def choice(self, choices: Sequence[Any]) -> Any:
         """Return one of the choices."""
-        return choices[self.below(len(choices))]
+        return choices[self.randbelow(len(choices))]
 
     def hex(self, digits: int) -> str:
         """Return `digits` hexadecimal digits."""
-        return self.take((digits + 1) // 2).hex()[:digits]
+        return self.randbytes((digits + 1) // 2).hex()[:digits]
 
 
 # Alphabets as translations of a byte.
@@ -812,20 +812,20 @@ BASE62 = ((string.digits + string.ascii_letters).encode() * 5)[:256]
 LOWER36 = ((string.ascii_lowercase + string.digits).encode() * 8)[:256]
 
 
-def draw_letters(draw: Draw, count: int, alphabet: bytes = BASE62) -> str:
+def random_letters(rng: HashRandom, count: int, alphabet: bytes = BASE62) -> str:
     """Return letters of an alphabet, one byte of the draw each."""
-    return draw.take(count).translate(alphabet).decode()
+    return rng.randbytes(count).translate(alphabet).decode()
 
 
-def draw_id(draw: Draw) -> str:
+def random_id(rng: HashRandom) -> str:
     """Return the id of an answer in its recorded form, `omJK98b-3pDw3Z-a04673c1cf25a2b4`."""
-    letters = draw.key[:13].translate(BASE62).decode()
-    return f"{letters[:7]}-{letters[7:]}-{draw.key[13:21].hex()}"
+    letters = rng.key[:13].translate(BASE62).decode()
+    return f"{letters[:7]}-{letters[7:]}-{rng.key[13:21].hex()}"
 
 
-def draw_uuid(draw: Draw) -> str:
+def random_uuid(rng: HashRandom) -> str:
     """Return a version 4 UUID."""
-    digits = draw.hex(32)
+    digits = rng.hex(32)
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
@@ -1002,18 +1002,18 @@ def count_tokens(text: str) -> int:
 @functools.lru_cache(maxsize=256 * PLACES)  # all there are
 def make_sentence(place: int, number: int) -> tuple[str, int]:
     """Write one of the 256 sentences for a place in a text, and count its tokens."""
-    draw = Draw(b"sentence").child(place, number)
-    tables = draw.pick(LATER_FORMS if place else OPENING_FORMS)
-    text = "".join([draw.pick(table) for table in tables])
+    rng = HashRandom(b"sentence").child(place, number)
+    tables = rng.choice(LATER_FORMS if place else OPENING_FORMS)
+    text = "".join([rng.choice(table) for table in tables])
     return text, count_tokens(text)
 
 
-def make_prose(draw: Draw, sentences: int | None = None) -> tuple[str, int]:
+def make_prose(rng: HashRandom, sentences: int | None = None) -> tuple[str, int]:
     """Write calm prose that begins with a space, and count its tokens.
 
     Without a number of sentences it has 40 to 90 words.
     """
-    data = draw.take(sentences or 6)
+    data = rng.randbytes(sentences or 6)
     if sentences is None:
         data = data[: 4 + (data[5] & 1)]
     text, count = "", 0
@@ -1024,9 +1024,9 @@ def make_prose(draw: Draw, sentences: int | None = None) -> tuple[str, int]:
     return text, count
 
 
-def make_text(draw: Draw, sentences: int | None = None) -> str:
+def make_text(rng: HashRandom, sentences: int | None = None) -> str:
     """Write calm prose."""
-    return make_prose(draw, sentences)[0][1:]
+    return make_prose(rng, sentences)[0][1:]
 
 
 TASKS = phrases("""\
@@ -1039,9 +1039,9 @@ gives enough context to begin / asks an open question / wants a clear explanatio
 does not ask for a long list / likely knows the basics""")
 
 
-def make_thought(draw: Draw) -> str:
+def make_thought(rng: HashRandom) -> str:
     """Write what a model might think before it answers."""
-    data = draw.take(4)
+    data = rng.randbytes(4)
     return (
         f"We need to{TASKS[data[0]]}. The user{REQUESTS[data[1]]}. So it is best to"
         f"{STEPS[data[2]]} and then mention{OBJECTS[data[3]]}."
@@ -1064,9 +1064,9 @@ def make_logprob(data: bytes) -> float:
     return -round(unit * unit * unit * unit * 3.5 + 0.00001, 6)
 
 
-def make_alternatives(draw: Draw, piece: str, count: int) -> list[tuple[str, float]]:
+def make_alternatives(rng: HashRandom, piece: str, count: int) -> list[tuple[str, float]]:
     """Return the chosen token and up to 19 less likely ones; at most 1 in probability."""
-    data = draw.take(24)
+    data = rng.randbytes(24)
     chosen = make_logprob(data[:2])
     # exp(x) > 1 + x leaves the others a share of at least x / (1 + x), more than twice
     # 2 ** -halvings; each next one gets less than half of the one before.
@@ -1085,9 +1085,9 @@ def make_alternatives(draw: Draw, piece: str, count: int) -> list[tuple[str, flo
     return found
 
 
-def make_scores(draw: Draw, pieces: list[str], count: int) -> list[Any]:
+def make_scores(rng: HashRandom, pieces: list[str], count: int) -> list[Any]:
     """Return for each token its logprob and its `count` likeliest alternatives, itself first."""
-    tops = [make_alternatives(draw, piece, max(count, 1)) for piece in pieces]
+    tops = [make_alternatives(rng, piece, max(count, 1)) for piece in pieces]
     return [(top[0][1], top[:count]) for top in tops]
 
 
@@ -1210,12 +1210,12 @@ def make_vector(text: str, size: int, model_key: bytes) -> list[int]:
     return vector + vector[::-1] if copies == 2 else vector
 
 
-def shorten(vector: list[int], dimensions: int) -> list[int]:
+def truncate_vector(vector: list[int], dimensions: int) -> list[int]:
     """Keep the first dimensions, as a unit vector again."""
     return normalise([step + QUANTUM for step in vector[:dimensions]], 2 * QUANTUM)
 
 
-def likeness(one: list[int], other: list[int]) -> float:
+def cosine_similarity(one: list[int], other: list[int]) -> float:
     """Return the cosine of two vectors, 0 where it is negative."""
     return max(0, sum([a * b for a, b in zip(one, other)])) / QUANTUM**2
 
@@ -1291,7 +1291,7 @@ HALOS = ((12, 25, 36), (26, 16, 36), (65, 11, 8), (100, 10, 1))  # light, size a
 
 
 @functools.lru_cache(maxsize=16)
-def weigh(shape: str, weight: int) -> list[int]:
+def scale_wave(shape: str, weight: int) -> list[int]:
     """Return one turn of a shape's wave, so many times as high."""
     return [height * weight for height in RIDGES[shape][0]]
 
@@ -1300,7 +1300,7 @@ def outline(data: bytes, shape: str, width: int) -> list[int]:
     """Draw a height from -256 to 256 for each column."""
     heights = [0] * width
     for (turns, weight), extra, start in zip(RIDGES[shape][1], data, data[4:]):
-        table, step = weigh(shape, weight), (turns * 1024 + 4 * extra << 10) // width
+        table, step = scale_wave(shape, weight), (turns * 1024 + 4 * extra << 10) // width
         places = range(start << 12, (start << 12) + step * width, step)
         heights = list(map(operator.add, heights, [table[at >> 10 & 1023] for at in places]))
     return [height >> 3 for height in heights]
@@ -1365,11 +1365,11 @@ class Canvas:
         return encode_png(self.width, self.height, rows, self.palette)
 
 
-def make_image(draw: Draw, width: int, height: int) -> bytes:
+def make_image(rng: HashRandom, width: int, height: int) -> bytes:
     """Paint a landscape as a PNG file; the pixels are the same on every machine."""
     from math import isqrt
 
-    data = draw.take(64)
+    data = rng.randbytes(64)
     codes, scene = PALETTES[data[3]].split(), SCENES[data[4]].split()
     top, horizon, sun, far, near = [blend(bytes.fromhex(code), data[:3], 3) for code in codes]
     side, skyline = min(width, height), height * (42 + data[5] % 24) // 100
@@ -1408,7 +1408,7 @@ VOICES = {
 }  # fmt: skip
 
 
-def hum(voice: tuple[int, ...], size: int, encoding: str) -> bytes:
+def make_period(voice: tuple[int, ...], size: int, encoding: str) -> bytes:
     """Return one period of a voice in so many samples, from 0 to 0."""
     one, two, three, loudness = voice
     turn = [1024 * step // size for step in range(size)]
@@ -1421,12 +1421,12 @@ def hum(voice: tuple[int, ...], size: int, encoding: str) -> bytes:
     return struct.pack(f"<{size}h", *samples)
 
 
-def make_speech(draw: Draw, text: str, sample_rate: int, encoding: str) -> bytes:
+def make_speech(rng: HashRandom, text: str, sample_rate: int, encoding: str) -> bytes:
     """Hum a text, `CHARACTER_MS` a character, and return its samples."""
     text = text[:MAX_SPEECH_CHARACTERS].ljust(4)
-    data = draw.take(65)
+    data = rng.randbytes(65)
     pitch = 105 + data[64] % 90  # Hz
-    hum_once = functools.lru_cache(None)(hum)
+    hum_once = functools.lru_cache(None)(make_period)
     parts, at = [], 0
     for place, letter in enumerate(text):
         size = max(sample_rate // (pitch + data[place >> 3 & 63] % 3 * 8), 2)
@@ -1455,7 +1455,7 @@ def audio_seconds(data: bytes) -> float:
     return min(size, max(len(data) - start, 0)) / rate
 
 
-def box(kind: bytes, *parts: bytes | int) -> bytes:
+def mp4_box(kind: bytes, *parts: bytes | int) -> bytes:
     """Build a box of an MP4 file from bytes and 32-bit numbers."""
     data = b"".join([p if isinstance(p, bytes) else struct.pack(">I", p) for p in parts])
     return struct.pack(">I", len(data) + 8) + kind + data
@@ -1465,31 +1465,31 @@ MATRIX = (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)  # pictures stay as th
 MAX_FRAMES = 7200
 
 
-def make_video(draw: Draw, width: int, height: int, seconds: float, fps: int) -> bytes:
+def make_video(rng: HashRandom, width: int, height: int, seconds: float, fps: int) -> bytes:
     """Film a landscape, which holds still, as an MP4 file with one track of PNG frames."""
-    frame = make_image(draw, width, height)
+    frame = make_image(rng, width, height)
     count = min(max(round(seconds * fps), 1), MAX_FRAMES)
-    start = box(b"ftyp", b"isom\0\0\2\0isomiso2mp41")
+    start = mp4_box(b"ftyp", b"isom\0\0\2\0isomiso2mp41")
     entry = struct.pack(">6xH16xHHIIIH", 1, width, height, 0x480000, 0x480000, 0, 1)
-    table = box(
+    table = mp4_box(
         b"stbl",
-        box(b"stsd", 0, 1, box(b"png ", entry, bytes(32), b"\0\x18\xff\xff")),
-        box(b"stts", 0, 1, count, 1),  # each takes one tick
-        box(b"stsc", 0, 1, 1, 1, 1),  # and is a chunk of its own
-        box(b"stsz", 0, 0, count, *[len(frame)] * count),
-        box(b"stco", 0, count, *[len(start) + 8] * count),
+        mp4_box(b"stsd", 0, 1, mp4_box(b"png ", entry, bytes(32), b"\0\x18\xff\xff")),
+        mp4_box(b"stts", 0, 1, count, 1),  # each takes one tick
+        mp4_box(b"stsc", 0, 1, 1, 1, 1),  # and is a chunk of its own
+        mp4_box(b"stsz", 0, 0, count, *[len(frame)] * count),
+        mp4_box(b"stco", 0, count, *[len(start) + 8] * count),
     )
-    data = box(b"dinf", box(b"dref", 0, 1, box(b"url ", 1)))
-    media = box(
+    data = mp4_box(b"dinf", mp4_box(b"dref", 0, 1, mp4_box(b"url ", 1)))
+    media = mp4_box(
         b"mdia",
-        box(b"mdhd", 0, 0, 0, fps, count, 0x55C40000),  # no language
-        box(b"hdlr", bytes(8), b"vide", bytes(13)),
-        box(b"minf", box(b"vmhd", 1, 0, 0), data, table),
+        mp4_box(b"mdhd", 0, 0, 0, fps, count, 0x55C40000),  # no language
+        mp4_box(b"hdlr", bytes(8), b"vide", bytes(13)),
+        mp4_box(b"minf", mp4_box(b"vmhd", 1, 0, 0), data, table),
     )
     shape = (0, 0, 0, 0, *MATRIX, width << 16, height << 16)
-    track = box(b"trak", box(b"tkhd", 3, 0, 0, 1, 0, count, *shape), media)
+    track = mp4_box(b"trak", mp4_box(b"tkhd", 3, 0, 0, 1, 0, count, *shape), media)
     head = (0, 0, 0, fps, count, 0x10000, 0x1000000, 0, 0, *MATRIX, *[0] * 6, 2)
-    return start + box(b"mdat", frame) + box(b"moov", box(b"mvhd", *head), track)
+    return start + mp4_box(b"mdat", frame) + mp4_box(b"moov", mp4_box(b"mvhd", *head), track)
 
 
 # === Schemas ===
@@ -1632,38 +1632,38 @@ class Pattern:
         """Tell whether the pattern matches somewhere in the text."""
         return bool(self._ends(self.tree, text, set(range(len(text) + 1))))
 
-    def _write(self, draw: Draw, node: Any, plain: bool) -> str:
+    def _write(self, rng: HashRandom, node: Any, plain: bool) -> str:
         """Draw a text, of small letters if plain; whether anchors and looks match is seen later."""
         self.spend(1)
         kind, content = node[:2]
         if kind == "char":
             return str(content)
         if kind == "set":
-            return str(draw.pick("".join(filter(str.islower, node[2])) * plain or node[2]))
+            return str(rng.choice("".join(filter(str.islower, node[2])) * plain or node[2]))
         if kind == "any":
-            return self._write(draw, draw.pick(content), plain)
+            return self._write(rng, rng.choice(content), plain)
         if kind == "all":
-            return "".join([self._write(draw, part, plain) for part in content])
-        return self._write_repeat(draw, node, plain) if kind == "repeat" else ""
+            return "".join([self._write(rng, part, plain) for part in content])
+        return self._write_repeat(rng, node, plain) if kind == "repeat" else ""
 
-    def _write_repeat(self, draw: Draw, node: Any, plain: bool) -> str:
+    def _write_repeat(self, rng: HashRandom, node: Any, plain: bool) -> str:
         """Repeat as long as there are characters to spare, or less often if plain."""
-        texts = [self._write(draw, node[1], plain) for _ in range(node[2])]
-        while len(texts) < node[3] and self._spare > 0 and (not plain or draw.below(8)):
-            texts.append(self._write(draw, node[1], plain))
+        texts = [self._write(rng, node[1], plain) for _ in range(node[2])]
+        while len(texts) < node[3] and self._spare > 0 and (not plain or rng.randbelow(8)):
+            texts.append(self._write(rng, node[1], plain))
             self._spare -= max(1, len(texts[-1]))
         return "".join(texts)
 
-    def make(self, draw: Draw, low: int, high: int, others: Sequence[Pattern] = ()) -> str:
+    def make(self, rng: HashRandom, low: int, high: int, others: Sequence[Pattern] = ()) -> str:
         """Draw a text of `low` to `high` characters that this and the other patterns match."""
         self._spare = 0
-        least = len(self._write(draw, self.tree, True))
+        least = len(self._write(rng, self.tree, True))
         for attempt in range(4 * TRIES):
-            again = draw.child("pattern", attempt)
+            again = rng.child("pattern", attempt)
             missing = max(0, low - least)
-            self._spare = missing + again.below(max(1, min(high - least - missing + 1, 16)))
+            self._spare = missing + again.randbelow(max(1, min(high - least - missing + 1, 16)))
             text = self._write(again, self.tree, attempt < 2)
-            padding = draw_letters(again, max(0, low - len(text)), LOWER36)
+            padding = random_letters(again, max(0, low - len(text)), LOWER36)
             text = padding + text if attempt % 2 else text + padding
             if low <= len(text) <= high and all(p.is_in(text) for p in (self, *others)):
                 return text
@@ -1789,11 +1789,11 @@ def read_template(template: str) -> list[tuple[str, list[str]]]:
     return [*read, (parts[-1], [""])]
 
 
-def fill_template(draw: Draw, template: str) -> str:
+def fill_template(rng: HashRandom, template: str) -> str:
     """Replace each `{kind}` of a template by a draw from `SAMPLES`."""
     made = ""
     for text, choices in read_template(template):
-        made += text + (draw.pick(choices) if len(choices) > 1 else choices[0])
+        made += text + (rng.choice(choices) if len(choices) > 1 else choices[0])
     return made
 
 
@@ -2048,42 +2048,42 @@ TESTED = {"oneOf", "not", "contains", "if", "dependentRequired", "dependentSchem
 NAMING = {"const", "enum", "examples", "default"}  # keywords with values
 
 
-def list_types(parts: list[Any]) -> list[str]:
-    """Return the types that all parts allow; without any, first those the keywords speak of."""
-    given = [part["type"] for part in parts if "type" in part]
+def list_types(schemas: list[Any]) -> list[str]:
+    """Return the types that all schemas allow; without any, first those the keywords speak of."""
+    given = [schema["type"] for schema in schemas if "type" in schema]
     if len(given) == 1:
         return list(given[0])
     if given:
         return [name for name in given[0] if all(name in other for other in given[1:])]
-    spoken_of = [VOCABULARY[keyword][1] for part in parts for keyword in part]
+    spoken_of = [VOCABULARY[keyword][1] for schema in schemas for keyword in schema]
     return [kind for kind in dict.fromkeys([*spoken_of, *TYPES]) if kind in TYPES]
 
 
-class Place:
-    """One place of an instance: makes its value, which meets all of `parts`, and those inside."""
+class ValueMaker:
+    """One place of an instance: makes its value, which meets all of `schemas`, and those inside."""
 
     trail: tuple[str, ...] = ("#",)  # references on the way
 
     def __init__(
         self,
         reader: SchemaReader,
-        draw: Draw,
-        parts: list[Any],
+        rng: HashRandom,
+        schemas: list[Any],
         depth: int,
-        within: Place | None = None,
+        within: ValueMaker | None = None,
         key: str | int = "#",
         name: str = "",
     ) -> None:
         self.reader = reader
-        self.draw = draw
-        self.parts = parts
+        self.rng = rng
+        self.schemas = schemas
         self.depth = depth  # levels that are left before only what must be there is made
-        self.deep = depth <= 0  # only what must be there is made
+        self.minimal = depth <= 0  # only what must be there is made
         self.within = within  # the place around this one
         self.key = key  # there
         self.name = name  # of the property, for values that look natural
         if within:
-            self.trail, self.deep = within.trail, within.deep or self.deep
+            self.trail, self.minimal = within.trail, within.minimal or self.minimal
 
     @property
     def path(self) -> str:
@@ -2092,11 +2092,11 @@ class Place:
 
     def arguments(self, keyword: str) -> list[Any]:
         """Return the arguments that the parts give to a keyword."""
-        return self.said.get(keyword, [])
+        return self.keywords.get(keyword, [])
 
     def count_range(self, what: str, limit: int) -> tuple[int, int]:
         """Return the range of minLength, minItems or minProperties, at most up to `limit`."""
-        lows, highs = self.said.get("min" + what), self.said.get("max" + what)
+        lows, highs = self.keywords.get("min" + what), self.keywords.get("max" + what)
         low = int(max(lows)) if lows else 0
         high = min(limit, int(min(highs))) if highs else limit
         if low > high:
@@ -2105,66 +2105,66 @@ class Place:
 
     def refusal(self, kind: str) -> Unsatisfiable:
         """Return the error that no value meets the keywords that speak of its kind."""
-        said = [keyword for keyword in self.said if VOCABULARY[keyword][1] in ("", kind)]
-        return Unsatisfiable(f"{self.path}: no {kind} was found that meets {', '.join(said)}")
+        keywords = [keyword for keyword in self.keywords if VOCABULARY[keyword][1] in ("", kind)]
+        return Unsatisfiable(f"{self.path}: no {kind} was found that meets {', '.join(keywords)}")
 
-    def make_inside(self, key: str | int, parts: list[Any], name: str, attempt: int) -> Any:
+    def make_inside(self, key: str | int, schemas: list[Any], name: str, attempt: int) -> Any:
         """Return a value for an item, a property or a property's name."""
-        own = self.draw.child(key, attempt)
-        return Place(self.reader, own, parts, self.depth - 1, self, key, name).make()
+        own = self.rng.child(key, attempt)
+        return ValueMaker(self.reader, own, schemas, self.depth - 1, self, key, name).make()
 
     def make(self) -> Any:
         """Return a value by the first way that is not blocked."""
         if self.depth < -MAX_MORE_DEPTH:
             raise Unsatisfiable(f"{self.path}: nests too deep")
-        deep = self.deep = self.deep or self.reader.steps < MAX_STEPS - MANY_STEPS
-        for part in self.parts:
-            if isinstance(part, bool) or not COMBINING.isdisjoint(part):
+        minimal = self.minimal = self.minimal or self.reader.steps < MAX_STEPS - MANY_STEPS
+        for schema in self.schemas:
+            if isinstance(schema, bool) or not COMBINING.isdisjoint(schema):
                 break
         else:  # there is one way
-            self.reader.spend(2 * len(self.parts))
-            return self._fill(self.parts)
+            self.reader.spend(2 * len(self.schemas))
+            return self._fill(self.schemas)
         problem, trail = None, self.trail
-        for parts, refs in itertools.islice(self._ways(self.parts, [], []), MAX_BRANCHES):
+        for schemas, refs in itertools.islice(self._ways(self.schemas, [], []), MAX_BRANCHES):
             self.trail = (*trail, *refs)
-            self.deep = deep or not set(refs).isdisjoint(trail)
+            self.minimal = minimal or not set(refs).isdisjoint(trail)
             try:
-                return self._fill(parts)
+                return self._fill(schemas)
             except Unsatisfiable as error:
                 problem = problem or error
         raise problem or Unsatisfiable(f"{self.path}: no value is allowed here")
 
     def _ways(
-        self, todo: list[Any], parts: list[Any], choices: list[Any]
+        self, todo: list[Any], schemas: list[Any], choices: list[Any]
     ) -> Iterator[tuple[list[Any], list[str]]]:
         """Yield all parts to be met together and their references, for each way of choosing."""
-        todo, parts, choices = list(todo), list(parts), list(choices)
-        refs = [part["$ref"] for part in parts if "$ref" in part]
-        for part in todo:  # grows on the way
-            if part is False:
+        todo, schemas, choices = list(todo), list(schemas), list(choices)
+        refs = [schema["$ref"] for schema in schemas if "$ref" in schema]
+        for schema in todo:  # grows on the way
+            if schema is False:
                 return
-            if part is True:
+            if schema is True:
                 continue
             self.reader.spend(2)
-            parts.append(part)
-            todo += part.get("allOf", ())
-            if "$ref" in part and part["$ref"] not in refs:
-                refs.append(part["$ref"])
-                todo.append(self.reader.resolve(part["$ref"]))
-            choices += [part[keyword] for keyword in ("anyOf", "oneOf") if keyword in part]
+            schemas.append(schema)
+            todo += schema.get("allOf", ())
+            if "$ref" in schema and schema["$ref"] not in refs:
+                refs.append(schema["$ref"])
+                todo.append(self.reader.resolve(schema["$ref"]))
+            choices += [schema[keyword] for keyword in ("anyOf", "oneOf") if keyword in schema]
         if not choices:
-            yield parts, refs
-        elif list_types(parts):
-            deep = self.deep or not set(refs).isdisjoint(self.trail)
-            for option in self._in_order(choices[0], deep):
-                yield from self._ways([option], parts, choices[1:])
+            yield schemas, refs
+        elif list_types(schemas):
+            minimal = self.minimal or not set(refs).isdisjoint(self.trail)
+            for option in self._in_order(choices[0], minimal):
+                yield from self._ways([option], schemas, choices[1:])
 
-    def _in_order(self, options: list[Any], deep: bool) -> list[Any]:
+    def _in_order(self, options: list[Any], minimal: bool) -> list[Any]:
         """Return options as they are tried: drawn, null last; the simplest first when deep."""
-        start = self.draw.below(len(options)) if options else 0
+        start = self.rng.randbelow(len(options)) if options else 0
         drawn = options[start:] + options[:start]
         null = {"type": ("null",)}
-        return sorted(drawn, key=self._count_refs if deep else lambda option: option == null)
+        return sorted(drawn, key=self._count_refs if minimal else lambda option: option == null)
 
     def _count_refs(self, schema: Any) -> int:
         """Return how often a schema, or else the one that it names, refers to others."""
@@ -2173,24 +2173,24 @@ class Place:
         self.reader.spend(len(text) // 100)
         return text.count("'$ref'")
 
-    def _fill(self, parts: list[Any]) -> Any:
+    def _fill(self, schemas: list[Any]) -> Any:
         """Return a value that meets the parts: one that they name, else one made."""
-        self.parts = parts
-        self.said: dict[str, list[Any]] = {}  # arguments by keyword
-        for part in parts:
-            for keyword, argument in part.items():
-                self.said.setdefault(keyword, []).append(argument)
+        self.schemas = schemas
+        self.keywords: dict[str, list[Any]] = {}  # arguments by keyword
+        for schema in schemas:
+            for keyword, argument in schema.items():
+                self.keywords.setdefault(keyword, []).append(argument)
         named = False
-        if not NAMING.isdisjoint(self.said):
-            named = "enum" in self.said or "const" in self.said
+        if not NAMING.isdisjoint(self.keywords):
+            named = "enum" in self.keywords or "const" in self.keywords
             for value in self._list_known_values():
-                if self.reader.accepts_all(self.parts, value):
+                if self.reader.accepts_all(self.schemas, value):
                     return value
-        kinds = [] if named else list_types(self.parts)
+        kinds = [] if named else list_types(self.schemas)
         if len(kinds) > 1:
-            last = ("array", "object") if self.deep else ("null",)
+            last = ("array", "object") if self.minimal else ("null",)
             kinds.sort(key=last.__contains__)
-        tested = [] if TESTED.isdisjoint(self.said) else self.parts
+        tested = [] if TESTED.isdisjoint(self.keywords) else self.schemas
         problem = None
         for kind in kinds:
             for attempt in range(TRIES if tested else 1):
@@ -2208,7 +2208,7 @@ class Place:
         required = [[value] for value in self.arguments("const")] + self.arguments("enum")
         examples = [values for values in self.arguments("examples") if isinstance(values, list)]
         values = required[0] if required else [value for values in examples for value in values]
-        start = self.draw.below(len(values)) if values else 0
+        start = self.rng.randbelow(len(values)) if values else 0
         defaults = [value for value in self.arguments("default") if value not in (None, "", [], {})]
         return values[start:] + values[:start] + ([] if required else defaults)
 
@@ -2217,7 +2217,7 @@ class Place:
 
     def make_boolean(self, attempt: int) -> bool:
         """Return true or false, the other one at the next attempt."""
-        return (self.draw.key[0] + attempt) % 2 == 0
+        return (self.rng.key[0] + attempt) % 2 == 0
 
     def make_string(self, attempt: int) -> str:
         """Return a text by format, by name or by pattern."""
@@ -2227,17 +2227,17 @@ class Place:
         template = FORMATS[formats[0]] if formats else find_by_name(TEXTS, self.name)
         tries = (10 * TRIES if formats else 3) if patterns else TRIES
         for _ in range(tries):
-            text = fill_template(self.draw, template)
+            text = fill_template(self.rng, template)
             if not formats and not patterns:
                 while len(text) < low:
-                    text += fill_template(self.draw, " {noun}")
+                    text += fill_template(self.rng, " {noun}")
                 return text[:high]
             if low <= len(text) <= high and all(pattern.is_in(text) for pattern in patterns):
                 return text
         if formats and (not patterns or formats[0] in NARROW_FORMATS):
             rule = f"has {low} to {high} characters" + " and the pattern" * bool(patterns)
             raise Unsatisfiable(f"{self.path}: no {formats[0]} {rule}")
-        return patterns[0].make(self.draw, low, high, patterns[1:])
+        return patterns[0].make(self.rng, low, high, patterns[1:])
 
     def make_integer(self, attempt: int) -> Any:
         """Return a whole number."""
@@ -2251,14 +2251,14 @@ class Place:
         start, end = self._choose_range(natural, step)
         first = int(-(-start // step))
         count = max(1, int(end // step) - first + 1)
-        chosen = self.draw.below(count) + attempt
+        chosen = self.rng.randbelow(count) + attempt
         value: Any = round((first + chosen % count) * step, 10)
-        if self.reader.accepts_all(self.parts, value):  # as mostly
+        if self.reader.accepts_all(self.schemas, value):  # as mostly
             return value
         tried = (first + (chosen + more) % count for more in range(min(count, MAX_ITEMS)))
         values = (value for times in tried for value in (round(times * step, 10), times * step))
         for value in itertools.chain(values, (start + (end - start) / 2, start, end)):
-            if self.reader.accepts_all(self.parts, value):
+            if self.reader.accepts_all(self.schemas, value):
                 return value
         raise self.refusal("number")
 
@@ -2279,17 +2279,17 @@ class Place:
         fixed = max(map(len, self.arguments("prefixItems")), default=0)
         contained = self.arguments("contains")
         low = max(low, min(fixed + 1, high) if contained else 0)
-        some = 0 if self.deep or attempt else 1 + self.draw.below(3)
+        some = 0 if self.minimal or attempt else 1 + self.rng.randbelow(3)
         count = min(high, max(low, fixed, some))
-        asked = [for_items(part, count) for part in self.parts]
+        asked = [for_items(schema, count) for schema in self.schemas]
         items: list[Any] = []
         for index in range(count):
-            parts = [schemas[index] for schemas in asked]
-            parts += contained if index == low - 1 else []
+            schemas = [schemas[index] for schemas in asked]
+            schemas += contained if index == low - 1 else []
             if True in self.arguments("uniqueItems"):
-                parts.append({"not": {"enum": list(items)}})
+                schemas.append({"not": {"enum": list(items)}})
             try:
-                items.append(self.make_inside(index, parts, self.name, attempt))
+                items.append(self.make_inside(index, schemas, self.name, attempt))
             except Unsatisfiable:
                 if index < low:
                     raise
@@ -2299,19 +2299,19 @@ class Place:
     def make_object(self, attempt: int) -> dict[str, Any]:
         """Return an object with what is required, most of what is declared, and extras."""
         low, high = self.count_range("Properties", MAX_ITEMS)
-        declared = dict.fromkeys(name for part in self.arguments("properties") for name in part)
+        declared = dict.fromkeys(name for schema in self.arguments("properties") for name in schema)
         required = dict.fromkeys(name for names in self.arguments("required") for name in names)
         made = {name: self._make_property(name, attempt) for name in required}
-        skipped = self.draw.child("skip", attempt).take(len(declared) * (attempt > 0))
-        if not self.deep:
+        skipped = self.rng.child("skip", attempt).randbytes(len(declared) * (attempt > 0))
+        if not self.minimal:
             wanted = [name for n, name in enumerate(declared) if not attempt or skipped[n] % 2]
             self._add(made, wanted, high, attempt)
         self._add(made, declared, low, attempt)
         is_map = any(self.arguments("additionalProperties") + self.arguments("patternProperties"))
-        if is_map and not (declared or required or self.deep or attempt):
+        if is_map and not (declared or required or self.minimal or attempt):
             low = max(low, min(2, high))
         tries = 4 * low + TRIES if len(made) < low else 0
-        self._add(made, (self._draw_name(n, attempt) for n in range(tries)), low, attempt)
+        self._add(made, (self._random_name(n, attempt) for n in range(tries)), low, attempt)
         return {name: made[name] for name in (*declared, *made) if name in made}
 
     def _add(self, made: dict[str, Any], names: Iterable[str], most: int, attempt: int) -> None:
@@ -2328,24 +2328,24 @@ class Place:
         rules = self.arguments("propertyNames")
         if rules and not self.reader.accepts_all(rules, name):
             raise Unsatisfiable(f"{self.path}: propertyNames forbids the name {name[:60]!r}")
-        parts: list[Any] = []
-        for part in self.parts:
-            parts += self.reader.for_property(part, name)
-        return self.make_inside(name, parts, name, attempt)
+        schemas: list[Any] = []
+        for schema in self.schemas:
+            schemas += self.reader.for_property(schema, name)
+        return self.make_inside(name, schemas, name, attempt)
 
-    def _draw_name(self, number: int, attempt: int) -> str:
+    def _random_name(self, number: int, attempt: int) -> str:
         """Draw a name for an extra property: from the patterns, propertyNames or a word list."""
-        draw = self.draw.child("name", number, attempt)
-        patterns = [source for part in self.arguments("patternProperties") for source in part]
+        rng = self.rng.child("name", number, attempt)
+        patterns = [source for schema in self.arguments("patternProperties") for source in schema]
         if patterns and number % 3 != 2:
-            return self.reader.pattern(draw.pick(patterns)).make(draw, 0, MAX_TEXT)
-        if "propertyNames" in self.said:
-            parts = [*self.arguments("propertyNames"), {"type": ("string",)}]
-            return str(self.make_inside(f"propertyNames {number}", parts, "word", attempt))
-        return fill_template(draw, "{noun}" if number < TRIES else "{adjective}_{noun}{d3}")
+            return self.reader.pattern(rng.choice(patterns)).make(rng, 0, MAX_TEXT)
+        if "propertyNames" in self.keywords:
+            schemas = [*self.arguments("propertyNames"), {"type": ("string",)}]
+            return str(self.make_inside(f"propertyNames {number}", schemas, "word", attempt))
+        return fill_template(rng, "{noun}" if number < TRIES else "{adjective}_{noun}{d3}")
 
 
-def make_instance(draw: Draw, schema: Any, max_depth: int = 6) -> Any:
+def make_instance(rng: HashRandom, schema: Any, max_depth: int = 6) -> Any:
     """Return a value that is valid against a JSON schema, the same for the same draw.
 
     Unknown keywords are ignored. Beyond `max_depth` levels, and inside a recursive schema, only
@@ -2354,8 +2354,8 @@ def make_instance(draw: Draw, schema: Any, max_depth: int = 6) -> Any:
     try:
         reader = SchemaReader(schema)
         for attempt in range(3):
-            again = draw.child(attempt) if attempt else draw
-            value = Place(reader, again, [reader.root], max_depth).make()
+            again = rng.child(attempt) if attempt else rng
+            value = ValueMaker(reader, again, [reader.root], max_depth).make()
             if reader.accepts(reader.root, value):
                 return value
     except (OutOfSteps, RecursionError):
@@ -2363,12 +2363,12 @@ def make_instance(draw: Draw, schema: Any, max_depth: int = 6) -> Any:
     raise Unsatisfiable("no value that was tried meets all of the schema")
 
 
-def make_matching(draw: Draw, pattern: str) -> str:
+def make_matching(rng: HashRandom, pattern: str) -> str:
     """Return a text that the pattern matches as a whole, or raise `Unsatisfiable`."""
     try:
         spend = SchemaReader(True).spend
         Pattern(pattern, spend)  # on its own, for its parentheses
-        return Pattern(f"^(?:{pattern})$", spend).make(draw, 0, MAX_TEXT)
+        return Pattern(f"^(?:{pattern})$", spend).make(rng, 0, MAX_TEXT)
     except (OutOfSteps, RecursionError):
         raise Unsatisfiable(TOO_MUCH) from None
 
@@ -2551,7 +2551,7 @@ def model_object(model: Model) -> dict[str, Any]:
     pricing.update(zip(("input", "output", "cached_input"), model.prices), **model.pricing)
     item: dict[str, Any] = {
         "id": model.id,
-        "uuid": "endpoint-" + draw_uuid(Draw.of("model", model.id)),
+        "uuid": "endpoint-" + random_uuid(HashRandom.of("model", model.id)),
         "object": "model",
         "created": model.created,
         "type": model.type,
@@ -2590,7 +2590,7 @@ def supported_model(model: Model) -> dict[str, Any]:
     features += ["FEATURE_REASONING"] if model.thinks else []
     day = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.created or CREATED))
     return {
-        "id": "ml_" + Draw.of("supported model", model.id).hex(24),
+        "id": "ml_" + HashRandom.of("supported model", model.id).hex(24),
         "name": model.id,
         "displayName": model.display_name,
         "displayType": model.type,
@@ -2758,22 +2758,22 @@ class Collection:
             return [copy_json(self._items[id]) for id in ids[:limit]]
 
 
-def mask_query(query: str) -> str:
+def redact_query(query: str) -> str:
     """Hide the keys in a query."""
     return SECRET_ARGS.sub(r"\1***", query)
 
 
-def summarise(value: Any) -> Any:
+def redact(value: Any) -> Any:
     """Return a value of a body for the record: files as their size, secrets as stars."""
     if type(value) is Upload:
         kind = value.content_type
         return {"filename": value.filename, "content_type": kind, "bytes": len(value.data)}
     if type(value) is dict:
         return {
-            name: "***" if SECRET_FIELDS.search(name) and inner else summarise(inner)
+            name: "***" if SECRET_FIELDS.search(name) and inner else redact(inner)
             for name, inner in value.items()
         }
-    return [summarise(item) for item in value] if type(value) is list else value
+    return [redact(item) for item in value] if type(value) is list else value
 
 
 class Call:
@@ -2792,7 +2792,7 @@ class Call:
         self.number = number
         self.method = request.method
         self.path = request.path
-        self.query = mask_query(request.query) if request.query else ""
+        self.query = redact_query(request.query) if request.query else ""
         self.headers = request.headers.masked
         self.at = at  # Unix seconds
         self._raw = request.raw if len(request.raw) <= MAX_RECORDED_BODY_BYTES else b""
@@ -2814,7 +2814,7 @@ class Call:
             body = parse_body(self._raw, self.headers.get("content-type", ""), NO_FIELDS)
         except ApiError:
             return None
-        return summarise(body)
+        return redact(body)
 
     @property
     def model(self) -> str | None:
@@ -2862,7 +2862,7 @@ class Call:
 MAX_NEAR_MISSES = 20  # of one call
 
 
-def dig(value: Any, *steps: str) -> Any:
+def get_path(value: Any, *steps: str) -> Any:
     """Follow keys and positions into JSON; None where they lead nowhere."""
     for step in steps:
         if isinstance(value, list):
@@ -2892,7 +2892,7 @@ PROMPT_KINDS = ("completion", "image", "speech", "video")
 ENDPOINT_KINDS = ("chat", *INPUT_FIELDS, "transcription", "translation", "job")
 
 
-class Facts(dict):  # type: ignore[type-arg]
+class MatchFacts(dict):  # type: ignore[type-arg]
     """What fixtures ask about one request, by match key; its body is not checked yet.
 
     A prompt counts as one user message.
@@ -2909,7 +2909,7 @@ class Facts(dict):  # type: ignore[type-arg]
         system = [text for role, text in said if role == "system" and isinstance(text, str)]
         turns = [role for role, _ in said if role in ("user", "tool")]
         last = messages[-1] if messages and messages[-1].get("role") == "tool" else {}
-        tools = [dig(tool, "function", "name") for tool in list_objects(body.get("tools"))]
+        tools = [get_path(tool, "function", "name") for tool in list_objects(body.get("tools"))]
         super().__init__(
             response=kind,
             when=request,
@@ -2921,7 +2921,7 @@ class Facts(dict):  # type: ignore[type-arg]
             toolResultContains=join_text(last.get("content")),
             toolName=tuple(name for name in tools if isinstance(name, str)),
             model=body.get("model"),
-            responseFormat=dig(body, "response_format", "type"),
+            responseFormat=get_path(body, "response_format", "type"),
             hasToolResult=turns[-1:] == ["tool"],
             context=headers.get("x-aimock-context"),
             turnIndex=sum(role == "assistant" for role, _ in said),
@@ -2950,7 +2950,7 @@ def contains_json(got: Any, wanted: Any) -> bool:
     return bool(got == wanted) and isinstance(got, bool) == isinstance(wanted, bool)
 
 
-def find_difference(wanted: dict[str, Any], facts: Facts) -> str | None:
+def find_mismatch(wanted: dict[str, Any], facts: MatchFacts) -> str | None:
     """Return the first key whose fact is not what is wanted, or None; `not` asks about all."""
     pairs = wanted.items()
     return next(
@@ -2961,7 +2961,7 @@ def find_difference(wanted: dict[str, Any], facts: Facts) -> str | None:
 DECODE_BASE64 = functools.partial(base64.b64decode, validate=True)
 
 
-def can(read: Callable[[Any], Any], value: Any) -> bool:
+def succeeds(read: Callable[[Any], Any], value: Any) -> bool:
     try:
         read(value)
     except (TypeError, ValueError, re.error, OverflowError, RecursionError):
@@ -3000,8 +3000,8 @@ LEAVES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "video": ("completed, processing or failed", VIDEO_ENDS.__contains__),
     "block": ("'text' or 'toolCall'", lambda value: value in ("text", "toolCall")),
-    "base64": ("base64", lambda value: can(DECODE_BASE64, value)),
-    "regex": ("a regular expression that compiles", lambda value: can(re.compile, value)),
+    "base64": ("base64", lambda value: succeeds(DECODE_BASE64, value)),
+    "regex": ("a regular expression that compiles", lambda value: succeeds(re.compile, value)),
 }
 OUTER: dict[type, str] = {dict: "object", list: "list"}  # the leaf that a shape starts with
 
@@ -3149,7 +3149,7 @@ RESPONSES: dict[str, tuple[list[str], dict[str, Any], Callable[[dict[str, Any]],
     "status": (EVERY, make_shape("status:failure retryAfter:time"), read_error),
     "generated": (EVERY, {}, dict),  # no response: the usual answer, with a fault
 }  # fmt: skip
-TOLD_BY = {  # the first of these keys that a response has tells its kind
+KIND_BY_KEY = {  # the first of these keys that a response has tells its kind
     "error": "error", "audio": "audio", "video": "video", "transcription": "transcription",
     "image": "image", "images": "image", "embedding": "embedding", "scores": "rerank", "job": "job",
     "json": "json", "content": "text", "toolCalls": "text", "blocks": "text", "status": "status",
@@ -3233,14 +3233,14 @@ class Reader:
     def read_response(self, given: dict[str, Any], place: str) -> tuple[str, dict[str, Any]]:
         """Tell a response's kind by its keys, and return it clean."""
         said = {key: given[key] for key in given if given[key] is not None or key == "json"}
-        kind = next((TOLD_BY[key] for key in TOLD_BY if key in said), "")
+        kind = next((KIND_BY_KEY[key] for key in KIND_BY_KEY if key in said), "")
         shape = RESPONSES[kind][1] if kind else RESPONSE
         stray = next((key for key in said if key in RESPONSE and key not in shape), None)
         if stray is not None:
             raise ValueError(f"{place}.{stray}: does not go with a response of kind {kind}")
         clean = self.read(said, shape, place)
         if not kind:
-            keys = ", ".join(TOLD_BY)
+            keys = ", ".join(KIND_BY_KEY)
             raise ValueError(f"{place}: has none of the keys that say what to answer: {keys}")
         empty = next((key for key in clean if clean[key] in ([], {}) and key != "json"), None)
         images = [clean["image"]] if "image" in clean else clean.get("images", [])
@@ -3289,7 +3289,7 @@ def compile_match(match: dict[str, Any]) -> dict[str, Any]:
         wanted["headers"] = {name.lower(): compile_text("context", text) for name, text in headers}
     if "not" in match:
         inner = compile_match(match["not"])
-        wanted["not"] = lambda facts: find_difference(inner, facts) is not None
+        wanted["not"] = lambda facts: find_mismatch(inner, facts) is not None
     return wanted
 
 
@@ -3342,12 +3342,12 @@ class Fixture:
         """
         if not self._templated:
             return self.response
-        facts = Facts(kind, request)
+        facts = MatchFacts(kind, request)
 
         def quote(found: re.Match[str]) -> str:
             if found[1] not in QUOTABLE:
                 return found[0]
-            fact = dig(facts[QUOTABLE[found[1]]], *found[2].split(".")[1:])
+            fact = get_path(facts[QUOTABLE[found[1]]], *found[2].split(".")[1:])
             return "" if fact is None else ENCODE(dump_json(fact))[1:-1]
 
         said = json.loads(TEMPLATE.sub(quote, ENCODE(self._said)))
@@ -3374,7 +3374,7 @@ def parse_fixtures(data: Any, place: str = "", warnings: list[str] | None = None
         reader.read(data, {"fixtures!": "list", "$schema": "text", "$comment": "any"}, "file")
         for index, entry in enumerate(data["fixtures"]):
             source = f"file {place}[{index}]" if place else "run time"
-            if FOREIGN_ENDPOINTS.match(str(dig(entry, "match", "endpoint"))):
+            if FOREIGN_ENDPOINTS.match(str(get_path(entry, "match", "endpoint"))):
                 reader.ignored.append(f"fixtures[{index}]")
             else:
                 fixtures.append(Fixture(*reader.read_entry(entry, f"fixtures[{index}]"), source))
@@ -3490,7 +3490,7 @@ class Layer:
         end = text[-PIECE:] if len(text) >= PIECE else ""
         self.filed.setdefault(key, {}).setdefault(end, []).append((text, fixture))
 
-    def find_likely(self, facts: Facts) -> list[Fixture]:
+    def find_likely(self, facts: MatchFacts) -> list[Fixture]:
         """Return, in order, the fixtures that no missing text rules out."""
         likely = []
         for key, drawers in self.filed.items():
@@ -3504,7 +3504,7 @@ class Layer:
         return sorted(likely, key=lambda each: each.position)
 
 
-class Script:
+class Fixtures:
     """The fixtures of one server: which is served next, counted under one lock."""
 
     def __init__(self, seed: int = 0) -> None:
@@ -3563,7 +3563,7 @@ class Script:
 
     def find(self, kind: str, request: Request) -> Fixture | None:
         """Return the fixture that answers a request, and count it as served."""
-        facts = Facts(kind, request)
+        facts = MatchFacts(kind, request)
         with self._lock:
             fixture = self._choose(facts, self._list_layers(request))
             if fixture is not None:
@@ -3580,7 +3580,7 @@ class Script:
                 count = self._sequences.get(fixture.group, 0)  # a reset may have come between
                 self._sequences[fixture.group] = max(0, count - 1)
 
-    def _choose(self, facts: Facts, layers: list[Layer]) -> Fixture | None:
+    def _choose(self, facts: MatchFacts, layers: list[Layer]) -> Fixture | None:
         turn, last_resort = facts["turnIndex"], None
         for layer in layers:
             likely = layer.find_likely(facts)
@@ -3591,9 +3591,9 @@ class Script:
             last_resort = last_resort or chosen
         return last_resort
 
-    def _find_obstacle(self, fixture: Fixture, facts: Facts) -> tuple[str, Any, Any] | None:
+    def _find_obstacle(self, fixture: Fixture, facts: MatchFacts) -> tuple[str, Any, Any] | None:
         """Return why a fixture does not answer: the key, what it wants, what there is."""
-        key = find_difference(fixture.wanted, facts)
+        key = find_mismatch(fixture.wanted, facts)
         if key is not None and key not in fixture.match:
             return ("when", True, False) if key == "when" else (key, fixture.kinds, facts[key])
         if key is not None:
@@ -3602,7 +3602,7 @@ class Script:
                 names = [name.lower() for name in wanted if name.lower() not in SECRET_HEADERS]
                 got = {name: got.get(name) for name in names}
             elif key == "body":
-                got = summarise(got)
+                got = redact(got)
             return f"match.{key}", wanted, got
         count = self._sequences.get(fixture.group, 0)
         if fixture.sequence not in (None, count):
@@ -3615,7 +3615,7 @@ class Script:
 
         `differs` is None where nothing does: the fixture is served, or another goes before it.
         """
-        facts, names = Facts(kind, request), ("differs", "wanted", "got")
+        facts, names = MatchFacts(kind, request), ("differs", "wanted", "got")
         with self._lock:
             fixtures = (each for layer in self._list_layers(request) for each in layer.fixtures)
             return [
@@ -3717,15 +3717,15 @@ class Fault:
     """
 
     def __init__(
-        self, options: Mapping[str, Any], draw: Draw, error: Mapping[str, Any] | None = None
+        self, options: Mapping[str, Any], rng: HashRandom, error: Mapping[str, Any] | None = None
     ) -> None:
         self.error = {"status": 500, **(error or {})}
         rates = options.get("chaos", {})
-        hits = (rate for rate in CHAOS if draw.child(rate).unit() < rates.get(rate, 0))
+        hits = (rate for rate in CHAOS if rng.child(rate).random() < rates.get(rate, 0))
         self.chaos = next(hits, "")
         self.options: dict[str, Any] = {**options, **CHAOS.get(self.chaos, {})}
         self.latency = rates.get("latencyMs", 0)
-        self.draw = draw.child("jitter")
+        self.rng = rng.child("jitter")
 
     def describe(self) -> str:
         """Name what goes wrong, for the record; nothing where chance let the call pass."""
@@ -3733,7 +3733,7 @@ class Fault:
         names += [name for name in self.options if name not in (*QUIET_OPTIONS, "status")]
         return f"the fixture's {', '.join(names)}" if names else ""
 
-    def plan(self, stream: bool) -> Iterator[float]:
+    def delays(self, stream: bool) -> Iterator[float]:
         """Yield the seconds before each chunk; a whole reply only knows latency."""
         latency = self.options.get("latency", 0)
         profile = self.options.get("streamingProfile", {}) if stream else {}
@@ -3745,9 +3745,9 @@ class Fault:
             first, rest = [recorded.get("ttftMs", 0), *delays], sum(delays) / max(1, len(delays))
         jitter, speed = profile.get("jitter", 0), 1000 * self.options.get("replaySpeed", 1)
         for pause in itertools.chain(first, itertools.repeat(rest)):
-            yield pause * (1 + jitter * (2 * self.draw.unit() - 1)) / speed
+            yield pause * (1 + jitter * (2 * self.rng.random() - 1)) / speed
 
-    def carry(
+    def pace(
         self, events: Iterable[bytes], stream: bool, wait: Wait, clock: Clock
     ) -> Iterator[bytes]:
         """Yield events at their times, measured from the start, until the fault ends them.
@@ -3759,7 +3759,7 @@ class Fault:
         end = start + options.get("disconnectAfterMs", float("inf")) / 1000
         cuts = ("disconnectAfterChunks", "truncateAfterChunks" if stream else "")
         cut_after = min((options[key] for key in cuts if key in options), default=float("inf"))
-        plan = self.plan(stream)
+        delays = self.delays(stream)
         for count, event in enumerate(events):
             if count == cut_after or (cut_after < float("inf") and count and not stream):
                 raise Cut
@@ -3768,23 +3768,23 @@ class Fault:
                 return
             if stream and count == 0 and options.get("malformed"):
                 event = event[:6] + halve(event[6:].rstrip()) + b"\n\n"  # after "data: "
-            due += next(plan) if event != DONE else 0
+            due += next(delays) if event != DONE else 0
             left = min(due, end) - clock()
             if (left > 0 and wait(left)) or max(due, clock()) >= end:
                 raise Cut
             yield event
 
 
-def draw_fault(script: Script, fixture: Fixture) -> Fault | None:
+def draw_fault(script: Fixtures, fixture: Fixture) -> Fault | None:
     """Draw how this call's reply goes wrong, from the seed and the count of such calls."""
     if not fixture.faulty:
         return None
-    draw = Draw.of("fault", [script.seed, script.count_fault()])
+    rng = HashRandom.of("fault", [script.seed, script.count_fault()])
     error = fixture.response if fixture.kind in ("error", "status") else None
-    return Fault(fixture.options, draw, error)
+    return Fault(fixture.options, rng, error)
 
 
-def travel(reply: Reply, fault: Fault, wait: Wait, clock: Clock) -> Reply:
+def apply_fault(reply: Reply, fault: Fault, wait: Wait, clock: Clock) -> Reply:
     """Return the reply as it arrives under a fault; its waits happen while its events are drawn.
 
     A whole reply that waits or is cut becomes raw pieces with a Content-Length.
@@ -3797,7 +3797,7 @@ def travel(reply: Reply, fault: Fault, wait: Wait, clock: Clock) -> Reply:
     if options.get("empty"):
         reply.body, reply.events = b"", None
     if reply.events is not None:
-        reply.events = fault.carry(reply.events, True, wait, clock)
+        reply.events = fault.pace(reply.events, True, wait, clock)
         return reply
     if options.get("malformed"):
         reply.body = halve(reply.body)
@@ -3805,7 +3805,7 @@ def travel(reply: Reply, fault: Fault, wait: Wait, clock: Clock) -> Reply:
     if timed or fault.latency:
         reply.headers = {**reply.headers, "Content-Length": str(len(reply.body))}
         half = halve(reply.body)
-        reply.events = fault.carry((half, reply.body[len(half) :]), False, wait, clock)
+        reply.events = fault.pace((half, reply.body[len(half) :]), False, wait, clock)
     return reply
 
 
@@ -3921,7 +3921,7 @@ def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
 SERVED_AS = {"language": "chat", "code": "chat", "moderation": "chat"}
 
 
-def use_model(server: TogetherAiServer, id: str, type: str) -> Model:
+def resolve_model(server: TogetherAiServer, id: str, type: str) -> Model:
     """Return the model of an id; an unknown one answers too, unless the server is strict."""
     model = server.models.get(id)
     if model is None:
@@ -4305,29 +4305,29 @@ def choose_tools(body: dict[str, Any]) -> list[dict[str, Any]]:
     return matching[:1] if alone else matching
 
 
-def make_valid(draw: Draw, schema: Any, place: str) -> str:
+def make_valid(rng: HashRandom, schema: Any, place: str) -> str:
     """Return JSON text that satisfies a schema; raise ApiError where nothing can."""
     try:
-        return json.dumps(make_instance(draw, schema), ensure_ascii=False)
+        return json.dumps(make_instance(rng, schema), ensure_ascii=False)
     except Unsatisfiable as error:
         raise ApiError("invalid", param=place, reason=f"cannot be satisfied: {error}") from None
 
 
-def tool_call(draw: Draw, index: int, name: str, arguments: str, id: str | None = None) -> Any:
+def tool_call(rng: HashRandom, index: int, name: str, arguments: str, id: str | None = None) -> Any:
     """Return one tool call as messages and deltas hold it."""
     return {
         "index": index,
-        "id": id or "call_" + draw_letters(draw.child("id"), 24, LOWER36),
+        "id": id or "call_" + random_letters(rng.child("id"), 24, LOWER36),
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }
 
 
-def make_calls(draw: Draw, functions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def make_calls(rng: HashRandom, functions: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return tool calls, with arguments that satisfy each function's schema."""
     calls = []
     for index, function in enumerate(functions):
-        own = draw.child("call", index, function["name"])
+        own = rng.child("call", index, function["name"])
         schema = function.get("parameters") or {"type": "object"}
         arguments = make_valid(own, schema, f"tools.{function['name']}.parameters")
         calls.append(tool_call(own, index, function["name"], arguments))
@@ -4348,12 +4348,12 @@ def cut_calls(choice: Choice, budget: int) -> None:
         budget -= len(pieces)
 
 
-def make_pattern_text(draw: Draw, pattern: str | None) -> str:
+def make_pattern_text(rng: HashRandom, pattern: str | None) -> str:
     """Return text that matches; raise ApiError where nothing can."""
     if not pattern:
         raise ApiError("missing", param="response_format.pattern")
     try:
-        return make_matching(draw, pattern)
+        return make_matching(rng, pattern)
     except Unsatisfiable as error:
         raise ApiError("invalid", param="response_format.pattern", reason=str(error)) from None
 
@@ -4380,23 +4380,23 @@ def find_schema(format: dict[str, Any], body: dict[str, Any]) -> Any:
     return next((schema for text in texts for schema in read_schemas(text)), JSON_MODE_SCHEMA)
 
 
-def make_content(draw: Draw, body: dict[str, Any], model: Model) -> tuple[str, int]:
+def make_content(rng: HashRandom, body: dict[str, Any], model: Model) -> tuple[str, int]:
     """Return an answer in the format asked for, and the number of its tokens."""
     format = body.get("response_format") or TEXT_FORMAT
     kind = format["type"]
     if kind == "text" and model.type != "moderation":
-        text, count = make_prose(draw)
+        text, count = make_prose(rng)
         return text[1:], count
     if kind == "regex":
-        text = make_pattern_text(draw, format.get("pattern"))
+        text = make_pattern_text(rng, format.get("pattern"))
     elif kind == "text":
         text = "safe"
     else:
-        text = make_valid(draw, find_schema(format, body), "response_format")
+        text = make_valid(rng, find_schema(format, body), "response_format")
     return text, count_tokens(text)
 
 
-def make_reasoning(draw: Draw, body: dict[str, Any], model: Model) -> str:
+def make_reasoning(rng: HashRandom, body: dict[str, Any], model: Model) -> str:
     """Return what a reasoning model thinks before it answers; empty where that is switched off."""
     kwargs = body.get("chat_template_kwargs") or {}
     switches = (
@@ -4407,7 +4407,7 @@ def make_reasoning(draw: Draw, body: dict[str, Any], model: Model) -> str:
     length = EFFORT_THOUGHTS[body.get("reasoning_effort") or "medium"]
     if not model.thinks or any(switch is False for switch in switches):
         return ""
-    return " ".join([make_thought(draw.child(index)) for index in range(length)])
+    return " ".join([make_thought(rng.child(index)) for index in range(length)])
 
 
 def add_thoughts(choice: Choice, thoughts: str | None, budget: int) -> int:
@@ -4417,21 +4417,21 @@ def add_thoughts(choice: Choice, thoughts: str | None, budget: int) -> int:
 
 
 def compose_choice(
-    draw: Draw, body: dict[str, Any], model: Model, budget: int, index: int
+    rng: HashRandom, body: dict[str, Any], model: Model, budget: int, index: int
 ) -> Choice:
     """Write one choice of a chat answer."""
     functions = [] if TOOL_FIELDS.isdisjoint(body) else choose_tools(body)
     choice = Choice(index, "", 0, "tool_calls")
     if model.thinks:
-        thoughts = make_reasoning(draw.child("reasoning", index), body, model)
+        thoughts = make_reasoning(rng.child("reasoning", index), body, model)
         budget -= add_thoughts(choice, thoughts, budget)
     if budget <= 0:
         choice.finish_reason = "length"
     elif functions:
-        choice.tool_calls = make_calls(draw.child("tools", index), functions)
+        choice.tool_calls = make_calls(rng.child("tools", index), functions)
         cut_calls(choice, budget)
     else:
-        own = draw.child("text", index) if index else draw  # nothing else takes from it
+        own = rng.child("text", index) if index else rng  # nothing else takes from it
         text, count = make_content(own, body, model)
         choice.text, choice.token_count, choice.finish_reason = cut_text(
             text, count, body.get("stop"), budget
@@ -4444,7 +4444,7 @@ def compose_choice(
 
 
 def script_choice(
-    draw: Draw, body: dict[str, Any], script: dict[str, Any], budget: int, index: int
+    rng: HashRandom, body: dict[str, Any], script: dict[str, Any], budget: int, index: int
 ) -> Choice:
     """Write one choice that a fixture scripts; the limits on its length hold too."""
     choice = Choice(index, "", 0, "tool_calls")
@@ -4460,7 +4460,7 @@ def script_choice(
         choice.finish_reason = "tool_calls"
         choice.tool_calls = [
             tool_call(
-                *(draw.child("call", index, at), at, call["name"], call["arguments"], call["id"])
+                *(rng.child("call", index, at), at, call["name"], call["arguments"], call["id"])
             )
             for at, call in enumerate(calls)
         ]
@@ -4484,10 +4484,10 @@ def apply_script(answer: Answer, script: dict[str, Any]) -> None:
         choice.cut_pieces(script["chunk_size"])
 
 
-def score_choices(draw: Draw, choices: list[Choice], count: int) -> None:
+def score_choices(rng: HashRandom, choices: list[Choice], count: int) -> None:
     """Give every token of the choices its logprob and `count` alternatives."""
     for choice in choices:
-        choice.scores = make_scores(draw.child("logprobs", choice.index), choice.pieces, count)
+        choice.scores = make_scores(rng.child("logprobs", choice.index), choice.pieces, count)
 
 
 def token_logprobs(request: Request, pieces: Sequence[str], scores: Sequence[Any]) -> Any:
@@ -4502,18 +4502,18 @@ def token_logprobs(request: Request, pieces: Sequence[str], scores: Sequence[Any
     return part
 
 
-def finish_answer(answer: Answer, draw: Draw, prompt: str) -> None:
+def finish_answer(answer: Answer, rng: HashRandom, prompt: str) -> None:
     """Add the echo and the logprobs that a request asked for."""
     body = answer.request.body
     asked = body.get("logprobs")
     if asked is not None and asked is not False:
         count = (body.get("top_logprobs") or 0) if asked is True else asked
-        score_choices(draw, answer.choices, count)
+        score_choices(rng, answer.choices, count)
     if body.get("echo"):
         part: dict[str, Any] = {"text": prompt}
         if asked:
             pieces = split_tokens(prompt)
-            scores = make_scores(draw.child("prompt logprobs"), pieces, 0)
+            scores = make_scores(rng.child("prompt logprobs"), pieces, 0)
             part["logprobs"] = token_logprobs(answer.request, pieces, scores)
         answer.prompt = [part]
 
@@ -4522,9 +4522,9 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
     """Write the whole answer to a conversation, whole or streamed."""
     body = request.body
     prompt_tokens = count_messages(body["messages"])
-    model = use_model(server, body["model"], "chat")
-    draw = Draw.of("chat", pick_facts(body, CHAT_FACTS))
-    request.id = draw_id(draw)
+    model = resolve_model(server, body["model"], "chat")
+    rng = HashRandom.of("chat", pick_facts(body, CHAT_FACTS))
+    request.id = random_id(rng)
     for name in () if TOOL_FIELDS.isdisjoint(body) else ("tools", "functions"):
         prompt_tokens += count_tokens(ENCODE(body[name])) if body.get(name) else 0
     budget, prompt_tokens = find_budget(body, model, prompt_tokens)
@@ -4532,15 +4532,15 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
     choices = []
     for index in range(body.get("n") or 1):
         if script:
-            choices.append(script_choice(draw, body, script, budget, index))
+            choices.append(script_choice(rng, body, script, budget, index))
         else:
-            choices.append(compose_choice(draw, body, model, budget, index))
+            choices.append(compose_choice(rng, body, model, budget, index))
     answer = Answer(request, choices, count_usage(prompt_tokens, choices))
     answer.reasons = model.thinks
     if script:
         apply_script(answer, script)
     if "echo" in body or "logprobs" in body:
-        finish_answer(answer, draw, "\n".join(map(message_text, body["messages"])))
+        finish_answer(answer, rng, "\n".join(map(message_text, body["messages"])))
     return answer
 
 
@@ -4766,17 +4766,17 @@ def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
     prompts = read_inputs(body["prompt"], "prompt")
     if not all(prompts):
         raise ApiError("empty_prompt", param="prompt")
-    model = use_model(server, body["model"], "language")
+    model = resolve_model(server, body["model"], "language")
     facts = pick_facts(body, COMPLETION_FACTS)
-    draw = Draw.of("completion", [facts, prompts])
-    request.id = draw_id(draw)
+    rng = HashRandom.of("completion", [facts, prompts])
+    request.id = random_id(rng)
     script = request.script
     choices: list[Choice] = []
     prompt_tokens = 0
     for prompt in prompts:
         budget, read = find_budget(body, model, count_input(prompt))
         prompt_tokens += read
-        own = Draw.of("prompt", [facts, prompt])
+        own = HashRandom.of("prompt", [facts, prompt])
         for index in range(body.get("n") or 1):
             if script:
                 text = script["content"] or ""
@@ -4788,7 +4788,7 @@ def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
     if script:
         apply_script(answer, script)
     if "echo" in body or "logprobs" in body:
-        finish_answer(answer, draw, "\n".join(map(input_text, prompts)))
+        finish_answer(answer, rng, "\n".join(map(input_text, prompts)))
     return answer
 
 
@@ -4905,7 +4905,7 @@ EMBEDDING_FIELDS = Fields(
 def embed(model: Model, value: Any, dimensions: int | None) -> list[int]:
     """Return the unit vector of a text or token list, in hundred-thousandths."""
     vector = make_vector(input_text(value), model.dimensions, model.id.encode())
-    return shorten(vector, dimensions) if dimensions else vector
+    return truncate_vector(vector, dimensions) if dimensions else vector
 
 
 def write_numbers(numbers: bytes | str) -> str:
@@ -4916,7 +4916,7 @@ def write_numbers(numbers: bytes | str) -> str:
 
 
 def embed_inputs(request: Request, model: Model, inputs: list[Any]) -> Iterator[str]:
-    """Yield the JSON of each input's vector, from the makers or from a fixture."""
+    """Yield the JSON of each input's vector, generated or from a fixture."""
     packed = request.body.get("encoding_format") == "base64"
     if request.script is None:
         for value in inputs:
@@ -4935,11 +4935,11 @@ def create_embeddings(server: TogetherAiServer, request: Request) -> Any:
     """Embed texts: those that share words are close."""
     body = request.body
     inputs = read_inputs(body["input"], "input")
-    model = use_model(server, body["model"], "embedding")
+    model = resolve_model(server, body["model"], "embedding")
     if (body.get("dimensions") or 0) > model.dimensions:
         rule = f"must be at most {model.dimensions}, as {model.id} has them"
         raise refuse_value("dimensions", rule, body["dimensions"])
-    request.id = draw_id(Draw.of_bytes(request.raw))
+    request.id = random_id(HashRandom.of_bytes(request.raw))
     # Written by hand: the JSON encoder would take ten times as long for the numbers.
     items = [
         f'{{"object":"embedding","index":{index},"embedding":{numbers}}}'
@@ -4974,10 +4974,12 @@ def document_text(document: Any, names: list[str] | None) -> str:
 def rerank(server: TogetherAiServer, request: Request) -> Any:
     """Sort documents by their likeness to a query."""
     body, documents = request.body, request.body["documents"]
-    model = use_model(server, body["model"], "rerank")
+    model = resolve_model(server, body["model"], "rerank")
     texts = [document_text(document, body.get("rank_fields")) for document in documents]
     wanted = embed(model, body["query"], None)
-    scores = [round(min(1.0, likeness(wanted, embed(model, text, None))), 6) for text in texts]
+    scores = [
+        round(min(1.0, cosine_similarity(wanted, embed(model, text, None))), 6) for text in texts
+    ]
     if request.script:
         scores = (request.script["scores"] + [0.0] * len(texts))[: len(texts)]
     results = []
@@ -4985,11 +4987,11 @@ def rerank(server: TogetherAiServer, request: Request) -> Any:
         text = documents[index] if type(documents[index]) is str else ENCODE(documents[index])
         document = {"text": text} if body.get("return_documents") else {}
         results.append({"index": index, "relevance_score": scores[index], "document": document})
-    draw = Draw.of("rerank", [model.id, body["query"], documents])
-    request.id = draw_id(draw)
+    rng = HashRandom.of("rerank", [model.id, body["query"], documents])
+    request.id = random_id(rng)
     tokens = sum(map(count_tokens, texts)) + count_tokens(body["query"]) * len(texts)
     return {
-        "object": "rerank", "id": draw_uuid(draw), "model": model.id, "results": results,
+        "object": "rerank", "id": random_uuid(rng), "model": model.id, "results": results,
         "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
     }  # fmt: skip
 
@@ -5244,7 +5246,7 @@ def file_object(server: TogetherAiServer, item: Item) -> Item:
     return merge({**file, **describe_data(file, data)}, item)
 
 
-def fill_file(server: TogetherAiServer, id: str, data: bytes) -> Item:
+def complete_file(server: TogetherAiServer, id: str, data: bytes) -> Item:
     """Give an announced file its data."""
     file = server.files.get(id)
     server.keep(id, data)
@@ -5272,7 +5274,7 @@ def find_file(server: TogetherAiServer, id: str, param: str) -> Item:
     return server.files.get(id)
 
 
-def announce_file(server: TogetherAiServer, body: Item) -> Item:
+def create_file_record(server: TogetherAiServer, body: Item) -> Item:
     """Store a file whose data is to follow, or came with the body."""
     upload = body.get("file")
     name = body.get("file_name") or (upload.filename if upload else "")
@@ -5287,7 +5289,7 @@ def announce_file(server: TogetherAiServer, body: Item) -> Item:
 @route("POST", "/v1/files/upload", body=WHOLE_UPLOAD_FIELDS, max_bytes=STORAGE_LIMIT)
 def create_file(server: TogetherAiServer, request: Request) -> Any:
     """Store a file from a multipart body, or say where its data is to be put."""
-    file = announce_file(server, request.body)
+    file = create_file_record(server, request.body)
     if request.body.get("file"):
         return file_view(request, file)
     place = f"{request.origin}/__upload/{file['id']}"
@@ -5298,7 +5300,7 @@ def create_file(server: TogetherAiServer, request: Request) -> Any:
 def initiate_upload(server: TogetherAiServer, request: Request) -> Any:
     """Announce a large file that comes in parts."""
     server.check_room(request.body["file_size"])
-    id, upload_id = announce_file(server, request.body)["id"], server.next_id("upload-")
+    id, upload_id = create_file_record(server, request.body)["id"], server.next_id("upload-")
     server.uploads[upload_id] = id
     parts = [
         {"PartNumber": number, "URL": f"{request.origin}/__upload/{id}/{number}", "Headers": {}}
@@ -5317,7 +5319,7 @@ def put_file(server: TogetherAiServer, request: Request) -> Any:
         reason = "its data cannot change any more"
         raise ApiError("bad_state", noun="File", id=id, status=status, reason=reason)
     if part is None:
-        fill_file(server, id, request.raw)
+        complete_file(server, id, request.raw)
     elif re.fullmatch("[1-9][0-9]{0,2}", part):
         server.keep(f"{id}/{int(part):03}", request.raw)
     else:
@@ -5349,7 +5351,7 @@ def complete_upload(server: TogetherAiServer, request: Request) -> Any:
         raise ApiError("invalid", param="parts", reason="must be the parts that were put")
     server.drop(*parts)
     server.uploads.pop(request.body["upload_id"], None)
-    return {"file": file_view(request, fill_file(server, id, b"".join(parts.values())))}
+    return {"file": file_view(request, complete_file(server, id, b"".join(parts.values())))}
 
 
 @route("POST", "/v1/files/multipart/abort", body=Fields(*ENDING_ROWS))
@@ -5458,10 +5460,10 @@ def run_batch(server: TogetherAiServer, job: Item, data: bytes) -> Item:
     """Answer every line of a batch and store what came of them."""
     results: dict[str, list[bytes]] = {"output": [], "error": []}
     seen: dict[str, int] = {}
-    source = Draw.of("batch", job["id"])
+    source = HashRandom.of("batch", job["id"])
     for number, line in read_lines(data):
         id, reply = run_line(server, job["endpoint"], line, number, seen)
-        if reply.status == 200 and can(json.loads, reply.body):  # a fault may have cut it
+        if reply.status == 200 and succeeds(json.loads, reply.body):  # a fault may have cut it
             kind, result = "output", b'"response":{"status_code":200,"body":%b}' % reply.body
         else:
             kind, result = "error", b'"error":%b' % ENCODE(find_error(reply)).encode()
@@ -5734,7 +5736,7 @@ def fine_tune_object(server: TogetherAiServer, item: Item) -> Item:
     now, file_id = format_time(server.now()), item.get("training_file") or ""
     file = server.files.get(file_id) if file_id in server.files else FILE
     job = complete(server, item, "ft-", created_at=now, updated_at=now, **FINE_TUNE)
-    mark = Draw.of("fine-tune", job["id"]).hex(8)
+    mark = HashRandom.of("fine-tune", job["id"]).hex(8)
     words = filter(None, (job["model"].rpartition("/")[2], job.get("suffix"), mark))
     job["model_output_name"] = f"{USER}/{'-'.join(words)}"
     job.update(TrainingFileNumLines=file["LineCount"], TrainingFileSize=file["bytes"])
@@ -5761,9 +5763,9 @@ def check_training_file(server: TogetherAiServer, id: str, param: str, method: s
     raise ApiError("bad_file", param=param, id=id, reason=reason)
 
 
-def use_trainable(server: TogetherAiServer, id: str) -> Model:
+def resolve_trainable(server: TogetherAiServer, id: str) -> Model:
     """Return a model that can be trained; unknown ones can, unless the server is strict."""
-    model = use_model(server, id, "chat")
+    model = resolve_model(server, id, "chat")
     if model.type not in TRAINABLE:
         raise ApiError("no_model", param="model", model=id)
     return model
@@ -5785,7 +5787,7 @@ def create_fine_tune(server: TogetherAiServer, request: Request) -> Any:
             check_training_file(server, body[name], name, method)
     kept = set(FINE_TUNE_FIELDS).difference(row.name for row in SECRET_ROWS)
     given = {name: value for name, value in body.items() if name in kept}
-    job = server.store("fine_tunes", {**given, "model": use_trainable(server, model).id})
+    job = server.store("fine_tunes", {**given, "model": resolve_trainable(server, model).id})
     job = start_job(server, request, jobs, job, FINE_TUNE_LADDER, enter_fine_tune)
     return {**job, "events": []}
 
@@ -5855,15 +5857,15 @@ def list_checkpoints(server: TogetherAiServer, request: Request) -> Any:
 def list_metrics(server: TogetherAiServer, request: Request) -> Any:
     """List the loss curve of a fine-tuning job as far as it has come; it falls."""
     job, args = server.fine_tunes.get(request.params["id"]), request.args
-    total, rate, draw = list_steps(job, 1)[0], job["learning_rate"], Draw.of("loss", job["id"])
+    total, rate, rng = list_steps(job, 1)[0], job["learning_rate"], HashRandom.of("loss", job["id"])
     halves = {"pending": 0, "queued": 0, "uploading": 2, "completed": 2}.get(job["status"], 1)
     first = max(1, args.get("global_step_from") or 1)
     last = min((total * halves + 1) // 2, args.get("global_step_to") or total)
     points = min(args.get("resolution") or MAX_METRICS, MAX_METRICS, max(0, last - first + 1))
     steps = [first + (last - first) * n // max(1, points - 1) for n in range(points)]
-    high, low = 2 + draw.unit(), 0.3 + draw.unit() / 3
+    high, low = 2 + rng.random(), 0.3 + rng.random() / 3
     # a point moves by less than half of what the curve falls until the next
-    bumps = [(step + 0.4 * draw.child(step).unit()) / total for step in steps]
+    bumps = [(step + 0.4 * rng.child(step).random()) / total for step in steps]
     return {"metrics": [
         {"train/global_step": step, "train/epoch": round(step / total * job["n_epochs"], 4),
          "train/loss": round(low + (high - low) / (1 + 8 * at), 6),
@@ -5897,7 +5899,7 @@ def get_training_limits(server: TogetherAiServer, request: Request) -> Any:
     id = request.args.get("model_name") or request.args.get("model")
     if not id:
         raise ApiError("missing", param="model_name")
-    return {"model_name": use_trainable(server, id).id, **LIMITS}
+    return {"model_name": resolve_trainable(server, id).id, **LIMITS}
 
 
 @route("GET", "/v1/fine-tunes/models/supported", query=LIMIT_FIELDS)
@@ -5922,7 +5924,7 @@ def download_model(server: TogetherAiServer, request: Request) -> Any:
     step = args.get("checkpoint_step") or steps[-1]
     if step not in steps:
         raise ApiError("no_object", param="checkpoint_step", noun="Checkpoint", id=step)
-    weights = Draw.of("weights", [job["id"], step, args.get("checkpoint")]).take(65536)
+    weights = HashRandom.of("weights", [job["id"], step, args.get("checkpoint")]).randbytes(65536)
     config = ENCODE({"base_model": job["model"], "name": job["model_output_name"], "step": step})
     files = {"config.json": config.encode(), "model.safetensors": weights}
     with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
@@ -6028,7 +6030,7 @@ EVALUATION_LADDER = ("pending", "queued", "running", "completed")
 LIST_EVALUATIONS = Fields(Field("status", str), Field("limit", int, low=0))
 
 
-def sum_up(type: str, verdicts: list[Any], said: dict[str, Any]) -> dict[str, Any]:
+def summarize_verdicts(type: str, verdicts: list[Any], said: dict[str, Any]) -> dict[str, Any]:
     """Return the results of an evaluation, as far as the verdicts give them."""
     if type == "compare":
         names = (("A_wins", "A"), ("B_wins", "B"), ("Ties", "Tie"))
@@ -6045,7 +6047,7 @@ def sum_up(type: str, verdicts: list[Any], said: dict[str, Any]) -> dict[str, An
     return {"aggregated_scores": scores, "failed_samples": 0, "invalid_score_count": 0}
 
 
-def evaluate(server: TogetherAiServer, job: dict[str, Any]) -> dict[str, Any]:
+def judge_rows(server: TogetherAiServer, job: dict[str, Any]) -> dict[str, Any]:
     """Judge every row of the data and store the outcome; bad data is the user's error."""
     type, facts = job["type"], dict(job["parameters"])
     try:
@@ -6053,10 +6055,10 @@ def evaluate(server: TogetherAiServer, job: dict[str, Any]) -> dict[str, Any]:
         judged = [parse_line(line) for _, line in read_lines(server.contents.get(id, b""))]
     except ApiError as error:
         return {"status": "user_error", "results": {"error": error.message}}
-    source, choices = Draw.of("evaluation", [type, facts]), EVALUATIONS[type][1](facts)
+    source, choices = HashRandom.of("evaluation", [type, facts]), EVALUATIONS[type][1](facts)
     for row in judged:
-        draw = source.child(ENCODE(row))
-        row.update(verdict=draw.pick(choices), feedback=make_text(draw.child("feedback"), 1))
+        rng = source.child(ENCODE(row))
+        row.update(verdict=rng.choice(choices), feedback=make_text(rng.child("feedback"), 1))
     lines = "".join([ENCODE(row) + "\n" for row in judged])
     item = {"filename": f"{job['workflow_id']}_results.jsonl", "purpose": "eval-output"}
     try:
@@ -6064,7 +6066,9 @@ def evaluate(server: TogetherAiServer, job: dict[str, Any]) -> dict[str, Any]:
     except ApiError as error:
         return {"status": "error", "results": {"error": error.message}}
     counts = {"generation_fail_count": 0, "judge_fail_count": 0, "result_file_id": file["id"]}
-    return {"results": {**sum_up(type, [row["verdict"] for row in judged], facts), **counts}}
+    return {
+        "results": {**summarize_verdicts(type, [row["verdict"] for row in judged], facts), **counts}
+    }
 
 
 def note_status(server: TogetherAiServer, status: str, updates: Any = ()) -> dict[str, Any]:
@@ -6086,7 +6090,7 @@ def evaluation_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[st
 
 def enter_evaluation(server: TogetherAiServer, job: dict[str, Any], rung: str) -> dict[str, Any]:
     """Judge the data when the job is to complete."""
-    changes = evaluate(server, job) if rung == "completed" else {}
+    changes = judge_rows(server, job) if rung == "completed" else {}
     if rung in ("error", "user_error"):
         changes = {"results": {"error": f"The evaluation was scripted to end as {rung}."}}
     return {**note_status(server, changes.get("status", rung), job["status_updates"]), **changes}
@@ -6174,7 +6178,7 @@ def endpoint_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str,
     """Complete an endpoint; a started one answers under its name."""
     id = item.get("id") or server.next_id("endpoint-")
     model = item.get("model", "meta-llama/Llama-3.3-70B-Instruct-Turbo")
-    name = f"{USER}/{model}-{Draw.of('endpoint', id).hex(8)}"
+    name = f"{USER}/{model}-{HashRandom.of('endpoint', id).hex(8)}"
     endpoint = {
         "object": "endpoint", "id": id, "name": name, "display_name": name, "model": model,
         "hardware": "1x_nvidia_h100_80gb_sxm", "type": "dedicated", "owner": USER,
@@ -6195,7 +6199,7 @@ def list_endpoints(server: TogetherAiServer, request: Request) -> Any:
 @route("POST", "/v1/endpoints", body=ENDPOINT_FIELDS, kind="job")
 def create_endpoint(server: TogetherAiServer, request: Request) -> Any:
     """Create an endpoint; it is pending, then starting, then started."""
-    use_model(server, request.body["model"], "chat")
+    resolve_model(server, request.body["model"], "chat")
     item = pick_given(request.body, ("model", "hardware", *CHANGE_FIELDS))
     item["state"] = "STOPPED" if item.get("state") == "STOPPED" else ENDPOINT_LADDER[0]
     jobs, endpoint = server.endpoints, server.store("endpoints", item)
@@ -6366,23 +6370,23 @@ def script_image(image: dict[str, Any], index: int) -> dict[str, Any]:
     return {"index": index, "type": "url" if "url" in given else "b64_json", **given}
 
 
-def paint(token: str, width: int, height: int) -> bytes:
+def render_image(token: str, width: int, height: int) -> bytes:
     """Return the PNG of a token: its URL holds all there is to know about it."""
-    return make_image(Draw.of_bytes(token.encode()), width, height)
+    return make_image(HashRandom.of_bytes(token.encode()), width, height)
 
 
 def image_item(
-    server: TogetherAiServer, request: Request, draw: Draw, index: int, size: tuple[int, int]
+    server: TogetherAiServer, request: Request, rng: HashRandom, index: int, size: tuple[int, int]
 ) -> dict[str, Any]:
     """Return one image as base64, as a URL, or as both when nothing was asked."""
     form = request.body.get("response_format")
-    token = draw_letters(draw, 16)
+    token = random_letters(rng, 16)
     item: dict[str, Any] = {"index": index, "type": "url" if form in (None, "url") else "b64_json"}
     if form in (None, "url"):
         item["url"] = f"{request.origin or server.url}/shrt/{token}-{size[0]}x{size[1]}.png"
     if form != "url":
-        item["b64_json"] = base64.b64encode(paint(token, *size)).decode()
-    item["timings"] = {"inference": (100 + draw.below(900)) / 1000}
+        item["b64_json"] = base64.b64encode(render_image(token, *size)).decode()
+    item["timings"] = {"inference": (100 + rng.randbelow(900)) / 1000}
     return item
 
 
@@ -6392,15 +6396,15 @@ def create_images(server: TogetherAiServer, request: Request) -> Any:
     body = request.body
     if not body["prompt"]:
         raise ApiError("empty_prompt", param="prompt")
-    model = use_model(server, body["model"], "image")
+    model = resolve_model(server, body["model"], "image")
     size = read_image_size(body)
-    draw = Draw.of("image", pick_facts(body, IMAGE_FACTS))
-    request.id = draw_id(draw)
+    rng = HashRandom.of("image", pick_facts(body, IMAGE_FACTS))
+    request.id = random_id(rng)
     script = request.script
     items = [
         script_image(script["images"][index % len(script["images"])], index)
         if script and script["images"]
-        else image_item(server, request, draw.child("image", index), index, size)
+        else image_item(server, request, rng.child("image", index), index, size)
         for index in range(len(script["images"]) if script else body.get("n") or 1)
     ]
     return {
@@ -6419,7 +6423,7 @@ def get_image(server: TogetherAiServer, request: Request) -> Any:
     sides = [int(side) for side in found.groups()[1:]] if found else [0]
     if found is None or not all(MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE for side in sides):
         raise ApiError("no_object", param="token", noun="Image", id=request.params["token"][:100])
-    png = paint(found.group(1), *sides)
+    png = render_image(found.group(1), *sides)
     return Reply(png, content_type="image/png", headers={"Cache-Control": "max-age=31536000"})
 
 
@@ -6467,9 +6471,9 @@ def create_speech(server: TogetherAiServer, request: Request) -> Any:
     form = body.get("response_format") or ("raw" if streams else "wav")
     if streams and form not in ("raw", "pcm"):
         raise refuse_value("response_format", "must be raw where stream is true", form)
-    model = use_model(server, body["model"], "audio")
-    draw = Draw.of("speech", pick_given(body, SPEECH_FACTS))
-    request.id = draw_id(draw)
+    model = resolve_model(server, body["model"], "audio")
+    rng = HashRandom.of("speech", pick_given(body, SPEECH_FACTS))
+    request.id = random_id(rng)
     rate = body.get("sample_rate") or (44100 if "cartesia" in model.id else 24000)
     encoding = "pcm_s16le" if form == "wav" else body.get("response_encoding") or "pcm_f32le"
     if script:
@@ -6479,7 +6483,7 @@ def create_speech(server: TogetherAiServer, request: Request) -> Any:
         head = bytes([0xFF, 0xFB, MP3_SILENCE[bits], 0xC0])  # 26 ms of MPEG-1 layer 3, mono
         sound = head.ljust(144 * bits // 44100, b"\0") * (len(text) * CHARACTER_MS // 26 + 1)
     else:
-        sound = make_speech(draw, body["input"], rate, encoding)
+        sound = make_speech(rng, body["input"], rate, encoding)
         sound = wrap_wav(sound, rate) if form == "wav" else sound
     if streams:
         size = rate * SPEECH_EVENT_MS // 1000 * struct.calcsize(ENCODINGS[encoding])
@@ -6490,18 +6494,18 @@ def create_speech(server: TogetherAiServer, request: Request) -> Any:
     return Reply(sound, content_type=script.get("content_type") or kind)
 
 
-def hear(body: dict[str, Any], task: str) -> tuple[list[str], float]:
+def transcribe(body: dict[str, Any], task: str) -> tuple[list[str], float]:
     """Return the words that an audio's bytes (or its URL) stand for, and its seconds."""
     file = body["file"]
     data = file.encode("utf-8", "replace") if type(file) is str else file.data
     if not data:
         raise ApiError("invalid", param="file", reason="is empty")
     facts = pick_given(body, ("model", "language", "prompt", "temperature"))
-    draw = Draw.of(task, [facts, hashlib.sha256(data).hexdigest()])
-    seconds = 5.0 + draw.below(56) if type(file) is str else audio_seconds(data)
+    rng = HashRandom.of(task, [facts, hashlib.sha256(data).hexdigest()])
+    seconds = 5.0 + rng.randbelow(56) if type(file) is str else audio_seconds(data)
     seconds = round(min(max(seconds, 0.4), MAX_AUDIO_SECONDS), 2)
     count = max(1, round(seconds * WORDS_A_SECOND))
-    return make_text(draw.child("words"), 1 + count // 8).split()[:count], seconds
+    return make_text(rng.child("words"), 1 + count // 8).split()[:count], seconds
 
 
 def make_segments(words: list[str], seconds: float, speakers: int) -> list[dict[str, Any]]:
@@ -6525,7 +6529,7 @@ def create_transcript(server: TogetherAiServer, request: Request) -> Any:
     """Write down what an audio file says, or a translation: words drawn from its bytes."""
     body, script = request.body, request.script or {}  # a fixture says all or some of it
     task = "translate" if "translations" in request.path else "transcribe"
-    words, seconds = hear(body, task)
+    words, seconds = transcribe(body, task)
     words = script["text"].split() or [""] if script else words
     seconds = script.get("duration") or seconds
     speakers = max(body.get("min_speakers") or 1, min(2, body.get("max_speakers") or 2))
@@ -6597,7 +6601,7 @@ def video_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, An
     """Complete a video job; the URL of its file holds all there is to know about that."""
     id = item.get("id") or server.next_id("video-")
     item = {"size": "1366x768", "seconds": str(DEFAULT_VIDEO_SECONDS), "fps": DEFAULT_FPS, **item}
-    name = draw_letters(Draw.of("video", item.pop("facts", id)), 16)
+    name = random_letters(HashRandom.of("video", item.pop("facts", id)), 16)
     name = f"{name}-{item['size']}-{item['seconds']}s{item.pop('fps')}.mp4"
     url, now = f"{item.pop('origin', server.url)}/shrt/videos/{name}", server.now()
     return {
@@ -6625,7 +6629,7 @@ def create_video(server: TogetherAiServer, request: Request) -> Any:
     body, script = request.body, request.script or {}
     (seconds,) = read_counts(r"(\d{1,2})", body.get("seconds"), (DEFAULT_VIDEO_SECONDS,))
     item = {
-        "model": use_model(server, body["model"], "video").id, "size": read_video_size(body),
+        "model": resolve_model(server, body["model"], "video").id, "size": read_video_size(body),
         "seconds": str(min(seconds, MAX_VIDEO_SECONDS)), "fps": body.get("fps") or DEFAULT_FPS,
         "origin": request.origin or server.url, "facts": pick_given(body, VIDEO_FIELDS),
         **pick_given(script, ("id", "url")),
@@ -6644,8 +6648,8 @@ def get_video_file(server: TogetherAiServer, request: Request) -> Any:
     limits = (MAX_IMAGE_SIDE, MAX_IMAGE_SIDE, MAX_VIDEO_SECONDS, MAX_FPS)
     if found is None or not all(0 < fact <= limit for fact, limit in zip(facts, limits)):
         raise ApiError("no_object", param="name", noun="Video", id=request.params["name"][:100])
-    draw = Draw.of_bytes(found.group(1).encode())
-    return serve_bytes(request, make_video(draw, *facts), "video/mp4")
+    rng = HashRandom.of_bytes(found.group(1).encode())
+    return serve_bytes(request, make_video(rng, *facts), "video/mp4")
 
 
 # === Account endpoints ===
@@ -6738,7 +6742,7 @@ def list_projects(server: TogetherAiServer, request: Request) -> Any:
 def project_model(model: Model) -> dict[str, Any]:
     """Return a model of one's own as the second API lists it."""
     return {
-        "id": "ml_" + Draw.of("project model", model.id).hex(24),
+        "id": "ml_" + HashRandom.of("project model", model.id).hex(24),
         "name": model.id,
         "organizationId": ORGANIZATION["id"],
         "projectId": PROJECT["id"],
@@ -7315,10 +7319,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
             fields += "Connection: close\r\n"
         elif self.head.minor == "0":
             fields += "Connection: keep-alive\r\n"
-        start = f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, '')}\r\n{self.tell_date()}"
+        start = (
+            f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, '')}\r\n{self.common_headers()}"
+        )
         return f"{start}{fields}\r\n".encode("latin-1", "replace")
 
-    def tell_date(self) -> str:
+    def common_headers(self) -> str:
         """Return the headers of every reply, with the time as HTTP writes it, once a second."""
         now = int(time.time())
         second, lines = self.server.date
@@ -7433,9 +7439,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
         super().__init__(address, Connection)
         self.socket.setblocking(False)
         self.poller = Poller()
-        self.bell, self.button = socket.socketpair()  # ends the lead's waiting
-        self.button.setblocking(False)
-        self.poller.add(self.bell, self.take_back)
+        self.wake_reader, self.wake_writer = socket.socketpair()  # ends the lead's waiting
+        self.wake_writer.setblocking(False)
+        self.poller.add(self.wake_reader, self.take_returned)
         self.accepting = False
         self.accept_or_not()
 
@@ -7509,7 +7515,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
             connection.leads.pop()
         except IndexError:
             return
-        self.ignore(connection)
+        self.unwatch(connection)
         self.lead.release()
         if not self.waiting:
             self.start_worker()
@@ -7540,7 +7546,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
             connection, end = next(iter(self.idle.items()))  # idle for longest
             timeout = end - time.monotonic()
             if timeout <= 0:
-                self.forget(connection)
+                self.close_client(connection)
                 return True
         ready = self.poller.wait(timeout)
         self.holding = len(ready) > 1
@@ -7558,14 +7564,14 @@ class HttpServer(http.server.ThreadingHTTPServer):
             except BlockingIOError:
                 sent = 0
             except OSError:
-                self.forget(connection)  # the client left
+                self.close_client(connection)  # the client left
                 continue
             rest = data[sent:]
             if rest and not self.serve(connection, functools.partial(connection.send, rest)):
                 return False
         return True
 
-    def welcome(self) -> bool:
+    def accept_client(self) -> bool:
         """Accept a client and serve it; return whether this worker still has the lead."""
         try:
             client, address = self.get_request()
@@ -7592,7 +7598,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
             return
         room = len(self.clients) < MAX_CONNECTIONS
         if room and not self.accepting:
-            self.poller.add(self.socket, self.welcome)
+            self.poller.add(self.socket, self.accept_client)
         elif self.accepting and not room:
             self.poller.remove(self.socket)
         self.accepting = room
@@ -7616,56 +7622,56 @@ class HttpServer(http.server.ThreadingHTTPServer):
         try:
             connection.leads.pop()
         except IndexError:
-            self.come_back(connection, reply)
+            self.return_client(connection, reply)
             return False
         self.put_back(connection)
         if reply:
             self.held.append((connection, reply))
         return True
 
-    def come_back(self, connection: Connection, reply: bytes) -> None:
+    def return_client(self, connection: Connection, reply: bytes) -> None:
         """Return a connection to whoever has the lead now."""
         try:
             connection.send(reply)
         except Cut:
             connection.close_connection = True
         self.returned.append(connection)
-        self.ring()
+        self.wake()
 
     def put_back(self, connection: Connection) -> None:
         """Wait until more comes from a connection, or close it."""
         if connection.close_connection or self.stopping.is_set():
-            self.forget(connection)
+            self.close_client(connection)
             return
         if self.idle.pop(connection, None) is None:
             act = functools.partial(self.serve, connection, connection.answer_requests)
             try:
                 self.poller.add(connection.connection, act)
             except OSError:  # no memory for one more, say
-                self.forget(connection)
+                self.close_client(connection)
                 return
         self.idle[connection] = time.monotonic() + self.idle_seconds
 
-    def ignore(self, connection: Connection) -> None:
+    def unwatch(self, connection: Connection) -> None:
         """Do not look any more whether something comes from a connection."""
         if self.idle.pop(connection, None) is not None and not self.stopping.is_set():
             self.poller.remove(connection.connection)
 
-    def forget(self, connection: Connection) -> None:
+    def close_client(self, connection: Connection) -> None:
         """Close a connection."""
-        self.ignore(connection)
+        self.unwatch(connection)
         self.clients.discard(connection.connection)
         connection.connection.close()
         self.accept_or_not()
 
-    def ring(self) -> None:
+    def wake(self) -> None:
         """Have the lead look at what other workers have returned."""
         with contextlib.suppress(OSError):  # it rings already, or it is over
-            self.button.send(b"\0")
+            self.wake_writer.send(b"\0")
 
-    def take_back(self) -> bool:
+    def take_returned(self) -> bool:
         """Put back what other workers have returned."""
-        self.bell.recv(RECEIVE_BYTES)
+        self.wake_reader.recv(RECEIVE_BYTES)
         while self.returned:
             self.put_back(self.returned.popleft())
         return True
@@ -7679,7 +7685,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         for client in list(self.clients):
             with contextlib.suppress(OSError):  # it has just closed
                 client.shutdown(socket.SHUT_RDWR)
-        self.ring()
+        self.wake()
         self.alarm.set()
         if threading.current_thread() in self.workers:
             self.start_thread(self.finish)
@@ -7696,8 +7702,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.clients.clear()
         self.server_close()
         self.poller.close()
-        self.bell.close()
-        self.button.close()
+        self.wake_reader.close()
+        self.wake_writer.close()
 
 
 # === Server ===
@@ -7727,17 +7733,17 @@ def encode_events(chunks: Iterator[Any]) -> Iterator[bytes]:
     yield DONE
 
 
-def lead(first: bytes, events: Iterator[bytes]) -> Iterator[bytes]:
+def prepend(first: bytes, events: Iterator[bytes]) -> Iterator[bytes]:
     """Yield an event that was drawn before, then the others."""
     yield first
     yield from events
 
 
-def stamp(reply: Reply, request: Request) -> Reply:
+def name_reply(reply: Reply, request: Request) -> Reply:
     """Give a reply its name; a refused request has no other one than its bytes."""
     if not request.id:
         facts = f"{request.method} {request.path}\n".encode("utf-8", "replace")
-        request.id = draw_id(Draw.of_bytes(facts + request.raw))
+        request.id = random_id(HashRandom.of_bytes(facts + request.raw))
     reply.id = request.id
     return reply
 
@@ -7753,7 +7759,7 @@ def as_reply(value: Any, request: Request, status: int) -> Reply:
             b"",
             status,
             "text/event-stream;charset=utf-8",
-            events=lead(first, events),
+            events=prepend(first, events),
         )
     else:
         reply = Reply(ENCODE(value).encode(), status)
@@ -7802,7 +7808,7 @@ class TogetherAiServer:
         self.max_stored_bytes = max_stored_bytes
         # Held while a job takes a step, a whole batch too; its lines may retrieve jobs.
         self.job_lock = threading.RLock()
-        self.script = Script(seed)
+        self.script = Fixtures(seed)
         self.record_limit = record_limit
         self.log = log
         self.clock = clock
@@ -7973,7 +7979,7 @@ class TogetherAiServer:
         """Return the next id of a kind; the counting restarts with reset()."""
         with self._lock:
             count = self._counts[prefix] = self._counts.get(prefix, 0) + 1
-        return prefix + draw_uuid(Draw.of(prefix, count))
+        return prefix + random_uuid(HashRandom.of(prefix, count))
 
     def store(self, collection: str, item: Mapping[str, Any]) -> dict[str, Any]:
         """Complete an object and add it to its collection."""
@@ -8040,7 +8046,7 @@ class TogetherAiServer:
         if reply.events is not None:
             reply.events = call.time_events(reply.events, started)
         if self.log:
-            path = mask_query(request.path + (f"?{request.query}" if request.query else ""))
+            path = redact_query(request.path + (f"?{request.query}" if request.query else ""))
             self.log(f'"{request.method} {path}" {reply.status} {call.duration * 1000:.1f} ms')
         return reply
 
@@ -8130,7 +8136,7 @@ class TogetherAiServer:
         if fixture is None:
             return self._handle(route, request, call)
         if fixture.kind in ("error", "status", "json") and not fixture.breaks_late:
-            reply = stamp(error_reply(fixture, request), request)
+            reply = name_reply(error_reply(fixture, request), request)
         else:
             if fixture.kind not in ("generated", "error", "status"):
                 request.script = fixture.render(route.kind, request)
@@ -8145,11 +8151,11 @@ class TogetherAiServer:
             return reply
         if fault.describe():
             call.warnings += (fault.describe(),)
-        return travel(reply, fault, self.stopping.wait, time.monotonic)
+        return apply_fault(reply, fault, self.stopping.wait, time.monotonic)
 
     def _shape_error(self, error: ApiError, request: Request) -> Reply:
         """Return the error envelope; strict servers use production's words where known."""
-        reply = stamp(Reply(b"", error.status, headers=error.headers), request)
+        reply = name_reply(Reply(b"", error.status, headers=error.headers), request)
         body = {"id": request.id, **error.body(recorded=self.strict)}
         reply.body = ENCODE(body).encode()
         return reply

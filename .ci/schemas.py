@@ -56,9 +56,9 @@ def try_schema(schema, validator=Draft202012Validator, seed=0):
     global slowest
     start = time.perf_counter()
     try:
-        draw = fake.Draw.of("schema", [schema, seed])
+        draw = fake.HashRandom.of("schema", [schema, seed])
         value = fake.make_instance(draw, schema)
-        again = fake.make_instance(fake.Draw.of("schema", [schema, seed]), schema)
+        again = fake.make_instance(fake.HashRandom.of("schema", [schema, seed]), schema)
     except fake.Unsatisfiable as error:
         return f"refused: {error}"
     except Exception as error:
@@ -551,7 +551,7 @@ def try_patterns():
     for schema in MUST_WORK:
         if isinstance(schema, dict) and isinstance(schema.get("pattern"), str):
             for seed in range(5):
-                text = fake.make_matching(fake.Draw.of("pattern", seed), schema["pattern"])
+                text = fake.make_matching(fake.HashRandom.of("pattern", seed), schema["pattern"])
                 results["made"] += 1
                 if not re.fullmatch(schema["pattern"], text):
                     fail(schema, f"{text!r} does not match")
