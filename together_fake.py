@@ -3474,6 +3474,7 @@ class Layer:
 
     def __init__(self) -> None:
         self.fixtures: list[Fixture] = []
+        self.slow = False  # one of them asks a function or a pattern
         # match key: end of a text: the whole text and who wants it; "" where none is wanted
         self.filed: dict[str, dict[str, list[tuple[str, Fixture]]]] = {}
 
@@ -3481,6 +3482,7 @@ class Layer:
         """Append a fixture and file it."""
         fixture.position = len(self.fixtures)
         self.fixtures.append(fixture)
+        self.slow = self.slow or "when" in fixture.wanted or '"pattern"' in fixture.group[0]
         key = next((key for key in TEXT_KEYS if isinstance(fixture.match.get(key), str)), "")
         text = fixture.match.get(key, "")
         end = text[-PIECE:] if len(text) >= PIECE else ""
@@ -3512,6 +3514,11 @@ class Fixtures:
 
     def __len__(self) -> int:
         return len(self._run_time.fixtures) + len(self._files.fixtures)
+
+    @property
+    def slow(self) -> bool:
+        """Whether finding one may take long, because a function or a pattern is asked."""
+        return self._run_time.slow or self._files.slow
 
     @property
     def empty(self) -> bool:
@@ -3811,6 +3818,9 @@ STORAGE_LIMIT = 0  # as a route's max_bytes: what the server may store
 # What the record calls the inference kinds that have another name there.
 RECORD_KINDS = {"embedding": "embeddings", "image": "images", "job": ""}
 
+QUICK_KINDS = ("chat", "completion", "embedding", "rerank")  # while their bodies are small
+
+
 ROUTES: list[Route] = []
 EXACT: dict[tuple[str, str], Route] = {}  # the routes without parameters, found by one look-up
 
@@ -3828,6 +3838,8 @@ class Route:
     kind         of an inference call: what fixtures name it
     status       of a good reply
     open         needs no key
+    slow         may take longer than some hundred microseconds (default: all but the kinds in
+                 `QUICK_KINDS`)
     max_bytes    of the body; 0: as much as may be stored
     """
 
@@ -3841,6 +3853,7 @@ class Route:
         kind: str = "",
         status: int = 200,
         open: bool = False,
+        slow: bool = True,
         max_bytes: int = MAX_JSON_BYTES,
     ) -> None:
         self.method = method
@@ -3850,6 +3863,7 @@ class Route:
         self.kind = kind
         self.status = status
         self.open = open
+        self.slow = slow and kind not in QUICK_KINDS
         self.max_bytes = max_bytes
         self.recorded_kind = RECORD_KINDS.get(kind, kind) or read_family(path)
         self.names = re.findall(r"{(\w+)(?:\.\.\.)?}", path)
@@ -6835,7 +6849,7 @@ declare_job(
 # === Control ===
 
 
-@route("GET", "/", open=True)
+@route("GET", "/", open=True, slow=False)
 def get_root(server: TogetherAiServer, request: Request) -> Any:
     """Say what this is."""
     return {
@@ -6847,7 +6861,7 @@ def get_root(server: TogetherAiServer, request: Request) -> Any:
     }
 
 
-@route("GET", "/health", open=True)
+@route("GET", "/health", open=True, slow=False)
 def get_health(server: TogetherAiServer, request: Request) -> Any:
     """Say that the server answers."""
     return {"status": "ok"}
@@ -6935,6 +6949,7 @@ MAX_HEADERS = 100  # header lines, and trailer lines of a chunked body
 MAX_CHUNK_LINE_BYTES = 4096  # a chunk's size with its extensions, or one trailer line
 MAX_JOIN_BYTES = 64 * 2**10  # a larger body is sent after its head, not copied behind it
 RECEIVE_SECONDS = 30.0  # from a request's first byte to its last
+SEND_SECONDS = 30.0  # for a client to take what is sent to it
 LINGER_SECONDS = 1.0  # for a refused client to read why, before the connection closes
 MAX_IN_A_ROW = 8  # requests of one client, before another worker serves the others
 
@@ -7030,6 +7045,11 @@ def clean_header(text: str) -> str:
     return text if text.isprintable() else UNSAFE.sub("", text)
 
 
+def pack_time(seconds: float) -> bytes:
+    """Return a time limit as the kernel takes it."""
+    return struct.pack("ll", int(seconds), int(seconds % 1 * 999_999) + 1)
+
+
 def frame_chunk(event: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(event), event) if event else b""  # empty would end the body
 
@@ -7072,7 +7092,10 @@ class NoHead:
 class Connection(http.server.BaseHTTPRequestHandler):
     """One client's connection: reads requests, has the app answer them, writes the replies.
 
-    `Cut` ends it at once: the client left, the server stops, or a fault wants it.
+    `answer_ready()` never waits: it is for the thread that serves all clients. What may take long,
+    or has to wait for the client, it returns as a function for a thread of its own.
+
+    `Cut` ends the connection at once: the client left, the server stops, or a fault wants it.
     """
 
     server: Any  # the HttpServer below
@@ -7082,62 +7105,97 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.connection: socket.socket = self.request
         with contextlib.suppress(OSError):  # some systems refuse it when the client has left
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            self.limit_sending()
         self.unused = b""  # received, and not yet part of a request
+        self.unsent = b""  # replies for the server to send
         self.head: Any = NoHead  # of the latest request
-        self.patience = 0.0  # seconds that one receive may take, as last set
-        self.reply = b""  # for the server to send with others, if it is served by the lead
-        self.leads: list[bool] = []  # an item while it is served by the worker with the lead
+        self.receive_limit = 0.0  # seconds that one receive may take, as last set
+        self.deadline = 0.0  # when the whole request must be here; set once more has to come
         self.close_connection = False
 
     def handle(self) -> None:
-        """Do nothing: the server calls `answer_requests()` whenever something has come."""
+        """Do nothing: the server calls `answer_ready()` whenever something has come."""
 
     def finish(self) -> None:
         """Do nothing: replies are written whole, and the server closes the socket."""
 
-    def answer_requests(self) -> None:
-        """Answer what has come, which may be nothing, part of a request, or several."""
+    # What the thread that serves all clients calls
+
+    def answer_ready(self) -> Callable[[], None] | None:
+        """Answer what has come into `unsent`; return what may take long, if anything does."""
         try:
             self.unused = self.connection.recv(RECEIVE_BYTES, MSG_DONTWAIT)
-            self.close_connection = not self.unused
-            count = 0
-            while self.unused and not self.close_connection:
-                count += 1
-                if count > MAX_IN_A_ROW:
-                    self.server.pass_lead(self)
-                self.handle_one_request()
         except BlockingIOError:
-            pass
+            return None
         except OSError:
             raise Cut from None
+        self.close_connection = not self.unused
+        count = 0
+        while self.unused and not self.close_connection:
+            count += 1
+            request = self.take_request() if count <= MAX_IN_A_ROW else None
+            if request is None or self.server.app.may_take_long(request):
+                return functools.partial(self.answer_apart, request)
+            reply = self.server.app.answer(request)
+            if reply.events is not None or len(reply.body) > MAX_JOIN_BYTES:
+                return functools.partial(self.answer_apart, request, reply)
+            self.unsent += self.encode_whole(reply)
+        return None
 
-    def handle_one_request(self) -> None:
-        """Read a request and answer it, or say why it cannot be read."""
-        self.deadline = 0.0  # when the whole request must be here; set once more has to come
+    def take_request(self) -> Request | None:
+        """Return the next request where all of it has come and nothing is wrong with it."""
+        end = self.unused.find(b"\r\n\r\n")
+        if end < 0:
+            return None
         try:
-            request = self.read_request()
-        except ApiError as error:
-            self.close_connection = True  # where the next request begins is unknown
-            self.write_reply(self.server.app.refuse(error, self.head.method, self.head.path))
-            self.linger()
-        else:
-            self.write_reply(self.server.app.answer(request))
+            head: Head = self.server.find_head(self.unused[: end + 2])
+        except ApiError:
+            return None  # reading it again tells why
+        after = end + 4 + head.size
+        if head.coding is not None or len(self.unused) < after:
+            return None
+        body, self.unused = self.unused[end + 4 : after], self.unused[after:]
+        return self.make_request(head, body)
+
+    # What a thread of its own calls
+
+    def answer_apart(self, request: Request | None, reply: Reply | None = None) -> None:
+        """Answer a request, and those behind it, waiting for the client where it has to be."""
+        if self.unsent:
+            data, self.unsent = self.unsent, b""
+            self.send(data)
+        while request is not None or (self.unused and not self.close_connection):
+            self.deadline = 0.0
+            try:
+                request = request or self.read_request()
+            except ApiError as error:
+                self.close_connection = True  # where the next request begins is unknown
+                self.write_reply(self.server.app.refuse(error, self.head.method, self.head.path))
+                self.linger()
+                return
+            self.write_reply(reply or self.server.app.answer(request))
+            request = reply = None
 
     # Reading, from the whole request down to the socket
+
+    def make_request(self, head: Head, body: bytes) -> Request:
+        """Return what the pipeline sees of a request."""
+        self.head = head
+        self.close_connection = head.closes
+        return Request(
+            head.method,
+            head.path,
+            body,
+            query=head.query,
+            headers=head.fields,
+            origin=head.origin,
+        )
 
     def read_request(self) -> Request:
         """Return the next request, whole."""
         self.head = NoHead
         self.head = head = self.read_head()
-        self.close_connection = head.closes
-        return Request(
-            head.method,
-            head.path,
-            self.read_body(head),
-            query=head.query,
-            headers=head.fields,
-            origin=head.origin,
-        )
+        return self.make_request(head, self.read_body(head))
 
     def read_head(self) -> Head:
         """Return what a request's line and header lines say."""
@@ -7156,9 +7214,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def read_body(self, head: Head) -> bytes:
         """Return the body by its length or its chunks, after a wished-for 100 Continue."""
-        if head.coding is None and head.size == len(self.unused):
-            body, self.unused = self.unused, b""
-            return body
         self.check_size(head.size)
         waits = head.fields.get("expect", "").lower() == "100-continue" and head.minor != "0"
         if waits and not self.unused:
@@ -7207,7 +7262,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def receive(self, size: int, flags: int = 0) -> bytes:
         """Return more of a request that has begun, within what is left of its time."""
-        self.server.pass_lead(self)
         now = time.monotonic()
         self.deadline = self.deadline or now + self.server.receive_seconds
         data = self.receive_within(self.deadline - now, size, flags)
@@ -7228,7 +7282,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             raise Cut from None
         finally:
             if not POSIX:
-                self.connection.settimeout(None)  # sending may take longer
+                self.limit_sending()
         if not data:
             raise Cut
         return data
@@ -7237,30 +7291,39 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Let the kernel end a receive in time, which saves the poll() of settimeout()."""
         if not POSIX:
             self.connection.settimeout(seconds)
-        elif seconds != self.patience:
-            self.patience = seconds
-            timeval = struct.pack("ll", int(seconds), int(seconds % 1 * 999_999) + 1)
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+        elif seconds != self.receive_limit:
+            self.receive_limit = seconds
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, pack_time(seconds))
+
+    def limit_sending(self) -> None:
+        """Let the kernel end a send to a client that does not read, likewise."""
+        seconds = self.server.send_seconds
+        if POSIX:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, pack_time(seconds))
+        else:
+            self.connection.settimeout(seconds)
 
     # Writing, likewise
 
     def write_reply(self, reply: Reply) -> None:
         """Write a reply with as few calls as can be."""
-        framing = self.choose_framing(reply)
-        head = self.encode_head(reply, framing)
-        body = reply.body
         if reply.events is not None:
-            self.write_events(head, reply.events, framing)
-        elif self.head.method == "HEAD" or reply.status in BODILESS:
-            self.send(head)
-        elif len(body) > MAX_JOIN_BYTES:
-            self.server.pass_lead(self)
-            self.send(head, MSG_MORE)
-            self.send(body)
-        elif self.server.holding and self.leads and not (self.unused or self.close_connection):
-            self.reply = head + body
+            framing = self.choose_framing(reply)
+            self.write_events(self.encode_head(reply, framing), reply.events, framing)
+        elif len(reply.body) > MAX_JOIN_BYTES and not self.is_bodiless(reply):
+            self.send(self.encode_head(reply, self.choose_framing(reply)), MSG_MORE)
+            self.send(reply.body)
         else:
-            self.send(head + body)
+            self.send(self.encode_whole(reply))
+
+    def encode_whole(self, reply: Reply) -> bytes:
+        """Return all the bytes of a reply that is no stream."""
+        head = self.encode_head(reply, self.choose_framing(reply))
+        return head if self.is_bodiless(reply) else head + reply.body
+
+    def is_bodiless(self, reply: Reply) -> bool:
+        """Tell whether a reply ends with its head."""
+        return self.head.method == "HEAD" or reply.status in BODILESS
 
     def choose_framing(self, reply: Reply) -> str:
         """Return the header lines that tell where the reply ends."""
@@ -7276,7 +7339,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def write_events(self, head: bytes, events: Iterator[bytes], framing: str) -> None:
         """Send each event as it comes; the first goes with the head, the last with the end."""
-        self.server.pass_lead(self)
         chunked = framing is CHUNKED and self.head.method != "HEAD"
         data = head
         try:
@@ -7312,10 +7374,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
             fields += "Connection: close\r\n"
         elif self.head.minor == "0":
             fields += "Connection: keep-alive\r\n"
-        start = (
-            f"HTTP/1.1 {reply.status} {REASONS.get(reply.status, '')}\r\n{self.common_headers()}"
-        )
-        return f"{start}{fields}\r\n".encode("latin-1", "replace")
+        reason = REASONS.get(reply.status, "")
+        head = f"HTTP/1.1 {reply.status} {reason}\r\n{self.common_headers()}{fields}\r\n"
+        return head.encode("latin-1", "replace")
 
     def common_headers(self) -> str:
         """Return the headers of every reply, with the time as HTTP writes it, once a second."""
@@ -7328,6 +7389,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         return str(lines)
 
     def send(self, data: bytes, flags: int = 0) -> None:
+        """Send all of the data; a client that does not take it within `send_seconds` is cut."""
         try:
             self.connection.sendall(data, flags)
         except OSError:
@@ -7335,7 +7397,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def linger(self) -> None:
         """Take what a refused client still sends: closing before would reset the reply away."""
-        self.server.pass_lead(self)
         end = time.monotonic() + self.server.linger_seconds
         try:
             self.connection.shutdown(socket.SHUT_WR)
@@ -7351,55 +7412,30 @@ class Connection(http.server.BaseHTTPRequestHandler):
 MAX_CONNECTIONS = 2000 if hasattr(select, "poll") else 500
 BACKLOG = 1024  # connections that wait to be accepted
 IDLE_SECONDS = 60.0  # without a request on an open connection
-MAX_READY = 64  # clients that are served in one round
 MAX_HELD = 8  # replies that are sent at once
 MAX_WAITING = 16  # workers without a client
-PATIENCE_SECONDS = 0.02  # with one request, before another worker serves the other clients
 MAX_REMEMBERED_HEADS = 256  # of requests, so that they need not be taken apart again
 MAX_REMEMBERED_HEAD_BYTES = 2048
 
 
-class Poller:
-    """Waits for many sockets at once: epoll where there is one, which costs half of a selector."""
-
-    def __init__(self) -> None:
-        self.calls: dict[int, Callable[[], bool]] = {}  # by the number of the socket
-        self.epoll = select.epoll() if hasattr(select, "epoll") else None
-        self.selector = None if self.epoll else selectors.DefaultSelector()
-
-    def add(self, sock: socket.socket, call: Callable[[], bool]) -> None:
-        """Have `wait()` return `call` whenever there is something to receive."""
-        self.calls[sock.fileno()] = call
-        if self.epoll:
-            self.epoll.register(sock, select.EPOLLIN)
-        elif self.selector:
-            self.selector.register(sock, selectors.EVENT_READ)
-
-    def remove(self, sock: socket.socket) -> None:
-        """Wait for a socket no longer."""
-        del self.calls[sock.fileno()]
-        (self.epoll or self.selector).unregister(sock)  # type: ignore[union-attr]
-
-    def wait(self, timeout: float | None) -> list[Callable[[], bool]]:
-        """Return what to call for each socket that is ready; none after so many seconds."""
-        if self.epoll:
-            return [self.calls[number] for number, _ in self.epoll.poll(timeout, MAX_READY)]
-        assert self.selector
-        return [self.calls[key.fd] for key, _ in self.selector.select(timeout)]
-
-    def close(self) -> None:
-        (self.epoll or self.selector).close()  # type: ignore[union-attr]
+if TYPE_CHECKING:
+    Task = Callable[[], None]  # what may take long
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
     """Serves `app` at an address, from construction (`OSError`: it is taken) to `stop()`.
 
-    One of the worker threads has the lead: it waits for all clients at once and answers them in
-    turn, so that a request changes no threads. Before it waits for a single client it passes the
-    lead to another worker, and where one request takes it long, the watch does so. It then comes
-    back as a worker that waits for the lead. Only the lead touches the poller.
+    Which thread answers: the worker that holds `lead` waits for all clients at once and answers
+    those that have asked, one after the other, so that a request costs no change of threads. Any
+    other worker waits for the lead.
 
-    Clients that ask at once get their replies at once, a few at a time: to wake a sleeping client
+    What happens while one request is slow: `answer_ready()` returns it as a task, because more of
+    it has to come, its reply is a stream or large, or `app.may_take_long()` says so. The worker
+    then gives the lead to the next one (a new one, where none waits), works at the task, hands
+    its client back through `returned` and waits for the lead again. Only the lead touches the
+    selector, and what says which clients it watches.
+
+    Replies to clients that ask at once leave at once, a few at a time: to wake a sleeping client
     costs a third of answering it, and while it is awake the next reply wakes nobody.
     """
 
@@ -7407,39 +7443,41 @@ class HttpServer(http.server.ThreadingHTTPServer):
     allow_reuse_address = POSIX  # on Windows it would let two servers share the port
     allow_reuse_port = False
     receive_seconds = RECEIVE_SECONDS
+    send_seconds = SEND_SECONDS
     idle_seconds = IDLE_SECONDS
     linger_seconds = LINGER_SECONDS
 
     def __init__(self, address: tuple[str, int], app: Any) -> None:
-        """Bind to (host, port). The app has `answer()`, `refuse()` and `body_limit()`."""
+        """Bind to (host, port).
+
+        The app has `answer()`, `refuse()`, `may_take_long()` and `body_limit()`.
+        """
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.app = app
         self.date = (0, "")  # Unix seconds, and the headers that tell them
         self.heads: dict[bytes, Head] = {}  # those met of late
         self.stopping = threading.Event()
         self.clients: set[socket.socket] = set()
-        self.idle: dict[Connection, float] = {}  # in the poller, and when each is to be closed
-        self.returned: deque[Connection] = deque()  # from other workers, to be idle again
-        self.held: list[tuple[Connection, bytes]] = []  # replies to be sent at once
-        self.holding = False  # there are several in this round
+        self.idle: dict[Connection, float] = {}  # watched, and when each is to be closed
+        self.ready: deque[Callable[[], Task | None]] = deque()  # to be called in this round
+        self.held: list[Connection] = []  # whose replies are to be sent at once
+        self.returned: deque[Connection] = deque()  # by other workers, to be watched again
         self.workers: list[threading.Thread] = []
-        self.waiting: list[bool] = []  # an item for each worker that waits for the lead
-        self.lead = threading.Lock()  # held by the worker that has it
-        self.serving: Connection | None = None  # by the lead, now or last
-        self.served = 0  # how often the lead has begun to serve
-        self.watched = False  # the watch is awake
-        self.alarm = threading.Event()  # wakes the watch
+        self.waiting = 0  # workers that wait for the lead
+        self.counting = threading.Lock()  # held while that number changes
+        self.lead = threading.Lock()
         super().__init__(address, Connection)
         self.socket.setblocking(False)
-        self.poller = Poller()
+        self.selector = selectors.DefaultSelector()
         self.wake_reader, self.wake_writer = socket.socketpair()  # ends the lead's waiting
         self.wake_writer.setblocking(False)
-        self.poller.add(self.wake_reader, self.take_returned)
+        self.selector.register(self.wake_reader, selectors.EVENT_READ, self.take_returned)
         self.accepting = False
         self.accept_or_not()
 
     def server_bind(self) -> None:
-        socketserver.TCPServer.server_bind(self)  # HTTPServer's also looks up the host's name
+        """Bind without looking up the host's name, as HTTPServer's does."""
+        socketserver.TCPServer.server_bind(self)
         host, port = self.socket.getsockname()[:2]
         self.server_name, self.server_port = host, port
         self.netloc = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -7458,10 +7496,14 @@ class HttpServer(http.server.ThreadingHTTPServer):
     # The workers
 
     def start(self) -> None:
-        """Begin to answer: with one worker that leads, one that waits, and the watch."""
+        """Begin to answer: with one worker that leads and one that waits."""
         self.start_worker()
         self.start_worker()
-        self.start_thread(self.watch)
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Be a worker until `stop()`. Nothing is polled."""
+        self.count_waiting(1)
+        self.work()
 
     def start_thread(self, target: Callable[[], None]) -> None:
         worker = threading.Thread(target=target, name="together-fake", daemon=True)
@@ -7469,89 +7511,85 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.workers.append(worker)
 
     def start_worker(self) -> None:
-        self.waiting.append(True)  # from now on, so that nobody starts another one for the same
+        self.count_waiting(1)
         try:
             self.start_thread(self.work)
-        except RuntimeError:  # it would be the system's last thread
-            self.waiting.pop()
+        except RuntimeError:  # it would be the system's last thread: this worker will come back
+            self.count_waiting(-1)
 
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Be one worker until `stop()`. Nothing is polled."""
-        self.waiting.append(True)
-        self.work()
+    def count_waiting(self, change: int) -> int:
+        with self.counting:
+            self.waiting += change
+            return self.waiting
 
     def work(self) -> None:
-        """Wait for the lead and serve while having it, again and again until `stop()`."""
+        """Lead, and work at what took the lead away, again and again until `stop()`."""
         while True:
-            self.lead.acquire()
-            self.waiting.pop()
-            while not self.stopping.is_set():
-                try:
-                    if not self.serve_ready():
-                        break
-                except Exception:  # nobody else would serve
-                    self.handle_error(self.socket, self.server_address)
-                    self.stopping.wait(0.01)
-            else:
-                self.lead.release()  # the next worker shall see it too
+            with self.lead:
+                self.count_waiting(-1)
+                task = self.serve_clients()
+                if task is not None and not self.waiting:
+                    self.start_worker()
+            if task is None:
                 return
-            if self.stopping.is_set():
-                return
-            if len(self.waiting) >= MAX_WAITING:  # after a burst
+            task()
+            if self.count_waiting(1) > MAX_WAITING:  # after a burst
+                self.count_waiting(-1)
                 self.workers.remove(threading.current_thread())
                 return
-            self.waiting.append(True)
 
-    def pass_lead(self, connection: Connection) -> None:
-        """Let another worker lead, if the one that serves this connection does."""
+    def work_apart(self, connection: Connection, act: Callable[[], None]) -> None:
+        """Do something for one client without the lead, then hand the client back."""
         try:
-            connection.leads.pop()
-        except IndexError:
-            return
-        self.unwatch(connection)
-        self.lead.release()
-        if not self.waiting:
-            self.start_worker()
-
-    def watch(self) -> None:
-        """Pass the lead of a worker that spends long on one connection, until `stop()`."""
-        while not self.stopping.is_set():
-            served, connection = self.served, self.serving
-            if self.stopping.wait(PATIENCE_SECONDS) or served != self.served:
-                continue
-            if connection is not None and connection.leads:
-                self.pass_lead(connection)
-                continue
-            self.alarm.clear()
-            self.watched = False
-            if served == self.served and not self.stopping.is_set():
-                self.alarm.wait()
-            self.watched = True
+            act()
+        except Cut:
+            connection.close_connection = True
+        except BaseException:
+            connection.close_connection = True
+            self.handle_error(connection.connection, connection.client_address)
+        self.returned.append(connection)
+        self.wake()
 
     # What the lead does
 
-    def serve_ready(self) -> bool:
-        """Serve those who have sent something; return whether this worker still has the lead."""
-        if self.held and not self.send_held():
-            return False
-        timeout = None
-        if self.idle:
-            connection, end = next(iter(self.idle.items()))  # idle for longest
-            timeout = end - time.monotonic()
-            if timeout <= 0:
-                self.close_client(connection)
-                return True
-        ready = self.poller.wait(timeout)
-        self.holding = len(ready) > 1
-        for call in ready:
-            if not call() or (len(self.held) >= MAX_HELD and not self.send_held()):
-                return False
-        return True
+    def serve_clients(self) -> Task | None:
+        """Serve all clients until something may take long, which is returned, or until `stop()`."""
+        task = None
+        while task is None and not self.stopping.is_set():
+            try:
+                task = self.serve_round()
+            except Exception:  # nobody else would serve
+                self.handle_error(self.socket, self.server_address)
+                self.stopping.wait(0.01)
+        return task
 
-    def send_held(self) -> bool:
-        """Send the replies held back; return whether this worker still has the lead."""
+    def serve_round(self) -> Task | None:
+        """Serve those who are ready, or wait until somebody is."""
+        if not self.ready:
+            self.ready.extend([key.data for key, _ in self.selector.select(self.close_idle())])
+        while self.ready:
+            task = self.ready.popleft()()
+            if task is None and len(self.held) >= MAX_HELD:
+                task = self.send_held()
+            if task is not None:
+                return task
+        return self.send_held()
+
+    def close_idle(self) -> float | None:
+        """Close who has been idle too long; return the seconds until the next one will be."""
+        now = time.monotonic()
+        while self.idle:
+            connection, end = next(iter(self.idle.items()))  # idle for longest
+            if end > now:
+                return end - now
+            self.close_client(connection)
+        return None
+
+    def send_held(self) -> Task | None:
+        """Send the replies held back; return what is left to send to a client that does not read."""
         while self.held:
-            connection, data = self.held.pop(0)
+            connection = self.held.pop(0)
+            data, connection.unsent = connection.unsent, b""
             try:
                 sent = connection.connection.send(data, MSG_DONTWAIT) if MSG_DONTWAIT else 0
             except BlockingIOError:
@@ -7559,99 +7597,87 @@ class HttpServer(http.server.ThreadingHTTPServer):
             except OSError:
                 self.close_client(connection)  # the client left
                 continue
-            rest = data[sent:]
-            if rest and not self.serve(connection, functools.partial(connection.send, rest)):
-                return False
-        return True
+            if sent < len(data):
+                return self.set_apart(connection, functools.partial(connection.send, data[sent:]))
+            if connection.close_connection:
+                self.close_client(connection)
+        return None
 
-    def accept_client(self) -> bool:
-        """Accept a client and serve it; return whether this worker still has the lead."""
-        try:
-            client, address = self.get_request()
-            client.setblocking(True)  # on some systems it is as the server's socket
-        except BlockingIOError:
-            return True
-        except OSError:
-            self.stopping.wait(0.01)  # too many open files, say
-            return True
-        self.clients.add(client)
-        if self.stopping.is_set():  # stop() may have looked at the clients before
-            with contextlib.suppress(OSError):
-                client.shutdown(socket.SHUT_RDWR)
-        self.accept_or_not()
-        connection = Connection(client, address, self)
-        if MSG_DONTWAIT:
-            return self.serve(connection, connection.answer_requests)
-        self.put_back(connection)
-        return True
+    def accept_clients(self) -> None:
+        """Accept all clients that wait, as far as there are places."""
+        while self.accepting:
+            try:
+                client, address = self.get_request()
+                client.setblocking(True)  # on some systems it is as the server's socket
+            except BlockingIOError:
+                return
+            except OSError:
+                self.stopping.wait(0.01)  # too many open files, say
+                return
+            self.clients.add(client)
+            if self.stopping.is_set():  # stop() may have looked at the clients before
+                with contextlib.suppress(OSError):
+                    client.shutdown(socket.SHUT_RDWR)
+            connection = Connection(client, address, self)
+            self.watch(connection)
+            if MSG_DONTWAIT and connection in self.idle:  # it mostly has asked already
+                self.ready.append(functools.partial(self.serve, connection))
+            self.accept_or_not()
 
     def accept_or_not(self) -> None:
         """Accept clients while there are not too many."""
-        if self.stopping.is_set():
-            return
         room = len(self.clients) < MAX_CONNECTIONS
         if room and not self.accepting:
-            self.poller.add(self.socket, self.accept_client)
+            self.selector.register(self.socket, selectors.EVENT_READ, self.accept_clients)
         elif self.accepting and not room:
-            self.poller.remove(self.socket)
+            self.selector.unregister(self.socket)
         self.accepting = room
 
-    def serve(self, connection: Connection, act: Callable[[], None]) -> bool:
-        """Do something for one client; return whether this worker still has the lead."""
-        self.serving = connection
-        self.served += 1
-        connection.leads.append(True)
-        if not self.watched:
-            self.watched = True
-            self.alarm.set()
+    def serve(self, connection: Connection) -> Task | None:
+        """Answer what has come from one client; return what of it may take long."""
+        if connection not in self.idle:  # it has been closed or set apart in this round
+            return None
+        act = None
         try:
-            act()
+            act = connection.answer_ready()
         except Cut:
             connection.close_connection = True
-        except Exception:
+        except BaseException:
             connection.close_connection = True
             self.handle_error(connection.connection, connection.client_address)
-        reply, connection.reply = connection.reply, b""
-        try:
-            connection.leads.pop()
-        except IndexError:
-            self.return_client(connection, reply)
-            return False
-        self.put_back(connection)
-        if reply:
-            self.held.append((connection, reply))
-        return True
-
-    def return_client(self, connection: Connection, reply: bytes) -> None:
-        """Return a connection to whoever has the lead now."""
-        try:
-            connection.send(reply)
-        except Cut:
-            connection.close_connection = True
-        self.returned.append(connection)
-        self.wake()
-
-    def put_back(self, connection: Connection) -> None:
-        """Wait until more comes from a connection, or close it."""
-        if connection.close_connection or self.stopping.is_set():
+        if act is not None:
+            return self.set_apart(connection, act)
+        if connection.unsent:
+            self.held.append(connection)
+        elif connection.close_connection:
             self.close_client(connection)
-            return
-        if self.idle.pop(connection, None) is None:
-            act = functools.partial(self.serve, connection, connection.answer_requests)
-            try:
-                self.poller.add(connection.connection, act)
-            except OSError:  # no memory for one more, say
-                self.close_client(connection)
-                return
+            return None
+        del self.idle[connection]  # to the end
         self.idle[connection] = time.monotonic() + self.idle_seconds
+        return None
+
+    def set_apart(self, connection: Connection, act: Callable[[], None]) -> Task:
+        """Watch a client no longer, and return what is to be done for it without the lead."""
+        self.unwatch(connection)
+        return functools.partial(self.work_apart, connection, act)
+
+    def watch(self, connection: Connection) -> None:
+        """Wait until more comes from a client."""
+        act = functools.partial(self.serve, connection)
+        try:
+            self.selector.register(connection.connection, selectors.EVENT_READ, act)
+        except (OSError, ValueError):  # no memory for one more, or it is closed
+            self.close_client(connection)
+        else:
+            self.idle[connection] = time.monotonic() + self.idle_seconds
 
     def unwatch(self, connection: Connection) -> None:
-        """Do not look any more whether something comes from a connection."""
-        if self.idle.pop(connection, None) is not None and not self.stopping.is_set():
-            self.poller.remove(connection.connection)
+        """Do not look any more whether something comes from a client."""
+        if self.idle.pop(connection, None) is not None:
+            self.selector.unregister(connection.connection)
 
     def close_client(self, connection: Connection) -> None:
-        """Close a connection."""
+        """Close a client's connection."""
         self.unwatch(connection)
         self.clients.discard(connection.connection)
         connection.connection.close()
@@ -7659,15 +7685,20 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def wake(self) -> None:
         """Have the lead look at what other workers have returned."""
-        with contextlib.suppress(OSError):  # it rings already, or it is over
+        with contextlib.suppress(OSError):  # it is awake already, or it is over
             self.wake_writer.send(b"\0")
 
-    def take_returned(self) -> bool:
-        """Put back what other workers have returned."""
+    def take_returned(self) -> None:
+        """Watch again, or close, what other workers have returned."""
         self.wake_reader.recv(RECEIVE_BYTES)
         while self.returned:
-            self.put_back(self.returned.popleft())
-        return True
+            connection = self.returned.popleft()
+            if connection.close_connection:
+                self.close_client(connection)
+            else:
+                self.watch(connection)
+
+    # The end
 
     def stop(self) -> None:
         """End the connections, wait for the workers, free the port.
@@ -7679,7 +7710,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
             with contextlib.suppress(OSError):  # it has just closed
                 client.shutdown(socket.SHUT_RDWR)
         self.wake()
-        self.alarm.set()
         if threading.current_thread() in self.workers:
             self.start_thread(self.finish)
         else:
@@ -7694,7 +7724,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
             client.close()
         self.clients.clear()
         self.server_close()
-        self.poller.close()
+        self.selector.close()
         self.wake_reader.close()
         self.wake_writer.close()
 
@@ -7704,6 +7734,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where to reach a server bound to all
 
 CONTROL_PATH = late_regex(r"/+__parlel/|/(?:health)?\Z")  # these calls are not recorded
+MAX_QUICK_BYTES = 8192  # of a body that is answered before the next client is
 CORS_METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
 
 
@@ -7815,17 +7846,11 @@ class TogetherAiServer:
 
     def start(self) -> TogetherAiServer:
         """Listen and return; raise OSError at once where the port is taken."""
-        server = self.listen()
-        if not server.workers:
-            server.start()
-        return self
-
-    def listen(self) -> HttpServer:
-        """Take the port, where clients wait until `start()`; raise OSError where it is taken."""
         if self._http is None:
             self.stopping.clear()
             self._http = HttpServer((self.host, self._wanted_port), self)
-        return self._http
+            self._http.start()
+        return self
 
     def stop(self) -> None:
         """End live connections and leave neither a thread nor a socket; start() works again."""
@@ -8153,6 +8178,24 @@ class TogetherAiServer:
         reply.body = ENCODE(body).encode()
         return reply
 
+    def may_take_long(self, request: Request) -> bool:
+        """Tell whether other clients shall not wait until a request is answered.
+
+        Neither a small inference nor a look at the server's health: a file, a job, an image, a
+        large body, a schema, a tool, a fixture that asks a function or a pattern.
+        """
+        route, raw = EXACT.get((request.method, request.path)), request.raw
+        return (
+            route is None
+            or route.slow
+            or len(raw) > MAX_QUICK_BYTES
+            or b'"tools"' in raw
+            or b'"response_format"' in raw
+            or b"\\u" in raw  # might spell one of these
+            or self.script.slow
+            or "x-parlel-fixture" in request.headers
+        )
+
     def body_limit(self, method: str, path: str) -> int:
         """Return how many bytes a request for this path may carry."""
         try:
@@ -8211,59 +8254,29 @@ def read_options(args: Sequence[str] | None) -> Any:
     return options
 
 
-def give_back_memory() -> None:
-    """Return to the system what compiling this file took, where the C library can: 18 MB."""
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
-
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def keep_serving(server: TogetherAiServer, bell: socket.socket, stay: bool) -> None:
-    """Serve until the bell rings."""
+def serve(server: TogetherAiServer) -> None:
+    """Start a server, say where it listens, and stop it at Ctrl-C or SIGTERM."""
     import gc
-
-    if not stay:
-        threading.main_thread().join()
-        give_back_memory()
-    gc.freeze()  # what lives until the end need not be looked at again and again
-    server.start()
-    bell.recv(1)
-    server.stop()
-    bell.detach()  # stays open: a second signal shall find somebody who listens
-
-
-def serve(server: TogetherAiServer, stay: bool) -> threading.Thread:
-    """Start a server and say where it listens; the thread returned ends at Ctrl-C or SIGTERM."""
     import signal
 
-    server.listen()
-    bell, button = socket.socketpair()
-    button.setblocking(False)
-    # Handlers run when the main thread finds the time, but this is written to at once.
-    signal.set_wakeup_fd(button.detach())
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    # A signal is written here at once, whatever the main thread does.
+    signal.set_wakeup_fd(writer.fileno())
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: None)
+    server.start()
     print(f"together_fake {__version__} listens on {server.url}")
     for variable, value in server.env.items():
         print(f"export {variable}={value}")
     sys.stdout.flush()
-    keeper = threading.Thread(target=keep_serving, args=(server, bell, stay))
-    keeper.start()
-    return keeper
+    gc.freeze()  # what lives until the end need not be looked at again and again
+    reader.recv(1)
+    server.stop()
 
 
-# Python keeps a script's syntax tree until its last line is done, so the main thread of a process
-# does not wait in this file for the server to stop. But Python 3.12.0 and 3.12.1 start no threads
-# after that line.
-STAYS = (3, 12) <= sys.version_info < (3, 12, 2)
-
-
-def main(args: Sequence[str] | None = None, *, stay: bool = True) -> int:
-    """Run the server until Ctrl-C or SIGTERM; return the exit status.
-
-    stay  return when it has stopped, not already when it has started
-    """
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the server until Ctrl-C or SIGTERM; return the exit status."""
     options = read_options(args)
     if options.routes:
         print_routes()
@@ -8288,14 +8301,12 @@ def main(args: Sequence[str] | None = None, *, stay: bool = True) -> int:
         print_line(f"cannot load fixtures: {error}")
         return 1
     try:
-        keeper = serve(server, stay)
+        serve(server)
     except OSError as error:
         print_line(f"cannot listen on {options.host}:{options.port}: {error}")
         return 1
-    if stay:
-        keeper.join()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(stay=STAYS))
+    sys.exit(main())
