@@ -1911,15 +1911,24 @@ LOOKED_AT = {
 VOCABULARY.update(
     (keyword, (shape, "no kind", lambda r, a, v, s: True)) for keyword, shape in LOOKED_AT.items()
 )
-UNSUPPORTED = frozenset(
-    "$dynamicRef $recursiveRef dependencies minContains maxContains unevaluatedItems"
-    " unevaluatedProperties".split()
-)
+UNSUPPORTED = {
+    "$dynamicRef",
+    "$recursiveRef",
+    "dependencies",
+    "minContains",
+    "maxContains",
+    "unevaluatedItems",
+    "unevaluatedProperties",
+}
 # The keywords that `rewrite` looks for.
-REWRITTEN = frozenset(
-    "exclusiveMinimum exclusiveMaximum items prefixItems patternProperties"
-    " additionalProperties".split()
-)
+REWRITTEN = {
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+    "items",
+    "prefixItems",
+    "patternProperties",
+    "additionalProperties",
+}
 
 
 def rewrite(schema: dict[str, Any]) -> None:
@@ -7586,7 +7595,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         return None
 
     def send_held(self) -> Task | None:
-        """Send the replies held back; return what is left to send to a client that does not read."""
+        """Send the replies held back; return what is left for a client that does not read."""
         while self.held:
             connection = self.held.pop(0)
             data, connection.unsent = connection.unsent, b""

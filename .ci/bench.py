@@ -274,6 +274,7 @@ def serve_fake() -> Any:
 
 def serve_module() -> Any:
     """Run the fake from cached code: a script keeps what compiling it took, 19 MB."""
+    subprocess.run([sys.executable, "-m", "py_compile", str(FAKE)], check=True)
     command = "import sys, together_fake; sys.exit(together_fake.main())"
     run = f"import sys; sys.path.insert(0, {str(FAKE.parent)!r}); {command}"
     return serve(sys.executable, "-c", run, "--port", "0", "--quiet")
