@@ -1837,11 +1837,11 @@ RESPONSES = [
 # (file, the whole sentence)
 BAD_FILES = [
     ([], "file: must be an object, not []"),
-    ({}, "file: fixtures is missing"),
+    ({}, "file.fixtures: is missing"),
     ({"fixtures": [], "fixture": []}, "file.fixture: unknown key, did you mean fixtures?"),
-    ({"fixtures": {}}, "file.fixtures: must be a list, not {}"),
+    ({"fixtures": {}}, "file.fixtures: must be an array, not {}"),
     (file_of("x"), 'fixtures[0]: must be an object, not "x"'),
-    (file_of({"response": {"content": "x"}}), "fixtures[0]: match is missing"),
+    (file_of({"response": {"content": "x"}}), "fixtures[0].match: is missing"),
     (file_of({"match": {}}), "fixtures[0]: needs a response, or an option such as latency"),
     (
         file_of(entry({"userMesage": "x"})),
@@ -1876,15 +1876,15 @@ BAD_FILES = [
     ),
     (
         file_of(entry({"hasToolResult": 1})),
-        "fixtures[0].match.hasToolResult: must be true or false, not 1",
+        "fixtures[0].match.hasToolResult: must be a boolean, not 1",
     ),
     (
         file_of(entry({"turnIndex": -1})),
-        "fixtures[0].match.turnIndex: must be a whole number from 0 up, not -1",
+        "fixtures[0].match.turnIndex: must be at least 0, not -1",
     ),
     (
         file_of(entry({"sequenceIndex": True})),
-        "fixtures[0].match.sequenceIndex: must be a whole number from 0 up, not true",
+        "fixtures[0].match.sequenceIndex: must be an integer, not true",
     ),
     (
         file_of(entry({"endpoint": "chats"})),
@@ -1897,7 +1897,7 @@ BAD_FILES = [
     (file_of(entry({"body": []})), "fixtures[0].match.body: must be an object, not []"),
     (
         file_of(entry({"headers": {"a": 1}})),
-        "fixtures[0].match.headers.a: must be a string or an object, not 1",
+        "fixtures[0].match.headers[a]: must be a string or an object, not 1",
     ),
     (
         file_of(entry({}, {})),
@@ -1917,75 +1917,74 @@ BAD_FILES = [
     ),
     (
         file_of(entry({}, {"content": 1})),
-        "fixtures[0].response.content: must be a string or an object or a list, not 1",
+        "fixtures[0].response.content: must be a string or an object or an array, not 1",
     ),
     (
         file_of(entry({}, {"toolCalls": [{"name": "f"}]})),
-        "fixtures[0].response.toolCalls[0]: arguments is missing",
+        "fixtures[0].response.toolCalls[0].arguments: is missing",
     ),
     (
         file_of(entry({}, {"blocks": [{"type": "text", "name": "f"}]})),
-        "fixtures[0].response.blocks[0]: text is missing",
+        "fixtures[0].response.blocks[0].text: is missing",
     ),
     (
         file_of(entry({}, {"blocks": [{"type": "image"}]})),
-        "fixtures[0].response.blocks[0].type: must be 'text' or 'toolCall', not \"image\"",
+        'fixtures[0].response.blocks[0].type: must be one of text, toolCall, not "image"',
     ),
     (
         file_of(entry({}, {"error": {"type": "x"}})),
-        "fixtures[0].response.error: message is missing",
+        "fixtures[0].response.error.message: is missing",
     ),
     (
         file_of(entry({}, {"status": 200})),
-        "fixtures[0].response.status: must be a status from 400 to 999, not 200",
+        "fixtures[0].response.status: must be at least 400, not 200",
     ),
     (
         file_of(entry({}, {"error": {"message": "x"}, "status": 99})),
-        "fixtures[0].response.status: must be a status from 400 to 999, not 99",
+        "fixtures[0].response.status: must be at least 400, not 99",
     ),
     (
         file_of(entry({}, {"embedding": ["a"]})),
-        'fixtures[0].response.embedding[0]: must be a number of 32 bits or a list, not "a"',
+        'fixtures[0].response.embedding[0]: must be a number or an array, not "a"',
     ),
     (
         file_of(entry({}, {"audio": "*"})),
-        'fixtures[0].response.audio: must be base64 or an object, not "*"',
+        'fixtures[0].response.audio: must be base64, not "*"',
     ),
     (
         file_of(entry({}, {"scores": [float("nan")]})),
-        "fixtures[0].response.scores[0]: must be a number, not NaN",
+        "fixtures[0]: holds what JSON cannot say: Out of range float values are not JSON compliant",
     ),
     (
         file_of(entry({}, {"content": "x", "created": -1})),
-        "fixtures[0].response.created: must be a whole number from 0 up, not -1",
+        "fixtures[0].response.created: must be at least 0, not -1",
     ),
     (file_of(entry({}, latncy=1)), "fixtures[0].latncy: unknown key, did you mean latency?"),
     (
         file_of(entry({}, latency=-1)),
-        "fixtures[0].latency: must be a number from 0 to 86400000, not -1",
+        "fixtures[0].latency: must be at least 0, not -1",
     ),
-    (file_of(entry({}, times=-1)), "fixtures[0].times: must be a whole number from 1 up, not -1"),
+    (file_of(entry({}, times=-1)), "fixtures[0].times: must be at least 1, not -1"),
     (
         file_of(entry({}, chunkSize=0)),
-        "fixtures[0].chunkSize: must be a whole number from 1 up, not 0",
+        "fixtures[0].chunkSize: must be at least 1, not 0",
     ),
     (
         file_of(entry({}, truncateAfterChunks=0)),
-        "fixtures[0].truncateAfterChunks: must be a whole number from 1 up, not 0",
+        "fixtures[0].truncateAfterChunks: must be at least 1, not 0",
     ),
     (
         file_of(entry({}, streamingProfile={"tps": 0})),
-        "fixtures[0].streamingProfile.tps: must be a number above 0, not 0",
+        "fixtures[0].streamingProfile.tps: must be at least 0.001, not 0",
     ),
-    (file_of(entry({}, replaySpeed=0)), "fixtures[0].replaySpeed: must be a number above 0, not 0"),
+    (file_of(entry({}, replaySpeed=0)), "fixtures[0].replaySpeed: must be at least 0.001, not 0"),
     (
         file_of(entry({}, recordedTimings={"interChunkDelaysMs": [1, -1]})),
-        "fixtures[0].recordedTimings.interChunkDelaysMs[1]: must be a number from 0 to 86400000,"
-        " not -1",
+        "fixtures[0].recordedTimings.interChunkDelaysMs[1]: must be at least 0, not -1",
     ),
     (
         file_of(entry({}, chaos={"dropRate": 1.5})),
-        "fixtures[0].chaos.dropRate: must be a number from 0 to 1, not 1.5",
+        "fixtures[0].chaos.dropRate: must be at most 1, not 1.5",
     ),
     (
         file_of(entry({}, chaos={"droprate": 1})),
@@ -1993,7 +1992,7 @@ BAD_FILES = [
     ),
     (
         file_of(entry({}, shouldRetry="no")),
-        'fixtures[0].shouldRetry: must be true or false, not "no"',
+        'fixtures[0].shouldRetry: must be a boolean, not "no"',
     ),
 ]
 
@@ -2180,7 +2179,7 @@ class KeywordTest(unittest.TestCase):
         )
         for keywords, sentence in [
             ({"content": 1}, "reply().response.content: must be a string or an object"),
-            ({"content": "x", "times": 0}, "reply().times: must be a whole number from 1 up"),
+            ({"content": "x", "times": 0}, "reply().times: must be at least 1"),
             ({}, "reply(): needs a response, or an option such as latency"),
             ({"content": "x", "status": 429}, "reply().response.status: does not go with"),
             (

@@ -389,15 +389,41 @@ def refuse_value(place: str, rule: str, value: Any) -> ApiError:
     return ApiError("invalid", param=place, reason=f"{rule}, not {preview(value)}")
 
 
-class Fields(dict):  # type: ignore[type-arg]
-    """A table of `Field` rows by name."""
+def succeeds(read: Callable[[Any], Any], value: Any) -> bool:
+    """Tell whether a function accepts a value."""
+    try:
+        read(value)
+    except (TypeError, ValueError, re.error, OverflowError, RecursionError):
+        return False
+    return True
 
-    def __init__(self, *rows: Field) -> None:
+
+def suggest(name: str, names: Iterable[str]) -> str:
+    """Write the nearest valid name, or all of them, as the end of an error's sentence."""
+    import difflib  # only for such a sentence
+
+    known = list(names)
+    near = difflib.get_close_matches(name, known, 1)
+    return f", did you mean {near[0]}?" if near else f"; valid here: {', '.join(known)}"
+
+
+class Fields(dict):  # type: ignore[type-arg]
+    """A table of `Field` rows by name.
+
+    closed   names without a row are refused, with the nearest one that has a row
+    ignored  such names that are left alone, separated by blanks
+    """
+
+    def __init__(self, *rows: Field, closed: bool = False, ignored: str = "") -> None:
         super().__init__((row.name, row) for row in rows)
         self.required = tuple(row.name for row in rows if row.required)
+        self.closed = closed
+        self.ignored = frozenset(ignored.split())
 
     def check(self, values: dict[str, Any], place: str = "") -> None:
-        """Check values in place; unknown names pass and `null` counts as absent."""
+        """Check values in place; unknown names pass, unless closed; `null` counts as absent."""
+        if self.closed:
+            self.check_names(values, place)
         for name in self.required:
             if values.get(name) is None:
                 raise ApiError("missing", param=place + name)
@@ -411,6 +437,13 @@ class Fields(dict):  # type: ignore[type-arg]
                 except ApiError as error:
                     raise error.inside(place + name) from None
 
+    def check_names(self, names: Iterable[str], place: str) -> None:
+        """Refuse the first name that a closed table has no row for."""
+        for name in names:
+            if name not in self and name not in self.ignored:
+                near = suggest(name, self)
+                raise ApiError("invalid", param=place + name, reason=f"unknown key{near}")
+
 
 NO_FIELDS = Fields()
 
@@ -421,7 +454,8 @@ class Field:
     kinds     Python types of the JSON value; an integer is a number, `True` is not an integer
     low, high bounds of a number, or of the length of a string, array or object
     choices   the values allowed
-    each      the row that every item of an array, or value of an object, must pass
+    test      what a string shall be, in words, and the function that raises where it is not
+    each      the row that every item of an array must pass, or value of an object without fields
     fields    the rows of a nested object
     """
 
@@ -433,6 +467,7 @@ class Field:
         low: float | None = None,
         high: float | None = None,
         choices: Sequence[Any] = (),
+        test: tuple[str, Callable[[Any], Any]] | None = None,
         each: Field | None = None,
         fields: Fields | None = None,
     ) -> None:
@@ -443,11 +478,13 @@ class Field:
         self.low = low
         self.high = high
         self.choices = choices
+        self.test = test
         self.each = each
         self.fields = fields
         self.bounded = low is not None or high is not None
         # The types of which every value passes, so that most values cost one look-up.
-        self.free = frozenset() if self.bounded or choices else self.types - {list, dict}
+        limited = self.bounded or choices or test
+        self.free = frozenset() if limited else self.types - {list, dict}
 
     def check(self, value: Any) -> Any:
         """Return the value in its declared type; raise ApiError naming the place inside of it."""
@@ -458,10 +495,12 @@ class Field:
         if self.choices and type(value) in (str, int, bool) and value not in self.choices:
             allowed = ", ".join(map(str, self.choices))
             raise refuse_value("", f"must be one of {allowed}", value)
-        if self.each is not None and type(value) in (list, dict):
-            self.check_items(value, self.each)
+        if self.test is not None and type(value) is str and not succeeds(self.test[1], value):
+            raise refuse_value("", f"must be {self.test[0]}", value)
         if self.fields is not None and type(value) is dict:
             self.fields.check(value, ".")
+        elif self.each is not None and type(value) in (list, dict):
+            self.check_items(value, self.each)
         return value
 
     def check_items(self, value: Any, each: Field) -> None:
@@ -479,7 +518,8 @@ class Field:
             return float(value)
         if type(value) is float and int in self.types and value.is_integer():
             return int(value)
-        names = " or ".join(KIND_NAMES[kind] for kind in self.kinds)
+        kinds = [kind for kind in self.kinds if kind is not int or float not in self.types]
+        names = " or ".join(KIND_NAMES[kind] for kind in kinds)
         raise refuse_value("", f"must be {names}", value)
 
     def check_bounds(self, value: Any) -> None:
@@ -2966,107 +3006,163 @@ def find_mismatch(wanted: dict[str, Any], facts: MatchFacts) -> str | None:
 DECODE_BASE64 = functools.partial(base64.b64decode, validate=True)
 
 
-def succeeds(read: Callable[[Any], Any], value: Any) -> bool:
-    try:
-        read(value)
-    except (TypeError, ValueError, re.error, OverflowError, RecursionError):
-        return False
-    return True
+PATTERN = Fields(
+    Field("pattern", str, required=True, test=("a regular expression that compiles", re.compile)),
+    closed=True,
+)
 
 
-def is_number(value: Any, low: float = -1e300, kind: type = float) -> bool:
-    """Tell a finite number, or a whole one, from everything else, booleans among it."""
-    return type(value) in (int, kind) and low <= value <= 1e300
+# Numbers of fixtures stay as they were written: 5 is not made 5.0.
+def number_rows(names: str, low: float = -1e300, high: float = 1e300) -> list[Field]:
+    """Return a row of a number for each of the names."""
+    return rows_of(names, int, float, low=low, high=high)
 
 
+def text_row(name: str, **more: Any) -> Field:
+    """Return the row of a text that is wanted, or of a pattern that shall be found."""
+    return Field(name, str, dict, *more.pop("kinds", ()), fields=PATTERN, **more)
+
+
+JSON_KINDS = (str, int, float, bool, list, dict)
+ANYTHING = Field("", *JSON_KINDS)
 VIDEO_ENDS = {"completed": "completed", "processing": "completed", "failed": "failed"}
-# What a value can be: its name in errors, and the test. A shape is one of these names, a list
-# of one shape, a table of keys (`!`: required, `*`: any key), or a tuple of such alternatives.
-LEAVES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "any": ("anything", lambda value: True),
-    "text": ("a string", lambda value: isinstance(value, str)),
-    "flag": ("true or false", lambda value: isinstance(value, bool)),
-    "object": ("an object", lambda value: isinstance(value, dict)),
-    "list": ("a list", lambda value: isinstance(value, list)),
-    "number": ("a number", is_number),
-    "rate": ("a number from 0 to 1", lambda value: is_number(value, 0) and value <= 1),
-    "float": ("a number of 32 bits", lambda value: is_number(value) and abs(value) < 3.4e38),
-    "time": ("a number from 0 to 86400000", lambda value: is_number(value, 0) and value <= 864e5),
-    "speed": ("a number above 0", lambda value: is_number(value, 1e-9)),
-    "count": ("a whole number from 0 up", lambda value: is_number(value, 0, int)),
-    "size": ("a whole number from 1 up", lambda value: is_number(value, 1, int)),
-    "status": (
-        "a status from 200 to 999",
-        lambda value: is_number(value, 200, int) and value < 1000,
-    ),
-    "failure": (
-        "a status from 400 to 999",
-        lambda value: is_number(value, 400, int) and value < 1000,
-    ),
-    "video": ("completed, processing or failed", VIDEO_ENDS.__contains__),
-    "block": ("'text' or 'toolCall'", lambda value: value in ("text", "toolCall")),
-    "base64": ("base64", lambda value: succeeds(DECODE_BASE64, value)),
-    "regex": ("a regular expression that compiles", lambda value: succeeds(re.compile, value)),
-}
-OUTER: dict[type, str] = {dict: "object", list: "list"}  # the leaf that a shape starts with
-
-
-def make_shape(keys: str, ignored: str = "", **rows: Any) -> dict[str, Any]:
-    """Write a shape: `key:leaf` pairs, keys of other providers, keys that have inner shapes."""
-    leaves = dict(pair.split(":") for pair in keys.split())
-    return {**leaves, **rows, **dict.fromkeys(ignored.split(), "ignored")}
-
-
-TEXT = ("text", {"pattern!": "regex"})
+MAX_MS = 86_400_000  # a day
+BASE64 = ("base64", DECODE_BASE64)
 # key: the pattern that a plain text stands for
 TEXT_KEYS = {
     "userMessage": "%s", "systemMessage": "%s", "inputText": "%s", "toolResultContains": "%s",
     "toolCallId": r"\A%s\Z", "toolName": r"\A%s\Z", "model": r"\A%s(?:-[0-9]|\Z)",
     "responseFormat": r"\A%s\Z", "endpoint": r"\A%s\Z", "context": r"\A%s\Z",
 }  # fmt: skip
-PLAIN_MATCH = make_shape("hasToolResult:flag body:object", headers={"*": TEXT})
-PLAIN_MATCH = {**dict.fromkeys(TEXT_KEYS, TEXT), "systemMessage": (*TEXT, ["text"]), **PLAIN_MATCH}
-MATCH = {**PLAIN_MATCH, "not": PLAIN_MATCH, "turnIndex": "count", "sequenceIndex": "count"}
+PLAIN_MATCH = Fields(
+    *[text_row(key) for key in TEXT_KEYS if key != "systemMessage"],
+    text_row("systemMessage", kinds=(list,), each=Field("", str)),
+    Field("hasToolResult", bool),
+    Field("body", dict),
+    Field("headers", dict, each=text_row("")),
+    closed=True,
+)
+MATCH = Fields(
+    *PLAIN_MATCH.values(),
+    Field("not", dict, fields=PLAIN_MATCH),
+    *rows_of("turnIndex sequenceIndex", int, low=0),
+    closed=True,
+)
 CHAOS: dict[str, dict[str, Any]] = {  # what each rate's hit does, as options; the first wins
     "dropRate": {"status": 500},
     "malformedRate": {"malformed": True},
     "rateLimitRate": {"status": 429},
     "disconnectRate": {"disconnectAfterChunks": 0},
 }
-OPTIONS = make_shape(
-    "latency:time chunkSize:size times:size shouldRetry:flag replaySpeed:speed malformed:flag"
-    " empty:flag truncateAfterChunks:size disconnectAfterMs:time disconnectAfterChunks:count"
-    " errorAfterChunks:count",
-    "openRouterProcessing metadata",
-    streamingProfile=make_shape("ttft:time tps:speed jitter:rate"),
-    recordedTimings=make_shape("ttftMs:time totalDurationMs:time", interChunkDelaysMs=["time"]),
-    chaos=make_shape("latencyMs:time", **dict.fromkeys(CHAOS, "rate")),
+PROFILE = Fields(
+    *number_rows("ttft", 0, MAX_MS),
+    *number_rows("tps", 0.001),
+    *number_rows("jitter", 0, 1),
+    closed=True,
 )
-ENTRY = {"match!": MATCH, "response": "object", **OPTIONS}
+TIMINGS = Fields(
+    *number_rows("ttftMs totalDurationMs", 0, MAX_MS),
+    Field("interChunkDelaysMs", list, each=Field("", int, float, low=0, high=MAX_MS)),
+    closed=True,
+)
+OPTIONS = Fields(
+    *number_rows("latency disconnectAfterMs", 0, MAX_MS),
+    *number_rows("replaySpeed", 0.001),
+    *rows_of("chunkSize times truncateAfterChunks", int, low=1),
+    *rows_of("disconnectAfterChunks errorAfterChunks", int, low=0),
+    *rows_of("shouldRetry malformed empty", bool),
+    Field("streamingProfile", dict, fields=PROFILE),
+    Field("recordedTimings", dict, fields=TIMINGS),
+    Field(
+        "chaos",
+        dict,
+        fields=Fields(
+            *number_rows("latencyMs", 0, MAX_MS), *number_rows(" ".join(CHAOS), 0, 1), closed=True
+        ),
+    ),
+    closed=True,
+    ignored="openRouterProcessing metadata",
+)
+ENTRY = Fields(
+    Field("match", dict, required=True, fields=MATCH),
+    Field("response", dict),
+    *OPTIONS.values(),
+    closed=True,
+    ignored="openRouterProcessing metadata",
+)
+FIXTURE_FILE = Fields(
+    Field("fixtures", list, required=True),
+    Field("$schema", str),
+    Field("$comment", *JSON_KINDS),
+    closed=True,
+)
 
-JSON_TEXT = ("text", "object", "list")
-OVERRIDES = make_shape("id:text created:count model:text finishReason:text role:text")
-OVERRIDES["usage"] = {"*": ("count", "object")}
-SPEECH = make_shape(
-    "reasoning:text",
-    "systemFingerprint provider nativeFinishReason webSearches reasoningSignature redactedThinking",
-    content=JSON_TEXT,
-    toolCalls=[{"name!": "text", "arguments!": JSON_TEXT, "id": "text"}],
-    blocks=[make_shape("type!:block text:text name:text id:text", arguments=JSON_TEXT)],
-    **OVERRIDES,
+JSON_TEXT = (str, dict, list)  # of an object or a list, the JSON is meant
+OVERRIDES = Fields(
+    *rows_of("id model finishReason role", str),
+    Field("created", int, low=0),
+    Field("usage", dict, each=Field("", int, dict, low=0)),
 )
-ENVELOPE = make_shape("message!:text type:text param:text code:text", "metadata")
-ERROR = make_shape("status:failure retryAfter:time", "fallthrough", error=ENVELOPE)
-IMAGE = make_shape("url:text b64Json:base64 revisedPrompt:text")
-SOUND = ("base64", make_shape("b64Json!:base64 contentType:text"))
-AUDIO = make_shape("format:text", "content toolCalls reasoning", audio=SOUND)
-TRANSCRIPT = make_shape(
-    "text!:text language:text duration:time",
-    "languages usage",
-    words=["object"],
-    segments=["object"],
+TOOL_CALL = Fields(
+    Field("name", str, required=True),
+    Field("arguments", *JSON_TEXT, required=True),
+    Field("id", str),
+    closed=True,
 )
-VIDEO = make_shape("id!:text status!:video url:text error:text", "b64 cost duration")
+BLOCK = Fields(
+    Field("type", str, required=True, choices=("text", "toolCall")),
+    *rows_of("text name id", str),
+    Field("arguments", *JSON_TEXT),
+    closed=True,
+)
+MESSAGE = Fields(
+    Field("content", *JSON_TEXT),
+    Field("toolCalls", list, each=Field("", dict, fields=TOOL_CALL)),
+    Field("blocks", list, each=Field("", dict, fields=BLOCK)),
+    Field("reasoning", str),
+    *OVERRIDES.values(),
+    closed=True,
+    ignored="systemFingerprint provider nativeFinishReason webSearches reasoningSignature"
+    " redactedThinking",
+)
+ENVELOPE = Fields(
+    Field("message", str, required=True),
+    *rows_of("type param code", str),
+    closed=True,
+    ignored="metadata",
+)
+STATUS = Fields(
+    Field("status", int, low=400, high=999), *number_rows("retryAfter", 0, MAX_MS), closed=True
+)
+ERROR = Fields(
+    Field("error", dict, fields=ENVELOPE), *STATUS.values(), closed=True, ignored="fallthrough"
+)
+IMAGE = Fields(*rows_of("url revisedPrompt", str), Field("b64Json", str, test=BASE64), closed=True)
+SOUND = Fields(
+    Field("b64Json", str, required=True, test=BASE64), Field("contentType", str), closed=True
+)
+AUDIO = Fields(
+    Field("audio", str, dict, test=BASE64, fields=SOUND),
+    Field("format", str),
+    closed=True,
+    ignored="content toolCalls reasoning",
+)
+TRANSCRIPT = Fields(
+    Field("text", str, required=True),
+    Field("language", str),
+    *number_rows("duration", 0, MAX_MS),
+    *rows_of("words segments", list, each=Field("", dict)),
+    closed=True,
+    ignored="languages usage",
+)
+VIDEO = Fields(
+    Field("id", str, required=True),
+    Field("status", str, required=True, choices=tuple(VIDEO_ENDS)),
+    *rows_of("url error", str),
+    closed=True,
+    ignored="b64 cost duration",
+)
+FLOAT32 = Field("", int, float, low=-3.4e38, high=3.4e38)
 
 
 def to_snake(name: str) -> str:
@@ -3094,7 +3190,7 @@ def read_block(block: dict[str, Any]) -> dict[str, Any]:
     return {**call, "arguments": dump_json(block["arguments"])}
 
 
-def read_speech(said: dict[str, Any]) -> dict[str, Any]:
+def read_message(said: dict[str, Any]) -> dict[str, Any]:
     """Normalise text and tool calls into blocks in stream order, beside the same by kind."""
     spoken = [{"type": "text", "text": said["content"]}] if "content" in said else []
     blocks = [read_block(each) for each in said.get("blocks") or spoken + said.get("toolCalls", [])]
@@ -3127,49 +3223,73 @@ def read_vectors(said: dict[str, Any]) -> dict[str, Any]:
 
 
 EVERY = ["", *ENDPOINT_KINDS]  # "" stands for all routes that have no kind
-# kind: (the endpoints it fits, shape, how it is normalised)
-RESPONSES: dict[str, tuple[list[str], dict[str, Any], Callable[[dict[str, Any]], Any]]] = {
+# kind: (the endpoints it fits, its keys, how it is normalised)
+RESPONSES: dict[str, tuple[list[str], Fields, Callable[[dict[str, Any]], Any]]] = {
     "error": (EVERY, ERROR, read_error),
     "audio": (["speech"], AUDIO, read_audio),
     "video": (
-        ["video"], {"video": VIDEO},
+        ["video"],
+        Fields(Field("video", dict, fields=VIDEO), closed=True),
         lambda said: {**said["video"], "status": VIDEO_ENDS[said["video"]["status"]]},
     ),
     "transcription": (
-        ["transcription", "translation"], {"transcription": TRANSCRIPT},
+        ["transcription", "translation"],
+        Fields(Field("transcription", dict, fields=TRANSCRIPT), closed=True),
         lambda said: snake_keys(said["transcription"]),
     ),
     "image": (
-        ["image"], {"image": IMAGE, "images": [IMAGE]},
+        ["image"],
+        Fields(
+            Field("image", dict, fields=IMAGE),
+            Field("images", list, each=Field("", dict, fields=IMAGE)),
+            closed=True,
+        ),
         lambda said: {"images": list(map(snake_keys, said.get("images", [said.get("image", {})])))},
     ),
-    "embedding": (["embedding"], {"embedding": [("float", ["float"])]}, read_vectors),
-    "rerank": (["rerank"], {"scores": ["number"]}, dict),
-    "job": (["job"], {"job": make_shape("status!:text")}, lambda said: said["job"]),
+    "embedding": (
+        ["embedding"],
+        Fields(
+            Field("embedding", list, each=Field("", int, float, list, each=FLOAT32)), closed=True
+        ),
+        read_vectors,
+    ),
+    "rerank": (
+        ["rerank"],
+        Fields(Field("scores", list, each=Field("", int, float)), closed=True),
+        dict,
+    ),
+    "job": (
+        ["job"],
+        Fields(
+            Field("job", dict, fields=Fields(Field("status", str, required=True), closed=True)),
+            closed=True,
+        ),
+        lambda said: said["job"],
+    ),
     "json": (
-        EVERY, make_shape("json:any status:status", "billableUnits"),
+        EVERY,
+        Fields(
+            Field("json", *JSON_KINDS),
+            Field("status", int, low=200, high=999),
+            closed=True,
+            ignored="billableUnits",
+        ),
         lambda said: {"status": 200, **said},
     ),
-    "text": (["chat", "completion"], SPEECH, read_speech),
-    "status": (EVERY, make_shape("status:failure retryAfter:time"), read_error),
-    "generated": (EVERY, {}, dict),  # no response: the usual answer, with a fault
-}  # fmt: skip
+    "text": (["chat", "completion"], MESSAGE, read_message),
+    "status": (EVERY, STATUS, read_error),
+    "generated": (EVERY, Fields(closed=True), dict),  # no response: the usual answer, with a fault
+}
 KIND_BY_KEY = {  # the first of these keys that a response has tells its kind
     "error": "error", "audio": "audio", "video": "video", "transcription": "transcription",
     "image": "image", "images": "image", "embedding": "embedding", "scores": "rerank", "job": "job",
     "json": "json", "content": "text", "toolCalls": "text", "blocks": "text", "status": "status",
 }  # fmt: skip
-RESPONSE = {key: row[key] for _, row, _ in RESPONSES.values() for key in row}
-RESPONSE.update(SPEECH)  # where a key has another shape elsewhere
-
-
-def suggest(name: str, names: Iterable[str]) -> str:
-    """Write the nearest valid name, or all of them, as the end of an error's sentence."""
-    import difflib
-
-    known = [each.rstrip("!") for each in names]
-    near = difflib.get_close_matches(name, known, 1)
-    return f", did you mean {near[0]}?" if near else f"; valid here: {', '.join(known)}"
+RESPONSE = Fields(  # all keys; those that stand in several tables as a text has them
+    *[row for _, rows, _ in RESPONSES.values() for row in rows.values()],
+    *MESSAGE.values(),
+    closed=True,
+)
 
 
 def check_match(match: dict[str, Any], kind: str, place: str) -> None:
@@ -3193,85 +3313,95 @@ def write_pattern(pattern: re.Pattern[str]) -> dict[str, str]:
     return {"pattern": f"(?{flags}){pattern.pattern}" if flags else pattern.pattern}
 
 
-class Reader:
-    """Checks JSON against shapes and copies it without nulls and what only others understand.
+def clean(value: Any, row: Field, spell: Callable[[str], str], ignored: list[str]) -> Any:
+    """Copy JSON without nulls and without what its table ignores, whose names are noted.
 
-    spell    writes a key as files spell it
-    ignored  the places of what is left out
+    Keys that a table knows are written as `spell` does; patterns and tuples become JSON.
     """
+    if isinstance(value, re.Pattern):
+        return write_pattern(value)
+    if isinstance(value, (list, tuple)):
+        return [clean(item, row.each or row, spell, ignored) for item in value]
+    if not isinstance(value, dict) or row.fields is None:
+        each = row.each or row
+        return (
+            {key: clean(item, each, spell, ignored) for key, item in value.items()}
+            if isinstance(value, dict)
+            else value
+        )
+    copy = {}
+    for given, item in value.items():
+        key = spell(given)
+        if key in row.fields.ignored:
+            ignored.append(f"{row.name}.{key}".lstrip("."))
+        elif item is not None or key == "json":
+            copy[key] = clean(item, row.fields.get(key) or ANYTHING, spell, ignored)
+    return copy
 
-    def __init__(self, spell: Callable[[str], str] = str) -> None:
-        self.spell = spell
-        self.ignored: list[str] = []
 
-    def read(self, value: Any, shape: Any, place: str) -> Any:
-        """Return a clean copy; raise ValueError naming the first place that its shape forbids."""
-        value = write_pattern(value) if isinstance(value, re.Pattern) else value
-        value = list(value) if isinstance(value, tuple) else value
-        shapes = shape if isinstance(shape, tuple) else (shape,)
-        leaves = [LEAVES[OUTER.get(type(each)) or each] for each in shapes]
-        rows = next((each for each, leaf in zip(shapes, leaves) if leaf[1](value)), None)
-        if rows is None:
-            wanted = " or ".join(name for name, _ in leaves)
-            raise ValueError(f"{place}: must be {wanted}, not {preview(value)}")
-        if isinstance(rows, list):
-            return [self.read(item, rows[0], f"{place}[{at}]") for at, item in enumerate(value)]
-        return self._read_rows(value, rows, place) if isinstance(rows, dict) else value
+def check_clean(
+    value: Any, fields: Fields, place: str, spell: Any = str, ignored: Any = None
+) -> Any:
+    """Return a clean copy; raise ValueError naming the first place that its table forbids."""
+    notes: list[str] = []
+    row = Field("", dict, fields=fields)
+    try:
+        copy = row.check(clean(value, row, spell, notes))
+    except ApiError as error:
+        reason = error.facts.get("reason") or "is missing"
+        raise ValueError(f"{place}{error.param}: {reason}") from None
+    if ignored is not None:
+        ignored += [f"{place}.{note}" for note in notes]
+    return copy
 
-    def _read_rows(self, values: dict[str, Any], rows: dict[str, Any], place: str) -> Any:
-        clean = {}
-        for given, value in values.items():
-            key = given if "*" in rows else self.spell(given)
-            row = rows.get(key, rows.get(key + "!", rows.get("*")))
-            if row is None:
-                known = [name for name in rows if rows[name] != "ignored"]
-                raise ValueError(f"{place}.{key}: unknown key{suggest(key, known)}")
-            if row == "ignored":
-                self.ignored.append(f"{place}.{key}")
-            elif value is not None or row == "any":
-                clean[key] = self.read(value, row, f"{place}.{key}")
-        for key in rows:
-            if key.endswith("!") and key[:-1] not in clean:
-                raise ValueError(f"{place}: {key[:-1]} is missing")
-        return clean
 
-    def read_response(self, given: dict[str, Any], place: str) -> tuple[str, dict[str, Any]]:
-        """Tell a response's kind by its keys, and return it clean."""
-        said = {key: given[key] for key in given if given[key] is not None or key == "json"}
-        kind = next((KIND_BY_KEY[key] for key in KIND_BY_KEY if key in said), "")
-        shape = RESPONSES[kind][1] if kind else RESPONSE
-        stray = next((key for key in said if key in RESPONSE and key not in shape), None)
-        if stray is not None:
-            raise ValueError(f"{place}.{stray}: does not go with a response of kind {kind}")
-        clean = self.read(said, shape, place)
-        if not kind:
-            keys = ", ".join(KIND_BY_KEY)
-            raise ValueError(f"{place}: has none of the keys that say what to answer: {keys}")
-        empty = next((key for key in clean if clean[key] in ([], {}) and key != "json"), None)
-        images = [clean["image"]] if "image" in clean else clean.get("images", [])
-        if empty or not all("url" in image or "b64Json" in image for image in images):
-            raise ValueError(f"{place}.{empty or 'image'}: says nothing")
-        if len({type(item) is list for item in clean.get("embedding", ())}) > 1:
-            raise ValueError(f"{place}.embedding: must be numbers, or a list of numbers each")
-        for index, block in enumerate(clean.get("blocks", ())):
-            for key in ("text",) if block["type"] == "text" else ("name", "arguments"):
-                if key not in block:
-                    raise ValueError(f"{place}.blocks[{index}]: {key} is missing")
-        return kind, clean
+def check_response(response: dict[str, Any], place: str) -> None:
+    """Refuse a response that says nothing, or in which keys do not go together."""
+    empty = next((key for key in response if response[key] in ([], {}) and key != "json"), None)
+    images = [response["image"]] if "image" in response else response.get("images", [])
+    if empty or not all("url" in image or "b64Json" in image for image in images):
+        raise ValueError(f"{place}.{empty or 'image'}: says nothing")
+    if len({type(item) is list for item in response.get("embedding", ())}) > 1:
+        raise ValueError(f"{place}.embedding: must be numbers, or a list of numbers each")
+    for index, block in enumerate(response.get("blocks", ())):
+        for key in ("text",) if block["type"] == "text" else ("name", "arguments"):
+            if key not in block:
+                raise ValueError(f"{place}.blocks[{index}].{key}: is missing")
 
-    def read_entry(self, entry: Any, place: str) -> tuple[str, dict[str, Any]]:
-        """Return the kind of a fixture's response, and the fixture's entry, checked and clean."""
-        clean, kind = self.read(entry, ENTRY, place), "generated"
-        if "response" in clean:
-            kind, clean["response"] = self.read_response(clean["response"], place + ".response")
-        elif clean.keys() == {"match"}:
-            raise ValueError(f"{place}: needs a response, or an option such as latency")
-        check_match(clean["match"], kind, place + ".match")
-        try:
-            json.dumps(clean, ensure_ascii=False, allow_nan=False).encode()
-        except ValueError as error:  # half of a surrogate pair, NaN or Infinity
-            raise ValueError(f"{place}: holds what JSON cannot say: {error}") from None
-        return kind, clean
+
+def read_response(given: Any, place: str, spell: Any, ignored: list[str]) -> tuple[str, Any]:
+    """Tell a response's kind by its keys, and return it clean."""
+    said = {spell(key): given[key] for key in given if given[key] is not None or key == "json"}
+    kind = next((KIND_BY_KEY[key] for key in KIND_BY_KEY if key in said), "")
+    fields = RESPONSES[kind][1] if kind else RESPONSE
+    stray = next((key for key in said if key in RESPONSE and key not in fields), None)
+    if stray is not None and stray not in fields.ignored:
+        raise ValueError(f"{place}.{stray}: does not go with a response of kind {kind}")
+    response = check_clean(said, fields, place, spell, ignored)
+    if not kind:
+        keys = ", ".join(KIND_BY_KEY)
+        raise ValueError(f"{place}: has none of the keys that say what to answer: {keys}")
+    check_response(response, place)
+    return kind, response
+
+
+def read_entry(
+    given: Any, place: str, spell: Any = str, ignored: list[str] | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Return the kind of a fixture's response, and the fixture's entry, checked and clean."""
+    ignored = [] if ignored is None else ignored
+    entry, kind = check_clean(given, ENTRY, place, spell, ignored), "generated"
+    if "response" in entry:
+        said = given["response"]
+        kind, entry["response"] = read_response(said, place + ".response", spell, ignored)
+    elif entry.keys() == {"match"}:
+        raise ValueError(f"{place}: needs a response, or an option such as latency")
+    check_match(entry["match"], kind, place + ".match")
+    try:
+        json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:  # half of a surrogate pair, NaN or Infinity
+        raise ValueError(f"{place}: holds what JSON cannot say: {error}") from None
+    return kind, entry
 
 
 def compile_text(key: str, wanted: Any) -> re.Pattern[str]:
@@ -3374,19 +3504,21 @@ def parse_fixtures(data: Any, place: str = "", warnings: list[str] | None = None
     left out, and named in one sentence added to `warnings`.
     """
     prefix = f"{place}: " if place else ""
-    reader, fixtures = Reader(), []
+    ignored: list[str] = []
+    fixtures = []
     try:
-        reader.read(data, {"fixtures!": "list", "$schema": "text", "$comment": "any"}, "file")
+        check_clean(data, FIXTURE_FILE, "file")
         for index, entry in enumerate(data["fixtures"]):
             source = f"file {place}[{index}]" if place else "run time"
             if FOREIGN_ENDPOINTS.match(str(get_path(entry, "match", "endpoint"))):
-                reader.ignored.append(f"fixtures[{index}]")
+                ignored.append(f"fixtures[{index}]")
             else:
-                fixtures.append(Fixture(*reader.read_entry(entry, f"fixtures[{index}]"), source))
+                kind, clean_entry = read_entry(entry, f"fixtures[{index}]", str, ignored)
+                fixtures.append(Fixture(kind, clean_entry, source))
     except ValueError as error:
         raise ValueError(f"{prefix}{error}") from None
-    if reader.ignored and warnings is not None:
-        warnings.append(f"{prefix}ignored, for other providers only: {', '.join(reader.ignored)}")
+    if ignored and warnings is not None:
+        warnings.append(f"{prefix}ignored, for other providers only: {', '.join(ignored)}")
     return fixtures
 
 
@@ -3421,7 +3553,7 @@ def parse_header(text: str) -> Fixture:
         if isinstance(entry, dict):
             is_entry = entry.keys() & {"match", "response", *OPTIONS}
             entry = {"match": {}, **(entry if is_entry else {"response": entry})}
-        fixture = Fixture(*Reader().read_entry(entry, "X-Parlel-Fixture"), "header")
+        fixture = Fixture(*read_entry(entry, "X-Parlel-Fixture"), "header")
         fixture.sequence = None  # one request is no sequence
         return fixture
     except (ValueError, RecursionError) as error:
@@ -3433,7 +3565,6 @@ KEYWORDS = {
     to_snake(key): (part, key)
     for part, rows in (("response", RESPONSE), ("", OPTIONS), ("match", MATCH))
     for key in rows
-    if rows[key] != "ignored"
 }
 KEYWORDS.update(response_model=("response", "model"), not_=KEYWORDS.pop("not"))
 
@@ -3454,7 +3585,7 @@ def fixture_from_keywords(verb: str, keywords: Mapping[str, Any], when: Any = No
         if value is not None:
             (entry[part] if part else entry)[key] = value
     entry["response"] = entry["response"] or None
-    return Fixture(*Reader(to_camel).read_entry(entry, f"{verb}()"), when=when)
+    return Fixture(*read_entry(entry, f"{verb}()", to_camel), when=when)
 
 
 def select_turn(fixtures: list[Fixture], turn: int) -> Fixture | None:
