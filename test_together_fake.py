@@ -3194,7 +3194,7 @@ class TestTheLead(WireCase):
         for _ in range(2):
             for client in clients:
                 self.assertEqual(self.ask(client), b"HTTP/1.1 200 OK")
-        self.assertLessEqual(len(self.server.workers), 4)
+        self.assertLessEqual(len(self.server.workers), 10)
 
     def test_streams_leave_no_threads_behind(self):
         self.serve(lambda: fake.Reply(events=iter([b"data: 1\n\n", b"data: [DONE]\n\n"])))

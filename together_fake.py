@@ -89,6 +89,19 @@ DEFAULT_KEY = "parlel-together"
 CREATED = 1700000000  # the clock of every generated answer, in Unix seconds
 
 
+class BoundedCache(dict):  # type: ignore[type-arg]
+    """Remembers up to `limit` values, then starts anew."""
+
+    limit = 0
+
+    def keep(self, key: Any, value: Any) -> Any:
+        """Remember a value and return it."""
+        if len(self) >= self.limit:
+            self.clear()
+        self[key] = value
+        return value
+
+
 class LateRegex:
     """A regular expression that is compiled when it is first used: all of them take 5 ms."""
 
@@ -345,6 +358,11 @@ class ApiError(Exception):
     def inside(self, place: str) -> ApiError:
         """Return the same error where the field stands inside of another: `messages`, `[0].`."""
         return ApiError(self.name, param=f"{place}{self.param}", **self.facts)
+
+    def as_reply(self, recorded: bool = False, id: str = "") -> Reply:
+        """Return the reply that tells of the error, by its id where there is one."""
+        body = {**({"id": id} if id else {}), **self.body(recorded)}
+        return Reply(ENCODE(body).encode(), self.status, headers=self.headers)
 
     def body(self, recorded: bool = False) -> dict[str, Any]:
         """Return the error envelope, with production's own words where `recorded` asks for them."""
@@ -968,17 +986,17 @@ def split_tokens(text: str) -> list[str]:
     return TOKEN.findall(text)
 
 
-class TokenCounts(dict):  # type: ignore[type-arg]
+class TokenCounts(BoundedCache):
     """The number of tokens of words and other short texts."""
+
+    limit = MAX_COUNTED_WORDS
 
     def __missing__(self, text: str) -> int:
         if text.isdigit() and text.isascii():
             return (len(text) + 2) // 3  # numbers seldom come again
         count = TOKEN.subn("", text)[1]  # faster than a list
         if len(text) <= MAX_WORD_BYTES:
-            if len(self) >= MAX_COUNTED_WORDS:
-                self.clear()
-            self[text] = count
+            self.keep(text, count)
         return count
 
 
@@ -1107,29 +1125,29 @@ CACHE_LANES = 2**22  # of each cache of one model; 2 bytes a lane
 QUANTUM = 100000  # steps from 0 to 1
 
 
-class Buckets(dict):  # type: ignore[type-arg]
+class Buckets(BoundedCache):
     """A bucket's random vector: one integer of 16-bit lanes, the last of which counts buckets."""
 
     def __init__(self, key: bytes, size: int) -> None:
         self.key = key
         self.size = size
+        self.limit = CACHE_LANES // size
 
     def __missing__(self, bucket: int) -> int:
         lanes = bytearray(2 * self.size + 2)
         seed = self.key + bucket.to_bytes(2, "big")
         lanes[:-2:2] = hashlib.shake_256(seed).digest(self.size).translate(LEVELS)
         lanes[-2] = 1
-        if len(self) * self.size >= CACHE_LANES:
-            self.clear()
-        self[bucket] = total = int.from_bytes(lanes, "little")
+        total: int = self.keep(bucket, int.from_bytes(lanes, "little"))
         return total
 
 
-class Words(dict):  # type: ignore[type-arg]
+class Words(BoundedCache):
     """The sum of a word's buckets: of the whole word twice, of each trigram once."""
 
     def __init__(self, key: bytes, size: int) -> None:
         self.buckets = Buckets(key, size)
+        self.limit = self.buckets.limit
 
     def __missing__(self, word: bytes) -> int:
         buckets = self.buckets
@@ -1137,13 +1155,21 @@ class Words(dict):  # type: ignore[type-arg]
         padded = b"<%b>" % word[:MAX_WORD_BYTES]
         for start in range(len(padded) - 2):
             total += buckets[zlib.crc32(padded[start : start + 3]) % BUCKETS]
-        if len(self) * buckets.size >= CACHE_LANES:
-            self.clear()
-        self[word] = total
+        self.keep(word, total)
         return total
 
 
-WORDS: dict[tuple[bytes, int], Words] = {}  # by model and size
+class Vocabularies(BoundedCache):
+    """The words of a model and size."""
+
+    limit = 4
+
+    def __missing__(self, model_and_size: tuple[bytes, int]) -> Words:
+        words: Words = self.keep(model_and_size, Words(*model_and_size))
+        return words
+
+
+WORDS = Vocabularies()
 
 
 def find_words(text: str) -> list[bytes]:
@@ -1202,11 +1228,7 @@ def make_vector(text: str, size: int, model_key: bytes) -> list[int]:
     Vectors of an even size are a half and its mirror image: half the work, the same likeness.
     """
     copies = 1 if size % 2 else 2
-    sums = WORDS.get((model_key, size))
-    if sums is None:
-        if len(WORDS) >= 4:
-            WORDS.clear()
-        sums = WORDS[model_key, size] = Words(model_key, size // copies)
+    sums = WORDS[model_key, size // copies]
     lanes, buckets = add_words(find_words(text)[:MAX_TEXT_WORDS], sums)
     vector = normalise(lanes, 31 * buckets, copies)
     return vector + vector[::-1] if copies == 2 else vector
@@ -2457,6 +2479,21 @@ class Model:
         self.pricing = pricing or {}  # what is paid otherwise than by tokens
         self.created = CREATED_AT.get(id, 0)
 
+    def derive(
+        self, id: str, owner: str, display_name: str = "", prices: Sequence[float] = (0, 0)
+    ) -> Model:
+        """Return a model that answers as this one does under another id."""
+        return Model(
+            self.type,
+            id,
+            owner,
+            display_name,
+            self.context_length,
+            prices,
+            thinks=self.thinks,
+            dimensions=self.dimensions,
+        )
+
 
 # A type's heading, then: id | organization | display name | context length | prices | more.
 # Ids, lengths, names and prices as the service listed them on 2026-08-17; below the second
@@ -2744,6 +2781,19 @@ def copy_json(value: Any) -> Any:
     return [copy_json(item) for item in value] if type(value) is list else value
 
 
+def take_page(
+    ids: list[str], limit: int | None = None, after: str | None = None
+) -> tuple[list[str], bool]:
+    """Return the ids that follow `after`, at most `limit`, and whether there are more.
+
+    Nothing follows an id that is not there.
+    """
+    if after is not None:
+        ids = ids[ids.index(after) + 1 :] if after in ids else []
+    page = ids if limit is None else ids[:limit]
+    return page, len(page) < len(ids)
+
+
 class Collection:
     """Stored wire objects of one noun, in the order added; hands out copies, raises the 404."""
 
@@ -2797,10 +2847,8 @@ class Collection:
     def list(self, limit: int | None = None, after: str | None = None) -> list[dict[str, Any]]:
         """Return objects, newest first: at most `limit`, from the one that follows `after`."""
         with self._lock:
-            ids = list(self._items)[::-1]
-            if after is not None:
-                ids = ids[ids.index(after) + 1 :] if after in ids else []
-            return [copy_json(self._items[id]) for id in ids[:limit]]
+            ids, _ = take_page(list(self._items)[::-1], limit, after)
+            return [copy_json(self._items[id]) for id in ids]
 
 
 def redact_query(query: str) -> str:
@@ -5194,49 +5242,76 @@ def parse_time(text: str) -> int:
     return calendar.timegm(time.strptime(text[:19], TIME_FORMAT))
 
 
-def climb_job(
-    server: TogetherAiServer, jobs: Collection, id: str, ladder: Sequence[str], enter: Any
-) -> Item:
-    """Take a job to its next rung, whose work `enter(server, job, rung)` does, and return it."""
-    with server.job_lock:
-        job = jobs.get(id)
-        end = server.outcomes.get(id, ladder[-1])
-        # A job that ends otherwise does so where its work is done, on the third rung at most.
-        ladder = (*(ladder[:-1] if end == ladder[-1] else ladder[: min(3, len(ladder) - 1)]), end)
-        while job[jobs.status] in ladder[:-1]:
-            rung = ladder[ladder.index(job[jobs.status]) + 1]
-            job = jobs.update(id, **{jobs.status: rung, **enter(server, job, rung)})
-            if not server.instant_jobs:
-                break
-    return job
+class JobKind:
+    """How the jobs of one collection go: their statuses, the work on the way, how they are shown.
 
+    collection  the server's attribute that holds them
+    ladder      their statuses from the first to the last
+    on_enter    `on_enter(server, job, status)` does the work of a status; returns what changes
+    view        `view(server, request, job)` returns a job as a client sees it
+    """
 
-def start_job(
-    server: TogetherAiServer, request: Request, jobs: Collection, job: Item, ladder: Any, enter: Any
-) -> Item:
-    """Keep how a new job shall end, and finish it where jobs are instant."""
-    id, status = job[jobs.key], (request.script or {}).get("status", ladder[-1])
-    server.outcomes[id] = ladder[-1] if status in ladder else status
-    return climb_job(server, jobs, id, ladder, enter) if server.instant_jobs else job
+    def __init__(
+        self,
+        collection: str,
+        ladder: tuple[str, ...],
+        on_enter: Callable[[Any, Item, str], Item],
+        view: Callable[[Any, Request, Item], Any] = lambda server, request, job: job,
+    ) -> None:
+        self.collection = collection
+        self.ladder = ladder
+        self.on_enter = on_enter
+        self.view = view
 
+    def find(self, server: TogetherAiServer) -> Collection:
+        """Return the collection of a server's jobs."""
+        jobs: Collection = getattr(server, self.collection)
+        return jobs
 
-def refuse_state(jobs: Collection, job: Item, reason: str) -> ApiError:
-    """Name a job and the status in which something cannot be done with it."""
-    status = job[jobs.status]
-    return ApiError("bad_state", noun=jobs.noun, id=job[jobs.key], status=status, reason=reason)
-
-
-def cancel_job(
-    server: TogetherAiServer, jobs: Collection, id: str, ladder: Sequence[str], **changes: Any
-) -> Item:
-    """Apply the changes of a cancelled job, unless it has ended in another way."""
-    with server.job_lock:
-        job = jobs.get(id)
-        if job["status"] in ladder[:-1]:
-            return jobs.update(id, **changes)
-    if job["status"] == changes["status"]:
+    def advance(self, server: TogetherAiServer, id: str, ladder: tuple[str, ...] = ()) -> Item:
+        """Take a job to its next status, or to its last where jobs are instant, and return it."""
+        jobs, ladder = self.find(server), ladder or self.ladder
+        with server.job_lock:
+            job = jobs.get(id)
+            end = server.outcomes.get(id, ladder[-1])
+            # A job that ends otherwise does so where its work is done, in the third status at most.
+            most = len(ladder) - 1 if end == ladder[-1] else min(3, len(ladder) - 1)
+            ladder = (*ladder[:most], end)
+            while job[jobs.status] in ladder[:-1]:
+                status = ladder[ladder.index(job[jobs.status]) + 1]
+                changes = self.on_enter(server, job, status)
+                job = jobs.update(id, **{jobs.status: status, **changes})
+                if not server.instant_jobs:
+                    break
         return job
-    raise refuse_state(jobs, job, "only a job that has not ended can be cancelled")
+
+    def start(self, server: TogetherAiServer, request: Request, job: Item) -> Item:
+        """Keep how a new job shall end, and finish it where jobs are instant."""
+        id, last = job[self.find(server).key], self.ladder[-1]
+        status = (request.script or {}).get("status", last)
+        server.outcomes[id] = last if status in self.ladder else status
+        return self.advance(server, id) if server.instant_jobs else job
+
+    def show(self, server: TogetherAiServer, request: Request) -> Any:
+        """Take the job that a path names one step on, and return it as its client sees it."""
+        return self.view(server, request, self.advance(server, request.params["id"]))
+
+    def cancel(self, server: TogetherAiServer, id: str, **changes: Any) -> Item:
+        """Apply the changes of a cancelled job, unless it has ended in another way."""
+        jobs = self.find(server)
+        with server.job_lock:
+            job = jobs.get(id)
+            if job["status"] in self.ladder[:-1]:
+                return jobs.update(id, **changes)
+        if job["status"] == changes["status"]:
+            return job
+        raise self.refuse(server, job, "only a job that has not ended can be cancelled")
+
+    def refuse(self, server: TogetherAiServer, job: Item, reason: str) -> ApiError:
+        """Name a job and the status in which something cannot be done with it."""
+        jobs = self.find(server)
+        status = job[jobs.status]
+        return ApiError("bad_state", noun=jobs.noun, id=job[jobs.key], status=status, reason=reason)
 
 
 def serve_bytes(
@@ -5549,7 +5624,6 @@ def delete_file(server: TogetherAiServer, request: Request) -> Any:
 
 MAX_BATCH_LINES = 50_000  # documented
 
-BATCH_LADDER = ("VALIDATING", "IN_PROGRESS", "COMPLETED")
 BATCH_ENDS = ("completed", "failed", "cancelled", "expired")
 BATCH_ENDPOINTS = (
     "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/audio/transcriptions",
@@ -5589,7 +5663,7 @@ def run_line(
             raise ApiError("invalid", param="body.stream", reason="must be false in a batch")
     except ApiError as error:
         error.message = f"Line {number}: {error.message}"
-        return id, Reply(ENCODE(error.body()).encode(), error.status)
+        return id, error.as_reply()
     headers = {"authorization": f"Bearer {DEFAULT_KEY}"}
     return id, server.run(Request("POST", endpoint, ENCODE(row["body"]).encode(), headers=headers))
 
@@ -5628,14 +5702,14 @@ def run_batch(server: TogetherAiServer, job: Item, data: bytes) -> Item:
     return changes
 
 
-def enter_batch(server: TogetherAiServer, job: Item, rung: str) -> Item:
+def on_enter_batch(server: TogetherAiServer, job: Item, status: str) -> Item:
     """Count the lines of a batch when it is validated, run them when it completes."""
     data = server.contents.get(job["input_file_id"], b"")
     ended: Item = {"completed_at": format_time(server.now())}
-    if rung == "COMPLETED":
+    if status == "COMPLETED":
         return {**ended, **run_batch(server, job, data)}
-    if rung != "IN_PROGRESS":
-        return {**ended, "error": f"The batch was scripted to end as {rung}."}
+    if status != "IN_PROGRESS":
+        return {**ended, "error": f"The batch was scripted to end as {status}."}
     count = sum(1 for _ in read_lines(data))
     if 0 < count <= MAX_BATCH_LINES:
         return {}
@@ -5665,6 +5739,11 @@ def batch_view(server: TogetherAiServer, request: Request, job: Item) -> Item:
     }  # fmt: skip
 
 
+BATCH_JOBS = JobKind(
+    "batches", ("VALIDATING", "IN_PROGRESS", "COMPLETED"), on_enter_batch, batch_view
+)
+
+
 @route("POST", "/v1/batches", body=BATCH_FIELDS, kind="job", status=201)
 def create_batch(server: TogetherAiServer, request: Request) -> Any:
     """Start a batch job from a file of requests."""
@@ -5675,7 +5754,7 @@ def create_batch(server: TogetherAiServer, request: Request) -> Any:
     kept = ("endpoint", "input_file_id", "model_id", "metadata")
     given = {name: request.body.get(name) for name in kept}
     job = server.store("batches", {**given, "file_size_bytes": file["bytes"]})
-    job = start_job(server, request, server.batches, job, BATCH_LADDER, enter_batch)
+    job = BATCH_JOBS.start(server, request, job)
     view = batch_view(server, request, job)
     return view if "object" in view else {"job": view}
 
@@ -5690,15 +5769,14 @@ def list_batches(server: TogetherAiServer, request: Request) -> Any:
 @route("GET", "/v1/batches/{id}")
 def get_batch(server: TogetherAiServer, request: Request) -> Any:
     """Describe a batch job and take it one step on."""
-    job = climb_job(server, server.batches, request.params["id"], BATCH_LADDER, enter_batch)
-    return batch_view(server, request, job)
+    return BATCH_JOBS.show(server, request)
 
 
 @route("POST", "/v1/batches/{id}/cancel")
 def cancel_batch(server: TogetherAiServer, request: Request) -> Any:
     """Cancel a batch job."""
     changes = {"status": "CANCELLED", "completed_at": format_time(server.now())}
-    job = cancel_job(server, server.batches, request.params["id"], BATCH_LADDER, **changes)
+    job = BATCH_JOBS.cancel(server, request.params["id"], **changes)
     return batch_view(server, request, job)
 
 
@@ -5846,34 +5924,33 @@ def list_steps(job: Item, count: int) -> list[int]:
     return sorted({total * (n + 1) // count for n in range(count)} - {0})
 
 
-def list_new_events(job: Item, rung: str, now: str) -> list[Item]:
+def list_new_events(job: Item, status: str, now: str) -> list[Item]:
     """Return what a job reports when it reaches a status; an epoch's end once for each."""
     artifact = "output" if job["training_type"]["type"] == "Full" else "adapter"
     steps, facts = list_steps(job, job["n_epochs"]), {**job, "time": now, "artifact": artifact}
-    common = {**EVENT, "created_at": now, "level": "error" if rung == "error" else "info"}
+    common = {**EVENT, "created_at": now, "level": "error" if status == "error" else "info"}
     common.update(total_steps=steps[-1], model_path=job["model_output_path"])
-    last = steps[-1:] if rung == "uploading" else [0]
+    last = steps[-1:] if status == "uploading" else [0]
     return [
         {**common, "type": type, "step": step, "message": message.format(step=step, **facts)}
-        for status, type, message in [line.split(" ", 2) for line in FINE_TUNE_EVENTS.split("\n")]
-        if status == rung
+        for entered, type, message in [line.split(" ", 2) for line in FINE_TUNE_EVENTS.split("\n")]
+        if entered == status
         for step in (steps if type == "epoch_complete" else last)
     ]
 
 
-def enter_fine_tune(server: TogetherAiServer, job: Item, rung: str) -> Item:
+def on_enter_fine_tune(server: TogetherAiServer, job: Item, status: str) -> Item:
     """Return what changes in a job when it reaches a status; add the model when it is made."""
     changes: Item = {"updated_at": format_time(server.now())}
-    if rung == "running":
+    if status == "running":
         changes["started_at"] = changes["updated_at"]
-    if rung == "completed":
+    if status == "completed":
         changes["model_output_path"] = f"s3://{USER}/{job['id']}/model"
         changes["epochs_completed"] = job["n_epochs"]
         changes["token_count"] = job["TrainingFileSize"] // TRAIN_TOKEN_BYTES * job["n_epochs"]
         base, name = server.models.get(job["model"], UNKNOWN_MODEL), job["model_output_name"]
-        facts = (name.partition("/")[2], base.context_length, base.prices)
-        server.models[name] = Model(base.type, name, USER, *facts, thinks=base.thinks)
-    events = list_new_events({**job, **changes}, rung, changes["updated_at"])
+        server.models[name] = base.derive(name, USER, name.partition("/")[2], base.prices)
+    events = list_new_events({**job, **changes}, status, changes["updated_at"])
     return {**changes, "events": job["events"] + events}
 
 
@@ -5889,9 +5966,13 @@ def fine_tune_object(server: TogetherAiServer, item: Item) -> Item:
     job.update(TrainingFileNumLines=file["LineCount"], TrainingFileSize=file["bytes"])
     job = merge(job, {**item, **complete_training(item), "events": []})
     status, ladder = job["status"], FINE_TUNE_LADDER
-    for rung in ladder[: ladder.index(status) + 1] if status in ladder else ("pending", status):
-        job.update(enter_fine_tune(server, job, rung))
+    passed = ladder[: ladder.index(status) + 1] if status in ladder else ("pending", status)
+    for status in passed:
+        job.update(on_enter_fine_tune(server, job, status))
     return merge(job, {**item, "batch_size": job["batch_size"]})
+
+
+FINE_TUNE_JOBS = JobKind("fine_tunes", FINE_TUNE_LADDER, on_enter_fine_tune)
 
 
 def check_training_file(server: TogetherAiServer, id: str, param: str, method: str) -> None:
@@ -5935,7 +6016,7 @@ def create_fine_tune(server: TogetherAiServer, request: Request) -> Any:
     kept = set(FINE_TUNE_FIELDS).difference(row.name for row in SECRET_ROWS)
     given = {name: value for name, value in body.items() if name in kept}
     job = server.store("fine_tunes", {**given, "model": resolve_trainable(server, model).id})
-    job = start_job(server, request, jobs, job, FINE_TUNE_LADDER, enter_fine_tune)
+    job = FINE_TUNE_JOBS.start(server, request, job)
     return {**job, "events": []}
 
 
@@ -5961,8 +6042,7 @@ def get_fine_tune(server: TogetherAiServer, request: Request) -> Any:
     """Describe a fine-tuning job and take it one step on."""
     id, jobs = request.params["id"], server.fine_tunes
     cancelled = jobs.get(id)["status"] in CANCEL_LADDER
-    ladder = CANCEL_LADDER if cancelled else FINE_TUNE_LADDER
-    job = climb_job(server, jobs, id, ladder, enter_fine_tune)
+    job = FINE_TUNE_JOBS.advance(server, id, CANCEL_LADDER if cancelled else FINE_TUNE_LADDER)
     return {**job, "events": list_events(server, request)["data"]}
 
 
@@ -5972,7 +6052,7 @@ def cancel_fine_tune(server: TogetherAiServer, request: Request) -> Any:
     id, changes = request.params["id"], {"status": CANCEL_LADDER[0]}
     changes["updated_at"] = format_time(server.now())
     server.outcomes.pop(id, None)
-    return {**cancel_job(server, server.fine_tunes, id, FINE_TUNE_LADDER, **changes), "events": []}
+    return {**FINE_TUNE_JOBS.cancel(server, id, **changes), "events": []}
 
 
 @route("DELETE", "/v1/fine-tunes/{id}", query=Fields(Field("force", bool)))
@@ -6066,7 +6146,7 @@ def download_model(server: TogetherAiServer, request: Request) -> Any:
     args, jobs = request.args, server.fine_tunes
     job = jobs.get(args.get("ft_id") or "")
     if job["status"] != "completed":
-        raise refuse_state(jobs, job, "its model can be downloaded when it is completed")
+        raise FINE_TUNE_JOBS.refuse(server, job, "its model can be downloaded when it is completed")
     steps, tar = list_steps(job, job["n_checkpoints"]), io.BytesIO()
     step = args.get("checkpoint_step") or steps[-1]
     if step not in steps:
@@ -6173,7 +6253,6 @@ EVALUATIONS: dict[str, tuple[Fields, Callable[[Any], Sequence[Any]]]] = {
 }  # fmt: skip
 TYPE_ROW = Field("type", str, required=True, choices=tuple(EVALUATIONS))
 EVALUATION_FIELDS = Fields(TYPE_ROW, Field("parameters", dict, required=True))
-EVALUATION_LADDER = ("pending", "queued", "running", "completed")
 LIST_EVALUATIONS = Fields(Field("status", str), Field("limit", int, low=0))
 
 
@@ -6228,22 +6307,29 @@ def note_status(server: TogetherAiServer, status: str, updates: Any = ()) -> dic
 @stored("evaluations")
 def evaluation_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
     """Complete an evaluation job."""
-    return {
-        "workflow_id": f"{server.next_id('eval-')[:9]}-{server.now()}", "type": "classify",
-        "owner_id": USER_ID, "results": None, "created_at": format_time(server.now()),
-        **note_status(server, item.get("status", "pending")), "parameters": {}, **item,
-    }  # fmt: skip
+    template: Item = {
+        "workflow_id": f"{server.next_id('eval-')[:9]}-{server.now()}",
+        "type": "classify",
+        "owner_id": USER_ID,
+        "results": None,
+        "created_at": format_time(server.now()),
+        **note_status(server, item.get("status", "pending")),
+        "parameters": {},
+    }
+    return merge(template, item)
 
 
-def enter_evaluation(server: TogetherAiServer, job: dict[str, Any], rung: str) -> dict[str, Any]:
+def on_enter_evaluation(
+    server: TogetherAiServer, job: dict[str, Any], status: str
+) -> dict[str, Any]:
     """Judge the data when the job is to complete."""
-    changes = judge_rows(server, job) if rung == "completed" else {}
-    if rung in ("error", "user_error"):
-        changes = {"results": {"error": f"The evaluation was scripted to end as {rung}."}}
-    return {**note_status(server, changes.get("status", rung), job["status_updates"]), **changes}
+    changes = judge_rows(server, job) if status == "completed" else {}
+    if status in ("error", "user_error"):
+        changes = {"results": {"error": f"The evaluation was scripted to end as {status}."}}
+    return {**note_status(server, changes.get("status", status), job["status_updates"]), **changes}
 
 
-def show_evaluation(request: Request, job: dict[str, Any]) -> dict[str, Any]:
+def show_evaluation(server: TogetherAiServer, request: Request, job: dict[str, Any]) -> Item:
     """Return a job; the generated clients want the counts of labels as JSON text."""
     results = job["results"] or {}
     if is_stainless(request) and "label_counts" in results:
@@ -6251,9 +6337,12 @@ def show_evaluation(request: Request, job: dict[str, Any]) -> dict[str, Any]:
     return job
 
 
-def show_results(request: Request, job: dict[str, Any]) -> dict[str, Any]:
-    """Return status and results alone."""
-    return {"status": job["status"], "results": show_evaluation(request, job)["results"]}
+EVALUATION_JOBS = JobKind(
+    "evaluations",
+    ("pending", "queued", "running", "completed"),
+    on_enter_evaluation,
+    show_evaluation,
+)
 
 
 @route("POST", "/v1/evaluation", body=EVALUATION_FIELDS, kind="job")
@@ -6266,7 +6355,7 @@ def create_evaluation(server: TogetherAiServer, request: Request) -> Any:
         if isinstance(parameters.get(name), dict):
             parameters[name].pop("external_api_token", None)  # no answer shows it
     job = server.store("evaluations", {"type": type, "parameters": parameters})
-    start_job(server, request, server.evaluations, job, EVALUATION_LADDER, enter_evaluation)
+    EVALUATION_JOBS.start(server, request, job)
     return {"workflow_id": job["workflow_id"], "status": "pending"}
 
 
@@ -6276,7 +6365,9 @@ def list_evaluations(server: TogetherAiServer, request: Request) -> Any:
     """List evaluations, newest first; they do not move."""
     status = request.args.get("status")
     jobs = [job for job in server.evaluations if status in (None, job["status"])]
-    return [show_evaluation(request, job) for job in jobs[: request.args.get("limit") or 10]]
+    return [
+        show_evaluation(server, request, job) for job in jobs[: request.args.get("limit") or 10]
+    ]
 
 
 @route("GET", "/v1/evaluation/model-list", query=Fields(Field("model_source", str)))
@@ -6284,6 +6375,21 @@ def list_evaluations(server: TogetherAiServer, request: Request) -> Any:
 def list_judges(server: TogetherAiServer, request: Request) -> Any:
     """Name the models that can judge."""
     return {"model_list": [id for id, model in list(server.models.items()) if model.type == "chat"]}
+
+
+@route("GET", "/v1/evaluation/{id}")
+@route("GET", "/v1/evaluations/{id}")
+def get_evaluation(server: TogetherAiServer, request: Request) -> Any:
+    """Describe an evaluation, one step on."""
+    return EVALUATION_JOBS.show(server, request)
+
+
+@route("GET", "/v1/evaluation/{id}/status")
+@route("GET", "/v1/evaluations/{id}/status")
+def get_evaluation_status(server: TogetherAiServer, request: Request) -> Any:
+    """Tell an evaluation's status and results, one step on."""
+    job = EVALUATION_JOBS.show(server, request)
+    return {"status": job["status"], "results": job["results"]}
 
 
 # --- Dedicated endpoints
@@ -6306,13 +6412,10 @@ HARDWARE = (("h100", 80, "sxm", 5.65), ("a100", 80, "sxm", 4.28), ("l40s", 48, "
 
 def add_model(server: TogetherAiServer, name: str, base: str) -> None:
     """Put a model that answers as another does into the catalogue."""
-    like = server.models.get(base) or Model("chat", base)
-    model = Model(like.type, name, USER, name, like.context_length, thinks=like.thinks)
-    model.dimensions = like.dimensions
-    server.models[name] = model
+    server.models[name] = server.models.get(base, UNKNOWN_MODEL).derive(name, USER)
 
 
-def enter_endpoint(server: TogetherAiServer, endpoint: dict[str, Any], state: str) -> Any:
+def on_enter_endpoint(server: TogetherAiServer, endpoint: dict[str, Any], state: str) -> Any:
     """Let an endpoint answer while it is started."""
     server.models.pop(endpoint["name"], None)
     if state == "STARTED":
@@ -6326,14 +6429,26 @@ def endpoint_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str,
     id = item.get("id") or server.next_id("endpoint-")
     model = item.get("model", "meta-llama/Llama-3.3-70B-Instruct-Turbo")
     name = f"{USER}/{model}-{HashRandom.of('endpoint', id).hex(8)}"
-    endpoint = {
-        "object": "endpoint", "id": id, "name": name, "display_name": name, "model": model,
-        "hardware": "1x_nvidia_h100_80gb_sxm", "type": "dedicated", "owner": USER,
-        "state": "PENDING", "autoscaling": {"min_replicas": 1, "max_replicas": 1},
-        "inactive_timeout": None, "created_at": format_time(server.now()), **item,
-    }  # fmt: skip
-    enter_endpoint(server, endpoint, endpoint["state"])
+    template: Item = {
+        "object": "endpoint",
+        "id": id,
+        "name": name,
+        "display_name": name,
+        "model": model,
+        "hardware": "1x_nvidia_h100_80gb_sxm",
+        "type": "dedicated",
+        "owner": USER,
+        "state": "PENDING",
+        "autoscaling": {"min_replicas": 1, "max_replicas": 1},
+        "inactive_timeout": None,
+        "created_at": format_time(server.now()),
+    }
+    endpoint = merge(template, item)
+    on_enter_endpoint(server, endpoint, endpoint["state"])
     return endpoint
+
+
+ENDPOINT_JOBS = JobKind("endpoints", ENDPOINT_LADDER, on_enter_endpoint)
 
 
 @route("GET", "/v1/endpoints", query=LIST_ENDPOINTS)
@@ -6349,8 +6464,13 @@ def create_endpoint(server: TogetherAiServer, request: Request) -> Any:
     resolve_model(server, request.body["model"], "chat")
     item = pick_given(request.body, ("model", "hardware", *CHANGE_FIELDS))
     item["state"] = "STOPPED" if item.get("state") == "STOPPED" else ENDPOINT_LADDER[0]
-    jobs, endpoint = server.endpoints, server.store("endpoints", item)
-    return start_job(server, request, jobs, endpoint, ENDPOINT_LADDER, enter_endpoint)
+    return ENDPOINT_JOBS.start(server, request, server.store("endpoints", item))
+
+
+@route("GET", "/v1/endpoints/{id}")
+def get_endpoint(server: TogetherAiServer, request: Request) -> Any:
+    """Describe an endpoint, one step on."""
+    return ENDPOINT_JOBS.show(server, request)
 
 
 @route("PATCH", "/v1/endpoints/{id}", body=CHANGE_FIELDS)
@@ -6363,8 +6483,8 @@ def update_endpoint(server: TogetherAiServer, request: Request) -> Any:
             begun = endpoint["state"] in ENDPOINT_LADDER
             changes["state"] = endpoint["state"] if begun else ENDPOINT_LADDER[0]
         endpoint = server.endpoints.update(endpoint["id"], **changes)
-        enter_endpoint(server, endpoint, endpoint["state"])
-    return start_job(server, request, server.endpoints, endpoint, ENDPOINT_LADDER, enter_endpoint)
+        on_enter_endpoint(server, endpoint, endpoint["state"])
+    return ENDPOINT_JOBS.start(server, request, endpoint)
 
 
 @route("DELETE", "/v1/endpoints/{id}", status=204)
@@ -6481,12 +6601,19 @@ IMAGE_FACTS = frozenset((
 ))  # fmt: skip
 
 
-def read_pair(text: str, separator: str, place: str) -> tuple[int, int]:
-    """Read `1024x768` or `16:9`."""
-    found = re.fullmatch(rf"([1-9]\d{{0,4}}){separator}([1-9]\d{{0,4}})", text, re.ASCII)
-    if found is None:
+def read_counts(pattern: str, text: Any, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the numbers of a text such as `720p`; the default where it is none, or holds a 0."""
+    found = re.fullmatch(pattern, str(text), re.ASCII)
+    counts = tuple(map(int, found.groups())) if found else default
+    return counts if all(counts) else default
+
+
+def read_pair(text: str, separator: str, place: str) -> tuple[int, ...]:
+    """Read `1024x768` or `16:9`; raise ApiError for anything else."""
+    pair = read_counts(rf"([1-9]\d{{0,4}}){separator}([1-9]\d{{0,4}})", text, ())
+    if not pair:
         raise refuse_value(place, f"must be two numbers such as 16{separator}9", text)
-    return int(found.group(1)), int(found.group(2))
+    return pair
 
 
 def read_image_size(body: dict[str, Any]) -> tuple[int, int]:
@@ -6719,15 +6846,7 @@ VIDEO_FIELDS = Fields(
     Field("output_format", str, choices=("MP4", "WEBM")), Field("generate_audio", bool),
     *rows_of("frame_images reference_images", list), Field("media", dict),
 )  # fmt: skip
-VIDEO_LADDER = ("in_progress", "completed")
 VIDEO_URL = late_regex(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4", re.ASCII)
-
-
-def read_counts(pattern: str, text: Any, default: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the numbers of a text such as `720p`; the default where it is none, or holds a 0."""
-    found = re.fullmatch(pattern, str(text), re.ASCII)
-    counts = tuple(map(int, found.groups())) if found else default
-    return counts if all(counts) else default
 
 
 def read_video_size(body: dict[str, Any]) -> str:
@@ -6746,28 +6865,37 @@ def read_video_size(body: dict[str, Any]) -> str:
 @stored("videos")
 def video_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
     """Complete a video job; the URL of its file holds all there is to know about that."""
-    id = item.get("id") or server.next_id("video-")
     item = {"size": "1366x768", "seconds": str(DEFAULT_VIDEO_SECONDS), "fps": DEFAULT_FPS, **item}
+    id = item.get("id") or server.next_id("video-")
     name = random_letters(HashRandom.of("video", item.pop("facts", id)), 16)
     name = f"{name}-{item['size']}-{item['seconds']}s{item.pop('fps')}.mp4"
     url, now = f"{item.pop('origin', server.url)}/shrt/videos/{name}", server.now()
-    return {
-        "id": id, "object": "video", "model": "minimax/hailuo-02", "status": "in_progress",
-        "created_at": now, "completed_at": now if item.get("status") == "completed" else None,
-        "outputs": {"cost": 0, "video_url": item.pop("url", url)}, "error": None, **item,
-    }  # fmt: skip
+    template: Item = {
+        "id": id,
+        "object": "video",
+        "model": "minimax/hailuo-02",
+        "status": "in_progress",
+        "created_at": now,
+        "completed_at": now if item.get("status") == "completed" else None,
+        "outputs": {"cost": 0, "video_url": item.pop("url", url)},
+        "error": None,
+    }
+    return merge(template, item)
 
 
-def enter_video(server: TogetherAiServer, job: dict[str, Any], rung: str) -> dict[str, Any]:
+def on_enter_video(server: TogetherAiServer, job: dict[str, Any], status: str) -> dict[str, Any]:
     """Note when a video was completed, or that it was not."""
     failure = {"error": job["error"] or {"code": None, "message": "The video failed"}}
-    return failure if rung == "failed" else {"completed_at": server.now()}
+    return failure if status == "failed" else {"completed_at": server.now()}
 
 
-def show_video(request: Request, job: dict[str, Any]) -> dict[str, Any]:
+def show_video(server: TogetherAiServer, request: Request, job: dict[str, Any]) -> dict[str, Any]:
     """Return a video job, with its outputs once it is completed."""
     done = job["status"] == "completed"
     return {**job, "outputs": job["outputs"] if done else None, "progress": 100 if done else 0}
+
+
+VIDEO_JOBS = JobKind("videos", ("in_progress", "completed"), on_enter_video, show_video)
 
 
 @route("POST", "/v2/videos", body=VIDEO_FIELDS, kind="video", max_bytes=MAX_AUDIO_BYTES)
@@ -6783,8 +6911,14 @@ def create_video(server: TogetherAiServer, request: Request) -> Any:
     }  # fmt: skip
     if script.get("error"):
         item["error"] = {"code": None, "message": script["error"]}
-    jobs, job = server.videos, server.store("videos", item)
-    return show_video(request, start_job(server, request, jobs, job, VIDEO_LADDER, enter_video))
+    job = VIDEO_JOBS.start(server, request, server.store("videos", item))
+    return show_video(server, request, job)
+
+
+@route("GET", "/v2/videos/{id}")
+def get_video(server: TogetherAiServer, request: Request) -> Any:
+    """Describe a video, one step on."""
+    return VIDEO_JOBS.show(server, request)
 
 
 @route("GET", "/shrt/videos/{name}", open=True)
@@ -6836,14 +6970,12 @@ def list_autoscale_models(server: TogetherAiServer, request: Request) -> Any:
 
 def list_page(request: Request, items: list[dict[str, Any]]) -> dict[str, Any]:
     """Return one page of the second API: `limit` items after the id that `after` names."""
-    after, limit = request.args.get("after"), request.args.get("limit") or 100
-    ids = [item["id"] for item in items]
-    if after and after not in ids:
+    after, by_id = request.args.get("after") or None, {item["id"]: item for item in items}
+    if after and after not in by_id:
         raise refuse_value("after", "must be a next_cursor of this list", after)
-    start = ids.index(after) + 1 if after else 0
-    page = items[start : start + limit]
-    more = len(items) > start + limit
-    return {"object": "list", "data": page, "next_cursor": page[-1]["id"] if more else None}
+    ids, more = take_page(list(by_id), request.args.get("limit") or 100, after)
+    page = [by_id[id] for id in ids]
+    return {"object": "list", "data": page, "next_cursor": ids[-1] if more else None}
 
 
 PAGE_FIELDS = Fields(Field("limit", int, low=0, high=1000), Field("after", str))
@@ -6918,19 +7050,24 @@ def get_identity(server: TogetherAiServer, request: Request) -> Any:
 @stored("jobs")
 def upload_job_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
     """Complete the job that uploads a model."""
-    return {
-        "type": "model_upload", "job_id": server.next_id("job-"),
+    template: Item = {
+        "type": "model_upload",
+        "job_id": server.next_id("job-"),
         "args": {"description": "", "modelName": f"{USER}/model", "modelSource": ""},
         "created_at": format_time(server.now()),
-        **note_status(server, item.get("status", UPLOAD_LADDER[0])), **item,
-    }  # fmt: skip
+        **note_status(server, item.get("status", UPLOAD_LADDER[0])),
+    }
+    return merge(template, item)
 
 
-def enter_upload(server: TogetherAiServer, job: dict[str, Any], rung: str) -> dict[str, Any]:
+def on_enter_upload(server: TogetherAiServer, job: dict[str, Any], status: str) -> dict[str, Any]:
     """Let a model answer when its upload is complete."""
-    if rung == "Complete":
+    if status == "Complete":
         add_model(server, job["args"]["modelName"], "")
-    return note_status(server, rung, job["status_updates"])
+    return note_status(server, status, job["status_updates"])
+
+
+UPLOAD_JOBS = JobKind("jobs", UPLOAD_LADDER, on_enter_upload)
 
 
 @route("POST", "/v1/models", body=MODEL_UPLOAD_FIELDS)
@@ -6940,7 +7077,7 @@ def upload_model(server: TogetherAiServer, request: Request) -> Any:
     name = name if "/" in name else f"{USER}/{name}"  # and no query: its signature is a secret
     args = {"modelName": name, "modelSource": source, **pick_given(request.body, ["description"])}
     job = server.store("jobs", {"args": {"description": "", **args}})
-    start_job(server, request, server.jobs, job, UPLOAD_LADDER, enter_upload)
+    UPLOAD_JOBS.start(server, request, job)
     kind = "remote" if "://" in source else "huggingface"
     data = {"job_id": job["job_id"], "model_name": name, "model_source": kind}
     data["model_id"] = server.next_id("model-")
@@ -6953,38 +7090,11 @@ def list_upload_jobs(server: TogetherAiServer, request: Request) -> Any:
     return {"data": server.jobs.list()}
 
 
-def declare_job(
-    path: str, name: str, ladder: Sequence[str], enter: Any, show: Any, sentence: str
-) -> None:
-    """Declare the route that describes a job of a collection by `show(request, job)`."""
+@route("GET", "/v1/jobs/{id}")
+def get_upload_job(server: TogetherAiServer, request: Request) -> Any:
+    """Describe the upload of a model, one step on."""
+    return UPLOAD_JOBS.show(server, request)
 
-    def get_job(server: TogetherAiServer, request: Request) -> Any:
-        id = request.params["id"]
-        return show(request, climb_job(server, getattr(server, name), id, ladder, enter))
-
-    get_job.__doc__ = sentence
-    route("GET", path)(get_job)
-
-
-JUDGING = ("evaluations", EVALUATION_LADDER, enter_evaluation)
-DESCRIBING = (*JUDGING, show_evaluation, "Describe an evaluation, one step on.")
-TELLING = (*JUDGING, show_results, "Tell an evaluation's status and results, one step on.")
-declare_job("/v1/evaluation/{id}", *DESCRIBING)
-declare_job("/v1/evaluations/{id}", *DESCRIBING)
-declare_job("/v1/evaluation/{id}/status", *TELLING)
-declare_job("/v1/evaluations/{id}/status", *TELLING)
-declare_job(
-    *("/v2/videos/{id}", "videos", VIDEO_LADDER, enter_video, show_video),
-    "Describe a video, one step on.",
-)
-declare_job(
-    *("/v1/endpoints/{id}", "endpoints", ENDPOINT_LADDER, enter_endpoint, lambda _, job: job),
-    "Describe an endpoint, one step on.",
-)
-declare_job(
-    *("/v1/jobs/{id}", "jobs", UPLOAD_LADDER, enter_upload, lambda _, job: job),
-    "Describe the upload of a model, one step on.",
-)
 
 # === Control ===
 
@@ -7091,6 +7201,8 @@ MAX_JOIN_BYTES = 64 * 2**10  # a larger body is sent after its head, not copied 
 RECEIVE_SECONDS = 30.0  # from a request's first byte to its last
 SEND_SECONDS = 30.0  # for a client to take what is sent to it
 LINGER_SECONDS = 1.0  # for a refused client to read why, before the connection closes
+MAX_REMEMBERED_HEADS = 256  # of requests, so that they need not be taken apart again
+MAX_REMEMBERED_HEAD_BYTES = 2048
 MAX_IN_A_ROW = 8  # requests of one client, before another worker serves the others
 
 POSIX = sys.platform != "win32"
@@ -7223,6 +7335,19 @@ class Head:
         self.size = parse_length(fields.get("content-length", "0"))  # of the body
 
 
+class Heads(BoundedCache):
+    """The heads met of late, by their bytes: a client mostly sends the same again."""
+
+    limit = MAX_REMEMBERED_HEADS
+
+    def __init__(self, netloc: str) -> None:
+        self.netloc = netloc  # of this server, for requests without a host
+
+    def __missing__(self, data: bytes) -> Head:
+        head = Head(data.decode("latin-1"), self.netloc)
+        return self.keep(data, head) if len(data) <= MAX_REMEMBERED_HEAD_BYTES else head
+
+
 class NoHead:
     """What is known of a request that cannot be read."""
 
@@ -7288,7 +7413,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if end < 0:
             return None
         try:
-            head: Head = self.server.find_head(self.unused[: end + 2])
+            head: Head = self.server.heads[self.unused[: end + 2]]
         except ApiError:
             return None  # reading it again tells why
         after = end + 4 + head.size
@@ -7349,7 +7474,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             seen = len(data)
             data += self.receive(MAX_HEADER_BYTES + 1 - seen)
         self.unused = data[end + 4 :]
-        head: Head = self.server.find_head(data[: end + 2])
+        head: Head = self.server.heads[data[: end + 2]]
         return head
 
     def read_body(self, head: Head) -> bytes:
@@ -7554,8 +7679,6 @@ BACKLOG = 1024  # connections that wait to be accepted
 IDLE_SECONDS = 60.0  # without a request on an open connection
 MAX_HELD = 8  # replies that are sent at once
 MAX_WAITING = 16  # workers without a client
-MAX_REMEMBERED_HEADS = 256  # of requests, so that they need not be taken apart again
-MAX_REMEMBERED_HEAD_BYTES = 2048
 
 
 if TYPE_CHECKING:
@@ -7595,7 +7718,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.app = app
         self.date = (0, "")  # Unix seconds, and the headers that tell them
-        self.heads: dict[bytes, Head] = {}  # those met of late
         self.stopping = threading.Event()
         self.clients: set[socket.socket] = set()
         self.idle: dict[Connection, float] = {}  # watched, and when each is to be closed
@@ -7620,18 +7742,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         host, port = self.socket.getsockname()[:2]
         self.server_name, self.server_port = host, port
-        self.netloc = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-    def find_head(self, data: bytes) -> Head:
-        """Return what the lines of a head say; a client mostly sends the same again."""
-        head = self.heads.get(data)
-        if head is None:
-            head = Head(data.decode("latin-1"), self.netloc)
-            if len(data) <= MAX_REMEMBERED_HEAD_BYTES:
-                if len(self.heads) >= MAX_REMEMBERED_HEADS:
-                    self.heads.clear()
-                self.heads[data] = head
-        return head
+        self.heads = Heads(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
 
     # The workers
 
@@ -7903,12 +8014,17 @@ def prepend(first: bytes, events: Iterator[bytes]) -> Iterator[bytes]:
     yield from events
 
 
-def name_reply(reply: Reply, request: Request) -> Reply:
-    """Give a reply its name; a refused request has no other one than its bytes."""
+def name_request(request: Request) -> str:
+    """Return the id of an answer; a refused request has no other one than its bytes."""
     if not request.id:
         facts = f"{request.method} {request.path}\n".encode("utf-8", "replace")
         request.id = random_id(HashRandom.of_bytes(facts + request.raw))
-    reply.id = request.id
+    return request.id
+
+
+def name_reply(reply: Reply, request: Request) -> Reply:
+    """Give a reply the id of its answer."""
+    reply.id = name_request(request)
     return reply
 
 
@@ -8313,10 +8429,7 @@ class TogetherAiServer:
 
     def _shape_error(self, error: ApiError, request: Request) -> Reply:
         """Return the error envelope; strict servers use production's words where known."""
-        reply = name_reply(Reply(b"", error.status, headers=error.headers), request)
-        body = {"id": request.id, **error.body(recorded=self.strict)}
-        reply.body = ENCODE(body).encode()
-        return reply
+        return name_reply(error.as_reply(self.strict, name_request(request)), request)
 
     def may_take_long(self, request: Request) -> bool:
         """Tell whether other clients shall not wait until a request is answered.
