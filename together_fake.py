@@ -55,6 +55,7 @@ from __future__ import annotations
 import base64
 import calendar
 import contextlib
+import errno
 import functools
 import hashlib
 import http.server
@@ -79,10 +80,12 @@ from urllib.parse import parse_qsl, unquote
 TYPE_CHECKING = False  # as in typing, whose import would cost a cold start 4 ms
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, AnyStr
+    from typing import Any, AnyStr, Union
+
+    TextMatch = Union[str, re.Pattern[str], Mapping[str, str]]  # a text, or a pattern
 
 __all__ = ["ApiError", "Call", "TogetherAiServer", "main"]
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 DEFAULT_PORT = 4863
 DEFAULT_KEY = "parlel-together"
@@ -100,6 +103,19 @@ class BoundedCache(dict):  # type: ignore[type-arg]
             self.clear()
         self[key] = value
         return value
+
+
+class Newest(dict):  # type: ignore[type-arg]
+    """Keeps the newest `limit` values; the oldest go."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        while len(self) > self.limit:
+            del self[next(iter(self))]
 
 
 class LateRegex:
@@ -121,10 +137,21 @@ def late_regex(source: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
 
 # === Messages ===
 
-SECRET_HEADERS = (
-    "authorization", "proxy-authorization", "cookie", "api-key", "x-api-key", "x-auth-token",
-    "x-together-api-key", "openai-api-key", "x-goog-api-key",
-)  # fmt: skip
+SECRET_HEADER = late_regex(r"auth|key|token|secret|cookie", re.IGNORECASE)
+SECRET_WORDS = frozenset(("auth", "authorization", "key", "token", "secret", "password", "cookie"))
+SECRET_WORDS |= {"apikey", "passwd", "credential", "credentials"}
+NAME_PARTS = late_regex(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+
+
+def is_secret_header(name: str) -> bool:
+    """Tell whether a header's value is hidden, whatever its scheme."""
+    return SECRET_HEADER.search(name) is not None
+
+
+def is_secret(name: str) -> bool:
+    """Tell whether a field of this name holds a secret: `wandbApiKey`, `hf_token`, not `tokens`."""
+    parts = NAME_PARTS.findall(name[:200])
+    return bool(parts) and parts[-1].lower() in SECRET_WORDS
 
 
 def make_encoder(**options: Any) -> Callable[[Any], str]:
@@ -145,22 +172,39 @@ def make_encoder(**options: Any) -> Callable[[Any], str]:
 ENCODE = make_encoder(ensure_ascii=False)
 # The same for every order of keys: what draws are made from.
 CANONICAL = make_encoder(sort_keys=True)
+QUOTE = json.encoder.encode_basestring  # of a string alone
 DONE = b"data: [DONE]\n\n"  # the last event of every stream
 
 
 def mask(value: str) -> str:
     """Keep the scheme of a header that holds a key, never the key."""
     scheme, space, _ = value.partition(" ")
-    return f"{scheme} ***" if space else "***"
+    return f"{scheme} ***" if space and scheme.lower() in ("basic", "bearer") else "***"
+
+
+class RecordedHeaders(dict):  # type: ignore[type-arg]
+    """Header fields that are found by their names in any case."""
+
+    def __getitem__(self, name: str) -> str:
+        return str(super().__getitem__(name.lower()))
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(str(name).lower())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """Return the value of a header, or the default."""
+        return super().get(name.lower(), default)
 
 
 class Headers(dict):  # type: ignore[type-arg]
     """Header fields by name in lower case; the requests of one connection mostly share them."""
 
     @functools.cached_property
-    def masked(self) -> dict[str, str]:
+    def masked(self) -> RecordedHeaders:
         """The fields without any key, for the record."""
-        return {name: mask(self[name]) if name in SECRET_HEADERS else self[name] for name in self}
+        return RecordedHeaders(
+            {name: mask(self[name]) if is_secret_header(name) else self[name] for name in self}
+        )
 
     @property
     def agent(self) -> str:
@@ -178,8 +222,8 @@ class Request:
     """One request as the pipeline sees it; HTTP, tests and batch lines all build these."""
 
     __slots__ = (
-        "args", "body", "headers", "id", "method", "origin", "params", "path", "query", "raw",
-        "script",
+        "args", "batch", "body", "headers", "id", "method", "origin", "params", "path", "query",
+        "raw", "script",
     )  # fmt: skip
 
     def __init__(
@@ -203,6 +247,7 @@ class Request:
         self.params: dict[str, str] = {}  # the path's parameters
         self.id = ""  # of the answer, once it is drawn
         self.script: dict[str, Any] | None = None  # what a fixture says instead of the generators
+        self.batch = ""  # the job whose line this is
 
 
 class Upload:
@@ -220,9 +265,9 @@ class Upload:
 
 
 class Reply:
-    """A whole answer: bytes with a status, or a stream of events that are each sent at once."""
+    """A whole answer: bytes with a status, or a stream of events."""
 
-    __slots__ = ("body", "content_type", "events", "headers", "id", "status")
+    __slots__ = ("body", "content_type", "events", "headers", "id", "paced", "public", "status")
 
     def __init__(
         self,
@@ -237,11 +282,13 @@ class Reply:
         self.content_type = content_type
         self.headers = headers or {}
         self.events = events  # encoded events; body is not sent when this is set
+        self.paced = False  # each event is sent when it is drawn; else those at hand leave together
         self.id = ""  # of the answer, for the headers that name it
+        self.public = True  # pages of other origins may read it
 
 
 class Events:
-    """A handler's stream: JSON values, one an event; `data: [DONE]` follows by itself."""
+    """A handler's stream: JSON values or JSON text, one an event; `data: [DONE]` follows."""
 
     __slots__ = ("chunks",)
 
@@ -259,6 +306,30 @@ class Cut(Exception):
 ERRORS: dict[str, tuple[int, str]] = {
     # recorded
     "empty_prompt": (400, "Prompt cannot be empty"),
+    "no_messages": (400, "Input required"),
+    "unauthorized": (401, "Unauthorized"),
+    "too_long_turbo": (
+        400,
+        "Input validation error: `inputs` tokens + `max_new_tokens` must be <= {room}."
+        " Given: {prompt} `inputs` tokens and {asked} `max_new_tokens`",
+    ),
+    "no_media": (400, "Input validation error"),
+    "no_eyes": (400, "{model} is not a multimodal model None"),
+    "no_grammar": (
+        422,
+        "Input validation error: grammar is not valid: failed to compile grammar",
+    ),
+    "no_parameter": (
+        400,
+        "Parameter '{parameter}' is not supported for the selected model configuration. Please"
+        " remove this parameter from your request.",
+    ),
+    "retired": (
+        400,
+        "Unable to access non-serverless model {model}. Please visit"
+        " https://api.together.ai/models/{model} to create and start a new dedicated endpoint for"
+        " the model.",
+    ),
     "bad_key": (
         401,
         "Invalid API key provided. You can find your API key at"
@@ -270,11 +341,16 @@ ERRORS: dict[str, tuple[int, str]] = {
         " to view the list of supported models.",
     ),
     # reported by users
+    "too_long_prompt": (
+        400,
+        "The input ({prompt} tokens) is longer than the model's context length ({room} tokens).",
+    ),
     "too_long": (
         400,
-        "This model's maximum context length is {room} tokens. However, you requested {total}"
-        " tokens ({prompt} in the messages, {asked} in the completion). Please reduce the length"
-        " of the messages or completion.",
+        "Requested token count exceeds the model's maximum context length of {room} tokens."
+        " You requested a total of {total} tokens: {prompt} tokens from the input messages and"
+        " {asked} tokens for the completion. Please reduce the number of tokens in the input"
+        " messages or the completion to fit within the limit.",
     ),
     # chosen: production says "Input validation error" alone, or its words are unknown
     "missing": (400, "Missing required field: {param}."),
@@ -290,6 +366,14 @@ ERRORS: dict[str, tuple[int, str]] = {
     "headers_too_large": (
         431,
         "The request's head is too large; at most {bytes} bytes and {count} fields are accepted.",
+    ),
+    "foreign_origin": (
+        403,
+        "{origin} may not use this route: it is for programs and for pages of this server.",
+    ),
+    "foreign_host": (
+        403,
+        "This route answers on this machine alone, by localhost or a loopback address, not {host}.",
     ),
     "bad_file": (400, "{param}: file {id} cannot be used: {reason}."),
     "bad_state": (400, "{noun} {id} is {status}; {reason}."),
@@ -317,6 +401,8 @@ ERRORS.update({  # 400, 429, 500 and 503 are recorded, 402 reported by users, th
     "status_429": (429, "Request was rejected due to request rate limiting. Your rate limits are"
         " 60 RPM (1 QPS) and 60000 TPM (1000 TPS)."
         " See details: https://docs.together.ai/docs/rate-limits"),
+    "model_rate_limit": (429, "You have reached the rate limit specific to this model {model}. The"
+        " maximum rate limit for this model is 10.0 queries and 60000 tokens per minute."),
     "status_500": (500, "Internal server error"),
     "status_503": (503, "Service unavailable"),
     "status_504": (504, "Gateway timeout"),
@@ -331,7 +417,12 @@ ERROR_TYPES = {
     429: "rate_limit",
     503: "service_unavailable",
 }
-ERROR_CODES = {"bad_key": "invalid_api_key", "no_model": "model_not_available"}
+ERROR_CODES = {
+    "bad_key": "invalid_api_key",
+    "no_model": "model_not_available",
+    "retired": "model_not_available",
+}
+PASSED_ON = {"no_eyes"}  # an engine's own error, whose message is an object
 # What production says instead of the sentences above, which name the field.
 RECORDED_WORDING = dict.fromkeys(("missing", "invalid", "bad_json"), "Input validation error")
 
@@ -346,7 +437,7 @@ class ApiError(Exception):
         self.name = name
         self.status, template = ERRORS[name]
         usual = "invalid_request_error" if self.status < 500 else "server_error"
-        self.type = ERROR_TYPES.get(self.status, usual)
+        self.type = name if name == "model_rate_limit" else ERROR_TYPES.get(self.status, usual)
         self.code = ERROR_CODES.get(name)
         self.param = param
         self.facts = facts
@@ -366,10 +457,17 @@ class ApiError(Exception):
 
     def body(self, recorded: bool = False) -> dict[str, Any]:
         """Return the error envelope, with production's own words where `recorded` asks for them."""
+        if self.name == "unauthorized":
+            return {"error": {"message": self.message}}
         wording = RECORDED_WORDING.get(self.name) if recorded else None
+        if recorded and self.name == "missing" and self.param == "messages":
+            wording = ERRORS["no_messages"][1]
+        message: Any = wording or self.message
+        if self.name in PASSED_ON:
+            message = {"message": message, "type": "BadRequestError", "param": None, "code": 400}
         return {
             "error": {
-                "message": wording or self.message,
+                "message": message,
                 "type": self.type,
                 "param": None if wording else self.param,
                 "code": self.code,
@@ -380,6 +478,7 @@ class ApiError(Exception):
 # === Checks ===
 
 MAX_JSON_BYTES = 32 * 2**20  # a JSON or form body
+MAX_JSON_BRACKETS = 1_000_000  # which take half a second
 MAX_JSON_DEPTH = 200  # brackets inside brackets
 MAX_NUMBER_DIGITS = 400  # of one JSON number
 MAX_FORM_FIELDS = 1000  # of one form, query or multipart body
@@ -396,15 +495,23 @@ KIND_NAMES = {
 }
 
 
-def preview(value: Any) -> str:
+def preview(value: Any, limit: int = 60) -> str:
     """Write a value for an error's sentence, cut to a readable length."""
     text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def hide_secrets(value: Any) -> Any:
+    """Return JSON with stars for what a secret's name stands for."""
+    if type(value) is dict:
+        return {k: "***" if is_secret(k) else hide_secrets(v) for k, v in value.items()}
+    return [hide_secrets(item) for item in value] if type(value) is list else value
 
 
 def refuse_value(place: str, rule: str, value: Any) -> ApiError:
     """Name the place, the rule and the value that broke it, cut to a readable length."""
-    return ApiError("invalid", param=place, reason=f"{rule}, not {preview(value)}")
+    shown = preview(hide_secrets(value) if type(value) in (dict, list) else value)
+    return ApiError("invalid", param=place, reason=f"{rule}, not {shown}")
 
 
 def succeeds(read: Callable[[Any], Any], value: Any) -> bool:
@@ -446,14 +553,13 @@ class Fields(dict):  # type: ignore[type-arg]
             if values.get(name) is None:
                 raise ApiError("missing", param=place + name)
         for name, value in values.items():
-            if name in self and value is not None:
-                field = self[name]
-                if type(value) in field.free:
-                    continue
-                try:
-                    values[name] = field.check(value)  # the keys stay
-                except ApiError as error:
-                    raise error.inside(place + name) from None
+            field = self.get(name)
+            if field is None or value is None or type(value) in field.free:
+                continue
+            try:
+                values[name] = field.check(value)  # the keys stay
+            except ApiError as error:
+                raise error.inside(place + name) from None
 
     def check_names(self, names: Iterable[str], place: str) -> None:
         """Refuse the first name that a closed table has no row for."""
@@ -506,18 +612,22 @@ class Field:
 
     def check(self, value: Any) -> Any:
         """Return the value in its declared type; raise ApiError naming the place inside of it."""
-        if type(value) not in self.types:
+        kind = type(value)
+        if kind not in self.types:
             value = self.convert(value)
+            kind = type(value)
         if self.bounded:
-            self.check_bounds(value)
-        if self.choices and type(value) in (str, int, bool) and value not in self.choices:
+            self.check_bounds(value, kind)
+        if self.choices and kind in (str, int, bool) and value not in self.choices:
             allowed = ", ".join(map(str, self.choices))
-            raise refuse_value("", f"must be one of {allowed}", value)
-        if self.test is not None and type(value) is str and not succeeds(self.test[1], value):
-            raise refuse_value("", f"must be {self.test[0]}", value)
-        if self.fields is not None and type(value) is dict:
+            shown = "***" if is_secret(self.name) else value
+            raise refuse_value("", f"must be one of {allowed}", shown)
+        if kind is str:
+            if self.test is not None and not succeeds(self.test[1], value):
+                raise refuse_value("", f"must be {self.test[0]}", value)
+        elif kind is dict and self.fields is not None:
             self.fields.check(value, ".")
-        elif self.each is not None and type(value) in (list, dict):
+        elif self.each is not None and kind in (list, dict):
             self.check_items(value, self.each)
         return value
 
@@ -538,11 +648,10 @@ class Field:
             return int(value)
         kinds = [kind for kind in self.kinds if kind is not int or float not in self.types]
         names = " or ".join(KIND_NAMES[kind] for kind in kinds)
-        raise refuse_value("", f"must be {names}", value)
+        raise refuse_value("", f"must be {names}", "***" if is_secret(self.name) else value)
 
-    def check_bounds(self, value: Any) -> None:
+    def check_bounds(self, value: Any, kind: type) -> None:
         """Compare a number, or the length of a string, array or object, with low and high."""
-        kind = type(value)
         if kind in (str, list, dict):
             size, verb, unit = len(value), "have", " characters" if kind is str else " items"
         elif kind in (int, float):
@@ -645,6 +754,9 @@ def measure_depth(value: Any) -> int:
 def parse_json(raw: bytes) -> Any:
     """Read JSON with limits; raise ApiError for whatever standard JSON does not allow."""
     long = len(raw) > MAX_NUMBER_DIGITS  # and so may be deep, or have a long number
+    brackets = raw.count(b"[") + raw.count(b"{") if long else 0
+    if brackets > MAX_JSON_BRACKETS:
+        raise ApiError("bad_json", reason=f"it has more than {MAX_JSON_BRACKETS} brackets")
     decoder = CAREFUL_DECODER if long and has_long_number(raw) else DECODER
     try:
         text = raw.decode()
@@ -665,7 +777,6 @@ def parse_json(raw: bytes) -> Any:
         raise ApiError("bad_json", reason=where) from None
     except RecursionError:
         raise ApiError("bad_json", reason=f"it nests deeper than {MAX_JSON_DEPTH}") from None
-    brackets = raw.count(b"[") + raw.count(b"{") if long else 0
     if brackets > MAX_JSON_DEPTH and measure_depth(value) > MAX_JSON_DEPTH:
         raise ApiError("bad_json", reason=f"it nests deeper than {MAX_JSON_DEPTH}")
     return value
@@ -849,6 +960,7 @@ def random_uuid(rng: HashRandom) -> str:
 # === Text ===
 
 MAX_WORD_BYTES = 40  # of a word: what counts of it for a vector, and what is worth remembering
+MAX_COUNTED_TEXT = 2**20  # characters of a text whose tokens are counted at once
 MAX_COUNTED_WORDS = 8192  # whose numbers of tokens are remembered
 
 
@@ -1009,6 +1121,9 @@ def count_tokens(text: str) -> int:
     count: int
     if len(text) <= MAX_WORD_BYTES:
         count = COUNT_WORD(text)
+    elif len(text) > MAX_COUNTED_TEXT:  # in pieces, so that other threads get their turn
+        starts = range(0, len(text), MAX_COUNTED_TEXT)
+        count = sum([count_tokens(text[at : at + MAX_COUNTED_TEXT]) for at in starts])
     elif text.isprintable() and "  " not in text:  # a single space belongs to the word behind it
         count = sum(map(COUNT_WORD, text.split(" "))) + (text[-1] == " ")
     else:
@@ -1286,6 +1401,97 @@ def encode_png(width: int, height: int, rows: Iterable[bytes], palette: bytes) -
     return png
 
 
+# A JPEG has blocks of 8 x 8 pixels; ours show four colours, one a quarter. Besides its mean (DC) a
+# block has three coefficients (AC): half a wave to the right, down, and both. These quantisers
+# make them what the quarters differ by; the rest would only sharpen the steps along an edge.
+QUANTISERS = bytes([8]) + bytes([7]) * 63
+# Huffman tables: how many codes have 1 to 16 digits, then what the codes stand for. "0" is no
+# difference or no more coefficients. "10" goes on with the run of zeros before a coefficient (two
+# digits, AC only) and the length of the number less 1 (three digits).
+LENGTHS = bytes(range(1, 9))
+DC_CODES = bytes([1, 0, 0, 0, 8]) + bytes(11) + b"\0" + LENGTHS
+AC_CODES = bytes([1, 0, 0, 0, 0, 0, 32]) + bytes(9) + b"\0"
+AC_CODES += bytes([run << 4 | length for run in range(4) for length in LENGTHS])
+RUNS = ("1000", "1001", "1010", "1011")
+
+if TYPE_CHECKING:
+    Block = tuple[int, int, int, int]  # four palette indices: the upper two and the lower two
+
+
+@functools.lru_cache(maxsize=5 * 511)  # all there are
+def code_number(value: int, start: str = "10") -> str:
+    """Return the Huffman code of a number, given its start, and the digits of the number."""
+    if not value:
+        return "0"
+    length = abs(value).bit_length()
+    digits = value if value > 0 else value + (1 << length) - 1  # inverted if negative
+    return f"{start}{length - 1:03b}{digits:0{length}b}"
+
+
+def code_block(quarters: Iterable[Sequence[int]]) -> tuple[list[int], list[str]]:
+    """Return the DC of each component of a block, and the bits of its AC."""
+    means, bits = [], []
+    for a, b, c, d in zip(*quarters):
+        means.append(a + b + c + d + 2 >> 2)
+        code, zeros = "", 0
+        # In zigzag order, where a whole wave down comes before half a wave both ways.
+        for value in (a - b + c - d + 2 >> 2, a + b - c - d + 2 >> 2, 0, a - b - c + d + 2 >> 2):
+            if value:
+                code += code_number(value, RUNS[zeros])
+                zeros = 0
+            else:
+                zeros += 1
+        bits.append(code + "0")
+    return means, bits
+
+
+def convert_colours(palette: bytes) -> list[tuple[int, int, int]]:
+    """Return the brightness, blueness and redness of each colour; 0 is a medium grey."""
+    return [
+        (
+            (77 * red + 150 * green + 29 * blue + 128 >> 8) - 128,
+            128 * blue - 43 * red - 85 * green + 128 >> 8,
+            128 * red - 107 * green - 21 * blue + 128 >> 8,
+        )
+        for red, green, blue in zip(palette[::3], palette[1::3], palette[2::3])
+    ]
+
+
+def code_scan(rows: Sequence[bytes], palette: bytes) -> str:
+    """Return the bits of all blocks; most rows are a few long runs of the same block."""
+    colours = convert_colours(palette)
+    coded: dict[Block, tuple[list[int], list[str]]] = {}
+    scan, before = [], [0, 0, 0]
+    for upper, lower in zip(rows[::2], rows[1::2]):
+        blocks = zip(upper[1::2], upper[2::2], lower[1::2], lower[2::2])
+        for block, repeats in itertools.groupby(blocks):
+            if block not in coded:
+                coded[block] = code_block([colours[index] for index in block])
+            means, bits = coded[block]
+            for mean, last, code in zip(means, before, bits):
+                scan.append(code_number(mean - last) + code)
+            before = means
+            again = "0" + "0".join(bits)  # the DC does not differ
+            scan.append(again * (len(list(repeats)) - 1))
+    return "".join(scan)
+
+
+def encode_jpeg(width: int, height: int, rows: Sequence[bytes], palette: bytes) -> bytes:
+    """Build a JPEG file; rows are as for a PNG, but each index is for 4 x 4 pixels."""
+    bits = code_scan(rows, palette)
+    bits += "1" * (-len(bits) % 8)
+    jpeg = b"\xff\xd8"
+    for kind, data in (
+        (0xE0, b"JFIF\0\1\1\0\0\1\0\1\0\0"), (0xDB, b"\0" + QUANTISERS),
+        (0xC0, struct.pack(">BHHB", 8, height, width, 3) + b"\1\x11\0\2\x11\0\3\x11\0"),
+        (0xC4, b"\0" + DC_CODES), (0xC4, b"\x10" + AC_CODES),
+        (0xDA, b"\3\1\0\2\0\3\0\0\x3f\0"),
+    ):  # fmt: skip
+        jpeg += struct.pack(">BBH", 0xFF, kind, 2 + len(data)) + data
+    scan = int(bits, 2).to_bytes(len(bits) // 8, "big")
+    return jpeg + scan.replace(b"\xff", b"\xff\0") + b"\xff\xd9"
+
+
 # Colours of the sky's top, the horizon, the sun or moon, the farthest and the nearest layer.
 PALETTES = phrases("""\
 5b7db1 f7d9c4 fff1c9 c9a9b8 3d4a63 / 2d2a55 f08a6c ffd9a0 a35d78 241f3d /
@@ -1387,8 +1593,8 @@ class Canvas:
         for row, step in zip(rows, pack_steps(left + 1, len(rows), limit, new)):
             steps[row].append(step)
 
-    def encode(self) -> bytes:
-        """Return the PNG of the canvas."""
+    def rows(self) -> list[bytes]:
+        """Return the palette indices of each row behind a zero byte, as a PNG has them."""
         rows = []
         row = bytearray([255]) + bytes(self.width)  # 255 becomes the filter byte 0
         shades, line, last = b"".join(self.columns), b"", b""
@@ -1398,11 +1604,11 @@ class Canvas:
             if steps or table != last:
                 line, last = bytes(row.translate(table.ljust(256, b"\0"))), table
             rows.append(line)
-        return encode_png(self.width, self.height, rows, self.palette)
+        return rows
 
 
-def make_image(rng: HashRandom, width: int, height: int) -> bytes:
-    """Paint a landscape as a PNG file; the pixels are the same on every machine."""
+def paint_landscape(rng: HashRandom, width: int, height: int) -> Canvas:
+    """Paint a landscape; it is the same on every machine."""
     from math import isqrt
 
     data = rng.randbytes(64)
@@ -1430,7 +1636,17 @@ def make_image(rng: HashRandom, width: int, height: int) -> bytes:
         canvas.paint(0, [base - (step >> 1) - (step & 1) for step in line], edge - 1, edge)
         canvas.paint(0, [base - (step >> 1) for step in line], thing - 1, thing)
         behind = mist
-    return canvas.encode()
+    return canvas
+
+
+def make_image(rng: HashRandom, width: int, height: int, format: str = "png") -> bytes:
+    """Paint a landscape; a PNG's pixels and a JPEG's bytes are the same on every machine."""
+    if format == "png":
+        canvas = paint_landscape(rng, width, height)
+        return encode_png(width, height, canvas.rows(), canvas.palette)
+    # Whole blocks of two by two colours; a decoder cuts off what the size does not include.
+    canvas = paint_landscape(rng, (width + 7) // 8 * 2, (height + 7) // 8 * 2)
+    return encode_jpeg(width, height, canvas.rows(), canvas.palette)
 
 
 CHARACTER_MS = 60  # of speech
@@ -1599,7 +1815,8 @@ class Pattern:
             elif kind == "rest":
                 raise self._refusal(f"{text}, as it stands there, is not supported")
             else:
-                options[-1].append((kind, text) if kind == "char" else self._read_set(kind, text))
+                read = self._read_character(text) if kind == "char" else self._read_set(kind, text)
+                options[-1].append(read)
         nodes = [option[0] if len(option) == 1 else ("all", option) for option in options]
         return nodes[0] if len(nodes) == 1 else ("any", nodes)
 
@@ -1616,6 +1833,9 @@ class Pattern:
             raise self._refusal("a parenthesis is not closed")
         self._tokens.pop()
         return ("look", node, start == "(?=") if start in ("(?=", "(?!") else node
+
+    def _read_character(self, text: str) -> Any:
+        return ("char", text)
 
     def _read_set(self, kind: str, text: str) -> Any:
         """Read a set of characters or an anchor, as Python sees it both for ASCII and Unicode."""
@@ -1704,6 +1924,38 @@ class Pattern:
             if low <= len(text) <= high and all(p.is_in(text) for p in (self, *others)):
                 return text
         raise self._refusal(f"no text of {low} to {high} characters that meets it was found")
+
+
+class SearchPattern(Pattern):
+    """A pattern that is only looked for, with Python's meanings and flags (`(?i)` and others)."""
+
+    meanings: Mapping[str, str] = {}
+
+    def __init__(self, source: str) -> None:
+        """Read a pattern; raise `Unsatisfiable` where this matcher does not know a part of it."""
+        flags = re.match(r"\(\?([aims]+)\)", source)
+        letters = flags[1] if flags else ""
+        self.flags = functools.reduce(operator.or_, [re.RegexFlag[f.upper()] for f in letters], 0)
+        self._left = MAX_STEPS
+        super().__init__(source[flags.end() :] if flags else source, self._spend)
+
+    def _spend(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:
+            raise OutOfSteps
+
+    def _read_set(self, kind: str, text: str) -> Any:
+        try:
+            return (kind, re.compile(text, self.flags), "")
+        except re.error:
+            raise self._refusal(f"{text[:60]} is not supported") from None
+
+    def _read_character(self, text: str) -> Any:
+        return self._read_set("set", re.escape(text)) if self.flags else ("char", text)
+
+    def is_in(self, text: str) -> bool:
+        self._left = MAX_STEPS
+        return super().is_in(text)
 
 
 def read_table(text: str) -> dict[str, str]:
@@ -2452,8 +2704,30 @@ CREATED_AT = {  # recorded; of most models the service says 0
 }
 
 
+TRAITS = {
+    "thinks": "writes its reasoning before it answers",
+    "sees": "takes images",
+    "watches": "takes videos",
+    "hears": "takes sound",
+    "retired": "is served no more without a dedicated endpoint",
+    "no-steps": "takes no number of steps for an image",
+    "no-grammar": "cannot be made to call a tool",
+}
+
+
+def guess_engine(id: str) -> str:
+    """Return the engine that serves a model in production, by what recordings show of ids."""
+    if id.startswith("openai/gpt-oss"):
+        return "gpt-oss"
+    return "A" if re.search(r"-Turbo(-Free)?$", id) else "B"
+
+
 class Model:
-    """One row of the catalogue; prices are USD for a million tokens."""
+    """One row of the catalogue; prices are USD for a million tokens.
+
+    engine   what serves it in production, a key of `FORMS`; guessed from the id where it is unknown
+    traits   words that tell what it can do, of `TRAITS`
+    """
 
     def __init__(
         self,
@@ -2464,7 +2738,8 @@ class Model:
         context_length: int | None = None,
         prices: Sequence[float] = (0, 0),
         *,
-        thinks: bool = False,
+        engine: str = "",
+        traits: Iterable[str] = ("known",),
         dimensions: int = 768,
         pricing: Mapping[str, Any] | None = None,
     ) -> None:
@@ -2474,7 +2749,9 @@ class Model:
         self.display_name = display_name or id
         self.context_length = context_length
         self.prices = prices  # input, output and, where it is offered, cached input
-        self.thinks = thinks  # writes its reasoning before it answers
+        self.engine = engine or guess_engine(id)
+        self.traits = frozenset(traits)
+        self.thinks = "thinks" in self.traits
         self.dimensions = dimensions  # of an embedding
         self.pricing = pricing or {}  # what is paid otherwise than by tokens
         self.created = CREATED_AT.get(id, 0)
@@ -2490,12 +2767,14 @@ class Model:
             display_name,
             self.context_length,
             prices,
-            thinks=self.thinks,
+            engine=self.engine,
+            traits=self.traits,
             dimensions=self.dimensions,
         )
 
 
-# A type's heading, then: id | organization | display name | context length | prices | more.
+# A type's heading, then: id | organization | display name | context length | prices | more, which
+# are traits, `engine NAME`, dimensions and prices by another unit.
 # Ids, lengths, names and prices as the service listed them on 2026-08-17; below the second
 # `chat`, older ids that programs and tests still use.
 MODEL_TABLE = """\
@@ -2503,22 +2782,25 @@ MODEL_TABLE = """\
 meta-llama/Llama-3.3-70B-Instruct-Turbo|Meta|Meta Llama 3.3 70B Instruct Turbo|131072|1.04/1.04|
 openai/gpt-oss-120b|OpenAI|OpenAI GPT-OSS 120B|131072|0.15/0.6|thinks
 openai/gpt-oss-20b|OpenAI|OpenAI GPT-OSS 20B|131072|0.05/0.2|thinks
-deepseek-ai/DeepSeek-V4-Pro|Deepseek|Deepseek V4 Pro|512000|1.74/3.48/0.2|thinks
-moonshotai/Kimi-K2.6|Moonshot AI|Kimi K2.6 Fp4|262144|1.2/4.5/0.2|thinks
-moonshotai/Kimi-K3|Moonshot AI|Kimi K3|1000000|3/15/0.3|thinks
+deepseek-ai/DeepSeek-V4-Pro|Deepseek|Deepseek V4 Pro|512000|1.74/3.48/0.2|thinks sees watches hears
+moonshotai/Kimi-K2.6|Moonshot AI|Kimi K2.6 Fp4|262144|1.2/4.5/0.2|thinks sees watches
+moonshotai/Kimi-K3|Moonshot AI|Kimi K3|1000000|3/15/0.3|thinks sees watches engine C
 zai-org/GLM-5.2|Zai Org|GLM 5.2|512000|1.4/4.4/0.26|thinks
-Qwen/Qwen3.5-9B|Qwen|Qwen3.5 9B FP8|262144|0.17/0.25|thinks
-Qwen/Qwen2.5-7B-Instruct-Turbo|Qwen|Qwen2.5 7B Instruct Turbo|32768|0.3/0.3|
-Qwen/Qwen3.6-Plus|Qwen|Qwen3.6 Plus|1000000|0.5/3|thinks
+Qwen/Qwen3.5-9B|Qwen|Qwen3.5 9B FP8|262144|0.17/0.25|thinks sees watches
+Qwen/Qwen2.5-7B-Instruct-Turbo|Qwen|Qwen2.5 7B Instruct Turbo|32768|0.3/0.3|no-grammar
+Qwen/Qwen3.6-Plus|Qwen|Qwen3.6 Plus|1000000|0.5/3|thinks sees watches
 MiniMaxAI/MiniMax-M2.7|MiniMaxAI|MiniMax M2.7 FP4|196608|0.3/1.2/0.06|thinks
-google/gemma-4-31B-it|Google|Gemma 4 31B-it FP8|262144|0.39/0.97|
-google/gemma-3n-E4B-it|Google|Gemma 3N E4B Instruct|32768|0.06/0.12|
+google/gemma-4-31B-it|Google|Gemma 4 31B-it FP8|262144|0.39/0.97|sees watches
+google/gemma-3n-E4B-it|Google|Gemma 3N E4B Instruct|32768|0.06/0.12|sees hears
 LiquidAI/LFM2.5-8B-A1B|LiquidAI|LFM2.5-8B-A1B|128000|0.03/0.12|
 nvidia/nemotron-3-ultra-550b-a55b|NVIDIA|NVIDIA Nemotron 3 Ultra 550B A55B NVFP4\
 |512288|0.6/3.6/0.2|thinks
+moonshotai/Kimi-K2.7-Code|Moonshot AI|Kimi K2.7 Code|262144||thinks sees watches engine K2.7
+deepseek-ai/DeepSeek-V4-Flash-0731|Deepseek|Deepseek V4 Flash 0731|||thinks
+MiniMaxAI/MiniMax-M3|MiniMaxAI|MiniMax M3|||thinks
 deepcogito/cogito-v2-1-671b|Deepcogito|Cogito v2.1 671B|163840|1.25/1.25|thinks
 = moderation
-meta-llama/Llama-Guard-4-12B|Meta|Llama Guard 4 12B|1048576|0.2/0.2|
+meta-llama/Llama-Guard-4-12B|Meta|Llama Guard 4 12B|1048576|0.2/0.2|sees
 = code
 facebook/cwm|Meta|Facebook CWM|131072||
 = language
@@ -2537,7 +2819,7 @@ black-forest-labs/FLUX.1-schnell|Black Forest Labs|FLUX.1 Schnell|||image_pixel 
 black-forest-labs/FLUX.2-dev|Black Forest Labs|FLUX.2 [dev]|||image 0.0154
 black-forest-labs/FLUX.2-pro|Black Forest Labs|FLUX.2 [pro]|||image 0.03
 black-forest-labs/FLUX.1-kontext-pro|Black Forest Labs|FLUX.1 Kontext [pro]|0||image_pixel 0.04
-google/flash-image-2.5|Google|Gemini Flash Image 2.5 (Nano Banana)|||image 0.039
+google/flash-image-2.5|Google|Gemini Flash Image 2.5 (Nano Banana)|||image 0.039 no-steps
 stabilityai/stable-diffusion-xl-base-1.0|stabilityai|SD XL|||image 0.0019
 Qwen/Qwen-Image|Qwen|Qwen Image|||image 0.0058
 = audio
@@ -2556,9 +2838,17 @@ openai/sora-2|OpenAI|Sora 2|||video 0.8 (720p / 8s)
 ByteDance/Seedance-1.0-pro|ByteDance|ByteDance Seedance 1.0 Pro|||video 0.565 (720p / 5s)
 Wan-AI/wan2.7-t2v|Wan-AI|Wan 2.7 T2V|||video 0.1 (per 5 seconds)
 = chat
-meta-llama/Meta-Llama-3.1-8B-Instruct-Turbo|Meta|Meta Llama 3.1 8B Instruct Turbo|131072|0.18/0.18|
-mistralai/Mixtral-8x7B-Instruct-v0.1|mistralai|Mixtral-8x7B Instruct v0.1|32768|0.6/0.6|
-Qwen/Qwen2.5-72B-Instruct-Turbo|Qwen|Qwen2.5 72B Instruct Turbo|131072|1.2/1.2|
+meta-llama/Llama-3.3-70B-Instruct-Turbo-Free|Meta|Meta Llama 3.3 70B Instruct Turbo Free|131072||
+meta-llama/Llama-4-Scout-17B-16E-Instruct|Meta|Llama 4 Scout Instruct (17Bx16E)|1048576\
+|0.18/0.59|sees
+meta-llama/Llama-Vision-Free|Meta|Meta Llama Vision Free|131072||sees
+deepseek-ai/DeepSeek-R1|DeepSeek|DeepSeek R1|163840|3/7|thinks engine A
+Qwen/Qwen3.5-397B-A17B|Qwen|Qwen3.5 397B A17B|262144|0.6/3.6|thinks sees watches
+Qwen/Qwen3-235B-A22B-Instruct-2507-tput|Qwen|Qwen3 235B A22B Instruct 2507 FP8|262144|0.2/0.6|
+meta-llama/Meta-Llama-3.1-8B-Instruct-Turbo|Meta|Meta Llama 3.1 8B Instruct Turbo|131072\
+|0.18/0.18|retired
+mistralai/Mixtral-8x7B-Instruct-v0.1|mistralai|Mixtral-8x7B Instruct v0.1|32768|0.6/0.6|retired
+Qwen/Qwen2.5-72B-Instruct-Turbo|Qwen|Qwen2.5 72B Instruct Turbo|131072|1.2/1.2|retired
 = embedding
 togethercomputer/m2-bert-80M-8k-retrieval|Together|M2-BERT-Retrieval-8k|8192|0.008/0.008|
 togethercomputer/m2-bert-80M-32k-retrieval|Together|M2-BERT-Retrieval-32K|32768|0.008/0.008|
@@ -2570,6 +2860,18 @@ WhereIsAI/UAE-Large-V1|WhereIsAI|UAE-Large v1|512|0.016/0.016|1024 dimensions
 Salesforce/Llama-Rank-v1|salesforce|Salesforce Llama Rank V1 (8B)|8192|0.1/0.1|
 = image
 black-forest-labs/FLUX.1-schnell-Free|Black Forest Labs|FLUX.1 [schnell] Free|||
+black-forest-labs/FLUX.1-dev|Black Forest Labs|FLUX.1 [dev]|||
+black-forest-labs/FLUX.1-dev-lora|Black Forest Labs|FLUX.1 [dev] LoRA|||
+black-forest-labs/FLUX.1-pro|Black Forest Labs|FLUX.1 [pro]|||
+black-forest-labs/FLUX.1-redux|Black Forest Labs|FLUX.1 [redux]|||
+black-forest-labs/FLUX.1-depth|Black Forest Labs|FLUX.1 [depth]|||
+black-forest-labs/FLUX.1-canny|Black Forest Labs|FLUX.1 [canny]|||
+black-forest-labs/FLUX.1-krea-dev|Black Forest Labs|FLUX.1 Krea [dev]|||
+black-forest-labs/FLUX.1-kontext-dev|Black Forest Labs|FLUX.1 Kontext [dev]|||
+black-forest-labs/FLUX.1-kontext-max|Black Forest Labs|FLUX.1 Kontext [max]|||
+black-forest-labs/FLUX.2-flex|Black Forest Labs|FLUX.2 [flex]|||
+google/imagen-4.0-preview|Google|Google Imagen 4.0 Preview|||no-steps
+ByteDance-Seed/Seedream-4.0|ByteDance|ByteDance Seedream 4.0|||
 black-forest-labs/FLUX.1.1-pro|Black Forest Labs|FLUX1.1 [pro]|||image_pixel 0.04
 = language
 meta-llama/Llama-2-70b-hf|Meta|LLaMA-2 (70B)|4096|0.9/0.9|
@@ -2577,16 +2879,19 @@ meta-llama/Llama-2-70b-hf|Meta|LLaMA-2 (70B)|4096|0.9/0.9|
 Meta-Llama/Llama-Guard-7b|Meta|Llama Guard (7B)|4096|0.2/0.2|
 """
 UNIT_PRICES = {"image_pixel": "price_per_megapixel", "transcribe": "price_per_minute"}
-MORE = late_regex(r"(thinks)|([0-9]+) dimensions|(\w+) ([0-9.]+)(?: \((.+)\))?")
+MORE = late_regex(
+    rf"({'|'.join(TRAITS)})|engine (\S+)|([0-9]+) dimensions|(\w+) ([0-9.]+)(?: \((.+)\))?"
+)
 
 
 def read_model(type: str, row: str) -> Model:
     """Make a model of one row of the table."""
     id, organization, display_name, context_length, prices, more = row.split("|")
-    thinks, dimensions = False, 768
+    traits, engine, dimensions = ["known"], "", 768
     pricing: dict[str, Any] = {}
-    for flag, size, unit, price, what in MORE.findall(more):
-        thinks = thinks or bool(flag)
+    for trait, served_by, size, unit, price, what in MORE.findall(more):
+        traits += [trait] if trait else []
+        engine = served_by or engine
         dimensions = int(size or dimensions)
         if unit in UNIT_PRICES:
             pricing[unit] = {UNIT_PRICES[unit]: float(price)}
@@ -2600,7 +2905,8 @@ def read_model(type: str, row: str) -> Model:
         display_name,
         int(context_length) if context_length else None,
         [float(price) for price in prices.split("/")] if prices else (0, 0),
-        thinks=thinks,
+        engine=engine,
+        traits=traits,
         dimensions=dimensions,
         pricing=pricing,
     )
@@ -2732,14 +3038,6 @@ def is_stainless(request: Request) -> bool:
     return is_together(request) and "x-stainless-lang" in request.headers
 
 
-def has_one_role(request: Request) -> bool:
-    """Say whether only the first delta of a stream names its role.
-
-    OpenAI's helpers join the roles of all deltas; Together's clients require one in each.
-    """
-    return is_openai(request)
-
-
 def wrap_list(request: Request, items: list[Any], strict: bool) -> Any:
     """Return the bare array of production, or the envelope that OpenAI's clients parse."""
     if is_openai(request) and not strict:
@@ -2747,20 +3045,14 @@ def wrap_list(request: Request, items: list[Any], strict: bool) -> Any:
     return items
 
 
-def completion_object(request: Request, chunk: bool) -> str:
-    """Return `object` of a text completion, which is a constant in each client's types."""
-    if is_openai(request):
-        return "text_completion"
-    if chunk:
-        return "completion.chunk"
-    return "text.completion" if is_stainless(request) else "text_completion"
+def is_sdk(request: Request) -> bool:
+    """Say whether an official client asks."""
+    return is_openai(request) or is_together(request) or "x-stainless-lang" in request.headers
 
 
-def shape_top_logprobs(request: Request, tops: list[dict[str, float]]) -> Any:
-    """Return a list, an object a token; generated Together clients know one object alone."""
-    if not is_stainless(request):
-        return tops
-    return {token: value for top in tops for token, value in top.items()}
+def completion_object(request: Request, name: str, strict: bool) -> str:
+    """Return `object` of a text completion; who is no SDK gets the original's, unless strict."""
+    return name if strict or is_sdk(request) else "text_completion"
 
 
 # === Collections ===
@@ -2768,10 +3060,8 @@ def shape_top_logprobs(request: Request, tops: list[dict[str, float]]) -> Any:
 MAX_RECORDED_BODY_BYTES = 4 * 2**20  # a larger body is not kept with its call
 MAX_RECORD_BYTES = 64 * 2**20  # bodies of all recorded calls
 
-SECRET_FIELDS = late_regex(
-    r"(?i)(?:^|[_-])(?:api[_-]?key|api_token|hf_token|token|password|secret)$"
-)
-SECRET_ARGS = late_regex(r"((?:^|[?&])(?:api[_-]?key|key|(?:access_)?token)=)[^&]*", re.IGNORECASE)
+
+MAX_OBJECTS = 10_000  # of one collection
 
 
 def copy_json(value: Any) -> Any:
@@ -2795,7 +3085,10 @@ def take_page(
 
 
 class Collection:
-    """Stored wire objects of one noun, in the order added; hands out copies, raises the 404."""
+    """Stored wire objects of one noun, in the order added; hands out copies, raises the 404.
+
+    The newest `MAX_OBJECTS` are kept.
+    """
 
     def __init__(self, noun: str, *, key: str = "id", status: str = "status") -> None:
         self.noun = noun
@@ -2820,6 +3113,8 @@ class Collection:
         """Store an object under its id; an older one of that id goes."""
         with self._lock:
             self._items[item[self.key]] = copy_json(item)
+            while len(self._items) > MAX_OBJECTS:
+                del self._items[next(iter(self._items))]
         return item
 
     def get(self, id: str) -> dict[str, Any]:
@@ -2852,8 +3147,12 @@ class Collection:
 
 
 def redact_query(query: str) -> str:
-    """Hide the keys in a query."""
-    return SECRET_ARGS.sub(r"\1***", query)
+    """Hide the keys in a query, however their names are written."""
+    pairs = [pair.partition("=") for pair in query.split("&")]
+    return "&".join(
+        f"{name}=***" if equals and is_secret(unquote(name)) else f"{name}{equals}{value}"
+        for name, equals, value in pairs
+    )
 
 
 def redact(value: Any) -> Any:
@@ -2863,23 +3162,59 @@ def redact(value: Any) -> Any:
         return {"filename": value.filename, "content_type": kind, "bytes": len(value.data)}
     if type(value) is dict:
         return {
-            name: "***" if SECRET_FIELDS.search(name) and inner else redact(inner)
+            name: "***" if type(inner) in (str, int, float) and is_secret(name) else redact(inner)
             for name, inner in value.items()
         }
     return [redact(item) for item in value] if type(value) is list else value
 
 
-class Call:
-    """One recorded request, as users read it in their assertions."""
+def get_path(value: Any, *steps: str) -> Any:
+    """Follow keys and positions into JSON; None where they lead nowhere."""
+    for step in steps:
+        if isinstance(value, list):
+            value = dict(zip(map(str, itertools.count()), value))
+        value = value.get(step) if isinstance(value, dict) else None
+    return value
 
-    kind = ""  # chat, completion, embeddings, images, or the family of the path
+
+def read_events(raw: bytes) -> list[Any]:
+    """Return the events of a stream as JSON; what is none, such as `[DONE]`, as text."""
+    events: list[Any] = []
+    for line in raw.decode("utf-8", "replace").splitlines():
+        if line.startswith("data:"):
+            try:
+                events.append(json.loads(line[5:]))
+            except ValueError:
+                events.append(line[5:].strip())
+    return events
+
+
+def find_usage(replies: Sequence[Any]) -> dict[str, Any] | None:
+    """Return the last usage that one of the replies or events tells of."""
+    for reply in reversed(replies):
+        places = [reply, get_path(reply, "response"), get_path(reply, "choices", "0")]
+        for place in places:
+            usage = get_path(place, "usage")
+            if isinstance(usage, dict):
+                return usage
+    return None
+
+
+class Call:
+    """One recorded request and what came of it, as users read it in their assertions."""
+
+    kind = ""  # chat, completion, embedding, image, or the family of the path
     status = 0  # of the reply; 0 until there is one
     duration = 0.0  # seconds until the reply was there; of a stream, until its end
+    outcome = ""  # "complete", "cut" by a fault, "left" by the client; "" while it is running
+    events_sent = 0  # of a stream
     error = ""  # why it failed, where it did
     warnings: tuple[str, ...] = ()  # a path that was read as another, fields that nothing reads
     fixture = ""  # the source of the one that answered
-    misses: Sequence[dict[str, Any]] = ()
-    find_misses: Any = None  # of many fixtures: what finds them when somebody looks
+    reply_type = ""  # the content type of the reply
+    revision = 0  # rises whenever something about the call changes
+    _raw_reply: bytes | list[bytes] = b""
+    find_misses: Any = None  # lists the near misses
 
     def __init__(self, number: int, request: Request, at: float) -> None:
         self.number = number
@@ -2887,16 +3222,50 @@ class Call:
         self.path = request.path
         self.query = redact_query(request.query) if request.query else ""
         self.headers = request.headers.masked
+        self.test = self.headers.get("x-test-id", "")
+        self.batch = request.batch  # the job whose line this is
         self.at = at  # Unix seconds
         self._raw = request.raw if len(request.raw) <= MAX_RECORDED_BODY_BYTES else b""
-        self.kept = len(self._raw)  # bytes of the body
+        self.kept = len(self._raw)  # bytes of the body and, once it is there, of the reply
 
-    def time_events(self, events: Iterator[bytes], started: float) -> Iterator[bytes]:
-        """Pass a stream on and note how long it took in all, waits included."""
-        with contextlib.closing(events):  # type: ignore[type-var]
+    def keep_reply(self, reply: Reply) -> None:
+        """Keep what was answered, if it is not too large."""
+        self.status, self.reply_type = reply.status, reply.content_type
+        if reply.events is None and len(reply.body) <= MAX_RECORDED_BODY_BYTES:
+            self._raw_reply = reply.body
+
+    def keep_size(self) -> int:
+        """Count the reply to the bytes that are kept, and return how many it has."""
+        size = len(self.raw_reply) if isinstance(self._raw_reply, list) else len(self._raw_reply)
+        self.kept += size
+        return size
+
+    def watch_events(
+        self, events: Iterator[bytes], started: float, end: Callable[[Call, str], None]
+    ) -> Iterator[bytes]:
+        """Pass a stream on; note its events, how it ended and how long it took, waits included."""
+        kept: list[bytes] = []
+        self._raw_reply, size, outcome = kept, 0, "left"
+        try:
             for event in events:
+                size += len(event)
+                if size <= MAX_RECORDED_BODY_BYTES:
+                    kept.append(event)
+                self.events_sent += 1
                 self.duration = time.perf_counter() - started  # before the client has the last
                 yield event
+            outcome = "complete"
+        except Cut:
+            outcome = "cut"
+            raise
+        finally:
+            getattr(events, "close", bool)()
+            end(self, outcome)
+
+    @property
+    def operation(self) -> str:
+        """The method and the path that was asked for, as `POST /v1/chat/completions`."""
+        return f"{self.method} {collapse_path(self.path, False)}"
 
     @property
     def body(self) -> Any:
@@ -2910,6 +3279,50 @@ class Call:
         return redact(body)
 
     @property
+    def raw_reply(self) -> bytes:
+        """The bytes of the reply, the events of a stream one after the other."""
+        raw = self._raw_reply
+        return b"".join(raw) if isinstance(raw, list) else raw
+
+    @property
+    def reply(self) -> Any:
+        """The reply: its JSON, the list of a stream's events, a text, or a file's type and size."""
+        if isinstance(self._raw_reply, list):
+            return read_events(self.raw_reply)
+        if not self._raw_reply:
+            return None
+        if "json" in self.reply_type or "text" in self.reply_type:
+            text = self._raw_reply.decode("utf-8", "replace")
+            try:
+                return json.loads(text)
+            except ValueError:
+                return text
+        return {"content_type": self.reply_type, "bytes": len(self._raw_reply)}
+
+    def holds(self, text: bytes) -> bool:
+        """Tell whether the body or the reply has a text, in either case."""
+        text = text.lower()
+        return not text or text in self._raw.lower() or text in self.raw_reply.lower()
+
+    def as_request(self) -> Request:
+        """Return the request again, as far as it was kept."""
+        path = collapse_path(self.path, False)
+        request = Request(self.method, path, self._raw, query=self.query, headers=self.headers)
+        body = self.body
+        request.body = body if isinstance(body, dict) else {}
+        return request
+
+    @property
+    def usage(self) -> dict[str, Any] | None:
+        """The tokens that the reply tells of; those of the Responses API by chat's names, too."""
+        reply = self.reply
+        found = find_usage(reply if isinstance(reply, list) else [reply])
+        if found is not None and "input_tokens" in found:
+            names = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens"}
+            found = {**found, **{name: found.get(other) for name, other in names.items()}}
+        return found
+
+    @property
     def model(self) -> str | None:
         """The model that the body names."""
         body = self.body
@@ -2918,34 +3331,44 @@ class Call:
     @property
     def near_misses(self) -> list[dict[str, Any]]:
         """The first fixtures that did not answer, each with the first key that differed."""
-        misses = self.misses
-        if self.find_misses is not None:
-            path = collapse_path(self.path, False)
-            request = Request(self.method, path, self._raw, headers=self.headers)
-            request.body = self.body or {}
-            misses = self.find_misses(request)
+        misses = self.find_misses() if self.find_misses else []
         return [miss for miss in misses if miss["fixture"] != self.fixture]
 
     def __repr__(self) -> str:
         return f"<Call {self.number}: {self.method} {self.path} -> {self.status}>"
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the call as the control route lists it."""
+    def as_row(self) -> dict[str, Any]:
+        """Return what a list of calls shows."""
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self.at))
         return {
             "n": self.number,
             "kind": self.kind,
+            "operation": self.operation,
             "at": f"{at}.{int(self.at % 1 * 1000):03}Z",
             "method": self.method,
             "path": self.path,
+            "model": self.model,
+            "status": self.status,
+            "duration_ms": round(self.duration * 1000, 3),
+            "usage": self.usage,
+            "fixture": self.fixture,
+            "outcome": self.outcome,
+            "test": self.test,
+            "batch": self.batch,
+            "error": self.error,
+            "warnings": len(self.warnings),
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the call as the control route lists it."""
+        return {
+            **self.as_row(),
             "query": self.query,
             "headers": self.headers,
             "body": self.body,
-            "status": self.status,
-            "duration_ms": round(self.duration * 1000, 3),
-            "error": self.error,
+            "reply": self.reply,
+            "events_sent": self.events_sent,
             "warnings": list(self.warnings),
-            "fixture": self.fixture,
             "near_misses": self.near_misses,
         }
 
@@ -2953,15 +3376,12 @@ class Call:
 # === Fixtures ===
 
 MAX_NEAR_MISSES = 20  # of one call
-
-
-def get_path(value: Any, *steps: str) -> Any:
-    """Follow keys and positions into JSON; None where they lead nowhere."""
-    for step in steps:
-        if isinstance(value, list):
-            value = dict(zip(map(str, itertools.count()), value))
-        value = value.get(step) if isinstance(value, dict) else None
-    return value
+MAX_FIXTURES = 10_000  # added at run time
+MAX_TESTS = 10_000  # whose calls are counted apart
+MAX_TEST_ID = 200  # characters of an X-Test-Id
+MAX_SHOWN = 4000  # characters of a text that is kept to show how it differs
+MAX_RE_LENGTH = 1000  # characters of a pattern that `re` may match
+MAX_RE_TEXT = 10_000  # and of the text in which it may look for one without much repetition
 
 
 def list_objects(value: Any) -> list[dict[str, Any]]:
@@ -3003,9 +3423,11 @@ class MatchFacts(dict):  # type: ignore[type-arg]
         turns = [role for role, _ in said if role in ("user", "tool")]
         last = messages[-1] if messages and messages[-1].get("role") == "tool" else {}
         tools = [get_path(tool, "function", "name") for tool in list_objects(body.get("tools"))]
+        self.request = request
+        self.test = headers.get("x-test-id", "")[:MAX_TEST_ID]
+        self.asked: dict[Fixture, bool] = {}  # what the functions of fixtures said
         super().__init__(
             response=kind,
-            when=request,
             endpoint=(kind, f"{request.method} {request.path}"),
             userMessage=users[-1] if users else None,
             systemMessage="\n".join(system) or None,
@@ -3017,10 +3439,48 @@ class MatchFacts(dict):  # type: ignore[type-arg]
             responseFormat=get_path(body, "response_format", "type"),
             hasToolResult=turns[-1:] == ["tool"],
             context=headers.get("x-aimock-context"),
+            testId=self.test or None,
             turnIndex=sum(role == "assistant" for role, _ in said),
             body=body,
             headers=headers,
         )
+
+
+def is_harmless(source: str) -> bool:
+    """Tell whether `re` matches a pattern in little time: no repeated group, one open repeat."""
+    bare = re.sub(r"\\.|\[(?:\\.|[^\]])*\]", "x", source)
+    open_repeats = re.findall(r"[*+]|\{\d*,\}", bare)
+    repeated_group = re.search(r"\)(?:[*+?]|\{)", bare)
+    return len(source) <= MAX_RE_LENGTH and len(open_repeats) < 2 and repeated_group is None
+
+
+class SafePattern:
+    """A pattern of a fixture, found by `re` where that cannot take long, else step by step.
+
+    Nothing that somebody sends may keep a thread busy: `(a+)+$` takes `re` years.
+    """
+
+    def __init__(self, source: str, trusted: bool) -> None:
+        """Read a pattern; raise ValueError where it can be matched in neither way."""
+        self.source = source
+        self.quick = re.compile(source) if trusted and is_harmless(source) else None
+        try:
+            self.careful: SearchPattern | None = SearchPattern(source)
+        except (Unsatisfiable, OutOfSteps) as error:
+            self.careful = None
+            if self.quick is None:
+                how = "is too entangled for re, and " if trusted else ""
+                raise ValueError(f"the pattern {how}cannot be matched safely: {error}") from None
+
+    def search(self, text: str) -> bool:
+        """Tell whether it is found in a text; one that takes half a second is not."""
+        if self.quick is not None and (self.careful is None or len(text) <= MAX_RE_TEXT):
+            return self.quick.search(text[:MAX_RE_TEXT]) is not None
+        assert self.careful
+        try:
+            return self.careful.is_in(text)
+        except OutOfSteps:
+            return False
 
 
 def contains_json(got: Any, wanted: Any) -> bool:
@@ -3028,7 +3488,7 @@ def contains_json(got: Any, wanted: Any) -> bool:
 
     A pattern shall be found in a text, or in one of a tuple; a function shall agree.
     """
-    if isinstance(wanted, re.Pattern):
+    if isinstance(wanted, (re.Pattern, SafePattern)):
         texts = got if isinstance(got, tuple) else (got,)
         return any(isinstance(text, str) and wanted.search(text) for text in texts)
     if isinstance(wanted, dict):
@@ -3055,7 +3515,7 @@ DECODE_BASE64 = functools.partial(base64.b64decode, validate=True)
 
 
 PATTERN = Fields(
-    Field("pattern", str, required=True, test=("a regular expression that compiles", re.compile)),
+    Field("pattern", str, required=True, low=1),
     closed=True,
 )
 
@@ -3081,6 +3541,7 @@ TEXT_KEYS = {
     "userMessage": "%s", "systemMessage": "%s", "inputText": "%s", "toolResultContains": "%s",
     "toolCallId": r"\A%s\Z", "toolName": r"\A%s\Z", "model": r"\A%s(?:-[0-9]|\Z)",
     "responseFormat": r"\A%s\Z", "endpoint": r"\A%s\Z", "context": r"\A%s\Z",
+    "testId": r"\A%s\Z",
 }  # fmt: skip
 PLAIN_MATCH = Fields(
     *[text_row(key) for key in TEXT_KEYS if key != "systemMessage"],
@@ -3174,7 +3635,7 @@ MESSAGE = Fields(
     " redactedThinking",
 )
 ENVELOPE = Fields(
-    Field("message", str, required=True),
+    Field("message", str, dict, required=True),  # an engine's own error is an object
     *rows_of("type param code", str),
     closed=True,
     ignored="metadata",
@@ -3452,26 +3913,34 @@ def read_entry(
     return kind, entry
 
 
-def compile_text(key: str, wanted: Any) -> re.Pattern[str]:
+def compile_text(key: str, wanted: Any, trusted: bool = True) -> Any:
     """Return the pattern of a wanted text, of each text of a list, or of `{"pattern": ...}`."""
     if isinstance(wanted, dict):
-        return re.compile(wanted["pattern"])
+        return SafePattern(wanted["pattern"], trusted)
     if isinstance(wanted, list):
         return re.compile(r"(?s)\A" + "".join(f"(?=.*{re.escape(text)})" for text in wanted))
     is_whole = key == "model" and "/" in wanted  # the id of Together's models has no shorter form
     return re.compile((r"\A%s\Z" if is_whole else TEXT_KEYS[key]) % re.escape(wanted))
 
 
-def compile_match(match: dict[str, Any]) -> dict[str, Any]:
-    """Return what each fact must contain; `Script` compares the two indexes."""
+def compile_match(match: dict[str, Any], place: str, trusted: bool) -> dict[str, Any]:
+    """Return what each fact must contain; `Fixtures` compares the two indexes.
+
+    Raises ValueError naming the pattern that cannot be matched.
+    """
     wanted = {key: match[key] for key in PLAIN_MATCH if key in match}
-    texts = {key: compile_text(key, wanted[key]) for key in wanted if key in TEXT_KEYS}
-    wanted.update(texts)
-    if "headers" in wanted:
-        headers = wanted["headers"].items()
-        wanted["headers"] = {name.lower(): compile_text("context", text) for name, text in headers}
+    try:
+        for key in [key for key in wanted if key in TEXT_KEYS]:
+            wanted[key] = compile_text(key, wanted[key], trusted)
+        if "headers" in wanted:
+            wanted["headers"] = {
+                name.lower(): compile_text("context", text, trusted)
+                for name, text in wanted["headers"].items()
+            }
+    except (ValueError, re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{place}.match: {error}") from None
     if "not" in match:
-        inner = compile_match(match["not"])
+        inner = compile_match(match["not"], f"{place}.match.not", trusted)
         wanted["not"] = lambda facts: find_mismatch(inner, facts) is not None
     return wanted
 
@@ -3479,6 +3948,34 @@ def compile_match(match: dict[str, Any]) -> dict[str, Any]:
 TEMPLATE = late_regex(r"\{\{\s*([A-Za-z]\w*)((?:\.[\w-]+)*)\s*\}\}", re.ASCII)
 QUOTABLE = {key: key for key in ("model", "systemMessage", "inputText", "body", "headers")}
 QUOTABLE["lastUserMessage"] = "userMessage"
+
+
+class Answers:
+    """Answers that a test's own code gives: an iterator's, one after the other, or a function's."""
+
+    def __init__(self, source: Any) -> None:
+        self.ask = source if callable(source) else None
+        self._rest = None if self.ask else iter(source)
+        self._lock = threading.Lock()  # of this iterator alone: its code may take its time
+        self._next: Any = None
+        self.ended = False
+        if self._rest is not None:
+            self._draw()
+
+    def _draw(self) -> None:
+        try:
+            self._next = next(self._rest)  # type: ignore[arg-type]
+        except StopIteration:
+            self.ended = True
+
+    def take(self, request: Request) -> Any:
+        """Return the next answer, or the answer to a request."""
+        if self.ask is not None:
+            return self.ask(request)
+        with self._lock:
+            answer = self._next
+            self._draw()
+            return answer
 
 
 class Fixture:
@@ -3489,23 +3986,34 @@ class Fixture:
     kinds     the kinds of endpoint that the response fits; "" stands for all other routes
     response  normalised for the composers; `render()` also fills its templates
     options   delays, faults, `times`
-    source    "run time", "header" or "file NAME[3]"
+    source    "run time[3]", "header" or "file NAME[3]"
     served    how often it was
+    when      is asked with the request
+    answers   what further answers come from, one for each time it is served
     """
 
-    def __init__(self, kind: str, entry: Any, source: str = "run time", when: Any = None) -> None:
-        self.kind = kind
+    def __init__(
+        self,
+        kind: str,
+        entry: Any,
+        source: str = "run time",
+        when: Callable[[Request], Any] | None = None,
+        trusted: bool = True,
+    ) -> None:
         self.entry = entry
         self.source = source
+        self.number = 0  # among those added at run time
+        self.step = 0  # the call, or the POST, that added it
+        self.in_file = False  # turns are relaxed, as aimock has them
+        self.owner: Fixtures | None = None
         self.served = 0
+        self._served_in: dict[str, int] = Newest(MAX_TESTS)  # how often, by test
+        self.when = when
+        self.answers: Answers | None = None
         self.position = 0  # in its layer
-        self.kinds, _, self._normalise = RESPONSES[kind]
-        self._said = entry.get("response", {})
-        self._templated = kind == "text" and "{{" in json.dumps(self._said)
-        self.response: dict[str, Any] = self._normalise(self._said)
-        if kind == "text" and self.response["content"] is None:
-            self.kinds = ["chat"]  # tool calls alone
+        self.set_response(kind, entry.get("response", {}))
         self.options = {key: entry[key] for key in OPTIONS if key in entry}
+        self.times: int | None = self.options.get("times")
         self.chunk_size: int | None = self.options.get("chunkSize")  # characters; None: a token
         self.faulty = not self.options.keys() <= {"times", "chunkSize", "shouldRetry"}
         self.breaks_late = "errorAfterChunks" in self.options  # an error, but in the stream
@@ -3514,9 +4022,39 @@ class Fixture:
         self.sequence: int | None = self.match.get("sequenceIndex")
         alike = {key: self.match[key] for key in self.match if key != "sequenceIndex"}
         self.group = (json.dumps(alike, sort_keys=True), when)  # what one sequence shares
-        self.wanted = {"response": self.kinds.__contains__, **compile_match(self.match)}
-        if when is not None:
-            self.wanted["when"] = when
+        wanted = compile_match(self.match, source, trusted)
+        self.wanted = {"response": self.kinds.__contains__, **wanted}
+
+    def set_response(self, kind: str, said: dict[str, Any]) -> None:
+        """Say what it answers."""
+        self.kind, self._said = kind, said
+        self.kinds, _, self._normalise = RESPONSES[kind]
+        self._templated = kind == "text" and "{{" in json.dumps(said)
+        self.response: dict[str, Any] = self._normalise(said)
+        if kind == "text" and self.response["content"] is None:
+            self.kinds = ["chat", "response"]  # tool calls alone
+
+    def remove(self) -> None:
+        """Answer no further request."""
+        if self.owner is not None:
+            self.owner.remove(self)
+
+    def count(self, test: str, change: int = 1) -> None:
+        """Count that it was served to a test."""
+        self.served = max(0, self.served + change)
+        self._served_in[test] = max(0, self._served_in.get(test, 0) + change)
+
+    def served_to(self, test: str) -> int:
+        """Return how often it was served to a test."""
+        return self._served_in.get(test, 0)
+
+    def forget(self, test: str | None = None) -> None:
+        """Count from zero again, for one test or for all."""
+        if test is None:
+            self.served = 0
+            self._served_in.clear()
+        else:
+            self.served -= self._served_in.pop(test, 0)
 
     def render(self, kind: str, request: Request) -> dict[str, Any]:
         """Return the normalised response with each `{{path}}` quoting the request.
@@ -3539,17 +4077,21 @@ class Fixture:
 
     def describe(self) -> dict[str, Any]:
         """Return the fixture's JSON with its source and how often it was served."""
-        return {**self.entry, "source": self.source, "served": self.served}
+        number = {} if self.in_file else {"number": self.number}
+        return {**self.entry, **number, "source": self.source, "served": self.served}
 
 
 FOREIGN_ENDPOINTS = late_regex(r"(audio-gen|elevenlabs-.+|fal|fal-audio|openai-live|realtime.*)\Z")
 
 
-def parse_fixtures(data: Any, place: str = "", warnings: list[str] | None = None) -> list[Fixture]:
+def parse_fixtures(
+    data: Any, place: str = "", warnings: list[str] | None = None, trusted: bool = True
+) -> list[Fixture]:
     """Build the fixtures of a file's JSON, all of them or none.
 
     Raises ValueError naming the first place that is wrong. What only other providers have is
-    left out, and named in one sentence added to `warnings`.
+    left out, and named in one sentence added to `warnings`. Patterns that are not trusted, as they
+    come over HTTP, are never given to `re`.
     """
     prefix = f"{place}: " if place else ""
     ignored: list[str] = []
@@ -3562,7 +4104,8 @@ def parse_fixtures(data: Any, place: str = "", warnings: list[str] | None = None
                 ignored.append(f"fixtures[{index}]")
             else:
                 kind, clean_entry = read_entry(entry, f"fixtures[{index}]", str, ignored)
-                fixtures.append(Fixture(kind, clean_entry, source))
+                fixtures.append(Fixture(kind, clean_entry, source, trusted=trusted))
+                fixtures[-1].in_file = bool(place)
     except ValueError as error:
         raise ValueError(f"{prefix}{error}") from None
     if ignored and warnings is not None:
@@ -3579,6 +4122,7 @@ def load_fixtures(path: str, warnings: list[str] | None = None) -> list[Fixture]
     if os.path.isdir(path):
         tree = sorted(os.walk(path), key=lambda row: row[0].split(os.sep))
         names = [os.path.join(folder, name) for folder, _, files in tree for name in sorted(files)]
+        names = list(filter(os.path.isfile, names))  # no FIFO, no link to nowhere
     fixtures = []
     for full in (name for name in names if name == path or name.endswith(".json")):
         name = os.path.basename(path) if full == path else os.path.relpath(full, path)
@@ -3598,10 +4142,12 @@ def parse_header(text: str) -> Fixture:
         text = text.encode("latin-1").decode()
     try:
         entry = json.loads(text)
+        if isinstance(entry, dict) and not entry.keys() & {"match", "response"}:
+            options = {key: entry.pop(key) for key in [*entry] if key in OPTIONS}
+            entry = {**({"response": entry} if entry else {}), **options}
         if isinstance(entry, dict):
-            is_entry = entry.keys() & {"match", "response", *OPTIONS}
-            entry = {"match": {}, **(entry if is_entry else {"response": entry})}
-        fixture = Fixture(*read_entry(entry, "X-Parlel-Fixture"), "header")
+            entry = {"match": {}, **entry}
+        fixture = Fixture(*read_entry(entry, "X-Parlel-Fixture"), "header", trusted=False)
         fixture.sequence = None  # one request is no sequence
         return fixture
     except (ValueError, RecursionError) as error:
@@ -3617,23 +4163,69 @@ KEYWORDS = {
 KEYWORDS.update(response_model=("response", "model"), not_=KEYWORDS.pop("not"))
 
 
+def as_json(value: Any) -> Any:
+    """Return what a model of pydantic, or anything else with `model_dump`, stands for."""
+    dump = getattr(value, "model_dump", None)
+    return dump(mode="json") if callable(dump) else value
+
+
+def as_response(word: str, value: Any) -> Any:
+    """Return a keyword's value as a fixture has it: bytes as base64, a text as a transcription."""
+    if isinstance(value, (bytes, bytearray)):
+        encoded = base64.b64encode(value).decode()
+        return {"b64Json": encoded} if word == "image" else encoded
+    if word == "transcription" and isinstance(value, str):
+        return {"text": value}
+    if word == "images" and isinstance(value, (list, tuple)):
+        return [as_response("image", item) for item in value]
+    return as_json(value)
+
+
+def is_answers(value: Any) -> bool:
+    """Tell whether a content gives further answers: an iterator, or a function of the request."""
+    return hasattr(value, "__next__") or (callable(value) and not hasattr(value, "model_dump"))
+
+
 def fixture_from_keywords(verb: str, keywords: Mapping[str, Any], when: Any = None) -> Fixture:
     """Build the fixture of `server.reply(...)` and `server.fail(...)`; None counts as absent.
 
-    `when` is asked with the request. Raises TypeError for an unknown keyword and ValueError for
-    a wrong value.
+    Raises TypeError for a `when` that is no function and ValueError for a wrong value.
     """
     if when is not None and not callable(when):
         raise TypeError(f"{verb}() needs a function as `when`, not {when!r}")
     entry: dict[str, Any] = {"match": {}, "response": {}}
     for word, value in keywords.items():
-        if word not in KEYWORDS:
-            raise TypeError(f"{verb}() has no keyword {word!r}{suggest(word, sorted(KEYWORDS))}")
         part, key = KEYWORDS[word]
         if value is not None:
-            (entry[part] if part else entry)[key] = value
+            (entry[part] if part else entry)[key] = as_response(word, value)
+    answers = entry["response"].pop("content") if is_answers(keywords.get("content")) else None
+    if answers is not None:
+        entry["response"]["content"] = ""
     entry["response"] = entry["response"] or None
-    return Fixture(*read_entry(entry, f"{verb}()", to_camel), when=when)
+    fixture = Fixture(*read_entry(entry, f"{verb}()", to_camel), when=when)
+    fixture.answers = None if answers is None else Answers(answers)
+    return fixture
+
+
+# How the keys of a response may be spelled in Python.
+KEY_SPELLINGS = frozenset(RESPONSE) | frozenset(map(to_snake, RESPONSE))
+
+
+def answer_response(fixture: Fixture, request: Request) -> Fixture:
+    """Return the fixture with what its iterator or function answers this time.
+
+    A text, a model or other JSON is the content; a dict of the keys of a response is that response.
+    """
+    if fixture.answers is None:
+        return fixture
+    value = as_json(fixture.answers.take(request))
+    is_response = isinstance(value, dict) and value and all(map(KEY_SPELLINGS.__contains__, value))
+    said = value if is_response else {"content": value}
+    kind, response = read_response(said, "reply()", to_camel, [])
+    answered = Fixture.__new__(Fixture)
+    answered.__dict__.update(fixture.__dict__)
+    answered.set_response(kind, response)
+    return answered
 
 
 def select_turn(fixtures: list[Fixture], turn: int) -> Fixture | None:
@@ -3670,7 +4262,8 @@ class Layer:
         """Append a fixture and file it."""
         fixture.position = len(self.fixtures)
         self.fixtures.append(fixture)
-        self.slow = self.slow or "when" in fixture.wanted or '"pattern"' in fixture.group[0]
+        asks = fixture.when is not None or fixture.answers is not None
+        self.slow = self.slow or asks or '"pattern"' in fixture.group[0]
         key = next((key for key in TEXT_KEYS if isinstance(fixture.match.get(key), str)), "")
         text = fixture.match.get(key, "")
         end = text[-PIECE:] if len(text) >= PIECE else ""
@@ -3690,11 +4283,49 @@ class Layer:
         return sorted(likely, key=lambda each: each.position)
 
 
+def split_lines(text: str) -> list[str]:
+    """Return the lines of a text, long ones in pieces of some words."""
+    return [
+        piece.rstrip()
+        for line in text.splitlines()
+        for piece in re.findall(r"\S.{0,59}(?:\s|\Z)|\S{1,60}|\s+", line) or [""]
+    ]
+
+
+def show_difference(wanted: Any, got: Any) -> str:
+    """Return a unified diff of the part in which two values differ; nothing where both are short.
+
+    A wanted text may stand anywhere in the other one, so it is compared with what it is most like.
+    """
+    import difflib  # only where somebody looks
+
+    one, other = (v if isinstance(v, str) else preview(v, MAX_SHOWN) for v in (wanted, got))
+    if len(one) <= 60 and len(other) <= 60:
+        return ""
+    matcher = difflib.SequenceMatcher(None, one[:500], other[:MAX_SHOWN], autojunk=False)
+    match = matcher.find_longest_match(0, min(len(one), 500), 0, min(len(other), MAX_SHOWN))
+    other = other[max(0, match.b - match.a) :][: len(one) + 60]
+    same = (at for at, pair in enumerate(zip(one, other)) if pair[0] != pair[1])
+    start = max(0, next(same, min(len(one), len(other))) - 30)
+    wanted_lines, got_lines = (split_lines(text[start : start + 1200]) for text in (one, other))
+    diff = difflib.unified_diff(wanted_lines, got_lines, "wanted", "got", lineterm="", n=1)
+    return "\n".join(itertools.islice(diff, 40))
+
+
+def show_miss(miss: dict[str, Any]) -> dict[str, Any]:
+    """Return a near miss with the diff of what is too long to be seen at a glance."""
+    if miss.get("differs") is None:
+        return miss
+    diff = show_difference(miss["wanted"], miss["got"])
+    return {**miss, "diff": diff} if diff else miss
+
+
 class Fixtures:
     """The fixtures of one server: which is served next, counted under one lock."""
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
+        self.exact = False  # turns hold exactly in files, too
         self.warnings: list[str] = []
         self._lock = threading.RLock()
         self._files = Layer()
@@ -3717,31 +4348,101 @@ class Fixtures:
         """Remove what was added at run time, and count again from zero."""
         with self._lock:
             self._run_time = Layer()
-            self._sequences: dict[Any, int] = {}
+            self._steps = 0
+            self._numbers = itertools.count()
+            self._sequences: dict[Any, int] = Newest(MAX_TESTS)
             self._calls = 0  # with a fault, for its draws
-            for fixture in self._files.fixtures:
-                fixture.served = 0
+            self.forget()
+
+    def forget(self, test: str | None = None) -> None:
+        """Count from zero again, for one test or for all."""
+        with self._lock:
+            for fixture in self._run_time.fixtures + self._files.fixtures:
+                fixture.forget(test)
+            for key in [key for key in self._sequences if test in (None, key[0])]:
+                del self._sequences[key]
 
     def remove_run_time(self) -> None:
         """Remove the fixtures that were added at run time; those of files stay."""
         with self._lock:
-            for fixture in self._run_time.fixtures:
-                self._sequences.pop(fixture.group, None)
+            groups = {fixture.group for fixture in self._run_time.fixtures}
+            for key in [key for key in self._sequences if key[1] in groups]:
+                del self._sequences[key]
             self._run_time = Layer()
 
-    def add(self, fixtures: Iterable[Fixture], layer: Layer | None = None) -> None:
-        """Append fixtures at run time, or to another layer."""
+    def remove(self, fixture: Fixture) -> None:
+        """Remove one fixture; nothing happens where it is gone already."""
         with self._lock:
+            kept = [each for each in self._run_time.fixtures if each is not fixture]
+            self._run_time = Layer()
+            for each in kept:
+                self._run_time.add(each)
+
+    def get(self, number: int) -> Fixture | None:
+        """Return the fixture of a number, as `run time[3]` tells it."""
+        return next((each for each in self._run_time.fixtures if each.number == number), None)
+
+    def add(self, fixtures: Sequence[Fixture]) -> None:
+        """Add fixtures at run time, in one step; raise ValueError where there are too many."""
+        with self._lock:
+            if len(self._run_time.fixtures) + len(fixtures) > MAX_FIXTURES:
+                raise ValueError(f"there may be at most {MAX_FIXTURES} fixtures; remove some")
+            self._steps += 1
             for fixture in fixtures:
-                (layer or self._run_time).add(fixture)
-                if fixture.source == "run time":
-                    fixture.source = f"run time[{fixture.position}]"
+                fixture.owner, fixture.step = self, self._steps
+                fixture.number = next(self._numbers)
+                fixture.source = f"run time[{fixture.number}]"
+                self._run_time.add(fixture)
 
     def load(self, path: str) -> list[Fixture]:
         """Append the fixtures of a file or folder, or none if one is wrong (ValueError)."""
         fixtures = load_fixtures(path, self.warnings)
-        self.add(fixtures, self._files)
+        with self._lock:
+            for fixture in fixtures:
+                self._files.add(fixture)
         return fixtures
+
+    def replace_files(self, fixtures: Iterable[Fixture]) -> None:
+        """Take these in the place of all that came from files."""
+        with self._lock:
+            self._files = Layer()
+            for fixture in fixtures:
+                self._files.add(fixture)
+
+    # Which one is served
+
+    def find(
+        self, facts: MatchFacts
+    ) -> tuple[Fixture | None, str, Callable[[], list[dict[str, Any]]]]:
+        """Return the fixture that answers a request, counted as served, and a warning about it.
+
+        The third value is what lists the near misses.
+        """
+        with self._lock:
+            layers = self._list_layers(facts.request)
+            likely = [layer.find_likely(facts) for layer in layers]
+        for fixture in itertools.chain(*likely):  # functions are asked without the lock, once
+            if fixture.when is not None and find_mismatch(fixture.wanted, facts) is None:
+                facts.asked[fixture] = bool(fixture.when(facts.request))
+        with self._lock:
+            chosen, warning = self._choose(facts, likely)
+            listed = [fixture for layer in layers for fixture in layer.fixtures]
+            listed = listed[:MAX_NEAR_MISSES]
+            misses = [self._describe_miss(each, facts, chosen) for each in listed]
+            if chosen is not None:
+                chosen.count(facts.test)
+                if chosen.sequence is not None:
+                    key = (facts.test, chosen.group)
+                    self._sequences[key] = self._sequences.get(key, 0) + 1
+        return chosen, warning, lambda: [show_miss(miss) for miss in misses]
+
+    def give_back(self, fixture: Fixture, test: str) -> None:
+        """Count a fixture as not served, because the request was refused after all."""
+        with self._lock:
+            fixture.count(test, -1)
+            if fixture.sequence is not None:
+                key = (test, fixture.group)
+                self._sequences[key] = max(0, self._sequences.get(key, 0) - 1)
 
     def _list_layers(self, request: Request) -> list[Layer]:
         """Return the layers in the order in which they are asked."""
@@ -3752,75 +4453,88 @@ class Fixtures:
             layers[0].add(parse_header(text))
         return layers
 
-    def find(self, kind: str, request: Request) -> Fixture | None:
-        """Return the fixture that answers a request, and count it as served."""
-        facts = MatchFacts(kind, request)
-        with self._lock:
-            fixture = self._choose(facts, self._list_layers(request))
-            if fixture is not None:
-                fixture.served += 1
-                if fixture.sequence is not None:
-                    self._sequences[fixture.group] = self._sequences.get(fixture.group, 0) + 1
-        return fixture
+    def _list_groups(self, likely: list[list[Fixture]]) -> Iterator[tuple[list[Fixture], bool]]:
+        """Yield the fixtures that are asked one after the other, and whether turns are relaxed.
 
-    def give_back(self, fixture: Fixture) -> None:
-        """Count a fixture as not served, because the request was refused after all."""
-        with self._lock:
-            fixture.served = max(0, fixture.served - 1)
-            if fixture.sequence is not None:
-                count = self._sequences.get(fixture.group, 0)  # a reset may have come between
-                self._sequences[fixture.group] = max(0, count - 1)
+        Of those added at run time, limited ones go first, in the order added; then the step that
+        was added last. Within a step the order stands.
+        """
+        *header, run_time, files = likely
+        for group in header:
+            yield group, False
+        steps: dict[int, list[Fixture]] = {}
+        limited = []
+        for fixture in run_time:
+            step = steps.setdefault(fixture.step, [])
+            if fixture.times is not None and not step:
+                limited.append(fixture)
+            else:
+                step.append(fixture)
+        yield limited, False
+        for number in reversed(steps):
+            yield steps[number], len(steps[number]) > 1
+        yield files, True
 
-    def _choose(self, facts: MatchFacts, layers: list[Layer]) -> Fixture | None:
+    def _choose(self, facts: MatchFacts, likely: list[list[Fixture]]) -> tuple[Fixture | None, str]:
         turn, last_resort = facts["turnIndex"], None
-        for layer in layers:
-            likely = layer.find_likely(facts)
-            matching = [each for each in likely if self._find_obstacle(each, facts) is None]
+        for group, relaxed in self._list_groups(likely):
+            matching = [each for each in group if self._find_obstacle(each, facts) is None]
+            if self.exact or not relaxed:
+                matching = [each for each in matching if each.turn in (None, turn)]
             chosen = select_turn(matching, turn)
             if chosen is not None and (chosen.turn or 0) <= turn:
-                return chosen
+                break
             last_resort = last_resort or chosen
-        return last_resort
+        else:
+            chosen = last_resort
+        if chosen is None or chosen.turn in (None, turn):
+            return chosen, ""
+        return chosen, f"{chosen.source} is for turn {chosen.turn}, and this is turn {turn}"
 
     def _find_obstacle(self, fixture: Fixture, facts: MatchFacts) -> tuple[str, Any, Any] | None:
         """Return why a fixture does not answer: the key, what it wants, what there is."""
         key = find_mismatch(fixture.wanted, facts)
         if key is not None and key not in fixture.match:
-            return ("when", True, False) if key == "when" else (key, fixture.kinds, facts[key])
+            return key, fixture.kinds, facts[key]
         if key is not None:
             wanted, got = fixture.match[key], facts.get(key, "it holds")
             if key == "headers":  # only those asked about, and no secret
-                names = [name.lower() for name in wanted if name.lower() not in SECRET_HEADERS]
+                names = [name.lower() for name in wanted if not is_secret_header(name)]
                 got = {name: got.get(name) for name in names}
             elif key == "body":
-                got = redact(got)
-            return f"match.{key}", wanted, got
-        count = self._sequences.get(fixture.group, 0)
+                got = preview(redact(got), MAX_SHOWN)
+            return f"match.{key}", wanted, got[:MAX_SHOWN] if isinstance(got, str) else got
+        if fixture.when is not None and not facts.asked.get(fixture):
+            return "when", True, False
+        count = self._sequences.get((facts.test, fixture.group), 0)
         if fixture.sequence not in (None, count):
             return "match.sequenceIndex", fixture.sequence, count
-        times = fixture.options.get("times")
-        return ("times", times, fixture.served) if times and fixture.served >= times else None
+        served = fixture.served_to(facts.test)
+        if fixture.times is not None and served >= fixture.times:
+            return "times", fixture.times, served
+        return (
+            ("answers", "one more", "none") if fixture.answers and fixture.answers.ended else None
+        )
 
-    def find_near_misses(self, kind: str, request: Request) -> list[dict[str, Any]]:
-        """List the first fixtures, each with the first key that differs.
+    def _describe_miss(
+        self, fixture: Fixture, facts: MatchFacts, chosen: Fixture | None
+    ) -> dict[str, Any]:
+        """Return why a fixture was passed over: the key that differs, or what goes before it."""
+        obstacle = self._find_obstacle(fixture, facts)
+        turn = facts["turnIndex"]
+        if obstacle is None and fixture.turn not in (None, turn):
+            obstacle = ("match.turnIndex", fixture.turn, turn)
+        if obstacle is not None:
+            return {"fixture": fixture.source, **dict(zip(("differs", "wanted", "got"), obstacle))}
+        other = chosen.source if chosen is not None and chosen is not fixture else None
+        return {"fixture": fixture.source, "differs": None, "shadowed_by": other}
 
-        `differs` is None where nothing does: the fixture is served, or another goes before it.
-        """
-        facts, names = MatchFacts(kind, request), ("differs", "wanted", "got")
-        with self._lock:
-            fixtures = (each for layer in self._list_layers(request) for each in layer.fixtures)
-            return [
-                {"fixture": each.source, **dict(zip(names, obstacle or [None]))}
-                for each in itertools.islice(fixtures, MAX_NEAR_MISSES)
-                for obstacle in [self._find_obstacle(each, facts)]
-            ]
-
-    def miss_error(self, kind: str, request: Request) -> ApiError:
+    def miss_error(self, request: Request, misses: list[dict[str, Any]]) -> ApiError:
         """Build the 404 that says, of each fixture, why it does not answer this request."""
         reasons = [
             f" {miss['fixture']}: {miss['differs']} is {preview(miss['got'])}, the fixture wants"
-            f" {preview(miss['wanted'])}."
-            for miss in self.find_near_misses(kind, request)
+            f" {preview(miss['wanted'])}." + (f"\n{miss['diff']}\n" if "diff" in miss else "")
+            for miss in misses
             if miss["differs"]
         ]
         more = len(self) - MAX_NEAR_MISSES
@@ -3839,7 +4553,7 @@ class Fixtures:
         return [each for each in self._run_time.fixtures + self._files.fixtures if not each.served]
 
     def describe(self) -> dict[str, Any]:
-        """Return the fixtures as JSON, in the order in which they are asked."""
+        """Return the fixtures as JSON, in the order in which they were added."""
         every = [each.describe() for each in self._run_time.fixtures + self._files.fixtures]
         return {"fixtures": every, "count": len(every)}
 
@@ -3859,8 +4573,20 @@ if TYPE_CHECKING:
     Clock = Callable[[], float]  # seconds, monotonic
 
 
+def name_request(request: Request) -> str:
+    """Return the id of an answer; a refused request has no other one than its bytes."""
+    if not request.id:
+        facts = f"{request.method} {request.path}\n".encode("utf-8", "replace")
+        request.id = random_id(HashRandom.of_bytes(facts + request.raw))
+    return request.id
+
+
 def status_reply(
-    status: int, error: Any = None, retry_after: float | None = None, model: Any = None
+    status: int,
+    error: Any = None,
+    retry_after: float | None = None,
+    model: Any = None,
+    id: str = "",
 ) -> Reply:
     """Build an error reply; without `error` with that status's real body.
 
@@ -3872,19 +4598,24 @@ def status_reply(
     if status in PROXY_STATUSES and error is None:
         return Reply(b"error code: %d" % status, status, "text/plain; charset=UTF-8", headers)
     name = STATUS_ERRORS.get(status, f"status_{status}")
+    if status == 429 and str(model).endswith("-Free"):
+        name = "model_rate_limit"
     name = name if name in ERRORS else "other_status"
-    body = ApiError(name, model=model, status=status).body()
+    reply = ApiError(name, model=model, status=status).as_reply(id=id)
+    reply.headers = headers
     if error is not None:
+        body = json.loads(reply.body)
         body["error"].update({"type": "server_error", "code": None, **error})
-    return Reply(ENCODE(body).encode(), status, headers=headers)
+        reply.body = ENCODE(body).encode()
+    return reply
 
 
 def error_reply(fixture: Fixture, request: Request) -> Reply:
     """Build the whole reply of a fixture whose response is an error, a status or `json`."""
-    response = fixture.response
+    response, id = fixture.response, name_request(request)
     if fixture.kind == "json":
         return Reply(ENCODE(response["json"]).encode(), response["status"])
-    reply = status_reply(**response, model=request.body.get("model"))
+    reply = status_reply(**response, model=request.body.get("model"), id=id)
     if "shouldRetry" in fixture.options:
         asked = json.dumps(fixture.options["shouldRetry"])
         reply.headers = {**reply.headers, "x-should-retry": asked}
@@ -3982,20 +4713,20 @@ def apply_fault(reply: Reply, fault: Fault, wait: Wait, clock: Clock) -> Reply:
     """
     options = fault.options
     if "status" in options:
-        reply = status_reply(options["status"])
+        reply = status_reply(options["status"], id=reply.id)
     elif reply.events is None and "errorAfterChunks" in options:
-        reply = status_reply(**fault.error)
+        reply = status_reply(**fault.error, id=reply.id)
     if options.get("empty"):
         reply.body, reply.events = b"", None
     if reply.events is not None:
-        reply.events = fault.pace(reply.events, True, wait, clock)
+        reply.events, reply.paced = fault.pace(reply.events, True, wait, clock), True
         return reply
     if options.get("malformed"):
         reply.body = halve(reply.body)
     timed = options.keys() & {"latency", "disconnectAfterMs", "disconnectAfterChunks"}
     if timed or fault.latency:
         reply.headers = {**reply.headers, "Content-Length": str(len(reply.body))}
-        half = halve(reply.body)
+        half, reply.paced = halve(reply.body), True
         reply.events = fault.pace((half, reply.body[len(half) :]), False, wait, clock)
     return reply
 
@@ -4003,8 +4734,6 @@ def apply_fault(reply: Reply, fault: Fault, wait: Wait, clock: Clock) -> Reply:
 # === Routes ===
 
 STORAGE_LIMIT = 0  # as a route's max_bytes: what the server may store
-# What the record calls the inference kinds that have another name there.
-RECORD_KINDS = {"embedding": "embeddings", "image": "images", "job": ""}
 
 QUICK_KINDS = ("chat", "completion", "embedding", "rerank")  # while their bodies are small
 
@@ -4029,6 +4758,7 @@ class Route:
     slow         may take longer than some hundred microseconds (default: all but the kinds in
                  `QUICK_KINDS`)
     max_bytes    of the body; 0: as much as may be stored
+    admit        `admit(server, params)` raises ApiError before a body is read
     """
 
     def __init__(
@@ -4043,7 +4773,9 @@ class Route:
         open: bool = False,
         slow: bool = True,
         max_bytes: int = MAX_JSON_BYTES,
+        admit: Callable[[Any, dict[str, str]], Any] | None = None,
     ) -> None:
+        self.admit = admit
         self.method = method
         self.path = path
         self.body = body
@@ -4053,7 +4785,7 @@ class Route:
         self.open = open
         self.slow = slow and kind not in QUICK_KINDS
         self.max_bytes = max_bytes
-        self.recorded_kind = RECORD_KINDS.get(kind, kind) or read_family(path)
+        self.recorded_kind = read_family(path) if kind in ("", "job") else kind
         self.names = re.findall(r"{(\w+)(?:\.\.\.)?}", path)
         # Paths with fewer parameters go first, then those with a longer template.
         self.rank = (len(self.names) + path.count("...}"), -len(path))
@@ -4125,10 +4857,620 @@ def resolve_model(server: TogetherAiServer, id: str, type: str) -> Model:
     if model is None:
         if server.strict:
             raise ApiError("no_model", model=id[:100])
-        model = Model(type, id)
+        model = Model(type, id, traits=())
+    elif server.strict and "retired" in model.traits:
+        raise ApiError("retired", model=id)
     elif server.strict and SERVED_AS.get(model.type, model.type) != SERVED_AS.get(type, type):
         raise refuse_value("model", f"must be of the type {type}, not {model.type}", id)
     return model
+
+
+# --- Answers, and the form that each engine gives them (recorded)
+
+
+class Choice:
+    """One of the texts that answer a prompt, as data: chunks and whole replies come from it."""
+
+    thoughts: Sequence[str] = ()  # tokens of the reasoning
+    tool_calls: Sequence[dict[str, Any]] = ()
+    calls_first = False  # in a stream, before the text
+    function_call: dict[str, Any] | None = None  # the older form of one tool call
+    scores: Sequence[Any] = ()  # a token's (logprob, alternatives), where asked for
+    _pieces: list[str] | None = None
+
+    def __init__(self, index: int, text: str, token_count: int, finish_reason: str) -> None:
+        self.index = index
+        self.text = text
+        self.token_count = token_count  # of the text
+        self.finish_reason = finish_reason
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a text and nothing else."""
+        return not (self.thoughts or self.tool_calls or self.function_call or self.scores)
+
+    @property
+    def pieces(self) -> list[str]:
+        """What each chunk of a stream holds of the text: its tokens, or what a fixture wants."""
+        if self._pieces is None:
+            self._pieces = split_tokens(self.text)
+        return self._pieces
+
+    def cut_pieces(self, size: int) -> None:
+        """Let each chunk of a stream hold so many characters."""
+        text = self.text
+        self._pieces = [text[at : at + size] for at in range(0, len(text), size)]
+
+
+class Answer:
+    """All that an answer says, before it is shaped as chunks or as a whole."""
+
+    created = CREATED
+    role = "assistant"
+    strict = False  # the server is
+    prompt: Sequence[dict[str, Any]] = ()  # the echo
+    reasons = False  # its model writes its reasoning
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is one text and nothing else, as the model gave it."""
+        return len(self.choices) == 1 and self.choices[0].is_plain and not self.prompt
+
+    def __init__(
+        self, request: Request, form: Form, choices: list[Choice], usage: dict[str, Any]
+    ) -> None:
+        self.request = request
+        self.form = form  # of its engine
+        self.id = request.id
+        self.model: str = request.body["model"]
+        self.seed: int | None = request.body.get("seed")
+        self.choices = choices
+        self.usage = usage
+
+
+def token_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> Any:
+    """Return logprobs in Together's form: parallel lists."""
+    part = {
+        "tokens": pieces,
+        "token_logprobs": [logprob for logprob, _ in scores],
+        "token_ids": [token_id(piece) for piece in pieces],
+    }
+    if any(tops for _, tops in scores):
+        part["top_logprobs"] = [dict(tops) for _, tops in scores]
+    return part
+
+
+USAGE_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
+# What stands for the varying parts of a chunk, or of a whole answer, while that is encoded once.
+SLOT_NAMES = ("content", "token_id", "logprobs", "id", "seed", *USAGE_COUNTS)
+SLOTS: dict[str, Any] = {name: f"\0{name}" for name in SLOT_NAMES}
+MAX_TEMPLATES = 256  # of whole answers that are remembered
+END_TOKENS = {"meta-llama/": 128009, "Qwen/": 151645}  # what ends a turn, by the start of an id
+MATCHED_STOP = 200002  # the token at which gpt-oss stops
+
+
+SLOT = late_regex(rf'"\\u0000({"|".join(SLOT_NAMES)})"')
+
+
+def as_template(value: dict[str, Any]) -> str:
+    """Encode JSON once, so that `template % {"content": JSON text, ...}` fills its slots."""
+    return SLOT.sub(r"%(\1)s", ENCODE(value).replace("%", "%%"))
+
+
+def interleave(streams: list[Iterator[Any]]) -> Iterator[Any]:
+    """Yield from each stream in turn until all have ended."""
+    while streams:
+        for stream in streams[:]:
+            try:
+                yield next(stream)
+            except StopIteration:
+                streams.remove(stream)
+
+
+def content_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> dict[str, Any]:
+    """Return logprobs in OpenAI's form: one object a token."""
+
+    def entry(piece: str, logprob: float) -> dict[str, Any]:
+        return {"token": piece, "bytes": list(piece.encode()), "logprob": logprob}
+
+    content = [
+        {**entry(piece, logprob), "top_logprobs": [entry(*top) for top in tops]}
+        for piece, (logprob, tops) in zip(pieces, scores)
+    ]
+    return {"content": content}
+
+
+def chunk(answer: Answer, *choices: dict[str, Any], **usage: Any) -> dict[str, Any]:
+    """Return a chunk with these choices, and with the key `usage` where it is given."""
+    return {
+        "id": answer.id,
+        "object": "chat.completion.chunk",
+        "created": answer.created,
+        "choices": list(choices),
+        "model": answer.model,
+        **usage,
+    }
+
+
+class TemplateCache(BoundedCache):
+    """Answers with slots, by what they have in common."""
+
+    limit = MAX_TEMPLATES
+
+
+class Form:
+    """The form of one engine's answers: a whole, and the chunks whose fold is that whole.
+
+    A subclass says what its engine does otherwise; `FORMS` has one object of each by the name
+    that the catalogue uses.
+    """
+
+    templates = TemplateCache()  # of plain answers
+    call_alphabet = b"0123456789abcdef" * 16  # of the id of a tool call
+    empty_content: str | None = ""  # beside tool calls
+    thinks_in_content = False  # reasoning stands in the content, between tags
+
+    def name_answer(self, rng: HashRandom) -> str:
+        """Return the id of an answer."""
+        return random_id(rng)
+
+    def usage(self, answer: Answer) -> dict[str, Any]:
+        """Return the usage in the engine's order."""
+        counts = dict(answer.usage)
+        thought = counts.pop("reasoning_tokens", 0)
+        first = {name: counts.pop(name) for name in ("prompt_tokens", "total_tokens")}
+        reasoning = {"reasoning_tokens": thought} if answer.reasons else {}
+        return {
+            **first,
+            "completion_tokens": counts.pop("completion_tokens"),
+            **reasoning,
+            **counts,
+        }
+
+    def skips_reasoning(self, body: dict[str, Any]) -> bool:
+        """Tell whether a model does not reason because tools came that none shall be called of."""
+        return False
+
+    # The whole
+
+    def encode_whole(self, answer: Answer) -> str:
+        """Return a whole answer as JSON; a plain one is filled in, at a third of the cost."""
+        if not answer.is_plain:
+            return ENCODE(self.whole(answer))
+        key = (answer.model, answer.choices[0].finish_reason, answer.reasons)
+        template = self.templates.get(key) or self.templates.keep(key, self.make_template(answer))
+        text: str = template % {
+            **answer.usage,
+            "id": QUOTE(answer.id),
+            "content": QUOTE(answer.choices[0].text),
+            "seed": self.seed(answer),
+        }
+        return text
+
+    def make_template(self, answer: Answer) -> str:
+        """Return what plain answers of the same model and end have in common."""
+        choice = Choice(0, SLOTS["content"], 0, answer.choices[0].finish_reason)
+        counts = {name: SLOTS[name] for name in USAGE_COUNTS}
+        blank = Answer(answer.request, self, [choice], counts)
+        blank.id, blank.model, blank.seed = SLOTS["id"], answer.model, SLOTS["seed"]
+        blank.reasons = answer.reasons
+        return as_template(self.whole(blank))
+
+    def seed(self, answer: Answer) -> int | None:
+        """Return the seed of a choice: only engine A tells one."""
+        return None
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        """Return a whole answer."""
+        return {
+            "id": answer.id,
+            "object": "chat.completion",
+            "created": answer.created,
+            "model": answer.model,
+            "metadata": {"weight_version": "default"},
+            "prompt": answer.prompt,
+            "choices": [self.choice(answer, choice) for choice in answer.choices],
+            "usage": self.usage(answer),
+        }
+
+    def choice(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        """Return one choice of a whole answer."""
+        return {
+            "index": choice.index,
+            "message": self.message(answer, choice),
+            "logprobs": self.logprobs(answer, choice),
+            "finish_reason": choice.finish_reason,
+            "seed": None,
+        }
+
+    def message(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        """Return the message of a choice."""
+        message: dict[str, Any] = {
+            "role": answer.role,
+            "content": choice.text or self.empty_content if choice.tool_calls else choice.text,
+            "tool_calls": [self.call(call) for call in choice.tool_calls],
+        }
+        if choice.function_call is not None:
+            message.update(content=None, function_call=choice.function_call)
+        return {**message, **self.reasoning(answer, choice)}
+
+    def reasoning(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        """Return what a message has beside its content: the reasoning, null where there is none."""
+        return {"reasoning": "".join(choice.thoughts) or None}
+
+    def call(self, call: dict[str, Any]) -> dict[str, Any]:
+        """Return one tool call of a whole answer."""
+        return {key: call[key] for key in ("id", "index", "type", "function")}
+
+    def logprobs(self, answer: Answer, choice: Choice) -> Any:
+        """Return the logprobs of a whole choice."""
+        return content_logprobs(choice.pieces, choice.scores) if choice.scores else None
+
+    # The stream
+
+    def stream(self, answer: Answer) -> Iterator[Any]:
+        """Yield the chunks of an answer, as JSON values or as JSON text."""
+        for choice in answer.choices:
+            yield self.opener(answer, choice)
+        yield from self.interleave(answer)
+        yield chunk(answer, usage=self.usage(answer))
+
+    def interleave(self, answer: Answer) -> Iterator[Any]:
+        """Yield the chunks of all choices, in turn."""
+        parts = [self.parts(answer, choice) for choice in answer.choices]
+        return parts[0] if len(parts) == 1 else interleave(parts)
+
+    def parts(self, answer: Answer, choice: Choice) -> Iterator[Any]:
+        """Yield what each chunk of a choice adds: reasoning, text and tool calls, the end."""
+        if choice.thoughts:
+            template = as_template(self.thought(answer, choice))
+            for piece in choice.thoughts:
+                yield template % {"content": QUOTE(piece)}
+        writers = (self.calls, self.texts) if choice.calls_first else (self.texts, self.calls)
+        for write in writers:
+            yield from write(answer, choice)
+        if choice.function_call is not None:
+            delta = {"content": "", "function_call": choice.function_call}
+            yield self.chunk(answer, choice, delta)
+        yield self.end(answer, choice)
+
+    def delta(self, answer: Answer, **more: Any) -> dict[str, Any]:
+        """Return a delta; every one has its role, which Together's strict clients require."""
+        return {"token_id": None, "role": answer.role, "content": "", **more}
+
+    def chunk(
+        self, answer: Answer, choice: Choice, delta: dict[str, Any], text: str = "", **more: Any
+    ) -> dict[str, Any]:
+        """Return a chunk of one choice."""
+        part = {"index": choice.index, "text": text, "logprobs": None, "finish_reason": None}
+        part.update(more, delta={**self.delta(answer), **delta, "reasoning": None})
+        return chunk(answer, part, usage=None)
+
+    def opener(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        """Return the first chunk, which says nothing yet."""
+        first = self.chunk(answer, choice, {})
+        del first["usage"]
+        return first
+
+    def thought(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        """Return a chunk of reasoning, with a slot."""
+        part = self.chunk(answer, choice, {})
+        part["choices"][0]["delta"]["reasoning"] = SLOTS["content"]
+        return part
+
+    def texts(self, answer: Answer, choice: Choice) -> Iterator[str]:
+        """Yield the text of a choice, a token each."""
+        part = self.text_chunk(answer, choice)
+        if choice.scores:
+            part["choices"][0]["logprobs"] = SLOTS["logprobs"]
+        template, pieces = as_template(part), self.pieces(choice)
+        if not choice.scores:
+            for piece in pieces:
+                yield template % self.slots(piece)
+            return
+        for piece, score in zip(pieces, choice.scores):
+            logprobs = ENCODE(self.chunk_logprobs(piece, *score))
+            yield template % {**self.slots(piece), "logprobs": logprobs}
+
+    def text_chunk(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        """Return a chunk of text, with slots."""
+        content = SLOTS["content"]
+        return self.chunk(answer, choice, {"content": content}, content)
+
+    def slots(self, piece: str) -> dict[str, Any]:
+        """Return what fills the slots for one token."""
+        return {"content": QUOTE(piece)}
+
+    def pieces(self, choice: Choice) -> list[str]:
+        """Return the tokens that have a chunk of their own."""
+        return choice.pieces
+
+    def chunk_logprobs(self, piece: str, logprob: float, tops: Sequence[Any]) -> Any:
+        """Return the logprobs of one token in a stream."""
+        return {
+            "tokens": [piece],
+            "token_logprobs": [logprob],
+            "token_ids": [None],
+            "top_logprobs": [[{"token": token, "logprob": value} for token, value in tops]],
+        }
+
+    def calls(self, answer: Answer, choice: Choice) -> Iterator[Any]:
+        """Yield each tool call: its head, then its arguments in pieces."""
+        for call in choice.tool_calls:
+            function = {"name": call["function"]["name"], "arguments": ""}
+            head = {**self.call(call), "function": function}
+            yield self.chunk(answer, choice, {"tool_calls": [head]})
+            fragment = self.fragment(call["index"], SLOTS["content"])
+            template = as_template(self.chunk(answer, choice, {"tool_calls": [fragment]}))
+            for text in split_tokens(call["function"]["arguments"]):
+                yield template % {"content": QUOTE(text)}
+
+    def fragment(self, index: int, arguments: str) -> dict[str, Any]:
+        """Return a piece of a tool call's arguments."""
+        function = {"name": None, "arguments": arguments}
+        return {"id": None, "index": index, "type": "function", "function": function}
+
+    def end(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        """Return the chunk that says why a choice ended."""
+        return self.chunk(answer, choice, {}, finish_reason=choice.finish_reason)
+
+
+class TurboForm(Form):
+    """Engine A: Turbo models and DeepSeek-R1."""
+
+    templates = TemplateCache()
+    call_alphabet = LOWER36
+    empty_content = None
+    thinks_in_content = True
+
+    def usage(self, answer: Answer) -> dict[str, Any]:
+        counts = {name: answer.usage[name] for name in answer.usage if name != "reasoning_tokens"}
+        return {**counts, "cached_tokens": counts.get("cached_tokens", 0)}
+
+    def seed(self, answer: Answer) -> int:
+        """Return the seed asked for, else one made of the id: up to 2 ** 64, of 16 digits."""
+        if answer.seed is not None:
+            return answer.seed
+        return zlib.crc32(answer.id.encode()) * 2**32 // 1000 * 1000
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        body = super().whole(answer)
+        del body["metadata"]
+        return body
+
+    def choice(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        return {
+            "finish_reason": choice.finish_reason,
+            "seed": self.seed(answer),
+            "index": choice.index,
+            "logprobs": self.logprobs(answer, choice),
+            "message": self.message(answer, choice),
+        }
+
+    def reasoning(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        return {"reasoning": "".join(choice.thoughts)} if choice.thoughts else {}
+
+    def call(self, call: dict[str, Any]) -> dict[str, Any]:
+        function = {key: call["function"][key] for key in ("arguments", "name")}
+        return {**{key: call[key] for key in ("index", "id", "type")}, "function": function}
+
+    def logprobs(self, answer: Answer, choice: Choice) -> Any:
+        if choice.scores and answer.request.body["logprobs"] is not True:
+            return token_logprobs(choice.pieces, choice.scores)
+        return super().logprobs(answer, choice)
+
+    def chunk_logprobs(self, piece: str, logprob: float, tops: Sequence[Any]) -> Any:
+        return logprob
+
+    def stream(self, answer: Answer) -> Iterator[Any]:
+        """Yield chunks, of which the last one has the usage."""
+        for choice in answer.choices:
+            if choice.tool_calls:
+                yield self.opener(answer, choice)
+        chunks = self.interleave(answer)
+        last = next(chunks)
+        for following in chunks:
+            yield last
+            last = following
+        yield {**last, "usage": self.usage(answer)}
+
+    def chunk(
+        self, answer: Answer, choice: Choice, delta: dict[str, Any], text: str = "", **more: Any
+    ) -> dict[str, Any]:
+        part = {"index": choice.index, "text": text, "logprobs": None, "finish_reason": None}
+        part.update({} if choice.tool_calls else {"seed": None})
+        part.update(more, delta={**self.delta(answer), **delta})
+        return chunk(answer, part, **({} if choice.tool_calls else {"usage": None}))
+
+    def opener(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        part = {"index": choice.index, "role": answer.role, "text": "", "logprobs": None}
+        return chunk(answer, {**part, "finish_reason": None, "delta": self.delta(answer)})
+
+    def text_chunk(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        content = SLOTS["content"]
+        delta = {"token_id": SLOTS["token_id"], "content": content}
+        return self.chunk(answer, choice, delta, content)
+
+    def slots(self, piece: str) -> dict[str, Any]:
+        return {"content": QUOTE(piece), "token_id": token_id(piece)}
+
+    def pieces(self, choice: Choice) -> list[str]:
+        return choice.pieces[:-1] if self.ends_with_text(choice) else choice.pieces
+
+    def ends_with_text(self, choice: Choice) -> bool:
+        """Tell whether the last chunk has text: where it is cut, no token ends the turn."""
+        cut = choice.finish_reason == "length" and not choice.tool_calls
+        return cut and bool(choice.pieces) and choice.function_call is None
+
+    def calls(self, answer: Answer, choice: Choice) -> Iterator[Any]:
+        """Yield each tool call: its head, then all its arguments, where the end is told already."""
+        for call in choice.tool_calls:
+            function = {"name": call["function"]["name"], "arguments": ""}
+            head = {"index": call["index"], "id": call["id"], "type": "function"}
+            yield self.chunk(answer, choice, {"tool_calls": [{**head, "function": function}]})
+            rest = {"tool_calls": [self.fragment(call["index"], call["function"]["arguments"])]}
+            yield self.chunk(answer, choice, rest, finish_reason=choice.finish_reason)
+
+    def fragment(self, index: int, arguments: str) -> dict[str, Any]:
+        return {"index": index, "function": {"arguments": arguments}}
+
+    def end(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        text = choice.pieces[-1] if self.ends_with_text(choice) else ""
+        ending = (number for start, number in END_TOKENS.items() if answer.model.startswith(start))
+        number = token_id(text) if text else next(ending, 1)
+        reason = {"finish_reason": choice.finish_reason, "seed": self.seed(answer)}
+        if text and choice.scores:
+            reason["logprobs"] = choice.scores[-1][0]
+        return self.chunk(answer, choice, {"token_id": number, "content": text}, text, **reason)
+
+
+class GptOssForm(Form):
+    """gpt-oss on engine B: no reasoning where a stop text came first, or tools were forbidden."""
+
+    def encode_whole(self, answer: Answer) -> str:
+        return ENCODE(self.whole(answer))  # what plain answers have depends on the request
+
+    def skips_reasoning(self, body: dict[str, Any]) -> bool:
+        return bool(body.get("tools")) and body.get("tool_choice") == "none"
+
+    def reasoning(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        stopped = answer.request.body.get("stop") and not choice.text
+        absent = not choice.thoughts and (stopped or self.skips_reasoning(answer.request.body))
+        return {} if absent else super().reasoning(answer, choice)
+
+    def choice(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        body = super().choice(answer, choice)
+        return (
+            {**body, "message": body.pop("message")}
+            if self.skips_reasoning(answer.request.body)
+            else body
+        )
+
+    def chunk(
+        self, answer: Answer, choice: Choice, delta: dict[str, Any], text: str = "", **more: Any
+    ) -> dict[str, Any]:
+        body = super().chunk(answer, choice, delta, text, **more)
+        if self.skips_reasoning(answer.request.body) and not choice.thoughts:
+            part = body["choices"][0]
+            part["matched_stop"] = MATCHED_STOP if part["finish_reason"] == "stop" else None
+            part["delta"] = part.pop("delta")  # behind it
+            del part["delta"]["reasoning"]
+        return body
+
+    def opener(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        bare = self.skips_reasoning(answer.request.body) and not choice.thoughts
+        return self.chunk(answer, choice, {}) if bare else super().opener(answer, choice)
+
+
+class DetailsForm(Form):
+    """Engine B as Kimi-K2.7-Code has it: details in the usage, a fingerprint, no metadata."""
+
+    templates = TemplateCache()
+
+    def usage(self, answer: Answer) -> dict[str, Any]:
+        counts = {**answer.usage}
+        thought = {"reasoning_tokens": counts.pop("reasoning_tokens", 0)}
+        details = {"prompt_tokens_details": {"cached_tokens": 0}}
+        return {
+            **{name: counts[name] for name in USAGE_COUNTS},
+            **details,
+            "completion_tokens_details": thought,
+            **{name: counts[name] for name in counts if name not in USAGE_COUNTS},
+        }
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        return {
+            "id": answer.id,
+            "object": "chat.completion",
+            "created": answer.created,
+            "model": answer.model,
+            "system_fingerprint": "default",
+            "prompt": answer.prompt,
+            "choices": [self.choice(answer, choice) for choice in answer.choices],
+            "usage": self.usage(answer),
+        }
+
+    def choice(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        body = super().choice(answer, choice)
+        if not choice.scores:
+            del body["logprobs"]
+        return body
+
+
+class PassedThroughForm(DetailsForm):
+    """Engine C: Kimi-K3, whose answers come from elsewhere in OpenAI's form."""
+
+    templates = TemplateCache()
+
+    def name_answer(self, rng: HashRandom) -> str:
+        return "chatcmpl-" + rng.key.hex()[:24]
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        body = super().whole(answer)
+        body["system_fingerprint"] = body.pop("system_fingerprint")  # to the end
+        if not body["prompt"]:
+            del body["prompt"]
+        return body
+
+    def choice(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        body = super().choice(answer, choice)
+        del body["seed"]
+        if not choice.tool_calls:
+            del body["message"]["tool_calls"]
+        return body
+
+    def reasoning(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        return {"reasoning_content": "".join(choice.thoughts)} if choice.thoughts else {}
+
+    def call(self, call: dict[str, Any]) -> dict[str, Any]:
+        return {key: call[key] for key in ("index", "id", "type", "function")}
+
+    def stream(self, answer: Answer) -> Iterator[Any]:
+        """Yield chunks, of which the last one has the usage inside of its choice."""
+        for choice in answer.choices:
+            yield self.opener(answer, choice)
+        chunks = self.interleave(answer)
+        last = next(chunks)
+        for following in chunks:
+            yield last
+            last = following
+        last["choices"][0]["usage"] = self.usage(answer)
+        yield last
+
+    def chunk(
+        self, answer: Answer, choice: Choice, delta: dict[str, Any], text: str = "", **more: Any
+    ) -> dict[str, Any]:
+        part = {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return {
+            "id": answer.id,
+            "object": "chat.completion.chunk",
+            "created": answer.created,
+            "model": answer.model,
+            "system_fingerprint": "default",
+            "choices": [{**part, **more}],
+        }
+
+    def opener(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        return self.chunk(answer, choice, {"role": answer.role, "content": ""})
+
+    def thought(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        return self.chunk(answer, choice, {"reasoning_content": SLOTS["content"]})
+
+    def fragment(self, index: int, arguments: str) -> dict[str, Any]:
+        return {"index": index, "function": {"arguments": arguments}}
+
+    def chunk_logprobs(self, piece: str, logprob: float, tops: Sequence[Any]) -> Any:
+        return content_logprobs([piece], [(logprob, tops)])
+
+
+# To add an engine: a row here, the class it names, and `engine NAME` in the catalogue.
+FORMS: dict[str, Form] = {
+    "A": TurboForm(),
+    "B": Form(),
+    "gpt-oss": GptOssForm(),
+    "K2.7": DetailsForm(),
+    "C": PassedThroughForm(),
+}
 
 
 # --- Chat completions
@@ -4279,58 +5621,32 @@ def pick_facts(body: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
 TOOL_FIELDS = {"tools", "functions", "tool_choice", "function_call"}
 
 
-class Choice:
-    """One of the texts that answer a prompt, as data: chunks and whole replies come from it."""
-
-    thoughts: Sequence[str] = ()  # tokens of the reasoning
-    tool_calls: Sequence[dict[str, Any]] = ()
-    calls_first = False  # in a stream, before the text
-    function_call: dict[str, Any] | None = None  # the older form of one tool call
-    scores: Sequence[Any] = ()  # a token's (logprob, alternatives), where asked for
-    _pieces: list[str] | None = None
-
-    def __init__(self, index: int, text: str, token_count: int, finish_reason: str) -> None:
-        self.index = index
-        self.text = text
-        self.token_count = token_count  # of the text
-        self.finish_reason = finish_reason
-
-    @property
-    def pieces(self) -> list[str]:
-        """What each chunk of a stream holds of the text: its tokens, or what a fixture wants."""
-        if self._pieces is None:
-            self._pieces = split_tokens(self.text)
-        return self._pieces
-
-    def cut_pieces(self, size: int) -> None:
-        """Let each chunk of a stream hold so many characters."""
-        text = self.text
-        self._pieces = [text[at : at + size] for at in range(0, len(text), size)]
-
-
-class Answer:
-    """All that an answer says, before it is shaped as chunks or as a whole."""
-
-    created = CREATED
-    role = "assistant"
-    prompt: Sequence[dict[str, Any]] = ()  # the echo
-    reasons = False  # messages have a key for reasoning
-
-    def __init__(self, request: Request, choices: list[Choice], usage: dict[str, Any]) -> None:
-        self.request = request
-        self.id = request.id
-        self.model: str = request.body["model"]
-        self.seed: int | None = request.body.get("seed")
-        self.choices = choices
-        self.usage = usage
-
-
 def message_text(message: dict[str, Any]) -> str:
     """Return the text of a message; other parts count as nothing."""
     content = message.get("content")
     if type(content) is list:
         return "".join([part.get("text") or "" for part in content])
     return content or ""
+
+
+MEDIA_TRAITS = {"image_url": "sees", "video_url": "watches", "audio_url": "hears"}
+MEDIA_TRAITS["input_audio"] = "hears"
+
+
+def check_media(parts: list[dict[str, Any]], model: Model) -> None:
+    """Refuse images, videos and sound for a listed model that cannot take them."""
+    for part in parts if "known" in model.traits else ():
+        trait = MEDIA_TRAITS.get(part["type"])
+        if trait is not None and trait not in model.traits:
+            blind = model.engine != "A" and model.traits.isdisjoint(MEDIA_TRAITS.values())
+            raise ApiError("no_eyes" if blind else "no_media", model=model.id)
+
+
+def check_tool_choice(body: dict[str, Any], model: Model) -> None:
+    """Refuse what one model refuses: to be made to call a tool."""
+    forced = body.get("tool_choice") not in (None, "auto", "none")
+    if forced and "no-grammar" in model.traits:
+        raise ApiError("no_grammar")
 
 
 def check_message(message: dict[str, Any], number: int) -> None:
@@ -4347,7 +5663,7 @@ def check_message(message: dict[str, Any], number: int) -> None:
             raise ApiError("missing", param=f"{place}.content[{index}].{part['type']}")
 
 
-def count_messages(messages: list[dict[str, Any]]) -> int:
+def count_messages(messages: list[dict[str, Any]], model: Model) -> int:
     """Check each message, and count its tokens: text, calls, media and the frame around it."""
     count = 1 + MESSAGE_TOKENS * len(messages)
     for number, message in enumerate(messages):
@@ -4355,6 +5671,7 @@ def count_messages(messages: list[dict[str, Any]]) -> int:
         if type(content) is not str or message["role"] == "tool":
             check_message(message, number)
         if type(content) is list:
+            check_media(content, model)
             count += MEDIA_TOKENS * sum(part["type"] != "text" for part in content)
         count += count_tokens(content if type(content) is str else message_text(message))
         if message.get("tool_calls"):
@@ -4371,14 +5688,15 @@ def find_budget(body: dict[str, Any], model: Model, prompt_tokens: int) -> tuple
     if body.get("max_completion_tokens") is not None:
         asked = body["max_completion_tokens"]
     room = model.context_length or MAX_CONTEXT_TOKENS
-    fits = prompt_tokens + (asked or 1) <= room
+    limit = room + 1 if model.engine == "A" else room  # recorded
+    fits = prompt_tokens + (asked or 1) <= limit
     if fits or body.get("context_length_exceeded_behavior") == "truncate":
         budget = min(DEFAULT_MAX_TOKENS if asked is None else asked, max(1, room - prompt_tokens))
         return budget, min(prompt_tokens, max(1, room - budget))
+    name = "too_long_prompt" if prompt_tokens >= room else "too_long"
     raise ApiError(
-        "too_long",
-        param="max_tokens" if asked else "messages",
-        room=room,
+        "too_long_turbo" if model.engine == "A" else name,
+        room=limit,
         total=prompt_tokens + (asked or 1),
         prompt=prompt_tokens,
         asked=asked or 1,
@@ -4511,24 +5829,28 @@ def make_valid(rng: HashRandom, schema: Any, place: str) -> str:
         raise ApiError("invalid", param=place, reason=f"cannot be satisfied: {error}") from None
 
 
-def tool_call(rng: HashRandom, index: int, name: str, arguments: str, id: str | None = None) -> Any:
-    """Return one tool call as messages and deltas hold it."""
+def tool_call(
+    rng: HashRandom, form: Form, index: int, name: str, arguments: str, id: str | None = None
+) -> dict[str, Any]:
+    """Return one tool call as messages hold it."""
     return {
         "index": index,
-        "id": id or "call_" + random_letters(rng.child("id"), 24, LOWER36),
+        "id": id or "call_" + random_letters(rng.child("id"), 24, form.call_alphabet),
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }
 
 
-def make_calls(rng: HashRandom, functions: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def make_calls(
+    rng: HashRandom, form: Form, functions: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """Return tool calls, with arguments that satisfy each function's schema."""
     calls = []
     for index, function in enumerate(functions):
         own = rng.child("call", index, function["name"])
         schema = function.get("parameters") or {"type": "object"}
         arguments = make_valid(own, schema, f"tools.{function['name']}.parameters")
-        calls.append(tool_call(own, index, function["name"], arguments))
+        calls.append(tool_call(own, form, index, function["name"], arguments))
     return calls
 
 
@@ -4619,18 +5941,22 @@ def compose_choice(
 ) -> Choice:
     """Write one choice of a chat answer."""
     functions = [] if TOOL_FIELDS.isdisjoint(body) else choose_tools(body)
-    choice = Choice(index, "", 0, "tool_calls")
-    if model.thinks:
+    choice, form, thoughts = Choice(index, "", 0, "tool_calls"), FORMS[model.engine], ""
+    if model.thinks and not form.skips_reasoning(body):
         thoughts = make_reasoning(rng.child("reasoning", index), body, model)
-        budget -= add_thoughts(choice, thoughts, budget)
+        if not form.thinks_in_content:
+            budget -= add_thoughts(choice, thoughts, budget)
     if budget <= 0:
         choice.finish_reason = "length"
     elif functions:
-        choice.tool_calls = make_calls(rng.child("tools", index), functions)
+        choice.tool_calls = make_calls(rng.child("tools", index), form, functions)
         cut_calls(choice, budget)
     else:
         own = rng.child("text", index) if index else rng  # nothing else takes from it
         text, count = make_content(own, body, model)
+        if thoughts and form.thinks_in_content:
+            text = f"<think>\n{thoughts}\n</think>\n\n{text}"
+            count = count_tokens(text)
         choice.text, choice.token_count, choice.finish_reason = cut_text(
             text, count, body.get("stop"), budget
         )
@@ -4642,7 +5968,12 @@ def compose_choice(
 
 
 def script_choice(
-    rng: HashRandom, body: dict[str, Any], script: dict[str, Any], budget: int, index: int
+    rng: HashRandom,
+    form: Form,
+    body: dict[str, Any],
+    script: dict[str, Any],
+    budget: int,
+    index: int,
 ) -> Choice:
     """Write one choice that a fixture scripts; the limits on its length hold too."""
     choice = Choice(index, "", 0, "tool_calls")
@@ -4658,7 +5989,7 @@ def script_choice(
         choice.finish_reason = "tool_calls"
         choice.tool_calls = [
             tool_call(
-                *(rng.child("call", index, at), at, call["name"], call["arguments"], call["id"])
+                rng.child("call", index, at), form, at, call["name"], call["arguments"], call["id"]
             )
             for at, call in enumerate(calls)
         ]
@@ -4688,18 +6019,6 @@ def score_choices(rng: HashRandom, choices: list[Choice], count: int) -> None:
         choice.scores = make_scores(rng.child("logprobs", choice.index), choice.pieces, count)
 
 
-def token_logprobs(request: Request, pieces: Sequence[str], scores: Sequence[Any]) -> Any:
-    """Return logprobs in Together's form: parallel lists."""
-    part = {
-        "tokens": pieces,
-        "token_logprobs": [logprob for logprob, _ in scores],
-        "token_ids": [token_id(piece) for piece in pieces],
-    }
-    if any(tops for _, tops in scores):
-        part["top_logprobs"] = shape_top_logprobs(request, [dict(tops) for _, tops in scores])
-    return part
-
-
 def finish_answer(answer: Answer, rng: HashRandom, prompt: str) -> None:
     """Add the echo and the logprobs that a request asked for."""
     body = answer.request.body
@@ -4712,17 +6031,20 @@ def finish_answer(answer: Answer, rng: HashRandom, prompt: str) -> None:
         if asked:
             pieces = split_tokens(prompt)
             scores = make_scores(rng.child("prompt logprobs"), pieces, 0)
-            part["logprobs"] = token_logprobs(answer.request, pieces, scores)
+            part["logprobs"] = token_logprobs(pieces, scores)
         answer.prompt = [part]
 
 
 def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
     """Write the whole answer to a conversation, whole or streamed."""
     body = request.body
-    prompt_tokens = count_messages(body["messages"])
     model = resolve_model(server, body["model"], "chat")
+    prompt_tokens = count_messages(body["messages"], model)
+    if server.strict:
+        check_tool_choice(body, model)
     rng = HashRandom.of("chat", pick_facts(body, CHAT_FACTS))
-    request.id = random_id(rng)
+    form = FORMS[model.engine]
+    request.id = form.name_answer(rng)
     for name in () if TOOL_FIELDS.isdisjoint(body) else ("tools", "functions"):
         prompt_tokens += count_tokens(ENCODE(body[name])) if body.get(name) else 0
     budget, prompt_tokens = find_budget(body, model, prompt_tokens)
@@ -4730,10 +6052,10 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
     choices = []
     for index in range(body.get("n") or 1):
         if script:
-            choices.append(script_choice(rng, body, script, budget, index))
+            choices.append(script_choice(rng, form, body, script, budget, index))
         else:
             choices.append(compose_choice(rng, body, model, budget, index))
-    answer = Answer(request, choices, count_usage(prompt_tokens, choices))
+    answer = Answer(request, form, choices, count_usage(prompt_tokens, choices))
     answer.reasons = model.thinks
     if script:
         apply_script(answer, script)
@@ -4742,172 +6064,13 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
     return answer
 
 
-def content_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> dict[str, Any]:
-    """Return logprobs in OpenAI's form: one object a token."""
-
-    def entry(piece: str, logprob: float) -> dict[str, Any]:
-        return {"token": piece, "logprob": logprob, "bytes": list(piece.encode())}
-
-    content = [
-        {**entry(piece, logprob), "top_logprobs": [entry(*top) for top in tops]}
-        for piece, (logprob, tops) in zip(pieces, scores)
-    ]
-    return {"content": content, "refusal": None}
-
-
-def whole_logprobs(request: Request, choice: Choice) -> Any:
-    """Return a choice's logprobs in the form asked for: `true` is OpenAI's, a number Together's."""
-    if not choice.scores:
-        return None
-    if request.body["logprobs"] is True:
-        return content_logprobs(choice.pieces, choice.scores)
-    return token_logprobs(request, choice.pieces, choice.scores)
-
-
-def chunk_logprobs(request: Request, choice: Choice, at: int) -> Any:
-    """Return one token's logprobs; Together's clients type them as a bare number."""
-    if not choice.scores:
-        return None
-    if is_together(request):
-        return choice.scores[at][0]
-    pieces, scores = choice.pieces[at : at + 1], choice.scores[at : at + 1]
-    if request.body["logprobs"] is True:
-        return content_logprobs(pieces, scores)
-    return token_logprobs(request, pieces, scores)
-
-
-def chat_message(answer: Answer, choice: Choice) -> dict[str, Any]:
-    """Return the message of a whole answer."""
-    message: dict[str, Any] = {
-        "role": answer.role,
-        "content": choice.text if not choice.tool_calls or choice.text else None,
-        "tool_calls": choice.tool_calls,
-    }
-    if choice.function_call is not None:
-        message.update(content=None, function_call=choice.function_call)
-    if answer.reasons:
-        message["reasoning"] = "".join(choice.thoughts) or None
-    return message
-
-
-def chat_completion(answer: Answer) -> dict[str, Any]:
-    """Return a whole answer: what folding its chunks gives."""
-    return {
-        "id": answer.id,
-        "object": "chat.completion",
-        "created": answer.created,
-        "model": answer.model,
-        "prompt": answer.prompt,
-        "choices": [
-            {
-                "index": choice.index,
-                "message": chat_message(answer, choice),
-                "logprobs": whole_logprobs(answer.request, choice),
-                "finish_reason": choice.finish_reason,
-                "seed": answer.seed,
-            }
-            for choice in answer.choices
-        ],
-        "usage": answer.usage,
-    }
-
-
-def chat_part(answer: Answer, choice: Choice, **delta: Any) -> dict[str, Any]:
-    """Return the choice of one chunk; every delta has its role, which strict clients require."""
-    return {
-        "index": choice.index,
-        "text": "",
-        "logprobs": None,
-        "finish_reason": None,
-        "seed": None,
-        "delta": {"role": answer.role, **delta},
-    }
-
-
-def text_parts(answer: Answer, choice: Choice) -> Iterator[dict[str, Any]]:
-    """Yield the text of a choice, a token each."""
-    for at, piece in enumerate(choice.pieces):
-        part = chat_part(answer, choice, token_id=token_id(piece), content=piece)
-        part["text"] = piece
-        part["logprobs"] = chunk_logprobs(answer.request, choice, at)
-        yield part
-
-
-def call_parts(answer: Answer, choice: Choice) -> Iterator[dict[str, Any]]:
-    """Yield each tool call whole in one delta: the form that every client accepts."""
-    for call in choice.tool_calls:
-        yield chat_part(answer, choice, content="", tool_calls=[call])
-
-
-def chat_parts(answer: Answer, choice: Choice) -> Iterator[dict[str, Any]]:
-    """Yield what each chunk of a choice adds: reasoning, text and tool calls, the end."""
-    for thought in choice.thoughts:
-        number = token_id(thought)
-        yield chat_part(answer, choice, token_id=number, content="", reasoning=thought)
-    parts = (call_parts, text_parts) if choice.calls_first else (text_parts, call_parts)
-    for write in parts:
-        yield from write(answer, choice)
-    if choice.function_call is not None:
-        yield chat_part(answer, choice, content="", function_call=choice.function_call)
-    end = chat_part(answer, choice, content="")
-    end.update(finish_reason=choice.finish_reason, seed=answer.seed)
-    yield end
-
-
-def interleave(streams: list[Iterator[Any]]) -> Iterator[Any]:
-    """Yield from each stream in turn until all have ended."""
-    while streams:
-        for stream in streams[:]:
-            try:
-                yield next(stream)
-            except StopIteration:
-                streams.remove(stream)
-
-
-def usage_events(
-    answer: Answer, chunks: Iterator[dict[str, Any]], strict: bool
-) -> Iterator[dict[str, Any]]:
-    """Put the usage on the last chunk, or on one of its own where the request asks for that.
-
-    Production asks nobody: the Turbo models have it on the last chunk, all others apart.
-    """
-    apart = (answer.request.body.get("stream_options") or {}).get("include_usage")
-    apart = not answer.model.endswith("-Turbo") if strict else apart
-    last = next(chunks)
-    for chunk in chunks:
-        yield last
-        last = chunk
-    if not apart:
-        last["usage"] = answer.usage
-    yield last
-    if apart:
-        yield {**last, "choices": [], "usage": answer.usage}
-
-
-def chat_chunks(answer: Answer) -> Iterator[dict[str, Any]]:
-    """Yield an answer as chunks; their fold is the whole reply."""
-    begun: set[int] = set()
-    for part in interleave([chat_parts(answer, choice) for choice in answer.choices]):
-        if has_one_role(answer.request) and part["index"] in begun:
-            del part["delta"]["role"]
-        begun.add(part["index"])
-        yield {
-            "id": answer.id,
-            "object": "chat.completion.chunk",
-            "created": answer.created,
-            "choices": [part],
-            "model": answer.model,
-            "usage": None,
-        }
-
-
 @route("POST", "/v1/chat/completions", body=CHAT_FIELDS, kind="chat")
 def create_chat_completion(server: TogetherAiServer, request: Request) -> Any:
     """Answer a conversation, whole or as a stream."""
     answer = compose_chat(server, request)
     if request.body.get("stream"):
-        return Events(usage_events(answer, chat_chunks(answer), server.strict))
-    return chat_completion(answer)
+        return Events(answer.form.stream(answer))
+    return Reply(answer.form.encode_whole(answer).encode())
 
 
 # --- Text completions
@@ -4979,7 +6142,9 @@ def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
             else:
                 text, count = make_prose(own.child("text", index))
             choices.append(Choice(len(choices), *cut_text(text, count, body.get("stop"), budget)))
-    answer = Answer(request, choices, count_usage(prompt_tokens, choices))
+    form = FORMS[model.engine]
+    answer = Answer(request, form, choices, count_usage(prompt_tokens, choices))
+    answer.strict = server.strict
     if script:
         apply_script(answer, script)
     if "echo" in body or "logprobs" in body:
@@ -4987,20 +6152,11 @@ def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
     return answer
 
 
-def echo_prefix(answer: Answer, choice: Choice) -> str:
-    """Return the prompt where the client expects the echo in front of the text."""
-    if not answer.prompt or not is_openai(answer.request):
-        return ""
-    prompts = read_inputs(answer.request.body["prompt"], "prompt")
-    return input_text(prompts[choice.index * len(prompts) // len(answer.choices)])
-
-
-def text_logprobs(request: Request, choice: Choice, start: int, end: int, offset: int) -> Any:
+def text_logprobs(pieces: Sequence[str], scores: Sequence[Any], offset: int) -> Any:
     """Return the logprobs of some tokens of a completion, with where each begins."""
-    if not choice.scores:
+    if not scores:
         return None
-    pieces = choice.pieces[start:end]
-    part = token_logprobs(request, pieces, choice.scores[start:end])
+    part = token_logprobs(pieces, scores)
     part["text_offset"] = []
     for piece in pieces:
         part["text_offset"].append(offset)
@@ -5008,70 +6164,72 @@ def text_logprobs(request: Request, choice: Choice, start: int, end: int, offset
     return part
 
 
+def completion_seed(answer: Answer) -> dict[str, Any]:
+    """Return the seed that only engine A tells."""
+    form = answer.form
+    return {"seed": form.seed(answer)} if isinstance(form, TurboForm) else {}
+
+
+def completion_usage(answer: Answer) -> dict[str, Any]:
+    """Return the usage, with the cached tokens that only engine A tells."""
+    return answer.form.usage(answer) if isinstance(answer.form, TurboForm) else answer.usage
+
+
 def text_completion(answer: Answer) -> dict[str, Any]:
     """Return a whole text completion."""
     return {
         "id": answer.id,
-        "object": completion_object(answer.request, chunk=False),
+        "object": completion_object(answer.request, "text.completion", answer.strict),
         "created": answer.created,
         "model": answer.model,
         "prompt": answer.prompt,
         "choices": [
             {
-                "index": choice.index,
-                "text": echo_prefix(answer, choice) + choice.text,
+                "text": choice.text,
                 "finish_reason": choice.finish_reason,
-                "logprobs": text_logprobs(answer.request, choice, 0, len(choice.pieces), 0),
-                "seed": answer.seed,
+                **completion_seed(answer),
+                "logprobs": text_logprobs(choice.pieces, choice.scores, 0),
+                "index": choice.index,
             }
             for choice in answer.choices
         ],
-        "usage": answer.usage,
+        "usage": completion_usage(answer),
     }
 
 
-def text_deltas(answer: Answer, choice: Choice) -> Iterator[tuple[int, int | None, str, Any]]:
-    """Yield index, place among the tokens, text and reason to end, a chunk each."""
-    echo = echo_prefix(answer, choice)
-    if echo:
-        yield choice.index, None, echo, None
-    for at, piece in enumerate(choice.pieces):
-        yield choice.index, at, piece, None
-    yield choice.index, None, "", choice.finish_reason
+def text_parts(answer: Answer, choice: Choice) -> Iterator[dict[str, Any]]:
+    """Yield what each chunk of a choice adds: a token, the last of them with the end."""
+    offset = 0
+    last = len(choice.pieces) - (choice.finish_reason == "length")
+    pieces = [*choice.pieces, ""] if last == len(choice.pieces) else choice.pieces
+    for at, piece in enumerate(pieces):
+        ends = at == len(pieces) - 1
+        scores = choice.scores[at : at + 1] if choice.scores else ()
+        logprobs = text_logprobs(pieces[at : at + 1], scores, offset)
+        offset += len(piece)
+        yield {
+            "index": choice.index,
+            "text": piece,
+            "logprobs": logprobs,
+            "finish_reason": choice.finish_reason if ends else None,
+            "seed": completion_seed(answer).get("seed") if ends else None,
+            "delta": {"token_id": token_id(piece), "role": "assistant", "content": piece},
+        }
 
 
 def text_chunks(answer: Answer) -> Iterator[dict[str, Any]]:
-    """Yield a text completion as chunks: the union of what the service sent and now documents."""
-    kind = completion_object(answer.request, chunk=True)
-    streams = [text_deltas(answer, choice) for choice in answer.choices]
-    offsets: dict[int, int] = {}
-    for index, at, text, finish_reason in interleave(streams):
-        choice = answer.choices[index]
-        logprob = choice.scores[at][0] if choice.scores and at is not None else None
-        logprobs: Any = logprob
-        if at is not None and not is_together(answer.request):
-            offset = offsets.get(index, 0)
-            logprobs = text_logprobs(answer.request, choice, at, at + 1, offset)
-            offsets[index] = offset + len(text)
-        id = token_id(text)
+    """Yield a text completion as chunks; the last one has the usage."""
+    name = completion_object(answer.request, "completion.chunk", answer.strict)
+    left = len(answer.choices)
+    for part in interleave([text_parts(answer, choice) for choice in answer.choices]):
+        left -= part["finish_reason"] is not None
         yield {
             "id": answer.id,
-            "object": kind,
+            "object": name,
             "created": answer.created,
-            "choices": [
-                {
-                    "index": index,
-                    "text": text,
-                    "logprobs": logprobs,
-                    "finish_reason": finish_reason,
-                    "seed": answer.seed if finish_reason else None,
-                    "delta": {"token_id": id, "role": "assistant", "content": text},
-                }
-            ],
+            "choices": [part],
             "model": answer.model,
-            "usage": None,
-            "token": {"id": id, "text": text, "logprob": logprob or 0.0, "special": not text},
-            "finish_reason": finish_reason,
+            "usage": None if left else completion_usage(answer),
         }
 
 
@@ -5080,7 +6238,7 @@ def create_completion(server: TogetherAiServer, request: Request) -> Any:
     """Continue a prompt, whole or as a stream."""
     answer = compose_completion(server, request)
     if request.body.get("stream"):
-        return Events(usage_events(answer, text_chunks(answer), server.strict))
+        return Events(text_chunks(answer))
     return text_completion(answer)
 
 
@@ -5140,10 +6298,8 @@ def create_embeddings(server: TogetherAiServer, request: Request) -> Any:
         f'{{"object":"embedding","index":{index},"embedding":{numbers}}}'
         for index, numbers in enumerate(embed_inputs(request, model, inputs))
     ]
-    tokens = sum(map(count_input, inputs))
-    usage = ENCODE({"prompt_tokens": tokens, "total_tokens": tokens})
     head = f'{{"object":"list","model":{ENCODE(body["model"])},"data":['
-    return Reply(f'{head}{",".join(items)}],"usage":{usage}}}'.encode())
+    return Reply(f"{head}{','.join(items)}]}}".encode())
 
 
 # --- Rerank
@@ -5186,7 +6342,7 @@ def rerank(server: TogetherAiServer, request: Request) -> Any:
     request.id = random_id(rng)
     tokens = sum(map(count_tokens, texts)) + count_tokens(body["query"]) * len(texts)
     return {
-        "object": "rerank", "id": random_uuid(rng), "model": model.id, "results": results,
+        "object": "rerank", "id": request.id, "model": model.id, "results": results,
         "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
     }  # fmt: skip
 
@@ -5531,8 +6687,13 @@ def initiate_upload(server: TogetherAiServer, request: Request) -> Any:
     return {"upload_id": upload_id, "file_id": id, "parts": parts}
 
 
-@route("PUT", "/__upload/{id}", open=True, max_bytes=STORAGE_LIMIT)
-@route("PUT", "/__upload/{id}/{part}", open=True, max_bytes=STORAGE_LIMIT)
+def admit_upload(server: TogetherAiServer, params: dict[str, str]) -> None:
+    """Refuse the data of a file that nobody has announced."""
+    server.files.get(params["id"])
+
+
+@route("PUT", "/__upload/{id}", open=True, max_bytes=STORAGE_LIMIT, admit=admit_upload)
+@route("PUT", "/__upload/{id}/{part}", open=True, max_bytes=STORAGE_LIMIT, admit=admit_upload)
 def put_file(server: TogetherAiServer, request: Request) -> Any:
     """Take the data of an announced file, or one part of it; it needs no key."""
     file, part = server.files.get(request.params["id"]), request.params.get("part")
@@ -5649,10 +6810,10 @@ def batch_object(server: TogetherAiServer, item: Item) -> Item:
 
 
 def run_line(
-    server: TogetherAiServer, endpoint: str, line: bytes, number: int, seen: dict[str, int]
+    server: TogetherAiServer, job: Item, line: bytes, number: int, seen: dict[str, int]
 ) -> tuple[Any, Reply]:
     """Answer one line as if it had come by itself; return its custom_id, noted in `seen`, too."""
-    id = None
+    id, endpoint = None, job["endpoint"]
     try:
         row = parse_line(line)
         id = row.get("custom_id")
@@ -5664,8 +6825,10 @@ def run_line(
     except ApiError as error:
         error.message = f"Line {number}: {error.message}"
         return id, error.as_reply()
-    headers = {"authorization": f"Bearer {DEFAULT_KEY}"}
-    return id, server.run(Request("POST", endpoint, ENCODE(row["body"]).encode(), headers=headers))
+    headers = {"authorization": f"Bearer {DEFAULT_KEY}", "content-type": "application/json"}
+    request = Request("POST", endpoint, ENCODE(row["body"]).encode(), headers=headers)
+    request.batch = job["id"]
+    return id, server.answer(request)
 
 
 def find_error(reply: Reply) -> Item:
@@ -5681,15 +6844,21 @@ def run_batch(server: TogetherAiServer, job: Item, data: bytes) -> Item:
     """Answer every line of a batch and store what came of them."""
     results: dict[str, list[bytes]] = {"output": [], "error": []}
     seen: dict[str, int] = {}
-    source = HashRandom.of("batch", job["id"])
+    source, size = HashRandom.of("batch", job["id"]), 0
+    room = server.max_stored_bytes - sum(map(len, list(server.contents.values())))
     for number, line in read_lines(data):
-        id, reply = run_line(server, job["endpoint"], line, number, seen)
+        id, reply = run_line(server, job, line, number, seen)
         if reply.status == 200 and succeeds(json.loads, reply.body):  # a fault may have cut it
             kind, result = "output", b'"response":{"status_code":200,"body":%b}' % reply.body
         else:
             kind, result = "error", b'"error":%b' % ENCODE(find_error(reply)).encode()
         names = f'"id":"br_{source.child(number).hex(24)}","custom_id":{ENCODE(id)}'
         results[kind].append(b"{%b,%b}\n" % (names.encode(), result))
+        size += len(results[kind][-1])
+        if size > room or server.stopping.is_set():
+            error = ApiError("storage_full", size=size, limit=server.max_stored_bytes)
+            reason = error.message if size > room else "The server stopped."
+            return {"status": "FAILED", "error": f"Line {number}: {reason}"}
     changes: Item = {"progress": 100.0}
     try:
         for kind, lines in results.items():
@@ -5785,7 +6954,7 @@ def cancel_batch(server: TogetherAiServer, request: Request) -> Any:
 FINE_TUNE_LADDER = ("pending", "queued", "running", "uploading", "completed")
 CANCEL_LADDER = ("cancel_requested", "cancelled")
 TRAINABLE = ("chat", "language", "code")  # types of models
-UNKNOWN_MODEL = Model("chat", "")  # what a base that the catalogue lacks counts as
+UNKNOWN_MODEL = Model("chat", "", traits=())  # what a base that the catalogue lacks counts as
 TRAIN_PRICE = 0.48  # USD for a million tokens
 TRAIN_TOKEN_BYTES = 4  # of a training file, by which its tokens are estimated
 FINAL_CHECKPOINTS = {"Full": ("Final",), "Lora": ("Final Merged", "Final Adapter")}
@@ -5949,7 +7118,7 @@ def on_enter_fine_tune(server: TogetherAiServer, job: Item, status: str) -> Item
         changes["epochs_completed"] = job["n_epochs"]
         changes["token_count"] = job["TrainingFileSize"] // TRAIN_TOKEN_BYTES * job["n_epochs"]
         base, name = server.models.get(job["model"], UNKNOWN_MODEL), job["model_output_name"]
-        server.models[name] = base.derive(name, USER, name.partition("/")[2], base.prices)
+        server.add_model(base.derive(name, USER, name.partition("/")[2], base.prices))
     events = list_new_events({**job, **changes}, status, changes["updated_at"])
     return {**changes, "events": job["events"] + events}
 
@@ -6412,7 +7581,7 @@ HARDWARE = (("h100", 80, "sxm", 5.65), ("a100", 80, "sxm", 4.28), ("l40s", 48, "
 
 def add_model(server: TogetherAiServer, name: str, base: str) -> None:
     """Put a model that answers as another does into the catalogue."""
-    server.models[name] = server.models.get(base, UNKNOWN_MODEL).derive(name, USER)
+    server.add_model(server.models.get(base, UNKNOWN_MODEL).derive(name, USER))
 
 
 def on_enter_endpoint(server: TogetherAiServer, endpoint: dict[str, Any], state: str) -> Any:
@@ -6640,40 +7809,76 @@ def read_image_size(body: dict[str, Any]) -> tuple[int, int]:
 
 def script_image(image: dict[str, Any], index: int) -> dict[str, Any]:
     """Return one image as a fixture gives it."""
-    given = {name: value for name, value in image.items() if value is not None}
-    return {"index": index, "type": "url" if "url" in given else "b64_json", **given}
+    return {"index": index, **{name: value for name, value in image.items() if value is not None}}
 
 
-def render_image(token: str, width: int, height: int) -> bytes:
-    """Return the PNG of a token: its URL holds all there is to know about it."""
-    return make_image(HashRandom.of_bytes(token.encode()), width, height)
+IMAGE_PLACE = "-SEA"  # what the ids of images end with: where they were made
+IMAGE_FORMATS = ("png", "jpeg")
+TOKEN_LETTERS = string.digits + string.ascii_letters
+
+
+def write_token(letters: str, width: int, height: int, format: str) -> str:
+    """Return the name of an image, which holds all there is to know about it, size and format too.
+
+    It has 16 letters, as production's have; the last four are a number of base 62.
+    """
+    number = ((width - 1) * MAX_IMAGE_SIDE + height - 1) * 2 + IMAGE_FORMATS.index(format)
+    for _ in range(4):
+        number, digit = divmod(number, 62)
+        letters += TOKEN_LETTERS[digit]
+    return letters
+
+
+def read_token(token: str) -> tuple[str, int, int, str]:
+    """Return letters, width, height and format of an image's name; raise ApiError 404 else."""
+    number = 0
+    if re.fullmatch(r"[0-9A-Za-z]{16}", token):
+        for letter in reversed(token[12:]):
+            number = number * 62 + TOKEN_LETTERS.index(letter)
+    sides, format = divmod(number, 2)
+    width, height = (side + 1 for side in divmod(sides, MAX_IMAGE_SIDE))
+    if not all(MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE for side in (width, height)):
+        raise ApiError("no_object", param="token", noun="Image", id=token[:100])
+    return token[:12], width, height, IMAGE_FORMATS[format]
+
+
+def render_image(token: str) -> tuple[bytes, str]:
+    """Return the file that an image's name stands for, and its format."""
+    letters, width, height, format = read_token(token)
+    return make_image(HashRandom.of_bytes(letters.encode()), width, height, format), format
 
 
 def image_item(
     server: TogetherAiServer, request: Request, rng: HashRandom, index: int, size: tuple[int, int]
 ) -> dict[str, Any]:
-    """Return one image as base64, as a URL, or as both when nothing was asked."""
-    form = request.body.get("response_format")
-    token = random_letters(rng, 16)
-    item: dict[str, Any] = {"index": index, "type": "url" if form in (None, "url") else "b64_json"}
-    if form in (None, "url"):
-        item["url"] = f"{request.origin or server.url}/shrt/{token}-{size[0]}x{size[1]}.png"
-    if form != "url":
-        item["b64_json"] = base64.b64encode(render_image(token, *size)).decode()
+    """Return one image as a URL or as base64.
+
+    Where nothing was asked it is both, unless the server is strict: as the original has it.
+    """
+    asked = request.body.get("response_format")
+    format = request.body.get("output_format") or ("jpeg" if server.strict else "png")
+    token = write_token(random_letters(rng, 12), *size, format)
+    item: dict[str, Any] = {"index": index}
+    if asked in (None, "url"):
+        item["url"] = f"{request.origin or server.url}/shrt/{token}"
+    if asked not in (None, "url") or (asked is None and not server.strict):
+        item["b64_json"] = base64.b64encode(render_image(token)[0]).decode()
     item["timings"] = {"inference": (100 + rng.randbelow(900)) / 1000}
     return item
 
 
 @route("POST", "/v1/images/generations", body=IMAGE_FIELDS, kind="image")
 def create_images(server: TogetherAiServer, request: Request) -> Any:
-    """Paint PNG images of a prompt."""
+    """Paint images of a prompt."""
     body = request.body
     if not body["prompt"]:
         raise ApiError("empty_prompt", param="prompt")
     model = resolve_model(server, body["model"], "image")
+    if server.strict and body.get("steps") and "no-steps" in model.traits:
+        raise ApiError("no_parameter", parameter="steps")
     size = read_image_size(body)
     rng = HashRandom.of("image", pick_facts(body, IMAGE_FACTS))
-    request.id = random_id(rng)
+    request.id = random_id(rng) + IMAGE_PLACE
     script = request.script
     items = [
         script_image(script["images"][index % len(script["images"])], index)
@@ -6681,24 +7886,15 @@ def create_images(server: TogetherAiServer, request: Request) -> Any:
         else image_item(server, request, rng.child("image", index), index, size)
         for index in range(len(script["images"]) if script else body.get("n") or 1)
     ]
-    return {
-        "id": request.id,
-        "model": model.id,
-        "object": "list",
-        "created": CREATED,
-        "data": items,
-    }
+    return {"id": request.id, "model": model.id, "object": "list", "data": items}
 
 
 @route("GET", "/shrt/{token}", open=True)
 def get_image(server: TogetherAiServer, request: Request) -> Any:
     """Serve an image that an answer pointed to; it needs no key."""
-    found = re.fullmatch(r"(\w{16})-(\d{1,4})x(\d{1,4})\.png", request.params["token"], re.ASCII)
-    sides = [int(side) for side in found.groups()[1:]] if found else [0]
-    if found is None or not all(MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE for side in sides):
-        raise ApiError("no_object", param="token", noun="Image", id=request.params["token"][:100])
-    png = render_image(found.group(1), *sides)
-    return Reply(png, content_type="image/png", headers={"Cache-Control": "max-age=31536000"})
+    data, format = render_image(request.params["token"])
+    headers = {"Cache-Control": "max-age=31536000"}
+    return Reply(data, content_type=f"image/{format}", headers=headers)
 
 
 # --- Audio
@@ -7117,11 +8313,36 @@ def get_health(server: TogetherAiServer, request: Request) -> Any:
     return {"status": "ok"}
 
 
-@route("POST", "/__parlel/reset", open=True)
+@route("POST", "/__parlel/reset", open=True, query=Fields(Field("test", str)))
 def reset_server(server: TogetherAiServer, request: Request) -> Any:
-    """Go back to the state after the start."""
-    server.reset()
+    """Go back to the state after the start, or forget what belongs to one test."""
+    server.reset(test=request.args.get("test"))
     return {"ok": True}
+
+
+SEED_FIELDS = {
+    "files": UPLOAD_FIELDS,
+    "batches": BATCH_FIELDS,
+    "fine_tunes": FINE_TUNE_FIELDS,
+    "evaluations": EVALUATION_FIELDS,
+    "endpoints": ENDPOINT_FIELDS,
+    "videos": VIDEO_FIELDS,
+    "jobs": NO_FIELDS,
+}
+MAX_SEEDED_NUMBER = 2**53
+
+
+def check_seed(collection: str, item: dict[str, Any], place: str) -> None:
+    """Check what a seed gives as if it had been posted; nothing is required of it."""
+    for name, value in item.items():
+        field = SEED_FIELDS[collection].get(name)
+        if field is not None and value is not None and name not in ("file", "purpose"):
+            try:
+                item[name] = field.check(value)
+            except ApiError as error:
+                raise error.inside(f"{place}.{name}") from None
+        elif type(value) in (int, float) and not 0 <= value <= MAX_SEEDED_NUMBER:
+            raise refuse_value(f"{place}.{name}", f"must be from 0 to {MAX_SEEDED_NUMBER}", value)
 
 
 @route("POST", "/__parlel/seed", open=True, max_bytes=STORAGE_LIMIT)
@@ -7131,6 +8352,9 @@ def seed_objects(server: TogetherAiServer, request: Request) -> Any:
     if type(seeds) is not dict or not set(seeds) <= set(BUILDERS):
         raise ApiError("bad_body", reason=f"it must be an object with lists among {names}")
     Fields(*rows_of(names, list, each=Field("", dict))).check(seeds)
+    for name, items in seeds.items():
+        for index, item in enumerate(items):
+            check_seed(name, item, f"{name}[{index}]")
     try:
         return {name: server.seed(name, items) for name, items in seeds.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -7139,32 +8363,112 @@ def seed_objects(server: TogetherAiServer, request: Request) -> Any:
 
 
 RECORD_FILTERS = Fields(
-    Field("path", str),
-    Field("model", str),
-    Field("status", int),
+    *rows_of("path model kind outcome header test text batch", str),
+    Field("status", int, str),
     Field("since", int, low=0),
     Field("limit", int, low=1),
+    Field("view", str, choices=("calls", "rows")),
 )
+
+
+def has_header(call: Call, wanted: str) -> bool:
+    """Tell whether a call has a header, `x-run: 7`, or one of that name, `x-run`."""
+    name, colon, value = wanted.partition(":")
+    return name.strip() in call.headers and (
+        not colon or call.headers[name.strip()] == value.strip()
+    )
+
+
+def passes_filters(server: TogetherAiServer, call: Call, args: dict[str, Any]) -> bool:
+    """Tell whether a call is asked for by the query of the record."""
+    status = str(args.get("status", ""))
+    wanted = f"{call.status // 100}xx"
+    text = args.get("text", "").encode()
+    return (
+        all(args.get(name) in (None, getattr(call, name)) for name in ("kind", "outcome", "test"))
+        and args.get("path") in (None, call.path, collapse_path(call.path, server.strict))
+        and (not status or status == wanted or status == str(call.status))
+        and args.get("batch") in (None, call.batch)
+        and ("header" not in args or has_header(call, args["header"]))
+        and call.holds(text)
+        and args.get("model") in (None, call.model)
+    )
 
 
 @route("GET", "/__parlel/requests", open=True, query=RECORD_FILTERS)
 def list_requests(server: TogetherAiServer, request: Request) -> Any:
-    """List the record, oldest first: of a path, model or status, since a number, the last few."""
+    """List the record, oldest first; a query may ask for a kind, a status, a test, a text ..."""
     args = request.args
     unknown = sorted(args.keys() - RECORD_FILTERS.keys())
     if unknown:
         name = unknown[0]
         raise refuse_value(name, f"must be one of {', '.join(RECORD_FILTERS)}", name)
+    rows, since = args.get("view") == "rows", args.get("since") or 0
+    calls, epoch = server.requests, server.epoch
+    last = calls[-1].number if calls else 0
+    following = max((call.revision for call in calls), default=0)
     calls = [
         call
-        for call in list(server.requests)
-        if args.get("path") in (None, call.path, collapse_path(call.path, server.strict))
-        and args.get("status") in (None, call.status)
-        and call.number > (args.get("since") or 0)
-        and args.get("model") in (None, call.model)
+        for call in calls
+        if (call.revision if rows else call.number) > since and passes_filters(server, call, args)
     ]
-    items = [call.as_json() for call in calls[-(args.get("limit") or len(calls)) :]]
-    return {"requests": items, "count": len(items)}
+    calls = calls[-(args.get("limit") or len(calls)) :]
+    # One after the other, so that others are served in between.
+    items = [ENCODE(call.as_row() if rows else call.as_json()) for call in calls]
+    more = {"last": last, "next": following, "epoch": epoch} if rows else {}
+    tail = ENCODE({"count": len(items), **more})[1:]
+    name = "rows" if rows else "requests"
+    return Reply(b'{"%b":[%b],%b' % (name.encode(), ",".join(items).encode(), tail.encode()))
+
+
+def write_curl(call: Call, origin: str) -> str:
+    """Return the command that sends a recorded call again, with any key."""
+    lines = [f"curl -sS -X {call.method} {quote_for_shell(origin + call.path)}"]
+    for name, value in call.headers.items():
+        if name in ("content-type", "x-test-id") and not value.startswith("multipart/"):
+            lines.append(f"-H {quote_for_shell(f'{name}: {value}')}")
+    lines.append(f"-H {quote_for_shell(f'authorization: Bearer {DEFAULT_KEY}')}")
+    if isinstance(call.body, dict):
+        lines.append(f"-d {quote_for_shell(ENCODE(call.body))}")
+    return " \\\n  ".join(lines)
+
+
+def quote_for_shell(text: str) -> str:
+    """Return a text as one word of a shell's command."""
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def copy_call(call: Call, origin: str) -> dict[str, str]:
+    """Return a recorded call as a command, as Python and as a fixture."""
+    return {"curl": write_curl(call, origin), "python": "", "fixture": ""}
+
+
+def find_call(server: TogetherAiServer, number: str) -> Call:
+    """Return a recorded call by its number; raise ApiError 404 where it is gone."""
+    for call in server.requests:
+        if str(call.number) == number:
+            return call
+    raise ApiError("no_object", param="number", noun="Call", id=number[:20])
+
+
+@route("GET", "/__parlel/requests/{number}", open=True)
+def get_recorded_call(server: TogetherAiServer, request: Request) -> Any:
+    """Describe one recorded call, with what came back and ways to say it again."""
+    call = find_call(server, request.params["number"])
+    return {**call.as_json(), "copy": copy_call(call, request.origin)}
+
+
+@route("GET", "/__parlel/requests/{number}/reply", open=True)
+def get_recorded_reply(server: TogetherAiServer, request: Request) -> Any:
+    """Return the bytes that one call got."""
+    call = find_call(server, request.params["number"])
+    headers = {
+        "X-Content-Type-Options": "nosniff",
+        "Content-Security-Policy": "sandbox; default-src 'none'",
+    }
+    reply = serve_bytes(request, call.raw_reply, call.reply_type)
+    reply.headers = {**reply.headers, **headers}
+    return reply
 
 
 @route("POST", "/__parlel/fixtures", open=True, body=Fields(Field("fixtures", list)))
@@ -7172,11 +8476,12 @@ def add_fixtures(server: TogetherAiServer, request: Request) -> Any:
     """Add the fixtures of a file's JSON, all or none."""
     warnings: list[str] = []
     try:
-        fixtures = parse_fixtures(request.body, warnings=warnings)
+        fixtures = parse_fixtures(request.body, warnings=warnings, trusted=False)
+        server.script.add(fixtures)
     except ValueError as error:
         raise ApiError("bad_fixture", reason=str(error)) from None
-    server.script.add(fixtures)
-    return {"ok": True, "added": len(fixtures), "warnings": warnings}
+    numbers = [fixture.number for fixture in fixtures]
+    return {"ok": True, "added": len(fixtures), "numbers": numbers, "warnings": warnings}
 
 
 @route("GET", "/__parlel/fixtures", open=True)
@@ -7192,11 +8497,23 @@ def remove_fixtures(server: TogetherAiServer, request: Request) -> Any:
     return {"ok": True}
 
 
+@route("DELETE", "/__parlel/fixtures/{number}", open=True)
+def remove_fixture(server: TogetherAiServer, request: Request) -> Any:
+    """Remove one fixture that was added at run time, by its number."""
+    number = request.params["number"]
+    fixture = server.script.get(int(number)) if re.fullmatch("[0-9]{1,9}", number) else None
+    if fixture is None:
+        raise ApiError("no_object", param="number", noun="Fixture", id=number[:20])
+    fixture.remove()
+    return {"ok": True}
+
+
 # === HTTP ===
 
 MAX_HEADER_BYTES = 64 * 2**10  # request line and header lines together
 MAX_HEADERS = 100  # header lines, and trailer lines of a chunked body
 MAX_CHUNK_LINE_BYTES = 4096  # a chunk's size with its extensions, or one trailer line
+MAX_GATHERED_BYTES = 16 * 2**10  # of events that are at hand, sent at once
 MAX_JOIN_BYTES = 64 * 2**10  # a larger body is sent after its head, not copied behind it
 RECEIVE_SECONDS = 30.0  # from a request's first byte to its last
 SEND_SECONDS = 30.0  # for a client to take what is sent to it
@@ -7225,6 +8542,17 @@ OWN = {  # response headers that a reply cannot set, because this section does
 REASONS = {
     int(code): names[0] for code, names in http.server.BaseHTTPRequestHandler.responses.items()
 }
+CROSS_ORIGIN = (  # other origins may read a reply, and these headers of it
+    "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: retry-after, x-should-retry,"
+    " x-ratelimit, x-ratelimit-limit, x-ratelimit-remaining, x-ratelimit-reset,"
+    " x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, cf-ray, etag, x-amzn-trace-id,"
+    " x-api-received, x-api-call-start, x-api-call-end, x-inference-version, content-range,"
+    " accept-ranges, location, x-together-file-id\r\n"
+)
+API_TIMES = (  # of an answer, as production tells them
+    "x-api-received: {at}\r\nx-api-call-start: {at}\r\nx-api-call-end: {at}\r\n"
+    "x-inference-version: v2\r\nvary: accept-encoding\r\n"
+)
 UNCACHED = {"Cache-Control": "no-cache, no-transform"}  # a proxy shall not gather a stream
 CHUNKED = "Transfer-Encoding: chunked\r\n"
 BODILESS = {204, 304}  # statuses whose replies end with the head
@@ -7402,10 +8730,25 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if request is None or self.server.app.may_take_long(request):
                 return functools.partial(self.answer_apart, request)
             reply = self.server.app.answer(request)
-            if reply.events is not None or len(reply.body) > MAX_JOIN_BYTES:
+            data = self.encode_quickly(reply)
+            if data is None:
                 return functools.partial(self.answer_apart, request, reply)
-            self.unsent += self.encode_whole(reply)
+            self.unsent += data
         return None
+
+    def encode_quickly(self, reply: Reply) -> bytes | None:
+        """Return all the bytes of a reply that is neither large nor slow."""
+        if reply.events is None:
+            return self.encode_whole(reply) if len(reply.body) <= MAX_JOIN_BYTES else None
+        if reply.paced or self.head.method == "HEAD":
+            return None
+        data, ended = self.draw_events(reply.events, MAX_JOIN_BYTES)
+        if not ended:
+            reply.events = itertools.chain([data], reply.events)
+            return None
+        framing = self.choose_framing(reply)
+        head = self.encode_head(reply, framing)
+        return head + (frame_chunk(data) + LAST_CHUNK if framing is CHUNKED else data)
 
     def take_request(self) -> Request | None:
         """Return the next request where all of it has come and nothing is wrong with it."""
@@ -7487,10 +8830,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def check_size(self, size: int) -> None:
         """Raise ApiError for a body that is over the route's limit."""
-        if size > MAX_JSON_BYTES:
-            limit = self.server.app.body_limit(self.head.method, self.head.path)
-            if size > limit:
-                raise ApiError("too_large", size=size, limit=limit)
+        limit = self.server.app.body_limit(self.head.method, self.head.path)
+        if size > limit:
+            raise ApiError("too_large", size=size, limit=limit)
 
     def read_chunks(self) -> bytes:
         """Return a body that comes in chunks; its trailers are read and dropped."""
@@ -7498,7 +8840,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         total = 0
         while size := int(self.read_line(CHUNK_LINE)[1], 16):
             total += size
-            self.check_size(total)
+            if total > MAX_JSON_BYTES:
+                self.check_size(total)
             pieces.append(self.read_exactly(size))
             self.read_line(CHUNK_END)
         for _ in range(MAX_HEADERS + 1):
@@ -7574,7 +8917,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Write a reply with as few calls as can be."""
         if reply.events is not None:
             framing = self.choose_framing(reply)
-            self.write_events(self.encode_head(reply, framing), reply.events, framing)
+            self.write_events(self.encode_head(reply, framing), reply, framing)
         elif len(reply.body) > MAX_JOIN_BYTES and not self.is_bodiless(reply):
             self.send(self.encode_head(reply, self.choose_framing(reply)), MSG_MORE)
             self.send(reply.body)
@@ -7602,37 +8945,45 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return ""
         return CHUNKED
 
-    def write_events(self, head: bytes, events: Iterator[bytes], framing: str) -> None:
-        """Send each event as it comes; the first goes with the head, the last with the end."""
+    def write_events(self, head: bytes, reply: Reply, framing: str) -> None:
+        """Send events as they come; the first goes with the head, the last with the end."""
         chunked = framing is CHUNKED and self.head.method != "HEAD"
-        data = head
+        data, ended, events = head, self.head.method == "HEAD", reply.events or iter(())
         try:
-            for event in events if self.head.method != "HEAD" else ():
-                data += frame_chunk(event) if chunked else event
-                if event == DONE:
-                    break
-                self.send(data)
-                data = b""
-        except Cut:
-            raise
-        except Exception:
-            import traceback
-
-            traceback.print_exc()
-            raise Cut from None
+            while not ended:
+                drawn, ended = self.draw_events(events, 1 if reply.paced else MAX_GATHERED_BYTES)
+                data += frame_chunk(drawn) if chunked else drawn
+                if not ended:
+                    self.send(data)
+                    data = b""
         finally:
             getattr(events, "close", bool)()  # what is no generator may lack it
         self.send(data + LAST_CHUNK if chunked else data)
 
+    def draw_events(self, events: Iterator[bytes], size: int) -> tuple[bytes, bool]:
+        """Return the next events up to so many bytes, and whether they were the last."""
+        drawn, total = [], 0
+        try:
+            for event in events:
+                drawn.append(event)
+                total += len(event)
+                if total >= size:
+                    return b"".join(drawn), event == DONE
+        except Cut:
+            raise
+        except BaseException as error:
+            self.server.handle_error(self.connection, self.client_address)
+            raise Cut from error
+        return b"".join(drawn), True
+
     def encode_head(self, reply: Reply, framing: str) -> bytes:
         """Return the status line and the headers."""
-        fields = ""
+        common, fields = self.common_headers(), CROSS_ORIGIN if reply.public else ""
         for name, value in reply.headers.items():
             if name.lower() not in OWN:
                 fields += clean_header(f"{name}: {value}") + "\r\n"
         if reply.id:
-            id = clean_header(reply.id)
-            fields += f"x-request-id: {id}\r\ncf-ray: {id[-16:]}-SEA\r\n"
+            fields += self.answer_headers(reply)
         if reply.status not in BODILESS:
             fields += f"Content-Type: {clean_header(reply.content_type)}\r\n{framing}"
         if self.close_connection:
@@ -7640,8 +8991,18 @@ class Connection(http.server.BaseHTTPRequestHandler):
         elif self.head.minor == "0":
             fields += "Connection: keep-alive\r\n"
         reason = REASONS.get(reply.status, "")
-        head = f"HTTP/1.1 {reply.status} {reason}\r\n{self.common_headers()}{fields}\r\n"
+        head = f"HTTP/1.1 {reply.status} {reason}\r\n{common}{fields}\r\n"
         return head.encode("latin-1", "replace")
+
+    def answer_headers(self, reply: Reply) -> str:
+        """Return the headers that production gives every answer, made of its id."""
+        id = clean_header(reply.id)
+        ray = id[7:][-16:]
+        trace = f"{ray[:8]}-{ray[8:12]}-4{ray[1:4]}-a{ray[4:7]}-{ray[:12]}"
+        etag = f'etag: W/"{len(reply.body):x}-{id}"\r\n' if reply.events is None else ""
+        return (
+            f"{self.server.api_times}cf-ray: {ray}-SEA\r\nx-amzn-trace-id: {trace}-noamzn\r\n{etag}"
+        )
 
     def common_headers(self) -> str:
         """Return the headers of every reply, with the time as HTTP writes it, once a second."""
@@ -7649,8 +9010,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         second, lines = self.server.date
         if now != second:
             date = self.date_time_string(now)
-            lines = f"Server: together-fake\r\nDate: {date}\r\nAccess-Control-Allow-Origin: *\r\n"
+            lines = f"Server: together-fake\r\nDate: {date}\r\n"
             self.server.date = (now, lines)
+            at = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(now))
+            self.server.api_times = API_TIMES.format(at=at)
         return str(lines)
 
     def send(self, data: bytes, flags: int = 0) -> None:
@@ -7676,6 +9039,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 # At once, further ones wait in the backlog; select() alone, on Windows, watches 512.
 MAX_CONNECTIONS = 2000 if hasattr(select, "poll") else 500
 BACKLOG = 1024  # connections that wait to be accepted
+CROWDED_IDLE_SECONDS = 1.0  # where all places are taken
 IDLE_SECONDS = 60.0  # without a request on an open connection
 MAX_HELD = 8  # replies that are sent at once
 MAX_WAITING = 16  # workers without a client
@@ -7718,6 +9082,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.app = app
         self.date = (0, "")  # Unix seconds, and the headers that tell them
+        self.api_times = ""  # those of answers
         self.stopping = threading.Event()
         self.clients: set[socket.socket] = set()
         self.idle: dict[Connection, float] = {}  # watched, and when each is to be closed
@@ -7728,6 +9093,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.waiting = 0  # workers that wait for the lead
         self.counting = threading.Lock()  # held while that number changes
         self.lead = threading.Lock()
+        self.ended = threading.Event()
         super().__init__(address, Connection)
         self.socket.setblocking(False)
         self.selector = selectors.DefaultSelector()
@@ -7736,6 +9102,11 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.selector.register(self.wake_reader, selectors.EVENT_READ, self.take_returned)
         self.accepting = False
         self.accept_or_not()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Tell of a bug, where somebody can read it."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            super().handle_error(request, client_address)
 
     def server_bind(self) -> None:
         """Bind without looking up the host's name, as HTTPServer's does."""
@@ -7749,6 +9120,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def start(self) -> None:
         """Begin to answer: with one worker that leads and one that waits."""
         self.start_worker()
+        if not self.workers:
+            self.finish()
+            raise RuntimeError("no thread can be started to answer requests")
         self.start_worker()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
@@ -7817,6 +9191,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def serve_round(self) -> Task | None:
         """Serve those who are ready, or wait until somebody is."""
         if not self.ready:
+            task = self.send_held()  # of a round that a slow request ended
+            if task is not None:
+                return task
             self.ready.extend([key.data for key, _ in self.selector.select(self.close_idle())])
         while self.ready:
             task = self.ready.popleft()()
@@ -7827,8 +9204,13 @@ class HttpServer(http.server.ThreadingHTTPServer):
         return self.send_held()
 
     def close_idle(self) -> float | None:
-        """Close who has been idle too long; return the seconds until the next one will be."""
+        """Close who has been idle too long; return the seconds until the next one will be.
+
+        Where all places are taken, who does not ask for a second has been idle too long.
+        """
         now = time.monotonic()
+        if not self.accepting:
+            now += max(0, self.idle_seconds - CROWDED_IDLE_SECONDS)
         while self.idle:
             connection, end = next(iter(self.idle.items()))  # idle for longest
             if end > now:
@@ -7978,33 +9360,160 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.selector.close()
         self.wake_reader.close()
         self.wake_writer.close()
+        self.ended.set()
+
+    def let_go(self) -> None:
+        """Close the copies of all sockets that a child process has; the parent's stay open."""
+        for client in list(self.clients):
+            client.close()
+        for used in (self.socket, self.selector, self.wake_reader, self.wake_writer):
+            used.close()
 
 
 # === Server ===
 
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where to reach a server bound to all
 
-CONTROL_PATH = late_regex(r"/+__parlel/|/(?:health)?\Z")  # these calls are not recorded
+UNRECORDED = late_regex(r"/+__parlel/|/(?:health)?\Z")  # calls that look after the server
+CONTROL_PATH = late_regex(r"/+__parlel(?:/|\Z)")  # what other pages shall not reach
+LOOPBACK_NAME = late_regex(r"localhost|[^:]*\.localhost|127(?:\.[0-9]{1,3}){3}|\[?::1\]?")
+MAX_LOG_LINES = 10_000  # that wait to be written
+LOG_SECONDS = 0.5  # for the last of them when the server stops
 MAX_QUICK_BYTES = 8192  # of a body that is answered before the next client is
 CORS_METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
+
+
+def is_control(path: str) -> bool:
+    """Tell whether a path is one that reads or changes what the server has recorded."""
+    return CONTROL_PATH.match(path) is not None
+
+
+def is_unrecorded(request: Request) -> bool:
+    """Tell whether a call looks after the server, or is a browser's that shows the record."""
+    path = request.path
+    if path[:4] == "/v1/":
+        return request.method == "OPTIONS"
+    shown = path[:6] == "/shrt/" and request.headers.get("sec-fetch-site") == "same-origin"
+    return shown or request.method == "OPTIONS" or UNRECORDED.match(path) is not None
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host's name or address is this machine's own."""
+    return LOOPBACK_NAME.fullmatch(host.lower()) is not None
+
+
+def check_origin(request: Request, loopback: bool) -> None:
+    """Refuse the pages of others, and on loopback names that others can point here.
+
+    A page that a developer visits may send requests anywhere, so the browser's word on where they
+    come from is all there is. Programs send neither header.
+    """
+    own = f"http://{request.headers.get('host', '')}" if "host" in request.headers else ""
+    origin = request.headers.get("origin")
+    site = request.headers.get("sec-fetch-site", "none")
+    if (origin is not None and origin != own) or site not in ("none", "same-origin"):
+        raise ApiError("foreign_origin", origin=(origin or site)[:100])
+    host = re.sub(r":[0-9]*\Z", "", request.headers.get("host", "localhost"))
+    if loopback and not is_loopback(host):
+        raise ApiError("foreign_host", host=host[:100])
 
 
 def allow_origin(request: Request) -> Reply:
     """Answer a browser that asks what another page may send here: everything."""
     asked = request.headers.get("access-control-request-headers")
-    headers = {
-        "Allow": CORS_METHODS,
-        "Access-Control-Allow-Methods": CORS_METHODS,
-        "Access-Control-Allow-Headers": asked or "Authorization, Content-Type",
-        "Access-Control-Max-Age": "86400",
-    }
+    headers = {"Allow": CORS_METHODS}
+    if not is_control(request.path):
+        headers.update(
+            {
+                "Access-Control-Allow-Methods": CORS_METHODS,
+                "Access-Control-Allow-Headers": asked or "Authorization, Content-Type",
+                "Access-Control-Max-Age": "86400",
+            }
+        )
+        if request.headers.get("access-control-request-private-network") == "true":
+            headers["Access-Control-Allow-Private-Network"] = "true"
     return Reply(b"", 204, headers=headers)
+
+
+STREAM_OPTIONS = ("chunkSize", "streamingProfile", "recordedTimings", "truncateAfterChunks")
+
+
+def list_idle_options(fixture: Fixture, reply: Reply) -> str:
+    """Return the options of a fixture that only a stream would have shown."""
+    names = STREAM_OPTIONS if reply.events is None else ()
+    return ", ".join(name for name in names if name in fixture.options)
+
+
+def complain(text: str) -> None:
+    """Write to standard error; where that cannot be done, nobody is there to read it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(text)
+
+
+class CallLog:
+    """Writes a line for each call in a thread of its own, so that nobody waits for it.
+
+    A line that cannot be written is dropped, and so are those for which there is no room.
+    """
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self.write = write
+        self._calls: deque[Call | None] = deque()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def put(self, call: Call) -> None:
+        """Have a call written."""
+        if len(self._calls) < MAX_LOG_LINES:
+            self._calls.append(call)
+            self._wake.set()
+            if self._thread is None:
+                self._start()
+
+    def _start(self) -> None:
+        with self._lock, contextlib.suppress(RuntimeError):  # it would be the last thread
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="log", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait()
+            self._wake.clear()
+            while self._calls:
+                call = self._calls.popleft()
+                if call is None:
+                    return
+                with contextlib.suppress(BaseException):
+                    self.write(self.format(call))
+
+    def format(self, call: Call) -> str:
+        """Return the line of a call: time, request, status, duration, model, tokens, fixture."""
+        row = call.as_row()
+        path = call.path + (f"?{call.query}" if call.query else "")
+        parts = [f'{row["at"]} "{call.method} {path}" {call.status} {row["duration_ms"]:.1f} ms']
+        parts += [row["model"]] if isinstance(row["model"], str) else []
+        usage = row["usage"] or {}
+        if "total_tokens" in usage:
+            parts.append(f"{usage['total_tokens']} tokens")
+        parts += [call.fixture] if call.fixture else []
+        parts += [call.outcome] if call.outcome != "complete" else []
+        return " ".join(parts)
+
+    def close(self) -> None:
+        """Write what is left, for a moment at most."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._calls.append(None)
+            self._wake.set()
+            thread.join(LOG_SECONDS)
 
 
 def encode_events(chunks: Iterator[Any]) -> Iterator[bytes]:
     """Yield JSON values as server-sent events, with the sentinel that clients wait for."""
     for chunk in chunks:
-        yield b"data: %b\n\n" % ENCODE(chunk).encode()
+        yield f"data: {chunk if type(chunk) is str else ENCODE(chunk)}\n\n".encode()
     yield DONE
 
 
@@ -8012,14 +9521,6 @@ def prepend(first: bytes, events: Iterator[bytes]) -> Iterator[bytes]:
     """Yield an event that was drawn before, then the others."""
     yield first
     yield from events
-
-
-def name_request(request: Request) -> str:
-    """Return the id of an answer; a refused request has no other one than its bytes."""
-    if not request.id:
-        facts = f"{request.method} {request.path}\n".encode("utf-8", "replace")
-        request.id = random_id(HashRandom.of_bytes(facts + request.raw))
-    return request.id
 
 
 def name_reply(reply: Reply, request: Request) -> Reply:
@@ -8045,6 +9546,82 @@ def as_reply(value: Any, request: Request, status: int) -> Reply:
         reply = Reply(ENCODE(value).encode(), status)
     reply.id = request.id
     return reply
+
+
+def check_operation(operation: str) -> None:
+    """Raise ValueError for an operation that no call can have."""
+    kinds = {known.recorded_kind for known in ROUTES if known.recorded_kind}
+    method, blank, path = operation.partition(" ")
+    if operation in kinds or (blank and method.isalpha() and path.startswith("/")):
+        try:
+            if blank:
+                find_route(method, path)
+            return
+        except ApiError:
+            pass  # the nearest one is told below
+    names = [*kinds, *(f"{known.method} {known.path}" for known in ROUTES)]
+    raise ValueError(f"no operation is called {operation!r}{suggest(operation, sorted(names))}")
+
+
+def find_call_mismatch(fixture: Fixture, call: Call) -> tuple[str, Any, Any] | None:
+    """Return the first key of a match in which a recorded call differs: key, wanted, got."""
+    facts = MatchFacts(call.kind, call.as_request())
+    wanted = {key: value for key, value in fixture.wanted.items() if key != "response"}
+    key = find_mismatch(wanted, facts)
+    if key is not None:
+        return key, fixture.match[key], facts.get(key, "it holds")
+    if fixture.turn not in (None, facts["turnIndex"]):
+        return "turnIndex", fixture.turn, facts["turnIndex"]
+    return None
+
+
+def describe_mismatch(fixture: Fixture, call: Call) -> str:
+    """Say how a recorded call differs from what a fixture wants."""
+    if call.kind not in fixture.kinds and fixture.kind != "generated":
+        return f": its kind is {call.kind}, the fixture answers {', '.join(fixture.kinds)}"
+    found = find_call_mismatch(fixture, call)
+    if found is None:
+        return ": matches"
+    key, wanted, got = found
+    if key == "headers":
+        got = {name: got.get(name.lower()) for name in wanted if not is_secret_header(name)}
+    diff = show_difference(wanted, got).replace("\n", "\n    ")
+    plain = f": {to_snake(key)} is {preview(got)}, wanted {preview(wanted)}"
+    return f": {to_snake(key)} differs:\n    {diff}" if diff else plain
+
+
+def count_matches(fixture: Fixture, call: Call) -> int:
+    """Return how many keys of a match hold for a recorded call; none where its kind differs."""
+    if call.kind not in fixture.kinds:
+        return -1
+    facts = MatchFacts(call.kind, call.as_request())
+    return sum(
+        find_mismatch({key: value}, facts) is None
+        for key, value in fixture.wanted.items()
+        if key != "response"
+    )
+
+
+END_SECONDS = 5.0  # for one server to end before the next one takes its port
+FORK_WATCHERS: list[Any] = []  # a set of the servers that have been started, once one has
+
+
+def leave_parents(servers: Iterable[TogetherAiServer]) -> None:
+    """Have the servers of a child process let go of what belongs to its parent."""
+    for server in list(servers):
+        server._leave_parent()
+
+
+def watch_forks(server: TogetherAiServer) -> None:
+    """Have child processes let go of a server's sockets: they would keep its clients waiting."""
+    if hasattr(os, "register_at_fork"):
+        if not FORK_WATCHERS:
+            import weakref
+
+            servers: weakref.WeakSet[TogetherAiServer] = weakref.WeakSet()
+            FORK_WATCHERS.append(servers)
+            os.register_at_fork(after_in_child=lambda: leave_parents(servers))
+        FORK_WATCHERS[0].add(server)
 
 
 class TogetherAiServer:
@@ -8086,34 +9663,62 @@ class TogetherAiServer:
         self.on_miss = on_miss
         self.instant_jobs = instant_jobs
         self.max_stored_bytes = max_stored_bytes
-        # Held while a job takes a step, a whole batch too; its lines may retrieve jobs.
-        self.job_lock = threading.RLock()
         self.script = Fixtures(seed)
+        self.script.exact = on_miss == "error"
         self.record_limit = record_limit
         self.log = log
         self.clock = clock
         self.stopping = threading.Event()
         self._wanted_port = port
         self._http: HttpServer | None = None
-        self._lock = threading.Lock()
+        self._ending: HttpServer | None = None
+        self._make_locks()
+        self._calls: deque[Call] = deque()
+        self.epoch = int(time.time() * 1000)  # of the record: changes when that is reset
         self.reset()
+
+    def _make_locks(self) -> None:
+        """Make what threads share; anew in a child process, where nobody would give it back."""
+        # Held while a job takes a step, a whole batch too; its lines may retrieve jobs.
+        self.job_lock = threading.RLock()
+        self._life = threading.Lock()  # held while it starts
+        self._lock = threading.Lock()
+        self._log = CallLog(self.log) if self.log is not None else None
 
     # Life cycle
 
     def start(self) -> TogetherAiServer:
         """Listen and return; raise OSError at once where the port is taken."""
-        if self._http is None:
-            self.stopping.clear()
-            self._http = HttpServer((self.host, self._wanted_port), self)
-            self._http.start()
+        with self._life:
+            if self._http is None:
+                if self._ending is not None:  # the port may be the same
+                    self._ending.ended.wait(END_SECONDS)
+                self.stopping.clear()
+                self._http = HttpServer((self.host, self._wanted_port), self)
+                try:
+                    self._http.start()
+                except RuntimeError:
+                    self._http = None
+                    raise
+                watch_forks(self)
         return self
 
     def stop(self) -> None:
         """End live connections and leave neither a thread nor a socket; start() works again."""
         http_server, self._http = self._http, None
         if http_server is not None:
+            self._ending = http_server
             self.stopping.set()
             http_server.stop()
+            if self._log is not None:
+                self._log.close()
+
+    def _leave_parent(self) -> None:
+        """Let go, in a child process, of what belongs to its parent: it has no threads here."""
+        http_server, self._http = self._http, None
+        if http_server is not None:
+            http_server.let_go()
+        self._make_locks()
 
     def __enter__(self) -> TogetherAiServer:
         return self.start()
@@ -8121,14 +9726,26 @@ class TogetherAiServer:
     def __exit__(self, *error: object) -> None:
         self.stop()
 
-    def reset(self) -> None:
-        """Go back to the state after start(): nothing recorded, stored or counted."""
+    def reset(self, test: str | None = None) -> None:
+        """Go back to the state after start(): nothing recorded, stored or counted.
+
+        test  forget the calls and counts of this X-Test-Id alone
+        """
+        if test is not None:
+            self.script.forget(test)
+            with self._lock:
+                self._calls = deque(call for call in self._calls if call.test != test)
+                self._recorded_bytes = sum(call.kept for call in self._calls)
+                self.epoch += 1
+            return
         with self._lock:
             self.script.reset()
             self.models = dict(MODELS)
-            self.requests: deque[Call] = deque(maxlen=self.record_limit)
+            self._calls = deque()
+            self.epoch += 1
             self._recorded_bytes = 0
             self._numbers = itertools.count(1)
+            self._revisions = itertools.count(1)
             self.files = Collection("File")
             self.batches = Collection("Batch")
             self.fine_tunes = Collection("Fine-tune")
@@ -8136,11 +9753,24 @@ class TogetherAiServer:
             self.evaluations = Collection("Evaluation", key="workflow_id")
             self.endpoints = Collection("Endpoint", status="state")
             self.jobs = Collection("Job", key="job_id")  # uploads of models
-            self.adapters: dict[str, list[str]] = {}  # of endpoints, by their ids
+            self.adapters: dict[str, list[str]] = Newest(MAX_OBJECTS)  # of endpoints, by their ids
             self.contents: dict[str, bytes] = {}  # by file id; parts by "file id/number"
-            self.uploads: dict[str, str] = {}  # the file ids of open multipart uploads
-            self.outcomes: dict[str, str] = {}  # the status each job shall end with
+            self.uploads: dict[str, str] = Newest(MAX_OBJECTS)  # files of open multipart uploads
+            self.outcomes: dict[str, str] = Newest(
+                MAX_OBJECTS
+            )  # the status each job shall end with
             self._counts: dict[str, int] = {}  # of ids, by their prefix
+
+    @property
+    def requests(self) -> list[Call]:
+        """The record, newest last: a list of its own each time, safe while clients call."""
+        with self._lock:
+            return list(self._calls)
+
+    def __repr__(self) -> str:
+        calls, fixtures = len(self._calls), len(self.script)
+        state = self.url if self._http else "stopped"
+        return f"<TogetherAiServer {state}: {calls} calls, {fixtures} fixtures>"
 
     # Where it listens
 
@@ -8171,35 +9801,130 @@ class TogetherAiServer:
         self,
         content: Any = None,
         *,
-        when: Callable[[Request], bool] | None = None,
-        **keywords: Any,
+        # what it answers instead of a text, or beside it
+        reasoning: str | None = None,
+        tool_calls: Sequence[Mapping[str, Any]] | None = None,
+        blocks: Sequence[Mapping[str, Any]] | None = None,
+        embedding: Sequence[Any] | None = None,
+        image: Any = None,
+        images: Sequence[Any] | None = None,
+        audio: Any = None,
+        format: str | None = None,
+        transcription: Any = None,
+        video: Mapping[str, Any] | None = None,
+        scores: Sequence[float] | None = None,
+        json: Any = None,
+        job: Mapping[str, Any] | None = None,
+        error: Mapping[str, Any] | None = None,
+        status: int | None = None,
+        retry_after: float | None = None,
+        id: str | None = None,
+        created: int | None = None,
+        response_model: str | None = None,
+        usage: Mapping[str, Any] | None = None,
+        finish_reason: str | None = None,
+        role: str | None = None,
+        # which requests it answers
+        user_message: TextMatch | None = None,
+        system_message: TextMatch | Sequence[str] | None = None,
+        input_text: TextMatch | None = None,
+        tool_call_id: TextMatch | None = None,
+        tool_result_contains: TextMatch | None = None,
+        tool_name: TextMatch | None = None,
+        model: TextMatch | None = None,
+        response_format: TextMatch | None = None,
+        endpoint: TextMatch | None = None,
+        context: TextMatch | None = None,
+        test_id: TextMatch | None = None,
+        has_tool_result: bool | None = None,
+        turn_index: int | None = None,
+        sequence_index: int | None = None,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, TextMatch] | None = None,
+        not_: Mapping[str, Any] | None = None,
+        when: Callable[[Request], Any] | None = None,
+        # how often, and how it travels
+        times: int | None = None,
+        latency: float | None = None,
+        chunk_size: int | None = None,
+        streaming_profile: Mapping[str, float] | None = None,
+        recorded_timings: Mapping[str, Any] | None = None,
+        replay_speed: float | None = None,
+        should_retry: bool | None = None,
+        malformed: bool | None = None,
+        empty: bool | None = None,
+        truncate_after_chunks: int | None = None,
+        disconnect_after_ms: float | None = None,
+        disconnect_after_chunks: int | None = None,
+        error_after_chunks: int | None = None,
+        chaos: Mapping[str, float] | None = None,
     ) -> Fixture:
-        """Script an answer: what it says, when it matches and how it travels, in snake case.
+        """Script an answer: `reply("Hi!", user_message="hello", times=1)`.
 
-        `reply("Hi!", user_message="hello", times=1)`; `when` is called with the request. The
-        keys are those of the fixture files. Raises TypeError or ValueError naming what is wrong.
+        content  a text; a dict, list or pydantic model, whose JSON is the text; an iterator, which
+                 gives one answer after the other; a function of the request, which gives a text,
+                 JSON, or a dict of the keys of a response
+
+        The keywords are the keys of fixture files in snake case. Raises ValueError naming what is
+        wrong.
         """
-        return self._add_fixture("reply", {"content": content, **keywords}, when)
+        keywords = {name: value for name, value in locals().items() if name in KEYWORDS}
+        return self._add_fixture("reply", keywords, when)
 
     def fail(
         self,
         status: int | None = None,
         *,
-        when: Callable[[Request], bool] | None = None,
-        **keywords: Any,
+        error: Mapping[str, Any] | None = None,
+        retry_after: float | None = None,
+        # which requests fail
+        user_message: TextMatch | None = None,
+        system_message: TextMatch | Sequence[str] | None = None,
+        input_text: TextMatch | None = None,
+        tool_call_id: TextMatch | None = None,
+        tool_result_contains: TextMatch | None = None,
+        tool_name: TextMatch | None = None,
+        model: TextMatch | None = None,
+        response_format: TextMatch | None = None,
+        endpoint: TextMatch | None = None,
+        context: TextMatch | None = None,
+        test_id: TextMatch | None = None,
+        has_tool_result: bool | None = None,
+        turn_index: int | None = None,
+        sequence_index: int | None = None,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, TextMatch] | None = None,
+        not_: Mapping[str, Any] | None = None,
+        when: Callable[[Request], Any] | None = None,
+        # how often, and how the reply goes wrong on its way
+        times: int | None = None,
+        latency: float | None = None,
+        chunk_size: int | None = None,
+        streaming_profile: Mapping[str, float] | None = None,
+        recorded_timings: Mapping[str, Any] | None = None,
+        replay_speed: float | None = None,
+        should_retry: bool | None = None,
+        malformed: bool | None = None,
+        empty: bool | None = None,
+        truncate_after_chunks: int | None = None,
+        disconnect_after_ms: float | None = None,
+        disconnect_after_chunks: int | None = None,
+        error_after_chunks: int | None = None,
+        chaos: Mapping[str, float] | None = None,
     ) -> Fixture:
         """Script a fault: a status with its real body, or a reply that goes wrong on its way.
 
         `fail(429, retry_after=1, times=2)`, `fail(disconnect_after_chunks=3)`.
         """
-        return self._add_fixture("fail", {"status": status, **keywords}, when)
+        keywords = {name: value for name, value in locals().items() if name in KEYWORDS}
+        return self._add_fixture("fail", keywords, when)
 
     def _add_fixture(self, verb: str, keywords: dict[str, Any], when: Any) -> Fixture:
         fixture = fixture_from_keywords(verb, keywords, when)
         self.script.add([fixture])
         return fixture
 
-    def load(self, path: str) -> None:
+    def load(self, path: str | os.PathLike[str]) -> None:
         """Load a fixture file, or a folder of them; ValueError names the place that is wrong."""
         known = len(self.script.warnings)
         self.script.load(os.fspath(path))
@@ -8208,40 +9933,105 @@ class TogetherAiServer:
 
             warnings.warn(warning, stacklevel=2)
 
-    def assert_all_used(self) -> None:
-        """Raise AssertionError listing the fixtures that were never served."""
-        unused = [json.dumps(fixture.describe()) for fixture in self.script.unused()]
-        if unused:
-            raise AssertionError("never served:\n  " + "\n  ".join(unused))
+    def calls_to(
+        self,
+        operation: str,
+        *,
+        user_message: TextMatch | None = None,
+        system_message: TextMatch | Sequence[str] | None = None,
+        input_text: TextMatch | None = None,
+        tool_call_id: TextMatch | None = None,
+        tool_result_contains: TextMatch | None = None,
+        tool_name: TextMatch | None = None,
+        model: TextMatch | None = None,
+        response_format: TextMatch | None = None,
+        test_id: TextMatch | None = None,
+        has_tool_result: bool | None = None,
+        turn_index: int | None = None,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, TextMatch] | None = None,
+    ) -> list[Call]:
+        """Return the recorded calls of an operation, `"chat"` or `"POST /v1/..."`, that match.
 
-    def calls_to(self, operation: str, **fields: Any) -> list[Call]:
-        """Return the calls of `"POST /v1/chat/completions"` whose body has these fields."""
-        method, _, path = operation.partition(" ")
-        return [
-            call
-            for call in list(self.requests)
-            if call.method == method
-            and collapse_path(call.path, self.strict) == path
-            and (not fields or contains_json(call.body, fields))
-        ]
+        The keywords mean what they mean in `reply()`; `body` is contained in the request's.
+        """
+        keywords = {name: value for name, value in locals().items() if name in KEYWORDS}
+        return self._find_calls("calls_to", operation, keywords)
 
-    def assert_called(self, operation: str, *, times: int | None = None, **fields: Any) -> Call:
-        """Return the last such call; raise AssertionError showing the nearest where there is none.
+    def assert_called(
+        self,
+        operation: str,
+        *,
+        times: int | None = None,
+        user_message: TextMatch | None = None,
+        system_message: TextMatch | Sequence[str] | None = None,
+        input_text: TextMatch | None = None,
+        tool_call_id: TextMatch | None = None,
+        tool_result_contains: TextMatch | None = None,
+        tool_name: TextMatch | None = None,
+        model: TextMatch | None = None,
+        response_format: TextMatch | None = None,
+        test_id: TextMatch | None = None,
+        has_tool_result: bool | None = None,
+        turn_index: int | None = None,
+        body: Mapping[str, Any] | None = None,
+        headers: Mapping[str, TextMatch] | None = None,
+    ) -> Call:
+        """Return the last such call; raise AssertionError showing how the nearest ones differ.
 
         times  how many there have to be (default: at least one)
         """
-        calls = self.calls_to(operation, **fields)
+        keywords = {name: value for name, value in locals().items() if name in KEYWORDS}
+        del keywords["times"]
+        calls = self._find_calls("assert_called", operation, keywords)
         if (len(calls) != times) if times is not None else not calls:
             wanted = f"{times} calls" if times is not None else "a call"
-            near = sorted(self.requests, key=lambda call: self._likeness(call, operation, fields))
-            near = near[:-6:-1]
-            shown = [f"{call!r} {ENCODE(call.body)[:300]}" for call in near] or ["no call at all"]
-            detail = f" with {fields!r}" if fields else ""
-            listing = "\n  ".join(shown)
+            given = {name: value for name, value in keywords.items() if value is not None}
+            detail = f" with {given!r}" if given else ""
+            listing = "\n  ".join(self._show_nearest(operation, keywords)) or "no call at all"
             raise AssertionError(
                 f"wanted {wanted} to {operation}{detail}, saw {len(calls)}; nearest:\n  {listing}"
             )
         return calls[-1] if calls else Call(0, Request("", ""), 0)
+
+    def assert_all_used(self) -> None:
+        """Raise AssertionError listing the fixtures that were never served, and why not."""
+        unused = self.script.unused()
+        if unused:
+            calls = self.requests[-MAX_NEAR_MISSES:]
+            shown = [
+                json.dumps(each.describe()) + self._explain_unused(each, calls) for each in unused
+            ]
+            raise AssertionError("never served:\n  " + "\n  ".join(shown))
+
+    def _find_calls(self, verb: str, operation: str, keywords: dict[str, Any]) -> list[Call]:
+        """Return the calls of an operation that match; raise ValueError for an unknown one."""
+        check_operation(operation)
+        probe = self._make_probe(verb, keywords)
+        return [
+            call
+            for call in self.requests
+            if operation in (call.kind, call.operation) and find_call_mismatch(probe, call) is None
+        ]
+
+    def _make_probe(self, verb: str, keywords: dict[str, Any]) -> Fixture:
+        return fixture_from_keywords(verb, {**keywords, "latency": 0})
+
+    def _show_nearest(self, operation: str, keywords: dict[str, Any]) -> list[str]:
+        """Return a few calls, those of the operation first, each with what differs."""
+        probe = self._make_probe("assert_called", keywords)
+        calls = sorted(
+            self.requests, key=lambda call: (operation in (call.kind, call.operation), call.number)
+        )
+        return [f"{call!r}{describe_mismatch(probe, call)}" for call in calls[:-6:-1]]
+
+    def _explain_unused(self, fixture: Fixture, calls: list[Call]) -> str:
+        """Return which of the last calls came nearest to a fixture, and what differed."""
+        nearest = [(count_matches(fixture, call), call.number, call) for call in calls]
+        if not nearest:
+            return ""
+        call = max(nearest, key=lambda row: row[:2])[2]
+        return f"\n    nearest: {call!r}{describe_mismatch(fixture, call)}"
 
     # Stored objects
 
@@ -8284,6 +10074,13 @@ class TogetherAiServer:
         item = {"id": id, "content": data, "filename": filename, "purpose": purpose}
         return self.store("files", item)
 
+    def add_model(self, model: Model) -> None:
+        """Put a model that a job made into the catalogue; the oldest of too many goes."""
+        with self._lock:
+            self.models[model.id] = model
+            if len(self.models) > len(MODELS) + MAX_OBJECTS:
+                del self.models[next(id for id in self.models if id not in MODELS)]
+
     def check_room(self, size: int, instead_of: str = "") -> None:
         """Raise ApiError 413 where so many more bytes would not fit."""
         others = sum(len(data) for name, data in list(self.contents.items()) if name != instead_of)
@@ -8301,13 +10098,6 @@ class TogetherAiServer:
         for name in names:
             self.contents.pop(name, None)
 
-    def _likeness(self, call: Call, operation: str, fields: dict[str, Any]) -> tuple[int, int]:
-        """Rank a call by how much of a wanted one it has, then by how new it is."""
-        body = call.body if type(call.body) is dict else {}
-        equal = sum(contains_json(body, {name: fields[name]}) for name in fields)
-        same = operation == f"{call.method} {collapse_path(call.path, self.strict)}"
-        return equal + len(fields) * same + same, call.number
-
     # The pipeline
 
     def answer(self, request: Request) -> Reply:
@@ -8315,57 +10105,69 @@ class TogetherAiServer:
         started = time.perf_counter()
         call = self._record(request)
         reply = self._settle(request, call)
-        call.status = reply.status
         call.duration = time.perf_counter() - started
-        if reply.events is not None:
-            reply.events = call.time_events(reply.events, started)
-        if self.log:
-            path = redact_query(request.path + (f"?{request.query}" if request.query else ""))
-            self.log(f'"{request.method} {path}" {reply.status} {call.duration * 1000:.1f} ms')
+        call.keep_reply(reply)
+        if reply.events is None:
+            self._end_call(call, "complete")
+        else:
+            reply.events = call.watch_events(reply.events, started, self._end_call)
         return reply
-
-    def run(self, request: Request) -> Reply:
-        """Answer a line of a batch: as answer() does, but neither recorded nor logged."""
-        return self._settle(request, Call(0, request, 0))
 
     def _settle(self, request: Request, call: Call) -> Reply:
         """Return the reply or the error, whatever happens."""
         try:
-            return self._respond(request, call)
+            reply = self._respond(request, call)
         except ApiError as error:
             call.error = error.message
-            return self._shape_error(error, request)
-        except Exception as error:
+            reply = self._shape_error(error, request)
+        except BaseException as error:  # a test's function may raise SystemExit
             import traceback  # only for a bug
 
             call.error = traceback.format_exc()
-            sys.stderr.write(call.error)
-            return self._shape_error(ApiError("bug", reason=repr(error)), request)
+            complain(call.error)
+            reply = self._shape_error(ApiError("bug", reason=repr(error)), request)
+        reply.public = not is_control(request.path)
+        return reply
 
     def _record(self, request: Request) -> Call:
         """Keep the call, unless it is one of those that look after the server."""
-        path = request.path
-        control = path[:4] != "/v1/" and CONTROL_PATH.match(path)
-        if control or request.method == "OPTIONS":
-            return Call(0, request, 0)
+        if is_unrecorded(request):
+            return Call(0, request, self.clock())
         with self._lock:
             call = Call(next(self._numbers), request, self.clock())
-            if len(self.requests) == self.requests.maxlen and self.requests:
-                self._recorded_bytes -= self.requests[0].kept
-            self.requests.append(call)
+            call.revision = next(self._revisions)
+            self._calls.append(call)
             self._recorded_bytes += call.kept
-            while self._recorded_bytes > MAX_RECORD_BYTES and len(self.requests) > 1:
-                self._recorded_bytes -= self.requests.popleft().kept
+            while self._is_record_full():
+                gone = self._calls.popleft()
+                self._recorded_bytes -= gone.kept
+                gone.revision = 0
         return call
+
+    def _is_record_full(self) -> bool:
+        too_large = self._recorded_bytes > MAX_RECORD_BYTES and len(self._calls) > 1
+        return too_large or len(self._calls) > self.record_limit
+
+    def _end_call(self, call: Call, outcome: str) -> None:
+        """Note how a call ended."""
+        call.outcome = outcome
+        if call.revision:  # it is in the record
+            with self._lock:
+                call.revision = next(self._revisions)
+                self._recorded_bytes += call.keep_size()
+        if self._log is not None and not call.batch:
+            self._log.put(call)
 
     def _respond(self, request: Request, call: Call) -> Reply:
         """Route, check the key, read the body, let a fixture or the handler answer."""
+        if request.path[:4] != "/v1/" and is_control(request.path):
+            check_origin(request, is_loopback(self.host))
         if request.method == "OPTIONS":
             return allow_origin(request)
         route = EXACT.get((request.method, request.path)) or self._find_route(request, call)
         call.kind = route.recorded_kind
         if self.require_auth and not route.open and not request.headers.has_key:
-            raise ApiError("bad_key")
+            raise ApiError("unauthorized" if route.path == "/v1/models" else "bad_key")
         if route.query and (request.query or route.query.required):
             request.args = parse_form(request.query.encode())
             read_texts(request.args, route.query)
@@ -8393,22 +10195,20 @@ class TogetherAiServer:
     def _handle(self, route: Route, request: Request, call: Call) -> Reply:
         """Check the fields and let the handler answer."""
         if route.kind not in ("", "job") and self.on_miss == "error" and not call.fixture:
-            raise self.script.miss_error(route.kind, request)
+            raise self.script.miss_error(request, call.near_misses)
         if route.body:
             route.body.check(request.body)
         return as_reply(route.handler(self, request), request, route.status)
 
     def _follow_script(self, route: Route, request: Request, call: Call) -> Reply:
         """Answer by the fixture that matches, if there is one."""
-        find_misses = functools.partial(self.script.find_near_misses, route.kind)
-        if len(self.script) <= MAX_NEAR_MISSES:
-            call.misses = find_misses(request)  # before anything is counted
-        else:
-            call.find_misses = find_misses
-        fixture = self.script.find(route.kind, request)
-        call.fixture = fixture.source if fixture else ""
+        facts = MatchFacts(route.kind, request)
+        fixture, warning, call.find_misses = self.script.find(facts)
+        call.warnings += (warning,) if warning else ()
         if fixture is None:
             return self._handle(route, request, call)
+        call.fixture = fixture.source
+        fixture = answer_response(fixture, request)
         if fixture.kind in ("error", "status", "json") and not fixture.breaks_late:
             reply = name_reply(error_reply(fixture, request), request)
         else:
@@ -8418,8 +10218,10 @@ class TogetherAiServer:
             try:
                 reply = self._handle(route, request, call)
             except ApiError:
-                self.script.give_back(fixture)
+                self.script.give_back(fixture, facts.test)
                 raise
+        idle = list_idle_options(fixture, reply)
+        call.warnings += (f"the fixture's {idle} had no effect on a whole reply",) if idle else ()
         fault = draw_fault(self.script, fixture)
         if fault is None:
             return reply
@@ -8429,7 +10231,8 @@ class TogetherAiServer:
 
     def _shape_error(self, error: ApiError, request: Request) -> Reply:
         """Return the error envelope; strict servers use production's words where known."""
-        return name_reply(error.as_reply(self.strict, name_request(request)), request)
+        name = "" if error.name == "unauthorized" else name_request(request)
+        return name_reply(error.as_reply(self.strict, name), request)
 
     def may_take_long(self, request: Request) -> bool:
         """Tell whether other clients shall not wait until a request is answered.
@@ -8450,12 +10253,14 @@ class TogetherAiServer:
         )
 
     def body_limit(self, method: str, path: str) -> int:
-        """Return how many bytes a request for this path may carry."""
+        """Return how many bytes a request for this path may carry; raise ApiError for none."""
         try:
-            limit = find_route(method, collapse_path(path, self.strict))[0].max_bytes
-            return limit or self.max_stored_bytes + MAX_PART_HEAD_BYTES
+            route, params = find_route(method, collapse_path(path, self.strict))
         except ApiError:
             return MAX_JSON_BYTES
+        if route.admit is not None:
+            route.admit(self, params)
+        return route.max_bytes or self.max_stored_bytes + MAX_PART_HEAD_BYTES
 
     def refuse(self, error: ApiError, method: str, path: str) -> Reply:
         """Return the reply for what could not be read as a request."""
@@ -8465,18 +10270,29 @@ class TogetherAiServer:
 # === Command line ===
 
 
-def print_routes() -> None:
-    """Print the table of routes, as the README has it."""
-    print("| method | path | what it does |")
-    print("| --- | --- | --- |")
+def list_route_lines() -> list[str]:
+    """Return the table of routes, as the README has it."""
+    lines = ["| method | path | what it does |", "| --- | --- | --- |"]
     for known in sorted(ROUTES, key=lambda known: (known.path.startswith("/__"), known.path)):
         first = (known.handler.__doc__ or "").strip().partition("\n")[0]
-        print(f"| {known.method} | `{known.path}` | {first} |")
+        lines.append(f"| {known.method} | `{known.path}` | {first} |")
+    return lines
 
 
 def print_line(line: str) -> None:
-    """Write one line of the access log."""
-    sys.stderr.write(line + "\n")
+    """Write a line to standard error, past what the interpreter would have to flush at its end."""
+    with contextlib.suppress(OSError):  # nobody reads it
+        os.write(2, f"{line}\n".encode("utf-8", "replace"))
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines, as long as somebody reads them."""
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        sys.stdout = None  # the interpreter would flush it again
 
 
 def read_options(args: Sequence[str] | None) -> Any:
@@ -8519,10 +10335,8 @@ def serve(server: TogetherAiServer) -> None:
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda *_: None)
     server.start()
-    print(f"together_fake {__version__} listens on {server.url}")
-    for variable, value in server.env.items():
-        print(f"export {variable}={value}")
-    sys.stdout.flush()
+    exports = [f"export {variable}={value}" for variable, value in server.env.items()]
+    print_lines([f"together_fake {__version__} listens on {server.url}", *exports])
     gc.freeze()  # what lives until the end need not be looked at again and again
     reader.recv(1)
     server.stop()
@@ -8532,7 +10346,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the server until Ctrl-C or SIGTERM; return the exit status."""
     options = read_options(args)
     if options.routes:
-        print_routes()
+        print_lines(list_route_lines())
         return 0
     server = TogetherAiServer(
         options.port,
@@ -8556,7 +10370,12 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         serve(server)
     except OSError as error:
-        print_line(f"cannot listen on {options.host}:{options.port}: {error}")
+        taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
+        hint = "; --port 0 takes any free port" if taken else ""
+        print_line(f"cannot listen on {options.host}:{options.port}: {error}{hint}")
+        return 1
+    except RuntimeError as error:
+        print_line(f"cannot start: {error}")
         return 1
     return 0
 
