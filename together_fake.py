@@ -32,7 +32,7 @@ The sections, each of which uses only those above it; a star marks what touches 
     Fixtures *     scripted answers; reads the files it is given
     Faults         how a scripted reply goes wrong on its way
     Routes         the table of operations
-    Inference endpoints     chat, completions, embeddings, rerank
+    Inference endpoints     chat, responses, completions, embeddings, rerank
     File and job endpoints  files, batches, fine-tuning, evaluations, dedicated endpoints
     Media endpoints         images, speech, transcription, videos
     Account endpoints       models, projects
@@ -88,6 +88,7 @@ __all__ = ["ApiError", "Call", "TogetherAiServer", "main"]
 __version__ = "0.3.0"
 
 DEFAULT_PORT = 4863
+DEFAULT_RECORD_LIMIT = 1000  # calls
 DEFAULT_KEY = "parlel-together"
 CREATED = 1700000000  # the clock of every generated answer, in Unix seconds
 
@@ -173,7 +174,7 @@ ENCODE = make_encoder(ensure_ascii=False)
 # The same for every order of keys: what draws are made from.
 CANONICAL = make_encoder(sort_keys=True)
 QUOTE = json.encoder.encode_basestring  # of a string alone
-DONE = b"data: [DONE]\n\n"  # the last event of every stream
+DONE = b"data: [DONE]\n\n"  # the last event of every stream of chunks
 
 
 def mask(value: str) -> str:
@@ -288,12 +289,16 @@ class Reply:
 
 
 class Events:
-    """A handler's stream: JSON values or JSON text, one an event; `data: [DONE]` follows."""
+    """A handler's stream: JSON values or JSON text, one an event; `data: [DONE]` follows.
 
-    __slots__ = ("chunks",)
+    encoded  they are events already, as bytes, and nothing follows
+    """
 
-    def __init__(self, chunks: Iterable[Any]) -> None:
+    __slots__ = ("chunks", "encoded")
+
+    def __init__(self, chunks: Iterable[Any], encoded: bool = False) -> None:
         self.chunks = chunks
+        self.encoded = encoded
 
 
 class Cut(Exception):
@@ -360,6 +365,7 @@ ERRORS: dict[str, tuple[int, str]] = {
     "bad_http": (400, "The HTTP request is malformed: {reason}."),
     "no_route": (404, "Unknown endpoint {path}.{reason}"),
     "no_object": (404, "{noun} {id} was not found."),
+    "no_response": (404, "Response with id '{id}' not found."),
     "bad_method": (405, "{path} does not answer {method}; it answers {allow}."),
     "slow_request": (408, "The request did not arrive whole within {seconds:g} seconds."),
     "too_large": (413, "The body has {size} bytes; at most {limit} are accepted."),
@@ -3005,7 +3011,9 @@ def supported_model(model: Model) -> dict[str, Any]:
 # Clients of one generation ask for /v1/v1/..., or for v2 and v3 operations under /v1.
 VERSIONED = late_regex(r"/(?:v[0-9]+|__\w+|shrt|health)(?:/|$)|/$")
 DOUBLED_PREFIX = late_regex(r"^/v1(?=/v[123](?:/|$))")
-MOVED_PREFIX = late_regex(r"^/v1(?=/(?:whoami|videos|supported-models)(?:/|$))")
+MOVED_PREFIX = late_regex(
+    r"^/v1(?=/(?:whoami|videos|supported-models|projects/[^/]+/models)(?:/|$))"
+)
 
 
 def collapse_path(path: str, strict: bool) -> str:
@@ -3023,14 +3031,15 @@ def collapse_path(path: str, strict: bool) -> str:
     return MOVED_PREFIX.sub("/v2", path, count=1)
 
 
-def is_openai(request: Request) -> bool:
-    """Say whether an official OpenAI client asks."""
-    return request.headers.agent.startswith(("OpenAI/", "AsyncOpenAI/"))
-
-
 def is_together(request: Request) -> bool:
     """Say whether an official Together client asks, of whichever generation."""
     return request.headers.agent.startswith(("Together/", "AsyncTogether/"))
+
+
+def is_openai(request: Request) -> bool:
+    """Say whether a client of OpenAI asks, under whatever name a program gives it."""
+    named = request.headers.agent.startswith(("OpenAI/", "AsyncOpenAI/"))
+    return named or ("x-stainless-lang" in request.headers and not is_together(request))
 
 
 def is_stainless(request: Request) -> bool:
@@ -3203,7 +3212,7 @@ def find_usage(replies: Sequence[Any]) -> dict[str, Any] | None:
 class Call:
     """One recorded request and what came of it, as users read it in their assertions."""
 
-    kind = ""  # chat, completion, embedding, image, or the family of the path
+    kind = ""  # chat, response, completion, embedding, image, or the family of the path
     status = 0  # of the reply; 0 until there is one
     duration = 0.0  # seconds until the reply was there; of a stream, until its end
     outcome = ""  # "complete", "cut" by a fault, "left" by the client; "" while it is running
@@ -3402,7 +3411,66 @@ INPUT_FIELDS = {
     "rerank": "query", "speech": "input", "video": "prompt",
 }  # fmt: skip
 PROMPT_KINDS = ("completion", "image", "speech", "video")
-ENDPOINT_KINDS = ("chat", *INPUT_FIELDS, "transcription", "translation", "job")
+ENDPOINT_KINDS = ("chat", "response", *INPUT_FIELDS, "transcription", "translation", "job")
+
+
+def read_part(part: dict[str, Any]) -> dict[str, Any]:
+    """Return a part of an item's content as that of a chat message."""
+    kind = part.get("type")
+    if kind in ("input_text", "output_text"):
+        return {"type": "text", "text": part.get("text")}
+    if kind == "refusal":
+        return {"type": "text", "text": part.get("refusal")}
+    if kind == "input_image" and part.get("image_url"):
+        return {"type": "image_url", "image_url": {"url": part["image_url"]}}
+    if kind == "input_audio":
+        return {"type": kind, kind: part.get(kind)}
+    return {"type": "file", "file": part}
+
+
+def read_parts(content: Any) -> Any:
+    """Return the content of an item as that of a chat message."""
+    return list(map(read_part, list_objects(content))) if isinstance(content, list) else content
+
+
+def find_turn(messages: list[dict[str, Any]], key: str = "") -> dict[str, Any]:
+    """Return the assistant's message at the end, or a new one where it has that key already."""
+    if not messages or messages[-1]["role"] != "assistant" or key in messages[-1]:
+        messages.append({"role": "assistant"})
+    return messages[-1]
+
+
+def add_item(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
+    """Add an item to the messages of a chat; what the assistant did in a row is one message."""
+    kind, role = item.get("type") or "message", item.get("role")
+    if kind == "message" and role != "assistant":
+        role = "system" if role == "developer" else role
+        messages.append({"role": role, "content": read_parts(item.get("content"))})
+    elif kind == "message":
+        find_turn(messages, "content")["content"] = join_text(read_parts(item.get("content")))
+    elif kind == "function_call_output":
+        result = read_parts(item.get("output"))
+        messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": result})
+    elif kind == "function_call":
+        function = {"name": item.get("name"), "arguments": item.get("arguments")}
+        call = {"id": item.get("call_id"), "type": "function", "function": function}
+        find_turn(messages).setdefault("tool_calls", []).append(call)
+    elif kind == "reasoning":
+        parts = item.get("content") or item.get("summary")
+        texts = [str(part.get("text", "")) for part in list_objects(parts)]
+        turn = find_turn(messages, "content")
+        turn["reasoning"] = turn.get("reasoning", "") + "".join(texts)
+
+
+def read_items(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a request to the Responses API says as the messages of a chat."""
+    given, instructions = body.get("input"), body.get("instructions")
+    messages = [{"role": "system", "content": instructions}] if instructions else []
+    if isinstance(given, str):
+        messages.append({"role": "user", "content": given})
+    for item in list_objects(given):
+        add_item(messages, item)
+    return messages
 
 
 class MatchFacts(dict):  # type: ignore[type-arg]
@@ -3416,13 +3484,18 @@ class MatchFacts(dict):  # type: ignore[type-arg]
         asked = body.get(INPUT_FIELDS.get(kind, ""))
         asked = " ".join(map(str, asked)) if isinstance(asked, list) else asked
         prompt = [{"role": "user", "content": asked}]
-        messages = prompt if kind in PROMPT_KINDS else list_objects(body.get("messages"))
+        chat = read_items(body) if kind == "response" else list_objects(body.get("messages"))
+        messages = prompt if kind in PROMPT_KINDS else chat
         said = [(message.get("role"), join_text(message.get("content"))) for message in messages]
         users = [text for role, text in said if role == "user" and isinstance(text, str)]
         system = [text for role, text in said if role == "system" and isinstance(text, str)]
         turns = [role for role, _ in said if role in ("user", "tool")]
         last = messages[-1] if messages and messages[-1].get("role") == "tool" else {}
-        tools = [get_path(tool, "function", "name") for tool in list_objects(body.get("tools"))]
+        tools = [
+            get_path(tool, "name") or get_path(tool, "function", "name")
+            for tool in list_objects(body.get("tools"))
+        ]
+        format = body.get("response_format") or get_path(body, "text", "format")
         self.request = request
         self.test = headers.get("x-test-id", "")[:MAX_TEST_ID]
         self.asked: dict[Fixture, bool] = {}  # what the functions of fixtures said
@@ -3436,7 +3509,7 @@ class MatchFacts(dict):  # type: ignore[type-arg]
             toolResultContains=join_text(last.get("content")),
             toolName=tuple(name for name in tools if isinstance(name, str)),
             model=body.get("model"),
-            responseFormat=get_path(body, "response_format", "type"),
+            responseFormat=get_path(format, "type"),
             hasToolResult=turns[-1:] == ["tool"],
             context=headers.get("x-aimock-context"),
             testId=self.test or None,
@@ -3785,7 +3858,7 @@ RESPONSES: dict[str, tuple[list[str], Fields, Callable[[dict[str, Any]], Any]]] 
         ),
         lambda said: {"status": 200, **said},
     ),
-    "text": (["chat", "completion"], MESSAGE, read_message),
+    "text": (["chat", "completion", "response"], MESSAGE, read_message),
     "status": (EVERY, STATUS, read_error),
     "generated": (EVERY, Fields(closed=True), dict),  # no response: the usual answer, with a fault
 }
@@ -4689,7 +4762,8 @@ class Fault:
                 yield b"data: %b\n\n" % status_reply(**self.error).body
                 return
             if stream and count == 0 and options.get("malformed"):
-                event = event[:6] + halve(event[6:].rstrip()) + b"\n\n"  # after "data: "
+                head, mark, data = event.partition(b"data: ")
+                event = head + mark + halve(data.rstrip()) + b"\n\n"
             due += next(delays) if event != DONE else 0
             left = min(due, end) - clock()
             if (left > 0 and wait(left)) or max(due, clock()) >= end:
@@ -4735,7 +4809,8 @@ def apply_fault(reply: Reply, fault: Fault, wait: Wait, clock: Clock) -> Reply:
 
 STORAGE_LIMIT = 0  # as a route's max_bytes: what the server may store
 
-QUICK_KINDS = ("chat", "completion", "embedding", "rerank")  # while their bodies are small
+# while their bodies are small
+QUICK_KINDS = ("chat", "response", "completion", "embedding", "rerank")
 
 
 ROUTES: list[Route] = []
@@ -5777,15 +5852,30 @@ def topic_words(text: str) -> set[bytes]:
     return {word.rstrip(b"s") for word in find_words(text)}
 
 
-def read_turn(messages: list[dict[str, Any]]) -> tuple[str, set[str]]:
-    """Return the last user message, and the names of the tools called since."""
-    asked = ""
+def find_calls_in(text: str, names: Sequence[str]) -> set[str]:
+    """Return the tools whose calls an assistant wrote down as text, as smolagents has them."""
+    return {
+        name for name in names if re.search(rf"""["']name["']: ["']{re.escape(name)}["']""", text)
+    }
+
+
+def read_turn(messages: list[dict[str, Any]], names: Sequence[str] = ()) -> tuple[str, set[str]]:
+    """Return the last user message, and the names of the tools called since.
+
+    What the user says behind a call that was written as text is its result.
+    """
+    asked, written = "", False
     done: set[str] = set()
     for message in messages:
-        if message["role"] == "user":
-            asked, done = message_text(message), set()
+        text = message_text(message)
+        if message["role"] == "user" and not written:
+            asked, done = text, set()
         for call in message.get("tool_calls") or ():
             done.add((call.get("function") or {}).get("name", ""))
+        if message["role"] == "assistant":
+            found = find_calls_in(text, names) if "name" in text else set()
+            written = bool(found)
+            done |= found
     return asked, done
 
 
@@ -5804,7 +5894,7 @@ def choose_tools(body: dict[str, Any]) -> list[dict[str, Any]]:
     offered = [tool for tool in tools if tool["name"] in names] if names else tools
     if mode == "named":
         return offered[:1]
-    asked, done = read_turn(body["messages"])
+    asked, done = read_turn(body["messages"], [tool["name"] for tool in offered])
     if mode == "auto" and body["messages"][-1]["role"] in ("tool", "function"):
         return []
     offered = [tool for tool in offered if tool["name"] not in done] or offered
@@ -5814,6 +5904,9 @@ def choose_tools(body: dict[str, Any]) -> list[dict[str, Any]]:
         for tool in offered
     ]
     best = max(shared)
+    if best == 0 and len(offered) == 1:  # a form to fill in is known by its fields
+        fields = get_path(offered[0], "parameters", "properties") or {}
+        best = shared[0] = len(wanted & topic_words(" ".join(fields)))
     if best == 0:
         return offered[:1] if mode == "required" else []
     matching = [tool for tool, score in zip(offered, shared) if score == best]
@@ -5878,14 +5971,53 @@ def make_pattern_text(rng: HashRandom, pattern: str | None) -> str:
         raise ApiError("invalid", param="response_format.pattern", reason=str(error)) from None
 
 
+def as_schema(value: Any) -> Any:
+    """Return the schema that a JSON object in a prompt stands for, or None.
+
+    It is one, or it has a schema for each field (agno), or a text that describes each (dspy).
+    """
+    if type(value) is not dict or not value:
+        return None
+    if type(value.get("properties")) is dict:
+        return value
+    if all(type(field) is dict and "type" in field for field in value.values()):
+        return {"type": "object", "properties": value, "required": list(value)}
+    if all(type(field) is str and "{" + name + "}" in field for name, field in value.items()):
+        properties = {name: describe_field(field) for name, field in value.items()}
+        return {"type": "object", "properties": properties, "required": list(value)}
+    return None
+
+
+def describe_field(text: str) -> dict[str, Any]:
+    """Return the schema of a field that a sentence describes: `must be a single int value`."""
+    kind = re.search(r"single (int|float) value|(True or False)|one of: ([^\n]+)", text)
+    if kind is None:
+        return {"type": "string"}
+    if kind[3]:
+        return {"enum": [choice.strip() for choice in kind[3].split(";")]}
+    return {"type": "boolean" if kind[2] else {"int": "integer", "float": "number"}[kind[1]]}
+
+
 def read_schemas(text: str) -> Iterator[Any]:
-    """Yield the JSON objects in a text that look like a schema."""
+    """Yield the schemas that stand in a text as JSON objects."""
     text = text[:MAX_PROMPT_SCHEMA]
     for found in itertools.islice(re.finditer(r"\{", text), 20):
         with contextlib.suppress(ValueError, RecursionError, ApiError):
-            value = CAREFUL_DECODER.raw_decode(text, found.start())[0]
-            if type(value) is dict and type(value.get("properties")) is dict:
-                yield value
+            schema = as_schema(CAREFUL_DECODER.raw_decode(text, found.start())[0])
+            if schema is not None:
+                yield schema
+
+
+def find_prompted(messages: list[dict[str, Any]]) -> tuple[Any, bool]:
+    """Return the schema that a prompt asks JSON for, and whether in a block of Markdown."""
+    for message in messages:
+        text = message_text(message)
+        if "{" in text and message["role"] in ("system", "developer", "user"):
+            lower = text.lower()
+            schema = next(read_schemas(text), None) if "json" in lower else None
+            if schema is not None:
+                return schema, "```json" in lower
+    return None, False
 
 
 def find_schema(format: dict[str, Any], body: dict[str, Any]) -> Any:
@@ -5905,8 +6037,16 @@ def make_content(rng: HashRandom, body: dict[str, Any], model: Model) -> tuple[s
     format = body.get("response_format") or TEXT_FORMAT
     kind = format["type"]
     if kind == "text" and model.type != "moderation":
-        text, count = make_prose(rng)
-        return text[1:], count
+        schema, fenced = find_prompted(body["messages"])
+        if schema is None:
+            text, count = make_prose(rng)
+            return text[1:], count
+        try:
+            text = json.dumps(make_instance(rng, schema), ensure_ascii=False)
+        except Unsatisfiable:  # it only looked like a schema
+            text = make_text(rng)
+        text = f"```json\n{text}\n```" if fenced else text
+        return text, count_tokens(text)
     if kind == "regex":
         text = make_pattern_text(rng, format.get("pattern"))
     elif kind == "text":
@@ -6071,6 +6211,687 @@ def create_chat_completion(server: TogetherAiServer, request: Request) -> Any:
     if request.body.get("stream"):
         return Events(answer.form.stream(answer))
     return Reply(answer.form.encode_whole(answer).encode())
+
+
+# --- Responses
+
+INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
+LOGPROBS_INCLUDED = "message.output_text.logprobs"
+ITEM_PREFIXES = {
+    "message": "msg", "reasoning": "rs", "function_call": "fc", "mcp_call": "mcp",
+    "mcp_list_tools": "mcpl",
+}  # fmt: skip
+UNREAD_ITEMS = (  # that clients send back and a model without these tools does not read
+    "item_reference mcp_list_tools mcp_call mcp_approval_request mcp_approval_response"
+    " web_search_call file_search_call code_interpreter_call image_generation_call computer_call"
+    " computer_call_output custom_tool_call custom_tool_call_output local_shell_call"
+    " local_shell_call_output shell_call shell_call_output apply_patch_call apply_patch_call_output"
+    " tool_search_call tool_search_output additional_tools configuration_update compaction"
+    " compaction_trigger program program_output"
+)
+UNREAD_TOOLS = (  # that are echoed and never called
+    "web_search web_search_2025_08_26 web_search_preview web_search_preview_2025_03_11 file_search"
+    " code_interpreter image_generation computer computer_use_preview custom local_shell shell"
+    " apply_patch namespace tool_search programmatic_tool_calling"
+)
+ECHO: dict[str, Any] = {  # what a response repeats of its request, and the defaults
+    "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "temperature": 1.0,
+    "top_p": 1.0, "max_output_tokens": None, "max_tool_calls": None,
+    "text": {"format": TEXT_FORMAT}, "reasoning": {"effort": None, "summary": None},
+    "truncation": "disabled", "metadata": {}, "top_logprobs": 0, "prompt_cache_key": None,
+    "safety_identifier": None, "user": None,
+}  # fmt: skip
+ECHO_TEXTS = {name: f'"{name}":{ENCODE(value)}' for name, value in ECHO.items()}
+ECHO_TEXT = ",".join(ECHO_TEXTS.values())
+MCP_SCHEMA = {  # of every tool of a remote server, which is not asked what it has
+    "type": "object",
+    "properties": {"query": {"type": "string"}},
+    "required": ["query"],
+    "additionalProperties": False,
+}
+
+
+if TYPE_CHECKING:
+    Output = list[tuple[dict[str, Any], Choice]]  # items, each with the choice it says
+
+
+class Variants(Fields):
+    """A table of fields for each `type` that an object may have.
+
+    default  the type of an object that names none
+    unread   types of which nothing is read, separated by blanks
+    """
+
+    def __init__(self, tables: dict[str, Fields], default: str = "", unread: str = "") -> None:
+        self.tables = {**tables, **dict.fromkeys(unread.split(), NO_FIELDS)}
+        self.default = default
+        super().__init__(Field("type", str, required=True, choices=tuple(self.tables)))
+
+    def check(self, values: dict[str, Any], place: str = "") -> None:
+        """Check what the type calls for."""
+        kind = values.get("type") or self.default
+        table = self.tables.get(kind) if type(kind) is str else None
+        if table is None:
+            super().check(values, place)  # tells what is wrong with the type
+        else:
+            table.check(values, place)
+
+
+TEXT_FIELDS = Fields(Field("text", str, required=True))
+CONTENT_PARTS = {
+    "input_text": TEXT_FIELDS,
+    "output_text": TEXT_FIELDS,
+    "refusal": Fields(Field("refusal", str, required=True)),
+    "input_image": Fields(*rows_of("image_url file_id detail", str)),
+    "input_file": Fields(*rows_of("file_id file_url file_data filename", str)),
+    "input_audio": Fields(object_field("input_audio", Field("data", str), required=True)),
+}
+CONTENT_PART = Field("", dict, fields=Variants(CONTENT_PARTS))
+THOUGHT = Field("", dict, fields=Fields(Field("text", str)))
+ITEM_ROLES = ("user", "assistant", "system", "developer")
+ITEMS = {
+    "message": Fields(
+        Field("role", str, required=True, choices=ITEM_ROLES),
+        Field("content", str, list, required=True, each=CONTENT_PART),
+    ),
+    "function_call": Fields(
+        *rows_of("call_id name", str, required=True, low=1),
+        Field("arguments", str, required=True),
+    ),
+    "function_call_output": Fields(
+        Field("call_id", str, required=True, low=1),
+        Field("output", str, list, required=True, each=CONTENT_PART),
+    ),
+    "reasoning": Fields(*rows_of("summary content", list, each=THOUGHT)),
+}
+FUNCTION_TOOL = Fields(*FUNCTION_FIELDS.values(), Field("strict", bool))
+MCP_TOOL = Fields(
+    Field("server_label", str, required=True, low=1),
+    *rows_of("server_url server_description", str),
+    Field(
+        "allowed_tools",
+        list,
+        dict,
+        each=Field("", str, low=1),
+        fields=Fields(Field("tool_names", list, each=Field("", str, low=1))),
+    ),
+)
+TOOL_CHOICES = {
+    "function": Fields(Field("name", str, required=True)),
+    "mcp": Fields(Field("server_label", str, required=True), Field("name", str)),
+}
+CHOSEN_TOOL = Field("", dict, fields=Variants(TOOL_CHOICES, unread=UNREAD_TOOLS))
+ALLOWED_TOOLS = Fields(
+    Field("mode", str, required=True, choices=("auto", "required")),
+    Field("tools", list, required=True, each=CHOSEN_TOOL),
+)
+TEXT_FORMATS = {
+    "text": NO_FIELDS,
+    "json_object": NO_FIELDS,
+    "json_schema": Fields(
+        Field("name", str, required=True, low=1, high=64),
+        Field("schema", dict, required=True),
+        Field("strict", bool),
+        Field("description", str),
+    ),
+}
+RESPONSE_FIELDS = Fields(
+    Field("model", str, required=True, low=1),
+    Field(
+        "input",
+        str,
+        list,
+        required=True,
+        each=Field("", dict, fields=Variants(ITEMS, "message", UNREAD_ITEMS)),
+    ),
+    Field("instructions", str),
+    Field("stream", bool),
+    Field("stream_options", dict),
+    Field(
+        "tools",
+        list,
+        high=MAX_TOOLS,
+        each=Field(
+            "",
+            dict,
+            fields=Variants({"function": FUNCTION_TOOL, "mcp": MCP_TOOL}, unread=UNREAD_TOOLS),
+        ),
+    ),
+    Field(
+        "tool_choice",
+        str,
+        dict,
+        choices=("none", "auto", "required"),
+        fields=Variants({**TOOL_CHOICES, "allowed_tools": ALLOWED_TOOLS}, unread=UNREAD_TOOLS),
+    ),
+    Field("parallel_tool_calls", bool),
+    object_field(
+        "text",
+        Field("format", dict, fields=Variants(TEXT_FORMATS)),
+        Field("verbosity", str, choices=("low", "medium", "high")),
+    ),
+    object_field(
+        "reasoning",
+        Field("effort", str, choices=EFFORTS),
+        Field("summary", str, choices=("auto", "concise", "detailed")),
+    ),
+    Field("max_output_tokens", int, low=0),
+    Field("max_tool_calls", int, low=1),
+    Field("temperature", float, low=0, high=2),
+    Field("top_p", float, low=0, high=1),
+    Field("top_logprobs", int, low=0, high=20),
+    Field("truncation", str, choices=("auto", "disabled")),
+    Field("include", list, each=Field("", str)),
+    *rows_of("store background", bool),
+    *rows_of("prompt metadata", dict),
+    Field("conversation", str, dict),
+    *rows_of(
+        "previous_response_id service_tier prompt_cache_key prompt_cache_retention"
+        " safety_identifier user",
+        str,
+    ),
+)
+# What a chat asks in the same words, or in others; those are also the names in its errors.
+SAME_IN_CHAT = ("model", "temperature", "top_p", "parallel_tool_calls")
+OTHER_IN_CHAT = {
+    "max_tokens": "max_output_tokens", "messages": "input", "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}  # fmt: skip
+
+
+def refuse_unstored(body: dict[str, Any]) -> None:
+    """Refuse what builds on something stored: nothing is."""
+    if body.get("previous_response_id"):
+        raise ApiError("no_response", id=body["previous_response_id"], param="previous_response_id")
+    for name in ("background", "conversation", "prompt"):
+        if body.get(name):
+            raise ApiError("invalid", param=name, reason="is not supported: nothing is stored")
+    given = body["input"]
+    for number, item in enumerate(given if type(given) is list else ()):
+        if item.get("encrypted_content"):
+            place = f"input[{number}].encrypted_content"
+            raise ApiError("invalid", param=place, reason="must be null: nothing is encrypted")
+
+
+def list_of_type(items: Any, type: str) -> list[dict[str, Any]]:
+    """Return the objects of one type."""
+    return [item for item in items or () if item.get("type") == type]
+
+
+def list_remote_tools(tool: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a remote server offers: the tools it is limited to, or one that searches it."""
+    label = tool["server_label"]
+    allowed = tool.get("allowed_tools") or ()
+    names = allowed.get("tool_names") if type(allowed) is dict else allowed
+    about = tool.get("server_description") or f"Search {label}"
+    search = {"search_" + re.sub(r"\W+", "_", label).lower(): about}
+    abouts = {name: name.replace("_", " ") for name in names or ()} or search
+    return [
+        {"name": name, "description": abouts[name], "input_schema": MCP_SCHEMA} for name in abouts
+    ]
+
+
+def find_remote(body: dict[str, Any]) -> dict[str, str]:
+    """Return which remote server each of its tools belongs to; functions go before them."""
+    labels: dict[str, str] = {}
+    for tool in list_of_type(body.get("tools"), "mcp"):
+        for remote in list_remote_tools(tool):
+            labels.setdefault(remote["name"], tool["server_label"])
+    for tool in list_of_type(body.get("tools"), "function"):
+        labels.pop(tool["name"], None)
+    return labels
+
+
+def chat_function(name: str, description: Any = None, schema: Any = None) -> dict[str, Any]:
+    """Return a tool as a chat offers it."""
+    function = {"name": name, "description": description, "parameters": schema}
+    given = {key: value for key, value in function.items() if value is not None}
+    return {"type": "function", "function": given}
+
+
+def chat_tools(body: dict[str, Any], remote: dict[str, str]) -> list[dict[str, Any]]:
+    """Return the functions, and after them the tools of remote servers."""
+    functions = [
+        (tool["name"], tool.get("description"), tool.get("parameters"))
+        for tool in list_of_type(body["tools"], "function")
+    ]
+    functions += [
+        (each["name"], each["description"], each["input_schema"])
+        for tool in list_of_type(body["tools"], "mcp")
+        for each in list_remote_tools(tool)
+        if remote.get(each["name"]) == tool["server_label"]
+    ]
+    return [chat_function(*function) for function in functions]
+
+
+def chosen_names(choice: dict[str, Any], remote: dict[str, str]) -> list[str]:
+    """Return the names of the tools that a choice names; hosted ones are never called."""
+    if choice["type"] == "allowed_tools":
+        return [name for tool in choice["tools"] for name in chosen_names(tool, remote)]
+    if choice["type"] == "mcp" and choice.get("name") is None:
+        label = choice["server_label"]
+        return [name for name in remote if remote[name] == label] or [label]
+    return [choice["name"]] if choice["type"] in ("function", "mcp") else []
+
+
+def chat_choice(choice: Any, remote: dict[str, str]) -> Any:
+    """Return `tool_choice` as a chat has it."""
+    if type(choice) is str:
+        return choice
+    tools = [chat_function(name) for name in chosen_names(choice, remote)]
+    if choice["type"] == "allowed_tools" and tools:
+        allowed = {"mode": choice["mode"], "tools": tools}
+        return {"type": "allowed_tools", "allowed_tools": allowed}
+    return tools[0] if tools else "none"
+
+
+def chat_format(format: dict[str, Any]) -> dict[str, Any]:
+    """Return `text.format` as a chat's `response_format`."""
+    if format["type"] != "json_schema":
+        return format
+    names = ("name", "schema", "strict")
+    return {"type": "json_schema", "json_schema": {name: format.get(name) for name in names}}
+
+
+def chat_body(body: dict[str, Any], remote: dict[str, str]) -> dict[str, Any]:
+    """Return the body of a chat that asks the same."""
+    chat = {name: body[name] for name in SAME_IN_CHAT if name in body}
+    messages = chat["messages"] = read_items(body)
+    if len(messages) == bool(body.get("instructions")):
+        raise ApiError("missing", param="input")
+    if body.get("max_output_tokens") is not None:
+        chat["max_tokens"] = body["max_output_tokens"]
+    if body.get("reasoning"):
+        chat["reasoning_effort"] = body["reasoning"].get("effort")
+    if body.get("text") and body["text"].get("format"):
+        chat["response_format"] = chat_format(body["text"]["format"])
+    tools = chat_tools(body, remote) if body.get("tools") else []
+    if tools:
+        chat["tools"] = tools
+    choice = body.get("tool_choice")
+    if choice is not None and (tools or choice != "required" or not body.get("tools")):
+        chat["tool_choice"] = chat_choice(choice, remote)
+    if body.get("truncation") == "auto":
+        chat["context_length_exceeded_behavior"] = "truncate"
+    if LOGPROBS_INCLUDED in (body.get("include") or ()):
+        chat.update(logprobs=True, top_logprobs=body.get("top_logprobs") or 0)
+    return chat
+
+
+def ask_chat(server: TogetherAiServer, request: Request) -> Answer:
+    """Compose the answer of a chat, whose errors name the fields of the Responses API."""
+    try:
+        return compose_chat(server, request)
+    except ApiError as error:
+        param = OTHER_IN_CHAT.get(error.param or "", error.param)
+        raise ApiError(error.name, param=param, **error.facts) from None
+
+
+def score_tokens(choice: Choice, start: int = 0, end: int | None = None) -> list[dict[str, Any]]:
+    """Return the logprobs of some of a text's tokens, where they were asked for."""
+
+    def entry(token: str, logprob: float) -> dict[str, Any]:
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+    return [
+        {**entry(piece, logprob), "top_logprobs": [entry(*top) for top in tops]}
+        for piece, (logprob, tops) in zip(choice.pieces[start:end], choice.scores[start:end])
+    ]
+
+
+def message_item(choice: Choice, status: str) -> dict[str, Any]:
+    """Return the text of an answer as an item."""
+    logprobs = score_tokens(choice) if choice.scores else []
+    part = {"type": "output_text", "text": choice.text, "annotations": [], "logprobs": logprobs}
+    return {
+        "id": "",
+        "type": "message",
+        "status": status,
+        "role": "assistant",
+        "content": [part],
+    }
+
+
+def reasoning_item(thoughts: str, status: str, summarised: bool) -> dict[str, Any]:
+    """Return the reasoning of an answer as an item; what asks for a summary gets it as one."""
+    return {
+        "id": "",
+        "type": "reasoning",
+        "status": status,
+        "summary": [{"type": "summary_text", "text": thoughts}] if summarised else [],
+        "content": [] if summarised else [{"type": "reasoning_text", "text": thoughts}],
+        "encrypted_content": None,
+    }
+
+
+def call_item(call: dict[str, Any], status: str) -> dict[str, Any]:
+    """Return a call of a function as an item."""
+    return {
+        "id": "",
+        "type": "function_call",
+        "status": status,
+        "call_id": call["id"],
+        **call["function"],
+    }
+
+
+def remote_call_item(call: dict[str, Any], label: str) -> dict[str, Any]:
+    """Return a call of a remote server's tool as an item, with what that tool might have said."""
+    return {
+        "id": "",
+        "type": "mcp_call",
+        "status": "completed",
+        "server_label": label,
+        **call["function"],
+        "output": make_text(HashRandom.of("mcp", call), 1),
+        "error": None,
+    }
+
+
+def remote_list_items(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the tools of each remote server as an item, unless the input has it already."""
+    given = body["input"]
+    known = list_of_type(given, "mcp_list_tools") if type(given) is list else []
+    labels = [item.get("server_label") for item in known]
+    return [
+        {
+            "id": "",
+            "type": "mcp_list_tools",
+            "server_label": tool["server_label"],
+            "tools": list_remote_tools(tool),
+        }
+        for tool in list_of_type(body.get("tools"), "mcp")
+        if tool["server_label"] not in labels
+    ]
+
+
+def list_items(choice: Choice, summarised: bool, remote: dict[str, str]) -> list[dict[str, Any]]:
+    """Return what an answer says as items: reasoning, text, calls; the last one may be cut."""
+    last = "incomplete" if choice.finish_reason in INCOMPLETE else "completed"
+    items = []
+    cut_thinking = choice.thoughts and last == "incomplete"
+    says = choice.text or not (choice.tool_calls or cut_thinking)
+    if choice.thoughts:
+        status = "completed" if says or choice.tool_calls else last
+        items.append(reasoning_item("".join(choice.thoughts), status, summarised))
+    if says:
+        items.append(message_item(choice, "completed" if choice.tool_calls else last))
+    for call in choice.tool_calls:
+        label = remote.get(call["function"]["name"])
+        if label is None:
+            items.append(call_item(call, last if call is choice.tool_calls[-1] else "completed"))
+        else:
+            items.append(remote_call_item(call, label))
+    return items
+
+
+def is_remote(choice: Choice, remote: dict[str, str]) -> bool:
+    """Tell whether an answer calls tools of remote servers, all of them whole, and no others."""
+    names = [call["function"]["name"] for call in choice.tool_calls]
+    return choice.finish_reason == "tool_calls" and all(name in remote for name in names)
+
+
+def count_thoughts(usage: dict[str, Any]) -> int:
+    """Return the tokens of the reasoning, wherever a model's usage has them."""
+    details = usage.get("completion_tokens_details") or usage
+    return int(details.get("reasoning_tokens", 0))
+
+
+def go_on(
+    server: TogetherAiServer, request: Request, answer: Answer, items: list[dict[str, Any]]
+) -> Answer:
+    """Answer again, with what the tools of remote servers said."""
+    body, first = request.body, answer.usage
+    calls = answer.choices[0].tool_calls
+    results = [item["output"] for item in items if item["type"] == "mcp_call"]
+    body["messages"] = [
+        *body["messages"],
+        {"role": "assistant", "content": None, "tool_calls": calls},
+        *[
+            {"role": "tool", "tool_call_id": call["id"], "content": result}
+            for call, result in zip(calls, results)
+        ],
+    ]
+    body["tool_choice"] = "none"
+    if "max_tokens" in body:
+        body["max_tokens"] = max(0, body["max_tokens"] - first["completion_tokens"])
+    last = ask_chat(server, request)
+    for name in ("completion_tokens", "total_tokens"):
+        last.usage[name] += first["completion_tokens"]
+    thought = count_thoughts(first) + count_thoughts(last.usage)
+    last.usage["completion_tokens_details"] = {"reasoning_tokens": thought}
+    return last
+
+
+def compose_response(server: TogetherAiServer, request: Request) -> tuple[Answer, Output]:
+    """Compose a chat's answer; return it with its items, each with the choice it is cut from."""
+    body = request.body
+    remote = find_remote(body) if body.get("tools") else {}
+    request.body = chat_body(body, remote)
+    answer = ask_chat(server, request)
+    choice = answer.choices[0]
+    summarised = "reasoning" in body and bool((body["reasoning"] or {}).get("summary"))
+    items = list_items(choice, summarised, remote)
+    output = [(item, choice) for item in items]
+    if remote:
+        output[:0] = [(item, choice) for item in remote_list_items(body)]
+        if not request.script and is_remote(choice, remote):
+            answer = go_on(server, request, answer, items)
+            choice = answer.choices[0]
+            output += [(item, choice) for item in list_items(choice, summarised, {})]
+    return answer, output
+
+
+def name_items(answer: Answer, output: Output) -> None:
+    """Give the response and its items their ids, drawn from that of the chat's answer."""
+    request, script = answer.request, answer.request.script
+    digits = HashRandom.of_bytes(answer.id.encode()).key.hex()
+    if not script or not script.get("id"):
+        answer.id = request.id = "resp_" + digits[:32]
+    for at, (item, _) in enumerate(output):
+        item["id"] = f"{ITEM_PREFIXES[item['type']]}_{digits[32:62]}{at:02x}"
+
+
+def write_usage(usage: dict[str, Any]) -> str:
+    """Write a chat's usage in the words of the Responses API; a fixture may use these too."""
+    get = usage.get
+    details = get("prompt_tokens_details") or usage
+    cached = details.get("cached_tokens", 0)
+    return (
+        f'{{"input_tokens":{get("input_tokens", usage["prompt_tokens"])}'
+        f',"input_tokens_details":{{"cached_tokens":{cached},"cache_write_tokens":0}}'
+        f',"output_tokens":{get("output_tokens", usage["completion_tokens"])}'
+        f',"output_tokens_details":{{"reasoning_tokens":{count_thoughts(usage)}}}'
+        f',"total_tokens":{usage["total_tokens"]}}}'
+    )
+
+
+def echo_value(name: str, value: Any) -> Any:
+    """Return a field of a request as the response repeats it, without what lets one in."""
+    if name == "tools":
+        return [
+            {key: tool[key] for key in tool if key not in ("authorization", "headers")}
+            if tool["type"] != "function"
+            else {"description": None, "parameters": None, "strict": None, **tool}
+            for tool in value
+        ]
+    return {**ECHO[name], **value} if type(ECHO[name]) is dict else value
+
+
+def write_echo(body: dict[str, Any]) -> str:
+    """Write what a response repeats of its request, the inside of a JSON object."""
+    instructions = body.get("instructions")
+    start = '"instructions":' + ("null" if instructions is None else QUOTE(instructions))
+    if ECHO.keys().isdisjoint(body):
+        return f"{start},{ECHO_TEXT}"
+    given = {
+        name: f'"{name}":{ENCODE(echo_value(name, body[name]))}'
+        for name in body
+        if name in ECHO and body[name] is not None
+    }
+    return ",".join([start, *{**ECHO_TEXTS, **given}.values()])
+
+
+def write_response(answer: Answer, echo: str, output: Output | None) -> str:
+    """Write a response as JSON, whose items are still to come where there is no output."""
+    created = (answer.request.script or {}).get("created") or CREATED
+    reason = INCOMPLETE.get(answer.choices[0].finish_reason)
+    status, ended, items, usage = "completed", str(created), "[]", "null"
+    if output is None:
+        status, ended, reason = "in_progress", "null", None
+    else:
+        items = ENCODE([item for item, _ in output])
+        usage = write_usage(answer.usage)
+    if reason:
+        status, ended = "incomplete", "null"
+    details = f'{{"reason":"{reason}"}}' if reason else "null"
+    return (
+        f'{{"id":{QUOTE(answer.id)},"object":"response","created_at":{created}'
+        f',"status":"{status}","completed_at":{ended},"error":null,"incomplete_details":{details}'
+        f',"model":{QUOTE(answer.model)},"output":{items},{echo},"service_tier":"default"'
+        f',"background":false,"store":false,"previous_response_id":null,"usage":{usage}}}'
+    )
+
+
+def inside(**fields: Any) -> str:
+    """Write fields of a JSON object without its braces."""
+    return ENCODE(fields)[1:-1]
+
+
+class EventWriter:
+    """Writes the events of one response, each under the next number."""
+
+    def __init__(self) -> None:
+        self.numbers = itertools.count()
+
+    def write(self, type: str, fields: str) -> bytes:
+        """Return one event; `fields` are the inside of a JSON object."""
+        head = f'event: response.{type}\ndata: {{"type":"response.{type}","sequence_number":'
+        return f"{head}{next(self.numbers)},{fields}}}\n\n".encode()
+
+    def write_deltas(
+        self, type: str, place: str, pieces: Iterable[str], end: str = ""
+    ) -> Iterator[bytes]:
+        """Yield an event for each piece of a text."""
+        head = f'event: response.{type}\ndata: {{"type":"response.{type}","sequence_number":'
+        place, end = f',{place},"delta":', end + "}\n\n"
+        for piece in pieces:
+            yield f"{head}{next(self.numbers)}{place}{QUOTE(piece)}{end}".encode()
+
+
+def text_events(
+    writer: EventWriter, place: str, item: dict[str, Any], choice: Choice
+) -> Iterator[bytes]:
+    """Yield the text of a message, a piece each."""
+    place += ',"content_index":0'
+    part = item["content"][0]
+    opened = {**part, "text": "", "logprobs": []}
+    yield writer.write("content_part.added", f"{place},{inside(part=opened)}")
+    if choice.scores:
+        for at, piece in enumerate(choice.pieces):
+            said = inside(delta=piece, logprobs=score_tokens(choice, at, at + 1))
+            yield writer.write("output_text.delta", f"{place},{said}")
+    else:
+        yield from writer.write_deltas("output_text.delta", place, choice.pieces, ',"logprobs":[]')
+    said = inside(text=part["text"], logprobs=part["logprobs"])
+    yield writer.write("output_text.done", f"{place},{said}")
+    yield writer.write("content_part.done", f"{place},{inside(part=part)}")
+
+
+def thought_events(
+    writer: EventWriter, place: str, item: dict[str, Any], choice: Choice
+) -> Iterator[bytes]:
+    """Yield reasoning, or the summary of it that was asked for, a token each."""
+    part_name, name, index = "content_part", "reasoning_text", "content_index"
+    if item["summary"]:
+        part_name, name = "reasoning_summary_part", "reasoning_summary_text"
+        index = "summary_index"
+    place += f',"{index}":0'
+    part = (item["summary"] or item["content"])[0]
+    opened = {**part, "text": ""}
+    yield writer.write(f"{part_name}.added", f"{place},{inside(part=opened)}")
+    yield from writer.write_deltas(f"{name}.delta", place, choice.thoughts)
+    yield writer.write(f"{name}.done", f"{place},{inside(text=part['text'])}")
+    yield writer.write(f"{part_name}.done", f"{place},{inside(part=part)}")
+
+
+def call_events(
+    writer: EventWriter, place: str, item: dict[str, Any], choice: Choice
+) -> Iterator[bytes]:
+    """Yield the arguments of a call, a token each."""
+    arguments = item["arguments"]
+    stem = "function_call_arguments" if item["type"] == "function_call" else "mcp_call_arguments"
+    yield from writer.write_deltas(f"{stem}.delta", place, split_tokens(arguments))
+    done = inside(name=item["name"], arguments=arguments)
+    yield writer.write(f"{stem}.done", f"{place},{done}")
+
+
+def remote_call_events(
+    writer: EventWriter, place: str, item: dict[str, Any], choice: Choice
+) -> Iterator[bytes]:
+    """Yield a call of a remote server's tool."""
+    yield writer.write("mcp_call.in_progress", place)
+    yield from call_events(writer, place, item, choice)
+    yield writer.write("mcp_call.completed", place)
+
+
+def remote_list_events(
+    writer: EventWriter, place: str, item: dict[str, Any], choice: Choice
+) -> Iterator[bytes]:
+    """Yield that the tools of a remote server were listed."""
+    yield writer.write("mcp_list_tools.in_progress", place)
+    yield writer.write("mcp_list_tools.completed", place)
+
+
+# type of an item: (what it lacks when it is added, the events that bring it)
+ITEM_EVENTS: dict[str, tuple[dict[str, Any], Callable[..., Iterator[bytes]]]] = {
+    "message": ({"status": "in_progress", "content": []}, text_events),
+    "reasoning": ({"status": "in_progress", "summary": [], "content": []}, thought_events),
+    "function_call": ({"status": "in_progress", "arguments": ""}, call_events),
+    "mcp_call": (
+        {"status": "in_progress", "arguments": "", "output": None},
+        remote_call_events,
+    ),
+    "mcp_list_tools": ({"tools": []}, remote_list_events),
+}
+
+
+def response_events(answer: Answer, echo: str, output: Output) -> Iterator[bytes]:
+    """Yield a response as events; the last one has all of it."""
+    writer = EventWriter()
+    opened = f'"response":{write_response(answer, echo, None)}'
+    yield writer.write("created", opened)
+    yield writer.write("in_progress", opened)
+    for at, (item, choice) in enumerate(output):
+        lacks, write_events = ITEM_EVENTS[item["type"]]
+        added = inside(output_index=at, item={**item, **lacks})
+        yield writer.write("output_item.added", added)
+        place = inside(item_id=item["id"], output_index=at)
+        yield from write_events(writer, place, item, choice)
+        yield writer.write("output_item.done", inside(output_index=at, item=item))
+    end = "incomplete" if answer.choices[0].finish_reason in INCOMPLETE else "completed"
+    yield writer.write(end, f'"response":{write_response(answer, echo, output)}')
+
+
+@route("POST", "/v1/responses", body=RESPONSE_FIELDS, kind="response")
+def create_response(server: TogetherAiServer, request: Request) -> Any:
+    """Answer a conversation in items, whole or as a stream of named events."""
+    body = request.body
+    refuse_unstored(body)
+    answer, output = compose_response(server, request)
+    name_items(answer, output)
+    echo = write_echo(body)
+    if body.get("stream"):
+        return Events(response_events(answer, echo, output), encoded=True)
+    return Reply(write_response(answer, echo, output).encode())
+
+
+@route("GET", "/v1/responses/{id}")
+@route("DELETE", "/v1/responses/{id}")
+@route("POST", "/v1/responses/{id}/cancel")
+def refuse_response(server: TogetherAiServer, request: Request) -> Any:
+    """Answer that there is no such response: none is stored."""
+    raise ApiError("no_response", id=request.params["id"], param="response_id")
 
 
 # --- Text completions
@@ -6787,8 +7608,8 @@ MAX_BATCH_LINES = 50_000  # documented
 
 BATCH_ENDS = ("completed", "failed", "cancelled", "expired")
 BATCH_ENDPOINTS = (
-    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/audio/transcriptions",
-    "/v1/audio/translations",
+    "/v1/chat/completions", "/v1/responses", "/v1/completions", "/v1/embeddings",
+    "/v1/audio/transcriptions", "/v1/audio/translations",
 )  # fmt: skip
 BATCH_FIELDS = Fields(
     Field("endpoint", str, required=True, choices=BATCH_ENDPOINTS), Field("metadata", dict),
@@ -8421,6 +9242,11 @@ def list_requests(server: TogetherAiServer, request: Request) -> Any:
     return Reply(b'{"%b":[%b],%b' % (name.encode(), ",".join(items).encode(), tail.encode()))
 
 
+def quote_for_shell(text: str) -> str:
+    """Return a text as one word of a shell's command."""
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
 def write_curl(call: Call, origin: str) -> str:
     """Return the command that sends a recorded call again, with any key."""
     lines = [f"curl -sS -X {call.method} {quote_for_shell(origin + call.path)}"]
@@ -8431,11 +9257,6 @@ def write_curl(call: Call, origin: str) -> str:
     if isinstance(call.body, dict):
         lines.append(f"-d {quote_for_shell(ENCODE(call.body))}")
     return " \\\n  ".join(lines)
-
-
-def quote_for_shell(text: str) -> str:
-    """Return a text as one word of a shell's command."""
-    return "'" + text.replace("'", "'\\''") + "'"
 
 
 def copy_call(call: Call, origin: str) -> dict[str, str]:
@@ -9534,7 +10355,8 @@ def as_reply(value: Any, request: Request, status: int) -> Reply:
     if type(value) is Reply:
         reply = value
     elif type(value) is Events:
-        events = encode_events(iter(value.chunks))
+        chunks = iter(value.chunks)
+        events = chunks if value.encoded else encode_events(chunks)
         first = next(events)
         reply = Reply(
             b"",
@@ -9651,7 +10473,7 @@ class TogetherAiServer:
         max_stored_bytes: int = MAX_STORED_BYTES,
         seed: int = 0,
         on_miss: str = "generate",
-        record_limit: int = 1000,
+        record_limit: int = DEFAULT_RECORD_LIMIT,
         log: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -9792,8 +10614,24 @@ class TogetherAiServer:
 
     @property
     def env(self) -> dict[str, str]:
-        """The variables to put into a program's environment before it builds its client."""
-        return {"TOGETHER_API_KEY": DEFAULT_KEY, "TOGETHER_BASE_URL": self.base_url}
+        """The variables to put into a program's environment before it builds its client.
+
+        Each is read by some client of Together or OpenAI; see the table in the README.
+        """
+        keys = ("TOGETHER_API_KEY", "TOGETHERAI_API_KEY", "OPENAI_API_KEY")
+        urls = (
+            "TOGETHER_BASE_URL",
+            "TOGETHER_API_BASE",
+            "TOGETHER_AI_API_BASE",
+            "TOGETHERAI_API_BASE",
+            "OPENAI_BASE_URL",
+            "OPENAI_API_BASE",
+        )
+        return {
+            **dict.fromkeys(keys, DEFAULT_KEY),
+            **dict.fromkeys(urls, self.base_url),
+            "TOGETHER_PROJECT_ID": PROJECT["id"],
+        }
 
     # Scripts and assertions
 
@@ -10246,7 +11084,7 @@ class TogetherAiServer:
             or route.slow
             or len(raw) > MAX_QUICK_BYTES
             or b'"tools"' in raw
-            or b'"response_format"' in raw
+            or b'format"' in raw  # response_format, or that of a response's text
             or b"\\u" in raw  # might spell one of these
             or self.script.slow
             or "x-parlel-fixture" in request.headers
@@ -10295,31 +11133,51 @@ def print_lines(lines: Iterable[str]) -> None:
         sys.stdout = None  # the interpreter would flush it again
 
 
+def read_environment(name: str, default: Any) -> Any:
+    """Return the default of an option, which `TOGETHER_FAKE_...` may give."""
+    value = os.environ.get("TOGETHER_FAKE_" + name.upper().replace("-", "_"))
+    if value is None:
+        return default
+    if isinstance(default, bool):
+        return value.lower() not in ("", "0", "false", "no", "off")
+    return value.split(os.pathsep) if isinstance(default, list) else value
+
+
 def read_options(args: Sequence[str] | None) -> Any:
-    """Read the command line."""
+    """Read the command line; what it does not say may stand in the environment."""
     import argparse  # not needed where the file is imported
 
     parser = argparse.ArgumentParser(
-        prog="together_fake.py", description="A local, repeatable stand-in for the Together AI API."
+        prog="together_fake.py",
+        description="A local, repeatable stand-in for the Together AI API.",
+        epilog="Every option may also be a variable: TOGETHER_FAKE_PORT, TOGETHER_FAKE_STRICT=1, ...",
     )
-    add = parser.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    add("--port", type=int, default=DEFAULT_PORT, help="0 takes any free one (%(default)s)")
-    add("--strict", action="store_true", help="be no more helpful than production")
-    add("--no-auth", action="store_true", help="answer without a key too")
-    add(
-        "--fixtures", action="append", default=[], metavar="PATH", help="file or folder; repeatable"
-    )
-    add("--on-miss", choices=("generate", "error"), default="generate", help="without a fixture")
-    add("--instant-jobs", action="store_true", help="jobs finish when they are created")
-    add("--max-stored-bytes", type=int, default=MAX_STORED_BYTES, help="of files (%(default)s)")
-    add("--seed", type=int, default=0, help="of the chances in faults (%(default)s)")
-    add("--quiet", action="store_true", help="no line for each request")
-    add("--routes", action="store_true", help="print the routes and exit")
-    add("--version", action="version", version=f"together_fake {__version__}")
+
+    def add(name: str, default: Any, help: str, **more: Any) -> None:
+        """Add an option; a default that is true or false makes it a switch."""
+        if isinstance(default, bool):
+            more["action"] = "store_true"
+        parser.add_argument(f"--{name}", default=read_environment(name, default), help=help, **more)
+
+    add("host", "127.0.0.1", "address to listen on (%(default)s)")
+    add("port", str(DEFAULT_PORT), "0 takes any free one (%(default)s)", type=int)
+    add("strict", False, "be no more helpful than production")
+    add("no-auth", False, "answer without a key too")
+    add("fixtures", [], "file or folder; repeatable", action="append", metavar="PATH")
+    add("on-miss", "generate", "without a fixture: generate or error", metavar="WHAT")
+    add("instant-jobs", False, "jobs finish when they are created")
+    add("max-stored-bytes", str(MAX_STORED_BYTES), "of files (%(default)s)", type=int)
+    add("record-limit", str(DEFAULT_RECORD_LIMIT), "calls to keep (%(default)s)", type=int)
+    add("seed", "0", "of the chances in faults (%(default)s)", type=int)
+    add("quiet", False, "no line for each request")
+    parser.add_argument("--routes", action="store_true", help="print the routes and exit")
+    version = f"together_fake {__version__}"
+    parser.add_argument("--version", action="version", version=version)
     options = parser.parse_args(args)
     if not 0 <= options.port <= 65535:
         parser.error(f"--port must be between 0 and 65535, not {options.port}")
+    if options.on_miss not in ("generate", "error"):
+        parser.error(f"--on-miss must be generate or error, not {options.on_miss!r}")
     return options
 
 
@@ -10336,7 +11194,9 @@ def serve(server: TogetherAiServer) -> None:
         signal.signal(name, lambda *_: None)
     server.start()
     exports = [f"export {variable}={value}" for variable, value in server.env.items()]
-    print_lines([f"together_fake {__version__} listens on {server.url}", *exports])
+    place = f"[{server.host}]" if ":" in server.host else server.host
+    bound = f"is bound to {place}:{server.port} and listens on {server.url}"
+    print_lines([f"together_fake {__version__} {bound}", *exports])
     gc.freeze()  # what lives until the end need not be looked at again and again
     reader.recv(1)
     server.stop()
@@ -10357,6 +11217,7 @@ def main(args: Sequence[str] | None = None) -> int:
         max_stored_bytes=options.max_stored_bytes,
         seed=options.seed,
         on_miss=options.on_miss,
+        record_limit=options.record_limit,
         log=None if options.quiet else print_line,
     )
     try:
