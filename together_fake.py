@@ -36,6 +36,7 @@ The sections, each of which uses only those above it; a star marks what touches 
     File and job endpoints  files, batches, fine-tuning, evaluations, dedicated endpoints
     Media endpoints         images, speech, transcription, videos
     Account endpoints       models, projects
+    Page           what a browser shows of the record
     Control        routes that look after the server
     HTTP *         the grammar of requests; reads from and writes to one client's socket
     Sockets *      listens, and the threads that answer
@@ -9113,12 +9114,712 @@ def get_upload_job(server: TogetherAiServer, request: Request) -> Any:
     return UPLOAD_JOBS.show(server, request)
 
 
+# === Page ===
+
+# What a browser shows of the record; it asks `GET /__parlel/requests?view=rows` for what is new.
+# Texts become nodes of text and nothing else, so that no prompt is ever run as HTML.
+PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>together_fake</title>
+<link rel="icon" href="data:,">
+<style>
+:root {
+  color-scheme: light dark;
+  --back: #fff; --panel: #f6f7f9; --line: #dfe3e8; --ink: #1b1f24; --dim: #5d6774;
+  --accent: #1f5fd0; --chosen: #e3edfd; --good: #14733a; --warn: #95520a; --bad: #b3201f;
+  --mono: 12px/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --back: #14171b; --panel: #1b1f25; --line: #2d333b; --ink: #e3e7ec; --dim: #949eab;
+    --accent: #79a8ff; --chosen: #1d2d48; --good: #5cc483; --warn: #e0aa55; --bad: #f5807e;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  display: flex; flex-direction: column; height: 100vh; margin: 0; background: var(--back);
+  color: var(--ink); font: 13px/1.5 system-ui, sans-serif;
+}
+:focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; }
+[hidden] { display: none !important; }
+.dim, .thought, summary, dt { color: var(--dim); }
+.good, [data-role=assistant] { color: var(--good); }
+.warn, .left, [data-role=tool] { color: var(--warn); }
+.bad, .cut, [data-role=error] { color: var(--bad); }
+a, [data-role=user], [data-role=prompt], [data-role=input] { color: var(--accent); }
+input, select, button {
+  height: 28px; padding: 0 8px; border: 1px solid var(--line); border-radius: 6px;
+  background: var(--back); color: inherit; font: inherit; white-space: nowrap;
+}
+button:hover { border-color: var(--dim); }
+header, .title, .facts { display: flex; flex-wrap: wrap; gap: 4px 8px; align-items: center; }
+header, .title { padding: 8px 12px; border-bottom: 1px solid var(--line); }
+header, .head, .role, .note, pre { background: var(--panel); }
+h1, h2, h3 { margin: 0; font-size: 14px; }
+h2 { flex: 1 0 auto; max-width: 100%; font: var(--mono); font-weight: 600; }
+#text { flex: 1 1 160px; min-width: 120px; }
+#test { width: 110px; }
+#state::before {
+  display: inline-block; width: 8px; height: 8px; margin-right: 6px; border-radius: 4px;
+  background: currentColor; content: "";
+}
+main { flex: 1; display: flex; min-height: 0; }
+
+#list { flex: 1; overflow: auto; overflow-anchor: none; container-type: inline-size; }
+#list:has([aria-selected=true]):focus { outline: none; }
+#list:focus-visible [aria-selected=true] { outline: 2px solid var(--accent); outline-offset: -2px; }
+#rows { position: relative; }
+#empty { padding: 48px 24px; text-align: center; }
+.row {
+  display: grid; gap: 12px; width: 100%; height: 28px; padding: 0 12px; line-height: 27px;
+  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums;
+  grid-template-columns:
+    44px 88px 80px minmax(150px, 2fr) minmax(100px, 2fr) 44px 68px 72px minmax(80px, 1fr) 84px;
+}
+.row > * { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
+.row.head { position: sticky; top: 0; z-index: 1; color: var(--dim); }
+#rows .row { position: absolute; cursor: pointer; }
+#rows .row:hover { background: var(--panel); }
+#rows [aria-selected=true] { background: var(--chosen) !important; }
+.number, .duration, .tokens { text-align: right; }
+.row :is(.number, .time, .answer, .complete) { color: var(--dim); }
+#rows :is(.time, .operation, .model, .status, .answer), dt, dd, pre { font: var(--mono); }
+#rows .row > * { line-height: 27px; }
+#rows .status { font-weight: 600; }
+@container (max-width: 1000px) {
+  .row { grid-template-columns: 88px minmax(150px, 3fr) minmax(80px, 2fr) 44px 68px 64px 84px; }
+  .number, .kind, .answer { display: none; }
+}
+@container (max-width: 640px) {
+  .row { grid-template-columns: 88px 1fr 44px 68px; gap: 8px; }
+  .model, .tokens, .outcome { display: none; }
+}
+
+#detail {
+  flex: 0 0 64%; display: flex; flex-direction: column; overflow: auto;
+  border-left: 1px solid var(--line); container-type: inline-size;
+}
+#detail > * { flex-shrink: 0; }
+@media (max-width: 900px) {
+  #detail { flex: 1; border: 0; }
+  main:has(#detail:not([hidden])) #list { display: none; }
+}
+.title { position: sticky; top: 0; z-index: 1; padding: 8px 16px; background: var(--back); }
+.facts { gap: 4px 16px; padding: 8px 16px; }
+.note { padding: 6px 10px; border-left: 3px solid; }
+.note, .misses { margin: 0 16px 8px; }
+.facts .dim { margin-right: 6px; }
+h2, .text, .note, dd, dt, pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+.sides { display: grid; border-top: 1px solid var(--line); flex-grow: 1; }
+.sides > section { padding: 12px 16px; min-width: 0; }
+@container (min-width: 640px) {
+  .sides { grid-template-columns: 1fr 1fr; }
+  .sides > section + section { border-left: 1px solid var(--line); }
+}
+.message { margin: 8px 0; border: 1px solid var(--line); border-radius: 6px; overflow: hidden; }
+.message { content-visibility: auto; contain-intrinsic-height: auto 80px; }
+.message > * { padding: 5px 10px; }
+.role { display: flex; justify-content: space-between; border-bottom: 1px solid var(--line); }
+.role > * { overflow-wrap: anywhere; }
+.thought { font-style: italic; }
+.thought::before { content: "reasoning: "; font-style: normal; }
+pre { margin: 4px 0; padding: 6px 10px; border-radius: 4px; }
+img { display: block; max-width: 100%; max-height: 420px; }
+audio { display: block; width: 100%; }
+dl { display: grid; grid-template-columns: fit-content(45%) 1fr; gap: 2px 12px; margin: 0; }
+dd { margin: 0; }
+summary { padding: 4px 0; cursor: pointer; }
+</style>
+<header>
+  <h1>together_fake</h1>
+  <input id="text" type="search" aria-label="Text in request or reply" placeholder="Text  ( / )">
+  <select id="kind" aria-label="Operation"><option value="">all operations</option></select>
+  <select id="status" aria-label="Status">
+    <option value="">any status</option><option>2xx</option><option>4xx</option><option>5xx</option>
+  </select>
+  <input id="test" list="tests" aria-label="Test id" placeholder="Test id">
+  <datalist id="tests"></datalist>
+  <span id="count" class="dim"></span>
+  <span id="state" role="status">connecting</span>
+  <button id="reset" title="Go back to the state after the start">Reset</button>
+</header>
+<main>
+  <div id="list" role="grid" tabindex="0" aria-label="Calls, newest first">
+    <div role="rowgroup"><div id="head" class="row head" role="row" aria-rowindex="1"></div></div>
+    <div id="rows" role="rowgroup"></div>
+    <div id="empty" class="dim"></div>
+  </div>
+  <section id="detail" aria-label="One call" tabindex="-1" hidden></section>
+</main>
+<script>
+"use strict";
+// What comes from clients is shown as text: nothing here parses HTML.
+
+const ROW = 28; // pixels, as in the style
+const MAX_ROWS = 20000; // older ones go
+const MAX_TEXT = 100000; // characters shown of one text
+const FILTERS = ["text", "kind", "status", "test"];
+const COPIES = { curl: "curl", python: "server.reply(...)", fixture: "fixture" }; // name: label
+const LINE = String.fromCharCode(10);
+const byId = (id) => document.getElementById(id);
+const list = byId("list");
+const detail = byId("detail");
+
+let rows = []; // as the server tells them, by number
+let since = 0; // the revision to ask from; 0 loads everything again
+let last = 0; // number of the newest call
+let epoch; // another one means that the record was reset
+let polls = 0; // an answer to another than the newest poll is dropped
+let timer = 0;
+let cursor = 0; // number of the chosen call
+let opened = 0; // number of the call in the detail; 0: none
+let shown = ""; // what the detail shows, as JSON
+const unfolded = new Set(); // titles of the folds that were opened: they stay so
+
+// === Elements ===
+
+function make(tag, name, ...content) {
+  const node = document.createElement(tag);
+  node.className = name;
+  node.append(...content); // strings become text
+  return node;
+}
+
+// JSON to read: what is long and says nothing to a reader is cut.
+function toJson(value) {
+  const cut = (key, item) => {
+    if (typeof item === "string" && item.length > 10000)
+      return item.slice(0, 200) + "... (" + item.length + " characters)";
+    const numbers = Array.isArray(item) && item.length > 20 && typeof item[0] === "number";
+    return numbers ? "(" + item.length + " numbers)" : item;
+  };
+  return JSON.stringify(value, cut, 2) ?? "";
+}
+
+function toText(value) {
+  const text = typeof value === "string" ? value : toJson(value);
+  const more = text.length - MAX_TEXT;
+  return more > 0 ? text.slice(0, MAX_TEXT) + "... (" + more + " more characters)" : text;
+}
+
+// JSON inside a string, such as a tool's arguments, in lines.
+function toPretty(text) {
+  try {
+    return toText(JSON.parse(text));
+  } catch {
+    return toText(text);
+  }
+}
+
+const makeText = (value, name = "") => make("div", "text " + name, toText(value));
+const makePre = (value) => make("div", "", make("pre", "", toText(value)));
+
+// Nothing is fetched from elsewhere.
+function makeMedia(kind, url) {
+  const own = url.startsWith("data:" + kind + "/") || url.startsWith(location.origin + "/");
+  if (!own) return makeText(kind + ": " + url);
+  const node = make(kind === "image" ? "img" : "audio", "");
+  if (kind === "image") node.alt = "image";
+  else node.controls = true;
+  node.src = url;
+  return make("div", "", node);
+}
+
+function makePairs(pairs) {
+  const cells = ([name, value]) => [make("dt", "", name), make("dd", "", toText(value))];
+  return make("dl", "", ...pairs.flatMap(cells));
+}
+
+function makeFold(title, fill) {
+  const fold = make("details", "", make("summary", "", title));
+  fold.addEventListener("toggle", () => {
+    unfolded[fold.open ? "add" : "delete"](title);
+    if (fold.open && fold.children.length === 1) fold.append(fill());
+  });
+  fold.open = unfolded.has(title);
+  return fold;
+}
+
+function makeMessage(role, note, ...parts) {
+  const name = make("b", "", toText(role));
+  name.dataset.role = role;
+  const head = make("div", "role", name, make("span", "dim", toText(note ?? "")));
+  return make("div", "message", head, ...parts);
+}
+
+// === A request and a reply as messages ===
+
+function readPart(part) {
+  const { text, refusal, image_url: image, input_audio: sound, audio_url: audio } = Object(part);
+  if (typeof part === "string") return makeText(part);
+  if (text ?? refusal) return makeText(text ?? refusal);
+  if (image) return makeMedia("image", String(image.url ?? image));
+  if (sound) return makeMedia("audio", "data:audio/" + sound.format + ";base64," + sound.data);
+  if (audio) return makeMedia("audio", String(audio.url ?? audio));
+  return makePre(part);
+}
+
+function readContent(content) {
+  if (Array.isArray(content)) return content.map(readPart);
+  return content === null || content === undefined || content === "" ? [] : [readPart(content)];
+}
+
+function readToolCall(name, json, id) {
+  const head = [make("span", "dim", "calls "), make("b", "", toText(name)), " "];
+  return make("div", "", ...head, make("span", "dim", id ?? ""), makePre(toPretty(json ?? "")));
+}
+
+function readMessage(message, note = message.tool_call_id ?? message.name) {
+  const { role, content, reasoning, reasoning_content: thought, tool_calls: calls } = message;
+  const parts = readContent(role === "tool" ? toPretty(content) : content);
+  if (reasoning || thought) parts.unshift(makeText(reasoning || thought, "thought"));
+  for (const { id, function: called = {} } of Array.isArray(calls) ? calls : [])
+    parts.push(readToolCall(called.name, called.arguments, id));
+  return makeMessage(role ?? "message", note, ...parts);
+}
+
+// One item of the Responses API, of its input or its output.
+function readItem(item) {
+  if (typeof item === "string") return makeMessage("user", "", makeText(item));
+  const { type, call_id: id } = item;
+  if (type === "function_call")
+    return makeMessage("assistant", "", readToolCall(item.name, item.arguments, id));
+  if (type === "function_call_output")
+    return makeMessage("tool", id, makeText(toPretty(item.output)));
+  const thoughts = [...(item.summary ?? []), ...(item.content ?? [])];
+  if (type === "reasoning")
+    return makeMessage("assistant", "", ...thoughts.map(({ text }) => makeText(text, "thought")));
+  return item.role ? readMessage(item) : makeMessage(type ?? "item", "", makePre(item));
+}
+
+function readRequest({ body, kind }) {
+  if (body === null) return [make("p", "dim", "No body, or one that was not kept.")];
+  const { model, messages, ...others } = typeof body === "object" ? body : { body };
+  const nodes = [];
+  for (const name of ["instructions", "input", "prompt", "query", "documents"]) {
+    const value = others[name];
+    delete others[name];
+    if (name === "input" && kind === "response") nodes.push(...[value ?? ""].flat().map(readItem));
+    else if (value) nodes.push(makeMessage(name, "", ...readContent(value)));
+  }
+  if (Array.isArray(messages)) nodes.push(...messages.map((message) => readMessage(message)));
+  const settings = Object.entries(others).map(([name, value]) => [name, JSON.stringify(value)]);
+  if (settings.length) nodes.push(makeMessage("settings", "", makePairs(settings)));
+  return nodes;
+}
+
+// The chunks of a stream put together, as if the reply had come whole.
+function foldChunks(chunks) {
+  const whole = { choices: [], error: chunks.find((chunk) => chunk.error)?.error };
+  for (const choice of chunks.flatMap((chunk) => chunk.choices ?? [])) {
+    const delta = choice.delta ?? { content: choice.text };
+    const folded = (whole.choices[choice.index ?? 0] ??= { message: { tool_calls: [] } });
+    const { message } = folded;
+    for (const name of ["content", "reasoning", "reasoning_content"])
+      if (delta[name]) message[name] = (message[name] ?? "") + delta[name];
+    for (const { index = 0, id, function: called = {} } of delta.tool_calls ?? []) {
+      const known = (message.tool_calls[index] ??= { function: { arguments: "" } });
+      known.id ??= id;
+      known.function.name ??= called.name;
+      known.function.arguments += called.arguments ?? "";
+    }
+    folded.finish_reason = choice.finish_reason ?? folded.finish_reason;
+  }
+  return whole;
+}
+
+function foldEvents(events) {
+  const ends = ["response.completed", "response.incomplete", "response.failed"];
+  const end = events.findLast((event) => ends.includes(event.type));
+  if (end) return end.response;
+  const deltas = events.filter((event) => event.type === "response.output_text.delta");
+  if (!deltas.length) return foldChunks(events);
+  return { choices: [{ text: deltas.map((event) => event.delta).join("") }] };
+}
+
+// An image or an embedding. The browser finds out what kind of image it is.
+function readData({ embedding, b64_json: base64, url }) {
+  const image = base64 ? "data:image/png;base64," + base64 : String(url);
+  if (!embedding) return makeMedia("image", image);
+  if (!Array.isArray(embedding)) return makeText(embedding.length + " characters of base64");
+  return makeText(embedding.length + " numbers: " + embedding.slice(0, 4).join(", ") + ", ...");
+}
+
+function readReply(call) {
+  const { reply, kind, n, body } = call;
+  if (reply === null) return [make("p", "dim", call.status ? "No body." : "Not there yet.")];
+  if (typeof reply.bytes === "number" && reply.content_type) {
+    const [type] = reply.content_type.split("/");
+    const url = location.origin + "/__parlel/requests/" + n + "/reply";
+    const file = ["image", "audio"].includes(type) ? makeMedia(type, url) : makePre(reply);
+    return [makeMessage("file", reply.content_type + ", " + reply.bytes + " bytes", file)];
+  }
+  const objects = (call.events_sent ? reply : []).filter((event) => event instanceof Object);
+  const whole = call.events_sent ? foldEvents(objects) : reply;
+  const { choices = [], output, data, results, text, error } = whole;
+  const nodes = choices.map(({ message, text: content, finish_reason: reason }) =>
+    readMessage({ role: "assistant", ...(message ?? { content }) }, reason ?? ""));
+  if (Array.isArray(output)) nodes.push(...output.map(readItem));
+  if (["image", "embedding"].includes(kind) && data)
+    nodes.push(makeMessage(kind, data.length, ...data.map(readData)));
+  if (results) {
+    const tell = ({ index, relevance_score: score, document = body?.documents?.[index] }) =>
+      [score.toFixed(4) + "  #" + index, Object(document).text ?? document];
+    nodes.push(makeMessage("results", "", makePairs(results.map(tell))));
+  }
+  if (text) nodes.push(makeMessage("transcript", "", makeText(text)));
+  if (error) nodes.push(makeMessage("error", error.type, makeText(error.message ?? error, "bad")));
+  return nodes.length ? nodes : [makeMessage("reply", "", makePre(reply))];
+}
+
+// Clients and fixtures send all sorts of things: what is not as expected is shown as it is.
+function readSafely(read, call, value) {
+  try {
+    return read(call);
+  } catch {
+    return [makeMessage("unusual JSON", "", makePre(value))];
+  }
+}
+
+// === One call ===
+
+function drawMiss({ fixture, differs, wanted, got, diff }) {
+  const colours = { "+": "good", "-": "bad", "@": "dim" };
+  const lines = (diff ?? "").split(LINE);
+  const spans = lines.map((line) => make("span", colours[line[0]] ?? "", line + LINE));
+  const pairs = makePairs([["wanted", wanted], ["got", got]]);
+  const none = makeText("It would match, but was used up or another one came first.");
+  const difference = diff ? make("div", "", make("pre", "", ...spans)) : differs ? pairs : none;
+  return makeMessage(fixture, differs, difference);
+}
+
+function drawRaw(call, name) {
+  const value = call[name];
+  const events = name === "reply" && call.events_sent;
+  const text = events ? value.map((event) => JSON.stringify(event)).join(LINE) : value;
+  const link = make("a", "", "open the whole");
+  link.href = "/__parlel/requests/" + call.n + (name === "reply" ? "/reply" : "");
+  link.target = "_blank";
+  return make("div", "", makePre(text), link);
+}
+
+function makeButton(label, press) {
+  const button = make("button", "", label);
+  button.addEventListener("click", press);
+  return button;
+}
+
+function drawCall(call) {
+  const query = call.query && "?" + call.query;
+  const place = call.method + " " + call.path + query;
+  const heading = make("h2", "", "#" + call.n + " ", drawStatus(call), " " + place);
+  const title = make("div", "title", heading, make("span", "dim", "copy as"));
+  for (const [name, label] of Object.entries(COPIES)) {
+    const button = makeButton(label, () => copyText(call.copy[name], button));
+    button.setAttribute("aria-label", "Copy as " + label);
+    button.disabled = !call.copy[name];
+    title.append(button);
+  }
+  title.append(makeButton("Close", closeCall));
+
+  const { number, operation, status, ...columns } = COLUMNS; // these are in the heading
+  const facts = Object.entries(columns).map(([name, tell]) => [name, tell(call)]);
+  facts.push(["events", call.events_sent ? String(call.events_sent) : ""], ["test", call.test]);
+  const spans = facts.filter(([, fact]) => fact)
+    .map(([name, fact]) => make("span", "", make("span", "dim", name), fact));
+  const notes = call.warnings.map((warning) => make("div", "note warn", warning));
+  const isReply = call.error === call.reply?.error?.message; // then the reply shows it
+  if (call.error && !isReply) notes.unshift(make("div", "note bad", call.error));
+  const misses = call.near_misses;
+  const drawMisses = () => make("div", "", ...misses.map(drawMiss));
+  if (misses.length) notes.push(make("div", "misses", ...(call.fixture
+    ? [makeFold("Fixtures that did not answer", drawMisses)]
+    : [make("h3", "", "No fixture answered"), drawMisses()])));
+
+  const request = make("section", "request", make("h3", "", "Request"),
+    ...readSafely(readRequest, call, call.body),
+    makeFold("Raw request", () => drawRaw(call, "body")),
+    makeFold("Headers", () => makePairs(Object.entries(call.headers))));
+  const reply = make("section", "reply", make("h3", "", "Reply"),
+    ...readSafely(readReply, call, call.reply),
+    makeFold("Raw reply", () => drawRaw(call, "reply")));
+  const sides = make("div", "sides", request, reply);
+  detail.replaceChildren(title, make("div", "facts", ...spans), ...notes, sides);
+}
+
+async function openCall(number) {
+  if (!number) return;
+  const again = opened === number;
+  const top = again ? detail.scrollTop : 0;
+  cursor = opened = number;
+  history.replaceState(null, "", "#" + number);
+  detail.hidden = false;
+  draw();
+  const path = "/__parlel/requests/" + number;
+  const call = await ask(path).catch(({ message }) => ({ gone: message }));
+  const text = JSON.stringify(call);
+  if (opened !== number || (again && text === shown)) return;
+  shown = text;
+  const gone = make("div", "note bad", call.gone + " ", makeButton("Close", closeCall));
+  if (call.gone) detail.replaceChildren(gone);
+  else drawCall(call);
+  detail.scrollTop = top;
+}
+
+function closeCall() {
+  opened = 0;
+  history.replaceState(null, "", location.pathname);
+  detail.hidden = true;
+  draw();
+  list.focus();
+}
+
+async function copyText(text, button) {
+  try {
+    await navigator.clipboard.writeText(text);
+  } catch {
+    const area = make("textarea", "");
+    area.value = text;
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+    button.focus();
+  }
+  button.textContent = "copied";
+  const label = button.getAttribute("aria-label").replace("Copy as ", "");
+  setTimeout(() => (button.textContent = label), 1000);
+}
+
+// === The list: only the rows in sight are elements ===
+
+function drawStatus({ status }) {
+  const colour = { 0: "dim", 4: "warn", 5: "bad" }[Math.floor(status / 100)] ?? "good";
+  return make("span", "status " + colour, String(status || "..."));
+}
+
+// name: what its cell shows
+const COLUMNS = {
+  number: ({ n }) => String(n),
+  time({ at }) {
+    const time = new Date(at);
+    return time.toTimeString().slice(0, 8) + "." + String(time.getMilliseconds()).padStart(3, "0");
+  },
+  kind: ({ kind }) => kind,
+  operation: ({ method, path }) => make("span", "", make("span", "dim", method + " "), path),
+  model: ({ model }) => model ?? "",
+  status: drawStatus,
+  duration({ status, duration_ms: ms }) {
+    if (!status) return "";
+    return ms < 1000 ? ms.toFixed(1) + " ms" : (ms / 1000).toFixed(2) + " s";
+  },
+  tokens: ({ usage }) =>
+    usage ? usage.prompt_tokens + " + " + (usage.completion_tokens ?? 0) : "",
+  answer: ({ fixture, status }) => fixture || (status && status < 400 ? "generated" : ""),
+  outcome({ outcome, warnings }) {
+    const badge = make("span", "warn", warnings > 0 ? " " + warnings + "!" : "");
+    return make("span", outcome, outcome || "running", badge);
+  },
+};
+
+function drawCells(role, tell) {
+  return Object.entries(COLUMNS).map(([name, draw]) => {
+    const cell = make("span", name, tell(name, draw));
+    cell.setAttribute("role", role);
+    return cell;
+  });
+}
+
+function drawRow(call, at) {
+  const node = make("div", "row", ...drawCells("gridcell", (name, draw) => draw(call)));
+  node.id = "call-" + call.n;
+  node.title = call.error;
+  node.style.top = at * ROW + "px";
+  node.setAttribute("role", "row");
+  node.setAttribute("aria-rowindex", at + 2);
+  node.setAttribute("aria-selected", call.n === cursor);
+  return node;
+}
+
+function draw() {
+  const first = Math.max(0, Math.floor(list.scrollTop / ROW) - 8);
+  const end = Math.min(rows.length, first + Math.ceil(list.clientHeight / ROW) + 16);
+  const nodes = [];
+  for (let at = first; at < end; at++) nodes.push(drawRow(rows[rows.length - 1 - at], at));
+  byId("rows").style.height = rows.length * ROW + "px";
+  byId("rows").replaceChildren(...nodes);
+  list.setAttribute("aria-rowcount", rows.length + 1);
+  list.setAttribute("aria-activedescendant", "call-" + cursor);
+  const filtered = FILTERS.some((name) => byId(name).value);
+  byId("count").textContent = rows.length + (filtered ? " of " + last : "") + " calls";
+  byId("empty").hidden = rows.length > 0;
+  byId("empty").textContent = filtered ? "No call passes the filter."
+    : "No calls yet. Point a client at " + location.origin + "/v1";
+}
+
+// The place in `rows` of a number, or of the one before it.
+const find = (number) => rows.findLastIndex((row) => row.n <= number);
+
+function move(steps) {
+  if (!rows.length) return;
+  const from = cursor ? rows.length - 1 - find(cursor) : -1;
+  const at = Math.min(rows.length - 1, Math.max(0, from + steps)); // 0: the newest
+  cursor = rows[rows.length - 1 - at].n;
+  const page = list.clientHeight - 2 * ROW; // without the head and this row
+  list.scrollTop = Math.min(at * ROW, Math.max(list.scrollTop, at * ROW - page));
+  draw();
+  if (opened) openCall(cursor);
+}
+
+// === The server ===
+
+async function ask(path, method = "GET") {
+  const answer = await fetch(path, { method, signal: AbortSignal.timeout(15000) });
+  const value = await answer.json();
+  if (!answer.ok) throw new Error(value.error?.message ?? "status " + answer.status);
+  return value;
+}
+
+// Let a filter be chosen from the values seen.
+function offer(name, values) {
+  const parent = byId(name === "test" ? "tests" : name);
+  const known = new Set(Array.from(parent.children, (option) => option.value));
+  for (const value of new Set(values.filter(Boolean).map(String))) {
+    if (known.has(value) || parent.children.length > 300) continue;
+    const option = make("option", "", value);
+    option.value = value;
+    parent.append(option);
+  }
+}
+
+function take(answer) {
+  const held = since && list.scrollTop; // where the user has scrolled to
+  if (!since) rows = [];
+  const before = rows.length;
+  for (const row of answer.rows) {
+    const at = find(row.n);
+    if (rows[at]?.n === row.n) rows[at] = row;
+    else rows.splice(at + 1, 0, row);
+  }
+  for (const name of ["kind", "status", "test"]) offer(name, answer.rows.map((row) => row[name]));
+  const added = rows.length - before;
+  rows.splice(0, rows.length - MAX_ROWS);
+  if (answer.rows.length || !since) draw();
+  if (held) list.scrollTop = held + added * ROW; // what is looked at stays where it is
+  if (opened && answer.rows.some((row) => row.n === opened)) openCall(opened);
+  since = answer.next;
+}
+
+async function poll() {
+  clearTimeout(timer);
+  const mine = ++polls;
+  let problem = "";
+  try {
+    const query = new URLSearchParams({ view: "rows", since });
+    for (const name of FILTERS) if (byId(name).value) query.set(name, byId(name).value);
+    const answer = await ask("/__parlel/requests?" + query);
+    if (mine !== polls) return;
+    const fresh = epoch !== undefined && (answer.epoch !== epoch || answer.last < last);
+    ({ epoch, last } = answer);
+    if (fresh) {
+      if (opened) closeCall();
+      cursor = since = 0;
+      return poll();
+    }
+    take(answer);
+  } catch (error) {
+    if (mine !== polls) return;
+    problem = String(error);
+  }
+  byId("state").textContent = problem ? "disconnected" : "live";
+  byId("state").className = problem ? "bad" : "good";
+  byId("state").title = problem;
+  if (!document.hidden) timer = setTimeout(poll, problem ? 2000 : 500);
+}
+
+// === The user ===
+
+const openLinked = () => openCall(Number(location.hash.slice(1))); // as in /#17
+
+list.addEventListener("scroll", draw);
+window.addEventListener("resize", draw);
+window.addEventListener("hashchange", openLinked);
+document.addEventListener("visibilitychange", () => document.hidden || poll());
+
+// By place, since a poll may have put a new element under the pointer.
+byId("rows").addEventListener("click", (event) => {
+  const at = Math.floor((event.clientY - byId("rows").getBoundingClientRect().top) / ROW);
+  if (rows.length > at) openCall(rows[rows.length - 1 - at].n);
+});
+
+for (const name of FILTERS)
+  byId(name).addEventListener("input", () => {
+    clearTimeout(timer);
+    polls++;
+    timer = setTimeout(() => {
+      since = list.scrollTop = 0;
+      poll();
+    }, 200);
+  });
+
+byId("reset").addEventListener("click", async () => {
+  if (!confirm("Forget all calls, stored objects and fixtures added at run time?")) return;
+  await ask("/__parlel/reset", "POST").catch((error) => alert(error.message));
+  poll();
+});
+
+document.addEventListener("keydown", (event) => {
+  const { key, target } = event;
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const typing = target.matches("input, select");
+  const page = Math.floor(list.clientHeight / ROW) - 2;
+  const arrows = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -1e9, End: 1e9 };
+  const inList = target === list || target === document.body;
+  const steps = { j: 1, k: -1 }[key] ?? (inList ? arrows[key] : 0);
+  if (key === "Escape" && typing) list.focus();
+  else if (typing) return;
+  else if (key === "Escape") closeCall();
+  else if (key === "/") byId("text").select();
+  else if (key === "Enter" && inList) openCall(cursor);
+  else if (steps) move(steps);
+  else return;
+  if (opened && !list.offsetParent) detail.focus(); // a narrow window shows one of the two
+  event.preventDefault();
+});
+
+byId("head").append(...drawCells("columnheader", (name) => (name === "number" ? "#" : name)));
+poll();
+openLinked();
+</script>
+</html>
+"""
+
+
+@functools.lru_cache(maxsize=1)
+def page_policy() -> str:
+    """Return the content security policy under which nothing but the page itself can run."""
+    hashes = {}
+    for tag in ("script", "style"):
+        text = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{hashes['script']}';"
+        f" style-src 'sha256-{hashes['style']}'; img-src 'self' data:; media-src 'self' data:;"
+        " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
 # === Control ===
 
 
 @route("GET", "/", open=True, slow=False)
 def get_root(server: TogetherAiServer, request: Request) -> Any:
-    """Say what this is."""
+    """Say what this is: to a browser by a page that shows the record."""
+    if "text/html" in request.headers.get("accept", ""):
+        headers = {"Content-Security-Policy": page_policy(), "Vary": "Accept"}
+        return Reply(PAGE.encode(), 200, "text/html; charset=utf-8", headers)
     return {
         "name": "together-ai",
         "version": "1",
