@@ -36,10 +36,12 @@ The sections, each of which uses only those above it; a star marks what touches 
     File and job endpoints  files, batches, fine-tuning, evaluations, dedicated endpoints
     Media endpoints         images, speech, transcription, videos
     Account endpoints       models, projects
+    Recording *    fixtures made from answers; writes the file they are kept in
     Page           what a browser shows of the record
     Control        routes that look after the server
     HTTP *         the grammar of requests; reads from and writes to one client's socket
     Sockets *      listens, and the threads that answer
+    Upstream *     another server that answers what no fixture does
     Server *       TogetherAiServer: options, state, the pipeline, life cycle
     Command line * main(): standard output, standard error, signals
 
@@ -59,7 +61,9 @@ import contextlib
 import errno
 import functools
 import hashlib
+import http.client
 import http.server
+import io
 import itertools
 import json
 import operator
@@ -178,6 +182,12 @@ QUOTE = json.encoder.encode_basestring  # of a string alone
 DONE = b"data: [DONE]\n\n"  # the last event of every stream of chunks
 
 
+def complain(text: str) -> None:
+    """Write to standard error; where that cannot be done, nobody is there to read it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(text)
+
+
 def mask(value: str) -> str:
     """Keep the scheme of a header that holds a key, never the key."""
     scheme, space, _ = value.partition(" ")
@@ -224,9 +234,11 @@ class Request:
     """One request as the pipeline sees it; HTTP, tests and batch lines all build these."""
 
     __slots__ = (
-        "args", "batch", "body", "headers", "id", "method", "origin", "params", "path", "query",
-        "raw", "script",
+        "args", "batch", "body", "client", "headers", "id", "method", "origin", "params", "path",
+        "query", "raw", "script",
     )  # fmt: skip
+
+    client: Any  # the socket, where a thread waits for somebody else on this request's behalf
 
     def __init__(
         self,
@@ -391,6 +403,7 @@ ERRORS: dict[str, tuple[int, str]] = {
     ),
     "bad_range": (416, "The range lies outside of {size} bytes."),
     "bug": (500, "Internal server error: {reason}"),
+    "bad_upstream": (502, "The upstream {url} does not answer: {reason}."),
     "unknown_coding": (501, "Transfer-Encoding {coding!r} is not known; only chunked is."),
     "bad_version": (505, "The HTTP version is not known; HTTP/1.1 and HTTP/1.0 are."),
 }
@@ -3560,8 +3573,11 @@ class SafePattern:
 def contains_json(got: Any, wanted: Any) -> bool:
     """Compare JSON where `wanted` may leave out keys and the end of lists.
 
-    A pattern shall be found in a text, or in one of a tuple; a function shall agree.
+    A pattern shall be found in a text, or in one of a tuple; a function shall agree; a file is
+    what the record shows of it.
     """
+    if isinstance(got, Upload):
+        got = redact(got)
     if isinstance(wanted, (re.Pattern, SafePattern)):
         texts = got if isinstance(got, tuple) else (got,)
         return any(isinstance(text, str) and wanted.search(text) for text in texts)
@@ -3677,6 +3693,8 @@ FIXTURE_FILE = Fields(
     Field("fixtures", list, required=True),
     Field("$schema", str),
     Field("$comment", *JSON_KINDS),
+    Field("_warning", str),  # by aimock's recorder, as is the next
+    Field("_warnings", list),
     closed=True,
 )
 
@@ -3684,7 +3702,7 @@ JSON_TEXT = (str, dict, list)  # of an object or a list, the JSON is meant
 OVERRIDES = Fields(
     *rows_of("id model finishReason role", str),
     Field("created", int, low=0),
-    Field("usage", dict, each=Field("", int, dict, low=0)),
+    Field("usage", dict, each=Field("", int, float, bool, dict, low=0)),
 )
 TOOL_CALL = Fields(
     Field("name", str, required=True),
@@ -3718,7 +3736,14 @@ STATUS = Fields(
     Field("status", int, low=400, high=999), *number_rows("retryAfter", 0, MAX_MS), closed=True
 )
 ERROR = Fields(
-    Field("error", dict, fields=ENVELOPE), *STATUS.values(), closed=True, ignored="fallthrough"
+    Field("error", dict, fields=ENVELOPE),
+    Field("id", str),
+    *STATUS.values(),
+    closed=True,
+    ignored="fallthrough",
+)
+RAW = Fields(
+    Field("text", str), Field("b64Json", str, test=BASE64), Field("contentType", str), closed=True
 )
 IMAGE = Fields(*rows_of("url revisedPrompt", str), Field("b64Json", str, test=BASE64), closed=True)
 SOUND = Fields(
@@ -3799,6 +3824,14 @@ def read_error(said: dict[str, Any]) -> dict[str, Any]:
     return {"status": 500, "error": None, "retry_after": None, **snake_keys(said)}
 
 
+def read_raw(said: dict[str, Any]) -> dict[str, Any]:
+    """Decode a scripted body that is no JSON."""
+    raw = said["raw"]
+    data = DECODE_BASE64(raw["b64Json"]) if "b64Json" in raw else raw.get("text", "").encode()
+    kind = raw.get("contentType", "application/octet-stream")
+    return {"data": data, "content_type": kind, "status": said.get("status", 200)}
+
+
 def read_vectors(said: dict[str, Any]) -> dict[str, Any]:
     """Normalise embeddings into a list of vectors; a single one serves every input."""
     given = said["embedding"]
@@ -3859,6 +3892,13 @@ RESPONSES: dict[str, tuple[list[str], Fields, Callable[[dict[str, Any]], Any]]] 
         ),
         lambda said: {"status": 200, **said},
     ),
+    "raw": (
+        EVERY,
+        Fields(
+            Field("raw", dict, fields=RAW), Field("status", int, low=200, high=999), closed=True
+        ),
+        read_raw,
+    ),
     "text": (["chat", "completion", "response"], MESSAGE, read_message),
     "status": (EVERY, STATUS, read_error),
     "generated": (EVERY, Fields(closed=True), dict),  # no response: the usual answer, with a fault
@@ -3866,7 +3906,8 @@ RESPONSES: dict[str, tuple[list[str], Fields, Callable[[dict[str, Any]], Any]]] 
 KIND_BY_KEY = {  # the first of these keys that a response has tells its kind
     "error": "error", "audio": "audio", "video": "video", "transcription": "transcription",
     "image": "image", "images": "image", "embedding": "embedding", "scores": "rerank", "job": "job",
-    "json": "json", "content": "text", "toolCalls": "text", "blocks": "text", "status": "status",
+    "json": "json", "raw": "raw",
+    "content": "text", "toolCalls": "text", "blocks": "text", "status": "status",
 }  # fmt: skip
 RESPONSE = Fields(  # all keys; those that stand in several tables as a text has them
     *[row for _, rows, _ in RESPONSES.values() for row in rows.values()],
@@ -4684,12 +4725,24 @@ def status_reply(
     return reply
 
 
+def raw_reply(data: bytes, content_type: str, status: int) -> Reply:
+    """Build the reply of a body that was given as it is; the events of a stream are its chunks."""
+    reply = Reply(data, status, content_type)
+    if content_type.startswith("text/event-stream"):
+        events = data.replace(b"\r\n", b"\n").split(b"\n\n")
+        reply.events = (event + b"\n\n" for event in events if event.strip())
+    return reply
+
+
 def error_reply(fixture: Fixture, request: Request) -> Reply:
-    """Build the whole reply of a fixture whose response is an error, a status or `json`."""
-    response, id = fixture.response, name_request(request)
+    """Build the whole reply of a fixture whose response is an error, a status, `json` or `raw`."""
+    response = fixture.response
+    if fixture.kind == "raw":
+        return raw_reply(**response)
     if fixture.kind == "json":
         return Reply(ENCODE(response["json"]).encode(), response["status"])
-    reply = status_reply(**response, model=request.body.get("model"), id=id)
+    model, id = request.body.get("model"), name_request(request)
+    reply = status_reply(**{"id": id, **response}, model=model)
     if "shouldRetry" in fixture.options:
         asked = json.dumps(fixture.options["shouldRetry"])
         reply.headers = {**reply.headers, "x-should-retry": asked}
@@ -5972,6 +6025,16 @@ def make_pattern_text(rng: HashRandom, pattern: str | None) -> str:
         raise ApiError("invalid", param="response_format.pattern", reason=str(error)) from None
 
 
+def describe_field(text: str) -> dict[str, Any]:
+    """Return the schema of a field that a sentence describes: `must be a single int value`."""
+    kind = re.search(r"single (int|float) value|(True or False)|one of: ([^\n]+)", text)
+    if kind is None:
+        return {"type": "string"}
+    if kind[3]:
+        return {"enum": [choice.strip() for choice in kind[3].split(";")]}
+    return {"type": "boolean" if kind[2] else {"int": "integer", "float": "number"}[kind[1]]}
+
+
 def as_schema(value: Any) -> Any:
     """Return the schema that a JSON object in a prompt stands for, or None.
 
@@ -5987,16 +6050,6 @@ def as_schema(value: Any) -> Any:
         properties = {name: describe_field(field) for name, field in value.items()}
         return {"type": "object", "properties": properties, "required": list(value)}
     return None
-
-
-def describe_field(text: str) -> dict[str, Any]:
-    """Return the schema of a field that a sentence describes: `must be a single int value`."""
-    kind = re.search(r"single (int|float) value|(True or False)|one of: ([^\n]+)", text)
-    if kind is None:
-        return {"type": "string"}
-    if kind[3]:
-        return {"enum": [choice.strip() for choice in kind[3].split(";")]}
-    return {"type": "boolean" if kind[2] else {"int": "integer", "float": "number"}[kind[1]]}
 
 
 def read_schemas(text: str) -> Iterator[Any]:
@@ -6118,13 +6171,18 @@ def script_choice(
 ) -> Choice:
     """Write one choice that a fixture scripts; the limits on its length hold too."""
     choice = Choice(index, "", 0, "tool_calls")
-    budget -= add_thoughts(choice, script["reasoning"], budget)
+    most = sys.maxsize if "finish_reason" in script else budget
+    budget -= add_thoughts(choice, script["reasoning"], most)
     blocks = script["blocks"]
     calls = [block for block in blocks if block["type"] == "tool_call"]
     if script["content"] is not None or not calls:
         text = script["content"] or ""
+        ended = "finish_reason" in script  # as it was recorded
         choice.text, choice.token_count, choice.finish_reason = cut_text(
-            text, count_tokens(text), body.get("stop"), max(budget, 0)
+            text,
+            count_tokens(text),
+            None if ended else body.get("stop"),
+            sys.maxsize if ended else max(budget, 0),
         )
     if calls:
         choice.finish_reason = "tool_calls"
@@ -6144,6 +6202,8 @@ def apply_script(answer: Answer, script: dict[str, Any]) -> None:
         setattr(answer, name, script.get(name) or getattr(answer, name))
     answer.request.id = answer.id
     usage = answer.usage
+    if usage.keys() - {"reasoning_tokens"} <= (script.get("usage") or {}).keys():
+        usage.clear()  # a whole one was given
     usage.update(script.get("usage") or {})
     if "total_tokens" not in (script.get("usage") or {}):
         usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
@@ -6963,7 +7023,9 @@ def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
                 count = count_tokens(text)
             else:
                 text, count = make_prose(own.child("text", index))
-            choices.append(Choice(len(choices), *cut_text(text, count, body.get("stop"), budget)))
+            ended = script is not None and "finish_reason" in script
+            stop, most = (None, sys.maxsize) if ended else (body.get("stop"), budget)
+            choices.append(Choice(len(choices), *cut_text(text, count, stop, most)))
     form = FORMS[model.engine]
     answer = Answer(request, form, choices, count_usage(prompt_tokens, choices))
     answer.strict = server.strict
@@ -9114,6 +9176,753 @@ def get_upload_job(server: TogetherAiServer, request: Request) -> Any:
     return UPLOAD_JOBS.show(server, request)
 
 
+# === Recording ===
+
+MAX_RECORDED_ANSWER_BYTES = 32 * 2**20  # a larger answer is passed on, but not recorded
+MAX_REMEMBERED_BYTES = 64 * 2**20  # bodies of recorded requests, to tell them apart
+MIN_KEY_LENGTH = 20  # characters of a real key; "test" and the like may stand in a text
+
+# What does not change an answer, so that it does not tell two requests apart.
+UNSAID_FIELDS = frozenset(("stream", "stream_options", "encoding_format", "user"))
+# What tells two requests apart that are named alike; where it does not, their bodies do.
+FINER_KEYS = ("systemMessage", "responseFormat", "toolCallId", "toolResultContains")
+EVENT_STREAM = "text/event-stream"
+EVENT_END = late_regex(rb"\r?\n\r?\n|\r\r")
+NUMBER_LINES = late_regex(r'\[\n\s+(-?[0-9][^"\[\]{}]*?)\n\s*\]')  # no text has a bare line end
+
+
+def digest_upload(file: Any) -> str:
+    """Return what stands for a file where requests are compared."""
+    return hashlib.sha256(file.data).hexdigest()
+
+
+COMPARABLE = make_encoder(sort_keys=True, default=digest_upload)
+
+
+class Said:
+    """An answer as it was sent; of `value`, `events` and `data` what there is.
+
+    value    of a whole reply in JSON; `NOTHING` where it is none
+    events   the JSON values of a stream's events, `[DONE]` left out
+    data     all its bytes
+    timings  of a stream, as fixtures have them
+    """
+
+    NOTHING = object()
+
+    def __init__(
+        self,
+        status: int = 200,
+        *,
+        value: Any = NOTHING,
+        events: list[Any] | None = None,
+        data: bytes = b"",
+        content_type: str = "application/json",
+        retry_after: str = "",
+        timings: dict[str, Any] | None = None,
+    ) -> None:
+        self.status = status
+        self.value = value
+        self.events = events
+        self.data = data
+        self.content_type = content_type
+        self.retry_after = retry_after
+        self.timings = timings
+
+    @property
+    def is_json(self) -> bool:
+        """Whether it is a whole reply in JSON."""
+        return self.value is not self.NOTHING
+
+
+def split_events(data: bytes) -> list[bytes]:
+    """Return the events of a stream, each with the blank line that ends it."""
+    ends = [found.end() for found in EVENT_END.finditer(data)]
+    ends += [len(data)] if data[ends[-1] if ends else 0 :].strip() else []
+    return [data[start:end] for start, end in zip([0, *ends], ends)]
+
+
+def parse_events(data: bytes) -> list[Any] | None:
+    """Return the JSON of a stream's events; None where one has something else."""
+    values = []
+    for event in split_events(data):
+        lines = event.decode("utf-8", "replace").splitlines()
+        text = "\n".join(line[5:].strip() for line in lines if line.startswith("data:"))
+        if text and text != "[DONE]":
+            try:
+                values.append(parse_json(text.encode()))
+            except ApiError:
+                return None
+    return values
+
+
+def find_timings(data: bytes, times: list[tuple[int, float]]) -> dict[str, Any] | None:
+    """Return when the events of a stream came, in ms; None where there are fewer than two.
+
+    times  for each piece that came: the bytes so far, the seconds since the request
+    """
+    stamps, pieces, end = [], iter(times), 0
+    so_far, seconds = 0, 0.0
+    for event in split_events(data):
+        end += len(event)
+        while so_far < end:
+            so_far, seconds = next(pieces, (end, seconds))
+        stamps.append(min(round(seconds * 1000), MAX_MS))
+    if len(stamps) < 2:
+        return None
+    delays = [later - earlier for earlier, later in zip(stamps, stamps[1:])]
+    return {"ttftMs": stamps[0], "interChunkDelaysMs": delays, "totalDurationMs": stamps[-1]}
+
+
+def read_said(
+    status: int, content_type: str, data: bytes, times: Any = (), retry_after: str = ""
+) -> Said:
+    """Take apart the bytes of an answer."""
+    said = Said(status, data=data, content_type=content_type, retry_after=retry_after)
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == EVENT_STREAM:
+        said.events = parse_events(data)
+        said.timings = find_timings(data, list(times))
+    elif kind.endswith("json"):
+        with contextlib.suppress(ApiError):
+            said.value = parse_json(data)
+    return said
+
+
+# --- From the chunks of a stream to the whole
+
+RESPONSE_ENDS = ("response.completed", "response.incomplete")
+BLANK_MESSAGE: dict[str, Any] = {
+    "role": None, "content": "", "reasoning": "", "tool_calls": [], "calls_first": False,
+}  # fmt: skip
+BLANK_CHOICE = {"text": "", "message": BLANK_MESSAGE}
+
+
+def add_call_delta(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
+    """Add what a chunk says of a tool call."""
+    index = delta.get("index")
+    call = next((each for each in calls if each["index"] == index), None)
+    if call is None or (index is None and delta.get("id")):
+        call = {"index": index, "id": None, "function": {"name": "", "arguments": ""}}
+        calls.append(call)
+    made = delta.get("function") or {}
+    call["id"] = call["id"] or delta.get("id")
+    call["function"]["name"] = call["function"]["name"] or made.get("name") or ""
+    call["function"]["arguments"] += made.get("arguments") or ""
+
+
+def add_delta(choice: dict[str, Any], part: dict[str, Any]) -> None:
+    """Add what a chunk says of a choice of a chat."""
+    delta, message = part.get("delta") or {}, choice["message"]
+    message["role"] = delta.get("role") or message["role"]
+    message["content"] += delta.get("content") or ""
+    message["reasoning"] += delta.get("reasoning") or delta.get("reasoning_content") or ""
+    for call in list_objects(delta.get("tool_calls")):
+        message["calls_first"] = message["calls_first"] or not message["content"]
+        add_call_delta(message["tool_calls"], call)
+    for name in ("function_call", "refusal", "audio"):
+        message[name] = message.get(name) or delta.get(name)
+
+
+def add_text(choice: dict[str, Any], part: dict[str, Any]) -> None:
+    """Add what a chunk says of a choice of a text completion."""
+    text = part.get("text")
+    choice["text"] += text if text is not None else (part.get("delta") or {}).get("content") or ""
+
+
+def fold_choices(events: list[Any], add: Callable[[Any, Any], None]) -> dict[str, Any] | None:
+    """Join the chunks of a stream into the whole reply; None where one is none, or the end lacks.
+
+    add  adds a chunk's part to its choice
+    """
+    whole: dict[str, Any] = {}
+    choices: dict[int, dict[str, Any]] = {}
+    for event in events:
+        if not isinstance(event, dict) or "choices" not in event:
+            return None
+        for name in ("id", "created", "model"):
+            whole.setdefault(name, event.get(name))
+        whole["usage"] = event.get("usage") or whole.get("usage")
+        for part in list_objects(event["choices"]):
+            choice = choices.setdefault(part.get("index") or 0, copy_json(BLANK_CHOICE))
+            add(choice, part)
+            for name in ("finish_reason", "logprobs"):
+                choice[name] = part.get(name) or choice.get(name)
+    whole["choices"] = list(choices.values())
+    return whole if all(choice["finish_reason"] for choice in choices.values()) else None
+
+
+def fold_chat(events: list[Any]) -> dict[str, Any] | None:
+    """Join the chunks of a chat."""
+    return fold_choices(events, add_delta)
+
+
+def fold_completion(events: list[Any]) -> dict[str, Any] | None:
+    """Join the chunks of a text completion."""
+    return fold_choices(events, add_text)
+
+
+def fold_response(events: list[Any]) -> dict[str, Any] | None:
+    """Return the whole that the last event of a stream of POST /v1/responses has."""
+    last = events[-1] if events else None
+    return get_path(last, "response") if get_path(last, "type") in RESPONSE_ENDS else None
+
+
+# --- From a whole reply to what a fixture says; None where its format cannot hold it
+
+
+def drop_nulls(value: Any) -> Any:
+    """Return JSON without the keys whose values are null, which no fixture can hold."""
+    if not isinstance(value, dict):
+        return value
+    return {name: drop_nulls(inner) for name, inner in value.items() if inner is not None}
+
+
+def read_envelope(reply: dict[str, Any], request: Request, **more: Any) -> dict[str, Any]:
+    """Return what a fixture says of all that surrounds an answer's text."""
+    model = reply.get("model")
+    said = {
+        "id": reply.get("id"),
+        "created": reply.get("created") or reply.get("created_at"),
+        "model": model if model != request.body.get("model") else None,
+        "usage": drop_nulls(reply.get("usage")),
+        **more,
+    }
+    return {name: value for name, value in said.items() if value}
+
+
+def hide_braces(text: str) -> list[dict[str, Any]]:
+    """Return a text in blocks where it is cut so that it quotes no part of a request."""
+    cuts = [0, *[found.start() + 1 for found in TEMPLATE.finditer(text)], len(text)]
+    return [{"type": "text", "text": text[a:b]} for a, b in zip(cuts, cuts[1:])]
+
+
+def say_message(
+    text: str, calls: list[dict[str, Any]], calls_first: bool, reasoning: Any
+) -> dict[str, Any]:
+    """Return a text and tool calls as a fixture says them."""
+    said: dict[str, Any] = {"reasoning": reasoning} if reasoning else {}
+    quotes = TEMPLATE.search(text)
+    if quotes or (text and calls and calls_first):
+        blocks = [{"type": "toolCall", **call} for call in calls]
+        texts = hide_braces(text)
+        said["blocks"] = blocks + texts if calls_first else texts + blocks
+        return said
+    if text or not calls:
+        said["content"] = text
+    return {**said, "toolCalls": calls} if calls else said
+
+
+def read_call(call: dict[str, Any]) -> dict[str, Any]:
+    """Return a tool call of a chat as a fixture says it."""
+    made, id = call.get("function") or {}, call.get("id")
+    arguments = str(made.get("arguments") or "")
+    # What would quote the request is written in another way that means the same.
+    arguments = TEMPLATE.sub(lambda found: "{\\u007b" + found[0][2:], arguments)
+    said = {"name": str(made.get("name")), "arguments": arguments}
+    return {**said, "id": id} if id else said
+
+
+def find_only_choice(reply: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the choice of an answer that has one, and nothing that only some answers have."""
+    choices = list_objects(reply.get("choices"))
+    is_plain = len(choices) == 1 and not choices[0].get("logprobs") and not reply.get("prompt")
+    return choices[0] if is_plain else None
+
+
+def read_chat(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a fixture says for an answer of a chat."""
+    choice = find_only_choice(reply) or {}
+    message = choice.get("message")
+    if not isinstance(message, dict):
+        return None
+    text = message.get("content")
+    odd = any(message.get(name) for name in ("function_call", "refusal", "audio"))
+    if odd or not isinstance(text, (str, type(None))):
+        return None
+    calls = [read_call(call) for call in list_objects(message.get("tool_calls"))]
+    reasoning = message.get("reasoning") or message.get("reasoning_content")
+    role = message.get("role")
+    envelope = read_envelope(
+        reply,
+        request,
+        finishReason=choice.get("finish_reason"),
+        role=role if role != "assistant" else None,
+    )
+    first = bool(message.get("calls_first"))
+    return {**say_message(text or "", calls, first, reasoning), **envelope}
+
+
+def read_completion(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a fixture says for a text completion."""
+    choice = find_only_choice(reply)
+    if choice is None or request.body.get("echo") or not isinstance(choice.get("text"), str):
+        return None
+    envelope = read_envelope(reply, request, finishReason=choice.get("finish_reason"))
+    said = say_message(choice["text"], [], False, None)
+    return {**said, **envelope} if "content" in said else None
+
+
+def join_parts(item: dict[str, Any], name: str) -> str:
+    """Join the texts in a list of an item of POST /v1/responses."""
+    return "".join(str(part.get("text") or "") for part in list_objects(item.get(name)))
+
+
+def read_response_reply(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a fixture says for an answer of POST /v1/responses."""
+    items = list_objects(reply.get("output"))
+    types = [item.get("type") for item in items]
+    parts = [part for item in items for part in list_objects(item.get("content"))]
+    known = {"message", "function_call", "reasoning", "output_text", "reasoning_text"}
+    scored = any(part.get("logprobs") for part in parts)
+    if not known.issuperset([*types, *[part.get("type") for part in parts]]) or scored:
+        return None
+    if types.count("message") > 1 or reply.get("status") not in ("completed", "incomplete"):
+        return None
+    calls = [
+        read_call({"id": item.get("call_id"), "function": item})
+        for item in items
+        if item["type"] == "function_call"
+    ]
+    texts = [join_parts(item, "content") for item in items if item["type"] == "message"]
+    thoughts = [item for item in items if item["type"] == "reasoning"]
+    reasoning = [join_parts(item, "content") or join_parts(item, "summary") for item in thoughts]
+    said = [type for type in types if type != "reasoning"]
+    ended = "length" if reply["status"] == "incomplete" else None
+    first = said[:1] == ["function_call"]
+    message = say_message("".join(texts), calls, first, "".join(reasoning))
+    return {**message, **read_envelope(reply, request, finishReason=ended)}
+
+
+def read_vector(given: Any) -> list[float] | None:
+    """Return the numbers of an embedding, whichever form it came in."""
+    if not isinstance(given, str):
+        return given if isinstance(given, list) else None
+    data = DECODE_BASE64(given)
+    # Nine digits are enough for a float32 to come back as it was.
+    return [float(f"{number:.9g}") for number in struct.unpack(f"<{len(data) // 4}f", data)]
+
+
+def read_embeddings(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a fixture says for embeddings: one vector, or one for each input."""
+    rows = sorted(list_objects(reply.get("data")), key=lambda row: row.get("index") or 0)
+    vectors = [read_vector(row.get("embedding")) for row in rows]
+    if not all(vectors):
+        return None
+    return {"embedding": vectors[0] if len(vectors) == 1 else vectors}
+
+
+def read_images(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a fixture says for images."""
+    names = {"url": "url", "b64_json": "b64Json", "revised_prompt": "revisedPrompt"}
+    images = [
+        {key: item[name] for name, key in names.items() if item.get(name)}
+        for item in list_objects(reply.get("data"))
+    ]
+    return {"image": images[0]} if len(images) == 1 else {"images": images}
+
+
+def read_transcript(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a fixture says for a transcription or translation."""
+    said = {key: reply[key] for key in TRANSCRIPT if key in reply}
+    task = "translate" if "translations" in request.path else "transcribe"
+    whole = reply.keys() == {"text"} or TRANSCRIPT.keys() - {"words"} <= reply.keys()
+    is_held = whole and not reply.keys() - said.keys() - {"task"} and all(said.values())
+    return {"transcription": said} if is_held and reply.get("task", task) == task else None
+
+
+def read_scores(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what a fixture says for a rerank: scores that give the same order."""
+    documents = request.body.get("documents")
+    rows = list_objects(reply.get("results"))
+    found = {row["index"]: row["relevance_score"] for row in rows}
+    if not isinstance(documents, list) or not found:
+        return None
+    scores = [found.get(at, min([0.0, *found.values()])) for at in range(len(documents))]
+    order = sorted(range(len(scores)), key=lambda at: -scores[at])[: len(rows)]
+    return {"scores": scores} if order == list(found) else None
+
+
+def read_speech(request: Request, said: Said) -> dict[str, Any] | None:
+    """Return what a fixture says for spoken text: whole, or in the events of a stream."""
+    data, asked = said.data, request.body.get("response_format") or ""
+    if said.events is not None:
+        parts = [DECODE_BASE64(event.get("b64") or event["delta"]) for event in said.events]
+        data, asked = b"".join(parts), asked or "raw"
+        return {"audio": base64.b64encode(data).decode(), "format": asked}
+    audio = base64.b64encode(data).decode()
+    form = next((form for form, kind in SPEECH_TYPES.items() if kind == said.content_type), asked)
+    kind = SPEECH_TYPES.get(form, "application/octet-stream")
+    if form and kind == said.content_type:
+        return {"audio": audio, "format": form}
+    return {"audio": {"b64Json": audio, "contentType": said.content_type}}
+
+
+# kind: (what joins its stream, what reads its whole reply)
+READERS: dict[str, tuple[Any, Callable[[Request, Any], dict[str, Any] | None]]] = {
+    "chat": (fold_chat, read_chat),
+    "completion": (fold_completion, read_completion),
+    "response": (fold_response, read_response_reply),
+    "embedding": (None, read_embeddings),
+    "image": (None, read_images),
+    "transcription": (None, read_transcript),
+    "translation": (None, read_transcript),
+    "rerank": (None, read_scores),
+}
+
+
+def read_failure(said: Said) -> dict[str, Any] | None:
+    """Return what a fixture says for an error, where that brings back the same body."""
+    seconds = said.retry_after
+    wait = {"retryAfter": as_whole(float(seconds))} if succeeds(float, seconds) else {}
+    if not said.is_json:
+        is_known = status_reply(said.status).body == said.data
+        return {"status": said.status, **wait} if is_known else None
+    envelope = get_path(said.value, "error")
+    if not isinstance(envelope, dict) or not isinstance(envelope.get("message"), str):
+        return None
+    error = {name: value for name, value in envelope.items() if value is not None}
+    response = {"error": error, "status": said.status, "id": said.value.get("id"), **wait}
+    response = {name: value for name, value in response.items() if value is not None}
+    try:
+        again = json.loads(status_reply(**read_error(check_clean(response, ERROR, ""))).body)
+    except ValueError:
+        return None
+    return response if again == said.value else None
+
+
+def read_usual(kind: str, request: Request, said: Said) -> dict[str, Any] | None:
+    """Return what a fixture says in the words of its kind, where they can hold the answer."""
+    if said.status >= 400:
+        return read_failure(said)
+    if kind == "speech":
+        return read_speech(request, said)
+    if said.status != 200 or kind not in READERS:
+        return None
+    fold, read = READERS[kind]
+    reply = said.value if said.events is None else fold and fold(said.events)
+    return read(request, reply) if isinstance(reply, dict) else None
+
+
+def read_whole(said: Said) -> dict[str, Any]:
+    """Return what a fixture says to send the same body again, whatever it is."""
+    status = {} if said.status == 200 else {"status": said.status}
+    if said.is_json:
+        return {"json": said.value, **status}
+    try:
+        body = {"text": said.data.decode()}
+    except UnicodeDecodeError:
+        body = {"b64Json": base64.b64encode(said.data).decode()}
+    return {"raw": {**body, "contentType": said.content_type}, **status}
+
+
+def choose_chunk_size(response: dict[str, Any], said: Said) -> dict[str, Any]:
+    """Return the option by which a replay has as many chunks of text as the stream had."""
+    text, events = response.get("content"), said.events or ()
+    texts = [
+        get_path(event, "choices", "0", "delta", "content")
+        or get_path(event, "choices", "0", "text")
+        or get_path(event, "delta")
+        for event in events
+    ]
+    count = sum(isinstance(text, str) and text != "" for text in texts)
+    return {"chunkSize": -(-len(text) // count)} if text and count else {}
+
+
+def make_response(kind: str, request: Request, said: Said) -> dict[str, Any]:
+    """Return what a fixture has to say for this answer; it always loads."""
+    try:
+        response = read_usual(kind, request, said)
+        if response is not None:
+            read_entry({"match": {}, "response": response}, "")
+            return response
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
+        pass  # the answer is not of the form that its kind has
+    return read_whole(said)
+
+
+# --- From a request to what a fixture matches
+
+
+def make_match(kind: str, facts: MatchFacts) -> dict[str, Any]:
+    """Return the keys by which aimock's recorder names a request, and its model.
+
+    A call of a kind that it does not know is named by its method and path.
+    """
+    match: dict[str, Any] = {}
+    if kind not in ("chat", "response"):
+        match["endpoint"] = facts["endpoint"][kind not in ENDPOINT_KINDS or kind == "job"]
+    text = "inputText" if kind in ("embedding", "rerank") else "userMessage"
+    for key in (text, "model", "context"):
+        if isinstance(facts[key], str) and facts[key]:
+            match[key] = facts[key]
+    if kind in ("chat", "response"):
+        match.update(turnIndex=facts["turnIndex"], hasToolResult=facts["hasToolResult"])
+    return match
+
+
+def holds_for(match: dict[str, Any], facts: MatchFacts) -> bool:
+    """Tell whether a match holds for a request, at its turn."""
+    turn = match.get("turnIndex")
+    if turn is not None and turn != facts["turnIndex"]:
+        return False
+    return find_mismatch(compile_match(match, "", True), facts) is None
+
+
+def distinguish(mine: Any, theirs: Any) -> Any:
+    """Return a part of some JSON that other JSON does not contain; None where there is none.
+
+    A list has `{}` where its items do not matter. No secret is shown.
+    """
+    if isinstance(mine, dict):
+        theirs = theirs if isinstance(theirs, dict) else {}
+        names = [name for name in mine if not is_secret(name)]
+        parts = {name: distinguish(mine[name], theirs.get(name)) for name in names}
+        return {name: part for name, part in parts.items() if part is not None} or None
+    if isinstance(mine, list):
+        theirs = theirs if isinstance(theirs, list) else []
+        pairs = list(itertools.zip_longest(mine, theirs[: len(mine)]))
+        items = [distinguish(one, other) for one, other in pairs]
+        last = max((at for at, item in enumerate(items) if item is not None), default=-1)
+        blank = [type(one)() if isinstance(one, (dict, list)) else one for one in mine]
+        kept = [empty if item is None else item for item, empty in zip(items, blank)]
+        return kept[: last + 1] or None
+    return mine if mine != theirs or isinstance(mine, bool) != isinstance(theirs, bool) else None
+
+
+def overlay(one: Any, other: Any) -> Any:
+    """Return JSON that contains two parts of the same JSON."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        both = {name: overlay(one[name], other[name]) for name in one if name in other}
+        return {**one, **other, **both}
+    if isinstance(one, list) and isinstance(other, list):
+        both_items = list(map(overlay, one, other))
+        return both_items + one[len(other) :] + other[len(one) :]
+    return other
+
+
+def sharpen(match: dict[str, Any], mine: MatchFacts, theirs: MatchFacts) -> bool:
+    """Add to a match what tells its request from another one; False where nothing does."""
+    if mine["endpoint"] != theirs["endpoint"] and "endpoint" not in match:
+        kind, path = mine["endpoint"]
+        match["endpoint"] = kind if kind in ENDPOINT_KINDS else path
+    for key in FINER_KEYS:
+        if mine[key] and isinstance(mine[key], str) and mine[key] != theirs[key]:
+            match[key] = mine[key]
+    if not holds_for(match, theirs):
+        return True
+    mine_body, their_body = (
+        redact({k: v for k, v in facts["body"].items() if k not in UNSAID_FIELDS})
+        for facts in (mine, theirs)
+    )
+    part = distinguish(mine_body, their_body)
+    if part is not None:
+        match["body"] = overlay(match.get("body"), part)
+    elif "not" not in match:
+        part = distinguish(their_body, mine_body)
+        match.update({"not": {"body": part}} if part else {})
+    return part is not None and not holds_for(match, theirs)
+
+
+def hide(text: str, secrets: Iterable[str]) -> str:
+    """Write stars for each key in a JSON text."""
+    for secret in secrets:
+        text = text.replace(ENCODE(secret)[1:-1], "***")
+    return text
+
+
+def write_entry(entry: dict[str, Any]) -> str:
+    """Write a fixture as aimock does, but the numbers of a vector on one line."""
+    text = json.dumps(entry, indent=2, ensure_ascii=False)
+    text = NUMBER_LINES.sub(lambda found: "[" + re.sub(r"\s+", " ", found[1]) + "]", text)
+    return "    " + text.replace("\n", "\n    ")
+
+
+class Recorded:
+    """One request with the answers that it got, in their order: a sequence where there are more.
+
+    facts  what there is to tell it from others; None once there is too much of that
+    """
+
+    def __init__(self, match: dict[str, Any], facts: MatchFacts | None) -> None:
+        self.match = match
+        self.facts = facts
+        self.answers: list[dict[str, Any]] = []
+        self.secrets: set[str] = set()
+        self._texts: list[str] | None = None
+
+    def answers_too(self, facts: MatchFacts) -> bool:
+        """Tell whether this match holds for another request, which can be told from its own."""
+        return self.facts is not None and holds_for(self.match, facts)
+
+    def add(self, answer: dict[str, Any], secrets: Iterable[str]) -> None:
+        """Append an answer: a fixture's response and options."""
+        self.answers.append(answer)
+        self.secrets.update(secrets)
+        self._texts = None
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Return the fixtures; the last answers every further time."""
+        last = len(self.answers) - 1
+        numbers = [{"sequenceIndex": at} if at < last else {} for at in range(last + 1)]
+        pairs = zip(numbers, self.answers)
+        return [{"match": {**self.match, **number}, **answer} for number, answer in pairs]
+
+    def texts(self) -> list[str]:
+        """Return the JSON of the fixtures, which is written once."""
+        if self._texts is None:
+            self._texts = [hide(write_entry(entry), self.secrets) for entry in self.entries()]
+        return self._texts
+
+
+def find_secrets(headers: Mapping[str, str]) -> set[str]:
+    """Return the keys in a request's headers."""
+    values = [value for name, value in headers.items() if is_secret_header(name)]
+    words = [word for value in values for word in re.split("[ ,;=]", value)]
+    return {word for word in words if len(word) >= MIN_KEY_LENGTH}
+
+
+class Recording:
+    """The fixtures for recorded calls, in an order in which each call finds its own answers."""
+
+    def __init__(self, entries: Iterable[dict[str, Any]] = ()) -> None:
+        self._earlier = [write_entry(entry) for entry in entries]  # of the file, as they were
+        self._requests: list[Recorded] = []
+        self._by_key: dict[bytes, Recorded] = {}
+        self._remembered = 0  # bytes
+
+    def add(self, kind: str, request: Request, said: Said) -> None:
+        """Add the answer to a call, as the next of its sequence if it was recorded before."""
+        if request.raw and not request.body:  # its route has no table of fields
+            with contextlib.suppress(ApiError):
+                kind_of_body = request.headers.get("content-type", "")
+                request.body = parse_body(request.raw, kind_of_body, NO_FIELDS)
+        response = make_response(kind, request, said)
+        timings = {"recordedTimings": said.timings} if said.timings else {}
+        answer = {"response": response, **choose_chunk_size(response, said), **timings}
+        body = {k: v for k, v in request.body.items() if k not in UNSAID_FIELDS}
+        facts = COMPARABLE([kind, request.method, request.path, request.query, body])
+        key = hashlib.sha256(facts.encode("utf-8", "replace")).digest()
+        if key not in self._by_key:
+            self._by_key[key] = self._place(kind, request)
+        self._by_key[key].add(answer, find_secrets(request.headers))
+
+    def _place(self, kind: str, request: Request) -> Recorded:
+        """Find the place for a new request: before those that would answer it as well."""
+        facts = MatchFacts(kind, request)
+        match = make_match(kind, facts)
+        others = self._requests
+        at = next((at for at, other in enumerate(others) if other.answers_too(facts)), len(others))
+        for other in others[at:]:
+            known = other.facts
+            if known and holds_for(match, known) and not sharpen(match, facts, known):
+                return other
+        self._remembered += len(request.raw)
+        recorded = Recorded(match, facts if self._remembered <= MAX_REMEMBERED_BYTES else None)
+        others.insert(at, recorded)
+        return recorded
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Return the fixtures of the recorded calls."""
+        return [json.loads(text) for recorded in self._requests for text in recorded.texts()]
+
+    def write(self) -> bytes:
+        """Return the fixture file."""
+        texts = [*self._earlier, *(text for each in self._requests for text in each.texts())]
+        inner = ",\n".join(texts)
+        return f'{{\n  "fixtures": [\n{inner}\n  ]\n}}\n'.encode()
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Replace a file at once, so that whoever is killed meanwhile leaves the old one or the new."""
+    path = os.path.realpath(path)
+    draft = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(draft, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(draft)
+        raise
+
+
+def record_calls(calls: Iterable[Call]) -> Recording:
+    """Return the fixtures that answer recorded calls as they were answered."""
+    recording = Recording()
+    for call in calls:
+        if call.kind in ENDPOINT_KINDS and call.outcome == "complete" and call.raw_reply:
+            said = read_said(call.status, call.reply_type, call.raw_reply)
+            recording.add(call.kind, call.as_request(), said)
+    return recording
+
+
+class Recorder:
+    """Adds answers to a fixture file, off the way of the clients.
+
+    A thread writes all that has come since it last wrote, and ends when nothing has: the end of
+    the program waits for it. A file that is there already is continued.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Read the file if there is one; raise ValueError or OSError where it cannot be."""
+        self.path = path
+        if os.path.isdir(path):
+            raise ValueError(f"record needs a file, and {path!r} is a folder")
+        entries = []
+        self.exists = os.path.exists(path)
+        if self.exists:
+            with open(path, encoding="utf-8-sig") as file:
+                entries = json.load(file).get("fixtures", [])
+        else:
+            os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
+        self._recording = Recording(entries)
+        self._waiting: list[tuple[str, Request, Callable[[], Said]]] = []
+        self._lock = threading.Lock()
+        self._writer: threading.Thread | None = None
+
+    def add(self, kind: str, request: Request, read: Callable[[], Said]) -> None:
+        """Have the answer that `read` returns recorded."""
+        with self._lock:
+            self._waiting.append((kind, request, read))
+            if self._writer is None:
+                self._writer = threading.Thread(target=self._work, name="together-fake-record")
+                try:
+                    self._writer.start()
+                except RuntimeError:  # the program ends: finish() writes
+                    self._writer = None
+
+    def finish(self) -> None:
+        """Wait until all is written."""
+        with self._lock:  # a thread in there has been started
+            writer = self._writer
+        if writer is not None:
+            writer.join()
+        if self._waiting:
+            self._work()
+
+    def _work(self) -> None:
+        """Write until nothing waits."""
+        while True:
+            with self._lock:
+                batch, self._waiting = self._waiting, []
+                if not batch:
+                    self._writer = None
+                    return
+            try:
+                for kind, request, read in batch:
+                    self._recording.add(kind, request, read())
+                write_file(self.path, self._recording.write())
+            except OSError as error:
+                complain(f"cannot record to {self.path}: {error}\n")
+            except Exception:
+                import traceback  # only for a bug
+
+                complain(traceback.format_exc())
+
+
 # === Page ===
 
 # What a browser shows of the record; it asks `GET /__parlel/requests?view=rows` for what is new.
@@ -9960,9 +10769,28 @@ def write_curl(call: Call, origin: str) -> str:
     return " \\\n  ".join(lines)
 
 
+def write_python(entry: dict[str, Any]) -> str:
+    """Return a fixture as the call of `server.reply()` that makes it."""
+    match, said = dict(entry["match"]), dict(entry["response"])
+    options = {key: entry[key] for key in entry if key in OPTIONS and key != "recordedTimings"}
+    model = said.pop("model", None)
+    words = {**said, **match, **options, **({"response_model": model} if model else {})}
+    words["not_"] = words.pop("not", None)
+    content = [repr(words.pop("content"))] if "content" in words else []
+    given = [f"{to_snake(key)}={value!r}" for key, value in words.items() if value is not None]
+    return "server.reply(\n" + "".join(f"    {line},\n" for line in content + given) + ")"
+
+
 def copy_call(call: Call, origin: str) -> dict[str, str]:
-    """Return a recorded call as a command, as Python and as a fixture."""
-    return {"curl": write_curl(call, origin), "python": "", "fixture": ""}
+    """Return a recorded call as a command, and its answer as Python and as a fixture file."""
+    entries = record_calls([call]).entries()
+    return {
+        "curl": write_curl(call, origin),
+        "python": write_python(entries[0]) if entries else "",
+        "fixture": json.dumps({"fixtures": entries}, indent=2, ensure_ascii=False)
+        if entries
+        else "",
+    }
 
 
 def find_call(server: TogetherAiServer, number: str) -> Call:
@@ -10006,10 +10834,19 @@ def add_fixtures(server: TogetherAiServer, request: Request) -> Any:
     return {"ok": True, "added": len(fixtures), "numbers": numbers, "warnings": warnings}
 
 
-@route("GET", "/__parlel/fixtures", open=True)
+@route(
+    "GET",
+    "/__parlel/fixtures",
+    open=True,
+    query=Fields(Field("from", str, choices=("requests",)), Field("test", str)),
+)
 def list_fixtures(server: TogetherAiServer, request: Request) -> Any:
-    """List the fixtures with how often each was served."""
-    return server.script.describe()
+    """List the fixtures with how often each was served, or make them from the record."""
+    if request.args.get("from") is None:
+        return server.script.describe()
+    test = request.args.get("test")
+    calls = [call for call in server.requests if test in (None, call.test)]
+    return Reply(record_calls(calls).write())
 
 
 @route("DELETE", "/__parlel/fixtures", open=True)
@@ -10303,6 +11140,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 self.write_reply(self.server.app.refuse(error, self.head.method, self.head.path))
                 self.linger()
                 return
+            request.client = self.connection
             self.write_reply(reply or self.server.app.answer(request))
             request = reply = None
 
@@ -10892,6 +11730,283 @@ class HttpServer(http.server.ThreadingHTTPServer):
             used.close()
 
 
+# === Upstream ===
+
+UPSTREAM_SECONDS = 300.0  # for its answer to begin, and then without a byte: models may be slow
+CONNECT_SECONDS = 10.0  # for it to be reached
+WATCH_SECONDS = 0.25  # between two looks at whether this server stops
+VIA = "via"
+NOT_PASSED = {  # request headers that concern this connection alone, or this server
+    "accept-encoding", "connection", "content-length", "expect", "host", "keep-alive",
+    "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+    "transfer-encoding", "upgrade", "x-parlel-fixture", "x-aimock-context", VIA,
+}  # fmt: skip
+NOT_RETURNED = NOT_PASSED - {VIA} | {"alt-svc"}
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+def drop_headers(pairs: Iterable[tuple[str, str]], names: set[str]) -> dict[str, str]:
+    """Return the headers that travel on: neither those names nor what `Connection` names."""
+    headers: dict[str, str] = {}
+    for name, value in pairs:
+        name = name.title()
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    named = re.split(r"[ \t,]+", headers.get("Connection", "").lower())
+    return {
+        name: value
+        for name, value in headers.items()
+        if name.lower() not in names and name.lower() not in named
+    }
+
+
+def explain_failure(error: Exception, host: str, seconds: float) -> str:
+    """Say in half a sentence why an upstream gave no answer."""
+    known: list[tuple[Any, str]] = [
+        (socket.gaierror, f"its host {host!r} is not known"),
+        (socket.timeout, f"nothing came from it within {seconds:g} seconds"),
+        (ConnectionRefusedError, "it refused the connection"),
+        (http.client.RemoteDisconnected, "it closed the connection without an answer"),
+        (ConnectionResetError, "it reset the connection"),
+        (http.client.HTTPException, f"its answer is not HTTP ({error!r:.100})"),
+        (ValueError, f"the request cannot be sent: {error!s:.100}"),
+    ]
+    if type(error).__module__ == "ssl":
+        reason = getattr(error, "verify_message", "") or getattr(error, "reason", "") or error
+        return f"TLS failed: {reason}"
+    plain = getattr(error, "strerror", None) or error
+    return next((why for kind, why in known if isinstance(error, kind)), f"{plain}")
+
+
+class Patient(io.RawIOBase):
+    """What an upstream sends, as long as its client stays, this server runs and it is in time.
+
+    head_end  when the whole head must be here; 0 once it is, and each byte has its own time
+    """
+
+    def __init__(self, sock: Any, client: socket.socket | None, stopping: Any, seconds: float):
+        self.sock = sock
+        self.client = client
+        self.stopping = stopping
+        self.seconds = seconds
+        self.head_end = time.monotonic() + seconds
+        poll = getattr(selectors, "PollSelector", selectors.SelectSelector)
+        self.selector = poll()
+        self.selector.register(sock, selectors.EVENT_READ)
+        if client is not None:
+            self.selector.register(client, selectors.EVENT_READ)
+
+    def makefile(self, mode: str) -> Any:
+        """Return what `http.client` reads from."""
+        return io.BufferedReader(self, RECEIVE_BYTES)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Receive some bytes; raise `Cut` when nobody wants them any more."""
+        end = self.head_end or time.monotonic() + self.seconds
+        while not self.is_ready(end):
+            self.check_client()
+        return int(self.sock.recv_into(buffer))
+
+    def is_ready(self, end: float) -> bool:
+        """Wait a while; tell whether something has come, and raise once it is too late."""
+        if getattr(self.sock, "pending", bool)():  # TLS has it already
+            return True
+        left = end - time.monotonic()
+        if left <= 0:
+            raise socket.timeout
+        ready = self.selector.select(min(left, WATCH_SECONDS))
+        return any(key.fileobj is self.sock for key, _ in ready)
+
+    def check_client(self) -> None:
+        """Raise `Cut` when the client has left or this server stops."""
+        if self.stopping.is_set():
+            raise Cut
+        if self.client is None or self.client not in self.selector.get_map():
+            return
+        try:
+            if not self.client.recv(1, socket.MSG_PEEK | MSG_DONTWAIT):
+                raise Cut
+            self.selector.unregister(self.client)  # it has sent its next request already
+        except BlockingIOError:
+            pass
+        except OSError:
+            raise Cut from None
+
+
+def has_end(response: Any) -> bool:
+    """Tell whether an answer says itself where it ends, so that a cut can be told."""
+    return bool(response.chunked) or response.length is not None
+
+
+def read_pieces(response: Any, connection: Any) -> Iterator[bytes]:
+    """Yield a body as it comes; raise `Cut` where it does not come whole."""
+    missing = response.length  # older Pythons do not count while read1() reads
+    try:
+        while missing != 0:
+            most = RECEIVE_BYTES if missing is None else min(missing, RECEIVE_BYTES)
+            piece = response.read1(most)
+            if not piece:
+                break
+            missing = None if missing is None else missing - len(piece)
+            yield piece
+        if missing:
+            raise Cut
+    except (OSError, http.client.HTTPException, ValueError):
+        raise Cut from None
+    finally:
+        response.close()
+        connection.close()
+
+
+class Upstream:
+    """Sends what no fixture answers to another server, and records what that one answers.
+
+    url       http:// or https://, with or without /v1, with or without a path before it
+    recorder  what records the answers, if anything shall
+    """
+
+    seconds = UPSTREAM_SECONDS
+    max_recorded = MAX_RECORDED_ANSWER_BYTES
+
+    def __init__(self, url: str, recorder: Recorder | None, stopping: Any) -> None:
+        """Raise ValueError where the URL cannot be one of an upstream."""
+        from urllib.parse import urlsplit
+
+        parts = urlsplit(url)
+        if parts.scheme not in DEFAULT_PORTS or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(f"upstream must be an http:// or https:// URL, not {url!r}")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("upstream must not have a name or password; clients send their keys")
+        self.url = url
+        self.secure = parts.scheme == "https"
+        self.host = parts.hostname
+        self.port = parts.port or DEFAULT_PORTS[parts.scheme]
+        self.prefix = re.sub(r"(?:/v1)?/*$", "", parts.path.rstrip("/"))
+        self.recorder = recorder
+        self.stopping = stopping
+        self.name = f"1.1 together-fake-{os.getpid():x}-{id(self):x}"  # in `Via`
+        self._tls: Any = None  # read once, when it is needed
+
+    def finish(self) -> None:
+        """Wait until all answers are recorded."""
+        if self.recorder is not None:
+            self.recorder.finish()
+
+    def pass_on(self, kind: str, request: Request) -> Reply:
+        """Return what the upstream answers, as it comes; raise ApiError 502 where it does not."""
+        started = time.perf_counter()
+        passed = request.headers.get(VIA, "")
+        if self.name in passed:
+            raise self.refuse("it is this server")
+        headers = drop_headers(request.headers.items(), NOT_PASSED)
+        headers["Via"] = f"{passed}, {self.name}" if passed else self.name
+        headers["Connection"] = "close"
+        connection = self.connect()
+        try:
+            response = self.send(connection, request, headers)
+        except Cut:
+            connection.close()
+            raise self.refuse("its client left before it answered") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            connection.close()
+            raise self.refuse(explain_failure(error, self.host, self.seconds)) from None
+        reply = self.relay(request, response, connection)
+        if self.recorder is not None and reply.events is not None and request.method != "HEAD":
+            record = functools.partial(self.record, kind, request, reply)
+            reply.events = self.keep(reply.events, has_end(response), started, record)
+        return reply
+
+    def refuse(self, reason: str) -> ApiError:
+        """Return the error for an upstream that does not answer."""
+        return ApiError("bad_upstream", url=self.url, reason=reason)
+
+    def connect(self) -> Any:
+        """Return a connection that is not open yet."""
+        seconds = min(self.seconds, CONNECT_SECONDS)
+        if not self.secure:
+            return http.client.HTTPConnection(self.host, self.port, timeout=seconds)
+        if self._tls is None:
+            import ssl
+
+            self._tls = ssl.create_default_context()
+        return http.client.HTTPSConnection(self.host, self.port, timeout=seconds, context=self._tls)
+
+    def send(self, connection: Any, request: Request, headers: dict[str, str]) -> Any:
+        """Send a request and return the head of the answer, from which its body can be read."""
+        connection.connect()
+        sock = connection.sock
+        sock.settimeout(self.seconds)
+        target = self.prefix + request.path + (f"?{request.query}" if request.query else "")
+        connection.request(request.method, target, request.raw or None, headers)
+        client = getattr(request, "client", None)
+        source: Any = Patient(sock, client, self.stopping, self.seconds)
+        response = http.client.HTTPResponse(source, method=request.method)
+        response.begin()
+        source.head_end = 0.0
+        return response
+
+    def relay(self, request: Request, response: Any, connection: Any) -> Reply:
+        """Make an upstream's answer a reply whose body is passed on while it comes."""
+        headers = drop_headers(response.getheaders(), NOT_RETURNED)
+        content_type = headers.get("Content-Type", "application/octet-stream")
+        size = response.getheader("Content-Length")
+        if size and not response.chunked and not content_type.lower().startswith(EVENT_STREAM):
+            headers["Content-Length"] = str(parse_length(size))
+        reply = Reply(b"", response.status, content_type, headers)
+        reply.paced = True
+        if request.method == "HEAD" or response.status in BODILESS:
+            response.close()
+            connection.close()
+            reply.events = iter(()) if request.method == "HEAD" else None
+        else:
+            reply.events = read_pieces(response, connection)
+        return reply
+
+    def keep(
+        self, pieces: Iterator[bytes], ends: bool, started: float, record: Callable[..., None]
+    ) -> Iterator[bytes]:
+        """Pass pieces on, and have them recorded once all have come.
+
+        ends  whether the connection's end is not all that tells the end of the answer
+        """
+        kept: list[bytes] = []
+        times: list[tuple[int, float]] = []
+        size, whole = 0, False
+        try:
+            for piece in pieces:
+                size += len(piece)
+                if size <= self.max_recorded:
+                    kept.append(piece)
+                    times.append((size, time.perf_counter() - started))
+                yield piece
+            whole = ends
+        finally:
+            getattr(pieces, "close", bool)()
+            if size <= self.max_recorded and (whole or b"".join(kept[-2:]).endswith(DONE)):
+                record(b"".join(kept), times)
+
+    def record(self, kind: str, request: Request, reply: Reply, data: bytes, times: Any) -> None:
+        """Have an answer recorded, unless it is packed though nobody asked for that."""
+        if self.recorder is not None and "Content-Encoding" not in reply.headers:
+            facts = (reply.status, reply.content_type, data, times)
+            wait = reply.headers.get("Retry-After", "")
+            self.recorder.add(kind, request, lambda: read_said(*facts, wait))
+
+
+def open_upstream(url: Any, record: Any, stopping: Any) -> Upstream | None:
+    """Return the upstream that a server's options ask for, if they do.
+
+    Raises ValueError naming what is wrong with them.
+    """
+    if url is None:
+        if record is not None:
+            raise ValueError("record needs an upstream, whose answers it records")
+        return None
+    return Upstream(url, Recorder(os.fspath(record)) if record is not None else None, stopping)
+
+
 # === Server ===
 
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where to reach a server bound to all
@@ -10964,12 +12079,6 @@ def list_idle_options(fixture: Fixture, reply: Reply) -> str:
     """Return the options of a fixture that only a stream would have shown."""
     names = STREAM_OPTIONS if reply.events is None else ()
     return ", ".join(name for name in names if name in fixture.options)
-
-
-def complain(text: str) -> None:
-    """Write to standard error; where that cannot be done, nobody is there to read it."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.write(text)
 
 
 class CallLog:
@@ -11158,6 +12267,8 @@ class TogetherAiServer:
     max_stored_bytes  of all files together; what would go over it answers 413
     seed          what the chances in faults are drawn from
     on_miss       "generate" an answer where no fixture matches, or send an "error"
+    upstream      the URL of a server that answers instead where no fixture matches
+    record        the fixture file to which the upstream's answers are added; it is loaded first
     record_limit  how many calls `.requests` keeps
     log           called with one line for every request (default: silence)
     clock         where the time of stored objects comes from, in Unix seconds
@@ -11174,6 +12285,8 @@ class TogetherAiServer:
         max_stored_bytes: int = MAX_STORED_BYTES,
         seed: int = 0,
         on_miss: str = "generate",
+        upstream: str | None = None,
+        record: str | os.PathLike[str] | None = None,
         record_limit: int = DEFAULT_RECORD_LIMIT,
         log: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.time,
@@ -11192,10 +12305,13 @@ class TogetherAiServer:
         self.log = log
         self.clock = clock
         self.stopping = threading.Event()
+        self._upstream = open_upstream(upstream, record, self.stopping)
         self._wanted_port = port
         self._http: HttpServer | None = None
         self._ending: HttpServer | None = None
         self._make_locks()
+        if record is not None and os.path.exists(record):
+            self.script.load(os.fspath(record))
         self._calls: deque[Call] = deque()
         self.epoch = int(time.time() * 1000)  # of the record: changes when that is reset
         self.reset()
@@ -11233,6 +12349,8 @@ class TogetherAiServer:
             self._ending = http_server
             self.stopping.set()
             http_server.stop()
+            if self._upstream is not None:
+                self._upstream.finish()
             if self._log is not None:
                 self._log.close()
 
@@ -11353,6 +12471,7 @@ class TogetherAiServer:
         video: Mapping[str, Any] | None = None,
         scores: Sequence[float] | None = None,
         json: Any = None,
+        raw: Mapping[str, str] | None = None,
         job: Mapping[str, Any] | None = None,
         error: Mapping[str, Any] | None = None,
         status: int | None = None,
@@ -11471,6 +12590,10 @@ class TogetherAiServer:
             import warnings  # rare
 
             warnings.warn(warning, stacklevel=2)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a fixture file that answers every recorded call as it was answered."""
+        write_file(os.fspath(path), record_calls(self.requests).write())
 
     def calls_to(
         self,
@@ -11728,11 +12851,19 @@ class TogetherAiServer:
             call.warnings += (f"the path was read as {path}",)
         call.kind = read_family(path)
         request.path = path
-        route, request.params = find_route(request.method, path)
+        try:
+            route, request.params = find_route(request.method, path)
+        except ApiError:
+            if self._upstream is None or not path.startswith("/v"):
+                raise
+            route = Route(request.method, path)  # which is the upstream's to know
         return route
 
     def _handle(self, route: Route, request: Request, call: Call) -> Reply:
-        """Check the fields and let the handler answer."""
+        """Check the fields and let the handler answer, or the upstream where no fixture does."""
+        if self._upstream is not None and not call.fixture and not route.open:
+            call.fixture = "upstream"
+            return self._upstream.pass_on(route.kind, request)
         if route.kind not in ("", "job") and self.on_miss == "error" and not call.fixture:
             raise self.script.miss_error(request, call.near_misses)
         if route.body:
@@ -11748,7 +12879,7 @@ class TogetherAiServer:
             return self._handle(route, request, call)
         call.fixture = fixture.source
         fixture = answer_response(fixture, request)
-        if fixture.kind in ("error", "status", "json") and not fixture.breaks_late:
+        if fixture.kind in ("error", "status", "json", "raw") and not fixture.breaks_late:
             reply = name_reply(error_reply(fixture, request), request)
         else:
             if fixture.kind not in ("generated", "error", "status"):
@@ -11788,6 +12919,7 @@ class TogetherAiServer:
             or b'format"' in raw  # response_format, or that of a response's text
             or b"\\u" in raw  # might spell one of these
             or self.script.slow
+            or self._upstream is not None
             or "x-parlel-fixture" in request.headers
         )
 
@@ -11841,7 +12973,7 @@ def read_environment(name: str, default: Any) -> Any:
         return default
     if isinstance(default, bool):
         return value.lower() not in ("", "0", "false", "no", "off")
-    return value.split(os.pathsep) if isinstance(default, list) else value
+    return value.split(os.pathsep) if name == "fixtures" else value
 
 
 def read_options(args: Sequence[str] | None) -> Any:
@@ -11851,7 +12983,7 @@ def read_options(args: Sequence[str] | None) -> Any:
     parser = argparse.ArgumentParser(
         prog="together_fake.py",
         description="A local, repeatable stand-in for the Together AI API.",
-        epilog="Every option may also be a variable: TOGETHER_FAKE_PORT, TOGETHER_FAKE_STRICT=1, ...",
+        epilog="Every option may be a variable, too: TOGETHER_FAKE_PORT, TOGETHER_FAKE_STRICT=1.",
     )
 
     def add(name: str, default: Any, help: str, **more: Any) -> None:
@@ -11864,22 +12996,81 @@ def read_options(args: Sequence[str] | None) -> Any:
     add("port", str(DEFAULT_PORT), "0 takes any free one (%(default)s)", type=int)
     add("strict", False, "be no more helpful than production")
     add("no-auth", False, "answer without a key too")
-    add("fixtures", [], "file or folder; repeatable", action="append", metavar="PATH")
+    parser.add_argument("--fixtures", action="append", metavar="PATH", help="file or folder")
     add("on-miss", "generate", "without a fixture: generate or error", metavar="WHAT")
+    add("upstream", "", "where to send what no fixture answers", metavar="URL")
+    add("record", "", "fixture file to which its answers are added", metavar="PATH")
     add("instant-jobs", False, "jobs finish when they are created")
     add("max-stored-bytes", str(MAX_STORED_BYTES), "of files (%(default)s)", type=int)
     add("record-limit", str(DEFAULT_RECORD_LIMIT), "calls to keep (%(default)s)", type=int)
     add("seed", "0", "of the chances in faults (%(default)s)", type=int)
     add("quiet", False, "no line for each request")
+    add("watch", False, "follow changes of the fixture files")
+    parser.add_argument("--check", metavar="PATH", help="say what is wrong in fixtures and exit")
     parser.add_argument("--routes", action="store_true", help="print the routes and exit")
     version = f"together_fake {__version__}"
     parser.add_argument("--version", action="version", version=version)
     options = parser.parse_args(args)
+    options.fixtures = options.fixtures or read_environment("fixtures", [])
     if not 0 <= options.port <= 65535:
         parser.error(f"--port must be between 0 and 65535, not {options.port}")
     if options.on_miss not in ("generate", "error"):
         parser.error(f"--on-miss must be generate or error, not {options.on_miss!r}")
     return options
+
+
+WATCH_FILES_SECONDS = 0.3  # between two looks at fixture files
+
+
+def check_fixtures(path: str) -> int:
+    """Say what is wrong in a fixture file or folder; return the exit status."""
+    warnings: list[str] = []
+    try:
+        fixtures = load_fixtures(path, warnings)
+    except (OSError, ValueError) as error:
+        print_line(f"{error}")
+        return 1
+    print_lines([*warnings, f"{path}: {len(fixtures)} fixtures, nothing wrong"])
+    return 0
+
+
+class FileWatch:
+    """Loads fixture files again when they have changed; what is wrong then is told, not taken."""
+
+    def __init__(self, script: Fixtures, paths: Sequence[str]) -> None:
+        self.script = script
+        self.paths = paths
+        self.seen = self.stamp()
+
+    def stamp(self) -> list[tuple[str, int, int]]:
+        """Return names, times and sizes of all files."""
+        found = []
+        for path in self.paths:
+            names = [
+                os.path.join(folder, name) for folder, _, files in os.walk(path) for name in files
+            ]
+            for name in sorted(names or [path]):
+                with contextlib.suppress(OSError):
+                    status = os.stat(name)
+                    found.append((name, status.st_mtime_ns, status.st_size))
+        return found
+
+    def look(self) -> None:
+        """Load the files again if one of them has changed."""
+        stamp = self.stamp()
+        if stamp != self.seen:
+            self.seen = stamp
+            try:
+                fixtures = [fixture for path in self.paths for fixture in load_fixtures(path)]
+                self.script.replace_files(fixtures)
+                print_line(f"loaded {len(fixtures)} fixtures again")
+            except (OSError, ValueError) as error:
+                print_line(f"cannot load fixtures: {error}")
+
+    def run(self, stopping: threading.Event) -> None:
+        """Look again and again until the server stops."""
+        while not stopping.wait(WATCH_FILES_SECONDS):
+            self.look()
 
 
 def serve(server: TogetherAiServer) -> None:
@@ -11909,27 +13100,36 @@ def main(args: Sequence[str] | None = None) -> int:
     if options.routes:
         print_lines(list_route_lines())
         return 0
-    server = TogetherAiServer(
-        options.port,
-        host=options.host,
-        require_auth=not options.no_auth,
-        strict=options.strict,
-        instant_jobs=options.instant_jobs,
-        max_stored_bytes=options.max_stored_bytes,
-        seed=options.seed,
-        on_miss=options.on_miss,
-        record_limit=options.record_limit,
-        log=None if options.quiet else print_line,
-    )
+    if options.check:
+        return check_fixtures(options.check)
     try:
+        server = TogetherAiServer(
+            options.port,
+            host=options.host,
+            require_auth=not options.no_auth,
+            strict=options.strict,
+            instant_jobs=options.instant_jobs,
+            max_stored_bytes=options.max_stored_bytes,
+            seed=options.seed,
+            on_miss=options.on_miss,
+            upstream=options.upstream or None,
+            record=options.record or None,
+            record_limit=options.record_limit,
+            log=None if options.quiet else print_line,
+        )
         for path in options.fixtures:
             server.script.load(path)
         for warning in server.script.warnings:
             print_line(warning)
     except (OSError, ValueError) as error:
-        print_line(f"cannot load fixtures: {error}")
+        print_line(f"cannot begin: {error}")
         return 1
     try:
+        if options.watch:
+            paths = [*([options.record] if options.record else []), *options.fixtures]
+            watch = FileWatch(server.script, paths)
+            stopping = (server.stopping,)
+            threading.Thread(target=watch.run, args=stopping, name="watch", daemon=True).start()
         serve(server)
     except OSError as error:
         taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
