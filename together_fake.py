@@ -3245,7 +3245,7 @@ class Call:
         self.path = request.path
         self.query = redact_query(request.query) if request.query else ""
         self.headers = request.headers.masked
-        self.test = self.headers.get("x-test-id", "")
+        self.test: str = request.headers.get("x-test-id", "")
         self.batch = request.batch  # the job whose line this is
         self.at = at  # Unix seconds
         self._raw = request.raw if len(request.raw) <= MAX_RECORDED_BODY_BYTES else b""
@@ -3258,7 +3258,9 @@ class Call:
             self._raw_reply = reply.body
 
     def keep_size(self) -> int:
-        """Count the reply to the bytes that are kept, and return how many it has."""
+        """Count the reply to the bytes that are kept; return how many they are more by."""
+        if not self.revision:  # it is in the record no more
+            return 0
         size = len(self.raw_reply) if isinstance(self._raw_reply, list) else len(self._raw_reply)
         self.kept += size
         return size
@@ -6065,7 +6067,8 @@ def read_schemas(text: str) -> Iterator[Any]:
 def find_prompted(messages: list[dict[str, Any]]) -> tuple[Any, bool]:
     """Return the schema that a prompt asks JSON for, and whether in a block of Markdown."""
     for message in messages:
-        text = message_text(message)
+        content = message.get("content")
+        text = content if type(content) is str else message_text(message)
         if "{" in text and message["role"] in ("system", "developer", "user"):
             lower = text.lower()
             schema = next(read_schemas(text), None) if "json" in lower else None
@@ -12311,7 +12314,7 @@ class TogetherAiServer:
         self._ending: HttpServer | None = None
         self._make_locks()
         if record is not None and os.path.exists(record):
-            self.script.load(os.fspath(record))
+            self.load(record)
         self._calls: deque[Call] = deque()
         self.epoch = int(time.time() * 1000)  # of the record: changes when that is reset
         self.reset()
@@ -12383,6 +12386,7 @@ class TogetherAiServer:
             self.script.reset()
             self.models = dict(MODELS)
             self._calls = deque()
+            self._ended: deque[Call] = deque()  # whose replies are not counted yet
             self.epoch += 1
             self._recorded_bytes = 0
             self._numbers = itertools.count(1)
@@ -12788,7 +12792,8 @@ class TogetherAiServer:
             call.error = traceback.format_exc()
             complain(call.error)
             reply = self._shape_error(ApiError("bug", reason=repr(error)), request)
-        reply.public = not is_control(request.path)
+        if request.path[:4] != "/v1/":
+            reply.public = not is_control(request.path)
         return reply
 
     def _record(self, request: Request) -> Call:
@@ -12800,6 +12805,8 @@ class TogetherAiServer:
             call.revision = next(self._revisions)
             self._calls.append(call)
             self._recorded_bytes += call.kept
+            while self._ended:  # replies that have come since
+                self._recorded_bytes += self._ended.popleft().keep_size()
             while self._is_record_full():
                 gone = self._calls.popleft()
                 self._recorded_bytes -= gone.kept
@@ -12814,9 +12821,8 @@ class TogetherAiServer:
         """Note how a call ended."""
         call.outcome = outcome
         if call.revision:  # it is in the record
-            with self._lock:
-                call.revision = next(self._revisions)
-                self._recorded_bytes += call.keep_size()
+            call.revision = next(self._revisions)
+            self._ended.append(call)
         if self._log is not None and not call.batch:
             self._log.put(call)
 
