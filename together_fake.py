@@ -577,9 +577,11 @@ class Fields(dict):  # type: ignore[type-arg]
             if field is None or value is None or type(value) in field.free:
                 continue
             try:
-                values[name] = field.check(value)  # the keys stay
+                checked = field.check(value)
             except ApiError as error:
                 raise error.inside(place + name) from None
+            if checked is not value:
+                values[name] = checked  # the keys stay
 
     def check_names(self, names: Iterable[str], place: str) -> None:
         """Refuse the first name that a closed table has no row for."""
@@ -3235,6 +3237,7 @@ class Call:
     warnings: tuple[str, ...] = ()  # a path that was read as another, fields that nothing reads
     fixture = ""  # the source of the one that answered
     reply_type = ""  # the content type of the reply
+    reply_size = 0  # bytes of it that are kept
     revision = 0  # rises whenever something about the call changes
     _raw_reply: bytes | list[bytes] = b""
     find_misses: Any = None  # lists the near misses
@@ -3256,12 +3259,11 @@ class Call:
         self.status, self.reply_type = reply.status, reply.content_type
         if reply.events is None and len(reply.body) <= MAX_RECORDED_BODY_BYTES:
             self._raw_reply = reply.body
+            self.reply_size = len(reply.body)
 
-    def keep_size(self) -> int:
+    def count_reply(self) -> int:
         """Count the reply to the bytes that are kept; return how many they are more by."""
-        if not self.revision:  # it is in the record no more
-            return 0
-        size = len(self.raw_reply) if isinstance(self._raw_reply, list) else len(self._raw_reply)
+        size = self.reply_size if self.revision else 0  # 0: it is in the record no more
         self.kept += size
         return size
 
@@ -3285,6 +3287,7 @@ class Call:
             raise
         finally:
             getattr(events, "close", bool)()
+            self.reply_size = sum(map(len, kept))
             end(self, outcome)
 
     @property
@@ -3356,7 +3359,7 @@ class Call:
     @property
     def near_misses(self) -> list[dict[str, Any]]:
         """The first fixtures that did not answer, each with the first key that differed."""
-        misses = self.find_misses() if self.find_misses else []
+        misses = self.find_misses(self) if self.find_misses else []
         return [miss for miss in misses if miss["fixture"] != self.fixture]
 
     def __repr__(self) -> str:
@@ -4530,10 +4533,11 @@ class Fixtures:
 
     def find(
         self, facts: MatchFacts
-    ) -> tuple[Fixture | None, str, Callable[[], list[dict[str, Any]]]]:
+    ) -> tuple[Fixture | None, str, Callable[[Call], list[dict[str, Any]]]]:
         """Return the fixture that answers a request, counted as served, and a warning about it.
 
-        The third value is what lists the near misses.
+        The third value lists the near misses of the call; among many fixtures it only looks for
+        them then.
         """
         with self._lock:
             layers = self._list_layers(facts.request)
@@ -4543,15 +4547,34 @@ class Fixtures:
                 facts.asked[fixture] = bool(fixture.when(facts.request))
         with self._lock:
             chosen, warning = self._choose(facts, likely)
-            listed = [fixture for layer in layers for fixture in layer.fixtures]
-            listed = listed[:MAX_NEAR_MISSES]
-            misses = [self._describe_miss(each, facts, chosen) for each in listed]
+            misses = None
+            if len(self) <= MAX_NEAR_MISSES:  # before anything is counted
+                misses = self._list_misses(layers, facts, chosen)
             if chosen is not None:
                 chosen.count(facts.test)
                 if chosen.sequence is not None:
                     key = (facts.test, chosen.group)
                     self._sequences[key] = self._sequences.get(key, 0) + 1
-        return chosen, warning, lambda: [show_miss(miss) for miss in misses]
+        asked, kind = facts.asked, facts["response"]
+
+        def list_misses(call: Call) -> list[dict[str, Any]]:
+            found = misses
+            if found is None:
+                again = MatchFacts(kind, call.as_request())
+                again.asked = asked
+                with self._lock:
+                    found = self._list_misses([self._run_time, self._files], again, chosen)
+            return [show_miss(miss) for miss in found]
+
+        return chosen, warning, list_misses
+
+    def _list_misses(
+        self, layers: list[Layer], facts: MatchFacts, chosen: Fixture | None
+    ) -> list[dict[str, Any]]:
+        """Return what the first fixtures have to say for themselves."""
+        fixtures = itertools.chain.from_iterable(layer.fixtures for layer in layers)
+        first = itertools.islice(fixtures, MAX_NEAR_MISSES)
+        return [self._describe_miss(fixture, facts, chosen) for fixture in first]
 
     def give_back(self, fixture: Fixture, test: str) -> None:
         """Count a fixture as not served, because the request was refused after all."""
@@ -12806,16 +12829,14 @@ class TogetherAiServer:
             self._calls.append(call)
             self._recorded_bytes += call.kept
             while self._ended:  # replies that have come since
-                self._recorded_bytes += self._ended.popleft().keep_size()
-            while self._is_record_full():
+                self._recorded_bytes += self._ended.popleft().count_reply()
+            while len(self._calls) > self.record_limit or (
+                self._recorded_bytes > MAX_RECORD_BYTES and len(self._calls) > 1
+            ):
                 gone = self._calls.popleft()
                 self._recorded_bytes -= gone.kept
                 gone.revision = 0
         return call
-
-    def _is_record_full(self) -> bool:
-        too_large = self._recorded_bytes > MAX_RECORD_BYTES and len(self._calls) > 1
-        return too_large or len(self._calls) > self.record_limit
 
     def _end_call(self, call: Call, outcome: str) -> None:
         """Note how a call ended."""
