@@ -10300,8 +10300,8 @@ function readReply(call) {
   if (["image", "embedding"].includes(kind) && data)
     nodes.push(makeMessage(kind, data.length, ...data.map(readData)));
   if (results) {
-    const tell = ({ index, relevance_score: score, document = body?.documents?.[index] }) =>
-      [score.toFixed(4) + "  #" + index, Object(document).text ?? document];
+    const tell = ({ index, relevance_score: score, document }) =>
+      [score.toFixed(4) + "  #" + index, document?.text ?? body?.documents?.[index]];
     nodes.push(makeMessage("results", "", makePairs(results.map(tell))));
   }
   if (text) nodes.push(makeMessage("transcript", "", makeText(text)));

@@ -219,7 +219,8 @@ test('an opened call shows conversation and reply', () =>
         { type: 'image_url', image_url: { url: `data:image/png;base64,${png}` } },
       ] },
     ];
-    for (const stream of [false, true]) await send('/v1/chat/completions', { model: MODEL, messages, tools, stream });
+    for (const stream of [false, true])
+      await send('/v1/chat/completions', { model: 'openai/with-eyes', messages, tools, stream });
     await readRows(page, 2);
     for (const number of [1, 2]) {
       await open(page, number);
