@@ -5062,6 +5062,7 @@ class Answer:
     created = CREATED
     role = "assistant"
     strict = False  # the server is
+    digits = ""  # 64 hexadecimal ones, drawn, for what has ids of another form
     prompt: Sequence[dict[str, Any]] = ()  # the echo
     reasons = False  # its model writes its reasoning
 
@@ -5106,7 +5107,7 @@ MATCHED_STOP = 200002  # the token at which gpt-oss stops
 SLOT = late_regex(rf'"\\u0000({"|".join(SLOT_NAMES)})"')
 
 
-def as_template(value: dict[str, Any]) -> str:
+def as_template(value: Any) -> str:
     """Encode JSON once, so that `template % {"content": JSON text, ...}` fills its slots."""
     return SLOT.sub(r"%(\1)s", ENCODE(value).replace("%", "%%"))
 
@@ -6283,7 +6284,7 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
         else:
             choices.append(compose_choice(rng, body, model, budget, index))
     answer = Answer(request, form, choices, count_usage(prompt_tokens, choices))
-    answer.reasons = model.thinks
+    answer.reasons, answer.digits = model.thinks, rng.key.hex()
     if script:
         apply_script(answer, script)
     if "echo" in body or "logprobs" in body:
@@ -6328,8 +6329,9 @@ ECHO: dict[str, Any] = {  # what a response repeats of its request, and the defa
     "truncation": "disabled", "metadata": {}, "top_logprobs": 0, "prompt_cache_key": None,
     "safety_identifier": None, "user": None,
 }  # fmt: skip
-ECHO_TEXTS = {name: f'"{name}":{ENCODE(value)}' for name, value in ECHO.items()}
-ECHO_TEXT = ",".join(ECHO_TEXTS.values())
+ECHO_TEXTS = tuple(f'"{name}":{ENCODE(value)}' for name, value in ECHO.items())
+ECHO_TEXT = ",".join(ECHO_TEXTS)
+ECHO_PLACES = {name: place for place, name in enumerate(ECHO)}
 MCP_SCHEMA = {  # of every tool of a remote server, which is not asked what it has
     "type": "object",
     "properties": {"query": {"type": "string"}},
@@ -6771,8 +6773,7 @@ def compose_response(server: TogetherAiServer, request: Request) -> tuple[Answer
 
 def name_items(answer: Answer, output: Output) -> None:
     """Give the response and its items their ids, drawn from that of the chat's answer."""
-    request, script = answer.request, answer.request.script
-    digits = HashRandom.of_bytes(answer.id.encode()).key.hex()
+    request, script, digits = answer.request, answer.request.script, answer.digits
     if not script or not script.get("id"):
         answer.id = request.id = "resp_" + digits[:32]
     for at, (item, _) in enumerate(output):
@@ -6811,12 +6812,28 @@ def write_echo(body: dict[str, Any]) -> str:
     start = '"instructions":' + ("null" if instructions is None else QUOTE(instructions))
     if ECHO.keys().isdisjoint(body):
         return f"{start},{ECHO_TEXT}"
-    given = {
-        name: f'"{name}":{ENCODE(echo_value(name, body[name]))}'
-        for name in body
-        if name in ECHO and body[name] is not None
-    }
-    return ",".join([start, *{**ECHO_TEXTS, **given}.values()])
+    texts = list(ECHO_TEXTS)
+    for name in ECHO_PLACES.keys() & body.keys():
+        if body[name] is not None:
+            texts[ECHO_PLACES[name]] = f'"{name}":{ENCODE(echo_value(name, body[name]))}'
+    return ",".join([start, *texts])
+
+
+def write_items(output: Output) -> str:
+    """Write the items of a response; one text alone is filled into a template."""
+    item, choice = output[0]
+    if len(output) > 1 or item["type"] != "message" or choice.scores:
+        return ENCODE([item for item, _ in output])
+    template = message_template(item["status"])
+    text: str = template % {"id": QUOTE(item["id"]), "content": QUOTE(choice.text)}
+    return text
+
+
+@functools.lru_cache(maxsize=8)
+def message_template(status: str) -> str:
+    """Return a list of one message, with slots for its id and its text."""
+    item = message_item(Choice(0, SLOTS["content"], 0, "stop"), status)
+    return as_template([{**item, "id": SLOTS["id"]}])
 
 
 def write_response(answer: Answer, echo: str, output: Output | None) -> str:
@@ -6827,7 +6844,7 @@ def write_response(answer: Answer, echo: str, output: Output | None) -> str:
     if output is None:
         status, ended, reason = "in_progress", "null", None
     else:
-        items = ENCODE([item for item, _ in output])
+        items = write_items(output) if output else "[]"
         usage = write_usage(answer.usage)
     if reason:
         status, ended = "incomplete", "null"
