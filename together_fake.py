@@ -3409,7 +3409,8 @@ MAX_TESTS = 10_000  # whose calls are counted apart
 MAX_TEST_ID = 200  # characters of an X-Test-Id
 MAX_SHOWN = 4000  # characters of a text that is kept to show how it differs
 MAX_RE_LENGTH = 1000  # characters of a pattern that `re` may match
-MAX_RE_TEXT = 10_000  # and of the text in which it may look for one without much repetition
+MAX_RE_STEPS = 10**8  # that it may take, which is less than a second
+MIN_RE_TEXT = 1000  # characters of a text that such a pattern must be able to look through
 
 
 def list_objects(value: Any) -> list[dict[str, Any]]:
@@ -3538,12 +3539,24 @@ class MatchFacts(dict):  # type: ignore[type-arg]
         )
 
 
-def is_harmless(source: str) -> bool:
-    """Tell whether `re` matches a pattern in little time: no repeated group, one open repeat."""
+def limit_text(source: str) -> int:
+    """Return in how long a text `re` may look for a pattern; 0 where it might take long in any.
+
+    Each open repeat multiplies the steps by the text's length, each choice by what it offers.
+    """
     bare = re.sub(r"\\.|\[(?:\\.|[^\]])*\]", "x", source)
-    open_repeats = re.findall(r"[*+]|\{\d*,\}", bare)
-    repeated_group = re.search(r"\)(?:[*+?]|\{)", bare)
-    return len(source) <= MAX_RE_LENGTH and len(open_repeats) < 2 and repeated_group is None
+    repeated_group = re.search(r"\)(?:\s|#[^\n]*)*[*+?{]", bare)
+    if repeated_group is not None or len(source) > MAX_RE_LENGTH:
+        return 0
+    open_repeats = re.findall(r"[*+]|\{[0-9]*,\}", bare) + re.findall(r"\\[1-9]|\(\?P=", source)
+    steps = 2 ** len(re.findall(r"(?<![*+?}(])\?", bare))
+    for low, high in re.findall(r"\{([0-9]*),([0-9]+)\}", bare):
+        steps *= int(high) - int(low or 0) + 1
+    for piece in re.split("[()]", bare):
+        steps *= 1 + piece.count("|")
+    power = 1 / (1 + len(open_repeats))
+    limit = int((MAX_RE_STEPS / steps) ** power) if steps <= MAX_RE_STEPS else 0
+    return limit if limit >= MIN_RE_TEXT else 0
 
 
 class SafePattern:
@@ -3555,7 +3568,8 @@ class SafePattern:
     def __init__(self, source: str, trusted: bool) -> None:
         """Read a pattern; raise ValueError where it can be matched in neither way."""
         self.source = source
-        self.quick = re.compile(source) if trusted and is_harmless(source) else None
+        self.limit = limit_text(source) if trusted else 0  # of a text that `re` looks through
+        self.quick = re.compile(source) if self.limit else None
         try:
             self.careful: SearchPattern | None = SearchPattern(source)
         except (Unsatisfiable, OutOfSteps) as error:
@@ -3566,8 +3580,8 @@ class SafePattern:
 
     def search(self, text: str) -> bool:
         """Tell whether it is found in a text; one that takes half a second is not."""
-        if self.quick is not None and (self.careful is None or len(text) <= MAX_RE_TEXT):
-            return self.quick.search(text[:MAX_RE_TEXT]) is not None
+        if self.quick is not None and (self.careful is None or len(text) <= self.limit):
+            return self.quick.search(text[: self.limit]) is not None
         assert self.careful
         try:
             return self.careful.is_in(text)
