@@ -146,6 +146,10 @@ def late_regex(source: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
 SECRET_HEADER = late_regex(r"auth|key|token|secret|cookie", re.IGNORECASE)
 SECRET_WORDS = frozenset(("auth", "authorization", "key", "token", "secret", "password", "cookie"))
 SECRET_WORDS |= {"apikey", "passwd", "credential", "credentials"}
+SECRET_END = late_regex(  # of names that are written in one word, and of several secrets
+    r"(?:(?:api|access|secret|private|auth)[-_]?keys?|token|secrets?|passwords?|cookies?)[-_0-9]*\Z",
+    re.IGNORECASE,
+)
 NAME_PARTS = late_regex(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 
 
@@ -157,7 +161,8 @@ def is_secret_header(name: str) -> bool:
 def is_secret(name: str) -> bool:
     """Tell whether a field of this name holds a secret: `wandbApiKey`, `hf_token`, not `tokens`."""
     parts = NAME_PARTS.findall(name[:200])
-    return bool(parts) and parts[-1].lower() in SECRET_WORDS
+    named = bool(parts) and parts[-1].lower() in SECRET_WORDS
+    return named or SECRET_END.search(name[-200:]) is not None
 
 
 def make_encoder(**options: Any) -> Callable[[Any], str]:
@@ -3187,10 +3192,17 @@ def redact(value: Any) -> Any:
         return {"filename": value.filename, "content_type": kind, "bytes": len(value.data)}
     if type(value) is dict:
         return {
-            name: "***" if type(inner) in (str, int, float) and is_secret(name) else redact(inner)
+            name: mask_values(inner) if is_secret(name) else redact(inner)
             for name, inner in value.items()
         }
     return [redact(item) for item in value] if type(value) is list else value
+
+
+def mask_values(value: Any) -> Any:
+    """Return stars for a secret, or for each of a list; an object may be a schema that names it."""
+    if type(value) is list:
+        return [mask_values(item) for item in value]
+    return "***" if type(value) in (str, int, float) else redact(value)
 
 
 def get_path(value: Any, *steps: str) -> Any:
