@@ -13164,8 +13164,18 @@ def serve(server: TogetherAiServer) -> None:
     server.stop()
 
 
+def reserve_streams() -> None:
+    """Open what was closed of the three standard streams: a socket would take its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the server until Ctrl-C or SIGTERM; return the exit status."""
+    reserve_streams()
     options = read_options(args)
     if options.routes:
         print_lines(list_route_lines())
