@@ -5521,11 +5521,9 @@ class GptOssForm(Form):
 
     def choice(self, answer: Answer, choice: Choice) -> dict[str, Any]:
         body = super().choice(answer, choice)
-        return (
-            {**body, "message": body.pop("message")}
-            if self.skips_reasoning(answer.request.body)
-            else body
-        )
+        if self.skips_reasoning(answer.request.body):
+            body["message"] = body.pop("message")  # to the end
+        return body
 
     def chunk(
         self, answer: Answer, choice: Choice, delta: dict[str, Any], text: str = "", **more: Any
