@@ -4514,14 +4514,24 @@ class StandIn:
         raise AssertionError("three tries failed")
 
 
+class StandInForPytest:
+    """What the README's conftest.py declares; PytestClientTests runs it with the real one."""
+
+    @staticmethod
+    def fixture(*args, **options):
+        return args[0] if args else StandInForPytest.fixture
+
+    hookimpl = fixture
+
+
 def run_snippet(snippet):
     """Run Python of the README in a namespace of its own, and the tests that it declares."""
-    try:
-        import openai
-    except ImportError:
-        openai = types.SimpleNamespace(OpenAI=StandIn)
+    modules = {"openai": types.SimpleNamespace(OpenAI=StandIn), "pytest": StandInForPytest}
+    for name in modules:
+        with contextlib.suppress(ImportError):
+            modules[name] = importlib.import_module(name)
     names = {"__name__": "readme"}
-    with mock.patch.dict(sys.modules, openai=openai), contextlib.redirect_stdout(io.StringIO()):
+    with mock.patch.dict(sys.modules, modules), contextlib.redirect_stdout(io.StringIO()):
         exec(compile(snippet, "README.md", "exec"), names)
         for case in names.values():
             if isinstance(case, type) and issubclass(case, unittest.TestCase):
@@ -4648,6 +4658,48 @@ async def settle(result):
     if inspect.isawaitable(result) and not hasattr(result, "__aiter__"):
         result = await result
     return [item async for item in result] if hasattr(result, "__aiter__") else result
+
+
+class PytestClientTests(unittest.TestCase):
+    """The README's conftest.py, in a session of pytest."""
+
+    TESTS = """
+import urllib.request, os
+
+def ask(text):
+    data = b'{"model": "m", "messages": [{"role": "user", "content": "%s"}]}' % text
+    url = os.environ["TOGETHER_BASE_URL"] + "/chat/completions"
+    request = urllib.request.Request(url, data, {"Authorization": "Bearer x"})
+    return urllib.request.urlopen(request).read()
+
+def test_answer(together):
+    together.reply("Hi!", user_message="hello")
+    assert b"Hi!" in ask(b"hello")
+
+def test_fresh_state(together):
+    assert together.requests == []
+    together.reply("Hi!", user_message="hello")
+    ask(b"good-bye")
+"""
+
+    def test_a_failure_shows_what_no_fixture_answered(self):
+        need("pytest")
+        readme = (HERE / "README.md").read_text("utf-8")
+        (conftest,) = re.findall(r"^```python\n(import pytest\n.*?)^```", readme, re.M | re.S)
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "conftest.py").write_text(conftest, "utf-8")
+            Path(folder, "test_it.py").write_text(self.TESTS, "utf-8")
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder],
+                env={**os.environ, "PYTHONPATH": str(HERE)},
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+        self.assertIn("1 failed, 1 passed", done.stdout)
+        unmatched = re.findall(r"^unmatched:\n(.*)", done.stdout, re.M)
+        self.assertEqual(len(unmatched), 1, done.stdout)
+        self.assertIn("POST /v1/chat/completions", unmatched[0])
 
 
 class Driver:
