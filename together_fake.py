@@ -3531,6 +3531,7 @@ class MatchFacts(dict):  # type: ignore[type-arg]
         self.request = request
         self.test = headers.get("x-test-id", "")[:MAX_TEST_ID]
         self.asked: dict[Fixture, bool] = {}  # what the functions of fixtures said
+        self.compared: dict[Fixture, str | None] = {}  # the first key that differs, or None
         super().__init__(
             response=kind,
             endpoint=(kind, f"{request.method} {request.path}"),
@@ -3549,6 +3550,12 @@ class MatchFacts(dict):  # type: ignore[type-arg]
             body=body,
             headers=headers,
         )
+
+    def compare(self, fixture: Fixture) -> str | None:
+        """Return the first key of a fixture that is not what it wants; it is looked for once."""
+        if fixture not in self.compared:
+            self.compared[fixture] = find_mismatch(fixture.wanted, self)
+        return self.compared[fixture]
 
 
 def limit_text(source: str) -> int:
@@ -3636,7 +3643,7 @@ DECODE_BASE64 = functools.partial(base64.b64decode, validate=True)
 
 
 PATTERN = Fields(
-    Field("pattern", str, required=True, low=1),
+    Field("pattern", str, required=True),
     closed=True,
 )
 
@@ -4059,10 +4066,20 @@ def read_entry(
     return kind, entry
 
 
-def compile_text(key: str, wanted: Any, trusted: bool = True) -> Any:
-    """Return the pattern of a wanted text, of each text of a list, or of `{"pattern": ...}`."""
+def compile_text(key: str, wanted: Any, place: str, trusted: bool) -> Any:
+    """Return the pattern of a wanted text, of each text of a list, or of `{"pattern": ...}`.
+
+    Raises ValueError naming the pattern that cannot be matched.
+    """
     if isinstance(wanted, dict):
-        return SafePattern(wanted["pattern"], trusted)
+        try:
+            return SafePattern(wanted["pattern"], trusted)
+        except (ValueError, re.error, RecursionError, OverflowError) as error:
+            shown = preview(wanted["pattern"])
+            raise ValueError(
+                f"{place}.pattern: must be a regular expression that can be matched, not {shown}:"
+                f" {error}"
+            ) from None
     if isinstance(wanted, list):
         return re.compile(r"(?s)\A" + "".join(f"(?=.*{re.escape(text)})" for text in wanted))
     is_whole = key == "model" and "/" in wanted  # the id of Together's models has no shorter form
@@ -4070,23 +4087,17 @@ def compile_text(key: str, wanted: Any, trusted: bool = True) -> Any:
 
 
 def compile_match(match: dict[str, Any], place: str, trusted: bool) -> dict[str, Any]:
-    """Return what each fact must contain; `Fixtures` compares the two indexes.
-
-    Raises ValueError naming the pattern that cannot be matched.
-    """
+    """Return what each fact must contain; `Fixtures` compares the two indexes."""
     wanted = {key: match[key] for key in PLAIN_MATCH if key in match}
-    try:
-        for key in [key for key in wanted if key in TEXT_KEYS]:
-            wanted[key] = compile_text(key, wanted[key], trusted)
-        if "headers" in wanted:
-            wanted["headers"] = {
-                name.lower(): compile_text("context", text, trusted)
-                for name, text in wanted["headers"].items()
-            }
-    except (ValueError, re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{place}.match: {error}") from None
+    for key in [key for key in wanted if key in TEXT_KEYS]:
+        wanted[key] = compile_text(key, wanted[key], f"{place}.{key}", trusted)
+    if "headers" in wanted:
+        wanted["headers"] = {
+            name.lower(): compile_text("context", text, f"{place}.headers[{name}]", trusted)
+            for name, text in wanted["headers"].items()
+        }
     if "not" in match:
-        inner = compile_match(match["not"], f"{place}.match.not", trusted)
+        inner = compile_match(match["not"], f"{place}.not", trusted)
         wanted["not"] = lambda facts: find_mismatch(inner, facts) is not None
     return wanted
 
@@ -4145,7 +4156,9 @@ class Fixture:
         source: str = "run time",
         when: Callable[[Request], Any] | None = None,
         trusted: bool = True,
+        place: str = "",
     ) -> None:
+        """Build it; raise ValueError naming, in `place`, the pattern that cannot be matched."""
         self.entry = entry
         self.source = source
         self.number = 0  # among those added at run time
@@ -4168,7 +4181,7 @@ class Fixture:
         self.sequence: int | None = self.match.get("sequenceIndex")
         alike = {key: self.match[key] for key in self.match if key != "sequenceIndex"}
         self.group = (json.dumps(alike, sort_keys=True), when)  # what one sequence shares
-        wanted = compile_match(self.match, source, trusted)
+        wanted = compile_match(self.match, f"{place}.match", trusted)
         self.wanted = {"response": self.kinds.__contains__, **wanted}
 
     def set_response(self, kind: str, said: dict[str, Any]) -> None:
@@ -4249,8 +4262,10 @@ def parse_fixtures(
             if FOREIGN_ENDPOINTS.match(str(get_path(entry, "match", "endpoint"))):
                 ignored.append(f"fixtures[{index}]")
             else:
-                kind, clean_entry = read_entry(entry, f"fixtures[{index}]", str, ignored)
-                fixtures.append(Fixture(kind, clean_entry, source, trusted=trusted))
+                inner = f"fixtures[{index}]"
+                kind, clean_entry = read_entry(entry, inner, str, ignored)
+                fixture = Fixture(kind, clean_entry, source, trusted=trusted, place=inner)
+                fixtures.append(fixture)
                 fixtures[-1].in_file = bool(place)
     except ValueError as error:
         raise ValueError(f"{prefix}{error}") from None
@@ -4293,7 +4308,9 @@ def parse_header(text: str) -> Fixture:
             entry = {**({"response": entry} if entry else {}), **options}
         if isinstance(entry, dict):
             entry = {"match": {}, **entry}
-        fixture = Fixture(*read_entry(entry, "X-Parlel-Fixture"), "header", trusted=False)
+        place = "X-Parlel-Fixture"
+        kind, entry = read_entry(entry, place)
+        fixture = Fixture(kind, entry, "header", trusted=False, place=place)
         fixture.sequence = None  # one request is no sequence
         return fixture
     except (ValueError, RecursionError) as error:
@@ -4348,7 +4365,8 @@ def fixture_from_keywords(verb: str, keywords: Mapping[str, Any], when: Any = No
     if answers is not None:
         entry["response"]["content"] = ""
     entry["response"] = entry["response"] or None
-    fixture = Fixture(*read_entry(entry, f"{verb}()", to_camel), when=when)
+    place = f"{verb}()"
+    fixture = Fixture(*read_entry(entry, place, to_camel), when=when, place=place)
     fixture.answers = None if answers is None else Answers(answers)
     return fixture
 
@@ -4568,14 +4586,17 @@ class Fixtures:
         with self._lock:
             layers = self._list_layers(facts.request)
             likely = [layer.find_likely(facts) for layer in layers]
-        for fixture in itertools.chain(*likely):  # functions are asked without the lock, once
-            if fixture.when is not None and find_mismatch(fixture.wanted, facts) is None:
+            listed = self._list_first(layers) if len(self) <= MAX_NEAR_MISSES else None
+        # Patterns and functions, which may take their time, are asked without the lock.
+        for fixture in itertools.chain(*likely, listed or ()):
+            agrees = facts.compare(fixture) is None
+            if agrees and fixture.when is not None and fixture not in facts.asked:
                 facts.asked[fixture] = bool(fixture.when(facts.request))
         with self._lock:
             chosen, warning = self._choose(facts, likely)
             misses = None
-            if len(self) <= MAX_NEAR_MISSES:  # before anything is counted
-                misses = self._list_misses(layers, facts, chosen)
+            if listed is not None:  # before anything is counted
+                misses = [self._describe_miss(each, facts, chosen) for each in listed]
             if chosen is not None:
                 chosen.count(facts.test)
                 if chosen.sequence is not None:
@@ -4589,18 +4610,19 @@ class Fixtures:
                 again = MatchFacts(kind, call.as_request())
                 again.asked = asked
                 with self._lock:
-                    found = self._list_misses([self._run_time, self._files], again, chosen)
+                    first = self._list_first([self._run_time, self._files])
+                for fixture in first:
+                    again.compare(fixture)
+                with self._lock:
+                    found = [self._describe_miss(each, again, chosen) for each in first]
             return [show_miss(miss) for miss in found]
 
         return chosen, warning, list_misses
 
-    def _list_misses(
-        self, layers: list[Layer], facts: MatchFacts, chosen: Fixture | None
-    ) -> list[dict[str, Any]]:
-        """Return what the first fixtures have to say for themselves."""
+    def _list_first(self, layers: list[Layer]) -> list[Fixture]:
+        """Return the fixtures whose misses are told."""
         fixtures = itertools.chain.from_iterable(layer.fixtures for layer in layers)
-        first = itertools.islice(fixtures, MAX_NEAR_MISSES)
-        return [self._describe_miss(fixture, facts, chosen) for fixture in first]
+        return list(itertools.islice(fixtures, MAX_NEAR_MISSES))
 
     def give_back(self, fixture: Fixture, test: str) -> None:
         """Count a fixture as not served, because the request was refused after all."""
@@ -4659,7 +4681,7 @@ class Fixtures:
 
     def _find_obstacle(self, fixture: Fixture, facts: MatchFacts) -> tuple[str, Any, Any] | None:
         """Return why a fixture does not answer: the key, what it wants, what there is."""
-        key = find_mismatch(fixture.wanted, facts)
+        key = facts.compare(fixture)
         if key is not None and key not in fixture.match:
             return key, fixture.kinds, facts[key]
         if key is not None:
@@ -4768,7 +4790,7 @@ def status_reply(
         name = "model_rate_limit"
     name = name if name in ERRORS else "other_status"
     reply = ApiError(name, model=model, status=status).as_reply(id=id)
-    reply.headers = headers
+    reply.status, reply.headers = status, headers
     if error is not None:
         body = json.loads(reply.body)
         body["error"].update({"type": "server_error", "code": None, **error})
@@ -12465,9 +12487,7 @@ class TogetherAiServer:
             self.adapters: dict[str, list[str]] = Newest(MAX_OBJECTS)  # of endpoints, by their ids
             self.contents: dict[str, bytes] = {}  # by file id; parts by "file id/number"
             self.uploads: dict[str, str] = Newest(MAX_OBJECTS)  # files of open multipart uploads
-            self.outcomes: dict[str, str] = Newest(
-                MAX_OBJECTS
-            )  # the status each job shall end with
+            self.outcomes: dict[str, str] = Newest(MAX_OBJECTS)  # how each job shall end
             self._counts: dict[str, int] = {}  # of ids, by their prefix
 
     @property
@@ -12946,7 +12966,7 @@ class TogetherAiServer:
         if fixture is None:
             return self._handle(route, request, call)
         call.fixture = fixture.source
-        fixture = answer_response(fixture, request)
+        served, fixture = fixture, answer_response(fixture, request)
         if fixture.kind in ("error", "status", "json", "raw") and not fixture.breaks_late:
             reply = name_reply(error_reply(fixture, request), request)
         else:
@@ -12956,7 +12976,7 @@ class TogetherAiServer:
             try:
                 reply = self._handle(route, request, call)
             except ApiError:
-                self.script.give_back(fixture, facts.test)
+                self.script.give_back(served, facts.test)
                 raise
         idle = list_idle_options(fixture, reply)
         call.warnings += (f"the fixture's {idle} had no effect on a whole reply",) if idle else ()
