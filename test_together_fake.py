@@ -1745,6 +1745,7 @@ class ScriptedFaultTests(ScriptingCase):
 # The smallest good body of each route that needs one.
 VALID = {
     "POST /v1/chat/completions": HELLO,
+    "POST /v1/responses": {"model": LLAMA, "input": "hello"},
     "POST /v1/completions": {"model": "mistralai/Mixtral-8x7B-v0.1", "prompt": "Once upon"},
     "POST /v1/embeddings": {"model": "BAAI/bge-base-en-v1.5", "input": "a text"},
     "POST /v1/images/generations": {"model": FLUX, "prompt": "a lake", "width": 64, "height": 64},
@@ -1776,7 +1777,6 @@ TOKENIZED = "/v1/fine-tunes/{id}/download-tokenized-dataset"
 PATHS = {
     "GET /v1/models/{id...}": "/v1/models/" + LLAMA,
     "GET /v2/supported-models/{id...}": "/v2/supported-models/" + LLAMA,
-    "GET /shrt/{token}": "/shrt/0123456789abcdef-32x32.png",
     "GET /v1/finetune/download": "/v1/finetune/download?ft_id=done",
     "GET /v1/fine-tunes/models/limits": "/v1/fine-tunes/models/limits?model_name=m",
     "GET " + TOKENIZED: TOKENIZED.replace("{id}", "done"),
@@ -1788,7 +1788,14 @@ STEPS = {
     "POST /v1/files/upload",
     "PUT /__upload/{id}",
     "PUT /__upload/{id}/{part}",
+    "GET /__parlel/requests/{number}",
+    "GET /__parlel/requests/{number}/reply",
+    "DELETE /__parlel/fixtures/{number}",
+    "GET /v1/responses/{id}",
+    "DELETE /v1/responses/{id}",
+    "POST /v1/responses/{id}/cancel",
     "GET /__tokenized/{id}.jsonl",
+    "GET /shrt/{token}",
     "GET /shrt/videos/{name}",
 }
 SEEDS = {
@@ -1988,6 +1995,8 @@ class PathTests(FakeCase):
             got = self.ask("GET", "/v1/models", headers={"Authorization": value})
             self.assertEqual(got.status, status, value)
         got = self.ask("GET", "/v1/models", headers={})
+        self.assertEqual((got.status, got.json), (401, {"error": {"message": "Unauthorized"}}))
+        got = self.ask("POST", CHAT, HELLO, headers={})
         message = (
             "Invalid API key provided. You can find your API key at"
             " https://api.together.ai/settings/api-keys."
@@ -2026,8 +2035,12 @@ class PathTests(FakeCase):
             body = {**HELLO, "model": model, "stream": True}
             last = self.answer("POST", CHAT, body).events[-1]
             self.assertEqual((last["choices"] == [], bool(last["usage"])), (apart, True))
-        error = self.answer("POST", CHAT, {"model": LLAMA}).json["error"]
-        self.assertEqual(error["message"], "Input validation error")
+        for body, said in (
+            ({"model": LLAMA}, "Input required"),
+            ({**HELLO, "temperature": "hot"}, "Input validation error"),
+        ):
+            error = self.answer("POST", CHAT, body).json["error"]
+            self.assertEqual((error["message"], error["param"]), (said, None))
 
 
 # === Inference endpoints ===
@@ -3496,6 +3509,15 @@ class ScriptedRecordTests(ScriptingCase):
             self.outcome(text)
         self.assertEqual(len({call.fixture for call in self.server.requests}), 2)
 
+    def test_a_schema_that_names_a_secret_can_be_read_and_an_object_under_its_name_cannot(self):
+        schema = {"type": "object", "properties": {"token": {"type": "string", "default": "x"}}}
+        sent = {"tools": [tool("log_in", parameters=schema)], "max_tokens": 7}
+        hidden = {"auth": {"jwt": "sesame"}, "apiKeyValue": "sesame", "api_keys": [["sesame"]]}
+        self.ask("POST", CHAT, {**HELLO, **sent, **hidden}, {**KEY, "X-Password": "sesame"})
+        self.assertNotIn("sesame", json.dumps(self.listed()))
+        body = self.server.requests[-1].body
+        self.assertEqual({name: body[name] for name in sent}, sent)
+
     def test_failed_assertion_shows_the_nearest_calls(self):
         for number in range(9):
             self.outcome("hi", model=f"m{number}")
@@ -4403,13 +4425,25 @@ class LifeCycleTests(SocketCase):
 # === Server ===
 
 
+# What clients of Together and OpenAI read: .ci/reach.py tries it.
+VARIABLES = {
+    *("TOGETHER_API_KEY", "TOGETHER_BASE_URL", "TOGETHER_PROJECT_ID", "TOGETHER_API_BASE"),
+    *("TOGETHER_AI_API_BASE", "TOGETHERAI_API_BASE", "TOGETHERAI_API_KEY"),
+    *("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_API_BASE"),
+}
+
+
 class ServerTests(unittest.TestCase):
     def test_addresses(self):
         server = TogetherAiServer()
         self.assertEqual(server.url, "http://127.0.0.1:4863")
         self.assertEqual(server.base_url, "http://127.0.0.1:4863/v1")
-        names = {"TOGETHER_API_KEY": "parlel-together", "TOGETHER_BASE_URL": server.base_url}
-        self.assertEqual(server.env, names)
+        project = server.env["TOGETHER_PROJECT_ID"]
+        self.assertTrue(project)
+        for name, value in server.env.items():
+            expected = "parlel-together" if name.endswith("_KEY") else server.base_url
+            self.assertEqual(value, project if name.endswith("_ID") else expected, name)
+        self.assertEqual(set(server.env), VARIABLES)
 
     def test_restarting(self):
         server = TogetherAiServer(port=0)
@@ -4471,7 +4505,8 @@ class CommandLineTests(unittest.TestCase):
                 program.send_signal(number)
                 _, log = program.communicate(timeout=PATIENCE)
                 self.assertEqual(program.returncode, 0)
-                self.assertRegex(log, r'^"GET /v1/models\?api_key=\*\*\*" 401 \d+\.\d ms\n$')
+                line = r'"GET /v1/models\?api_key=\*\*\*" 401 \d+\.\d ms\n$'
+                self.assertRegex(log, r"^\d{4}-\d\d-\d\dT[\d:.]{12}Z " + line)
         said = json.loads((HERE / "manifest.json").read_text("utf-8"))["startup_time_ms"]
         # Ten times as long is left for debug builds and busy machines.
         self.assertLess(min(seconds), 10 * said / 1000)
@@ -4496,7 +4531,7 @@ class CommandLineTests(unittest.TestCase):
     def test_fixtures_that_cannot_be_loaded_are_one_line(self):
         done = self.run_main("--port", "0", "--fixtures", str(HERE / "nowhere.json"))
         self.assertEqual((done.returncode, done.stdout), (1, ""))
-        self.assertRegex(done.stderr, r"^cannot load fixtures: .+nowhere\.json'?\n$")
+        self.assertRegex(done.stderr, r"^cannot begin: .+nowhere\.json'?\n$")
 
     def test_version(self):
         self.assertEqual(self.run_main("--version").stdout, f"together_fake {fake.__version__}\n")
@@ -4621,7 +4656,9 @@ class RepositoryTests(unittest.TestCase):
             {key: manifest[key] for key in ("name", "port", "protocol", "healthcheck")},
             {"name": "together-ai", "port": 4863, "protocol": "http", "healthcheck": "/health"},
         )
-        self.assertEqual(manifest["env_vars"], TogetherAiServer().env)
+        original = {"TOGETHER_API_KEY", "TOGETHER_BASE_URL"}
+        env = {name: value for name, value in TogetherAiServer().env.items() if name in original}
+        self.assertEqual(manifest["env_vars"], env)
         self.assertAlmostEqual(manifest["size_kb"], len(self.source.encode()) / 1024, delta=5)
 
 

@@ -143,14 +143,20 @@ def late_regex(source: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
 
 # === Messages ===
 
-SECRET_HEADER = late_regex(r"auth|key|token|secret|cookie", re.IGNORECASE)
-SECRET_WORDS = frozenset(("auth", "authorization", "key", "token", "secret", "password", "cookie"))
-SECRET_WORDS |= {"apikey", "passwd", "credential", "credentials"}
+SECRET_HEADER = late_regex(r"auth|key|token|secret|cookie|passw|passphrase|jwt", re.IGNORECASE)
+SECRET_WORDS = frozenset((
+    "auth", "authorization", "authz", "bearer", "key", "apikey", "token", "jwt", "secret", "cookie",
+    "password", "passwd", "passphrase", "credential", "credentials",
+))  # fmt: skip
 SECRET_END = late_regex(  # of names that are written in one word, and of several secrets
     r"(?:(?:api|access|secret|private|auth)[-_]?keys?|token|secrets?|passwords?|cookies?)[-_0-9]*\Z",
     re.IGNORECASE,
 )
 NAME_PARTS = late_regex(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+FORM_WORDS = ("value", "string", "text", "pem", "header")  # a secret's form, behind its name
+# A JSON schema names what it describes, secrets too, and holds none.
+SCHEMA_WORDS = {"$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
+SCHEMA_TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
 
 
 def is_secret_header(name: str) -> bool:
@@ -160,9 +166,17 @@ def is_secret_header(name: str) -> bool:
 
 def is_secret(name: str) -> bool:
     """Tell whether a field of this name holds a secret: `wandbApiKey`, `hf_token`, not `tokens`."""
-    parts = NAME_PARTS.findall(name[:200])
-    named = bool(parts) and parts[-1].lower() in SECRET_WORDS
+    parts = [part.lower() for part in NAME_PARTS.findall(name[:200])]
+    while len(parts) > 1 and parts[-1] in FORM_WORDS:
+        parts.pop()
+    named = bool(parts) and parts[-1] in SECRET_WORDS
     return named or SECRET_END.search(name[-200:]) is not None
+
+
+def is_schema(value: dict[str, Any]) -> bool:
+    """Tell whether an object describes a field, as the schema of a tool's arguments does."""
+    kind = value.get("type")
+    return kind in SCHEMA_TYPES if type(kind) is str else not SCHEMA_WORDS.isdisjoint(value)
 
 
 def make_encoder(**options: Any) -> Callable[[Any], str]:
@@ -281,6 +295,22 @@ class Upload:
 
     def __str__(self) -> str:
         return f"the file {self.filename}"
+
+
+def redact(value: Any, secret: bool = False) -> Any:
+    """Return JSON as it may be shown: files as their size, secrets as stars.
+
+    secret  the value stands under a name that says so
+    """
+    if type(value) is Upload:
+        kind = value.content_type
+        return {"filename": value.filename, "content_type": kind, "bytes": len(value.data)}
+    if type(value) is dict:
+        hidden = secret and not is_schema(value)
+        return {name: redact(inner, hidden or is_secret(name)) for name, inner in value.items()}
+    if type(value) is list:
+        return [redact(item, secret) for item in value]
+    return "***" if secret and type(value) in (str, int, float) else value
 
 
 class Reply:
@@ -526,16 +556,9 @@ def preview(value: Any, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def hide_secrets(value: Any) -> Any:
-    """Return JSON with stars for what a secret's name stands for."""
-    if type(value) is dict:
-        return {k: "***" if is_secret(k) else hide_secrets(v) for k, v in value.items()}
-    return [hide_secrets(item) for item in value] if type(value) is list else value
-
-
 def refuse_value(place: str, rule: str, value: Any) -> ApiError:
     """Name the place, the rule and the value that broke it, cut to a readable length."""
-    shown = preview(hide_secrets(value) if type(value) in (dict, list) else value)
+    shown = preview(redact(value))
     return ApiError("invalid", param=place, reason=f"{rule}, not {shown}")
 
 
@@ -3185,26 +3208,6 @@ def redact_query(query: str) -> str:
     )
 
 
-def redact(value: Any) -> Any:
-    """Return a value of a body for the record: files as their size, secrets as stars."""
-    if type(value) is Upload:
-        kind = value.content_type
-        return {"filename": value.filename, "content_type": kind, "bytes": len(value.data)}
-    if type(value) is dict:
-        return {
-            name: mask_values(inner) if is_secret(name) else redact(inner)
-            for name, inner in value.items()
-        }
-    return [redact(item) for item in value] if type(value) is list else value
-
-
-def mask_values(value: Any) -> Any:
-    """Return stars for a secret, or for each of a list; an object may be a schema that names it."""
-    if type(value) is list:
-        return [mask_values(item) for item in value]
-    return "***" if type(value) in (str, int, float) else redact(value)
-
-
 def get_path(value: Any, *steps: str) -> Any:
     """Follow keys and positions into JSON; None where they lead nowhere."""
     for step in steps:
@@ -3505,59 +3508,6 @@ def read_items(body: dict[str, Any]) -> list[dict[str, Any]]:
     return messages
 
 
-class MatchFacts(dict):  # type: ignore[type-arg]
-    """What fixtures ask about one request, by match key; its body is not checked yet.
-
-    A prompt counts as one user message.
-    """
-
-    def __init__(self, kind: str, request: Request) -> None:
-        body, headers = request.body, request.headers
-        asked = body.get(INPUT_FIELDS.get(kind, ""))
-        asked = " ".join(map(str, asked)) if isinstance(asked, list) else asked
-        prompt = [{"role": "user", "content": asked}]
-        chat = read_items(body) if kind == "response" else list_objects(body.get("messages"))
-        messages = prompt if kind in PROMPT_KINDS else chat
-        said = [(message.get("role"), join_text(message.get("content"))) for message in messages]
-        users = [text for role, text in said if role == "user" and isinstance(text, str)]
-        system = [text for role, text in said if role == "system" and isinstance(text, str)]
-        turns = [role for role, _ in said if role in ("user", "tool")]
-        last = messages[-1] if messages and messages[-1].get("role") == "tool" else {}
-        tools = [
-            get_path(tool, "name") or get_path(tool, "function", "name")
-            for tool in list_objects(body.get("tools"))
-        ]
-        format = body.get("response_format") or get_path(body, "text", "format")
-        self.request = request
-        self.test = headers.get("x-test-id", "")[:MAX_TEST_ID]
-        self.asked: dict[Fixture, bool] = {}  # what the functions of fixtures said
-        self.compared: dict[Fixture, str | None] = {}  # the first key that differs, or None
-        super().__init__(
-            response=kind,
-            endpoint=(kind, f"{request.method} {request.path}"),
-            userMessage=users[-1] if users else None,
-            systemMessage="\n".join(system) or None,
-            inputText=asked,
-            toolCallId=last.get("tool_call_id"),
-            toolResultContains=join_text(last.get("content")),
-            toolName=tuple(name for name in tools if isinstance(name, str)),
-            model=body.get("model"),
-            responseFormat=get_path(format, "type"),
-            hasToolResult=turns[-1:] == ["tool"],
-            context=headers.get("x-aimock-context"),
-            testId=self.test or None,
-            turnIndex=sum(role == "assistant" for role, _ in said),
-            body=body,
-            headers=headers,
-        )
-
-    def compare(self, fixture: Fixture) -> str | None:
-        """Return the first key of a fixture that is not what it wants; it is looked for once."""
-        if fixture not in self.compared:
-            self.compared[fixture] = find_mismatch(fixture.wanted, self)
-        return self.compared[fixture]
-
-
 def limit_text(source: str) -> int:
     """Return in how long a text `re` may look for a pattern; 0 where it might take long in any.
 
@@ -3637,6 +3587,59 @@ def find_mismatch(wanted: dict[str, Any], facts: MatchFacts) -> str | None:
     return next(
         (key for key, value in pairs if not contains_json(facts.get(key, facts), value)), None
     )
+
+
+class MatchFacts(dict):  # type: ignore[type-arg]
+    """What fixtures ask about one request, by match key; its body is not checked yet.
+
+    A prompt counts as one user message.
+    """
+
+    def __init__(self, kind: str, request: Request) -> None:
+        body, headers = request.body, request.headers
+        asked = body.get(INPUT_FIELDS.get(kind, ""))
+        asked = " ".join(map(str, asked)) if isinstance(asked, list) else asked
+        prompt = [{"role": "user", "content": asked}]
+        chat = read_items(body) if kind == "response" else list_objects(body.get("messages"))
+        messages = prompt if kind in PROMPT_KINDS else chat
+        said = [(message.get("role"), join_text(message.get("content"))) for message in messages]
+        users = [text for role, text in said if role == "user" and isinstance(text, str)]
+        system = [text for role, text in said if role == "system" and isinstance(text, str)]
+        turns = [role for role, _ in said if role in ("user", "tool")]
+        last = messages[-1] if messages and messages[-1].get("role") == "tool" else {}
+        tools = [
+            get_path(tool, "name") or get_path(tool, "function", "name")
+            for tool in list_objects(body.get("tools"))
+        ]
+        format = body.get("response_format") or get_path(body, "text", "format")
+        self.request = request
+        self.test = headers.get("x-test-id", "")[:MAX_TEST_ID]
+        self.asked: dict[Fixture, bool] = {}  # what the functions of fixtures said
+        self.compared: dict[Fixture, str | None] = {}  # the first key that differs, or None
+        super().__init__(
+            response=kind,
+            endpoint=(kind, f"{request.method} {request.path}"),
+            userMessage=users[-1] if users else None,
+            systemMessage="\n".join(system) or None,
+            inputText=asked,
+            toolCallId=last.get("tool_call_id"),
+            toolResultContains=join_text(last.get("content")),
+            toolName=tuple(name for name in tools if isinstance(name, str)),
+            model=body.get("model"),
+            responseFormat=get_path(format, "type"),
+            hasToolResult=turns[-1:] == ["tool"],
+            context=headers.get("x-aimock-context"),
+            testId=self.test or None,
+            turnIndex=sum(role == "assistant" for role, _ in said),
+            body=body,
+            headers=headers,
+        )
+
+    def compare(self, fixture: Fixture) -> str | None:
+        """Return the first key of a fixture that is not what it wants; it is looked for once."""
+        if fixture not in self.compared:
+            self.compared[fixture] = find_mismatch(fixture.wanted, self)
+        return self.compared[fixture]
 
 
 DECODE_BASE64 = functools.partial(base64.b64decode, validate=True)
@@ -6865,6 +6868,13 @@ def write_echo(body: dict[str, Any]) -> str:
     return ",".join([start, *texts])
 
 
+@functools.lru_cache(maxsize=8)
+def message_template(status: str) -> str:
+    """Return a list of one message, with slots for its id and its text."""
+    item = message_item(Choice(0, SLOTS["content"], 0, "stop"), status)
+    return as_template([{**item, "id": SLOTS["id"]}])
+
+
 def write_items(output: Output) -> str:
     """Write the items of a response; one text alone is filled into a template."""
     item, choice = output[0]
@@ -6873,13 +6883,6 @@ def write_items(output: Output) -> str:
     template = message_template(item["status"])
     text: str = template % {"id": QUOTE(item["id"]), "content": QUOTE(choice.text)}
     return text
-
-
-@functools.lru_cache(maxsize=8)
-def message_template(status: str) -> str:
-    """Return a list of one message, with slots for its id and its text."""
-    item = message_item(Choice(0, SLOTS["content"], 0, "stop"), status)
-    return as_template([{**item, "id": SLOTS["id"]}])
 
 
 def write_response(answer: Answer, echo: str, output: Output | None) -> str:
@@ -9139,10 +9142,9 @@ def list_autoscale_models(server: TogetherAiServer, request: Request) -> Any:
 
 def list_page(request: Request, items: list[dict[str, Any]]) -> dict[str, Any]:
     """Return one page of the second API: `limit` items after the id that `after` names."""
-    after, by_id = request.args.get("after") or None, {item["id"]: item for item in items}
-    if after and after not in by_id:
-        raise refuse_value("after", "must be a next_cursor of this list", after)
-    ids, more = take_page(list(by_id), request.args.get("limit") or 100, after)
+    by_id = {item["id"]: item for item in items}
+    limit, after = request.args.get("limit") or 100, request.args.get("after") or None
+    ids, more = take_page(list(by_id), limit, after)
     page = [by_id[id] for id in ids]
     return {"object": "list", "data": page, "next_cursor": ids[-1] if more else None}
 
@@ -12345,6 +12347,17 @@ def watch_forks(server: TogetherAiServer) -> None:
         FORK_WATCHERS[0].add(server)
 
 
+# What clients read beside TOGETHER_API_KEY and TOGETHER_BASE_URL.
+KEY_VARIABLES = ("TOGETHERAI_API_KEY", "OPENAI_API_KEY")
+URL_VARIABLES = (
+    "TOGETHER_API_BASE",
+    "TOGETHER_AI_API_BASE",
+    "TOGETHERAI_API_BASE",
+    "OPENAI_BASE_URL",
+    "OPENAI_API_BASE",
+)
+
+
 class TogetherAiServer:
     """The emulator: `with TogetherAiServer(port=0) as server:` and point a client at `.base_url`.
 
@@ -12525,18 +12538,11 @@ class TogetherAiServer:
 
         Each is read by some client of Together or OpenAI; see the table in the README.
         """
-        keys = ("TOGETHER_API_KEY", "TOGETHERAI_API_KEY", "OPENAI_API_KEY")
-        urls = (
-            "TOGETHER_BASE_URL",
-            "TOGETHER_API_BASE",
-            "TOGETHER_AI_API_BASE",
-            "TOGETHERAI_API_BASE",
-            "OPENAI_BASE_URL",
-            "OPENAI_API_BASE",
-        )
         return {
-            **dict.fromkeys(keys, DEFAULT_KEY),
-            **dict.fromkeys(urls, self.base_url),
+            "TOGETHER_API_KEY": DEFAULT_KEY,
+            "TOGETHER_BASE_URL": self.base_url,
+            **dict.fromkeys(KEY_VARIABLES, DEFAULT_KEY),
+            **dict.fromkeys(URL_VARIABLES, self.base_url),
             "TOGETHER_PROJECT_ID": PROJECT["id"],
         }
 
@@ -13191,6 +13197,37 @@ def reserve_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
+def build_server(options: Any) -> TogetherAiServer:
+    """Return the server that a command line asks for, with its fixtures."""
+    server = TogetherAiServer(
+        options.port,
+        host=options.host,
+        require_auth=not options.no_auth,
+        strict=options.strict,
+        instant_jobs=options.instant_jobs,
+        max_stored_bytes=options.max_stored_bytes,
+        seed=options.seed,
+        on_miss=options.on_miss,
+        upstream=options.upstream or None,
+        record=options.record or None,
+        record_limit=options.record_limit,
+        log=None if options.quiet else print_line,
+    )
+    for path in options.fixtures:
+        server.script.load(path)
+    for warning in server.script.warnings:
+        print_line(warning)
+    return server
+
+
+def watch_fixtures(server: TogetherAiServer, options: Any) -> None:
+    """Follow changes of the fixture files in a thread of its own."""
+    paths = [*([options.record] if options.record else []), *options.fixtures]
+    watch = FileWatch(server.script, paths)
+    stopping = (server.stopping,)
+    threading.Thread(target=watch.run, args=stopping, name="watch", daemon=True).start()
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the server until Ctrl-C or SIGTERM; return the exit status."""
     reserve_streams()
@@ -13201,33 +13238,13 @@ def main(args: Sequence[str] | None = None) -> int:
     if options.check:
         return check_fixtures(options.check)
     try:
-        server = TogetherAiServer(
-            options.port,
-            host=options.host,
-            require_auth=not options.no_auth,
-            strict=options.strict,
-            instant_jobs=options.instant_jobs,
-            max_stored_bytes=options.max_stored_bytes,
-            seed=options.seed,
-            on_miss=options.on_miss,
-            upstream=options.upstream or None,
-            record=options.record or None,
-            record_limit=options.record_limit,
-            log=None if options.quiet else print_line,
-        )
-        for path in options.fixtures:
-            server.script.load(path)
-        for warning in server.script.warnings:
-            print_line(warning)
+        server = build_server(options)
     except (OSError, ValueError) as error:
         print_line(f"cannot begin: {error}")
         return 1
     try:
         if options.watch:
-            paths = [*([options.record] if options.record else []), *options.fixtures]
-            watch = FileWatch(server.script, paths)
-            stopping = (server.stopping,)
-            threading.Thread(target=watch.run, args=stopping, name="watch", daemon=True).start()
+            watch_fixtures(server, options)
         serve(server)
     except OSError as error:
         taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
