@@ -3621,6 +3621,13 @@ def dechunk(data):
     return chunks, False
 
 
+def pace(events, **fields):
+    """Return a reply whose events are sent one by one, as they are drawn."""
+    reply = fake.Reply(events=events, **fields)
+    reply.paced = True
+    return reply
+
+
 class SocketCase(unittest.TestCase):
     """A server for each test, on any free port, and raw sockets to talk to it."""
 
@@ -3880,6 +3887,8 @@ class ReplyTests(SocketCase):
         ((_, headers, _),) = split_replies(self.exchange(HEALTH))
         date = r"^[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} [\d:]{8} GMT$"
         self.assertRegex(headers.pop("date"), date)
+        exposed = headers.pop("access-control-expose-headers").split(", ")
+        self.assertTrue({"retry-after", "x-ratelimit-remaining", "cf-ray"} <= set(exposed), exposed)
         self.assertEqual(
             headers,
             {
@@ -3897,12 +3906,24 @@ class ReplyTests(SocketCase):
                 self.assertEqual((got, headers["content-length"]), (status, str(len(body))))
                 self.assertTrue(data == body)
 
-    def test_events_are_chunks(self):
+    def test_events_are_chunks_and_those_at_hand_are_one(self):
         events = [b"data: 1\n\n", b"", b"data: 2\n\n", b"data: [DONE]\n\n"]
-        head, _, data = self.receive(fake.Reply(events=iter(events))).partition(b"\r\n\r\n")
-        self.assertIn(b"\r\nTransfer-Encoding: chunked", head)
-        chunks = b"9\r\ndata: 1\n\n\r\n9\r\ndata: 2\n\n\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
-        self.assertEqual(data, chunks)
+        apart = b"9\r\ndata: 1\n\n\r\n9\r\ndata: 2\n\n\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+        together = b"20\r\ndata: 1\n\ndata: 2\n\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+        for reply, chunks in (
+            (pace(iter(events)), apart),
+            (fake.Reply(events=iter(events)), together),
+        ):
+            head, _, data = self.receive(reply).partition(b"\r\n\r\n")
+            self.assertIn(b"\r\nTransfer-Encoding: chunked", head)
+            self.assertEqual(data, chunks)
+
+    def test_at_most_so_many_bytes_leave_together(self):
+        events = [b"a" * 1000] * 100
+        _, _, data = self.receive(fake.Reply(events=iter(events))).partition(b"\r\n\r\n")
+        chunks, complete = dechunk(data)
+        self.assertEqual((b"".join(chunks), complete), (b"".join(events), True))
+        self.assertLess(max(map(len, chunks)), fake.MAX_GATHERED_BYTES + 1000)
 
     def test_head_has_no_body(self):
         request = HEALTH.replace(b"GET", b"HEAD")
@@ -3949,7 +3970,7 @@ class StreamTests(SocketCase):
                 received.acquire(timeout=PATIENCE)
             yield b"data: [DONE]\n\n"
 
-        self.serve(lambda request: fake.Reply(events=events(), content_type="text/event-stream"))
+        self.serve(lambda request: pace(events(), content_type="text/event-stream"))
         client = self.connect()
         client.sendall(HEALTH + HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
         head, _, data = receive_until(client, b"1\n\n\r\n").partition(b"\r\n\r\n")
@@ -3983,9 +4004,13 @@ class StreamTests(SocketCase):
             yield from [b"ab"] * count
             raise fake.Cut
 
-        for count, expected in ((0, []), (2, [b"ab", b"ab"])):
-            with self.subTest(count):
-                self.serve(lambda request, count=count: fake.Reply(events=events(count)))
+        for reply_of, count, expected in (
+            (pace, 0, []),
+            (pace, 2, [b"ab", b"ab"]),
+            (lambda events: fake.Reply(events=events), 2, [b"abab"]),
+        ):
+            with self.subTest(expected):
+                self.serve(lambda request, of=reply_of, count=count: of(events(count)))
                 _, _, data = self.exchange(HEALTH + HEALTH).partition(b"\r\n\r\n")
                 self.assertEqual(dechunk(data), (expected, False))
         headers = {"Content-Length": "9"}
@@ -4198,9 +4223,7 @@ class CrowdTests(SocketCase):
             yield b"data: [DONE]\n\n"
 
         def reply(request):
-            if request.path == "/stream":
-                return fake.Reply(events=events())
-            return fake.Reply(b"{}")
+            return pace(events()) if request.path == "/stream" else fake.Reply(b"{}")
 
         self.serve(reply)
         self.addCleanup(leave.set)

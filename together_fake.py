@@ -11407,6 +11407,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 if not ended:
                     self.send(data)
                     data = b""
+        except Cut as cut:  # what was drawn before it is sent
+            drawn = cut.args[0] if cut.args else b""
+            if drawn:
+                self.send(data + (frame_chunk(drawn) if chunked else drawn))
+            raise
         finally:
             getattr(events, "close", bool)()  # what is no generator may lack it
         self.send(data + LAST_CHUNK if chunked else data)
@@ -11420,11 +11425,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 total += len(event)
                 if total >= size:
                     return b"".join(drawn), event == DONE
-        except Cut:
-            raise
         except BaseException as error:
-            self.server.handle_error(self.connection, self.client_address)
-            raise Cut from error
+            if not isinstance(error, Cut):
+                self.server.handle_error(self.connection, self.client_address)
+            raise Cut(b"".join(drawn)) from error
         return b"".join(drawn), True
 
     def encode_head(self, reply: Reply, framing: str) -> bytes:
