@@ -6,7 +6,8 @@ with the tests of its source distribution, which pip downloads into a temporary 
 TOGETHER_FAKE is the file to serve.
 
 The tests ask for objects by ids such as "id". So this file is a plugin of that pytest too:
-before each test it resets the server and seeds the objects that the tests take for granted.
+before each test it resets the server and seeds the objects that the tests take for granted, and
+the tests that production's own bodies fail must fail here too, for that reason alone.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ import sys
 import tarfile
 import tempfile
 import urllib.request
+from collections.abc import Generator
 from typing import Any
 
 import pytest
+from together import APIResponseValidationError
 
 HERE = pathlib.Path(__file__).resolve().parent
 FAKE = os.environ.get("TOGETHER_FAKE") or str(HERE.parent / "together_fake.py")
@@ -31,9 +34,17 @@ FAKE = os.environ.get("TOGETHER_FAKE") or str(HERE.parent / "together_fake.py")
 GROUPS = (
     "chat", "test_completions.py", "test_embeddings.py", "test_images.py", "test_rerank.py",
     "test_files.py", "test_fine_tuning.py", "test_batches.py", "test_evals.py", "test_videos.py",
-    "audio",
+    "audio", "test_models.py", "test_projects.py",
 )  # fmt: skip
-GROUPS_OF_2 = ("test_endpoints.py", "endpoints/test_adapters.py")  # with its hardware
+# Those of 2.x alone, with its hardware.
+GROUPS_OF_2 = ("test_endpoints.py", "endpoints/test_adapters.py", "models/test_uploads.py")
+# Of the models of 3.x, its registry is not emulated.
+CHOSEN_OF_3 = ("-k", "not test_models or list_supported or retrieve_supported")
+
+# Of the tests that ask for an image, those whose client validates strictly; it misses the type
+# that production does not send with one.
+STUMBLING = re.compile(r"test_images\.py::.*generate.*\[(strict|aiohttp)\]$")
+MISSING = ({"type"}, {"type", "url"})  # the other member of the union wants an address too
 
 TRAINING_FILES = ("id", "training_file", "validation_file")
 BATCH_LINE = '{"custom_id": "1", "body": {}}\n'
@@ -49,21 +60,41 @@ SEEDS: dict[str, list[dict[str, Any]]] = {
     "evaluations": [{"workflow_id": "id"}],
     "videos": [{"id": "id"}],
     "endpoints": [{"id": id} for id in ENDPOINTS],
+    "jobs": [{"job_id": "job-a15dad11-8d8e-4007-97c5-a211304de284"}],
 }
 
 
-def post(path: str, body: Any = None) -> None:
-    """Send JSON to a path of the server under test."""
+def ask(path: str, body: Any = None) -> Any:
+    """Send JSON to a path of the server under test, or get what is there; return the answer's."""
     url = os.environ["TEST_API_BASE_URL"].removesuffix("/v1") + path
-    with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=10) as response:
-        response.read()
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Authorization": "Bearer x"})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return json.load(response)
 
 
 @pytest.fixture(autouse=True)
 def seed_server() -> None:
     """Empty the server and store what the tests take for granted."""
-    post("/__parlel/reset")
-    post("/__parlel/seed", SEEDS)
+    ask("/__parlel/reset", {})
+    ask("/__parlel/seed", SEEDS)
+    listed = ask("/v2/supported-models?limit=1")["data"][0]
+    match = {"endpoint": "GET /v2/supported-models/id"}
+    ask("/__parlel/fixtures", {"fixtures": [{"match": match, "response": {"json": listed}}]})
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, Any, Any]:
+    """Expect the failure of a test that stumbles over what production sends, and no other."""
+    if not STUMBLING.search(pyfuncitem.nodeid):
+        return (yield)
+    try:
+        yield
+    except APIResponseValidationError as error:
+        problems: Any = error.__cause__
+        assert {problem["loc"][-1] for problem in problems.errors()} in MISSING, problems
+        pytest.xfail("production sends an image without its type")
+    pytest.fail("production's form passes here: take this test off the list")
 
 
 def fetch_tests(version: str, folder: str) -> pathlib.Path:
@@ -90,7 +121,7 @@ def run_tests(source: pathlib.Path, version: str, url: str) -> int:
         "TOGETHER_TELEMETRY_DISABLED": "1",
     }
     paths = [f"tests/api_resources/{group}" for group in groups]
-    command = [sys.executable, "-m", "pytest", *options, *paths]
+    command = [sys.executable, "-m", "pytest", *options, *(() if second else CHOSEN_OF_3), *paths]
     return subprocess.run(command, cwd=source, env={**os.environ, **settings}).returncode
 
 
