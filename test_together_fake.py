@@ -1410,6 +1410,20 @@ class ScriptingTests(ScriptingCase):
         total = {"total_tokens": 10, "cached_tokens": 0}
         self.assertEqual(self.chat()["usage"], {**usage, **total})
 
+    def test_what_surrounds_a_text_holds_whole_and_streamed(self):
+        usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10, "cached_tokens": 4}
+        around = {"created": 1234567890, "role": "tutor", "id": "mine", "usage": usage}
+        self.server.reply("Hi", **around)
+        for model in (LLAMA, OTHER, THINKER, KIMI_CODE):
+            whole = self.chat(model=model)
+            first, *_, last = self.stream(model=model)
+            roles = [whole["choices"][0]["message"]["role"], first["choices"][0]["delta"]["role"]]
+            self.assertEqual(roles, ["tutor"] * 2)
+            for got in (whole, first):
+                self.assertEqual((got["id"], got["created"]), ("mine", 1234567890))
+            for got in (whole, last):
+                self.assertEqual({**got["usage"], **usage}, got["usage"])
+
     def test_finish_reason_of_completions(self):
         self.server.reply("Hi", finish_reason="length")
         got = self.json("POST", "/v1/completions", {"model": "m", "prompt": "hi"})

@@ -5116,11 +5116,13 @@ class Answer:
     digits = ""  # 64 hexadecimal ones, drawn, for what has ids of another form
     prompt: Sequence[dict[str, Any]] = ()  # the echo
     reasons = False  # its model writes its reasoning
+    overridden = False  # a fixture says what surrounds its text
 
     @property
     def is_plain(self) -> bool:
         """Whether it is one text and nothing else, as the model gave it."""
-        return len(self.choices) == 1 and self.choices[0].is_plain and not self.prompt
+        choices = self.choices
+        return not (self.overridden or self.prompt) and len(choices) == 1 and choices[0].is_plain
 
     def __init__(
         self, request: Request, form: Form, choices: list[Choice], usage: dict[str, Any]
@@ -6276,6 +6278,7 @@ def apply_script(answer: Answer, script: dict[str, Any]) -> None:
     """Let a fixture override what surrounds its text, and the size of its chunks."""
     for name in ("id", "created", "model", "role"):
         setattr(answer, name, script.get(name) or getattr(answer, name))
+    answer.overridden = not script.keys().isdisjoint(("created", "role", "usage"))
     answer.request.id = answer.id
     usage = answer.usage
     if usage.keys() - {"reasoning_tokens"} <= (script.get("usage") or {}).keys():
