@@ -4623,6 +4623,352 @@ def run_snippet(snippet):
                 assert result.testsRun and result.wasSuccessful(), result.errors + result.failures
 
 
+# === Upstream and recording ===
+
+
+class Service:
+    """An upstream that does with each connection what a function does.
+
+    received  each request, head and body
+    """
+
+    def __init__(self, act, tls=None):
+        self.act = act
+        self.tls = tls
+        self.received = []
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        scheme = "https" if tls else "http"
+        self.url = f"{scheme}://127.0.0.1:{self.listener.getsockname()[1]}"
+        self.stopping = False
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def run(self):
+        while True:
+            client, _ = self.listener.accept()
+            client.settimeout(PATIENCE)
+            with contextlib.suppress(OSError), client:
+                if self.stopping:
+                    return
+                self.serve(self.tls.wrap_socket(client, server_side=True) if self.tls else client)
+
+    def serve(self, client):
+        with client:
+            data, size = b"", 0
+            while b"\r\n\r\n" not in data or len(data.partition(b"\r\n\r\n")[2]) < size:
+                piece = client.recv(65536)
+                if not piece:
+                    return
+                data += piece
+                found = re.search(rb"(?i)content-length: (\d+)", data)
+                size = int(found.group(1)) if found else 0
+            head, _, body = data.partition(b"\r\n\r\n")
+            self.received.append((head, body))
+            self.act(client)
+
+    def close(self):
+        self.stopping = True
+        socket.create_connection(self.listener.getsockname()).close()
+        self.thread.join()
+        self.listener.close()
+
+
+OK_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+EVENTS_HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+)
+
+
+def chunk(data):
+    """Return bytes as a chunk of a chunked body."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def send(data):
+    """Return what makes a service send these bytes and close."""
+    return lambda client: client.sendall(data)
+
+
+class UpstreamCase(FakeCase):
+    """A test of a server that stands before the one that all tests share, or before another."""
+
+    def setUp(self):
+        super().setUp()
+        self.service = self.server
+        self.folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, self.folder, ignore_errors=True)
+        self.file = self.folder / "recorded.json"
+
+    def run_server(self, **options):
+        """Ask a server with these options from now on."""
+        self.server = TogetherAiServer(port=0, **options).start()
+        self.addCleanup(self.server.stop)
+
+    def stand_before(self, upstream="", **options):
+        """Ask a server from now on that asks another one."""
+        self.run_server(upstream=upstream or self.service.base_url, **options)
+
+    def stand_before_service(self, act, tls=None, **options):
+        """Ask a server from now on whose upstream does what a function does; return that one."""
+        service = Service(act, tls)
+        self.addCleanup(service.close)
+        self.stand_before(service.url, **options)
+        self.addCleanup(self.server.stop)  # before the service, which serves one at a time
+        return service
+
+    def replay(self, **options):
+        """Ask a server from now on that has the recorded file alone; none of it is unknown."""
+        if self.server is not self.service:
+            self.server.stop()
+        self.run_server(on_miss="error", **options)
+        self.server.load(self.file)
+
+    def read_entries(self):
+        """Return what is in the recorded file."""
+        return json.loads(self.file.read_text("utf-8"))["fixtures"]
+
+    def wait_for_entries(self, count):
+        """Wait until this many entries are in the file, and return them."""
+        ready = wait_until(lambda: self.file.exists() and len(self.read_entries()) >= count)
+        self.assertTrue(ready, f"no {count} entries came")
+        return self.read_entries()
+
+
+class UpstreamTests(UpstreamCase):
+    def test_the_clients_own_request_arrives(self):
+        service = self.stand_before_service(send(OK_HEAD + b"Content-Length: 2\r\n\r\n{}"))
+        headers = {"Authorization": "Bearer own-key", "X-Mine": "1"}
+        body = json.dumps({**HELLO, "unheard_of": [1.0, 2]}, indent=1).encode()
+        self.post(CHAT + "?a=b%20c", body, {**headers, "Content-Type": "application/json"})
+        ((head, sent),) = service.received
+        first, *lines = head.decode().rstrip().split("\r\n")
+        self.assertEqual((first, sent), (f"POST {CHAT}?a=b%20c HTTP/1.1", body))
+        got = {line.partition(":")[0].lower(): line.partition(": ")[2] for line in lines}
+        self.assertEqual((got["authorization"], got["x-mine"]), ("Bearer own-key", "1"))
+        self.assertEqual(got["host"], service.url.partition("//")[2])
+
+    def test_what_comes_back_is_passed_on_as_it_is(self):
+        odd = (
+            b"HTTP/1.1 418 Odd\r\nContent-Type: text/odd\r\nX-Request-Id: 7\r\nSet-Cookie: a=b\r\n"
+        )
+        self.stand_before_service(send(odd + b"Content-Length: 5\r\n\r\n\xff\x00odd"))
+        got = self.ask("POST", CHAT, HELLO)
+        self.assertEqual((got.status, got.raw), (418, b"\xff\x00odd"))
+        self.assertEqual(
+            (got.headers["content-type"], got.headers["x-request-id"]), ("text/odd", "7")
+        )
+        self.assertEqual(self.server.requests[0].fixture, "upstream")
+
+    def test_the_upstream_knows_more_than_this_server(self):
+        service = self.stand_before_service(send(OK_HEAD + b"Content-Length: 2\r\n\r\n{}"))
+        for method, path in (
+            ("POST", "/v1/brand/new"),
+            ("PUT", "/v1/models"),
+            ("GET", "/v2/else"),
+            ("DELETE", "/v1/files/a%2Fb"),
+        ):
+            with self.subTest(path=path):
+                self.assertEqual(self.ask(method, path).json, {})
+                self.assertTrue(service.received[-1][0].startswith(f"{method} {path} ".encode()))
+
+    def test_answers_are_those_of_the_upstream(self):
+        calls = [(CHAT, HELLO), (CHAT, {**HELLO, "stream": True}), (CHAT, {}), ("/v1/nothing", {})]
+        calls += [("/v1/audio/speech", SPEECH), ("/v1/embeddings", {"model": "m", "input": "x"})]
+        theirs = [self.ask("POST", *call) for call in calls]
+        self.stand_before()
+        for call, wanted in zip(calls, theirs):
+            with self.subTest(call=call):
+                got = self.ask("POST", *call)
+                self.assertEqual((got.status, got.raw), (wanted.status, wanted.raw))
+                self.assertEqual(got.headers["content-type"], wanted.headers["content-type"])
+
+    def test_its_address_may_have_a_path(self):
+        service = self.stand_before_service(send(OK_HEAD + b"Content-Length: 2\r\n\r\n{}"))
+        for end, path in (("", CHAT), ("/v1", CHAT), ("/v1/", CHAT), ("/team/v1", "/team" + CHAT)):
+            with self.subTest(end=end):
+                self.stand_before(service.url + end)
+                self.post(CHAT, HELLO)
+                self.assertTrue(service.received[-1][0].startswith(f"POST {path} ".encode()))
+
+    def test_an_event_arrives_before_the_next_one_is_sent(self):
+        seen = threading.Event()
+
+        def act(client):
+            client.sendall(EVENTS_HEAD + chunk(b"data: 1\n\n"))
+            if seen.wait(PATIENCE):
+                client.sendall(chunk(b"data: 2\n\n") + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
+
+        self.stand_before_service(act, record=self.file)
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            connection.request("POST", CHAT, json.dumps({**HELLO, "stream": True}), KEY)
+            response = connection.getresponse()
+            self.assertEqual(response.read(9), b"data: 1\n\n")
+            seen.set()
+            self.assertEqual(response.read(), b"data: 2\n\ndata: [DONE]\n\n")
+
+    def test_fixtures_go_before_it(self):
+        self.stand_before()
+        self.server.reply("mine", user_message="ours")
+        self.assertEqual(self.text("ours"), "mine")
+        scripted = {**KEY, "X-Parlel-Fixture": '{"content": "also mine"}'}
+        got = self.post(CHAT, HELLO, scripted).json
+        self.assertEqual(got["choices"][0]["message"]["content"], "also mine")
+        self.assertEqual(self.service.requests, [])
+        self.text("theirs")
+        self.assertEqual(len(self.service.requests), 1)
+        sources = [call.fixture for call in self.server.requests]
+        self.assertEqual(sources, ["run time[0]", "header", "upstream"])
+
+    def test_a_failure_is_told_and_not_recorded(self):
+        line = b"X-Many: 1\r\n"
+        for name, act, reason in (
+            ("no answer", send(b""), "it closed the connection without an answer"),
+            ("no HTTP", send(b"SSH-2.0-OpenSSH_9.2\r\n"), "its answer is not HTTP"),
+            ("no status", send(b"HTTP/1.1 yes\r\n\r\n"), "its answer is not HTTP"),
+            ("cut head", send(b"HTTP/1."), "its answer is not HTTP"),
+            ("endless line", send(b"HTTP/1.1 200 " + b"K" * 70000), "its answer is not HTTP"),
+            ("many headers", send(OK_HEAD + line * 200 + b"\r\n"), "its answer is not HTTP"),
+            ("stall", lambda client: client.recv(1), "nothing came from it within 0.2 seconds"),
+            ("drip", drip, "nothing came from it within 0.2 seconds"),
+        ):
+            with self.subTest(name), mock.patch.object(fake.Upstream, "seconds", 0.2):
+                service = self.stand_before_service(act, record=self.file)
+                got = self.ask("POST", CHAT, HELLO)
+                self.assertEqual((got.status, got.json["error"]["type"]), (502, "server_error"))
+                self.assertIn(
+                    f"The upstream {service.url} does not answer: {reason}",
+                    got.json["error"]["message"],
+                )
+                self.assertEqual(self.server.requests[0].error, got.json["error"]["message"])
+                self.server.stop()
+                self.assertFalse(self.file.exists())
+
+    def test_nobody_listens_there(self):
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        self.stand_before(f"http://127.0.0.1:{port}")
+        self.assertIn(
+            "it refused the connection", self.ask("POST", CHAT, HELLO).json["error"]["message"]
+        )
+
+    def test_a_body_that_does_not_come_whole_is_cut_here_too(self):
+        size = OK_HEAD + b"Content-Length: 50\r\n\r\n"
+        first = chunk(b"data: 1\n\n")
+        for name, act in (
+            ("shorter than said", send(size + b'{"a": ')),
+            ("stream cut", send(EVENTS_HEAD + first)),
+            ("stream cut in a chunk", send(EVENTS_HEAD + first + b"ff\r\ndata")),
+            ("chunk without a size", send(EVENTS_HEAD + first + b"zz\r\n")),
+            ("stall", lambda client: (client.sendall(size + b'{"a": '), client.recv(1))),
+        ):
+            with self.subTest(name), mock.patch.object(fake.Upstream, "seconds", 0.2):
+                self.stand_before_service(act, record=self.file)
+                got = self.ask("POST", CHAT, HELLO)
+                self.assertEqual((got.status, got.is_cut), (200, True))
+                self.server.stop()
+                self.assertFalse(self.file.exists())
+
+    def test_a_length_that_is_a_lie(self):
+        for name, head, body, wanted in (
+            ("more than said", b"Content-Length: 2\r\n\r\n", b"{} and more", (200, b"{}")),
+            ("no number", b"Content-Length: two\r\n\r\n", b"{}", (502, None)),
+            ("negative", b"Content-Length: -2\r\n\r\n", b"{}", (502, None)),
+            ("none at all", b"\r\n", b"{}", (200, b"{}")),
+        ):
+            with self.subTest(name):
+                self.stand_before_service(send(OK_HEAD + head + body))
+                got = self.ask("POST", CHAT, HELLO)
+                self.assertEqual((got.status, got.raw if wanted[1] else None), wanted)
+
+    def test_an_answer_that_is_too_large_to_keep_is_passed_on(self):
+        body = b'{"a": "%b"}' % (b"x" * 300_000)
+        answer = OK_HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+        with mock.patch.object(fake.Upstream, "max_recorded", 200_000):
+            self.stand_before_service(send(answer), record=self.file)
+            self.assertEqual(self.post(CHAT, HELLO).raw, body)
+            self.server.stop()
+        self.assertFalse(self.file.exists())
+
+    def test_it_is_left_when_the_client_leaves(self):
+        left = threading.Event()
+
+        def act(client):
+            client.sendall(EVENTS_HEAD + chunk(b"data: 1\n\n"))
+            with contextlib.suppress(ConnectionError):
+                client.recv(1)
+            left.set()
+
+        self.stand_before_service(act, record=self.file)
+        with socket.create_connection(("127.0.0.1", self.server.port), timeout=PATIENCE) as client:
+            client.sendall(RAW_CHAT)
+            receive_until(client, b"data: 1\n\n\r\n")
+        self.assertTrue(left.wait(PATIENCE))
+        self.server.stop()
+        self.assertFalse(self.file.exists())
+
+    def test_stop_does_not_wait_for_it(self):
+        asked = threading.Event()
+        self.stand_before_service(lambda client: (asked.set(), client.recv(1)))
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            call = pool.submit(self.ask, "POST", CHAT, HELLO)
+            self.assertTrue(asked.wait(PATIENCE))
+            self.server.stop()
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                self.assertEqual(call.result(PATIENCE).status, 502)
+
+    def test_a_server_that_is_its_own_upstream_says_so(self):
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        self.server = TogetherAiServer(port=port, upstream=f"http://127.0.0.1:{port}/v1").start()
+        self.addCleanup(self.server.stop)
+        got = self.ask("POST", CHAT, HELLO)
+        self.assertEqual(got.status, 502)
+        self.assertIn("it is this server", got.json["error"]["message"])
+
+    def test_addresses_that_cannot_be_one(self):
+        for upstream, reason in (
+            ("api.together.xyz", "must be an http:// or https:// URL, not 'api.together.xyz'"),
+            ("ftp://host", "must be an http:// or https:// URL"),
+            ("http://", "must be an http:// or https:// URL"),
+            ("http://host/v1?a=b", "must be an http:// or https:// URL"),
+            ("http://me:secret@host", "must not have a name or password"),
+        ):
+            with self.subTest(upstream), self.assertRaisesRegex(ValueError, re.escape(reason)):
+                TogetherAiServer(upstream=upstream)
+
+    @unittest.skipUnless(shutil.which("openssl"), "needs the command openssl")
+    def test_certificates_are_verified(self):
+        import ssl
+
+        key, certificate = str(self.folder / "key.pem"), str(self.folder / "certificate.pem")
+        words = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+        names = ["-subj", "/CN=together.test", "-addext", "subjectAltName=IP:127.0.0.1"]
+        command = ["openssl", "req", *words.split(), *names, "-keyout", key, "-out", certificate]
+        subprocess.run(command, check=True, capture_output=True)
+        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        tls.load_cert_chain(certificate, key)
+        answer = send(OK_HEAD + b"Content-Length: 2\r\n\r\n{}")
+        service = self.stand_before_service(answer, tls)
+        got = self.ask("POST", CHAT, HELLO)
+        self.assertEqual((got.status, service.received), (502, []))
+        self.assertRegex(got.json["error"]["message"], "TLS failed: self[- ]signed certificate")
+        with mock.patch.dict(os.environ, SSL_CERT_FILE=certificate):
+            self.stand_before(service.url)
+            self.assertEqual(self.ask("POST", CHAT, HELLO).json, {})
+            # It is nobody else's certificate.
+            self.stand_before(service.url.replace("127.0.0.1", "localhost"))
+            self.assertIn("TLS failed", self.ask("POST", CHAT, HELLO).json["error"]["message"])
+
+
+def drip(client):
+    """Send a head so slowly that it never ends."""
+    with contextlib.suppress(OSError):
+        for letter in OK_HEAD * 99:
+            client.sendall(bytes([letter]))
+            time.sleep(0.02)
+
+
 class RepositoryTests(unittest.TestCase):
     source = (HERE / "together_fake.py").read_text("utf-8")
     readme = (HERE / "README.md").read_text("utf-8")

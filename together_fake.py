@@ -12004,13 +12004,13 @@ class Upstream:
         connection = self.connect()
         try:
             response = self.send(connection, request, headers)
+            reply = self.relay(request, response, connection)
         except Cut:
             connection.close()
             raise self.refuse("its client left before it answered") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()
             raise self.refuse(explain_failure(error, self.host, self.seconds)) from None
-        reply = self.relay(request, response, connection)
         if self.recorder is not None and reply.events is not None and request.method != "HEAD":
             record = functools.partial(self.record, kind, request, reply)
             reply.events = self.keep(reply.events, has_end(response), started, record)
@@ -12050,8 +12050,10 @@ class Upstream:
         headers = drop_headers(response.getheaders(), NOT_RETURNED)
         content_type = headers.get("Content-Type", "application/octet-stream")
         size = response.getheader("Content-Length")
+        if size and not (size.isdecimal() and len(size) < 19):
+            raise http.client.HTTPException(f"Content-Length {size:.20}")
         if size and not response.chunked and not content_type.lower().startswith(EVENT_STREAM):
-            headers["Content-Length"] = str(parse_length(size))
+            headers["Content-Length"] = size
         reply = Reply(b"", response.status, content_type, headers)
         reply.paced = True
         if request.method == "HEAD" or response.status in BODILESS:
