@@ -4969,6 +4969,289 @@ def drip(client):
             time.sleep(0.02)
 
 
+def chats(text, **fields):
+    """Return a whole chat and a streamed one, by what tells them apart."""
+    body = {"model": LLAMA, **fields}
+    return {
+        f"{text}, {how}": (
+            CHAT,
+            {**body, "messages": say(f"{text}, {how}"), "stream": how == "streamed"},
+        )
+        for how in ("whole", "streamed")
+    }
+
+
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "place", "schema": CITY}}
+RESPONSE_TOOL = {"type": "function", "name": "get_weather", "parameters": CITY}
+CALLED = {"tools": [RESPONSE_TOOL], "tool_choice": "required"}
+IMAGE = {"model": FLUX, "width": 64, "height": 64, "response_format": "base64"}
+PROMPT = {"model": LLAMA, "prompt": "Once upon a time"}
+HEARS = {"model": "openai/whisper-large-v3"}
+BLUE = {"model": "m", "input": "blue"}
+RESPOND = {"model": THINKER, "input": "respond"}
+# What is asked, by name; each answer is recorded and must come back.
+RECORDABLE = {
+    **chats("a chat"),
+    **chats("a tool", tools=[WEATHER], tool_choice="required"),
+    **chats("tools", tools=[WEATHER, tool("get_time", parameters=CITY)], tool_choice="auto"),
+    **chats("thoughts", model=THINKER),
+    **chats("thoughts of engine A", model=R1),
+    **chats("thoughts of engine C", model=KIMI),
+    **chats("logprobs", logprobs=1),
+    **chats("choices", n=2),
+    **chats("an end", max_tokens=3),
+    **chats("a form", response_format=SCHEMA),
+    **chats("usage", stream_options={"include_usage": True}),
+    "no messages": (CHAT, {"model": LLAMA}),
+    "response": ("/v1/responses", RESPOND),
+    "response, streamed": ("/v1/responses", {**RESPOND, "input": "stream", "stream": True}),
+    "response, tool": ("/v1/responses", {**RESPOND, **CALLED}),
+    "completion": ("/v1/completions", PROMPT),
+    "completion, streamed": ("/v1/completions", {**PROMPT, "prompt": "Long ago", "stream": True}),
+    "completion, echo": ("/v1/completions", {**PROMPT, "echo": True}),
+    "embedding": ("/v1/embeddings", {"model": "m", "input": "red"}),
+    "embeddings": ("/v1/embeddings", {"model": "m", "input": ["red", "green"]}),
+    "embedding, base64": ("/v1/embeddings", {**BLUE, "encoding_format": "base64"}),
+    "image": ("/v1/images/generations", {**IMAGE, "prompt": "a fox"}),
+    "images": ("/v1/images/generations", {**IMAGE, "prompt": "hens", "n": 2}),
+    "speech": ("/v1/audio/speech", SPEECH),
+    "speech, wav": ("/v1/audio/speech", {**SPEECH, "response_format": "wav"}),
+    "speech, streamed": ("/v1/audio/speech", {**SPEECH, "stream": True, "response_format": "raw"}),
+    "transcription": ("/v1/audio/transcriptions", write_form(HEARS, write_sound(2))),
+    "transcription, verbose": ("/v1/audio/transcriptions", write_form(HEARD, write_sound(3))),
+    "translation": ("/v1/audio/translations", write_form(HEARS, write_sound(2))),
+    "rerank": ("/v1/rerank", RERANK),
+    "rerank, the best": ("/v1/rerank", {**RERANK, "top_n": 1, "return_documents": True}),
+}  # fmt: skip
+# What a fixture file has no place for, and what depends on how a stream was cut.
+UNTOLD = ("timings", "sequence_number", "token_id")
+TEXTS = ("content", "reasoning", "text", "arguments", "delta")
+
+
+def list_leaves(value, path=()):
+    """Yield the place and value of everything that is said in some JSON."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in pairs:
+        if key not in UNTOLD:
+            if isinstance(inner, (dict, list)):
+                yield from list_leaves(inner, (*path, key))
+            elif inner is not None:
+                yield (*path, key), inner
+
+
+def read_said(got):
+    """Return what an answer says, however a stream is cut: texts joined, the rest by place."""
+    kind = got.headers["content-type"].partition(";")[0]
+    if kind == "application/json":
+        return dict(list_leaves(got.json))
+    if kind != "text/event-stream":
+        return got.raw
+    said = {}
+    events = [event[6:] for event in got.raw.decode().split("\n\n")]
+    for event in events:
+        for path, value in list_leaves(json.loads(event)) if event.startswith("{") else ():
+            joined = path[-1] in TEXTS and isinstance(value, str) and path in said
+            said[path] = said[path] + value if joined else value
+    return said
+
+
+class RecordingCase(UpstreamCase):
+    """A test of answers that are kept in a file."""
+
+    def ask_all(self):
+        """Ask for all that can be recorded; return what was said by the name of the call."""
+        said = {}
+        for name, (path, body) in RECORDABLE.items():
+            headers = FORM if isinstance(body, bytes) else KEY
+            got = self.ask("POST", path, body, headers)
+            said[name] = got.status, got.headers["content-type"], read_said(got)
+        return said
+
+    def assertAllAlike(self, recorded):
+        for name, answer in self.ask_all().items():
+            with self.subTest(name):
+                self.assertEqual(answer, recorded[name])
+
+
+class RecordingTests(RecordingCase):
+    def test_each_kind_is_answered_alike_without_the_upstream(self):
+        self.stand_before(record=self.file)
+        recorded = self.ask_all()
+        self.replay()
+        self.assertAllAlike(recorded)
+        sources = {call.fixture.partition("[")[0] for call in self.server.requests}
+        self.assertEqual(sources, {"file recorded.json"})
+
+    def test_the_words_are_those_of_aimocks_recorder(self):
+        self.service.reply("Hi", reasoning="Hm.", finish_reason="length", times=1)
+        self.stand_before(record=self.file)
+        self.text("hello")
+        (entry,) = self.wait_for_entries(1)
+        match = {"userMessage": "hello", "model": LLAMA, "turnIndex": 0, "hasToolResult": False}
+        self.assertEqual(entry["match"], match)
+        said = {key: entry["response"][key] for key in ("content", "reasoning", "finishReason")}
+        self.assertEqual(said, {"content": "Hi", "reasoning": "Hm.", "finishReason": "length"})
+
+    def test_answers_to_the_same_request_become_a_sequence(self):
+        for text in ("one", "two", "three"):
+            self.service.reply(text, times=1)
+        self.stand_before(record=self.file)
+        self.assertEqual([self.text("next") for _ in range(3)], ["one", "two", "three"])
+        self.replay()
+        texts = [self.text("next") for _ in range(4)]
+        self.assertEqual(texts, ["one", "two", "three", "three"])
+        numbers = [entry["match"].get("sequenceIndex") for entry in self.read_entries()]
+        self.assertEqual(numbers, [0, 1, None])
+
+    def test_requests_that_are_named_alike_are_told_apart(self):
+        system = [{"role": "system", "content": "Be brief."}]
+        answered = [{"role": "assistant", "content": "Yes?"}]
+        bodies = [
+            HELLO,
+            {**HELLO, "temperature": 0.5},
+            {**HELLO, "temperature": 1},
+            {**HELLO, "seed": True},
+            {**HELLO, "messages": system + say("hello")},
+            {**HELLO, "messages": say("well") + answered + say("hello")},
+            {**HELLO, "messages": say("hello there")},
+            {**HELLO, "tools": [WEATHER], "tool_choice": "none"},
+        ]
+        for order in (bodies, bodies[::-1]):
+            with self.subTest(first=order[0]):
+                self.file.unlink(missing_ok=True)
+                self.stand_before(record=self.file)
+                recorded = [self.ask("POST", CHAT, body).raw for body in order]
+                self.replay()
+                for body, wanted in zip(order, recorded):
+                    self.assertEqual(self.ask("POST", CHAT, body).raw, wanted)
+
+    def test_errors_come_back_with_their_wait(self):
+        self.service.fail(429, retry_after=7, times=1)
+        self.stand_before(record=self.file)
+        wanted = self.ask("POST", CHAT, HELLO)
+        self.replay()
+        got = self.ask("POST", CHAT, HELLO)
+        self.assertEqual((got.status, got.raw), (429, wanted.raw))
+        self.assertEqual(got.headers["retry-after"], "7")
+
+    def test_timings_come_back(self):
+        profile = {"ttft": 100, "tps": 20}
+        self.service.reply("one two three", streaming_profile=profile, chunk_size=4)
+        self.stand_before(record=self.file)
+        self.stream()
+        (entry,) = self.wait_for_entries(1)
+        timings = entry["recordedTimings"]
+        self.assertGreaterEqual(timings["ttftMs"], 90)
+        self.assertEqual(
+            timings["ttftMs"] + sum(timings["interChunkDelaysMs"]), timings["totalDurationMs"]
+        )
+        self.replay()
+        began = time.monotonic()
+        self.stream()
+        self.assertGreaterEqual(time.monotonic() - began, timings["totalDurationMs"] / 1000 * 0.8)
+
+    def test_keys_never_reach_the_file(self):
+        key, word = "sk-0123456789-abcdefghij", "sesame-open-the-door-please"
+        self.service.reply(f"You said {key}.", error=None)
+        self.stand_before(record=self.file)
+        headers = {"Authorization": f"Bearer {key}", "X-Api-Key": word, "Cookie": f"session={word}"}
+        hidden = {"wandb_api_key": word, "deep": {"hf_token": word, "list": [{"password": word}]}}
+        for path, body in (
+            (CHAT, {**HELLO, **hidden}),
+            (CHAT, {**HELLO, **hidden, "seed": 1}),
+            (CHAT, {"model": LLAMA, "messages": say(f"my key is {key}")}),
+            (CHAT, {"model": key, "messages": f"no list: {word}"}),
+            (f"/v1/nothing?api_key={word}", hidden),
+            ("/v1/embeddings", {"model": "m", "input": key}),
+        ):
+            self.ask("POST", path, body, headers)
+        self.server.stop()
+        written = self.file.read_text("utf-8")
+        self.assertEqual(len(self.read_entries()), 6)
+        self.assertNotIn(key, written)
+        self.assertNotIn(word, written)
+
+    def test_a_file_is_continued_and_answers_first(self):
+        self.file.write_text(
+            '{"fixtures": [{"match": {"userMessage": "old"}, "response": {"content": "Old."}}]}'
+        )
+        for text in ("first", "second"):
+            self.stand_before(record=self.file)
+            self.assertEqual(self.text("old"), "Old.")
+            self.text(text)
+            self.server.stop()
+        self.assertEqual(len(self.service.requests), 2)
+        self.stand_before(record=self.file)
+        self.text("first")
+        self.assertEqual(len(self.service.requests), 2)
+        self.assertEqual(
+            [entry["match"]["userMessage"] for entry in self.read_entries()],
+            ["old", "first", "second"],
+        )
+
+    def test_what_the_file_does_not_know_is_named(self):
+        self.stand_before(record=self.file)
+        self.text("the weather in Rome")
+        self.replay()
+        got = self.ask("POST", CHAT, {**HELLO, "messages": say("the weather in Paris")})
+        self.assertEqual(got.status, 404)
+        message = got.json["error"]["message"]
+        for part in ("recorded.json[0]", "userMessage", "Paris"):
+            self.assertIn(part, message)
+
+    def test_what_cannot_be_recorded_to(self):
+        plain, broken = self.folder / "plain", self.folder / "broken.json"
+        plain.write_text("")
+        broken.write_text('{"fixtures": [')
+        url = self.service.url
+        for options, kind, reason in (
+            ({"record": self.file}, ValueError, "record needs an upstream"),
+            ({"upstream": url, "record": self.folder}, ValueError, "is a folder"),
+            ({"upstream": url, "record": plain / "x.json"}, OSError, "plain"),
+            ({"upstream": url, "record": broken}, ValueError, "broken.json"),
+            ({"upstream": url, "record": plain}, ValueError, "plain"),
+        ):  # fmt: skip
+            with self.subTest(options), self.assertRaisesRegex(kind, reason):
+                TogetherAiServer(**options)
+
+    def test_a_disk_that_fails_costs_no_answer(self):
+        self.file = self.folder / "new" / "recorded.json"
+        self.stand_before(record=self.file)
+        shutil.rmtree(self.file.parent)
+        with mock.patch("sys.stderr", io.StringIO()) as stderr:
+            self.text("lost")
+            self.server.stop()
+        self.assertRegex(stderr.getvalue(), r"^cannot record to .+recorded\.json: ")
+
+    def test_the_file_is_whole_whenever_the_program_is_killed(self):
+        code = (
+            "import sys, together_fake as fake\n"
+            "server = fake.TogetherAiServer(0, upstream=sys.argv[1], record=sys.argv[2]).start()\n"
+            "for number in range(10_000):\n"
+            "    body = {'model': 'm', 'messages': [{'role': 'user', 'content': str(number)}]}\n"
+            "    headers = {'authorization': 'Bearer x'}\n"
+            "    path = '/v1/chat/completions'\n"
+            "    reply = server.answer(fake.Request('POST', path, body, headers=headers))\n"
+            "    list(reply.events or ())\n"
+            "    print(number, flush=True)\n"
+        )
+        command = [sys.executable, "-c", code, self.service.url, str(self.file)]
+        known = 0
+        for lines in (1, 2, 5, 20, 30, 50, 60, 70):
+            with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE) as program:
+                for _ in range(lines):
+                    self.assertTrue(program.stdout.readline())
+                program.kill()
+            if self.file.exists():
+                entries = self.read_entries()
+                self.assertTrue(all(entry["response"]["content"] for entry in entries))
+                self.assertGreaterEqual(len(entries), known)
+                known = len(entries)
+        self.assertGreater(known, 0)
+        self.replay()
+        self.text("0", model="m")
+
+
 class RepositoryTests(unittest.TestCase):
     source = (HERE / "together_fake.py").read_text("utf-8")
     readme = (HERE / "README.md").read_text("utf-8")

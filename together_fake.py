@@ -9968,8 +9968,9 @@ class Recorder:
         entries = []
         self.exists = os.path.exists(path)
         if self.exists:
+            load_fixtures(path)  # names what is wrong
             with open(path, encoding="utf-8-sig") as file:
-                entries = json.load(file).get("fixtures", [])
+                entries = json.load(file)["fixtures"]
         else:
             os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
         self._recording = Recording(entries)
