@@ -5022,6 +5022,7 @@ RECORDABLE = {
     "translation": ("/v1/audio/translations", write_form(HEARS, write_sound(2))),
     "rerank": ("/v1/rerank", RERANK),
     "rerank, the best": ("/v1/rerank", {**RERANK, "top_n": 1, "return_documents": True}),
+    "unknown": ("/v1/nothing", {"a": 1}),
 }  # fmt: skip
 # What a fixture file has no place for, and what depends on how a stream was cut.
 UNTOLD = ("timings", "sequence_number", "token_id")
@@ -5091,6 +5092,22 @@ class RecordingTests(RecordingCase):
         self.assertEqual(entry["match"], match)
         said = {key: entry["response"][key] for key in ("content", "reasoning", "finishReason")}
         self.assertEqual(said, {"content": "Hi", "reasoning": "Hm.", "finishReason": "length"})
+
+    def test_a_call_that_only_the_upstream_knows_is_answered_from_the_file(self):
+        self.stand_before_service(
+            send(OK_HEAD + b'Content-Length: 8\r\n\r\n{"a": 1}'), record=self.file
+        )
+        self.post("/v1/brand/new", {"model": "m"})
+        self.replay()
+        self.assertEqual(self.post("/v1/brand/new", {"model": "m"}).json, {"a": 1})
+        self.assertEqual(self.ask("POST", "/v1/brand/new", {"model": "n"}).status, 404)
+        self.assertEqual(self.ask("POST", "/v1/brand/newer", {"model": "m"}).status, 404)
+
+    def test_a_path_that_this_server_lacks_can_be_scripted(self):
+        self.service.reply(endpoint="PUT /v1/models", json={"a": 1})
+        self.assertEqual(self.json("PUT", "/v1/models"), {"a": 1})
+        self.assertEqual(self.ask("PATCH", "/v1/models").status, 405)
+        self.assertEqual(self.ask("PUT", "/v1/models", headers={}).status, 401)
 
     def test_answers_to_the_same_request_become_a_sequence(self):
         for text in ("one", "two", "three"):

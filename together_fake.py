@@ -4529,6 +4529,11 @@ class Fixtures:
             for key in [key for key in self._sequences if test in (None, key[0])]:
                 del self._sequences[key]
 
+    def covers(self, operation: str) -> bool:
+        """Tell whether a fixture is for this very method and path."""
+        every = self._run_time.fixtures + self._files.fixtures
+        return any(fixture.match.get("endpoint") == operation for fixture in every)
+
     def remove_run_time(self) -> None:
         """Remove the fixtures that were added at run time; those of files stay."""
         with self._lock:
@@ -4995,6 +5000,7 @@ class Route:
         # Paths with fewer parameters go first, then those with a longer template.
         self.rank = (len(self.names) + path.count("...}"), -len(path))
         self._pattern: re.Pattern[str] | None = None
+        self.handler: Any = None
 
     def __call__(self, handler: Any) -> Any:
         """Declare the handler below this route."""
@@ -9876,6 +9882,14 @@ def find_secrets(headers: Mapping[str, str]) -> set[str]:
     return {word for word in words if len(word) >= MIN_KEY_LENGTH}
 
 
+def read_loosely(request: Request) -> None:
+    """Parse a body for which its route has no table of fields, where that can be done."""
+    if request.raw and not request.body:
+        with contextlib.suppress(ApiError):
+            kind = request.headers.get("content-type", "")
+            request.body = parse_body(request.raw, kind, NO_FIELDS)
+
+
 class Recording:
     """The fixtures for recorded calls, in an order in which each call finds its own answers."""
 
@@ -9887,10 +9901,7 @@ class Recording:
 
     def add(self, kind: str, request: Request, said: Said) -> None:
         """Add the answer to a call, as the next of its sequence if it was recorded before."""
-        if request.raw and not request.body:  # its route has no table of fields
-            with contextlib.suppress(ApiError):
-                kind_of_body = request.headers.get("content-type", "")
-                request.body = parse_body(request.raw, kind_of_body, NO_FIELDS)
+        read_loosely(request)
         response = make_response(kind, request, said)
         timings = {"recordedTimings": said.timings} if said.timings else {}
         answer = {"response": response, **choose_chunk_size(response, said), **timings}
@@ -12958,9 +12969,11 @@ class TogetherAiServer:
         try:
             route, request.params = find_route(request.method, path)
         except ApiError:
-            if self._upstream is None or not path.startswith("/v"):
+            known = self._upstream is not None or self.script.covers(f"{request.method} {path}")
+            if not known or not path.startswith("/v"):
                 raise
-            route = Route(request.method, path)  # which is the upstream's to know
+            route = Route(request.method, path)  # which is the upstream's or a fixture's to know
+            read_loosely(request)
         return route
 
     def _handle(self, route: Route, request: Request, call: Call) -> Reply:
@@ -12968,6 +12981,8 @@ class TogetherAiServer:
         if self._upstream is not None and not call.fixture and not route.open:
             call.fixture = "upstream"
             return self._upstream.pass_on(route.kind, request)
+        if route.handler is None:
+            find_route(request.method, route.path)  # which raises
         if route.kind not in ("", "job") and self.on_miss == "error" and not call.fixture:
             raise self.script.miss_error(request, call.near_misses)
         if route.body:
