@@ -5269,6 +5269,280 @@ class RecordingTests(RecordingCase):
         self.text("0", model="m")
 
 
+class SaveTests(RecordingCase):
+    """Answers that were generated, kept as fixtures."""
+
+    def test_what_was_answered_is_pinned(self):
+        said = self.ask_all()
+        self.service.save(self.file)
+        self.replay()
+        self.assertAllAlike(said)
+
+    def test_a_path_or_a_text_names_the_file(self):
+        self.text("hello")
+        other = self.folder / "other.json"
+        self.service.save(self.file)
+        self.service.save(str(other))
+        self.assertEqual(self.file.read_bytes(), other.read_bytes())
+
+    def test_the_record_over_http(self):
+        self.chat("one")
+        self.post(CHAT, HELLO, {**KEY, "X-Test-Id": "mine"})
+        self.service.save(self.file)
+        whole = self.ask("GET", FIXTURES + "?from=requests", headers={})
+        self.assertEqual((whole.status, whole.raw), (200, self.file.read_bytes()))
+        mine = self.ask("GET", FIXTURES + "?from=requests&test=mine", headers={}).json["fixtures"]
+        self.assertEqual([entry["match"]["userMessage"] for entry in mine], ["hello"])
+        self.run_server(on_miss="error")
+        self.assertEqual(self.post(FIXTURES, whole.json).json["added"], 2)
+        self.assertEqual(self.chat("one")["object"], "chat.completion")
+
+    def test_calls_that_broke_or_look_after_the_server_are_left_out(self):
+        self.service.fail(disconnect_after_chunks=1, user_message="broken")
+        self.ask("POST", CHAT, {**HELLO, "messages": say("broken"), "stream": True})
+        self.ask("GET", "/v1/models")
+        self.ask("GET", "/nowhere")
+        self.chat("kept")
+        wait_until(lambda: self.service.requests[0].outcome != "")
+        self.service.save(self.file)
+        self.assertEqual([e["match"]["userMessage"] for e in self.read_entries()], ["kept"])
+
+    def test_nothing_recorded_is_a_file_without_fixtures(self):
+        self.service.save(self.file)
+        self.assertEqual(self.read_entries(), [])
+        self.replay()
+
+    def test_where_it_cannot_be_written_the_old_file_stays(self):
+        self.file.write_text("old")
+        with mock.patch("os.replace", side_effect=OSError(errno.ENOSPC, "no room")):
+            self.assertRaises(OSError, self.service.save, self.file)
+        self.assertEqual(os.listdir(self.folder), ["recorded.json"])
+        self.assertEqual(self.file.read_text(), "old")
+        self.assertRaises(OSError, self.service.save, self.folder / "no" / "file.json")
+        self.assertRaises(OSError, self.service.save, self.folder)
+
+
+class WatchTests(UpstreamCase):
+    """`--watch` and `--check`."""
+
+    COMMAND = (sys.executable, str(HERE / "together_fake.py"))
+
+    def write(self, content):
+        fixtures = [{"match": {"userMessage": "hello"}, "response": {"content": content}}]
+        self.file.write_text(json.dumps({"fixtures": fixtures}))
+
+    def watch(self):
+        """Return what looks at the file for a server that has loaded it."""
+        self.run_server()
+        self.server.load(self.file)
+        return fake.FileWatch(self.server.script, [str(self.folder)])
+
+    def look(self, watch):
+        """Have it look; return what it says."""
+        with mock.patch.object(fake, "print_line") as said:
+            watch.look()
+        return [call.args[0] for call in said.call_args_list]
+
+    def test_changes_are_followed(self):
+        self.write("old")
+        watch = self.watch()
+        self.assertEqual((self.look(watch), self.text()), ([], "old"))
+        self.write("new and longer")
+        self.assertEqual(self.look(watch), ["loaded 1 fixtures again"])
+        self.assertEqual((self.look(watch), self.text()), ([], "new and longer"))
+        more = [{"match": {"userMessage": "bye"}, "response": {"content": "Bye."}}]
+        (self.folder / "more.json").write_text(json.dumps({"fixtures": more}))
+        self.assertEqual(self.look(watch), ["loaded 2 fixtures again"])
+        self.assertEqual(self.text("bye"), "Bye.")
+        self.file.unlink()
+        self.assertEqual(self.look(watch), ["loaded 1 fixtures again"])
+        self.assertNotEqual(self.text(), "new and longer")
+
+    def test_what_was_added_at_run_time_stays(self):
+        self.write("old")
+        watch = self.watch()
+        self.server.reply("scripted", user_message="by hand")
+        self.write("new and longer")
+        self.look(watch)
+        self.assertEqual(self.text("by hand"), "scripted")
+
+    def test_a_broken_edit_is_told_once_and_keeps_the_old(self):
+        self.write("old")
+        watch = self.watch()
+        for broken, reason in (
+            ('{"fixtures": [', "is not JSON"),
+            ('{"fixtures": [{"match": {"userMesage": "x"}, "response": {}}]}', "userMesage"),
+        ):
+            with self.subTest(broken):
+                self.file.write_text(broken)
+                (said,) = self.look(watch)
+                self.assertRegex(said, f"^cannot load fixtures: recorded.json: .*{reason}")
+                self.assertEqual((self.look(watch), self.text()), ([], "old"))
+        self.write("mended again")
+        self.look(watch)
+        self.assertEqual(self.text(), "mended again")
+
+    def test_the_program_follows(self):
+        self.write("old")
+        command = [*self.COMMAND, "--port", "0", "--watch", "--fixtures", str(self.file)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, text=True, cwd=HERE, **pipes) as program:
+            try:
+                url = program.stdout.readline().split()[-1]
+                self.server = types.SimpleNamespace(port=int(url.rpartition(":")[2]))
+                self.assertEqual(self.text(), "old")
+                self.file.write_text("{")
+                for line in program.stderr:
+                    if "cannot load fixtures: recorded.json: is not JSON" in line:
+                        break
+                self.assertEqual(self.text(), "old")
+                self.write("new and longer")
+                for line in program.stderr:
+                    if line == "loaded 1 fixtures again\n":
+                        break
+                self.assertEqual(self.text(), "new and longer")
+            finally:
+                program.kill()
+
+    def test_files_are_checked(self):
+        good = {"match": {"userMessage": "x"}, "response": {"content": "y"}}
+        foreign = {**good, "match": {"endpoint": "fal"}}
+        (self.folder / "sub").mkdir()
+        for name, fixtures in {
+            "good.json": [good, good],
+            "foreign.json": [good, foreign],
+            "typo.json": [good, {"match": {"userMesage": "x"}, "response": {"content": "y"}}],
+            "type.json": [{**good, "times": "often"}],
+            "sub/one.json": [good],
+        }.items():
+            (self.folder / name).write_text(json.dumps({"fixtures": fixtures}))
+        (self.folder / "cut.json").write_text('{"fixtures": [')
+        for name, status, said in (
+            ("good.json", 0, r"^\S+good\.json: 2 fixtures, nothing wrong\n$"),
+            ("sub", 0, r"^\S+sub: 1 fixtures, nothing wrong\n$"),
+            ("foreign.json", 0, r"fixtures\[1\].*\n.*1 fixtures, nothing wrong\n$"),
+            ("typo.json", 1, r"^typo\.json: fixtures\[1\]\.match\.userMesage: .*userMessage\?\n$"),
+            ("type.json", 1, r"^type\.json: fixtures\[0\]\.times: .+\n$"),
+            ("cut.json", 1, r"^cut\.json: is not JSON: .+\n$"),
+            ("none.json", 1, r"^.*No such file.*none\.json'\n$"),
+            ("", 1, r"^cut\.json: is not JSON"),
+        ):
+            with self.subTest(name):
+                command = [*self.COMMAND, "--check", str(self.folder / name)]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+                self.assertEqual(done.returncode, status, done.stderr)
+                self.assertRegex(done.stderr if status else done.stdout, said)
+
+    def test_what_cannot_begin_is_one_line(self):
+        url = self.service.base_url
+        for options, said in (
+            (["--record", "x.json"], "record needs an upstream"),
+            (["--upstream", "nowhere"], "must be an http:// or https:// URL"),
+            (["--upstream", url, "--record", str(self.folder)], "is a folder"),
+        ):
+            with self.subTest(options):
+                command = [*self.COMMAND, "--port", "0", *options]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+                self.assertEqual((done.returncode, done.stdout), (1, ""))
+                self.assertRegex(done.stderr, f"^cannot begin: .*{said}.*\n$")
+
+
+class PageTests(FakeCase):
+    """What a browser is sent; .ci/page.mjs tries it in one."""
+
+    BROWSER = MappingProxyType({"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+
+    def test_a_browser_gets_the_page(self):
+        got = self.ask("GET", "/", headers=self.BROWSER)
+        self.assertEqual(
+            (got.status, got.headers["content-type"]), (200, "text/html; charset=utf-8")
+        )
+        self.assertEqual(got.headers["vary"], "Accept")
+        self.assertTrue(got.raw.startswith(b"<!doctype html>"))
+        self.assertLess(len(got.raw), 40_000)
+
+    def test_others_get_json(self):
+        for accept in ({}, {"Accept": "*/*"}, {"Accept": "application/json, text/plain, */*"}):
+            with self.subTest(accept):
+                got = self.ask("GET", "/", headers=accept)
+                self.assertEqual(got.headers["content-type"], "application/json; charset=utf-8")
+                self.assertEqual(
+                    (got.json["name"], got.json["protocol"]), ("together-ai", "together-v1")
+                )
+
+    def test_it_asks_nobody_else(self):
+        got = self.ask("GET", "/", headers=self.BROWSER)
+        page, policy = got.raw.decode(), got.headers["content-security-policy"]
+        self.assertEqual(
+            re.findall(r"(?:https?:)?//[\w.]+|@import|url\(", page.replace("// ", "")), []
+        )
+        rules = dict(rule.strip().partition(" ")[::2] for rule in policy.split(";"))
+        self.assertEqual((rules["default-src"], rules["connect-src"]), ("'none'", "'self'"))
+        for tag in ("script", "style"):
+            (text,) = re.findall(rf"<{tag}>(.*)</{tag}>", page, re.DOTALL)
+            digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+            self.assertEqual(rules[f"{tag}-src"], f"'sha256-{digest}'")
+
+    def test_no_text_is_run_as_html(self):
+        before = self.ask("GET", "/", headers=self.BROWSER).raw
+        self.chat("<script>window.ran = 1</script>")
+        self.assertEqual(self.ask("GET", "/", headers=self.BROWSER).raw, before)
+        for name in (
+            b"innerHTML",
+            b"outerHTML",
+            b"insertAdjacentHTML",
+            b"document.write",
+            b"eval(",
+        ):
+            self.assertNotIn(name, before)
+        for path in ("/__parlel/requests", "/__parlel/requests/1"):
+            got = self.ask("GET", path, headers=self.BROWSER)
+            self.assertEqual(got.headers["content-type"], "application/json; charset=utf-8")
+
+    def test_a_recorded_reply_is_served_so_that_it_cannot_run(self):
+        page = {"text": "<script>1</script>", "contentType": "text/html"}
+        self.server.reply(raw=page)
+        self.ask("POST", CHAT, HELLO)
+        got = self.ask("GET", "/__parlel/requests/1/reply", headers=self.BROWSER)
+        self.assertEqual(
+            (got.raw, got.headers["content-type"]), (b"<script>1</script>", "text/html")
+        )
+        self.assertEqual(got.headers["x-content-type-options"], "nosniff")
+        self.assertIn("sandbox; default-src 'none'", got.headers["content-security-policy"])
+
+    def test_rows_are_those_that_are_new_since(self):
+        def rows(since):
+            return self.json("GET", f"/__parlel/requests?view=rows&since={since}")
+
+        self.chat("one")
+        first = rows(0)
+        self.assertEqual([row["n"] for row in first["rows"]], [1])
+        self.assertEqual(rows(first["next"])["rows"], [])
+        self.ask("POST", CHAT, {})
+        second = rows(first["next"])
+        (row,) = second["rows"]
+        self.assertEqual((row["n"], row["status"], second["last"]), (2, 400, 2))
+        self.server.reset()
+        self.assertNotEqual(rows(0)["epoch"], second["epoch"])
+
+    def test_a_call_can_be_said_again(self):
+        odd = 'It\'s {{odd}}: $HOME `ls` \\ "quoted"\n\u2028 ü'
+        self.server.reply(odd, reasoning="Hm.", user_message="it's")
+        asked = {"model": THINKER, "messages": say("it's $HOME `ls`\n")}
+        wanted = self.post(CHAT, asked).json
+        copies = self.json("GET", "/__parlel/requests/1")["copy"]
+        self.server.reset()
+        exec(copies["python"], {"server": self.server})
+        self.assertEqual(self.post(CHAT, asked).json, wanted)
+        self.server.reset()
+        self.post(FIXTURES, json.loads(copies["fixture"]))
+        self.assertEqual(self.post(CHAT, asked).json, wanted)
+        if shutil.which("curl") and os.name == "posix":
+            done = subprocess.run(["sh", "-c", copies["curl"]], capture_output=True, check=True)
+            self.assertEqual(json.loads(done.stdout), wanted)
+            self.assertEqual(self.server.requests[-1].body, asked)
+
+
 class RepositoryTests(unittest.TestCase):
     source = (HERE / "together_fake.py").read_text("utf-8")
     readme = (HERE / "README.md").read_text("utf-8")
