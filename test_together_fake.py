@@ -2661,6 +2661,395 @@ class EmbeddingTests(FakeCase):
         self.assertEqual(list(got), ["object", "model", "data"])
 
 
+RESPONSES_PATH = "/v1/responses"
+WEATHER_FLAT = {"type": "function", **WEATHER["function"], "strict": True}
+FINAL_FLAT = {"type": "function", **FINAL["function"], "parameters": {"type": "object"}}
+WIKI = {"type": "mcp", "server_label": "wiki", "server_url": "https://wiki.test/mcp"}
+ITEM_KEYS = {
+    "message": "id type status role content",
+    "reasoning": "id type status summary content encrypted_content",
+    "function_call": "id type status call_id name arguments",
+    "mcp_list_tools": "id type server_label tools",
+    "mcp_call": "id type status server_label name arguments output error",
+}
+DELTAS = {  # event: (key of the item's part, or of the item, that it adds to)
+    "output_text": "text",
+    "reasoning_text": "text",
+    "reasoning_summary_text": "text",
+    "function_call_arguments": "arguments",
+    "mcp_call_arguments": "arguments",
+}
+
+
+def fold_events(events):
+    """Return the items of a stream by its deltas: what each says, by its place."""
+    said = {}
+    for event in events:
+        stem, _, verb = event["type"][len("response.") :].rpartition(".")
+        if verb == "delta":
+            said[event["output_index"]] = said.get(event["output_index"], "") + event["delta"]
+        elif verb == "done" and stem in DELTAS:
+            assert event[DELTAS[stem]] == said[event["output_index"]], event
+    return said
+
+
+def text_of_item(item):
+    """Return what an item says: a text, reasoning, or arguments."""
+    if item["type"] == "mcp_list_tools":
+        return None
+    parts = item.get("content") or item.get("summary")
+    return parts[0]["text"] if parts else item["arguments"]
+
+
+class ResponseCase(FakeCase):
+    def respond(self, given="hello", **fields):
+        return self.post(RESPONSES_PATH, {"model": LLAMA, "input": given, **fields}).json
+
+    def stream_response(self, given="hello", **fields):
+        """Return the events of a streamed response, whose names are those of their data."""
+        body = {"model": LLAMA, "input": given, "stream": True, **fields}
+        got = self.post(RESPONSES_PATH, body)
+        self.assertEqual(got.headers["content-type"], "text/event-stream;charset=utf-8")
+        rows = [block.split("\n") for block in got.raw.decode().split("\n\n")[:-1]]
+        events = [json.loads(data[len("data: ") :]) for _, data in rows]
+        self.assertEqual([name[len("event: ") :] for name, _ in rows], [e["type"] for e in events])
+        return events
+
+    def kinds(self, *args, **fields):
+        return [item["type"] for item in self.respond(*args, **fields)["output"]]
+
+    def called(self, *args, **fields):
+        output = self.respond(*args, **fields)["output"]
+        return [item["name"] for item in output if item["type"] == "function_call"]
+
+
+class ResponseTests(ResponseCase):
+    def test_the_shape_of_a_response(self):
+        got = self.respond(instructions="Be brief.", metadata={"run": "7"}, temperature=0.5)
+        self.assertRegex(got["id"], r"^resp_[0-9a-f]{32}$")
+        self.assertEqual((got["object"], got["status"]), ("response", "completed"))
+        echoed = (got["instructions"], got["metadata"], got["temperature"], got["top_p"])
+        self.assertEqual(echoed, ("Be brief.", {"run": "7"}, 0.5, 1.0))
+        self.assertEqual(
+            (got["error"], got["incomplete_details"], got["store"]), (None, None, False)
+        )
+        (message,) = got["output"]
+        self.assertEqual(" ".join(message), ITEM_KEYS["message"])
+        self.assertRegex(message["id"], r"^msg_[0-9a-f]{32}$")
+        (part,) = message["content"]
+        self.assertEqual(
+            part["text"], self.text(messages=self.read("Be brief.", "hello"), temperature=0.5)
+        )
+        self.assertEqual((part["annotations"], part["logprobs"]), ([], []))
+        usage = got["usage"]
+        self.assertEqual(usage["total_tokens"], usage["input_tokens"] + usage["output_tokens"])
+        details = (usage["input_tokens_details"], usage["output_tokens_details"])
+        wanted = ({"cached_tokens": 0, "cache_write_tokens": 0}, {"reasoning_tokens": 0})
+        self.assertEqual(details, wanted)
+
+    @staticmethod
+    def read(system, text):
+        return [{"role": "system", "content": system}, *say(text)]
+
+    def test_each_form_of_input_that_says_the_same(self):
+        parts = [{"type": "input_text", "text": "hello"}]
+        answers = self.text(), self.text(messages=say([{"type": "text", "text": "hello"}]))
+        for given, answer in (
+            ("hello", answers[0]),
+            (say("hello"), answers[0]),
+            ([{"type": "message", "role": "user", "content": "hello"}], answers[0]),
+            (say(parts), answers[1]),
+        ):
+            with self.subTest(given=given):
+                self.assertEqual(text_of_item(self.respond(given)["output"][0]), answer)
+        for role in ("system", "developer"):
+            given = [{"role": role, "content": "Be brief."}, *say("hello")]
+            said = self.respond(given)["output"][0]["content"]
+            self.assertEqual(said, self.respond(instructions="Be brief.")["output"][0]["content"])
+
+    def test_what_was_said_is_sent_back(self):
+        first = self.respond("weather in Rome", model=THINKER, tools=[WEATHER_FLAT])
+        self.assertEqual([item["type"] for item in first["output"]], ["reasoning", "function_call"])
+        call = first["output"][1]
+        result = {"type": "function_call_output", "call_id": call["call_id"], "output": "sunny"}
+        given = [*say("weather in Rome"), *first["output"], result]
+        second = self.respond(given, model=THINKER, tools=[WEATHER_FLAT])
+        self.assertEqual([item["type"] for item in second["output"]], ["reasoning", "message"])
+        reference = {"type": "item_reference", "id": "rs_1"}  # as @ai-sdk/openai sends
+        self.assertTrue(self.respond([*given, *second["output"], reference, *say("thanks")]))
+
+    def test_images_are_for_models_that_see(self):
+        image = {"type": "input_image", "image_url": PIXEL, "detail": "auto"}
+        given = [{"role": "user", "content": [{"type": "input_text", "text": "What?"}, image]}]
+        with_image = self.respond(given, model=SEES)["usage"]["input_tokens"]
+        del given[0]["content"][1]
+        without = self.respond(given, model=SEES)["usage"]["input_tokens"]
+        self.assertEqual(with_image - without, fake.MEDIA_TOKENS)
+        given[0]["content"].append(image)
+        self.assertRefused(RESPONSES_PATH, {"model": LLAMA, "input": given}, None)
+
+    def test_formats(self):
+        schema = {"type": "json_schema", "name": "city", "schema": CITY, "strict": True}
+        got = self.respond(text={"format": schema, "verbosity": "low"})
+        self.assertIsInstance(json.loads(text_of_item(got["output"][0]))["city"], str)
+        self.assertEqual(got["text"], {"format": schema, "verbosity": "low"})
+        got = self.respond(text={"format": {"type": "json_object"}})
+        self.assertIsInstance(json.loads(text_of_item(got["output"][0])), dict)
+
+    def test_tools_as_in_chats(self):
+        tools = [WEATHER_FLAT, FINAL_FLAT]
+        allowed = {"type": "allowed_tools", "mode": "required"}
+        for choice, text, names in (
+            ("auto", "How is the weather?", ["get_weather"]),
+            ("auto", "hello", []),
+            ("none", "How is the weather?", []),
+            ("required", "hello", ["get_weather"]),
+            ({"type": "function", "name": "final_result"}, "hello", ["final_result"]),
+            (
+                {**allowed, "tools": [{"type": "function", "name": "final_result"}]},
+                "hello",
+                ["final_result"],
+            ),
+            ("auto", "the end of the weather", ["get_weather", "final_result"]),
+        ):
+            with self.subTest(choice=choice, text=text):
+                self.assertEqual(self.called(text, tools=tools, tool_choice=choice), names)
+        single = {"tools": tools, "parallel_tool_calls": False}
+        self.assertEqual(self.called("the end of the weather", **single), ["get_weather"])
+        (item,) = self.respond("How is the weather?", tools=tools)["output"]
+        self.assertEqual(" ".join(item), ITEM_KEYS["function_call"])
+        self.assertRegex(item["call_id"], r"^call_\w+$")
+        self.assertIsInstance(json.loads(item["arguments"])["city"], str)
+
+    def test_hosted_tools_are_echoed_and_never_called(self):
+        tools = [
+            {"type": "web_search"},
+            {"type": "code_interpreter", "container": {"type": "auto"}},
+        ]
+        got = self.respond("search the web", tools=tools)
+        self.assertEqual(got["tools"], tools)
+        self.assertEqual([item["type"] for item in got["output"]], ["message"])
+
+    def test_an_agent_ends(self):
+        for choice, rounds in (
+            ("auto", ["get_weather"]),
+            ("required", ["get_weather", "final_result"]),
+        ):
+            given, names = say("the weather in Rome"), []
+            for _ in range(6):
+                tools = {"tools": [WEATHER_FLAT, FINAL_FLAT], "tool_choice": choice}
+                output = self.respond(given, **tools)["output"]
+                calls = [item for item in output if item["type"] == "function_call"]
+                names += [item["name"] for item in calls]
+                if not calls or "final_result" in names:
+                    break
+                given = [*given, *output]
+                for item in calls:
+                    result = {"call_id": item["call_id"], "output": "42"}
+                    given.append({"type": "function_call_output", **result})
+            self.assertEqual(names, rounds)
+
+    def test_remote_tools_are_drawn(self):
+        listed, call, message = self.respond("Search the wiki for herons", tools=[WIKI])["output"]
+        for item in (listed, call):
+            self.assertEqual(" ".join(item), ITEM_KEYS[item["type"]])
+        (offered,) = listed["tools"]
+        self.assertEqual((call["server_label"], call["name"]), ("wiki", offered["name"]))
+        self.assertTrue(call["output"] and text_of_item(message))
+        limited = {**WIKI, "allowed_tools": ["read_page", "list_pages"]}
+        (listed, *_) = self.respond(tools=[limited])["output"]
+        self.assertEqual([tool["name"] for tool in listed["tools"]], ["read_page", "list_pages"])
+        secret = {**WIKI, "authorization": "sesame", "headers": {"X-Key": "sesame"}}
+        self.assertNotIn("sesame", json.dumps(self.respond(tools=[secret])))
+
+    def test_a_limit_leaves_it_incomplete(self):
+        whole = text_of_item(self.respond()["output"][0])
+        got = self.respond(max_output_tokens=4)
+        self.assertEqual(got["status"], "incomplete")
+        self.assertEqual(got["incomplete_details"], {"reason": "max_output_tokens"})
+        (item,) = got["output"]
+        self.assertEqual((item["status"], got["usage"]["output_tokens"]), ("incomplete", 4))
+        self.assertTrue(whole.startswith(text_of_item(item)))
+        self.assertEqual(self.kinds(model=THINKER, max_output_tokens=3), ["reasoning"])
+
+    def test_reasoning(self):
+        reasoning, message = self.respond(model=THINKER)["output"]
+        self.assertEqual(" ".join(reasoning), ITEM_KEYS["reasoning"])
+        self.assertEqual((reasoning["summary"], len(reasoning["content"])), ([], 1))
+        summarised, _ = self.respond(model=THINKER, reasoning={"summary": "auto"})["output"]
+        self.assertEqual(text_of_item(summarised), text_of_item(reasoning))
+        self.assertEqual((len(summarised["summary"]), summarised["content"]), (1, []))
+        tokens = [
+            self.respond(model=THINKER, reasoning={"effort": effort})["usage"][
+                "output_tokens_details"
+            ]["reasoning_tokens"]
+            for effort in ("low", "high")
+        ]
+        self.assertLess(*tokens)
+
+    def test_logprobs_where_they_are_included(self):
+        include = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+        part = self.respond(**include)["output"][0]["content"][0]
+        self.assertEqual("".join(each["token"] for each in part["logprobs"]), part["text"])
+        self.assertEqual(len(part["logprobs"][0]["top_logprobs"]), 2)
+
+    def test_nothing_is_stored(self):
+        id = self.respond(store=True)["id"]
+        for method, path in (
+            ("GET", f"/{id}"),
+            ("DELETE", f"/{id}"),
+            ("POST", f"/{id}/cancel"),
+        ):
+            error = self.json(method, RESPONSES_PATH + path, status=404)["error"]
+            self.assertIn(id, error["message"])
+        for fields, status, param in (
+            ({"previous_response_id": id}, 404, "previous_response_id"),
+            ({"background": True}, 400, "background"),
+            ({"conversation": "c"}, 400, "conversation"),
+            ({"prompt": {"id": "p"}}, 400, "prompt"),
+        ):
+            with self.subTest(fields=fields):
+                got = self.ask("POST", RESPONSES_PATH, {"model": LLAMA, "input": "x", **fields})
+                self.assertEqual((got.status, got.json["error"]["param"]), (status, param))
+
+    def test_what_is_wrong_is_named(self):
+        message = {"role": "user"}
+        for fields, param in (
+            ({"input": []}, "input"),
+            ({"input": [message]}, "input[0].content"),
+            ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id"),
+            ({"input": [{"type": "letter"}]}, "input[0].type"),
+            ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].name"),
+            ({"tool_choice": "perhaps"}, "tool_choice"),
+            ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
+            ({"reasoning": {"effort": "heroic"}}, "reasoning.effort"),
+        ):
+            with self.subTest(fields=fields):
+                self.assertRefused(RESPONSES_PATH, {"model": LLAMA, "input": "x", **fields}, param)
+
+
+class ResponseStreamTests(ResponseCase):
+    def test_the_events_of_a_text(self):
+        events = self.stream_response(max_output_tokens=2)
+        self.assertEqual(
+            [event["type"][len("response.") :] for event in events],
+            [
+                *("created", "in_progress", "output_item.added", "content_part.added"),
+                *("output_text.delta", "output_text.delta", "output_text.done"),
+                *("content_part.done", "output_item.done", "incomplete"),
+            ],
+        )
+        numbers = [event["sequence_number"] for event in events]
+        self.assertEqual(numbers, list(range(len(events))))
+        opened = events[0]["response"]
+        self.assertEqual(
+            (opened["status"], opened["output"], opened["usage"]), ("in_progress", [], None)
+        )
+        self.assertEqual(events[2]["item"]["content"], [])
+
+    def test_the_fold_of_each_stream_is_the_whole(self):
+        schema = {"type": "json_schema", "name": "city", "schema": CITY}
+        tools = [WEATHER_FLAT, FINAL_FLAT]
+        for fields in (
+            {},
+            {"model": THINKER},
+            {"model": THINKER, "reasoning": {"summary": "auto"}},
+            {"model": KIMI, "max_output_tokens": 3},
+            {"given": "the end of the weather", "tools": tools},
+            {"model": THINKER, "given": "weather", "tools": tools},
+            {"text": {"format": schema}},
+            {"given": "Search the wiki", "tools": [WIKI]},
+            {"include": ["message.output_text.logprobs"]},
+        ):
+            with self.subTest(fields=fields):
+                whole = self.respond(**fields)
+                events = self.stream_response(**fields)
+                self.assertEqual(events[-1]["response"], whole)
+                done = [event["item"] for event in events if event["type"].endswith("item.done")]
+                self.assertEqual(done, whole["output"])
+                said = {at: text_of_item(item) for at, item in enumerate(done)}
+                told = fold_events(events)
+                self.assertEqual({at: told.get(at) for at in said}, said)
+                ids = [event["item_id"] for event in events if "item_id" in event]
+                self.assertEqual(set(ids), {item["id"] for item in done})
+
+    def test_an_early_error_is_an_http_error(self):
+        self.assertRefused(RESPONSES_PATH, {"model": LLAMA, "stream": True}, "input")
+
+
+class ResponseScriptTests(ResponseCase):
+    """Fixtures, faults, the record and batches: what chats have."""
+
+    def test_fixtures_of_chats_and_its_own(self):
+        self.server.reply("Hi!", user_message="hello")
+        self.assertEqual(text_of_item(self.respond()["output"][0]), "Hi!")
+        self.server.reply("Of a response.", endpoint="response")
+        self.assertEqual(text_of_item(self.respond()["output"][0]), "Of a response.")
+        self.assertEqual(self.text(), "Hi!")
+        self.server.reply(tool_calls=[{"name": "add", "arguments": {"a": 1}}], reasoning="Add.")
+        kinds = ["reasoning", "function_call"]
+        self.assertEqual(self.kinds(), kinds)
+        done = [event for event in self.stream_response() if event["type"].endswith("item.done")]
+        self.assertEqual([event["item"]["type"] for event in done], kinds)
+        usage = {"prompt_tokens": 7, "completion_tokens": 3}
+        self.server.reply("x", id="resp_mine", created=5, response_model="other", usage=usage)
+        got = self.respond()
+        self.assertEqual((got["id"], got["created_at"], got["model"]), ("resp_mine", 5, "other"))
+        self.assertEqual((got["usage"]["input_tokens"], got["usage"]["total_tokens"]), (7, 10))
+
+    def test_matches_look_into_items(self):
+        self.server.reply("called", tool_result_contains="sunny", times=1)
+        self.server.reply("by tool", tool_name="get_weather", times=1)
+        self.server.reply("by system", system_message="brief", times=1)
+        self.server.reply("by format", response_format="json_schema", times=1)
+        call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+        result = {"type": "function_call_output", "call_id": "c", "output": "it is sunny"}
+        schema = {"type": "json_schema", "name": "city", "schema": CITY}
+        for fields, said in (
+            ({"given": [*say("x"), call, result]}, "called"),
+            ({"tools": [WEATHER_FLAT]}, "by tool"),
+            ({"instructions": "Be brief."}, "by system"),
+            ({"text": {"format": schema}}, "by format"),
+        ):
+            self.assertEqual(text_of_item(self.respond(**fields)["output"][0]), said)
+        self.server.assert_all_used()
+
+    def test_faults(self):
+        self.server.fail(429, retry_after=1, endpoint="response", times=1)
+        got = self.ask("POST", RESPONSES_PATH, {"model": LLAMA, "input": "x"})
+        self.assertEqual((got.status, got.headers["retry-after"]), (429, "1"))
+        self.server.fail(disconnect_after_chunks=3, times=1)
+        body = {"model": LLAMA, "input": "x", "stream": True}
+        got = self.ask("POST", RESPONSES_PATH, body)
+        self.assertEqual((got.is_cut, got.raw.count(b"\n\n")), (True, 3))
+        self.server.fail(error={"message": "It broke."}, error_after_chunks=2, times=1)
+        last = self.ask("POST", RESPONSES_PATH, body).raw.split(b"\n\n")[2]
+        self.assertIn(b"It broke.", last)
+
+    def test_the_record(self):
+        self.respond()
+        self.stream_response()
+        whole, streamed = self.server.requests
+        self.assertEqual((whole.kind, whole.operation), ("response", "POST " + RESPONSES_PATH))
+        self.assertEqual({**whole.usage, **whole.reply["usage"]}, whole.usage)
+        self.assertEqual(streamed.reply[-1]["response"]["output"], whole.reply["output"])
+        self.assertEqual(streamed.outcome, "complete")
+        self.server.assert_called("response", user_message="hello", times=2)
+
+    def test_batches(self):
+        lines = write_lines(
+            {"custom_id": text, "body": {"model": LLAMA, "input": text}} for text in QUESTIONS
+        )
+        file = self.server.add_file(lines, purpose="batch-api")
+        self.server.instant_jobs = True
+        self.addCleanup(setattr, self.server, "instant_jobs", False)
+        body = {"endpoint": RESPONSES_PATH, "input_file_id": file["id"]}
+        job = self.json("POST", "/v1/batches", body, status=201)["job"]
+        rows = read_lines(self.server.contents[job["output_file_id"]])
+        direct = [self.respond(text) for text in QUESTIONS]
+        self.assertEqual([row["response"]["body"] for row in rows], direct)
+
+
 class RerankTests(LocalCase):
     def rerank(self, **fields):
         return self.json("POST", "/v1/rerank", {**RERANK, **fields})
