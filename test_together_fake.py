@@ -2873,7 +2873,7 @@ class ResponseTests(ResponseCase):
         self.assertEqual(self.kinds(model=THINKER, max_output_tokens=3), ["reasoning"])
 
     def test_reasoning(self):
-        reasoning, message = self.respond(model=THINKER)["output"]
+        reasoning, _ = self.respond(model=THINKER)["output"]
         self.assertEqual(" ".join(reasoning), ITEM_KEYS["reasoning"])
         self.assertEqual((reasoning["summary"], len(reasoning["content"])), ([], 1))
         summarised, _ = self.respond(model=THINKER, reasoning={"summary": "auto"})["output"]
@@ -4905,9 +4905,10 @@ class CommandLineTests(unittest.TestCase):
         return subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE)
 
     @contextlib.contextmanager
-    def start(self, *command):
+    def start(self, *command, **variables):
         """Start a program that reads no input; end it at the latest with the test."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        pipes["env"] = {**os.environ, **variables}
         with subprocess.Popen(command, text=True, cwd=HERE, **pipes) as program:
             try:
                 yield program
@@ -4936,6 +4937,59 @@ class CommandLineTests(unittest.TestCase):
         said = json.loads((HERE / "manifest.json").read_text("utf-8"))["startup_time_ms"]
         # Ten times as long is left for debug builds and busy machines.
         self.assertLess(min(seconds), 10 * said / 1000)
+
+    def test_it_prints_every_variable_quiet_or_not(self):
+        for flags in ((), ("--quiet",)):
+            with self.start(*self.COMMAND, "--port", "0", *flags) as program:
+                first = program.stdout.readline()
+                url = re.search(r"http://127\.0\.0\.1:\d+$", first.rstrip("\n"))[0]
+                lines = [program.stdout.readline().strip() for _ in VARIABLES]
+                printed = dict(line[len("export ") :].split("=", 1) for line in lines)
+                self.assertEqual(set(printed), VARIABLES)
+                self.assertEqual(printed["OPENAI_BASE_URL"], url + "/v1")
+
+    def test_every_option_may_be_a_variable_and_a_flag_wins(self):
+        def read(args=(), **variables):
+            variables = {f"TOGETHER_FAKE_{name}": value for name, value in variables.items()}
+            with mock.patch.dict(os.environ, variables):
+                return vars(fake.read_options(args))
+
+        for name, value, option in (
+            ("HOST", "0.0.0.0", "0.0.0.0"),
+            ("PORT", "7", 7),
+            ("STRICT", "1", True),
+            ("STRICT", "false", False),
+            ("NO_AUTH", "yes", True),
+            ("FIXTURES", os.pathsep.join(("a.json", "b")), ["a.json", "b"]),
+            ("ON_MISS", "error", "error"),
+            ("UPSTREAM", "http://127.0.0.1:1", "http://127.0.0.1:1"),
+            ("RECORD", "r.json", "r.json"),
+            ("INSTANT_JOBS", "1", True),
+            ("MAX_STORED_BYTES", "5", 5),
+            ("RECORD_LIMIT", "6", 6),
+            ("SEED", "8", 8),
+            ("QUIET", "1", True),
+            ("WATCH", "1", True),
+        ):
+            with self.subTest(name):
+                self.assertEqual(read(**{name: value})[name.lower()], option)
+        self.assertEqual(read(["--port", "8", "--on-miss", "generate"], PORT="7")["port"], 8)
+        self.assertEqual(read(["--fixtures", "c"], FIXTURES="a")["fixtures"], ["c"])
+        with self.start(*self.COMMAND, TOGETHER_FAKE_PORT="0") as program:
+            self.assertNotIn(":4863", program.stdout.readline())
+
+    def test_a_line_of_the_log_tells_what_was_answered(self):
+        lines = []
+        with TogetherAiServer(port=0, log=lines.append) as server:
+            server.reply("Hi!", user_message="hello")
+            body = json.dumps({**HELLO, "stream": True}).encode()
+            request = urllib.request.Request(f"{server.base_url}/chat/completions", body, KEY)
+            urllib.request.urlopen(request).read()
+            self.assertTrue(wait_until(lambda: lines))
+        time, said = lines[0].split(" ", 1)
+        self.assertRegex(time, r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d+Z$")
+        for part in (f'"POST {CHAT}" 200', LLAMA, "7 tokens", "run time[0]"):
+            self.assertIn(part, said)
 
     def test_main_returns_when_it_is_stopped(self):
         code = "import together_fake; print(together_fake.main(['--port', '0', '--quiet']))"
