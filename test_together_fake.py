@@ -3967,8 +3967,8 @@ class EchoApp:
     def refuse(self, error, method, path):
         return fake.Reply(json.dumps(error.body()).encode(), error.status)
 
-    def body_limit(self, method, path):
-        return 100 * 2**20 if path == "/v1/files" else fake.MAX_JSON_BYTES
+    def body_limit(self, request):
+        return 100 * 2**20 if request.path == "/v1/files" else fake.MAX_JSON_BYTES
 
 
 def get(path):

@@ -534,6 +534,7 @@ class ApiError(Exception):
 
 MAX_JSON_BYTES = 32 * 2**20  # a JSON or form body
 MAX_JSON_BRACKETS = 1_000_000  # which take half a second
+MAX_JSON_COLONS = 1_000_000  # likewise: more than as many keys take a second
 MAX_JSON_DEPTH = 200  # brackets inside brackets
 MAX_NUMBER_DIGITS = 400  # of one JSON number
 MAX_FORM_FIELDS = 1000  # of one form, query or multipart body
@@ -807,6 +808,8 @@ def parse_json(raw: bytes) -> Any:
     brackets = raw.count(b"[") + raw.count(b"{") if long else 0
     if brackets > MAX_JSON_BRACKETS:
         raise ApiError("bad_json", reason=f"it has more than {MAX_JSON_BRACKETS} brackets")
+    if len(raw) > MAX_JSON_COLONS and raw.count(b":") > MAX_JSON_COLONS:
+        raise ApiError("bad_json", reason=f"it has more than {MAX_JSON_COLONS} colons")
     decoder = CAREFUL_DECODER if long and has_long_number(raw) else DECODER
     try:
         text = raw.decode()
@@ -9043,10 +9046,17 @@ def read_video_size(body: dict[str, Any]) -> str:
     return "x".join(str(max(MIN_IMAGE_SIDE, min(n, MAX_IMAGE_SIDE))) for n in (width, height))
 
 
+def read_video_seconds(body: dict[str, Any]) -> str:
+    """Return how long a video is to be, within what can be made."""
+    (seconds,) = read_counts(r"(\d{1,2})", body.get("seconds"), (DEFAULT_VIDEO_SECONDS,))
+    return str(min(seconds, MAX_VIDEO_SECONDS))
+
+
 @stored("videos")
 def video_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
     """Complete a video job; the URL of its file holds all there is to know about that."""
-    item = {"size": "1366x768", "seconds": str(DEFAULT_VIDEO_SECONDS), "fps": DEFAULT_FPS, **item}
+    size, seconds = read_video_size(item), read_video_seconds(item)
+    item = {"fps": DEFAULT_FPS, **item, "size": size, "seconds": seconds}
     id = item.get("id") or server.next_id("video-")
     name = random_letters(HashRandom.of("video", item.pop("facts", id)), 16)
     name = f"{name}-{item['size']}-{item['seconds']}s{item.pop('fps')}.mp4"
@@ -9083,10 +9093,9 @@ VIDEO_JOBS = JobKind("videos", ("in_progress", "completed"), on_enter_video, sho
 def create_video(server: TogetherAiServer, request: Request) -> Any:
     """Start a video; it is completed when it is first retrieved."""
     body, script = request.body, request.script or {}
-    (seconds,) = read_counts(r"(\d{1,2})", body.get("seconds"), (DEFAULT_VIDEO_SECONDS,))
     item = {
         "model": resolve_model(server, body["model"], "video").id, "size": read_video_size(body),
-        "seconds": str(min(seconds, MAX_VIDEO_SECONDS)), "fps": body.get("fps") or DEFAULT_FPS,
+        "seconds": body.get("seconds"), "fps": body.get("fps") or DEFAULT_FPS,
         "origin": request.origin or server.url, "facts": pick_given(body, VIDEO_FIELDS),
         **pick_given(script, ("id", "url")),
     }  # fmt: skip
@@ -11169,6 +11178,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.head: Any = NoHead  # of the latest request
         self.receive_limit = 0.0  # seconds that one receive may take, as last set
         self.deadline = 0.0  # when the whole request must be here; set once more has to come
+        self.waits_since = 0.0  # a worker has waited for the client; 0: it does not
         self.close_connection = False
 
     def handle(self) -> None:
@@ -11190,6 +11200,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.close_connection = not self.unused
         count = 0
         while self.unused and not self.close_connection:
+            if len(self.unsent) > MAX_JOIN_BYTES:  # who does not read need not be answered more
+                return functools.partial(self.answer_apart, None)
             count += 1
             request = self.take_request() if count <= MAX_IN_A_ROW else None
             if request is None or self.server.app.may_take_long(request):
@@ -11296,7 +11308,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def check_size(self, size: int) -> None:
         """Raise ApiError for a body that is over the route's limit."""
-        limit = self.server.app.body_limit(self.head.method, self.head.path)
+        asked = Request(self.head.method, self.head.path, headers=self.head.fields)
+        limit = self.server.app.body_limit(asked)
         if size > limit:
             raise ApiError("too_large", size=size, limit=limit)
 
@@ -11349,12 +11362,14 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return b""
         try:
             self.limit_receiving(seconds)
+            self.waits_since = time.monotonic()
             data = self.connection.recv(size, flags)
         except (BlockingIOError, socket.timeout):
             return b""
         except OSError:
             raise Cut from None
         finally:
+            self.waits_since = 0.0
             if not POSIX:
                 self.limit_sending()
         if not data:
@@ -11488,10 +11503,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def send(self, data: bytes, flags: int = 0) -> None:
         """Send all of the data; a client that does not take it within `send_seconds` is cut."""
+        self.waits_since = time.monotonic()
         try:
             self.connection.sendall(data, flags)
         except OSError:
             raise Cut from None  # the client left, which is its right
+        finally:
+            self.waits_since = 0.0
 
     def linger(self) -> None:
         """Take what a refused client still sends: closing before would reset the reply away."""
@@ -11510,6 +11528,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
 MAX_CONNECTIONS = 2000 if hasattr(select, "poll") else 500
 BACKLOG = 1024  # connections that wait to be accepted
 CROWDED_IDLE_SECONDS = 1.0  # where all places are taken
+CROWDED_WAIT_SECONDS = 2.0  # likewise, for one byte more of a request, or to have a reply taken
+CROWDED_LOOK_SECONDS = 0.25  # between two looks for such clients
 IDLE_SECONDS = 60.0  # without a request on an open connection
 MAX_HELD = 8  # replies that are sent at once
 MAX_WAITING = 16  # workers without a client
@@ -11558,7 +11578,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.idle: dict[Connection, float] = {}  # watched, and when each is to be closed
         self.ready: deque[Callable[[], Task | None]] = deque()  # to be called in this round
         self.held: list[Connection] = []  # whose replies are to be sent at once
-        self.returned: deque[Connection] = deque()  # by other workers, to be watched again
+        self.apart: set[Connection] = set()  # that other workers work for
+        self.returned: deque[Connection] = deque()  # by those, to be watched again
+        self.next_look = 0.0  # at those who keep a worker waiting, where all places are taken
         self.workers: list[threading.Thread] = []
         self.waiting = 0  # workers that wait for the lead
         self.counting = threading.Lock()  # held while that number changes
@@ -11678,15 +11700,26 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
         Where all places are taken, who does not ask for a second has been idle too long.
         """
-        now = time.monotonic()
-        if not self.accepting:
+        now, crowded = time.monotonic(), not self.accepting
+        if crowded:
+            self.cut_waiting(now)
             now += max(0, self.idle_seconds - CROWDED_IDLE_SECONDS)
         while self.idle:
             connection, end = next(iter(self.idle.items()))  # idle for longest
             if end > now:
-                return end - now
+                return min(end - now, CROWDED_LOOK_SECONDS) if crowded else end - now
             self.close_client(connection)
-        return None
+        return CROWDED_LOOK_SECONDS if crowded else None
+
+    def cut_waiting(self, now: float) -> None:
+        """Cut who neither sends the rest of a request nor takes a reply; its worker returns it."""
+        if now < self.next_look:
+            return
+        self.next_look = now + CROWDED_LOOK_SECONDS
+        for connection in self.apart:
+            if 0 < connection.waits_since < now - CROWDED_WAIT_SECONDS:
+                with contextlib.suppress(OSError):  # it has just left
+                    connection.connection.shutdown(socket.SHUT_RDWR)
 
     def send_held(self) -> Task | None:
         """Send the replies held back; return what is left for a client that does not read."""
@@ -11762,6 +11795,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def set_apart(self, connection: Connection, act: Callable[[], None]) -> Task:
         """Watch a client no longer, and return what is to be done for it without the lead."""
         self.unwatch(connection)
+        self.apart.add(connection)
         return functools.partial(self.work_apart, connection, act)
 
     def watch(self, connection: Connection) -> None:
@@ -11796,6 +11830,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.wake_reader.recv(RECEIVE_BYTES)
         while self.returned:
             connection = self.returned.popleft()
+            self.apart.discard(connection)
             if connection.close_connection:
                 self.close_client(connection)
             else:
@@ -13042,10 +13077,12 @@ class TogetherAiServer:
             or "x-parlel-fixture" in request.headers
         )
 
-    def body_limit(self, method: str, path: str) -> int:
-        """Return how many bytes a request for this path may carry; raise ApiError for none."""
+    def body_limit(self, request: Request) -> int:
+        """Return how many bytes a request may carry; raise ApiError for one that may not ask."""
+        if is_control(request.path):
+            check_origin(request, is_loopback(self.host))
         try:
-            route, params = find_route(method, collapse_path(path, self.strict))
+            route, params = find_route(request.method, collapse_path(request.path, self.strict))
         except ApiError:
             return MAX_JSON_BYTES
         if route.admit is not None:
