@@ -10988,6 +10988,7 @@ MAX_HEADER_BYTES = 64 * 2**10  # request line and header lines together
 MAX_HEADERS = 100  # header lines, and trailer lines of a chunked body
 MAX_CHUNK_LINE_BYTES = 4096  # a chunk's size with its extensions, or one trailer line
 MAX_GATHERED_BYTES = 16 * 2**10  # of events that are at hand, sent at once
+SEND_BUFFER_BYTES = 128 * 2**10  # of the kernel, which would keep 4 MB for who does not read
 MAX_JOIN_BYTES = 64 * 2**10  # a larger body is sent after its head, not copied behind it
 RECEIVE_SECONDS = 30.0  # from a request's first byte to its last
 SEND_SECONDS = 30.0  # for a client to take what is sent to it
@@ -11172,6 +11173,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.connection: socket.socket = self.request
         with contextlib.suppress(OSError):  # some systems refuse it when the client has left
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
             self.limit_sending()
         self.unused = b""  # received, and not yet part of a request
         self.unsent = b""  # replies for the server to send
