@@ -5570,6 +5570,20 @@ class RecordingTests(RecordingCase):
         numbers = [entry["match"].get("sequenceIndex") for entry in self.read_entries()]
         self.assertEqual(numbers, [0, 1, None])
 
+    def test_a_sequence_has_the_order_in_which_clients_had_all_bytes(self):
+        for text in ("one", "two"):
+            self.service.reply(text, times=1)
+        self.stand_before(record=self.file)
+        events = []
+        for _ in range(2):  # each is read to its last byte, but is not over for the server
+            headers = {name.lower(): value for name, value in KEY.items()}
+            events.append(self.server.answer(Request("POST", CHAT, HELLO, headers=headers)).events)
+            self.assertTrue(next(events[-1]).endswith(b"}"))
+        for each in reversed(events):
+            self.assertEqual(list(each), [])
+        texts = [entry["response"]["content"] for entry in self.wait_for_entries(2)]
+        self.assertEqual(texts, ["one", "two"])
+
     def test_requests_that_are_named_alike_are_told_apart(self):
         system = [{"role": "system", "content": "Be brief."}]
         answered = [{"role": "assistant", "content": "Yes?"}]

@@ -12063,7 +12063,7 @@ class Upstream:
             raise self.refuse(explain_failure(error, self.host, self.seconds)) from None
         if self.recorder is not None and reply.events is not None and request.method != "HEAD":
             record = functools.partial(self.record, kind, request, reply)
-            reply.events = self.keep(reply.events, has_end(response), started, record)
+            reply.events = self.keep(reply.events, response, started, record)
         return reply
 
     def refuse(self, reason: str) -> ApiError:
@@ -12115,27 +12115,29 @@ class Upstream:
         return reply
 
     def keep(
-        self, pieces: Iterator[bytes], ends: bool, started: float, record: Callable[..., None]
+        self, pieces: Iterator[bytes], response: Any, started: float, record: Callable[..., None]
     ) -> Iterator[bytes]:
-        """Pass pieces on, and have them recorded once all have come.
+        """Pass pieces on, and have them recorded before the client can tell that these were all.
 
-        ends  whether the connection's end is not all that tells the end of the answer
+        Its next request may be quick, and shall be recorded after this one.
         """
         kept: list[bytes] = []
         times: list[tuple[int, float]] = []
-        size, whole = 0, False
+        length, ends, size, tail = response.length, has_end(response), 0, b""
         try:
-            for piece in pieces:
+            for piece in itertools.chain(pieces, (b"",)):  # the last one: it has ended by itself
                 size += len(piece)
+                tail = (tail + piece[-len(DONE) :])[-len(DONE) :]
                 if size <= self.max_recorded:
                     kept.append(piece)
                     times.append((size, time.perf_counter() - started))
-                yield piece
-            whole = ends
+                    if size == length or tail == DONE or (ends and not piece):
+                        record(b"".join(kept), times)
+                        size = sys.maxsize  # once is enough
+                if piece:
+                    yield piece
         finally:
             getattr(pieces, "close", bool)()
-            if size <= self.max_recorded and (whole or b"".join(kept[-2:]).endswith(DONE)):
-                record(b"".join(kept), times)
 
     def record(self, kind: str, request: Request, reply: Reply, data: bytes, times: Any) -> None:
         """Have an answer recorded, unless it is packed though nobody asked for that."""
