@@ -45,6 +45,7 @@ import types
 import unittest
 import urllib.error
 import urllib.request
+import warnings
 import wave
 import zlib
 from collections.abc import Iterator, Mapping
@@ -3988,6 +3989,16 @@ def receive_all(client):
     return b"".join(pieces)
 
 
+def receive_head(client):
+    """Return the head of a reply."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        piece = client.recv(65536)
+        assert piece, data
+        data += piece
+    return data.partition(b"\r\n\r\n")[0] + b"\r\n"
+
+
 def receive_until(client, end):
     """Return what comes, up to and with the bytes `end`."""
     data = b""
@@ -4848,6 +4859,425 @@ class LifeCycleTests(SocketCase):
             self.serve()
 
 
+class FairTests(SocketCase):
+    """Many clients at once: each is answered, and soon."""
+
+    CROWD = 1500
+
+    def open_many(self, count):
+        """Connect so many clients at once, none of which blocks; skip where the system forbids."""
+        wanted = 2 * count + 200  # of this process, which holds both ends
+        if resource is not None:
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if soft < wanted and (hard < wanted and hard != resource.RLIM_INFINITY):
+                self.skipTest(f"{hard} open files are too few")
+            if soft < wanted:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+                self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        return [self.connect() for _ in range(count)]
+
+    def test_each_of_a_crowd_that_asks_in_a_loop_is_answered(self):
+        self.serve()
+        clients = self.open_many(self.CROWD)
+        selector = selectors.DefaultSelector()
+        self.addCleanup(selector.close)
+        began, first = time.monotonic(), {}
+        for client in clients:
+            client.setblocking(False)
+            client.sendall(HEALTH)
+            selector.register(client, selectors.EVENT_READ)
+        while len(first) < len(clients) and time.monotonic() < began + PATIENCE:
+            for key, _ in selector.select(1):
+                if key.fileobj.recv(65536):
+                    first.setdefault(key.fileobj, time.monotonic() - began)
+                    key.fileobj.sendall(HEALTH)  # again and again
+        self.assertEqual(len(first), len(clients))
+        self.assertLess(max(first.values()), PATIENCE / 2)
+
+    @unittest.skipIf(fake.MAX_CONNECTIONS < 2000, "select() watches 512")
+    def test_2000_connections_at_once(self):
+        self.serve()
+        clients = self.open_many(2000)
+        for client in clients:
+            client.sendall(HEALTH)
+        for client in clients:
+            self.assertEqual(client.recv(65536)[:15], b"HTTP/1.1 200 OK")
+
+    def crowd_out(self, send):
+        """Take all places by clients that `send` leaves waiting; return the time of a good one."""
+        with contextlib.ExitStack() as stack:
+            for name, value in (
+                ("MAX_CONNECTIONS", 8),
+                ("CROWDED_IDLE_SECONDS", 0.2),
+                ("CROWDED_WAIT_SECONDS", 0.2),
+            ):
+                stack.enter_context(mock.patch.object(fake, name, value))
+            self.serve(lambda request: fake.Reply(bytes(8 * 2**20)))
+            for _ in range(8):
+                send(self.connect())
+            began = time.monotonic()
+            client = self.connect()
+            client.sendall(get("/health"))
+            client.recv(100)
+            return time.monotonic() - began
+
+    def test_who_keeps_a_place_and_does_nothing_loses_it_when_all_are_taken(self):
+        for name, data in (
+            ("silent", b""),
+            ("half a head", b"GET /hea"),
+            ("half a body", POST + b"Content-Length: 57\r\n\r\n{"),
+            ("a reply that nobody reads", HEALTH),
+        ):
+            with self.subTest(name):
+                self.assertLess(self.crowd_out(lambda client, data=data: client.sendall(data)), 5)
+
+    def test_without_a_crowd_they_keep_it(self):
+        with mock.patch.object(fake, "CROWDED_WAIT_SECONDS", 0.0):
+            self.serve()
+            client = self.connect()
+            client.sendall(HEALTH[:9])
+            threading.Event().wait(0.3)
+            self.assertEqual(self.status(client, HEALTH[9:]), 200)
+
+
+class ForeignPageTests(SocketCase):
+    """What a page that a developer visits may ask of a server on the same machine."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.server = TogetherAiServer(port=0).start()
+        cls.addClassCleanup(cls.server.stop)
+        cls.address = "127.0.0.1", cls.server.port
+
+    def ask(self, path, method="GET", host=None, length=0, **fields):
+        """Send a head alone; return status and headers of the reply."""
+        lines = [f"{method} {path} HTTP/1.1", f"Host: {host or f'localhost:{self.server.port}'}"]
+        lines += [f"{name.replace('_', '-')}: {value}" for name, value in fields.items()]
+        lines += ["Authorization: Bearer x", f"Content-Length: {length}", "", ""]
+        client = self.connect()
+        client.sendall("\r\n".join(lines).encode())
+        head = receive_head(client)
+        return int(head.split()[1]), head.lower()
+
+    def test_control_routes_are_closed_to_pages_of_others(self):
+        own = f"http://localhost:{self.server.port}"
+        for path in ("/__parlel/requests", "/__parlel/fixtures", "/__parlel/reset"):
+            method = "POST" if path.endswith("reset") else "GET"
+            for origin in ("https://evil.test", "null", "http://localhost:1", "http://127.0.0.1"):
+                with self.subTest(path=path, origin=origin):
+                    status, head = self.ask(path, method, Origin=origin)
+                    self.assertEqual(status, 403)
+                    self.assertNotIn(b"access-control", head)
+            status, head = self.ask(path, method, Origin=own)
+            self.assertEqual((status, b"access-control" in head), (200, False))
+            self.assertEqual(self.ask(path, method, Sec_Fetch_Site="cross-site")[0], 403)
+            self.assertEqual(self.ask(path, method)[0], 200)
+
+    def test_a_name_that_others_point_here_is_refused(self):
+        for host, status in (
+            ("evil.test", 403),
+            ("127.0.0.1.evil.test", 403),
+            ("localhost", 200),
+            ("127.0.0.1:4863", 200),
+            ("127.8.8.8", 200),
+            ("[::1]:4863", 200),
+        ):
+            with self.subTest(host=host):
+                self.assertEqual(self.ask("/__parlel/requests", host=host)[0], status)
+                self.assertEqual(self.ask("/v1/models", host=host)[0], 200)
+
+    def test_the_api_is_open_to_pages(self):
+        status, head = self.ask("/v1/models", Origin="https://app.test")
+        self.assertEqual(status, 200)
+        self.assertIn(b"\r\naccess-control-allow-origin: *\r\n", head)
+        self.assertIn(b"retry-after", head.partition(b"access-control-expose-headers:")[2])
+        asked = {"Access_Control_Request_Private_Network": "true", "Origin": "https://app.test"}
+        status, head = self.ask(CHAT, "OPTIONS", **asked)
+        self.assertIn(b"\r\naccess-control-allow-private-network: true\r\n", head)
+        status, head = self.ask("/__parlel/reset", "OPTIONS", Origin="https://app.test")
+        self.assertNotIn(b"access-control-allow", head)
+
+    def test_what_is_refused_is_not_read_first(self):
+        for path, method, fields, status in (
+            ("/__parlel/seed", "POST", {"Origin": "https://evil.test"}, 403),
+            ("/__upload/unknown", "PUT", {}, 404),
+        ):
+            with self.subTest(path=path):
+                self.assertEqual(self.ask(path, method, length=2 * 10**8, **fields)[0], status)
+
+
+class CallbackTests(FakeCase):
+    """What a test's own code does wrong, or slowly."""
+
+    def raise_exit(self, *args):
+        raise SystemExit("as pytest.fail() does")
+
+    def test_a_function_that_raises_is_a_500_in_the_record(self):
+        for keywords in ({"when": self.raise_exit}, {"content": self.raise_exit}):
+            with self.subTest(list(keywords)):
+                self.server.reset()
+                self.server.reply(**{"content": "x", **keywords})
+                with contextlib.redirect_stderr(io.StringIO()):
+                    got = self.ask("POST", CHAT, HELLO)
+                self.assertEqual((got.status, got.json["error"]["type"]), (500, "server_error"))
+                call = self.server.requests[-1]
+                self.assertIn("as pytest.fail() does", call.error)
+                self.assertIn("raise_exit", call.error)
+                self.assertEqual(self.ask("GET", "/health").status, 200)
+
+    def test_functions_are_asked_once_a_request_and_keep_nobody_waiting(self):
+        asked, all_there = [], threading.Barrier(10, timeout=PATIENCE)
+
+        def wait(request):
+            asked.append(request)
+            all_there.wait()  # each waits for the others: one after the other they would never end
+            return True
+
+        self.server.reply("late", when=wait)
+        with concurrent.futures.ThreadPoolExecutor(10) as pool:
+            said = list(pool.map(lambda number: self.text(f"hello {number}"), range(10)))
+        self.assertEqual((said, len(asked)), (["late"] * 10, 10))
+
+    def test_a_log_that_raises_or_hangs_delays_nobody(self):
+        leave = threading.Event()
+        self.addCleanup(leave.set)
+        for log in (self.raise_exit, lambda line: leave.wait(PATIENCE)):
+            with TogetherAiServer(port=0, log=log) as self.server:
+                said = {self.text() for _ in range(50)}
+                self.assertEqual(len(said), 1)
+                leave.set()
+
+
+class BoundTests(FakeCase):
+    """What would take all time or memory is refused, or takes little."""
+
+    EXPLODING = ("(a+)+$", "(a|aa)+$", "(a*)*b", "(.*a){20}", "a?" * 30 + "a" * 30)
+
+    def assertQuick(self, body):
+        """Ask while a clock runs: patterns that explode take minutes."""
+        began = time.monotonic()
+        self.ask("POST", CHAT, body)
+        self.assertLess(time.monotonic() - began, PATIENCE)
+
+    def test_exploding_patterns_over_http_from_python_and_in_files(self):
+        text = say("a" * 40 + "!")
+        for pattern in self.EXPLODING:
+            for add in (self.add_over_http, self.add_from_python, self.add_from_file):
+                with (
+                    self.subTest(pattern=pattern[:10], add=add.__name__),
+                    TogetherAiServer(port=0) as self.server,
+                ):
+                    if add(pattern):
+                        self.assertQuick({"model": "m", "messages": text})
+
+    def add_over_http(self, pattern):
+        fixtures = file_of(entry({"userMessage": {"pattern": pattern}}))
+        return self.ask("POST", FIXTURES, fixtures).status == 200
+
+    def add_from_python(self, pattern):
+        return self.is_taken(lambda: self.server.reply("x", user_message=re.compile(pattern)))
+
+    def add_from_file(self, pattern):
+        with tempfile.TemporaryDirectory() as folder:
+            save_fixtures(folder, a=[entry({"userMessage": {"pattern": pattern}})])
+            return self.is_taken(lambda: self.server.load(folder))
+
+    def is_taken(self, add):
+        """Return whether a fixture was added; a refusal says that it is for the pattern."""
+        try:
+            add()
+        except ValueError as error:
+            self.assertIn("userMessage.pattern: must be a regular expression", str(error))
+            return False
+        return True
+
+    def test_ordinary_patterns_are_matched(self):
+        for pattern, text in (
+            (r"(sun|moon) ?light", "by moonlight"),
+            (r"^order #\d{4,6}$", "order #12345"),
+            (r"(?i)\bhello\b.*world", "Say HELLO to the world"),
+            (r"[\w.]+@[\w.]+\.com", "write to ann.lee@example.com now"),
+        ):
+            with self.subTest(pattern=pattern):
+                for add in (self.add_over_http, self.add_from_python):
+                    self.server.reset()
+                    self.assertTrue(add(pattern))
+                    self.assertIn(self.text(text), ("ok", "x"))
+
+    def test_a_slow_pattern_delays_no_other_request(self):
+        self.server.reply("x", user_message=re.compile("(a*)*b"), model="slow")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            slow = pool.submit(
+                self.ask, "POST", CHAT, {"model": "slow", "messages": say("a" * 5000)}
+            )
+            began = time.monotonic()
+            for _ in range(20):
+                self.ask("POST", CHAT, HELLO)
+            self.assertLess(time.monotonic() - began, PATIENCE / 2)
+            self.assertEqual(slow.result(PATIENCE).status, 200)
+
+    def test_json_that_takes_long_to_parse_is_refused(self):
+        for data, word in (
+            (b"[" + b"[]," * 10**7 + b"0]", "brackets"),
+            (b"{" + b'"":0,' * 4 * 10**6 + b'"":0}', "colons"),
+        ):
+            with self.subTest(word):
+                got = self.ask("POST", CHAT, data)
+                self.assertEqual(got.status, 400)
+                self.assertIn(word, got.json["error"]["message"])
+
+    def test_seeded_values_are_checked_as_posted_ones(self):
+        for collection, item, place in (
+            ("fine_tunes", {"n_epochs": -1}, "fine_tunes[0].n_epochs"),
+            ("videos", {"fps": 10**6}, "videos[0].fps"),
+            ("files", {"bytes": -1}, "files[0].bytes"),
+            ("batches", {"created": 10**30}, "batches[0].created"),
+        ):
+            with self.subTest(item=item):
+                self.assertRefused("/__parlel/seed", {collection: [item]}, place)
+        (video,) = self.json(
+            "POST", "/__parlel/seed", {"videos": [{"seconds": "999999", "size": "9x9"}]}
+        )["videos"]
+        self.assertEqual((video["seconds"], video["size"]), ("6", "16x16"))
+
+    def test_objects_and_fixtures_are_as_bounded_as_the_record(self):
+        with mock.patch.object(fake, "MAX_OBJECTS", 5):
+            for _ in range(9):
+                self.post("/v2/videos", {"model": HAILUO, "prompt": "a lake"})
+            self.assertEqual(len(self.server.videos), 5)
+        with mock.patch.object(fake, "MAX_FIXTURES", 3):
+            for _ in range(3):
+                self.server.reply("x")
+            with self.assertRaisesRegex(ValueError, "at most 3 fixtures"):
+                self.server.reply("x")
+            got = self.ask("POST", FIXTURES, file_of(entry({})))
+            self.assertIn("at most 3 fixtures", got.json["error"]["message"])
+
+    def start_batch(self, inputs, lines):
+        """Start a batch of so many lines, each of which embeds so many texts."""
+        line = {"model": "BAAI/bge-base-en-v1.5", "input": ["a text"] * inputs}
+        rows = [{"custom_id": str(number), "body": line} for number in range(lines)]
+        file = self.server.add_file(write_lines(rows), purpose="batch-api")
+        body = {"endpoint": "/v1/embeddings", "input_file_id": file["id"]}
+        return self.json("POST", "/v1/batches", body, status=201)["job"]
+
+    def test_a_batch_stops_at_the_storage_limit(self):
+        with TogetherAiServer(port=0, max_stored_bytes=4 * 2**20, instant_jobs=True) as self.server:
+            self.assertEqual(self.start_batch(200, 400)["status"], "FAILED")
+            asked = [call for call in self.server.requests if call.batch]
+            self.assertLess(len(asked), 20)  # each answer has 2 MB
+
+    def test_a_batch_stops_with_the_server(self):
+        with TogetherAiServer(port=0) as self.server:
+            job = self.start_batch(10, 50_000)
+            path = f"/v1/batches/{job['id']}"
+            self.assertEqual(self.json("GET", path)["status"], "IN_PROGRESS")
+            with concurrent.futures.ThreadPoolExecutor(1) as pool:
+                running = pool.submit(self.ask, "GET", path)
+                self.assertTrue(wait_until(lambda: any(c.batch for c in self.server.requests)))
+                began = time.monotonic()
+                self.server.stop()
+                self.assertLess(time.monotonic() - began, PATIENCE / 2)
+                self.assertIsNotNone(running.exception(PATIENCE))
+
+
+class ForkTests(FakeCase):
+    """Life beside other processes and threads."""
+
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
+    def test_a_child_process_keeps_nothing_open_and_stops_nothing(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of threads
+            with TogetherAiServer(port=0) as self.server:
+                port = self.server.port
+                waiting = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
+                self.addCleanup(waiting.close)
+                self.assertEqual(self.ask("GET", "/health").status, 200)
+                reader, writer = os.pipe()
+                child = os.fork()
+                if child == 0:  # it must not come back into the tests
+                    try:
+                        self.server.stop()
+                        os.close(writer)
+                        os.read(reader, 1)
+                    finally:
+                        os._exit(0)
+                try:
+                    threading.Event().wait(0.2)
+                    waiting.sendall(HEALTH)
+                    self.assertTrue(waiting.recv(65536).startswith(b"HTTP/1.1 200"))
+                    self.server.fail(disconnect_after_chunks=1)
+                    got = self.ask("POST", CHAT, {**HELLO, "stream": True})
+                    self.assertTrue(got.is_cut)
+                    self.server.stop()
+                    TogetherAiServer(port).start().stop()  # the port is free
+                finally:
+                    os.close(writer)
+                    os.close(reader)
+                    os.waitpid(child, 0)
+
+    def test_start_and_stop_from_many_threads(self):
+        threads, descriptors = set(threading.enumerate()), list_descriptors()
+        server = TogetherAiServer(port=0)
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            for _ in range(20):
+                verbs = [server.start, server.stop] * 4
+                for future in [pool.submit(verb) for verb in verbs]:
+                    future.result(PATIENCE)
+        server.stop()
+        self.assertEqual(count_new_threads(threads), 0)
+        self.assertEqual(list_descriptors() - descriptors, set())
+
+    def test_where_no_thread_can_be_made_the_port_stays_free(self):
+        server = TogetherAiServer(port=0)
+        no_thread = mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("none"))
+        with no_thread, self.assertRaises(RuntimeError):
+            server.start()
+        with server:
+            self.assertGreater(server.port, 0)
+
+    @unittest.skipUnless(shutil.which("sh"), "there is no shell")
+    def test_closed_and_unread_streams(self):
+        program = f"{sys.executable} {HERE / 'together_fake.py'}"
+        for command, said in (
+            (f"{program} --routes | head -n 1", "| method | path | what it does |\n"),
+            (f"{program} --routes >&-", ""),
+            (f"{program} --check /nowhere >&- 2>&-", ""),
+        ):
+            with self.subTest(command=command):
+                done = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60)
+                self.assertEqual((done.stdout.decode(), done.stderr), (said, b""))
+
+    @unittest.skipUnless(shutil.which("sh"), "there is no shell")
+    def test_it_answers_though_nobody_reads_its_log(self):
+        program = f"exec {sys.executable} {HERE / 'together_fake.py'} --port 0 2>&1"
+        with subprocess.Popen(
+            ["sh", "-c", program], stdout=subprocess.PIPE, start_new_session=True
+        ) as process:
+            try:
+                self.port = int(process.stdout.readline().split(b":")[-1])
+                process.stdout.close()  # as head -n 1 does
+                for _ in range(20):
+                    connection = http.client.HTTPConnection(
+                        "127.0.0.1", self.port, timeout=PATIENCE
+                    )
+                    with contextlib.closing(connection):
+                        connection.request("GET", "/v1/models", headers=KEY)
+                        self.assertEqual(connection.getresponse().status, 200)
+                process.terminate()
+                self.assertEqual(process.wait(PATIENCE), 0)
+            finally:
+                process.kill()
+
+    @unittest.skipUnless(hasattr(os, "mkfifo"), "no FIFOs here")
+    def test_a_fifo_or_a_dangling_link_among_fixtures_is_passed_over(self):
+        with tempfile.TemporaryDirectory() as folder:
+            save_fixtures(folder, a=[entry({})])
+            os.mkfifo(os.path.join(folder, "b.json"))
+            os.symlink("nowhere", os.path.join(folder, "c.json"))
+            self.assertEqual(len(fake.load_fixtures(folder)), 1)
+
+
 # === Server ===
 
 
@@ -5006,7 +5436,8 @@ class CommandLineTests(unittest.TestCase):
             port = taken.getsockname()[1]
             done = self.run_main("--port", str(port))
         self.assertEqual((done.returncode, done.stdout), (1, ""))
-        self.assertRegex(done.stderr, rf"^cannot listen on 127\.0\.0\.1:{port}: .+\n$")
+        said = rf"^cannot listen on 127\.0\.0\.1:{port}: .+; --port 0 takes any free port\n$"
+        self.assertRegex(done.stderr, said)
 
     def test_fixtures_that_cannot_be_loaded_are_one_line(self):
         done = self.run_main("--port", "0", "--fixtures", str(HERE / "nowhere.json"))
