@@ -10101,7 +10101,7 @@ main { flex: 1; display: flex; min-height: 0; }
   display: grid; gap: 12px; width: 100%; height: 28px; padding: 0 12px; line-height: 27px;
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums;
   grid-template-columns:
-    44px 88px 80px minmax(150px, 2fr) minmax(100px, 2fr) 44px 68px 72px minmax(80px, 1fr) 84px;
+    44px 88px 92px minmax(150px, 2fr) minmax(100px, 2fr) 44px 68px 72px minmax(80px, 1fr) 84px;
 }
 .row > * { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
 .row.head { position: sticky; top: 0; z-index: 1; color: var(--dim); }
@@ -10184,6 +10184,7 @@ summary { padding: 4px 0; cursor: pointer; }
 
 const ROW = 28; // pixels, as in the style
 const MAX_ROWS = 20000; // older ones go
+const MAX_MISSES = 3; // shown at once; fixtures for other kinds of calls are not
 const MAX_TEXT = 100000; // characters shown of one text
 const FILTERS = ["text", "kind", "status", "test"];
 const COPIES = { curl: "curl", python: "server.reply(...)", fixture: "fixture" }; // name: label
@@ -10458,10 +10459,14 @@ function drawCall(call) {
   const isReply = call.error === call.reply?.error?.message; // then the reply shows it
   if (call.error && !isReply) notes.unshift(make("div", "note bad", call.error));
   const misses = call.near_misses;
-  const drawMisses = () => make("div", "", ...misses.map(drawMiss));
-  if (misses.length) notes.push(make("div", "misses", ...(call.fixture
-    ? [makeFold("Fixtures that did not answer", drawMisses)]
-    : [make("h3", "", "No fixture answered"), drawMisses()])));
+  const near = call.fixture ? [] : misses.filter(({ differs }) => differs !== "response");
+  const shown = near.slice(0, MAX_MISSES);
+  const others = misses.filter((miss) => !shown.includes(miss));
+  const drawMisses = (some) => make("div", "", ...some.map(drawMiss));
+  const more = call.fixture ? "Fixtures that did not answer" : "More fixtures";
+  if (misses.length) notes.push(make("div", "misses",
+    ...(call.fixture ? [] : [make("h3", "", "No fixture answered"), drawMisses(shown)]),
+    ...(others.length ? [makeFold(more, () => drawMisses(others))] : [])));
 
   const request = make("section", "request", make("h3", "", "Request"),
     ...readSafely(readRequest, call, call.body),

@@ -277,6 +277,20 @@ test('a miss shows what differs', () =>
       assert.ok(misses.includes(part), `${part} is not in ${misses}`);
   }));
 
+test('many misses leave the conversation in sight', () =>
+  visit(async (page) => {
+    await addFixture('painted', { image: { url: 'https://example.com/a.png' } });
+    for (let i = 0; i < 5; i++) await addFixture(`question ${i}`, { content: 'Yes.' });
+    await ask('another question');
+    await readRows(page, 1);
+    await open(page, 1);
+    assert.equal(await page.locator('.misses .message').count(), 3);
+    assert.ok(await page.getByText('another question').last().evaluate((node) => node.getBoundingClientRect().bottom < innerHeight));
+    await page.getByText('More fixtures').click();
+    await page.locator('.misses .message').nth(5).waitFor();
+    assert.match(await page.locator('.misses').textContent(), /response[^]*"image"/);
+  }));
+
 test('other kinds of calls are readable', () =>
   visit(async (page) => {
     await send('/v1/images/generations', { model: 'm', prompt: 'a boat', width: 64, height: 64 });
@@ -294,6 +308,7 @@ test('other kinds of calls are readable', () =>
     assert.match(await page.locator('.reply').textContent(), /0\.\d+ {2}#\d[^]*(apple|car)/);
     await open(page, 4);
     await page.waitForFunction(() => document.querySelector('.reply audio')?.duration > 0);
+    await page.evaluate(() => document.querySelector('.reply audio').play()); // fails where it is no sound
     await open(page, 5);
     assert.match(await page.locator('.reply').textContent(), /assistant[^]*\w+ \w+/);
     await open(page, 6);
@@ -347,8 +362,9 @@ test('the keyboard does everything', () =>
     assert.equal(await page.evaluate(() => document.activeElement.id), 'text');
     await page.keyboard.type('j/k');
     assert.equal(await page.locator('#text').inputValue(), 'j/k');
+    await readRows(page, 0);
     await page.locator('#text').fill('');
-    await readRows(page, 60);
+    await readRows(page, 60); // and not before: it scrolls to the newest then
     await press('Escape');
     assert.equal(await page.evaluate(() => document.activeElement.id), 'list');
     await press('j', 'j', 'ArrowDown', 'k');
