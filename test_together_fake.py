@@ -6342,6 +6342,87 @@ class WatchTests(UpstreamCase):
                 self.assertRegex(done.stderr, f"^cannot begin: .*{said}.*\n$")
 
 
+@unittest.skipUnless((HERE / ".ci" / "fidelity.py").exists(), "needs .ci/fidelity.py")
+class LiveTests(UpstreamCase):
+    """`.ci/fidelity.py --live`, where a second server plays the service."""
+
+    KEY = "key-of-the-service-0123456789"
+
+    def compare(self, *options):
+        """Run the comparison; return its exit status and what it prints."""
+        command = [sys.executable, str(HERE / ".ci" / "fidelity.py"), *map(str, options)]
+        environment = {**os.environ, "TOGETHER_API_KEY": self.KEY}
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=3 * PATIENCE, env=environment
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    def write_requests(self, *requests):
+        """Return a file of requests, none of which has been answered."""
+        path = self.folder / "requests.jsonl"
+        rows = [
+            {"name": str(number), "request": {"method": method, "url": url, "body": body}}
+            for number, (method, url, body) in enumerate(requests)
+        ]
+        path.write_bytes(write_lines(rows))
+        return path
+
+    def test_requests_are_sent_there_and_here(self):
+        self.run_server(strict=True)
+        asked = self.write_requests(
+            ("POST", CHAT, HELLO),
+            ("POST", CHAT, {**HELLO, "stream": True}),
+            ("POST", CHAT, HELLO),  # sent already
+            ("POST", CHAT, {"model": LLAMA}),
+            ("POST", "/v1/embeddings", {"model": "intfloat/multilingual-e5-large-instruct"}),
+            ("GET", "/v1/models", None),
+            ("DELETE", "/v1/files/file-1", None),  # does harm
+        )
+        out = self.folder / "live.jsonl"
+        status, said = self.compare(asked, "--live", self.server.base_url, "--out", out)
+        self.assertEqual(status, 0, said)
+        for part in (
+            "2 was not recorded: ValueError: this request was sent already",
+            "6 was not recorded: ValueError: only inference and GET are sent",
+            "5 of 7 requests were recorded",
+            "5 of 5 recordings are equal",
+        ):
+            self.assertIn(part, said)
+        self.assertEqual([call.method for call in self.server.requests], ["POST"] * 4 + ["GET"])
+        made = read_lines(out.read_bytes())
+        for recording in made:
+            self.assertEqual(recording["source"], "live")
+            self.assertTrue(recording["request"]["url"].startswith(self.server.url))
+        self.assertGreater(len(made[1]["response"]["events"]), 2)
+        self.assertNotIn(self.KEY, out.read_text("utf-8"))
+        # The file is one of recordings like those in use.
+        self.assertEqual(self.compare(out, "--at-least", "1")[0], 0)
+
+    def test_a_difference_is_listed(self):
+        self.run_server()
+        self.server.reply(json={"object": "chat.completion", "answer": self.KEY})
+        asked, out = self.write_requests(("POST", CHAT, HELLO)), self.folder / "live.jsonl"
+        status, said = self.compare(asked, "--live", self.server.base_url, "--out", out)
+        self.assertEqual(status, 1, said)
+        self.assertRegex(said, r"differs live-.*: .*answer is missing")
+        self.assertNotIn(self.KEY, said + out.read_text("utf-8"))
+
+    def test_a_key_travels_by_https_alone(self):
+        asked, out = self.write_requests(("POST", CHAT, HELLO)), self.folder / "live.jsonl"
+        status, said = self.compare(asked, "--live", "http://together.test/v1", "--out", out)
+        self.assertEqual((status, out.exists()), (2, False))
+        self.assertIn("a key travels by https alone", said)
+
+    def test_a_service_that_refuses_the_key(self):
+        self.run_server()
+        self.server.fail(401)
+        asked, out = self.write_requests(("POST", CHAT, HELLO)), self.folder / "live.jsonl"
+        status, said = self.compare(asked, "--live", self.server.base_url, "--out", out)
+        self.assertEqual(status, 1, said)
+        self.assertIn("0 was not recorded: ValueError: the service refused the key", said)
+        self.assertEqual(out.read_bytes(), b"")
+
+
 class PageTests(FakeCase):
     """What a browser is sent; .ci/page.mjs tries it in one."""
 

@@ -527,7 +527,7 @@ def main() -> int:
                 print(f"differs {recording['name']}: {'; '.join(shown)}{more}", flush=True)
     print(f"{equal} of {len(compared)} recordings are equal")
     wanted = options.at_least * (len(compared) if options.at_least <= 1 else 1)
-    return 1 if equal < wanted else 0
+    return 1 if equal < wanted or not compared else 0
 
 
 if __name__ == "__main__":
