@@ -9298,6 +9298,7 @@ UNSAID_FIELDS = frozenset(("stream", "stream_options", "encoding_format", "user"
 FINER_KEYS = ("systemMessage", "responseFormat", "toolCallId", "toolResultContains")
 EVENT_STREAM = "text/event-stream"
 EVENT_END = late_regex(rb"\r?\n\r?\n|\r\r")
+REST = 4  # times as long as it wrote a recorder leaves the processor to the clients
 NUMBER_LINES = late_regex(r'\[\n\s+(-?[0-9][^"\[\]{}]*?)\n\s*\]')  # no text has a bare line end
 
 
@@ -9771,12 +9772,22 @@ def make_match(kind: str, facts: MatchFacts) -> dict[str, Any]:
     return match
 
 
+@functools.lru_cache(maxsize=4096)
+def compile_json(match: str) -> dict[str, Any]:
+    """Compile a match, given as JSON: each is compared with every other request."""
+    return compile_match(json.loads(match), "", True)
+
+
 def holds_for(match: dict[str, Any], facts: MatchFacts) -> bool:
     """Tell whether a match holds for a request, at its turn."""
     turn = match.get("turnIndex")
     if turn is not None and turn != facts["turnIndex"]:
         return False
-    return find_mismatch(compile_match(match, "", True), facts) is None
+    for key in ("userMessage", "inputText"):  # most differ here
+        text = facts[key]
+        if key in match and not (isinstance(text, str) and match[key] in text):
+            return False
+    return find_mismatch(compile_json(CANONICAL(match)), facts) is None
 
 
 def distinguish(mine: Any, theirs: Any) -> Any:
@@ -9997,6 +10008,7 @@ class Recorder:
         self._recording = Recording(entries)
         self._waiting: list[tuple[str, Request, Callable[[], Said]]] = []
         self._lock = threading.Lock()
+        self._hurry = threading.Event()
         self._writer: threading.Thread | None = None
 
     def add(self, kind: str, request: Request, read: Callable[[], Said]) -> None:
@@ -10014,10 +10026,12 @@ class Recorder:
         """Wait until all is written."""
         with self._lock:  # a thread in there has been started
             writer = self._writer
+        self._hurry.set()
         if writer is not None:
             writer.join()
         if self._waiting:
             self._work()
+        self._hurry.clear()
 
     def _work(self) -> None:
         """Write until nothing waits."""
@@ -10027,6 +10041,7 @@ class Recorder:
                 if not batch:
                     self._writer = None
                     return
+            began = time.perf_counter()
             try:
                 for kind, request, read in batch:
                     self._recording.add(kind, request, read())
@@ -10037,6 +10052,7 @@ class Recorder:
                 import traceback  # only for a bug
 
                 complain(traceback.format_exc())
+            self._hurry.wait(REST * (time.perf_counter() - began))
 
 
 # === Page ===
