@@ -3929,6 +3929,410 @@ class ScriptedRecordTests(ScriptingCase):
             self.server.assert_called("POST " + CHAT, model="m8", body={"temperature": 1})
 
 
+class Model:
+    """What pydantic's models have in common with others."""
+
+    def __init__(self, **fields):
+        self.fields = fields
+
+    def model_dump(self, mode="python"):
+        assert mode == "json"
+        return self.fields
+
+
+class MeaningTests(ScriptingCase):
+    """Scripts mean what they say."""
+
+    def test_a_turn_is_exact_at_run_time(self):
+        self.server.reply("at turn one", turn_index=1)
+        generated = self.outcome("hi")
+        self.assertNotEqual(generated, "at turn one")
+        turn = {"role": "assistant", "content": "yes"}
+        self.assertEqual(self.outcome("hi", turn, "go on"), "at turn one")
+        self.assertNotEqual(self.outcome("hi", turn, "go", turn, "on"), "at turn one")
+
+    def test_a_script_of_turns_ends_with_its_final_reply(self):
+        call = [{"name": "search", "arguments": {}}]
+        self.server.reply(tool_calls=call, turn_index=0)
+        self.server.reply(tool_calls=call, turn_index=1)
+        self.server.reply("Done.", turn_index=2)
+        messages, rounds = say("hi"), 0
+        while rounds < 9:
+            message = self.chat(messages=messages)["choices"][0]["message"]
+            rounds += 1
+            if not message["tool_calls"]:
+                break
+            messages += [message, *map(result_of, message["tool_calls"])]
+        self.assertEqual((message["content"], rounds), ("Done.", 3))
+
+    def test_files_keep_the_relaxed_choice_with_a_warning(self):
+        self.load(a=[entry({"turnIndex": 5}, "five")])
+        self.assertEqual(self.outcome("hi"), "five")
+        (warning,) = self.server.requests[-1].warnings
+        self.assertEqual(warning, "file a.json[0] is for turn 5, and this is turn 0")
+
+    def test_an_exact_server_takes_no_turn_for_another(self):
+        with TogetherAiServer(port=0, on_miss="error") as self.server:
+            self.load(a=[entry({"turnIndex": 5}, "five")])
+            self.assertEqual(self.outcome("hi"), 404)
+            near = self.server.requests[-1].near_misses[0]
+            seen = (near["differs"], near["wanted"], near["got"])
+            self.assertEqual(seen, ("match.turnIndex", 5, 0))
+
+    def test_the_last_added_wins_and_limited_ones_go_first_in_their_order(self):
+        self.server.reply("set-up")
+        self.server.reply("the test's")
+        self.server.reply("first", times=1)
+        self.server.reply("second", times=2)
+        said = [self.outcome("hi") for _ in range(4)]
+        self.assertEqual(said, ["first", "second", "second", "the test's"])
+
+    def test_within_one_post_the_order_stands(self):
+        self.json("POST", FIXTURES, file_of(entry({}, "one"), entry({}, "two")))
+        self.assertEqual(self.outcome("hi"), "one")
+
+    def test_one_can_be_removed(self):
+        self.server.reply("stays")
+        fixture = self.server.reply("goes")
+        self.assertEqual(self.outcome("hi"), "goes")
+        fixture.remove()
+        fixture.remove()
+        self.assertEqual(self.outcome("hi"), "stays")
+        (number,) = self.json("POST", FIXTURES, file_of(entry({}, "by number")))["numbers"]
+        self.assertEqual(self.outcome("hi"), "by number")
+        self.assertEqual(self.json("DELETE", f"{FIXTURES}/{number}"), {"ok": True})
+        self.json("DELETE", f"{FIXTURES}/{number}", status=404)
+        self.assertEqual(self.outcome("hi"), "stays")
+
+    def test_one_that_was_passed_over_says_why(self):
+        self.server.reply("shadowed")
+        self.server.reply("other", model="other")
+        self.server.reply("served")
+        self.outcome("hi")
+        misses = {near["fixture"]: near for near in self.server.requests[-1].near_misses}
+        self.assertEqual(misses["run time[0]"]["shadowed_by"], "run time[2]")
+        self.assertEqual(misses["run time[1]"]["differs"], "match.model")
+
+    def test_each_kind_of_answer(self):
+        city = Model(city="Rome")
+        for given, said in (
+            ({"content": city}, '{"city":"Rome"}'),
+            ({"content": {"a": [1]}}, '{"a":[1]}'),
+            ({"content": lambda request: request.body["model"].upper()}, "M"),
+            ({"content": lambda request: Model(n=1)}, '{"n":1}'),
+            (
+                {"content": lambda request: {"tool_calls": [{"name": "f", "arguments": city}]}},
+                ["f"],
+            ),
+            ({"content": lambda request: {"content": "a", "finish_reason": "length"}}, "a"),
+        ):
+            with self.subTest(said=said):
+                self.server.reset()
+                self.server.reply(**given)
+                self.assertEqual(self.outcome("hi", model="m"), said)
+
+    def test_an_iterator_is_a_sequence_and_then_over(self):
+        self.server.reply("after")
+        self.server.reply(text for text in ("one", {"status": 503}, "two"))
+        self.assertEqual([self.outcome("hi") for _ in range(4)], ["one", 503, "two", "after"])
+
+    def test_bytes_and_a_transcription(self):
+        png = base64.b64decode(PIXEL.partition(",")[2])
+        self.server.reply(image=png)
+        body = {"model": FLUX, "prompt": "x", "response_format": "b64_json"}
+        (item,) = self.post("/v1/images/generations", body).json["data"]
+        self.assertEqual(base64.b64decode(item["b64_json"]), png)
+        self.server.reply(audio=write_sound(1))
+        self.assertEqual(self.post("/v1/audio/speech", SPEECH).raw, write_sound(1))
+        self.server.reply(transcription="Hello there")
+        heard = {"file": "https://example.com/a.mp3", "model": HEARD["model"]}
+        self.assertEqual(self.post("/v1/audio/transcriptions", heard).json["text"], "Hello there")
+
+    def test_the_header_mixes_an_answer_with_options(self):
+        fixture = {"content": "slow", "latency": 30, "chunkSize": 1}
+        self.assertEqual(self.outcome("hi", fixture=fixture), "slow")
+        self.assertGreaterEqual(self.server.requests[-1].duration, 0.03)
+
+    def test_words_are_the_same_everywhere(self):
+        self.server.reply(embedding=[1.0, 0.0], endpoint="embedding")
+        self.post("/v1/embeddings", {"model": "m", "input": "a cat"})
+        self.assertEqual(self.server.requests[-1].kind, "embedding")
+        self.server.assert_called("embedding", input_text="cat", times=1)
+        self.assertEqual(self.json("GET", "/__parlel/requests?kind=embedding")["count"], 1)
+
+
+class DifferenceTests(ScriptingCase):
+    """Failures that show the difference."""
+
+    LONG = "The quick brown fox jumps over the lazy dog near the old stone bridge at noon. " * 9
+
+    def setUp(self):
+        super().setUp()
+        self.sent = self.LONG.replace("stone bridge", "wooden bridge", 5)
+
+    def assertShown(self, text):
+        """See that a unified diff has the part that differs, and little else."""
+        self.assertRegex(text, r"(?s)\n *-[^\n]*stone bridge.*\n *\+[^\n]*wooden bridge")
+        self.assertLess(len(text), 6000)
+
+    def test_where_long_texts_differ(self):
+        self.server.reply("x", user_message=self.LONG)
+        self.outcome(self.sent)
+        self.assertShown(self.server.requests[-1].near_misses[0]["diff"])
+        with self.assertRaises(AssertionError) as caught:
+            self.server.assert_called("chat", user_message=self.LONG)
+        self.assertShown(str(caught.exception))
+        with self.assertRaises(AssertionError) as caught:
+            self.server.assert_all_used()
+        self.assertShown(str(caught.exception))
+
+    def test_the_404_of_a_miss(self):
+        with TogetherAiServer(port=0, on_miss="error") as self.server:
+            self.server.reply("x", user_message=self.LONG)
+            got = self.ask("POST", CHAT, {"model": "m", "messages": say(self.sent)})
+            self.assertEqual(got.status, 404)
+            self.assertShown(got.json["error"]["message"])
+
+    def test_a_wrong_operation_or_field(self):
+        for wrong, near in (("chats", "chat"), ("POST /v1/chat/completion", "POST " + CHAT)):
+            with self.assertRaisesRegex(ValueError, f"did you mean {near}"):
+                self.server.assert_called(wrong)
+        with self.assertRaises(TypeError):
+            self.server.assert_called("chat", modle="m")
+
+    def test_each_unused_fixture_has_its_nearest_call(self):
+        self.outcome("good-bye", model="m")
+        self.server.reply("x", user_message="hello")
+        with self.assertRaisesRegex(AssertionError, "(?s)never served:.*nearest:.*good-bye"):
+            self.server.assert_all_used()
+
+
+class StoryTests(ScriptingCase):
+    """A record that tells the whole story."""
+
+    def test_it_is_a_list_that_stays_what_it_was(self):
+        self.outcome("one")
+        before = self.server.requests
+        self.outcome("two")
+        self.assertIs(type(before), list)
+        self.assertEqual((len(before), len(self.server.requests[:5])), (1, 2))
+
+    def test_it_can_be_read_while_clients_call(self):
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(self.outcome, f"number {number}") for number in range(200)]
+            while not all(future.done() for future in asked):
+                for call in self.server.requests:
+                    self.assertEqual(call.kind, "chat")
+            for future in asked:
+                future.result()
+
+    def test_what_came_back(self):
+        before = time.time()
+        said = self.chat()
+        events = self.stream()
+        whole, streamed = self.server.requests
+        self.assertEqual(whole.reply, said)
+        self.assertEqual(streamed.reply, events)
+        self.assertEqual((whole.outcome, streamed.outcome), ("complete", "complete"))
+        self.assertEqual(streamed.events_sent, len(events) + 1)  # and [DONE]
+        self.assertEqual((whole.usage, streamed.usage), (said["usage"],) * 2)
+        self.assertTrue(before - 1 <= whole.at <= time.time() + 1)
+        self.assertEqual(whole.headers["AUTHORIZATION"], "Bearer ***")
+
+    def test_a_large_reply_is_not_kept(self):
+        with mock.patch.object(fake, "MAX_RECORDED_BODY_BYTES", 100):
+            self.chat()
+            self.assertIsNone(self.server.requests[-1].reply)
+
+    def test_how_a_stream_ended(self):
+        self.server.fail(disconnect_after_chunks=2, times=1)
+        self.ask("POST", CHAT, {**HELLO, "stream": True})
+        cut = self.server.requests[-1]
+        self.assertEqual((cut.outcome, cut.events_sent), ("cut", 2))
+        self.server.reply(self.text() * 9, latency=20, times=1)
+        body = json.dumps({**HELLO, "stream": True}).encode()
+        with socket.create_connection(("127.0.0.1", self.server.port), timeout=PATIENCE) as client:
+            client.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            receive_until(client, b"\n\n\r\n")
+        left = self.server.requests[-1]
+        self.assertTrue(wait_until(lambda: left.outcome))
+        self.assertEqual(left.outcome, "left")
+
+    def test_an_option_without_effect_is_told(self):
+        self.server.reply("x", chunk_size=3)
+        self.chat()
+        (warning,) = self.server.requests[-1].warnings
+        self.assertIn("chunkSize had no effect", warning)
+
+    def test_lines_of_batches_are_marked(self):
+        file = self.server.add_file(batch_lines(QUESTIONS), purpose="batch-api")
+        self.server.instant_jobs = True
+        body = {"endpoint": CHAT, "input_file_id": file["id"]}
+        job = self.json("POST", "/v1/batches", body, status=201)["job"]
+        lines = [call for call in self.server.requests if call.batch]
+        self.assertEqual({call.batch for call in lines}, {job["id"]})
+        self.assertEqual([call.body["messages"][0]["content"] for call in lines], QUESTIONS)
+        listed = self.json("GET", f"/__parlel/requests?batch={job['id']}")
+        self.assertEqual(listed["count"], len(QUESTIONS))
+
+    def test_filters(self):
+        self.outcome("one")
+        self.server.fail(503, user_message="two")
+        self.outcome("two")
+        self.ask("POST", CHAT, HELLO, {**KEY, "X-Run": "7"})
+        self.stream()
+        for query, numbers in (
+            ("kind=chat", [1, 2, 3, 4]),
+            ("kind=image", []),
+            ("status=5xx", [2]),
+            ("outcome=complete&status=200", [1, 3, 4]),
+            ("header=X-Run", [3]),
+            ("header=x-run:7", [3]),
+            ("header=x-run:8", []),
+            ("text=two", [2]),
+        ):
+            with self.subTest(query):
+                found = self.json("GET", f"/__parlel/requests?{query}")["requests"]
+                self.assertEqual([call["n"] for call in found], numbers)
+        error = self.json("GET", "/__parlel/requests?knd=chat", status=400)["error"]
+        self.assertEqual(error["param"], "knd")
+
+    def test_it_says_what_it_is(self):
+        self.server.reply("x")
+        self.chat()
+        shown = f"<TogetherAiServer {self.server.url}: 1 calls, 1 fixtures>"
+        self.assertEqual(repr(self.server), shown)
+        self.assertRegex(repr(self.server.requests[0]), "POST " + CHAT)
+
+
+class ManyTestsTests(ScriptingCase):
+    """Many tests, one server: X-Test-Id keeps them apart."""
+
+    def say(self, test, text="hi"):
+        return self.ask(
+            "POST", CHAT, {"model": "m", "messages": say(text)}, {**KEY, "X-Test-Id": test}
+        )
+
+    def test_fixtures_counts_and_the_record_are_apart(self):
+        def content(test):
+            return self.say(test).json["choices"][0]["message"]["content"]
+
+        self.server.reply("each once", times=1)
+        self.server.reply("a's alone", test_id="a")
+        self.assertEqual([content("a"), content("a")], ["each once", "a's alone"])
+        self.assertEqual(content("b"), "each once")
+        for sequence in (0, 1):
+            self.server.reply(f"number {sequence}", user_message="hi", sequence_index=sequence)
+        self.assertEqual([content("c") for _ in range(3)][1:], ["number 0", "number 1"])
+        listed = self.json("GET", "/__parlel/requests?test=a")
+        self.assertEqual([call["n"] for call in listed["requests"]], [1, 2])
+        self.json("POST", "/__parlel/reset?test=a")
+        self.assertEqual(self.json("GET", "/__parlel/requests?test=a")["count"], 0)
+        self.assertEqual(self.json("GET", "/__parlel/requests?test=c")["count"], 3)
+        self.assertEqual(content("a"), "each once")
+        self.assertNotEqual(content("b"), "each once")
+
+    WORKER = """
+import json, sys, urllib.request
+url, test = sys.argv[1:]
+def call(path, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    headers = {"Authorization": "Bearer x", "X-Test-Id": test}
+    with urllib.request.urlopen(urllib.request.Request(url + path, data, headers)) as answer:
+        return json.load(answer)
+match = {"userMessage": "hi", "testId": test}
+own = [{"match": match, "response": {"content": f"{test} {n}"}, "times": 1} for n in range(20)]
+for _ in range(3):
+    for fixture in own:
+        call("/__parlel/fixtures", {"fixtures": [fixture]})
+    chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    said = [call("/v1/chat/completions", chat)["choices"][0]["message"]["content"] for _ in own]
+    assert said == [f"{test} {n}" for n in range(20)], said
+    assert call(f"/__parlel/requests?test={test}")["count"] == 20
+    call(f"/__parlel/reset?test={test}", {})
+    for fixture in call("/__parlel/fixtures")["fixtures"]:
+        if fixture["match"]["testId"] == test:
+            path = f"{url}/__parlel/fixtures/{fixture['number']}"
+            urllib.request.urlopen(urllib.request.Request(path, method="DELETE")).close()
+"""
+
+    def test_eight_processes_share_a_server(self):
+        programs = [
+            subprocess.Popen(
+                [sys.executable, "-c", self.WORKER, self.server.url, f"test-{number}"],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(8)
+        ]
+        for program in programs:
+            _, problems = program.communicate(timeout=3 * PATIENCE)
+            self.assertEqual((program.returncode, problems), (0, ""))
+
+
+class TypingTests(unittest.TestCase):
+    """For people who type: mypy finds a typo, help() shows what is needed first."""
+
+    RIGHT = """
+import pathlib, re
+from together_fake import Call, Fixture, TogetherAiServer
+with TogetherAiServer(port=0, record=None) as server:
+    fixture: Fixture = server.reply("x", user_message=re.compile("h"), times=1)
+    server.fail(429, retry_after=1.5)
+    server.load(pathlib.Path("a.json"))
+    call: Call = server.assert_called("chat", model="m", times=1)
+    calls: list[Call] = server.requests
+"""
+    WRONG = (
+        ('server.reply("x", user_mesage="h")', "user_mesage"),
+        ("server.fail(retry_after='soon')", "retry_after"),
+        ('server.assert_called("chat", modle="m")', "modle"),
+        ("server.load(5)", "load"),
+    )
+
+    def check(self, source):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "user.py")
+            path.write_text(source, "utf-8")
+            command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", folder, str(path)]
+            env = {**os.environ, "MYPYPATH": str(HERE)}
+            done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+            return done.returncode, done.stdout
+
+    def test_mypy_finds_a_typo(self):
+        need("mypy")
+        status, said = self.check(self.RIGHT)
+        self.assertEqual(status, 0, said)
+        lines = "".join(f"    {line}\n" for line, _ in self.WRONG)
+        status, said = self.check(self.RIGHT + lines)
+        found = [line for line in said.splitlines() if "error:" in line]
+        self.assertEqual((status, len(found)), (1, len(self.WRONG)), said)
+        for line, (_, word) in zip(found, self.WRONG):
+            self.assertIn(word, line)
+
+    def test_paths_may_be_objects(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "a.json")
+            server = TogetherAiServer()
+            server.save(path)
+            server.load(path)
+
+    def test_help_begins_with_what_users_need(self):
+        import pydoc
+
+        text = pydoc.plain(pydoc.render_doc(TogetherAiServer))
+        self.assertIn("with TogetherAiServer(port=0) as server:", text.partition("start(")[0])
+        public = re.findall(r"^ \|  (\w+)\(", text, re.M)
+        wanted = ["start", "stop", "reply", "fail", "load", "save", "assert_called", "reset"]
+        self.assertLessEqual(set(wanted), set(public))
+        self.assertLess(max(public.index(name) for name in wanted), 20)
+
+    def test_the_head_of_the_file_tells_what_it_is(self):
+        head = (HERE / "together_fake.py").read_text("utf-8")[:1500]
+        for words in (f"version {fake.__version__}", "MIT", "only with the minor version"):
+            self.assertIn(words, head)
+
+
 # === HTTP ===
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -3952,7 +4356,7 @@ class EchoApp:
         self.requests = []
         self.quick = ()
 
-    def may_take_long(self, request):
+    def _may_take_long(self, request):
         return bool(self.reply) and request.path not in self.quick
 
     def answer(self, request):
@@ -3965,10 +4369,10 @@ class EchoApp:
             return fake.Reply(b"", 204)
         return fake.Reply(b'{"status":"ok"}')
 
-    def refuse(self, error, method, path):
+    def _refuse(self, error, method, path):
         return fake.Reply(json.dumps(error.body()).encode(), error.status)
 
-    def body_limit(self, request):
+    def _body_limit(self, request):
         return 100 * 2**20 if request.path == "/v1/files" else fake.MAX_JSON_BYTES
 
 

@@ -1,5 +1,8 @@
 """A local, repeatable stand-in for the Together AI HTTP API, in one file without dependencies.
 
+together_fake, version 0.3.0, MIT licence: keep this head where you copy the file. What it answers
+changes only with the minor version; its README says how.
+
 An unmodified Together or OpenAI client that is pointed here behaves as it does in production,
 except that every answer is a repeatable function of the request, costs nothing and arrives at
 once. No model runs: texts are made from word lists, vectors from hashed words, images from
@@ -3334,7 +3337,7 @@ class Call:
     def reply(self) -> Any:
         """The reply: its JSON, the list of a stream's events, a text, or a file's type and size."""
         if isinstance(self._raw_reply, list):
-            return read_events(self.raw_reply)
+            return [event for event in read_events(self.raw_reply) if event != "[DONE]"]
         if not self._raw_reply:
             return None
         if "json" in self.reply_type or "text" in self.reply_type:
@@ -3982,13 +3985,20 @@ def write_pattern(pattern: re.Pattern[str]) -> dict[str, str]:
     return {"pattern": f"(?{flags}){pattern.pattern}" if flags else pattern.pattern}
 
 
+def as_json(value: Any) -> Any:
+    """Return what a model of pydantic, or anything else with `model_dump`, stands for."""
+    dump = getattr(value, "model_dump", None)
+    return dump(mode="json") if callable(dump) else value
+
+
 def clean(value: Any, row: Field, spell: Callable[[str], str], ignored: list[str]) -> Any:
     """Copy JSON without nulls and without what its table ignores, whose names are noted.
 
-    Keys that a table knows are written as `spell` does; patterns and tuples become JSON.
+    Keys that a table knows are written as `spell` does; patterns, tuples and models become JSON.
     """
     if isinstance(value, re.Pattern):
         return write_pattern(value)
+    value = as_json(value)
     if isinstance(value, (list, tuple)):
         return [clean(item, row.each or row, spell, ignored) for item in value]
     if not isinstance(value, dict) or row.fields is None:
@@ -4333,12 +4343,6 @@ KEYWORDS = {
 KEYWORDS.update(response_model=("response", "model"), not_=KEYWORDS.pop("not"))
 
 
-def as_json(value: Any) -> Any:
-    """Return what a model of pydantic, or anything else with `model_dump`, stands for."""
-    dump = getattr(value, "model_dump", None)
-    return dump(mode="json") if callable(dump) else value
-
-
 def as_response(word: str, value: Any) -> Any:
     """Return a keyword's value as a fixture has it: bytes as base64, a text as a transcription."""
     if isinstance(value, (bytes, bytearray)):
@@ -4466,16 +4470,17 @@ def split_lines(text: str) -> list[str]:
 def show_difference(wanted: Any, got: Any) -> str:
     """Return a unified diff of the part in which two values differ; nothing where both are short.
 
-    A wanted text may stand anywhere in the other one, so it is compared with what it is most like.
+    A wanted text may stand anywhere in a longer one, so it is compared with what it is most like.
     """
     import difflib  # only where somebody looks
 
     one, other = (v if isinstance(v, str) else preview(v, MAX_SHOWN) for v in (wanted, got))
     if len(one) <= 60 and len(other) <= 60:
         return ""
-    matcher = difflib.SequenceMatcher(None, one[:500], other[:MAX_SHOWN], autojunk=False)
-    match = matcher.find_longest_match(0, min(len(one), 500), 0, min(len(other), MAX_SHOWN))
-    other = other[max(0, match.b - match.a) :][: len(one) + 60]
+    if len(other) > 1.5 * len(one):
+        matcher = difflib.SequenceMatcher(None, one[:500], other[:MAX_SHOWN], autojunk=False)
+        match = matcher.find_longest_match(0, min(len(one), 500), 0, min(len(other), MAX_SHOWN))
+        other = other[max(0, match.b - match.a) :][: len(one) + 60]
     same = (at for at, pair in enumerate(zip(one, other)) if pair[0] != pair[1])
     start = max(0, next(same, min(len(one), len(other))) - 30)
     wanted_lines, got_lines = (split_lines(text[start : start + 1200]) for text in (one, other))
@@ -7374,7 +7379,7 @@ def merge(template: Item, changes: Item) -> Item:
 
 def complete(server: TogetherAiServer, item: Item, prefix: str, **template: Any) -> Item:
     """Return an object with an id, and with the template's values for what it lacks."""
-    return merge({"id": item.get("id") or server.next_id(prefix), **template}, item)
+    return merge({"id": item.get("id") or server._next_id(prefix), **template}, item)
 
 
 def format_time(at: float) -> str:
@@ -7603,20 +7608,20 @@ def file_object(server: TogetherAiServer, item: Item) -> Item:
     item["purpose"] = OPENAI_PURPOSES.get(item.get("purpose", ""), item.get("purpose"))
     suffix = (item.get("filename") or "").rpartition(".")[2].lower()
     kind = suffix if suffix in FILE_TYPES else "jsonl"
-    file = complete(server, item, "file-", created_at=server.now(), FileType=kind, **FILE)
+    file = complete(server, item, "file-", created_at=server._now(), FileType=kind, **FILE)
     if encoded is not None:
         data = base64.b64decode(encoded)
     if data is None:
         return file
     data = data.encode() if type(data) is str else data
-    server.keep(file["id"], data)
+    server._keep(file["id"], data)
     return merge({**file, **describe_data(file, data)}, item)
 
 
 def complete_file(server: TogetherAiServer, id: str, data: bytes) -> Item:
     """Give an announced file its data."""
     file = server.files.get(id)
-    server.keep(id, data)
+    server._keep(id, data)
     return server.files.update(id, **describe_data(file, data))
 
 
@@ -7649,7 +7654,7 @@ def create_file_record(server: TogetherAiServer, body: Item) -> Item:
         "filename": re.split(r"[/\\]", name)[-1] or None, "purpose": body["purpose"],
         "FileType": body.get("file_type"), "content": upload.data if upload else None,
     }  # fmt: skip
-    return server.store("files", item)
+    return server._store("files", item)
 
 
 @route("POST", "/v1/files", body=UPLOAD_FIELDS, max_bytes=STORAGE_LIMIT)
@@ -7666,8 +7671,8 @@ def create_file(server: TogetherAiServer, request: Request) -> Any:
 @route("POST", "/v1/files/multipart/initiate", body=INITIATE_FIELDS)
 def initiate_upload(server: TogetherAiServer, request: Request) -> Any:
     """Announce a large file that comes in parts."""
-    server.check_room(request.body["file_size"])
-    id, upload_id = create_file_record(server, request.body)["id"], server.next_id("upload-")
+    server._check_room(request.body["file_size"])
+    id, upload_id = create_file_record(server, request.body)["id"], server._next_id("upload-")
     server.uploads[upload_id] = id
     parts = [
         {"PartNumber": number, "URL": f"{request.origin}/__upload/{id}/{number}", "Headers": {}}
@@ -7693,7 +7698,7 @@ def put_file(server: TogetherAiServer, request: Request) -> Any:
     if part is None:
         complete_file(server, id, request.raw)
     elif re.fullmatch("[1-9][0-9]{0,2}", part):
-        server.keep(f"{id}/{int(part):03}", request.raw)
+        server._keep(f"{id}/{int(part):03}", request.raw)
     else:
         raise ApiError("no_object", param="part", noun="Part", id=part)
     return Reply(headers={"ETag": f'"{len(request.raw):x}-{zlib.crc32(request.raw):08x}"'})
@@ -7721,7 +7726,7 @@ def complete_upload(server: TogetherAiServer, request: Request) -> Any:
     given = [f"{id}/{part['part_number']:03}" for part in request.body["parts"]]
     if sorted(given) != list(parts):
         raise ApiError("invalid", param="parts", reason="must be the parts that were put")
-    server.drop(*parts)
+    server._drop(*parts)
     server.uploads.pop(request.body["upload_id"], None)
     return {"file": file_view(request, complete_file(server, id, b"".join(parts.values())))}
 
@@ -7732,7 +7737,7 @@ def abort_upload(server: TogetherAiServer, request: Request) -> Any:
     id = find_upload(server, request.body)
     server.uploads.pop(request.body["upload_id"], None)
     server.files.remove(id)
-    server.drop(*find_parts(server, id))
+    server._drop(*find_parts(server, id))
     return {"success": True}
 
 
@@ -7766,7 +7771,7 @@ def get_file_content(server: TogetherAiServer, request: Request) -> Any:
 def delete_file(server: TogetherAiServer, request: Request) -> Any:
     """Delete a file."""
     id = server.files.remove(request.params["id"])["id"]
-    server.drop(id, *find_parts(server, id))
+    server._drop(id, *find_parts(server, id))
     return {"id": id, "object": "file", "deleted": True}
 
 
@@ -7794,7 +7799,7 @@ BATCH: Item = {
 @stored("batches")
 def batch_object(server: TogetherAiServer, item: Item) -> Item:
     """Complete a batch job."""
-    made, deadline = (format_time(server.now() + wait) for wait in (0, 86400))
+    made, deadline = (format_time(server._now() + wait) for wait in (0, 86400))
     return complete(server, item, "", created_at=made, job_deadline=deadline, **BATCH)
 
 
@@ -7853,7 +7858,7 @@ def run_batch(server: TogetherAiServer, job: Item, data: bytes) -> Item:
         for kind, lines in results.items():
             item = {"filename": f"{job['id']}_{kind}.jsonl", "purpose": "batch-generated"}
             if lines:
-                file = server.store("files", {**item, "content": b"".join(lines)})
+                file = server._store("files", {**item, "content": b"".join(lines)})
                 changes[f"{kind}_file_id"] = file["id"]
     except ApiError as error:
         changes.update(status="FAILED", error=error.message)
@@ -7863,7 +7868,7 @@ def run_batch(server: TogetherAiServer, job: Item, data: bytes) -> Item:
 def on_enter_batch(server: TogetherAiServer, job: Item, status: str) -> Item:
     """Count the lines of a batch when it is validated, run them when it completes."""
     data = server.contents.get(job["input_file_id"], b"")
-    ended: Item = {"completed_at": format_time(server.now())}
+    ended: Item = {"completed_at": format_time(server._now())}
     if status == "COMPLETED":
         return {**ended, **run_batch(server, job, data)}
     if status != "IN_PROGRESS":
@@ -7911,7 +7916,7 @@ def create_batch(server: TogetherAiServer, request: Request) -> Any:
         raise ApiError("bad_file", param="input_file_id", id=file["id"], reason=reason)
     kept = ("endpoint", "input_file_id", "model_id", "metadata")
     given = {name: request.body.get(name) for name in kept}
-    job = server.store("batches", {**given, "file_size_bytes": file["bytes"]})
+    job = server._store("batches", {**given, "file_size_bytes": file["bytes"]})
     job = BATCH_JOBS.start(server, request, job)
     view = batch_view(server, request, job)
     return view if "object" in view else {"job": view}
@@ -7933,7 +7938,7 @@ def get_batch(server: TogetherAiServer, request: Request) -> Any:
 @route("POST", "/v1/batches/{id}/cancel")
 def cancel_batch(server: TogetherAiServer, request: Request) -> Any:
     """Cancel a batch job."""
-    changes = {"status": "CANCELLED", "completed_at": format_time(server.now())}
+    changes = {"status": "CANCELLED", "completed_at": format_time(server._now())}
     job = BATCH_JOBS.cancel(server, request.params["id"], **changes)
     return batch_view(server, request, job)
 
@@ -8099,7 +8104,7 @@ def list_new_events(job: Item, status: str, now: str) -> list[Item]:
 
 def on_enter_fine_tune(server: TogetherAiServer, job: Item, status: str) -> Item:
     """Return what changes in a job when it reaches a status; add the model when it is made."""
-    changes: Item = {"updated_at": format_time(server.now())}
+    changes: Item = {"updated_at": format_time(server._now())}
     if status == "running":
         changes["started_at"] = changes["updated_at"]
     if status == "completed":
@@ -8107,7 +8112,7 @@ def on_enter_fine_tune(server: TogetherAiServer, job: Item, status: str) -> Item
         changes["epochs_completed"] = job["n_epochs"]
         changes["token_count"] = job["TrainingFileSize"] // TRAIN_TOKEN_BYTES * job["n_epochs"]
         base, name = server.models.get(job["model"], UNKNOWN_MODEL), job["model_output_name"]
-        server.add_model(base.derive(name, USER, name.partition("/")[2], base.prices))
+        server._add_model(base.derive(name, USER, name.partition("/")[2], base.prices))
     events = list_new_events({**job, **changes}, status, changes["updated_at"])
     return {**changes, "events": job["events"] + events}
 
@@ -8115,7 +8120,7 @@ def on_enter_fine_tune(server: TogetherAiServer, job: Item, status: str) -> Item
 @stored("fine_tunes")
 def fine_tune_object(server: TogetherAiServer, item: Item) -> Item:
     """Complete a fine-tuning job, with the events up to its status."""
-    now, file_id = format_time(server.now()), item.get("training_file") or ""
+    now, file_id = format_time(server._now()), item.get("training_file") or ""
     file = server.files.get(file_id) if file_id in server.files else FILE
     job = complete(server, item, "ft-", created_at=now, updated_at=now, **FINE_TUNE)
     mark = HashRandom.of("fine-tune", job["id"]).hex(8)
@@ -8173,7 +8178,7 @@ def create_fine_tune(server: TogetherAiServer, request: Request) -> Any:
             check_training_file(server, body[name], name, method)
     kept = set(FINE_TUNE_FIELDS).difference(row.name for row in SECRET_ROWS)
     given = {name: value for name, value in body.items() if name in kept}
-    job = server.store("fine_tunes", {**given, "model": resolve_trainable(server, model).id})
+    job = server._store("fine_tunes", {**given, "model": resolve_trainable(server, model).id})
     job = FINE_TUNE_JOBS.start(server, request, job)
     return {**job, "events": []}
 
@@ -8208,7 +8213,7 @@ def get_fine_tune(server: TogetherAiServer, request: Request) -> Any:
 def cancel_fine_tune(server: TogetherAiServer, request: Request) -> Any:
     """Ask a fine-tuning job to end."""
     id, changes = request.params["id"], {"status": CANCEL_LADDER[0]}
-    changes["updated_at"] = format_time(server.now())
+    changes["updated_at"] = format_time(server._now())
     server.outcomes.pop(id, None)
     return {**FINE_TUNE_JOBS.cancel(server, id, **changes), "events": []}
 
@@ -8380,7 +8385,7 @@ def get_tokenized_dataset(server: TogetherAiServer, request: Request) -> Any:
     return {
         "url": f"{request.origin}/__tokenized/{id}.jsonl", "filename": f"{id}-tokenized.jsonl",
         "size": len(encode_examples(server, id)), "content_type": NDJSON,
-        "expires_at": format_time(server.now() + 3600),
+        "expires_at": format_time(server._now() + 3600),
     }  # fmt: skip
 
 
@@ -8446,7 +8451,7 @@ def judge_rows(server: TogetherAiServer, job: dict[str, Any]) -> dict[str, Any]:
     lines = "".join([ENCODE(row) + "\n" for row in judged])
     item = {"filename": f"{job['workflow_id']}_results.jsonl", "purpose": "eval-output"}
     try:
-        file = server.store("files", {**item, "content": lines})
+        file = server._store("files", {**item, "content": lines})
     except ApiError as error:
         return {"status": "error", "results": {"error": error.message}}
     counts = {"generation_fail_count": 0, "judge_fail_count": 0, "result_file_id": file["id"]}
@@ -8457,7 +8462,7 @@ def judge_rows(server: TogetherAiServer, job: dict[str, Any]) -> dict[str, Any]:
 
 def note_status(server: TogetherAiServer, status: str, updates: Any = ()) -> dict[str, Any]:
     """Return what a change of status adds to a job that keeps its history."""
-    now = format_time(server.now())
+    now = format_time(server._now())
     update = {"status": status, "message": f"Job is {status}", "timestamp": now}
     return {"status": status, "updated_at": now, "status_updates": [*updates, update]}
 
@@ -8466,11 +8471,11 @@ def note_status(server: TogetherAiServer, status: str, updates: Any = ()) -> dic
 def evaluation_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
     """Complete an evaluation job."""
     template: Item = {
-        "workflow_id": f"{server.next_id('eval-')[:9]}-{server.now()}",
+        "workflow_id": f"{server._next_id('eval-')[:9]}-{server._now()}",
         "type": "classify",
         "owner_id": USER_ID,
         "results": None,
-        "created_at": format_time(server.now()),
+        "created_at": format_time(server._now()),
         **note_status(server, item.get("status", "pending")),
         "parameters": {},
     }
@@ -8512,7 +8517,7 @@ def create_evaluation(server: TogetherAiServer, request: Request) -> Any:
     for name in ("judge", *MODELS_JUDGED):
         if isinstance(parameters.get(name), dict):
             parameters[name].pop("external_api_token", None)  # no answer shows it
-    job = server.store("evaluations", {"type": type, "parameters": parameters})
+    job = server._store("evaluations", {"type": type, "parameters": parameters})
     EVALUATION_JOBS.start(server, request, job)
     return {"workflow_id": job["workflow_id"], "status": "pending"}
 
@@ -8570,7 +8575,7 @@ HARDWARE = (("h100", 80, "sxm", 5.65), ("a100", 80, "sxm", 4.28), ("l40s", 48, "
 
 def add_model(server: TogetherAiServer, name: str, base: str) -> None:
     """Put a model that answers as another does into the catalogue."""
-    server.add_model(server.models.get(base, UNKNOWN_MODEL).derive(name, USER))
+    server._add_model(server.models.get(base, UNKNOWN_MODEL).derive(name, USER))
 
 
 def on_enter_endpoint(server: TogetherAiServer, endpoint: dict[str, Any], state: str) -> Any:
@@ -8584,7 +8589,7 @@ def on_enter_endpoint(server: TogetherAiServer, endpoint: dict[str, Any], state:
 @stored("endpoints")
 def endpoint_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
     """Complete an endpoint; a started one answers under its name."""
-    id = item.get("id") or server.next_id("endpoint-")
+    id = item.get("id") or server._next_id("endpoint-")
     model = item.get("model", "meta-llama/Llama-3.3-70B-Instruct-Turbo")
     name = f"{USER}/{model}-{HashRandom.of('endpoint', id).hex(8)}"
     template: Item = {
@@ -8599,7 +8604,7 @@ def endpoint_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str,
         "state": "PENDING",
         "autoscaling": {"min_replicas": 1, "max_replicas": 1},
         "inactive_timeout": None,
-        "created_at": format_time(server.now()),
+        "created_at": format_time(server._now()),
     }
     endpoint = merge(template, item)
     on_enter_endpoint(server, endpoint, endpoint["state"])
@@ -8622,7 +8627,7 @@ def create_endpoint(server: TogetherAiServer, request: Request) -> Any:
     resolve_model(server, request.body["model"], "chat")
     item = pick_given(request.body, ("model", "hardware", *CHANGE_FIELDS))
     item["state"] = "STOPPED" if item.get("state") == "STOPPED" else ENDPOINT_LADDER[0]
-    return ENDPOINT_JOBS.start(server, request, server.store("endpoints", item))
+    return ENDPOINT_JOBS.start(server, request, server._store("endpoints", item))
 
 
 @route("GET", "/v1/endpoints/{id}")
@@ -9058,10 +9063,10 @@ def video_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, An
     """Complete a video job; the URL of its file holds all there is to know about that."""
     size, seconds = read_video_size(item), read_video_seconds(item)
     item = {"fps": DEFAULT_FPS, **item, "size": size, "seconds": seconds}
-    id = item.get("id") or server.next_id("video-")
+    id = item.get("id") or server._next_id("video-")
     name = random_letters(HashRandom.of("video", item.pop("facts", id)), 16)
     name = f"{name}-{item['size']}-{item['seconds']}s{item.pop('fps')}.mp4"
-    url, now = f"{item.pop('origin', server.url)}/shrt/videos/{name}", server.now()
+    url, now = f"{item.pop('origin', server.url)}/shrt/videos/{name}", server._now()
     template: Item = {
         "id": id,
         "object": "video",
@@ -9078,7 +9083,7 @@ def video_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, An
 def on_enter_video(server: TogetherAiServer, job: dict[str, Any], status: str) -> dict[str, Any]:
     """Note when a video was completed, or that it was not."""
     failure = {"error": job["error"] or {"code": None, "message": "The video failed"}}
-    return failure if status == "failed" else {"completed_at": server.now()}
+    return failure if status == "failed" else {"completed_at": server._now()}
 
 
 def show_video(server: TogetherAiServer, request: Request, job: dict[str, Any]) -> dict[str, Any]:
@@ -9102,7 +9107,7 @@ def create_video(server: TogetherAiServer, request: Request) -> Any:
     }  # fmt: skip
     if script.get("error"):
         item["error"] = {"code": None, "message": script["error"]}
-    job = VIDEO_JOBS.start(server, request, server.store("videos", item))
+    job = VIDEO_JOBS.start(server, request, server._store("videos", item))
     return show_video(server, request, job)
 
 
@@ -9242,9 +9247,9 @@ def upload_job_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[st
     """Complete the job that uploads a model."""
     template: Item = {
         "type": "model_upload",
-        "job_id": server.next_id("job-"),
+        "job_id": server._next_id("job-"),
         "args": {"description": "", "modelName": f"{USER}/model", "modelSource": ""},
-        "created_at": format_time(server.now()),
+        "created_at": format_time(server._now()),
         **note_status(server, item.get("status", UPLOAD_LADDER[0])),
     }
     return merge(template, item)
@@ -9266,11 +9271,11 @@ def upload_model(server: TogetherAiServer, request: Request) -> Any:
     name, source = request.body["model_name"], request.body["model_source"].partition("?")[0]
     name = name if "/" in name else f"{USER}/{name}"  # and no query: its signature is a secret
     args = {"modelName": name, "modelSource": source, **pick_given(request.body, ["description"])}
-    job = server.store("jobs", {"args": {"description": "", **args}})
+    job = server._store("jobs", {"args": {"description": "", **args}})
     UPLOAD_JOBS.start(server, request, job)
     kind = "remote" if "://" in source else "huggingface"
     data = {"job_id": job["job_id"], "model_name": name, "model_source": kind}
-    data["model_id"] = server.next_id("model-")
+    data["model_id"] = server._next_id("model-")
     return {"data": data, "message": "Processing model weights. Job created."}
 
 
@@ -11228,7 +11233,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 return functools.partial(self.answer_apart, None)
             count += 1
             request = self.take_request() if count <= MAX_IN_A_ROW else None
-            if request is None or self.server.app.may_take_long(request):
+            if request is None or self.server.app._may_take_long(request):
                 return functools.partial(self.answer_apart, request)
             reply = self.server.app.answer(request)
             data = self.encode_quickly(reply)
@@ -11279,7 +11284,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 request = request or self.read_request()
             except ApiError as error:
                 self.close_connection = True  # where the next request begins is unknown
-                self.write_reply(self.server.app.refuse(error, self.head.method, self.head.path))
+                self.write_reply(self.server.app._refuse(error, self.head.method, self.head.path))
                 self.linger()
                 return
             request.client = self.connection
@@ -11333,7 +11338,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def check_size(self, size: int) -> None:
         """Raise ApiError for a body that is over the route's limit."""
         asked = Request(self.head.method, self.head.path, headers=self.head.fields)
-        limit = self.server.app.body_limit(asked)
+        limit = self.server.app._body_limit(asked)
         if size > limit:
             raise ApiError("too_large", size=size, limit=limit)
 
@@ -11571,7 +11576,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     other worker waits for the lead.
 
     What happens while one request is slow: `answer_ready()` returns it as a task, because more of
-    it has to come, its reply is a stream or large, or `app.may_take_long()` says so. The worker
+    it has to come, its reply is a stream or large, or `app._may_take_long()` says so. The worker
     then gives the lead to the next one (a new one, where none waits), works at the task, hands
     its client back through `returned` and waits for the lead again. Only the lead touches the
     selector, and what says which clients it watches.
@@ -11591,7 +11596,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], app: Any) -> None:
         """Bind to (host, port).
 
-        The app has `answer()`, `refuse()`, `may_take_long()` and `body_limit()`.
+        The app has `answer()`, `_refuse()`, `_may_take_long()` and `_body_limit()`.
         """
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.app = app
@@ -12873,17 +12878,17 @@ class TogetherAiServer:
 
     # Stored objects
 
-    def now(self) -> int:
+    def _now(self) -> int:
         """The time of stored objects, in Unix seconds."""
         return int(self.clock())
 
-    def next_id(self, prefix: str) -> str:
+    def _next_id(self, prefix: str) -> str:
         """Return the next id of a kind; the counting restarts with reset()."""
         with self._lock:
             count = self._counts[prefix] = self._counts.get(prefix, 0) + 1
         return prefix + random_uuid(HashRandom.of(prefix, count))
 
-    def store(self, collection: str, item: Mapping[str, Any]) -> dict[str, Any]:
+    def _store(self, collection: str, item: Mapping[str, Any]) -> dict[str, Any]:
         """Complete an object and add it to its collection."""
         jobs: Collection = getattr(self, collection)
         given = dict(item)
@@ -12899,7 +12904,7 @@ class TogetherAiServer:
         """
         if collection not in BUILDERS:
             raise ValueError(f"no collection {collection!r}; there are {', '.join(BUILDERS)}")
-        return [self.store(collection, item) for item in items]
+        return [self._store(collection, item) for item in items]
 
     def add_file(
         self,
@@ -12910,28 +12915,28 @@ class TogetherAiServer:
     ) -> dict[str, Any]:
         """Store a file as an upload would, under an id of your choice."""
         item = {"id": id, "content": data, "filename": filename, "purpose": purpose}
-        return self.store("files", item)
+        return self._store("files", item)
 
-    def add_model(self, model: Model) -> None:
+    def _add_model(self, model: Model) -> None:
         """Put a model that a job made into the catalogue; the oldest of too many goes."""
         with self._lock:
             self.models[model.id] = model
             if len(self.models) > len(MODELS) + MAX_OBJECTS:
                 del self.models[next(id for id in self.models if id not in MODELS)]
 
-    def check_room(self, size: int, instead_of: str = "") -> None:
+    def _check_room(self, size: int, instead_of: str = "") -> None:
         """Raise ApiError 413 where so many more bytes would not fit."""
         others = sum(len(data) for name, data in list(self.contents.items()) if name != instead_of)
         if others + size > self.max_stored_bytes:
             raise ApiError("storage_full", size=others + size, limit=self.max_stored_bytes)
 
-    def keep(self, name: str, data: bytes) -> None:
+    def _keep(self, name: str, data: bytes) -> None:
         """Store bytes under the id of their file; raise ApiError 413 where they do not fit."""
         with self._lock:
-            self.check_room(len(data), name)
+            self._check_room(len(data), name)
             self.contents[name] = data
 
-    def drop(self, *names: str) -> None:
+    def _drop(self, *names: str) -> None:
         """Forget stored bytes."""
         for name in names:
             self.contents.pop(name, None)
@@ -13084,7 +13089,7 @@ class TogetherAiServer:
         name = "" if error.name == "unauthorized" else name_request(request)
         return name_reply(error.as_reply(self.strict, name), request)
 
-    def may_take_long(self, request: Request) -> bool:
+    def _may_take_long(self, request: Request) -> bool:
         """Tell whether other clients shall not wait until a request is answered.
 
         Neither a small inference nor a look at the server's health: a file, a job, an image, a
@@ -13103,7 +13108,7 @@ class TogetherAiServer:
             or "x-parlel-fixture" in request.headers
         )
 
-    def body_limit(self, request: Request) -> int:
+    def _body_limit(self, request: Request) -> int:
         """Return how many bytes a request may carry; raise ApiError for one that may not ask."""
         if is_control(request.path):
             check_origin(request, is_loopback(self.host))
@@ -13115,7 +13120,7 @@ class TogetherAiServer:
             route.admit(self, params)
         return route.max_bytes or self.max_stored_bytes + MAX_PART_HEAD_BYTES
 
-    def refuse(self, error: ApiError, method: str, path: str) -> Reply:
+    def _refuse(self, error: ApiError, method: str, path: str) -> Reply:
         """Return the reply for what could not be read as a request."""
         return self._shape_error(error, Request(method, path))
 
