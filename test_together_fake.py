@@ -5523,12 +5523,15 @@ class BoundTests(FakeCase):
     def test_json_that_takes_long_to_parse_is_refused(self):
         for data, word in (
             (b"[" + b"[]," * 10**7 + b"0]", "brackets"),
-            (b"{" + b'"":0,' * 4 * 10**6 + b'"":0}', "colons"),
+            (b"{" + b'"":0,' * 4 * 10**6 + b'"":0}', "keys"),
+            (b"{" + b'""\n :0,' * 10**6 + b'"":0}', "keys"),
         ):
             with self.subTest(word):
                 got = self.ask("POST", CHAT, data)
                 self.assertEqual(got.status, 400)
                 self.assertIn(word, got.json["error"]["message"])
+        log = '{"at": "12:30:05", "said": "[{:}]"}\n' * 300_000  # as a text it has neither
+        self.assertTrue(self.text(log, model="nobody/knows"))
 
     def test_seeded_values_are_checked_as_posted_ones(self):
         for collection, item, place in (
