@@ -6337,6 +6337,21 @@ def read_said(got):
     return said
 
 
+def read_message(got):
+    """Return what a chat's first message says, whole or in chunks."""
+    message = {}
+    if got.headers["content-type"].startswith("application/json"):
+        (choice,) = got.json["choices"]
+        message.update(choice["message"])
+    else:
+        for event in got.events:
+            for choice in event["choices"]:
+                for name, value in choice["delta"].items():
+                    join = isinstance(value, str) and name != "role"
+                    message[name] = message.get(name, "") + value if join else value
+    return {name: value for name, value in message.items() if value and name != "token_id"}
+
+
 class RecordingCase(UpstreamCase):
     """A test of answers that are kept in a file."""
 
@@ -6396,6 +6411,39 @@ class RecordingTests(RecordingCase):
         self.replay()
         got = self.ask("POST", CHAT, HELLO)
         self.assertEqual((got.status, got.json["error"]["message"]), (200, "No format"))
+
+    def test_what_fixtures_cannot_say_is_kept_as_it_came(self):
+        odd = "say {{model}} and {{ body.seed }}"
+        called = {"name": "get", "arguments": '{"a": '}
+        for message in (
+            {"content": odd},
+            {"content": "x", "reasoning": odd},
+            {"content": None, "refusal": odd},
+            {"content": "x", "annotations": [{"type": "url"}]},
+            {"content": None, "function_call": called},
+            {"content": ""},
+        ):
+            message["role"] = "assistant"
+            for stream in (False, True):
+                with self.subTest(message=message, stream=stream):
+                    self.file.unlink(missing_ok=True)
+                    part = {"index": 0, "finish_reason": "stop"}
+                    part["delta" if stream else "message"] = message
+                    data = json.dumps({"id": "1", "model": "m", "choices": [part]}).encode()
+                    data = b"data: %b\n\ndata: [DONE]\n\n" % data if stream else data
+                    size = b"Content-Length: %d\r\n\r\n" % len(data)
+                    answer = (
+                        EVENTS_HEAD + chunk(data) + b"0\r\n\r\n"
+                        if stream
+                        else OK_HEAD + size + data
+                    )
+                    self.stand_before_service(send(answer), record=self.file)
+                    body = {"model": "m", "messages": say("hi"), "stream": stream}
+                    self.post(CHAT, body)
+                    self.replay()
+                    self.assertEqual(
+                        read_message(self.post(CHAT, body)), {k: v for k, v in message.items() if v}
+                    )
 
     def test_answers_to_the_same_request_become_a_sequence(self):
         for text in ("one", "two", "three"):
