@@ -8803,9 +8803,15 @@ def read_image_size(body: dict[str, Any]) -> tuple[int, int]:
     return sides["width"], sides["height"]
 
 
-def script_image(image: dict[str, Any], index: int) -> dict[str, Any]:
+def draw_timings(rng: HashRandom) -> dict[str, float]:
+    """Return how long an image took, as every image in production says."""
+    return {"inference": (100 + rng.randbelow(900)) / 1000}
+
+
+def script_image(image: dict[str, Any], index: int, rng: HashRandom) -> dict[str, Any]:
     """Return one image as a fixture gives it."""
-    return {"index": index, **{name: value for name, value in image.items() if value is not None}}
+    given = {name: value for name, value in image.items() if value is not None}
+    return {"index": index, **given, "timings": draw_timings(rng)}
 
 
 IMAGE_PLACE = "-SEA"  # what the ids of images end with: where they were made
@@ -8859,7 +8865,7 @@ def image_item(
         item["url"] = f"{request.origin or server.url}/shrt/{token}"
     if asked not in (None, "url") or (asked is None and not server.strict):
         item["b64_json"] = base64.b64encode(render_image(token)[0]).decode()
-    item["timings"] = {"inference": (100 + rng.randbelow(900)) / 1000}
+    item["timings"] = draw_timings(rng)
     return item
 
 
@@ -8877,7 +8883,9 @@ def create_images(server: TogetherAiServer, request: Request) -> Any:
     request.id = random_id(rng) + IMAGE_PLACE
     script = request.script
     items = [
-        script_image(script["images"][index % len(script["images"])], index)
+        script_image(
+            script["images"][index % len(script["images"])], index, rng.child("image", index)
+        )
         if script and script["images"]
         else image_item(server, request, rng.child("image", index), index, size)
         for index in range(len(script["images"]) if script else body.get("n") or 1)
