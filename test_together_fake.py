@@ -6589,22 +6589,31 @@ class RecordingTests(RecordingCase):
             self.server.stop()
         self.assertRegex(stderr.getvalue(), r"^cannot record to .+recorded\.json: ")
 
+    # Asks the upstream questions from a number on; a function of `os` may kill it.
+    PROGRAM = """
+import os, sys, together_fake as fake
+upstream, record, first, deadly = sys.argv[1:]
+server = fake.TogetherAiServer(0, upstream=upstream, record=record).start()
+if deadly:
+    setattr(os, deadly, lambda *_: os.kill(os.getpid(), 9))
+headers = {"authorization": "Bearer x"}
+for number in range(int(first), 10_000):
+    body = {"model": "m", "messages": [{"role": "user", "content": f"question {number}"}]}
+    reply = server.answer(fake.Request("POST", "/v1/chat/completions", body, headers=headers))
+    list(reply.events or ())
+    print(number, flush=True)
+"""
+
+    def run_program(self, first, deadly=""):
+        """Return the program while it runs."""
+        command = [sys.executable, "-c", self.PROGRAM, self.service.url, str(self.file)]
+        command += [str(first), deadly]
+        return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE)
+
     def test_the_file_is_whole_whenever_the_program_is_killed(self):
-        code = (
-            "import sys, together_fake as fake\n"
-            "server = fake.TogetherAiServer(0, upstream=sys.argv[1], record=sys.argv[2]).start()\n"
-            "for number in range(10_000):\n"
-            "    body = {'model': 'm', 'messages': [{'role': 'user', 'content': str(number)}]}\n"
-            "    headers = {'authorization': 'Bearer x'}\n"
-            "    path = '/v1/chat/completions'\n"
-            "    reply = server.answer(fake.Request('POST', path, body, headers=headers))\n"
-            "    list(reply.events or ())\n"
-            "    print(number, flush=True)\n"
-        )
-        command = [sys.executable, "-c", code, self.service.url, str(self.file)]
         known = 0
         for lines in (1, 2, 5, 20, 30, 50, 60, 70):
-            with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE) as program:
+            with self.run_program(0) as program:
                 for _ in range(lines):
                     self.assertTrue(program.stdout.readline())
                 program.kill()
@@ -6615,7 +6624,18 @@ class RecordingTests(RecordingCase):
                 known = len(entries)
         self.assertGreater(known, 0)
         self.replay()
-        self.text("0", model="m")
+        self.text("question 0", model="m")
+
+    @unittest.skipUnless(os.name == "posix", "needs signals")
+    def test_a_program_that_is_killed_while_it_writes_leaves_the_old_file(self):
+        self.stand_before(record=self.file)
+        self.text("kept")
+        self.server.stop()
+        before = self.file.read_bytes()
+        for deadly in ("fsync", "replace"):
+            with self.subTest(deadly), self.run_program(0, deadly) as program:
+                self.assertEqual(program.wait(PATIENCE), -signal.SIGKILL)
+                self.assertEqual(self.file.read_bytes(), before)
 
 
 class SaveTests(RecordingCase):
