@@ -6162,6 +6162,12 @@ class UpstreamTests(UpstreamCase):
                 got = self.ask("POST", CHAT, HELLO)
                 self.assertEqual((got.status, got.raw if wanted[1] else None), wanted)
 
+    def test_an_answer_whose_end_cannot_be_told_is_not_recorded(self):
+        self.stand_before_service(send(OK_HEAD + b"\r\n{}"), record=self.file)
+        self.assertEqual(self.post(CHAT, HELLO).json, {})
+        self.server.stop()
+        self.assertFalse(self.file.exists())
+
     def test_an_answer_that_is_too_large_to_keep_is_passed_on(self):
         body = b'{"a": "%b"}' % (b"x" * 300_000)
         answer = OK_HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
@@ -6604,11 +6610,16 @@ for number in range(int(first), 10_000):
     print(number, flush=True)
 """
 
+    @contextlib.contextmanager
     def run_program(self, first, deadly=""):
-        """Return the program while it runs."""
+        """Run the program, and kill it in the end."""
         command = [sys.executable, "-c", self.PROGRAM, self.service.url, str(self.file)]
         command += [str(first), deadly]
-        return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE)
+        with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE) as program:
+            try:
+                yield program
+            finally:
+                program.kill()
 
     def test_the_file_is_whole_whenever_the_program_is_killed(self):
         known = 0
@@ -6616,7 +6627,6 @@ for number in range(int(first), 10_000):
             with self.run_program(0) as program:
                 for _ in range(lines):
                     self.assertTrue(program.stdout.readline())
-                program.kill()
             if self.file.exists():
                 entries = self.read_entries()
                 self.assertTrue(all(entry["response"]["content"] for entry in entries))
