@@ -6372,7 +6372,8 @@ class RecordingCase(UpstreamCase):
     def assertAllAlike(self, recorded):
         for name, answer in self.ask_all().items():
             with self.subTest(name):
-                self.assertEqual(answer, recorded[name])
+                same = answer == recorded[name]  # a difference of long texts would take minutes
+                self.assertTrue(same, f"{answer!r:.1000}\n{recorded[name]!r:.1000}")
 
 
 class RecordingTests(RecordingCase):
