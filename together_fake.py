@@ -12533,18 +12533,17 @@ class TogetherAiServer:
                 if self._ending is not None:  # the port may be the same
                     self._ending.ended.wait(END_SECONDS)
                 self.stopping.clear()
-                self._http = HttpServer((self.host, self._wanted_port), self)
-                try:
-                    self._http.start()
-                except RuntimeError:
-                    self._http = None
-                    raise
+                http_server = HttpServer((self.host, self._wanted_port), self)
+                http_server.start()
+                with self._lock:
+                    self._http = http_server
                 watch_forks(self)
         return self
 
     def stop(self) -> None:
         """End live connections and leave neither a thread nor a socket; start() works again."""
-        http_server, self._http = self._http, None
+        with self._lock:  # a start() in between would be lost
+            http_server, self._http = self._http, None
         if http_server is not None:
             self._ending = http_server
             self.stopping.set()
