@@ -3477,13 +3477,17 @@ class EndpointTests(LocalCase):
         self.assertEqual(made["state"], "PENDING")
         path = f"/v1/endpoints/{made['id']}"
         self.assertEqual(self.climb(path, "state"), ["STARTING", "STARTED"])
-        self.server.strict = True
         chat = {**HELLO, "model": made["name"]}
-        for state, status in (("STARTED", 200), ("STOPPED", 404), ("STARTED", 404)):
+        for state, status in (("STARTED", 200), ("STOPPED", 400), ("STARTED", 400)):
             self.json("PATCH", path, {"state": state})
-            self.json("POST", CHAT, chat, status=status)
+            got = self.ask("POST", CHAT, chat)
+            self.assertEqual(got.status, status)
+        said = f"The dedicated endpoint for {made['name']} is not running."
+        self.assertTrue(got.json["error"]["message"].startswith(said))
+        self.assertEqual(got.json["error"]["code"], "dedicated_endpoint_not_running")
         self.assertEqual(self.climb(path, "state"), ["STARTING", "STARTED"])
         self.json("POST", CHAT, chat)
+        self.server.strict = True
         self.assertEqual(self.ask("DELETE", path).status, 204)
         self.json("POST", CHAT, chat, status=404)
         self.json("GET", path, status=404)

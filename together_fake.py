@@ -386,6 +386,11 @@ ERRORS: dict[str, tuple[int, str]] = {
         " https://api.together.ai/models/{model} to create and start a new dedicated endpoint for"
         " the model.",
     ),
+    "not_running": (  # recorded up to the full stop
+        400,
+        "The dedicated endpoint for {model} is not running. Please start it before you send"
+        " requests to it.",
+    ),
     "bad_key": (
         401,
         "Invalid API key provided. You can find your API key at"
@@ -479,6 +484,7 @@ ERROR_CODES = {
     "bad_key": "invalid_api_key",
     "no_model": "model_not_available",
     "retired": "model_not_available",
+    "not_running": "dedicated_endpoint_not_running",
 }
 PASSED_ON = {"no_eyes"}  # an engine's own error, whose message is an object
 # What production says instead of the sentences above, which name the field.
@@ -5077,6 +5083,8 @@ def resolve_model(server: TogetherAiServer, id: str, type: str) -> Model:
     """Return the model of an id; an unknown one answers too, unless the server is strict."""
     model = server.models.get(id)
     if model is None:
+        if id in server.dormant:
+            raise ApiError("not_running", model=id)
         if server.strict:
             raise ApiError("no_model", model=id[:100])
         model = Model(type, id, traits=())
@@ -8582,9 +8590,13 @@ def add_model(server: TogetherAiServer, name: str, base: str) -> None:
 
 def on_enter_endpoint(server: TogetherAiServer, endpoint: dict[str, Any], state: str) -> Any:
     """Let an endpoint answer while it is started."""
-    server.models.pop(endpoint["name"], None)
+    name = endpoint["name"]
+    server.models.pop(name, None)
+    server.dormant.pop(name, None)
     if state == "STARTED":
-        add_model(server, endpoint["name"], endpoint["model"])
+        add_model(server, name, endpoint["model"])
+    else:
+        server.dormant[name] = state
     return {}
 
 
@@ -8656,6 +8668,7 @@ def update_endpoint(server: TogetherAiServer, request: Request) -> Any:
 def delete_endpoint(server: TogetherAiServer, request: Request) -> Any:
     """Delete an endpoint."""
     endpoint = server.endpoints.remove(request.params["id"])
+    server.dormant.pop(endpoint["name"], None)
     for id in (endpoint["name"], *server.adapters.pop(endpoint["id"], ())):
         server.models.pop(id, None)
     return Reply(status=204)
@@ -12595,6 +12608,7 @@ class TogetherAiServer:
             self.endpoints = Collection("Endpoint", status="state")
             self.jobs = Collection("Job", key="job_id")  # uploads of models
             self.adapters: dict[str, list[str]] = Newest(MAX_OBJECTS)  # of endpoints, by their ids
+            self.dormant: dict[str, str] = Newest(MAX_OBJECTS)  # endpoints that do not answer
             self.contents: dict[str, bytes] = {}  # by file id; parts by "file id/number"
             self.uploads: dict[str, str] = Newest(MAX_OBJECTS)  # files of open multipart uploads
             self.outcomes: dict[str, str] = Newest(MAX_OBJECTS)  # how each job shall end
