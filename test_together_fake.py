@@ -28,6 +28,7 @@ import math
 import operator
 import os
 import pathlib
+import pydoc
 import re
 import select
 import selectors
@@ -645,15 +646,15 @@ class MediaTests(unittest.TestCase):
 
 
 def asked(body=None, kind="chat", path=CHAT, **headers):
-    """Return (kind, request) as the pipeline has them."""
+    """Return what fixtures ask about a request, as the pipeline has it."""
     names = {name.replace("_", "-").lower(): value for name, value in headers.items()}
     request = Request("POST", path, headers=names)
     request.body = {} if body is None else body
-    return kind, request
+    return fake.MatchFacts(kind, request)
 
 
 def talk(*messages, **fields):
-    """Return a chat request made of "role: text" lines."""
+    """Return the facts of a chat request made of "role: text" lines."""
     pairs = [line.split(": ", 1) for line in messages]
     return asked({"messages": [{"role": r, "content": t} for r, t in pairs], **fields})
 
@@ -667,15 +668,16 @@ def entry(match, response="ok", **options):
     return {"match": match, "response": said, **options}
 
 
-def script_of(*entries, seed=0):
+def script_of(*entries, seed=0, in_file=False):
     script = fake.Fixtures(seed)
-    script.add(fake.parse_fixtures(file_of(*entries)))
+    fixtures = fake.parse_fixtures(file_of(*entries))
+    script.replace_files(fixtures) if in_file else script.add(fixtures)
     return script
 
 
-def find(script, kind, request):
-    """Return the fixture that answers a request."""
-    return script.find(fake.MatchFacts(kind, request))[0]
+def find(script, facts):
+    """Return the fixture that answers a request, counted as served."""
+    return script.find(facts)[0]
 
 
 def content_of(fixture):
@@ -756,6 +758,7 @@ MATCHES = [
     ({"headers": {"X-Test": "1"}}, asked({}, X_Test="12"), False),
     ({"headers": {"X-Test": {"pattern": "^1"}}}, asked({}, X_Test="12"), True),
     ({"headers": {"X-Test": {"pattern": ""}}}, asked({}), False),
+    ({"headers": {"X-Test": {"pattern": ""}}}, asked({}, X_Test="any"), True),
     ({"not": {"userMessage": "x"}}, talk("user: x"), False),
     ({"not": {"userMessage": "x"}}, talk("user: y"), True),
     ({"not": {"userMessage": {"pattern": "x"}, "model": "m"}}, talk("user: x", model="n"), True),
@@ -802,9 +805,7 @@ TEXT_RESPONSES = [
 ]
 
 # A response, and under it its kind, the kinds of endpoint it serves, and its normal form.
-EVERY = (  # and ""
-    " chat response completion embedding image rerank speech video transcription translation job"
-)
+EVERY = " ".join(("", *fake.ENDPOINT_KINDS))  # "" stands for what has no kind
 RESPONSES = read_pairs(r"""
 {"error": {"message": "no"}}
     error | every | {"status": 500, "error": {"message": "no"}, "retry_after": null}
@@ -869,7 +870,9 @@ BAD_ENTRIES = read_pairs(r"""
 {"match": {"userMessage": {"patern": "x"}}}
     fixtures[0].match.userMessage.patern: unknown key, did you mean pattern?
 {"match": {"userMessage": {"pattern": "("}}}
-    fixtures[0].match.userMessage.pattern: must be a regular expression that can be matched, not "("
+    fixtures[0].match.userMessage.pattern: must be a regular expression that compiles, not "(": mis
+{"match": {"not": {"model": {"pattern": "*"}}}}
+    fixtures[0].match.not.model.pattern: must be a regular expression that compiles, not "*": noth
 {"match": {"hasToolResult": 1}}
     fixtures[0].match.hasToolResult: must be a boolean, not 1
 {"match": {"turnIndex": -1}}
@@ -941,9 +944,9 @@ BAD_ENTRIES = read_pairs(r"""
 
 class FixtureTests(unittest.TestCase):
     def test_each_match_key(self):
-        for match, (kind, request), holds in MATCHES:
-            with self.subTest(match=match, body=request.body):
-                found = find(script_of(entry(match)), kind, request)
+        for match, facts, holds in MATCHES:
+            with self.subTest(match=match, body=facts["body"]):
+                found = find(script_of(entry(match)), facts)
                 self.assertEqual(content_of(found), "ok" if holds else None)
 
     def test_each_response_kind(self):
@@ -968,16 +971,16 @@ class FixtureTests(unittest.TestCase):
             with self.subTest(kind=kind):
                 error = {"error": {"message": "x"}}
                 script = script_of(entry({"inputText": "a cat"}, error))
-                self.assertIsNotNone(find(script, *asked({field: "see a cat"}, kind)))
-                self.assertIsNone(find(script, *asked({field: "see a dog"}, kind)))
+                self.assertIsNotNone(find(script, asked({field: "see a cat"}, kind)))
+                self.assertIsNone(find(script, asked({field: "see a dog"}, kind)))
 
     def test_response_serves_only_the_kinds_it_fits(self):
         script = script_of(entry({}, {"scores": [1]}), entry({}, {"embedding": [1]}), entry({}))
-        self.assertEqual(find(script, *asked({}, "rerank")).kind, "rerank")
-        self.assertEqual(find(script, *asked({}, "embedding")).kind, "embedding")
-        self.assertEqual(find(script, *asked({}, "completion")).kind, "text")
-        self.assertIsNone(find(script, *asked({}, "image")))
-        self.assertIsNone(find(script, *asked({}, "", "/v1/files")))
+        self.assertEqual(find(script, asked({}, "rerank")).kind, "rerank")
+        self.assertEqual(find(script, asked({}, "embedding")).kind, "embedding")
+        self.assertEqual(find(script, asked({}, "completion")).kind, "text")
+        self.assertIsNone(find(script, asked({}, "image")))
+        self.assertIsNone(find(script, asked({}, "", "/v1/files")))
 
     def test_bad_files_are_refused_with_the_place(self):
         entries = [(file_of({**entry({}), **given}), said) for given, said in BAD_ENTRIES]
@@ -1036,7 +1039,7 @@ class FixtureTests(unittest.TestCase):
             self.assertTrue(script.empty)
 
     def test_templates_quote_the_request(self):
-        request = talk("system: S", 'user: a "q"', model="m", temperature=0.5, stop=["x", "y"])
+        facts = talk("system: S", 'user: a "q"', model="m", temperature=0.5, stop=["x", "y"])
         cases = [
             ("{{model}}/{{ lastUserMessage }}", 'm/a "q"'),
             ("{{systemMessage}} {{body.temperature}} {{body.stop.1}}", "S 0.5 y"),
@@ -1048,10 +1051,11 @@ class FixtureTests(unittest.TestCase):
         for said, wanted in cases:
             with self.subTest(said=said):
                 fixture = fake.parse_fixtures(file_of(entry({}, {"content": said})))[0]
-                self.assertEqual(fixture.render(*request)["content"], wanted)
+                self.assertEqual(fixture.render("chat", facts.request)["content"], wanted)
         call = {"toolCalls": [{"name": "f", "arguments": '{"m": "{{model}}"}'}]}
         fixture = fake.parse_fixtures(file_of(entry({}, call)))[0]
-        self.assertEqual(fixture.render(*request)["tool_calls"][0]["arguments"], '{"m": "m"}')
+        (made,) = fixture.render("chat", facts.request)["tool_calls"]
+        self.assertEqual(made["arguments"], '{"m": "m"}')
 
 
 class KeywordTests(unittest.TestCase):
@@ -1111,12 +1115,19 @@ class KeywordTests(unittest.TestCase):
         )
         script = fake.Fixtures()
         script.add([fixture])
-        self.assertIsNone(find(script, *asked({"n": 1})))
-        self.assertIs(find(script, *asked({"n": 2})), fixture)
+        self.assertIsNone(find(script, asked({"n": 1})))
+        self.assertIs(find(script, asked({"n": 2})), fixture)
 
     def test_bad_keywords(self):
-        with self.assertRaisesRegex(TypeError, "unexpected keyword argument 'user_mesage'"):
-            TogetherAiServer().reply("x", user_mesage="x")
+        server = TogetherAiServer(port=0)
+        near = "() has no keyword 'user_mesage', did you mean user_message?"
+        for verb, operation in (("reply", "x"), ("fail", 500), ("assert_called", "chat")):
+            with self.subTest(verb=verb), self.assertRaises(TypeError) as caught:
+                getattr(server, verb)(operation, user_mesage="x")
+            self.assertEqual(str(caught.exception), verb + near)
+        with self.assertRaises(TypeError) as caught:
+            server.assert_called("chat", temperature=1)
+        self.assertIn("'temperature' (of the body: body={'temperature': ", str(caught.exception))
         bad_chaos = {"content": "x", "chaos": {"drop_rat": 1}}
         for keywords, sentence in (
             ({"content": 1}, "reply().response.content: must be a string or an object"),
@@ -1131,7 +1142,7 @@ class KeywordTests(unittest.TestCase):
 
 
 class ScriptTests(unittest.TestCase):
-    def test_turn_index(self):
+    def test_turn_index_is_relaxed_in_files(self):
         def turn(index):
             return entry({} if index is None else {"turnIndex": index}, str(index))
 
@@ -1148,9 +1159,8 @@ class ScriptTests(unittest.TestCase):
         ):
             with self.subTest(turns=turns, count=count):
                 request = talk(*["assistant: x"] * count, "user: y")
-                script = script_of(*map(turn, turns))
-                self.assertEqual(content_of(find(script, *request)), str(wanted))
-        self.assertIsNone(find(script_of(turn(3)), *talk("user: y")))  # by itself it is exact
+                script = script_of(*map(turn, turns), in_file=True)
+                self.assertEqual(content_of(find(script, request)), str(wanted))
 
     def test_sequence_index_and_times(self):
         script = script_of(
@@ -1159,7 +1169,7 @@ class ScriptTests(unittest.TestCase):
             entry({"userMessage": "x"}, "twice", times=2),
             entry({}, "rest"),
         )
-        said = [content_of(find(script, *talk("user: x"))) for _ in range(5)]
+        said = [content_of(find(script, talk("user: x"))) for _ in range(5)]
         self.assertEqual(said, ["first", "second", "twice", "twice", "rest"])
         self.assertEqual([each["served"] for each in script.describe()["fixtures"]], [1, 1, 2, 1])
 
@@ -1171,12 +1181,12 @@ class ScriptTests(unittest.TestCase):
         script.add(fake.parse_fixtures(file_of(entry({}, "run time", times=1))))
         own = json.dumps({"content": "own"})
         request = talk("user: x")
-        self.assertEqual(content_of(find(script, *asked({}, X_Parlel_Fixture=own))), "own")
-        said = [content_of(find(script, *request)) for _ in range(2)]
+        self.assertEqual(content_of(find(script, asked({}, X_Parlel_Fixture=own))), "own")
+        said = [content_of(find(script, request)) for _ in range(2)]
         self.assertEqual(said, ["run time", "file"])
         self.assertEqual(script.describe()["count"], 2)
         script.add(fake.parse_fixtures(file_of(entry({"turnIndex": 9}, "ahead"))))
-        self.assertEqual(content_of(find(script, *request)), "file")
+        self.assertEqual(content_of(find(script, request)), "file")
         script.remove_run_time()
         self.assertEqual([each["served"] for each in script.describe()["fixtures"]], [2])
         script.reset()
@@ -1186,23 +1196,23 @@ class ScriptTests(unittest.TestCase):
     def test_header_forms(self):
         for text, kind in (
             ('{"status": 429}', "status"),
+            ('{"content": "x", "provider": "p", "latency": 1}', "text"),
             ('{"disconnectAfterMs": 5}', "generated"),
             ('{"match": {}, "response": {"json": 1}}', "json"),
             ('{"response": {"content": "x"}, "latency": 1}', "text"),
         ):
             with self.subTest(text=text):
-                self.assertEqual(
-                    find(fake.Fixtures(), *asked({}, X_Parlel_Fixture=text)).kind, kind
-                )
-        match, response = "X-Parlel-Fixture.match", "X-Parlel-Fixture.response"
+                self.assertEqual(find(fake.Fixtures(), asked({}, X_Parlel_Fixture=text)).kind, kind)
+        match, at = "X-Parlel-Fixture.match", "X-Parlel-Fixture"
         for text, reason in (
             ("{", "Expecting property name"),
             ("[]", "X-Parlel-Fixture: must be an object, not []"),
-            ('{"contnt": 1}', f"{response}.contnt: unknown key, did you mean content?"),
+            ('{"contnt": 1}', f"{at}.contnt: unknown key, did you mean content?"),
+            ('{"content": "x", "latncy": 1}', f"{at}.latncy: unknown key, did you mean latency?"),
             ('{"match": {"modl": 1}}', f"{match}.modl: unknown key, did you mean model"),
         ):
             with self.subTest(text=text), self.assertRaises(fake.ApiError) as caught:
-                find(fake.Fixtures(), *asked({}, X_Parlel_Fixture=text))
+                find(fake.Fixtures(), asked({}, X_Parlel_Fixture=text))
             self.assertEqual(caught.exception.status, 400)
             message = caught.exception.message
             self.assertTrue(message.startswith("The fixture was refused: " + reason), message)
@@ -1217,14 +1227,10 @@ class ScriptTests(unittest.TestCase):
             entry({}, times=1),
             entry({}),
         )
-        request = talk("user: hello", model="n")
-        facts = fake.MatchFacts(*request)
+        facts = talk("user: hello", model="n")
+        find(script, facts)
         _, _, list_misses = script.find(facts)
-        *_, served, shadowed = list_misses(None)
-        self.assertEqual(served, {"fixture": "run time[5]", "differs": None, "shadowed_by": None})
-        self.assertEqual(shadowed["shadowed_by"], "run time[5]")
-        _, _, list_misses = script.find(facts)
-        *misses, last = list_misses(None)
+        misses = list_misses(fake.Call(1, facts.request, 0))
         rows = [
             ("match.userMessage", "bye", "hello"),
             ("match.model", "m", "n"),
@@ -1233,18 +1239,16 @@ class ScriptTests(unittest.TestCase):
             ("match.not", {"userMessage": "hello"}, "it holds"),
             ("times", 1, 1),
         ]
-        for index, (miss, (differs, wanted, got)) in enumerate(zip(misses, rows)):
-            told = {"differs": differs, "wanted": wanted, "got": got}
-            self.assertEqual(miss, {"fixture": f"run time[{index}]", **told})
-        self.assertEqual(len(misses), len(rows))
-        self.assertEqual(last, {"fixture": "run time[6]", "differs": None, "shadowed_by": None})
-        script = script_of(entry({"model": "m"}))
-        _, _, list_misses = script.find(facts)
-        error = script.miss_error(request[1], list_misses(None))
+        for index, (differs, wanted, got) in enumerate(rows):
+            said = {"differs": differs, "wanted": wanted, "got": got}
+            self.assertEqual(misses[index], {"fixture": f"run time[{index}]", **said})
+        last = {"fixture": "run time[6]", "differs": None, "shadowed_by": None}
+        self.assertEqual(misses[len(rows) :], [last])
+        error = script.miss_error(facts.request, misses[1:2])
         self.assertEqual(error.status, 404)
         self.assertEqual(
             error.message,
-            'No fixture matches POST /v1/chat/completions. run time[0]: match.model is "n",'
+            'No fixture matches POST /v1/chat/completions. run time[1]: match.model is "n",'
             ' the fixture wants "m".',
         )
 
@@ -1257,7 +1261,7 @@ class ScriptTests(unittest.TestCase):
         )
         for text in ("", "xabc", "xabcdx", "a question 77 of", "é€𝄞x", "zzz", "question 7"):
             with self.subTest(text=text):
-                facts = fake.MatchFacts(*talk("user: " + text))
+                facts = talk("user: " + text)
                 likely = script._run_time.find_likely(facts)
                 wanted = [needle for needle in needles if needle in text]
                 self.assertEqual([content_of(each) for each in likely], wanted)
@@ -1268,7 +1272,7 @@ class ScriptTests(unittest.TestCase):
 
         def take():
             for _ in range(10):
-                said.append(content_of(find(script, *talk("user: x"))))
+                said.append(content_of(find(script, talk("user: x"))))
 
         threads = [threading.Thread(target=take) for _ in range(64)]
         for thread in threads:
@@ -1408,8 +1412,8 @@ class ScriptingTests(ScriptingCase):
     def test_total_of_scripted_usage(self):
         usage = {"prompt_tokens": 7, "completion_tokens": 3}
         self.server.reply("Hi", usage=usage)
-        total = {"total_tokens": 10, "cached_tokens": 0}
-        self.assertEqual(self.chat()["usage"], {**usage, **total})
+        more = {"total_tokens": 10, "cached_tokens": 0}
+        self.assertEqual(self.chat()["usage"], {**usage, **more})
 
     def test_what_surrounds_a_text_holds_whole_and_streamed(self):
         usage = {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10, "cached_tokens": 4}
@@ -1609,7 +1613,7 @@ class FaultTests(unittest.TestCase):
             script = script_of(entry({}, chaos={"dropRate": 0.5, "rateLimitRate": 0.5}), seed=seed)
             found = []
             for _ in range(200):
-                fault = fake.draw_fault(script, find(script, *talk("user: x")))
+                fault = fake.draw_fault(script, find(script, talk("user: x")))
                 found.append(fault.chaos)
             return found
 
@@ -1625,14 +1629,14 @@ class FaultTests(unittest.TestCase):
 
     def test_fixture_without_fault_has_none(self):
         script = script_of(entry({}, times=3, chunkSize=2, shouldRetry=False))
-        self.assertIsNone(fake.draw_fault(script, find(script, *talk("user: x"))))
+        self.assertIsNone(fake.draw_fault(script, find(script, talk("user: x"))))
 
 
 class StatusTests(unittest.TestCase):
     def send(self, said, body=None, **options):
         script = script_of(entry({}, said, **options))
-        kind, request = asked(body or {"model": "m"})
-        return fake.error_reply(find(script, kind, request), request)
+        facts = asked(body or {"model": "m"})
+        return fake.error_reply(find(script, facts), facts.request)
 
     def test_status_alone_sends_the_real_body(self):
         for status, kind, start in [
@@ -1677,10 +1681,10 @@ class StatusTests(unittest.TestCase):
 
     def test_scripted_error_and_json(self):
         reply = self.send({"error": {"message": "no", "code": "c", "param": None}, "status": 418})
-        body = json.loads(reply.body)
-        self.assertRegex(body.pop("id"), r"^\w{7}-\w{6}-[0-9a-f]{16}$")
         said = {"message": "no", "type": "server_error", "param": None, "code": "c"}
-        self.assertEqual((reply.status, body), (418, {"error": said}))
+        body = json.loads(reply.body)
+        self.assertEqual((reply.status, body["error"]), (418, said))
+        self.assertRegex(body["id"], r"\A\w{7}-\w{6}-[0-9a-f]{16}\Z")
         reply = self.send({"json": [1, None], "status": 202})
         self.assertEqual((reply.status, json.loads(reply.body)), (202, [1, None]))
 
@@ -3848,10 +3852,13 @@ class RecordTests(FakeCase):
             self.answer("GET", f"/{number}")
         self.assertEqual([call.path for call in self.server.requests], ["/2", "/3", "/4"])
         self.server = TogetherAiServer(port=0)
-        with mock.patch.object(fake, "MAX_RECORD_BYTES", 2000):
-            for _ in range(20):
-                got = self.answer("POST", "/x", b"." * 40)
-        self.assertEqual(len(self.server.requests), 2000 // (40 + len(got.raw)))
+        with mock.patch.object(fake, "MAX_RECORD_BYTES", 1000):
+            for _ in range(50):
+                self.answer("POST", "/x", b"." * 40)
+        *older, last = self.server.requests
+        sizes = [40 + len(call.raw_reply) for call in older]
+        self.assertTrue(2 * sizes[0] < sum(sizes) <= 1000, sizes)
+        self.assertEqual(last.number, 50)
 
     def test_near_misses_among_many_fixtures(self):
         for number in range(fake.MAX_NEAR_MISSES + 5):
@@ -3860,6 +3867,8 @@ class RecordTests(FakeCase):
         call = self.server.requests[-1]
         self.assertEqual(len(call.near_misses), fake.MAX_NEAR_MISSES)
         self.assertEqual(call.near_misses[0]["got"], "hello")
+        held = [cell.cell_contents for cell in call.find_misses.__closure__]
+        self.assertFalse([each for each in held if isinstance(each, (Request, fake.MatchFacts))])
 
     def test_a_bug_is_a_500_and_kept(self):
         self.server = TogetherAiServer(port=0)
@@ -3933,408 +3942,569 @@ class ScriptedRecordTests(ScriptingCase):
             self.server.assert_called("POST " + CHAT, model="m8", body={"temperature": 1})
 
 
-class Model:
-    """What pydantic's models have in common with others."""
+class OrderTests(ScriptingCase):
+    """Which of several fixtures answers, and why another one does not."""
+
+    def talk(self, turns):
+        """Return what is answered in a talk with so many assistant messages."""
+        said = [{"role": "assistant", "content": "x"}] * turns
+        return self.outcome(*said, "go")
+
+    def test_a_turn_is_that_turn_alone(self):
+        self.server.reply("the fifth", turn_index=5)
+        self.server.reply("the first", turn_index=0)
+        self.assertEqual([self.talk(0), self.talk(5)], ["the first", "the fifth"])
+        for turns in (1, 4, 6):
+            self.assertNotIn(self.talk(turns), ("the first", "the fifth"))
+
+    def test_a_loop_of_turns_ends(self):
+        call = [{"name": "f", "arguments": {}}]
+        self.server.reply("the end", user_message="go")
+        for turn in (0, 1):
+            self.server.reply(tool_calls=call, turn_index=turn)
+        self.assertEqual([self.talk(turn) for turn in range(4)], [["f"]] * 2 + ["the end"] * 2)
+
+    def test_files_choose_relaxed_and_warn(self):
+        self.load(a=[entry({"turnIndex": 0}, "zero"), entry({"turnIndex": 2}, "two")])
+        self.assertEqual([self.talk(turn) for turn in (0, 1, 2)], ["zero", "zero", "two"])
+        warning = "file a.json[0] is for turn 0, and this is turn 1"
+        warnings = [call.warnings for call in self.server.requests]
+        self.assertEqual(warnings, [(), (warning,), ()])
+
+    def test_no_choice_is_relaxed_where_a_miss_is_an_error(self):
+        with TogetherAiServer(port=0, on_miss="error") as self.server:
+            self.load(a=[entry({"turnIndex": 0}, "zero"), entry({"turnIndex": 2}, "two")])
+            self.server.reply("three", turn_index=3)
+            said = [self.talk(turn) for turn in range(5)]
+            self.assertEqual(said, ["zero", 404, "two", "three", 404])
+            misses = self.server.requests[1].near_misses
+            self.assertEqual(
+                [(miss["differs"], miss["wanted"], miss["got"]) for miss in misses],
+                [("match.turnIndex", turn, 1) for turn in (3, 0, 2)],
+            )
+
+    def test_limited_ones_first_in_their_order_then_the_last_added(self):
+        self.server.reply("set-up")
+        self.server.reply("first", times=1)
+        self.server.reply("second", times=2)
+        self.server.reply("test")
+        said = [self.outcome("hi") for _ in range(5)]
+        self.assertEqual(said, ["first", "second", "second", "test", "test"])
+
+    def test_inside_one_post_the_order_stands(self):
+        self.json("POST", FIXTURES, file_of(entry({}, "first"), entry({}, "second")))
+        self.assertEqual(self.outcome("hi"), "first")
+        self.json("POST", FIXTURES, file_of(entry({}, "a later post")))
+        self.assertEqual(self.outcome("hi"), "a later post")
+
+    def test_one_can_be_removed(self):
+        self.server.reply("stays")
+        for _ in range(2):
+            fixture = self.server.reply("goes")
+            self.assertEqual(self.outcome("hi"), "goes")
+            fixture.remove()
+            self.assertEqual(self.outcome("hi"), "stays")
+        fixture.remove()
+        (number,) = self.json("POST", FIXTURES, file_of(entry({}, "posted")))["numbers"]
+        self.assertEqual(self.outcome("hi"), "posted")
+        self.json("DELETE", f"{FIXTURES}/{number}")
+        self.assertEqual(self.outcome("hi"), "stays")
+        for wrong in (number, "x", "1" * 30):
+            self.json("DELETE", f"{FIXTURES}/{wrong}", status=404)
+
+    def test_one_that_was_passed_over_says_why(self):
+        self.load(f=[entry({}, "from a file")])
+        self.server.reply("x", model="other")
+        self.server.reply("x", turn_index=3)
+        self.server.reply("used up", times=1)
+        self.server.reply("hidden")
+        self.server.reply("served")
+        self.server.reply(embedding=[1])
+        self.outcome("hi")
+        self.assertEqual(self.outcome("hi"), "served")
+        misses = self.server.requests[-1].near_misses
+        told = {
+            miss["fixture"]: (
+                miss["differs"],
+                miss.get("wanted"),
+                miss.get("got", miss.get("shadowed_by")),
+            )
+            for miss in misses
+        }
+        wanted = {
+            "run time[0]": ("match.model", "other", "m"),
+            "run time[1]": ("match.turnIndex", 3, 0),
+            "run time[2]": ("times", 1, 1),
+            "run time[3]": (None, None, "run time[4]"),
+            "run time[5]": ("response", ["embedding"], "chat"),
+            "file f.json[0]": (None, None, "run time[4]"),
+        }
+        self.assertEqual(told, wanted)
+
+
+class Dumped:
+    """What a model of pydantic is to the fake."""
 
     def __init__(self, **fields):
         self.fields = fields
 
     def model_dump(self, mode="python"):
-        assert mode == "json"
-        return self.fields
+        return {**self.fields, "mode": mode}
 
 
-class MeaningTests(ScriptingCase):
-    """Scripts mean what they say."""
+class AnswerTests(ScriptingCase):
+    """What reply() and the header take as an answer."""
 
-    def test_a_turn_is_exact_at_run_time(self):
-        self.server.reply("at turn one", turn_index=1)
-        generated = self.outcome("hi")
-        self.assertNotEqual(generated, "at turn one")
-        turn = {"role": "assistant", "content": "yes"}
-        self.assertEqual(self.outcome("hi", turn, "go on"), "at turn one")
-        self.assertNotEqual(self.outcome("hi", turn, "go", turn, "on"), "at turn one")
+    def test_what_a_content_may_be(self):
+        def shout(request):
+            return request.body["messages"][-1]["content"].upper()
 
-    def test_a_script_of_turns_ends_with_its_final_reply(self):
-        call = [{"name": "search", "arguments": {}}]
-        self.server.reply(tool_calls=call, turn_index=0)
-        self.server.reply(tool_calls=call, turn_index=1)
-        self.server.reply("Done.", turn_index=2)
-        messages, rounds = say("hi"), 0
-        while rounds < 9:
-            message = self.chat(messages=messages)["choices"][0]["message"]
-            rounds += 1
-            if not message["tool_calls"]:
-                break
-            messages += [message, *map(result_of, message["tool_calls"])]
-        self.assertEqual((message["content"], rounds), ("Done.", 3))
+        def call_a_tool(request):
+            return {"tool_calls": [{"name": "f", "arguments": {}}]}
 
-    def test_files_keep_the_relaxed_choice_with_a_warning(self):
-        self.load(a=[entry({"turnIndex": 5}, "five")])
-        self.assertEqual(self.outcome("hi"), "five")
-        (warning,) = self.server.requests[-1].warnings
-        self.assertEqual(warning, "file a.json[0] is for turn 5, and this is turn 0")
-
-    def test_an_exact_server_takes_no_turn_for_another(self):
-        with TogetherAiServer(port=0, on_miss="error") as self.server:
-            self.load(a=[entry({"turnIndex": 5}, "five")])
-            self.assertEqual(self.outcome("hi"), 404)
-            near = self.server.requests[-1].near_misses[0]
-            seen = (near["differs"], near["wanted"], near["got"])
-            self.assertEqual(seen, ("match.turnIndex", 5, 0))
-
-    def test_the_last_added_wins_and_limited_ones_go_first_in_their_order(self):
-        self.server.reply("set-up")
-        self.server.reply("the test's")
-        self.server.reply("first", times=1)
-        self.server.reply("second", times=2)
-        said = [self.outcome("hi") for _ in range(4)]
-        self.assertEqual(said, ["first", "second", "second", "the test's"])
-
-    def test_within_one_post_the_order_stands(self):
-        self.json("POST", FIXTURES, file_of(entry({}, "one"), entry({}, "two")))
-        self.assertEqual(self.outcome("hi"), "one")
-
-    def test_one_can_be_removed(self):
-        self.server.reply("stays")
-        fixture = self.server.reply("goes")
-        self.assertEqual(self.outcome("hi"), "goes")
-        fixture.remove()
-        fixture.remove()
-        self.assertEqual(self.outcome("hi"), "stays")
-        (number,) = self.json("POST", FIXTURES, file_of(entry({}, "by number")))["numbers"]
-        self.assertEqual(self.outcome("hi"), "by number")
-        self.assertEqual(self.json("DELETE", f"{FIXTURES}/{number}"), {"ok": True})
-        self.json("DELETE", f"{FIXTURES}/{number}", status=404)
-        self.assertEqual(self.outcome("hi"), "stays")
-
-    def test_one_that_was_passed_over_says_why(self):
-        self.server.reply("shadowed")
-        self.server.reply("other", model="other")
-        self.server.reply("served")
-        self.outcome("hi")
-        misses = {near["fixture"]: near for near in self.server.requests[-1].near_misses}
-        self.assertEqual(misses["run time[0]"]["shadowed_by"], "run time[2]")
-        self.assertEqual(misses["run time[1]"]["differs"], "match.model")
-
-    def test_each_kind_of_answer(self):
-        city = Model(city="Rome")
-        for given, said in (
-            ({"content": city}, '{"city":"Rome"}'),
-            ({"content": {"a": [1]}}, '{"a":[1]}'),
-            ({"content": lambda request: request.body["model"].upper()}, "M"),
-            ({"content": lambda request: Model(n=1)}, '{"n":1}'),
-            (
-                {"content": lambda request: {"tool_calls": [{"name": "f", "arguments": city}]}},
-                ["f"],
-            ),
-            ({"content": lambda request: {"content": "a", "finish_reason": "length"}}, "a"),
+        for content, wanted in (
+            ("text", "text"),
+            ({"a": [1]}, '{"a":[1]}'),
+            (Dumped(city="Rome"), '{"city":"Rome","mode":"json"}'),
+            (shout, "HI"),
+            (call_a_tool, ["f"]),
+            (lambda request: Dumped(n=1), '{"n":1,"mode":"json"}'),
         ):
-            with self.subTest(said=said):
-                self.server.reset()
-                self.server.reply(**given)
-                self.assertEqual(self.outcome("hi", model="m"), said)
+            with self.subTest(wanted=wanted):
+                self.server.reply(content)
+                self.assertEqual(self.outcome("hi"), wanted)
 
-    def test_an_iterator_is_a_sequence_and_then_over(self):
-        self.server.reply("after")
-        self.server.reply(text for text in ("one", {"status": 503}, "two"))
-        self.assertEqual([self.outcome("hi") for _ in range(4)], ["one", 503, "two", "after"])
+    def test_what_a_content_may_not_be(self):
+        for content, name in ((b"abc", "b'abc'"), (Dumped, "Dumped"), (7, "7")):
+            with self.subTest(content=name), self.assertRaises(ValueError) as caught:
+                self.server.reply(content)
+            sentence = str(caught.exception)
+            start = "reply().response.content: must be a string or an object or an array, not "
+            self.assertEqual(sentence[: len(start)], start)
+            self.assertIn(name, sentence[len(start) :])
 
-    def test_bytes_and_a_transcription(self):
-        png = base64.b64decode(PIXEL.partition(",")[2])
-        self.server.reply(image=png)
-        body = {"model": FLUX, "prompt": "x", "response_format": "b64_json"}
-        (item,) = self.post("/v1/images/generations", body).json["data"]
-        self.assertEqual(base64.b64decode(item["b64_json"]), png)
+    def test_an_iterator_gives_one_after_the_other(self):
+        self.server.reply("afterwards")
+        self.server.reply(iter(["one", {"two": 2}, Dumped(three=3)]))
+        said = [self.outcome("hi") for _ in range(4)]
+        self.assertEqual(said, ["one", '{"two":2}', '{"three":3,"mode":"json"}', "afterwards"])
+
+    def test_bytes_of_images_and_sound_and_texts_of_transcriptions(self):
+        self.server.reply(image=b"picture")
         self.server.reply(audio=write_sound(1))
-        self.assertEqual(self.post("/v1/audio/speech", SPEECH).raw, write_sound(1))
         self.server.reply(transcription="Hello there")
-        heard = {"file": "https://example.com/a.mp3", "model": HEARD["model"]}
-        self.assertEqual(self.post("/v1/audio/transcriptions", heard).json["text"], "Hello there")
+        picture = {"model": FLUX, "prompt": "a lake", "response_format": "base64"}
+        (got,) = self.post("/v1/images/generations", picture).json["data"]
+        self.assertEqual(base64.b64decode(got["b64_json"]), b"picture")
+        self.assertEqual(self.post("/v1/audio/speech", SPEECH).raw, write_sound(1))
+        heard = self.post("/v1/audio/transcriptions", {"file": "https://example.com/a.mp3"})
+        self.assertEqual(heard.json["text"], "Hello there")
 
-    def test_the_header_mixes_an_answer_with_options(self):
-        fixture = {"content": "slow", "latency": 30, "chunkSize": 1}
-        self.assertEqual(self.outcome("hi", fixture=fixture), "slow")
-        self.assertGreaterEqual(self.server.requests[-1].duration, 0.03)
+    def test_a_header_mixes_an_answer_with_options(self):
+        mixed = {"content": "abcd", "chunkSize": 2, "latency": 1}
+        got = self.stream({**KEY, "X-Parlel-Fixture": json.dumps(mixed)})
+        said = [event["choices"][0]["delta"].get("content") for event in got if event["choices"]]
+        self.assertEqual([text for text in said if text], ["ab", "cd"])
+        fixture = {"content": "x", "latncy": 1}
+        got = self.ask("POST", CHAT, HELLO, {**KEY, "X-Parlel-Fixture": json.dumps(fixture)})
+        self.assertEqual(got.status, 400)
+        self.assertIn("latncy: unknown key, did you mean latency?", got.json["error"]["message"])
 
-    def test_words_are_the_same_everywhere(self):
-        self.server.reply(embedding=[1.0, 0.0], endpoint="embedding")
-        self.post("/v1/embeddings", {"model": "m", "input": "a cat"})
-        self.assertEqual(self.server.requests[-1].kind, "embedding")
-        self.server.assert_called("embedding", input_text="cat", times=1)
-        self.assertEqual(self.json("GET", "/__parlel/requests?kind=embedding")["count"], 1)
+    def refuse(self, **match):
+        """Return how this match is refused by Python, in a file, over HTTP and by header."""
+        wrong = entry({fake.to_camel(key): value for key, value in match.items()}, "x")
+        for act in (
+            lambda: self.server.reply("x", **match),
+            lambda: self.load(a=[wrong]),
+        ):
+            with self.assertRaises((TypeError, ValueError)) as caught:
+                act()
+            yield str(caught.exception)
+        yield self.json("POST", FIXTURES, file_of(wrong), status=400)["error"]["message"]
+        headers = {**KEY, "X-Parlel-Fixture": json.dumps(wrong)}
+        yield self.json("POST", CHAT, HELLO, headers, status=400)["error"]["message"]
+
+    def test_a_mistake_is_named_wherever_it_is_made(self):
+        places = ("reply().", "a.json: fixtures[0].", "fixtures[0].", "X-Parlel-Fixture.")
+        said = list(self.refuse(user_mesage="x"))
+        self.assertTrue(said[0].endswith("'user_mesage', did you mean user_message?"), said[0])
+        for place, sentence in zip(places[1:], said[1:]):
+            mistake = f"{place}match.userMesage: unknown key, did you mean userMessage?"
+            self.assertTrue(sentence.endswith(mistake), sentence)
+        for match, key in (
+            ({"user_message": {"pattern": "("}}, "userMessage.pattern"),
+            ({"headers": {"X-Run": {"pattern": "["}}}, "headers[X-Run].pattern"),
+        ):
+            for place, sentence in zip(places, self.refuse(**match)):
+                with self.subTest(place=place, key=key):
+                    self.assertIn(f"{place}match.{key}: ", sentence)
+        self.assertEqual(self.list_fixtures(), [])
+
+    def test_the_words_are_the_same_everywhere(self):
+        error = {"error": {"message": "no"}, "status": 418}
+        inference = {"speech": "POST /v1/audio/speech", "video": "POST /v2/videos"}
+        inference.update(embedding="POST /v1/embeddings", rerank="POST /v1/rerank")
+        inference.update(chat="POST " + CHAT, image="POST /v1/images/generations")
+        inference.update(completion="POST /v1/completions")
+        for kind, operation in inference.items():
+            with self.subTest(kind=kind):
+                self.server.reply(**error, endpoint=kind)
+                method, path = operation.split()
+                self.assertEqual(self.ask(method, path, VALID[operation]).status, 418)
+                call = self.server.assert_called(kind)
+                self.assertEqual((call.kind, call.operation), (kind, operation))
+                self.assertIs(self.server.assert_called(operation), call)
+                found = self.json("GET", f"/__parlel/requests?kind={kind}")["requests"]
+                self.assertEqual([each["n"] for each in found], [call.number])
+
+    def test_a_path_may_be_an_object(self):
+        with tempfile.TemporaryDirectory() as folder:
+            save_fixtures(folder, a=[entry({}, "from a file")])
+            self.server.load(Path(folder, "a.json"))
+            said = self.outcome("hi")
+            self.server.save(Path(folder, "b.json"))
+            upstream = {"upstream": self.server.url, "record": Path(folder, "b.json")}
+            with TogetherAiServer(port=0, **upstream) as self.server:
+                self.assertEqual([said, self.outcome("hi")], ["from a file"] * 2)
+                self.assertEqual(self.server.requests[0].fixture, "file b.json[0]")
 
 
 class DifferenceTests(ScriptingCase):
-    """Failures that show the difference."""
+    """Where two long texts differ, the part that does is shown."""
 
-    LONG = "The quick brown fox jumps over the lazy dog near the old stone bridge at noon. " * 9
+    options = MappingProxyType({"on_miss": "error"})
+    LONG = "You are a helpful assistant. " * 20 + "The city is %s." + " Be brief." * 20
 
     def setUp(self):
         super().setUp()
-        self.sent = self.LONG.replace("stone bridge", "wooden bridge", 5)
+        self.server.reply("x", user_message=self.LONG % "Paris")
+        body = {"model": "m", "messages": say(self.LONG % "Rome")}
+        self.error = self.json("POST", CHAT, body, status=404)["error"]["message"]
 
-    def assertShown(self, text):
-        """See that a unified diff has the part that differs, and little else."""
-        self.assertRegex(text, r"(?s)\n *-[^\n]*stone bridge.*\n *\+[^\n]*wooden bridge")
-        self.assertLess(len(text), 6000)
+    def check(self, message):
+        """Check that a message has the lines that differ, and neither text whole."""
+        for sign, city in (("-", "Paris"), ("+", "Rome")):
+            self.assertRegex(message, rf"(?m)^ *\{sign}.*The city is {city}\.")
+        self.assertNotRegex(message, r"(?s)(You are a helpful assistant\. You.*){2}")
 
-    def test_where_long_texts_differ(self):
-        self.server.reply("x", user_message=self.LONG)
-        self.outcome(self.sent)
-        self.assertShown(self.server.requests[-1].near_misses[0]["diff"])
-        with self.assertRaises(AssertionError) as caught:
-            self.server.assert_called("chat", user_message=self.LONG)
-        self.assertShown(str(caught.exception))
+    def test_in_the_404(self):
+        self.check(self.error)
+
+    def test_in_near_misses(self):
+        (miss,) = self.server.requests[0].near_misses
+        self.check(miss["diff"])
+        (call,) = self.json("GET", "/__parlel/requests")["requests"]
+        self.check(call["near_misses"][0]["diff"])
+
+    def test_in_assert_called(self):
+        for wanted in (
+            {"user_message": self.LONG % "Paris"},
+            {"body": {"messages": say(self.LONG % "Paris")}},
+        ):
+            with self.subTest(wanted=list(wanted)), self.assertRaises(AssertionError) as caught:
+                self.server.assert_called("chat", **wanted)
+            _, listing = str(caught.exception).split("nearest:")
+            self.check(listing)
+
+    def test_in_assert_all_used_with_the_nearest_miss(self):
+        self.ask("POST", "/v1/embeddings", {"model": "m", "input": "far away"})
         with self.assertRaises(AssertionError) as caught:
             self.server.assert_all_used()
-        self.assertShown(str(caught.exception))
+        _, nearest = str(caught.exception).split("nearest: ")
+        self.assertTrue(nearest.startswith("<Call 1:"), nearest)
+        self.check(nearest)
 
-    def test_the_404_of_a_miss(self):
-        with TogetherAiServer(port=0, on_miss="error") as self.server:
-            self.server.reply("x", user_message=self.LONG)
-            got = self.ask("POST", CHAT, {"model": "m", "messages": say(self.sent)})
-            self.assertEqual(got.status, 404)
-            self.assertShown(got.json["error"]["message"])
+    def test_headers_and_bodies_show_what_was_asked_about(self):
+        self.ask("GET", "/v1/models", headers={**KEY, "X-Run": "a" * 99 + "b"})
+        wanted = {"X-Run": "a" * 99 + "c"}
+        self.server.reply(json={}, headers=wanted, endpoint="GET /v1/models")
+        for assertion in (
+            lambda: self.server.assert_called("GET /v1/models", headers=wanted),
+            self.server.assert_all_used,
+        ):
+            with self.assertRaises(AssertionError) as caught:
+                assertion()
+            self.assertRegex(str(caught.exception), r'(?m)^ *\+.*ab"')
+        self.assertNotIn("authorization", str(caught.exception))
 
-    def test_a_wrong_operation_or_field(self):
-        for wrong, near in (("chats", "chat"), ("POST /v1/chat/completion", "POST " + CHAT)):
-            with self.assertRaisesRegex(ValueError, f"did you mean {near}"):
-                self.server.assert_called(wrong)
-        with self.assertRaises(TypeError):
-            self.server.assert_called("chat", modle="m")
+    def test_the_nearest_call_of_any_route(self):
+        self.server.reset()
+        self.ask("GET", "/v1/models")
+        self.ask("POST", "/v1/endpoints", ENDPOINT)
+        self.ask("POST", CHAT, HELLO)
+        for given, number in (
+            ({"json": 1, "endpoint": "GET /v1/models", "headers": {"X-A": "b"}}, 1),
+            ({"job": {"status": "ERROR"}, "endpoint": "job", "body": {"model": "x"}}, 2),
+            ({"content": "x", "user_message": "bye"}, 3),
+        ):
+            with self.subTest(number=number):
+                fixture = self.server.reply(**given)
+                with self.assertRaisesRegex(AssertionError, f"nearest: <Call {number}: .*wanted"):
+                    self.server.assert_all_used()
+                fixture.remove()
 
-    def test_each_unused_fixture_has_its_nearest_call(self):
-        self.outcome("good-bye", model="m")
-        self.server.reply("x", user_message="hello")
-        with self.assertRaisesRegex(AssertionError, "(?s)never served:.*nearest:.*good-bye"):
-            self.server.assert_all_used()
+    def test_did_you_mean(self):
+        for operation, near in (
+            ("chatt", "chat"),
+            ("embeddings", "embedding"),
+            ("POST /v1/chat/completion", "POST /v1/chat/completions"),
+            ("GET " + CHAT, "POST " + CHAT),
+        ):
+            with self.subTest(operation=operation), self.assertRaises(ValueError) as caught:
+                self.server.assert_called(operation)
+            sentence = f"no operation is called {operation!r}, did you mean {near}?"
+            self.assertEqual(str(caught.exception), sentence)
 
 
-class StoryTests(ScriptingCase):
-    """A record that tells the whole story."""
+class CallTests(ScriptingCase):
+    """A call in the record tells the whole story, in Python and over HTTP."""
 
-    def test_it_is_a_list_that_stays_what_it_was(self):
-        self.outcome("one")
-        before = self.server.requests
-        self.outcome("two")
-        self.assertIs(type(before), list)
-        self.assertEqual((len(before), len(self.server.requests[:5])), (1, 2))
+    def listed(self, query=""):
+        return self.json("GET", "/__parlel/requests" + query)["requests"]
 
-    def test_it_can_be_read_while_clients_call(self):
-        with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            asked = [pool.submit(self.outcome, f"number {number}") for number in range(200)]
-            while not all(future.done() for future in asked):
-                for call in self.server.requests:
-                    self.assertEqual(call.kind, "chat")
-            for future in asked:
-                future.result()
+    def numbers(self, query):
+        return [call["n"] for call in self.listed(query)]
 
     def test_what_came_back(self):
-        before = time.time()
-        said = self.chat()
-        events = self.stream()
-        whole, streamed = self.server.requests
-        self.assertEqual(whole.reply, said)
-        self.assertEqual(streamed.reply, events)
-        self.assertEqual((whole.outcome, streamed.outcome), ("complete", "complete"))
-        self.assertEqual(streamed.events_sent, len(events) + 1)  # and [DONE]
-        self.assertEqual((whole.usage, streamed.usage), (said["usage"],) * 2)
-        self.assertTrue(before - 1 <= whole.at <= time.time() + 1)
-        self.assertEqual(whole.headers["AUTHORIZATION"], "Bearer ***")
+        whole = self.chat()
+        events = self.stream(stream_options={"include_usage": True})
+        one, two = self.server.requests
+        self.assertEqual((one.reply, one.events_sent, one.outcome), (whole, 0, "complete"))
+        self.assertEqual(two.reply, events)
+        self.assertEqual(
+            (two.events_sent, two.outcome), (len(events) + 1, "complete")
+        )  # with [DONE]
+        self.assertEqual(one.usage, whole["usage"])
+        self.assertEqual(two.usage["total_tokens"], whole["usage"]["total_tokens"])
+        for call, listed in zip((one, two), self.listed()):
+            facts = (call.reply, call.events_sent, call.outcome, call.usage)
+            names = ("reply", "events_sent", "outcome", "usage")
+            self.assertEqual(facts, tuple(listed[name] for name in names))
 
-    def test_a_large_reply_is_not_kept(self):
+    def test_when_it_came(self):
+        self.server = TogetherAiServer(clock=lambda: 1_700_000_000.25)
+        self.answer("GET", "/v1/models")
+        (call,) = self.server.requests
+        self.assertEqual(call.at, 1_700_000_000.25)
+        self.assertEqual(call.as_json()["at"], "2023-11-14T22:13:20.250Z")
+
+    def test_how_it_ended(self):
+        self.server.reply("a b c d", disconnect_after_chunks=2, times=1)
+        self.ask("POST", CHAT, {**HELLO, "stream": True})
+        self.server.reply("a b c d " * 50, latency=50, times=1)
+        body = json.dumps({**HELLO, "stream": True})
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=PATIENCE)
+        with contextlib.closing(connection):
+            connection.request("POST", CHAT, body, KEY)
+            with connection.getresponse() as response:
+                response.readline()
+        cut, left = self.server.requests
+        self.assertEqual((cut.outcome, cut.events_sent, len(cut.reply)), ("cut", 2, 2))
+        self.assertTrue(wait_until(lambda: left.outcome), "it goes on and on")
+        self.assertEqual(left.outcome, "left")
+        self.assertLess(left.events_sent, 200)
+        for outcome, number in (("cut", 1), ("left", 2)):
+            self.assertEqual(self.numbers(f"?outcome={outcome}"), [number])
+
+    def test_large_replies_are_not_kept(self):
         with mock.patch.object(fake, "MAX_RECORDED_BODY_BYTES", 100):
             self.chat()
-            self.assertIsNone(self.server.requests[-1].reply)
+            self.stream()
+        whole, stream = self.server.requests
+        self.assertEqual((whole.status, whole.reply), (200, None))
+        self.assertLess(len(stream.raw_reply), 101)
+        self.assertGreater(stream.events_sent, 2)
 
-    def test_how_a_stream_ended(self):
-        self.server.fail(disconnect_after_chunks=2, times=1)
-        self.ask("POST", CHAT, {**HELLO, "stream": True})
-        cut = self.server.requests[-1]
-        self.assertEqual((cut.outcome, cut.events_sent), ("cut", 2))
-        self.server.reply(self.text() * 9, latency=20, times=1)
-        body = json.dumps({**HELLO, "stream": True}).encode()
-        with socket.create_connection(("127.0.0.1", self.server.port), timeout=PATIENCE) as client:
-            client.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-            receive_until(client, b"\n\n\r\n")
-        left = self.server.requests[-1]
-        self.assertTrue(wait_until(lambda: left.outcome))
-        self.assertEqual(left.outcome, "left")
+    def test_the_record_is_a_list_of_its_own(self):
+        self.chat("one")
+        before = self.server.requests
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(self.chat, f"{number}") for number in range(40)]
+            while not all(each.done() for each in asked):
+                self.assertEqual([call.kind for call in self.server.requests[-3:]][:1], ["chat"])
+        self.assertIs(type(before), list)
+        self.assertEqual((len(before), len(self.server.requests)), (1, 41))
+        self.assertEqual([call.number for call in self.server.requests[:2]], [1, 2])
 
-    def test_an_option_without_effect_is_told(self):
-        self.server.reply("x", chunk_size=3)
+    def test_headers_in_any_case(self):
+        self.ask("GET", "/v1/models", headers={**KEY, "X-Run": "7"})
+        headers = self.server.requests[0].headers
+        for name in ("X-Run", "x-run", "X-RUN"):
+            self.assertEqual((headers[name], headers.get(name), name in headers), ("7", "7", True))
+        self.assertNotIn("X-Other", headers)
+
+    def test_fine_prints(self):
+        self.server.reply("x", chunk_size=2, truncate_after_chunks=1)
         self.chat()
-        (warning,) = self.server.requests[-1].warnings
-        self.assertIn("chunkSize had no effect", warning)
+        self.ask("POST", CHAT, {**HELLO, "stream": True})
+        whole, stream = [" ".join(call.warnings) for call in self.server.requests]
+        idle = "the fixture's chunkSize, truncateAfterChunks had no effect on a whole reply"
+        self.assertIn(idle, whole)
+        self.assertNotIn("no effect", stream)
 
-    def test_lines_of_batches_are_marked(self):
-        file = self.server.add_file(batch_lines(QUESTIONS), purpose="batch-api")
-        self.server.instant_jobs = True
-        body = {"endpoint": CHAT, "input_file_id": file["id"]}
-        job = self.json("POST", "/v1/batches", body, status=201)["job"]
+    def test_batch_lines_are_recorded_and_marked(self):
+        self.server.seed("files", SEEDS["files"])
+        (job,) = self.server.seed("batches", SEEDS["batches"])
+        self.climb("/v1/batches/id")
         lines = [call for call in self.server.requests if call.batch]
-        self.assertEqual({call.batch for call in lines}, {job["id"]})
-        self.assertEqual([call.body["messages"][0]["content"] for call in lines], QUESTIONS)
-        listed = self.json("GET", f"/__parlel/requests?batch={job['id']}")
-        self.assertEqual(listed["count"], len(QUESTIONS))
+        self.assertEqual([(call.kind, call.batch) for call in lines], [("chat", job["id"])])
+        self.assertEqual(lines[0].body["messages"], say("hello"))
+        self.assertEqual(self.numbers("?batch=id"), [lines[0].number])
+        self.assertNotIn(lines[0].number, self.numbers("?batch="))
 
     def test_filters(self):
         self.outcome("one")
-        self.server.fail(503, user_message="two")
-        self.outcome("two")
-        self.ask("POST", CHAT, HELLO, {**KEY, "X-Run": "7"})
-        self.stream()
-        for query, numbers in (
-            ("kind=chat", [1, 2, 3, 4]),
-            ("kind=image", []),
-            ("status=5xx", [2]),
-            ("outcome=complete&status=200", [1, 3, 4]),
-            ("header=X-Run", [3]),
-            ("header=x-run:7", [3]),
-            ("header=x-run:8", []),
-            ("text=two", [2]),
-        ):
-            with self.subTest(query):
-                found = self.json("GET", f"/__parlel/requests?{query}")["requests"]
-                self.assertEqual([call["n"] for call in found], numbers)
-        error = self.json("GET", "/__parlel/requests?knd=chat", status=400)["error"]
-        self.assertEqual(error["param"], "knd")
-
-    def test_it_says_what_it_is(self):
-        self.server.reply("x")
-        self.chat()
-        shown = f"<TogetherAiServer {self.server.url}: 1 calls, 1 fixtures>"
-        self.assertEqual(repr(self.server), shown)
-        self.assertRegex(repr(self.server.requests[0]), "POST " + CHAT)
+        self.ask("POST", "/v1/embeddings", {"model": "m", "input": "two"}, {**KEY, "X-Run": "7"})
+        self.server.fail(disconnect_after_chunks=0)
+        with contextlib.suppress(http.client.HTTPException, OSError):
+            self.ask("POST", CHAT, {**HELLO, "stream": True}, {**KEY, "X-Run": "8"})
+        for query, numbers in {
+            "?kind=chat": [1, 3],
+            "?kind=embedding": [2],
+            "?outcome=cut": [3],
+            "?header=X-Run": [2, 3],
+            "?header=x-run:7": [2],
+            "?header=X-Run:%208&kind=chat": [3],
+            "?header=X-Run&kind=image": [],
+        }.items():
+            with self.subTest(query=query):
+                self.assertEqual(self.numbers(query), numbers)
+        message = self.json("GET", "/__parlel/requests?knd=chat", status=400)["error"]["message"]
+        self.assertIn("knd", message)
 
 
-class ManyTestsTests(ScriptingCase):
-    """Many tests, one server: X-Test-Id keeps them apart."""
-
-    def say(self, test, text="hi"):
-        return self.ask(
-            "POST", CHAT, {"model": "m", "messages": say(text)}, {**KEY, "X-Test-Id": test}
-        )
-
-    def test_fixtures_counts_and_the_record_are_apart(self):
-        def content(test):
-            return self.say(test).json["choices"][0]["message"]["content"]
-
-        self.server.reply("each once", times=1)
-        self.server.reply("a's alone", test_id="a")
-        self.assertEqual([content("a"), content("a")], ["each once", "a's alone"])
-        self.assertEqual(content("b"), "each once")
-        for sequence in (0, 1):
-            self.server.reply(f"number {sequence}", user_message="hi", sequence_index=sequence)
-        self.assertEqual([content("c") for _ in range(3)][1:], ["number 0", "number 1"])
-        listed = self.json("GET", "/__parlel/requests?test=a")
-        self.assertEqual([call["n"] for call in listed["requests"]], [1, 2])
-        self.json("POST", "/__parlel/reset?test=a")
-        self.assertEqual(self.json("GET", "/__parlel/requests?test=a")["count"], 0)
-        self.assertEqual(self.json("GET", "/__parlel/requests?test=c")["count"], 3)
-        self.assertEqual(content("a"), "each once")
-        self.assertNotEqual(content("b"), "each once")
-
-    WORKER = """
-import json, sys, urllib.request
-url, test = sys.argv[1:]
-def call(path, body=None):
-    data = None if body is None else json.dumps(body).encode()
-    headers = {"Authorization": "Bearer x", "X-Test-Id": test}
-    with urllib.request.urlopen(urllib.request.Request(url + path, data, headers)) as answer:
-        return json.load(answer)
-match = {"userMessage": "hi", "testId": test}
-own = [{"match": match, "response": {"content": f"{test} {n}"}, "times": 1} for n in range(20)]
-for _ in range(3):
-    for fixture in own:
-        call("/__parlel/fixtures", {"fixtures": [fixture]})
-    chat = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
-    said = [call("/v1/chat/completions", chat)["choices"][0]["message"]["content"] for _ in own]
-    assert said == [f"{test} {n}" for n in range(20)], said
-    assert call(f"/__parlel/requests?test={test}")["count"] == 20
-    call(f"/__parlel/reset?test={test}", {})
-    for fixture in call("/__parlel/fixtures")["fixtures"]:
-        if fixture["match"]["testId"] == test:
-            path = f"{url}/__parlel/fixtures/{fixture['number']}"
-            urllib.request.urlopen(urllib.request.Request(path, method="DELETE")).close()
+# What each of many programs does: it asks a server, and prints what it was told.
+TEST_PROGRAM = """
+import http.client, json, sys
+port, test = int(sys.argv[1]), sys.argv[2]
+connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+headers = {"Authorization": "Bearer x", "Content-Type": "application/json", "X-Test-Id": test}
+told = []
+for text in ["once", "once", "next", "next", "next", "who"]:
+    body = {"model": "m", "messages": [{"role": "user", "content": text}]}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    told.append(json.load(connection.getresponse())["choices"][0]["message"]["content"])
+print(json.dumps(told))
 """
 
-    def test_eight_processes_share_a_server(self):
+
+class SharedServerTests(ScriptingCase):
+    """Many tests, one server: an X-Test-Id separates them."""
+
+    def script(self, tests):
+        self.server.reply("again", user_message="once")
+        self.server.reply("first", user_message="once", times=1)
+        for number in range(3):
+            self.server.reply(str(number), user_message="next", sequence_index=number)
+        for test in tests:
+            self.server.reply(f"I am {test}", user_message="who", test_id=test)
+
+    def test_eight_processes_against_one_server(self):
+        tests = [f"test-{number}" for number in range(8)]
+        self.script(tests)
+        command = [sys.executable, "-c", TEST_PROGRAM, str(self.server.port)]
         programs = [
-            subprocess.Popen(
-                [sys.executable, "-c", self.WORKER, self.server.url, f"test-{number}"],
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for number in range(8)
+            subprocess.Popen([*command, test], stdout=subprocess.PIPE, text=True) for test in tests
         ]
-        for program in programs:
-            _, problems = program.communicate(timeout=3 * PATIENCE)
-            self.assertEqual((program.returncode, problems), (0, ""))
+        for test, program in zip(tests, programs):
+            told, _ = program.communicate(timeout=60)
+            wanted = ["first", "again", "0", "1", "2", f"I am {test}"]
+            self.assertEqual(json.loads(told), wanted)
+        for test in tests:
+            calls = self.json("GET", f"/__parlel/requests?test={test}")["requests"]
+            self.assertEqual([call["test"] for call in calls], [test] * 6)
+
+    def test_one_is_reset_without_the_others(self):
+        self.script([])
+        first = {test: {**KEY, "X-Test-Id": test} for test in ("a", "b")}
+
+        def ask(test):
+            body = {"model": "m", "messages": say("once")}
+            return self.post(CHAT, body, first[test]).json["choices"][0]["message"]["content"]
+
+        self.assertEqual([ask(test) for test in "aabb"], ["first", "again"] * 2)
+        self.json("POST", "/__parlel/reset?test=a")
+        self.assertEqual([call.test for call in self.server.requests], ["b", "b"])
+        self.assertEqual([ask(test) for test in "ab"], ["first", "again"])
+        self.server.reset(test="b")
+        self.assertEqual([call.test for call in self.server.requests], ["a"])
+        self.assertEqual([ask(test) for test in "ab"], ["again", "first"])
 
 
-class TypingTests(unittest.TestCase):
-    """For people who type: mypy finds a typo, help() shows what is needed first."""
+GOOD_TYPES = """
+import re
+from pathlib import Path
+from together_fake import TogetherAiServer
 
-    RIGHT = """
-import pathlib, re
-from together_fake import Call, Fixture, TogetherAiServer
-with TogetherAiServer(port=0, record=None) as server:
-    fixture: Fixture = server.reply("x", user_message=re.compile("h"), times=1)
-    server.fail(429, retry_after=1.5)
-    server.load(pathlib.Path("a.json"))
-    call: Call = server.assert_called("chat", model="m", times=1)
-    calls: list[Call] = server.requests
+server = TogetherAiServer(port=0)
+server.reply("Hi!", user_message=re.compile("hello"), times=1)
+server.reply(tool_calls=[{"name": "f", "arguments": {}}], turn_index=0, latency=1.5)
+server.fail(429, retry_after=1, times=2, endpoint="chat")
+server.load(Path("a.json"))
+server.assert_called("chat", model="m", body={"n": 1}).headers["X-Run"].upper()
+server.requests[-1].outcome.upper()
 """
-    WRONG = (
-        ('server.reply("x", user_mesage="h")', "user_mesage"),
-        ("server.fail(retry_after='soon')", "retry_after"),
-        ('server.assert_called("chat", modle="m")', "modle"),
-        ("server.load(5)", "load"),
-    )
 
-    def check(self, source):
+
+class TypeTests(unittest.TestCase):
+    """mypy and editors find what is misspelt."""
+
+    def run_mypy(self, text):
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "user.py")
-            path.write_text(source, "utf-8")
-            command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", folder, str(path)]
-            env = {**os.environ, "MYPYPATH": str(HERE)}
-            done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
-            return done.returncode, done.stdout
+            Path(folder, "mine.py").write_text(text, "utf-8")
+            options = ["--strict", "--cache-dir", os.path.join(folder, "cache"), "mine.py"]
+            done = subprocess.run(
+                [sys.executable, "-m", "mypy", *options],
+                cwd=folder,
+                env={**os.environ, "MYPYPATH": str(HERE)},
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            return done.stdout
 
-    def test_mypy_finds_a_typo(self):
+    def test_a_typo_is_found(self):
         need("mypy")
-        status, said = self.check(self.RIGHT)
-        self.assertEqual(status, 0, said)
-        lines = "".join(f"    {line}\n" for line, _ in self.WRONG)
-        status, said = self.check(self.RIGHT + lines)
-        found = [line for line in said.splitlines() if "error:" in line]
-        self.assertEqual((status, len(found)), (1, len(self.WRONG)), said)
-        for line, (_, word) in zip(found, self.WRONG):
-            self.assertIn(word, line)
+        wrong = (
+            'server.reply("x", user_mesage="y")',
+            "server.fail(429, retry_afer=1)",
+            'server.assert_called("chat", modle="m")',
+            'server.calls_to("chat", temperature=1)',
+            'server.reply("x", times="1")',
+            "server.load(1)",
+        )
+        found = self.run_mypy(GOOD_TYPES + "\n".join(wrong) + "\n")
+        first = GOOD_TYPES.count("\n") + 1
+        lines = {int(line) for line in re.findall(r"^mine\.py:(\d+): error", found, re.M)}
+        self.assertEqual(lines, set(range(first, first + len(wrong))), found)
 
-    def test_paths_may_be_objects(self):
-        with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder, "a.json")
-            server = TogetherAiServer()
-            server.save(path)
-            server.load(path)
+
+class HelpTests(FakeCase):
+    """What a reader is told by Python itself."""
+
+    def test_the_head_of_the_file(self):
+        for words in ("MIT licence", f"Version {fake.__version__}.", "Source: together_fake"):
+            self.assertIn(words, fake.__doc__)
+        promise = "Answers change only with the minor version"
+        self.assertIn(promise, " ".join(fake.__doc__.split()))
 
     def test_help_begins_with_what_users_need(self):
-        import pydoc
-
         text = pydoc.plain(pydoc.render_doc(TogetherAiServer))
-        self.assertIn("with TogetherAiServer(port=0) as server:", text.partition("start(")[0])
-        public = re.findall(r"^ \|  (\w+)\(", text, re.M)
-        wanted = ["start", "stop", "reply", "fail", "load", "save", "assert_called", "reset"]
-        self.assertLessEqual(set(wanted), set(public))
-        self.assertLess(max(public.index(name) for name in wanted), 20)
+        head = text[: text.index("Methods defined here")]
+        for name in ("start", "stop", "reset", "base_url", "env", "reply", "fail", "requests"):
+            self.assertIn(name, head)
+            self.assertTrue(inspect.getdoc(getattr(TogetherAiServer, name)), name)
+        self.assertIn("user_message: ", text)
 
-    def test_the_head_of_the_file_tells_what_it_is(self):
-        head = (HERE / "together_fake.py").read_text("utf-8")[:1500]
-        for words in (f"version {fake.__version__}", "MIT", "only with the minor version"):
-            self.assertIn(words, head)
+    def test_repr_shows_the_url_and_the_counts(self):
+        self.chat()
+        fixture = self.server.reply("x")
+        counts = "1 calls, 1 fixtures"
+        self.assertEqual(repr(self.server), f"<TogetherAiServer {self.server.url}: {counts}>")
+        stopped = "<TogetherAiServer stopped: 0 calls, 0 fixtures>"
+        self.assertEqual(repr(TogetherAiServer()), stopped)
+        self.chat()
+        self.assertEqual(repr(fixture), "<Fixture run time[0]: text, served 1 times>")
 
 
 # === HTTP ===

@@ -1,12 +1,12 @@
 """A local, repeatable stand-in for the Together AI HTTP API, in one file without dependencies.
 
-together_fake, version 0.3.0, MIT licence: keep this head where you copy the file. What it answers
-changes only with the minor version; its README says how.
-
 An unmodified Together or OpenAI client that is pointed here behaves as it does in production,
 except that every answer is a repeatable function of the request, costs nothing and arrives at
 once. No model runs: texts are made from word lists, vectors from hashed words, images from
 shapes.
+
+MIT licence. Source: together_fake, of which this file is the whole. Version 0.3.0. Answers change
+only with the minor version, which is the second number.
 
 Copied into a repository and started by a test:
 
@@ -88,8 +88,9 @@ from urllib.parse import parse_qsl, unquote
 TYPE_CHECKING = False  # as in typing, whose import would cost a cold start 4 ms
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-    from typing import Any, AnyStr, Union
+    from typing import Any, AnyStr, TypeVar, Union
 
+    Verb = TypeVar("Verb", bound=Callable[..., Any])
     TextMatch = Union[str, re.Pattern[str], Mapping[str, str]]  # a text, or a pattern
 
 __all__ = ["ApiError", "Call", "TogetherAiServer", "main"]
@@ -602,7 +603,7 @@ class Fields(dict):  # type: ignore[type-arg]
         super().__init__((row.name, row) for row in rows)
         self.required = tuple(row.name for row in rows if row.required)
         self.closed = closed
-        self.ignored = frozenset(ignored.split())
+        self.ignored: frozenset[str] = frozenset(ignored.split())
 
     def check(self, values: dict[str, Any], place: str = "") -> None:
         """Check values in place; unknown names pass, unless closed; `null` counts as absent."""
@@ -3659,10 +3660,7 @@ class MatchFacts(dict):  # type: ignore[type-arg]
 DECODE_BASE64 = functools.partial(base64.b64decode, validate=True)
 
 
-PATTERN = Fields(
-    Field("pattern", str, required=True),
-    closed=True,
-)
+PATTERN = Fields(Field("pattern", str, required=True), closed=True)
 
 
 # Numbers of fixtures stay as they were written: 5 is not made 5.0.
@@ -3995,7 +3993,7 @@ def write_pattern(pattern: re.Pattern[str]) -> dict[str, str]:
 
 def as_json(value: Any) -> Any:
     """Return what a model of pydantic, or anything else with `model_dump`, stands for."""
-    dump = getattr(value, "model_dump", None)
+    dump = None if isinstance(value, type) else getattr(value, "model_dump", None)
     return dump(mode="json") if callable(dump) else value
 
 
@@ -4091,20 +4089,21 @@ def read_entry(
     return kind, entry
 
 
-def compile_text(key: str, wanted: Any, place: str, trusted: bool) -> Any:
-    """Return the pattern of a wanted text, of each text of a list, or of `{"pattern": ...}`.
+def compile_pattern(source: str, place: str, trusted: bool) -> SafePattern:
+    """Return a fixture's pattern; raise ValueError naming the place of one that is none."""
+    try:
+        return SafePattern(source, trusted)
+    except re.error as error:
+        reason = f"must be a regular expression that compiles, not {preview(source)}: {error}"
+    except (ValueError, RecursionError, OverflowError) as error:
+        reason = str(error)
+    raise ValueError(f"{place}.pattern: {reason}")
 
-    Raises ValueError naming the pattern that cannot be matched.
-    """
+
+def compile_text(key: str, wanted: Any, place: str, trusted: bool) -> Any:
+    """Return the pattern of a wanted text, of each text of a list, or of `{"pattern": ...}`."""
     if isinstance(wanted, dict):
-        try:
-            return SafePattern(wanted["pattern"], trusted)
-        except (ValueError, re.error, RecursionError, OverflowError) as error:
-            shown = preview(wanted["pattern"])
-            raise ValueError(
-                f"{place}.pattern: must be a regular expression that can be matched, not {shown}:"
-                f" {error}"
-            ) from None
+        return compile_pattern(wanted["pattern"], place, trusted)
     if isinstance(wanted, list):
         return re.compile(r"(?s)\A" + "".join(f"(?=.*{re.escape(text)})" for text in wanted))
     is_whole = key == "model" and "/" in wanted  # the id of Together's models has no shorter form
@@ -4171,6 +4170,7 @@ class Fixture:
     source    "run time[3]", "header" or "file NAME[3]"
     served    how often it was
     when      is asked with the request
+    place     where the entry stands, for errors
     answers   what further answers come from, one for each time it is served
     """
 
@@ -4259,6 +4259,9 @@ class Fixture:
         response: dict[str, Any] = self._normalise(said)
         return response
 
+    def __repr__(self) -> str:
+        return f"<Fixture {self.source}: {self.kind}, served {self.served} times>"
+
     def describe(self) -> dict[str, Any]:
         """Return the fixture's JSON with its source and how often it was served."""
         number = {} if self.in_file else {"number": self.number}
@@ -4287,10 +4290,9 @@ def parse_fixtures(
             if FOREIGN_ENDPOINTS.match(str(get_path(entry, "match", "endpoint"))):
                 ignored.append(f"fixtures[{index}]")
             else:
-                inner = f"fixtures[{index}]"
-                kind, clean_entry = read_entry(entry, inner, str, ignored)
-                fixture = Fixture(kind, clean_entry, source, trusted=trusted, place=inner)
-                fixtures.append(fixture)
+                at = f"fixtures[{index}]"
+                kind, clean_entry = read_entry(entry, at, str, ignored)
+                fixtures.append(Fixture(kind, clean_entry, source, trusted=trusted, place=at))
                 fixtures[-1].in_file = bool(place)
     except ValueError as error:
         raise ValueError(f"{prefix}{error}") from None
@@ -4322,20 +4324,32 @@ def load_fixtures(path: str, warnings: list[str] | None = None) -> list[Fixture]
     return fixtures
 
 
+HEADER_KEYS = (*RESPONSE, *OPTIONS)
+FOREIGN_KEYS = ENTRY.ignored.union(*[rows.ignored for _, rows, _ in RESPONSES.values()])
+
+
+def split_header(given: dict[str, Any], place: str) -> dict[str, Any]:
+    """Return an answer that is mixed with options as an entry; ValueError names a strange key."""
+    for key in given:
+        if key not in HEADER_KEYS and key not in FOREIGN_KEYS:
+            raise ValueError(f"{place}.{key}: unknown key{suggest(key, HEADER_KEYS)}")
+    options = {key: given[key] for key in given if key in OPTIONS}
+    said = {key: given[key] for key in given if key not in OPTIONS}
+    return {**({"response": said} if said else {}), **options}
+
+
 def parse_header(text: str) -> Fixture:
     """Build the fixture of an X-Parlel-Fixture header: one entry, or a response alone."""
     with contextlib.suppress(UnicodeError):  # header bytes are read as latin-1, curl sends UTF-8
         text = text.encode("latin-1").decode()
+    at = "X-Parlel-Fixture"
     try:
         entry = json.loads(text)
         if isinstance(entry, dict) and not entry.keys() & {"match", "response"}:
-            options = {key: entry.pop(key) for key in [*entry] if key in OPTIONS}
-            entry = {**({"response": entry} if entry else {}), **options}
+            entry = split_header(entry, at)
         if isinstance(entry, dict):
             entry = {"match": {}, **entry}
-        place = "X-Parlel-Fixture"
-        kind, entry = read_entry(entry, place)
-        fixture = Fixture(kind, entry, "header", trusted=False, place=place)
+        fixture = Fixture(*read_entry(entry, at), "header", trusted=False, place=at)
         fixture.sequence = None  # one request is no sequence
         return fixture
     except (ValueError, RecursionError) as error:
@@ -4353,7 +4367,7 @@ KEYWORDS.update(response_model=("response", "model"), not_=KEYWORDS.pop("not"))
 
 def as_response(word: str, value: Any) -> Any:
     """Return a keyword's value as a fixture has it: bytes as base64, a text as a transcription."""
-    if isinstance(value, (bytes, bytearray)):
+    if isinstance(value, (bytes, bytearray)) and word in ("image", "audio"):
         encoded = base64.b64encode(value).decode()
         return {"b64Json": encoded} if word == "image" else encoded
     if word == "transcription" and isinstance(value, str):
@@ -4384,8 +4398,7 @@ def fixture_from_keywords(verb: str, keywords: Mapping[str, Any], when: Any = No
     if answers is not None:
         entry["response"]["content"] = ""
     entry["response"] = entry["response"] or None
-    place = f"{verb}()"
-    fixture = Fixture(*read_entry(entry, place, to_camel), when=when, place=place)
+    fixture = Fixture(*read_entry(entry, f"{verb}()", to_camel), when=when, place=f"{verb}()")
     fixture.answers = None if answers is None else Answers(answers)
     return fixture
 
@@ -4502,6 +4515,14 @@ def show_miss(miss: dict[str, Any]) -> dict[str, Any]:
         return miss
     diff = show_difference(miss["wanted"], miss["got"])
     return {**miss, "diff": diff} if diff else miss
+
+
+def write_miss(miss: dict[str, Any]) -> str:
+    """Say why a fixture was passed over."""
+    if "diff" in miss:
+        return f"{miss['fixture']}: {miss['differs']} differs:\n{miss['diff']}\n"
+    got, wanted = preview(miss["got"]), preview(miss["wanted"])
+    return f"{miss['fixture']}: {miss['differs']} is {got}, the fixture wants {wanted}."
 
 
 class Fixtures:
@@ -4715,7 +4736,8 @@ class Fixtures:
                 names = [name.lower() for name in wanted if not is_secret_header(name)]
                 got = {name: got.get(name) for name in names}
             elif key == "body":
-                got = preview(redact(got), MAX_SHOWN)
+                asked = {name: got[name] for name in wanted if name in got}
+                got = preview(redact(asked), MAX_SHOWN)
             return f"match.{key}", wanted, got[:MAX_SHOWN] if isinstance(got, str) else got
         if fixture.when is not None and not facts.asked.get(fixture):
             return "when", True, False
@@ -4744,12 +4766,7 @@ class Fixtures:
 
     def miss_error(self, request: Request, misses: list[dict[str, Any]]) -> ApiError:
         """Build the 404 that says, of each fixture, why it does not answer this request."""
-        reasons = [
-            f" {miss['fixture']}: {miss['differs']} is {preview(miss['got'])}, the fixture wants"
-            f" {preview(miss['wanted'])}." + (f"\n{miss['diff']}\n" if "diff" in miss else "")
-            for miss in misses
-            if miss["differs"]
-        ]
+        reasons = [f" {write_miss(miss)}" for miss in misses if miss["differs"]]
         more = len(self) - MAX_NEAR_MISSES
         reasons += [f" And {more} more."] if more > 0 else []
         reason = "".join(reasons) or " There are no fixtures."
@@ -12397,9 +12414,17 @@ def check_operation(operation: str) -> None:
     raise ValueError(f"no operation is called {operation!r}{suggest(operation, sorted(names))}")
 
 
+def find_kind(call: Call) -> str:
+    """Return the kind that fixtures know a call by: `job`, or "" for routes that have none."""
+    try:
+        return find_route(call.method, collapse_path(call.path, False))[0].kind
+    except ApiError:
+        return ""
+
+
 def find_call_mismatch(fixture: Fixture, call: Call) -> tuple[str, Any, Any] | None:
     """Return the first key of a match in which a recorded call differs: key, wanted, got."""
-    facts = MatchFacts(call.kind, call.as_request())
+    facts = MatchFacts(find_kind(call), call.as_request())
     wanted = {key: value for key, value in fixture.wanted.items() if key != "response"}
     key = find_mismatch(wanted, facts)
     if key is not None:
@@ -12411,7 +12436,7 @@ def find_call_mismatch(fixture: Fixture, call: Call) -> tuple[str, Any, Any] | N
 
 def describe_mismatch(fixture: Fixture, call: Call) -> str:
     """Say how a recorded call differs from what a fixture wants."""
-    if call.kind not in fixture.kinds and fixture.kind != "generated":
+    if find_kind(call) not in fixture.kinds:
         return f": its kind is {call.kind}, the fixture answers {', '.join(fixture.kinds)}"
     found = find_call_mismatch(fixture, call)
     if found is None:
@@ -12419,6 +12444,8 @@ def describe_mismatch(fixture: Fixture, call: Call) -> str:
     key, wanted, got = found
     if key == "headers":
         got = {name: got.get(name.lower()) for name in wanted if not is_secret_header(name)}
+    elif key == "body":  # what nobody asked about is no news
+        got = {name: got[name] for name in wanted if name in got}
     diff = show_difference(wanted, got).replace("\n", "\n    ")
     plain = f": {to_snake(key)} is {preview(got)}, wanted {preview(wanted)}"
     return f": {to_snake(key)} differs:\n    {diff}" if diff else plain
@@ -12426,14 +12453,35 @@ def describe_mismatch(fixture: Fixture, call: Call) -> str:
 
 def count_matches(fixture: Fixture, call: Call) -> int:
     """Return how many keys of a match hold for a recorded call; none where its kind differs."""
-    if call.kind not in fixture.kinds:
+    kind = find_kind(call)
+    if kind not in fixture.kinds:
         return -1
-    facts = MatchFacts(call.kind, call.as_request())
+    facts = MatchFacts(kind, call.as_request())
     return sum(
         find_mismatch({key: value}, facts) is None
         for key, value in fixture.wanted.items()
         if key != "response"
     )
+
+
+def suggest_keywords(verb: Verb) -> Verb:
+    """Have a keyword that a function lacks refused with the nearest one that it has.
+
+    Python does the same since 3.13, but where a field of the body is meant.
+    """
+    function: Any = verb
+    known = function.__code__.co_varnames[1 : 2 + function.__code__.co_kwonlyargcount]
+
+    @functools.wraps(verb)
+    def call(*args: Any, **keywords: Any) -> Any:
+        for word in keywords:
+            if word not in known:
+                near = suggest(word, known)
+                hint = "" if near.endswith("?") else f" (of the body: body={{{word!r}: ...}})"
+                raise TypeError(f"{function.__name__}() has no keyword {word!r}{hint}{near}")
+        return function(*args, **keywords)
+
+    return call  # type: ignore[return-value]
 
 
 END_SECONDS = 5.0  # for one server to end before the next one takes its port
@@ -12471,6 +12519,14 @@ URL_VARIABLES = (
 
 class TogetherAiServer:
     """The emulator: `with TogetherAiServer(port=0) as server:` and point a client at `.base_url`.
+
+    life      start(), stop(), reset(); `with` does the first two
+    address   url, base_url, port, env
+    script    reply(), fail(), load()
+    record    requests, calls_to(), assert_called(), assert_all_used(), save()
+    stored    add_file(), seed(), and files, batches, fine_tunes, ... by id
+
+    Everything else is for the handlers in this file, and may change. The options:
 
     port          0 takes any free one (default: 4863)
     host          the address to listen on (default: this machine alone)
@@ -12659,6 +12715,7 @@ class TogetherAiServer:
 
     # Scripts and assertions
 
+    @suggest_keywords
     def reply(
         self,
         content: Any = None,
@@ -12734,6 +12791,7 @@ class TogetherAiServer:
         keywords = {name: value for name, value in locals().items() if name in KEYWORDS}
         return self._add_fixture("reply", keywords, when)
 
+    @suggest_keywords
     def fail(
         self,
         status: int | None = None,
@@ -12800,6 +12858,7 @@ class TogetherAiServer:
         """Write a fixture file that answers every recorded call as it was answered."""
         write_file(os.fspath(path), record_calls(self.requests).write())
 
+    @suggest_keywords
     def calls_to(
         self,
         operation: str,
@@ -12825,6 +12884,7 @@ class TogetherAiServer:
         keywords = {name: value for name, value in locals().items() if name in KEYWORDS}
         return self._find_calls("calls_to", operation, keywords)
 
+    @suggest_keywords
     def assert_called(
         self,
         operation: str,
@@ -12853,8 +12913,9 @@ class TogetherAiServer:
         calls = self._find_calls("assert_called", operation, keywords)
         if (len(calls) != times) if times is not None else not calls:
             wanted = f"{times} calls" if times is not None else "a call"
-            given = {name: value for name, value in keywords.items() if value is not None}
-            detail = f" with {given!r}" if given else ""
+            given = [f"{name}={value!r}" for name, value in keywords.items() if value is not None]
+            given = [each if len(each) <= 160 else each[:157] + "..." for each in given]
+            detail = " with " + ", ".join(given) if given else ""
             listing = "\n  ".join(self._show_nearest(operation, keywords)) or "no call at all"
             raise AssertionError(
                 f"wanted {wanted} to {operation}{detail}, saw {len(calls)}; nearest:\n  {listing}"
