@@ -4528,9 +4528,9 @@ def write_miss(miss: dict[str, Any]) -> str:
 class Fixtures:
     """The fixtures of one server: which is served next, counted under one lock."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, exact: bool = False) -> None:
         self.seed = seed
-        self.exact = False  # turns hold exactly in files, too
+        self.exact = exact  # turns hold exactly in files, too
         self.warnings: list[str] = []
         self._lock = threading.RLock()
         self._files = Layer()
@@ -12568,8 +12568,7 @@ class TogetherAiServer:
         self.on_miss = on_miss
         self.instant_jobs = instant_jobs
         self.max_stored_bytes = max_stored_bytes
-        self.script = Fixtures(seed)
-        self.script.exact = on_miss == "error"
+        self.script = Fixtures(seed, exact=on_miss == "error")
         self.record_limit = record_limit
         self.log = log
         self.clock = clock
