@@ -917,6 +917,8 @@ BAD_ENTRIES = read_pairs(r"""
     fixtures[0]: holds what JSON cannot say: Out of range float values are not JSON compliant
 {"response": {"content": "x", "created": -1}}
     fixtures[0].response.created: must be at least 0, not -1
+{"response": {"content": "x", "usage": {"prompt_tokens": {"a": 1}}}}
+    fixtures[0].response.usage.prompt_tokens: must be a number, not {"a": 1}
 {"latncy": 1}
     fixtures[0].latncy: unknown key, did you mean latency?
 {"latency": -1}
@@ -2132,6 +2134,12 @@ class ToolTests(FakeCase):
         got = self.chat("weather", tools=[WEATHER], max_tokens=4)
         self.assertEqual(got["choices"][0]["finish_reason"], "length")
         self.assertLessEqual(got["usage"]["completion_tokens"], 4)
+
+    def test_a_schema_that_is_none_is_no_bug(self):
+        odd = tool("see", parameters={"type": "object", "properties": 1.5})
+        for choice in ("auto", "required"):
+            body = {**HELLO, "tools": [odd], "tool_choice": choice}
+            self.assertIn(self.ask("POST", CHAT, body).status, (200, 400))
 
     def test_functions_before_they_were_tools(self):
         fields = {"functions": [WEATHER["function"]], "function_call": {"name": "get_weather"}}
@@ -5713,9 +5721,11 @@ class BoundTests(FakeCase):
             ("videos", {"fps": 10**6}, "videos[0].fps"),
             ("files", {"bytes": -1}, "files[0].bytes"),
             ("batches", {"created": 10**30}, "batches[0].created"),
+            ("files", {"content": {}}, "files[0].content"),
         ):
             with self.subTest(item=item):
                 self.assertRefused("/__parlel/seed", {collection: [item]}, place)
+        self.assertEqual(self.json("POST", "/__parlel/seed", {"files": None}), {})
         (video,) = self.json(
             "POST", "/__parlel/seed", {"videos": [{"seconds": "999999", "size": "9x9"}]}
         )["videos"]

@@ -4048,6 +4048,9 @@ def check_response(response: dict[str, Any], place: str) -> None:
         raise ValueError(f"{place}.{empty or 'image'}: says nothing")
     if len({type(item) is list for item in response.get("embedding", ())}) > 1:
         raise ValueError(f"{place}.embedding: must be numbers, or a list of numbers each")
+    for name, count in response.get("usage", {}).items():
+        if name.endswith("_tokens") and isinstance(count, dict):
+            raise ValueError(f"{place}.usage.{name}: must be a number, not {preview(count)}")
     for index, block in enumerate(response.get("blocks", ())):
         for key in ("text",) if block["type"] == "text" else ("name", "arguments"):
             if key not in block:
@@ -6078,8 +6081,9 @@ def choose_tools(body: dict[str, Any]) -> list[dict[str, Any]]:
     ]
     best = max(shared)
     if best == 0 and len(offered) == 1:  # a form to fill in is known by its fields
-        fields = get_path(offered[0], "parameters", "properties") or {}
-        best = shared[0] = len(wanted & topic_words(" ".join(fields)))
+        fields = get_path(offered[0], "parameters", "properties")
+        described = " ".join(fields) if isinstance(fields, dict) else ""
+        best = shared[0] = len(wanted & topic_words(described))
     if best == 0:
         return offered[:1] if mode == "required" else []
     matching = [tool for tool, score in zip(offered, shared) if score == best]
@@ -10835,7 +10839,7 @@ def reset_server(server: TogetherAiServer, request: Request) -> Any:
 
 
 SEED_FIELDS = {
-    "files": UPLOAD_FIELDS,
+    "files": Fields(*UPLOAD_FIELDS.values(), Field("content", str)),
     "batches": BATCH_FIELDS,
     "fine_tunes": FINE_TUNE_FIELDS,
     "evaluations": EVALUATION_FIELDS,
@@ -10866,6 +10870,7 @@ def seed_objects(server: TogetherAiServer, request: Request) -> Any:
     if type(seeds) is not dict or not set(seeds) <= set(BUILDERS):
         raise ApiError("bad_body", reason=f"it must be an object with lists among {names}")
     Fields(*rows_of(names, list, each=Field("", dict))).check(seeds)
+    seeds = {name: items for name, items in seeds.items() if items is not None}
     for name, items in seeds.items():
         for index, item in enumerate(items):
             check_seed(name, item, f"{name}[{index}]")
