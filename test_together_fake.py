@@ -1704,6 +1704,20 @@ class ScriptedFaultTests(ScriptingCase):
             error = chunks.pop()["error"]["message"]
         return [chunk["choices"][0]["delta"]["content"] for chunk in chunks], error
 
+    def test_a_late_error_of_a_whole_body_is_that_error(self):
+        for response in ({"json": {"a": 1}}, {"raw": {"text": '{"a":1}'}}):
+            for path, body in (
+                (CHAT, HELLO),
+                (CHAT, {**HELLO, "stream": True}),
+                ("/v1/rerank", RERANK),
+                ("/v1/embeddings", {"model": "m", "input": "x"}),
+            ):
+                with self.subTest(response=response, path=path):
+                    fixture = json.dumps({**response, "errorAfterChunks": 1})
+                    got = self.ask("POST", path, body, {**KEY, "X-Parlel-Fixture": fixture})
+                    self.assertEqual(got.json["error"]["message"], "Internal server error")
+                    self.assertEqual(self.server.requests[-1].error, "")  # no bug
+
     def test_status_has_its_body_and_the_seconds_to_wait(self):
         self.server.fail(429, retry_after=7, times=1)
         self.assertEqual([self.outcome("hi"), isinstance(self.outcome("hi"), str)], [429, True])

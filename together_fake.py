@@ -4198,12 +4198,11 @@ class Fixture:
         self.when = when
         self.answers: Answers | None = None
         self.position = 0  # in its layer
-        self.set_response(kind, entry.get("response", {}))
         self.options = {key: entry[key] for key in OPTIONS if key in entry}
+        self.set_response(kind, entry.get("response", {}))
         self.times: int | None = self.options.get("times")
         self.chunk_size: int | None = self.options.get("chunkSize")  # characters; None: a token
         self.faulty = not self.options.keys() <= {"times", "chunkSize", "shouldRetry"}
-        self.breaks_late = "errorAfterChunks" in self.options  # an error, but in the stream
         self.match: dict[str, Any] = entry["match"]
         self.turn: int | None = self.match.get("turnIndex")
         self.sequence: int | None = self.match.get("sequenceIndex")
@@ -4216,6 +4215,9 @@ class Fixture:
         """Say what it answers."""
         self.kind, self._said = kind, said
         self.kinds, _, self._normalise = RESPONSES[kind]
+        late = "errorAfterChunks" in self.options  # an error, but in the stream
+        # Whether the reply is what the fixture says, whatever the operation.
+        self.is_whole = kind in ("json", "raw") or (kind in ("error", "status") and not late)
         self._templated = kind == "text" and "{{" in json.dumps(said)
         self.response: dict[str, Any] = self._normalise(said)
         if kind == "text" and self.response["content"] is None:
@@ -13153,7 +13155,7 @@ class TogetherAiServer:
             return self._handle(route, request, call)
         call.fixture = fixture.source
         served, fixture = fixture, answer_response(fixture, request)
-        if fixture.kind in ("error", "status", "json", "raw") and not fixture.breaks_late:
+        if fixture.is_whole:
             reply = name_reply(error_reply(fixture, request), request)
         else:
             if fixture.kind not in ("generated", "error", "status"):
