@@ -3807,6 +3807,15 @@ class ModelTests(FakeCase):
             cursor = page["next_cursor"]
         self.assertEqual(seen, list(fake.MODELS))
 
+    def test_nothing_follows_an_unknown_cursor(self):
+        file = self.server.add_file(TRAIN)["id"]
+        paths = ("/v1/files", "/v1/projects", "/v2/projects/p/models", "/v2/supported-models")
+        for path in paths:
+            with self.subTest(path=path):
+                page = self.ask("GET", f"{path}?after=nothing")
+                self.assertEqual((page.status, page.json["data"]), (200, []))
+        self.assertEqual([f["id"] for f in self.ask("GET", "/v1/files").json["data"]], [file])
+
 
 class AccountTests(LocalCase):
     def test_who_am_i(self):
