@@ -5648,13 +5648,20 @@ class CallbackTests(FakeCase):
         self.assertEqual((said, len(asked)), (["late"] * 10, 10))
 
     def test_a_log_that_raises_or_hangs_delays_nobody(self):
-        leave = threading.Event()
+        logged, leave = threading.Event(), threading.Event()
         self.addCleanup(leave.set)
-        for log in (self.raise_exit, lambda line: leave.wait(PATIENCE)):
+
+        def hang(line):
+            logged.set()
+            leave.wait(2 * PATIENCE)
+
+        for log in (self.raise_exit, hang):
             with TogetherAiServer(port=0, log=log) as self.server:
                 said = {self.text() for _ in range(50)}
                 self.assertEqual(len(said), 1)
-                leave.set()
+                if log is hang:
+                    self.assertTrue(logged.wait(PATIENCE) and not leave.is_set())
+                    leave.set()
 
 
 class BoundTests(FakeCase):

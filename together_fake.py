@@ -153,7 +153,8 @@ SECRET_WORDS = frozenset((
     "password", "passwd", "passphrase", "credential", "credentials",
 ))  # fmt: skip
 SECRET_END = late_regex(  # of names that are written in one word, and of several secrets
-    r"(?:(?:api|access|secret|private|auth)[-_]?keys?|token|secrets?|passwords?|cookies?)[-_0-9]*\Z",
+    r"(?:(?:api|access|secret|private|auth)[-_]?keys?|token|secrets?|passwords?|cookies?)"
+    r"[-_0-9]*\Z",
     re.IGNORECASE,
 )
 NAME_PARTS = late_regex(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
@@ -4198,8 +4199,8 @@ class Fixture:
         self.when = when
         self.answers: Answers | None = None
         self.position = 0  # in its layer
-        self.options = {key: entry[key] for key in OPTIONS if key in entry}
         self.set_response(kind, entry.get("response", {}))
+        self.options = {key: entry[key] for key in OPTIONS if key in entry}
         self.times: int | None = self.options.get("times")
         self.chunk_size: int | None = self.options.get("chunkSize")  # characters; None: a token
         self.faulty = not self.options.keys() <= {"times", "chunkSize", "shouldRetry"}
@@ -4215,13 +4216,16 @@ class Fixture:
         """Say what it answers."""
         self.kind, self._said = kind, said
         self.kinds, _, self._normalise = RESPONSES[kind]
-        late = "errorAfterChunks" in self.options  # an error, but in the stream
-        # Whether the reply is what the fixture says, whatever the operation.
-        self.is_whole = kind in ("json", "raw") or (kind in ("error", "status") and not late)
         self._templated = kind == "text" and "{{" in json.dumps(said)
         self.response: dict[str, Any] = self._normalise(said)
         if kind == "text" and self.response["content"] is None:
             self.kinds = ["chat", "response"]  # tool calls alone
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its response is the reply, whatever the operation; a late error is not."""
+        late = "errorAfterChunks" in self.options
+        return self.kind in ("json", "raw") or (self.kind in ("error", "status") and not late)
 
     def remove(self) -> None:
         """Answer no further request."""
@@ -4379,7 +4383,7 @@ def as_response(word: str, value: Any) -> Any:
         return {"text": value}
     if word == "images" and isinstance(value, (list, tuple)):
         return [as_response("image", item) for item in value]
-    return as_json(value)
+    return value
 
 
 def is_answers(value: Any) -> bool:
@@ -4656,6 +4660,7 @@ class Fixtures:
         asked, kind = facts.asked, facts["response"]
 
         def list_misses(call: Call) -> list[dict[str, Any]]:
+            """Return why each fixture was passed over, for the record."""
             found = misses
             if found is None:
                 again = MatchFacts(kind, call.as_request())
@@ -5105,7 +5110,7 @@ def resolve_model(server: TogetherAiServer, id: str, type: str) -> Model:
     """Return the model of an id; an unknown one answers too, unless the server is strict."""
     model = server.models.get(id)
     if model is None:
-        if id in server.dormant:
+        if server.endpoints and any(each["name"] == id for each in server.endpoints):
             raise ApiError("not_running", model=id)
         if server.strict:
             raise ApiError("no_model", model=id[:100])
@@ -5160,7 +5165,7 @@ class Answer:
     created = CREATED
     role = "assistant"
     strict = False  # the server is
-    digits = ""  # 64 hexadecimal ones, drawn, for what has ids of another form
+    key = b""  # 32 bytes, drawn, for what has ids of another form
     prompt: Sequence[dict[str, Any]] = ()  # the echo
     reasons = False  # its model writes its reasoning
     overridden = False  # a fixture says what surrounds its text
@@ -6384,7 +6389,7 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
         else:
             choices.append(compose_choice(rng, body, model, budget, index))
     answer = Answer(request, form, choices, count_usage(prompt_tokens, choices))
-    answer.reasons, answer.digits = model.thinks, rng.key.hex()
+    answer.reasons, answer.key = model.thinks, rng.key
     if script:
         apply_script(answer, script)
     if "echo" in body or "logprobs" in body:
@@ -6873,7 +6878,7 @@ def compose_response(server: TogetherAiServer, request: Request) -> tuple[Answer
 
 def name_items(answer: Answer, output: Output) -> None:
     """Give the response and its items their ids, drawn from that of the chat's answer."""
-    request, script, digits = answer.request, answer.request.script, answer.digits
+    request, script, digits = answer.request, answer.request.script, answer.key.hex()
     if not script or not script.get("id"):
         answer.id = request.id = "resp_" + digits[:32]
     for at, (item, _) in enumerate(output):
@@ -8613,13 +8618,9 @@ def add_model(server: TogetherAiServer, name: str, base: str) -> None:
 
 def on_enter_endpoint(server: TogetherAiServer, endpoint: dict[str, Any], state: str) -> Any:
     """Let an endpoint answer while it is started."""
-    name = endpoint["name"]
-    server.models.pop(name, None)
-    server.dormant.pop(name, None)
+    server.models.pop(endpoint["name"], None)
     if state == "STARTED":
-        add_model(server, name, endpoint["model"])
-    else:
-        server.dormant[name] = state
+        add_model(server, endpoint["name"], endpoint["model"])
     return {}
 
 
@@ -8691,7 +8692,6 @@ def update_endpoint(server: TogetherAiServer, request: Request) -> Any:
 def delete_endpoint(server: TogetherAiServer, request: Request) -> Any:
     """Delete an endpoint."""
     endpoint = server.endpoints.remove(request.params["id"])
-    server.dormant.pop(endpoint["name"], None)
     for id in (endpoint["name"], *server.adapters.pop(endpoint["id"], ())):
         server.models.pop(id, None)
     return Reply(status=204)
@@ -9831,11 +9831,15 @@ def compile_json(match: str) -> dict[str, Any]:
 
 
 def holds_for(match: dict[str, Any], facts: MatchFacts) -> bool:
-    """Tell whether a match holds for a request, at its turn."""
+    """Tell whether a match holds for a request, at its turn.
+
+    Most requests differ in their texts: to look there first makes fixtures of 2,000 calls in
+    0.6 s instead of 5.
+    """
     turn = match.get("turnIndex")
     if turn is not None and turn != facts["turnIndex"]:
         return False
-    for key in ("userMessage", "inputText"):  # most differ here
+    for key in ("userMessage", "inputText"):
         text = facts[key]
         if key in match and not (isinstance(text, str) and match[key] in text):
             return False
@@ -12670,7 +12674,6 @@ class TogetherAiServer:
             self.endpoints = Collection("Endpoint", status="state")
             self.jobs = Collection("Job", key="job_id")  # uploads of models
             self.adapters: dict[str, list[str]] = Newest(MAX_OBJECTS)  # of endpoints, by their ids
-            self.dormant: dict[str, str] = Newest(MAX_OBJECTS)  # endpoints that do not answer
             self.contents: dict[str, bytes] = {}  # by file id; parts by "file id/number"
             self.uploads: dict[str, str] = Newest(MAX_OBJECTS)  # files of open multipart uploads
             self.outcomes: dict[str, str] = Newest(MAX_OBJECTS)  # how each job shall end

@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path = [path for path in sys.path if path != str(HERE)]  # openai-agents is `agents` too
-sys.path.append(str(Path(os.environ.get("TOGETHER_FAKE") or HERE.parent / "f.py").parent))
+sys.path.append(os.path.dirname(os.environ.get("TOGETHER_FAKE") or HERE))
 
 from together_fake import TogetherAiServer  # noqa: E402
 
@@ -113,7 +113,7 @@ def write_command(client: str, program: str, url: str) -> list[str]:
     lines = [f"{name} = {value!r}; " for name, value in names.items()]
     if not client.startswith("npm:"):
         return [sys.executable, "-c", "".join(lines) + "\n" + program]
-    constants = "".join(f"const {line}" for line in lines).replace("const URL", "var URL")
+    constants = "".join(f"const {line}" for line in lines)
     return ["node", "--input-type=module", "-e", constants + program]
 
 
