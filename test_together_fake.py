@@ -4575,7 +4575,7 @@ class EchoApp:
         return fake.Reply(b'{"status":"ok"}')
 
     def _refuse(self, error, method, path):
-        return fake.Reply(json.dumps(error.body()).encode(), error.status)
+        return fake.Reply(json.dumps({"error": error.envelope()}).encode(), error.status)
 
     def _body_limit(self, request):
         return 100 * 2**20 if request.path == "/v1/files" else fake.MAX_JSON_BYTES

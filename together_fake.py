@@ -360,11 +360,12 @@ class Cut(Exception):
 
 # === Errors ===
 
-# name: (status, message), by how it is known. The type follows from the status.
-ERRORS: dict[str, tuple[int, str]] = {
+TOO_LARGE = {"type": "request_too_large"}
+VAGUE = {"recorded": "Input validation error"}  # production names neither the field nor the reason
+# name: (status, message, and what else is not as usual in the envelope), by how it is known
+ERRORS: dict[str, tuple[Any, ...]] = {
     # recorded
     "empty_prompt": (400, "Prompt cannot be empty"),
-    "no_messages": (400, "Input required"),
     "unauthorized": (401, "Unauthorized"),
     "too_long_turbo": (
         400,
@@ -387,21 +388,25 @@ ERRORS: dict[str, tuple[int, str]] = {
         "Unable to access non-serverless model {model}. Please visit"
         " https://api.together.ai/models/{model} to create and start a new dedicated endpoint for"
         " the model.",
+        {"code": "model_not_available"},
     ),
     "not_running": (  # recorded up to the full stop
         400,
         "The dedicated endpoint for {model} is not running. Please start it before you send"
         " requests to it.",
+        {"code": "dedicated_endpoint_not_running"},
     ),
     "bad_key": (
         401,
         "Invalid API key provided. You can find your API key at"
         " https://api.together.ai/settings/api-keys.",
+        {"code": "invalid_api_key"},
     ),
     "no_model": (
         404,
         "Unable to access model {model}. Please visit https://api.together.ai/models"
         " to view the list of supported models.",
+        {"code": "model_not_available"},
     ),
     # reported by users
     "too_long_prompt": (
@@ -416,9 +421,9 @@ ERRORS: dict[str, tuple[int, str]] = {
         " messages or the completion to fit within the limit.",
     ),
     # chosen: production says "Input validation error" alone, or its words are unknown
-    "missing": (400, "Missing required field: {param}."),
-    "invalid": (400, "Input validation error: {param} {reason}."),
-    "bad_json": (400, "The body is not valid JSON: {reason}."),
+    "missing": (400, "Missing required field: {param}.", VAGUE),
+    "invalid": (400, "Input validation error: {param} {reason}.", VAGUE),
+    "bad_json": (400, "The body is not valid JSON: {reason}.", VAGUE),
     "bad_body": (400, "The body cannot be read: {reason}."),
     "bad_http": (400, "The HTTP request is malformed: {reason}."),
     "no_route": (404, "Unknown endpoint {path}.{reason}"),
@@ -426,7 +431,7 @@ ERRORS: dict[str, tuple[int, str]] = {
     "no_response": (404, "Response with id '{id}' not found."),
     "bad_method": (405, "{path} does not answer {method}; it answers {allow}."),
     "slow_request": (408, "The request did not arrive whole within {seconds:g} seconds."),
-    "too_large": (413, "The body has {size} bytes; at most {limit} are accepted."),
+    "too_large": (413, "The body has {size} bytes; at most {limit} are accepted.", TOO_LARGE),
     "headers_too_large": (
         431,
         "The request's head is too large; at most {bytes} bytes and {count} fields are accepted.",
@@ -445,52 +450,47 @@ ERRORS: dict[str, tuple[int, str]] = {
         413,
         "The files would take {size} bytes; this server keeps at most {limit}. Delete some, or"
         " raise max_stored_bytes.",
+        TOO_LARGE,
     ),
     "bad_range": (416, "The range lies outside of {size} bytes."),
     "bug": (500, "Internal server error: {reason}"),
     "bad_upstream": (502, "The upstream {url} does not answer: {reason}."),
     "unknown_coding": (501, "Transfer-Encoding {coding!r} is not known; only chunked is."),
     "bad_version": (505, "The HTTP version is not known; HTTP/1.1 and HTTP/1.0 are."),
-}
-# What a scripted status sends, and what is said of fixtures.
-ERRORS.update({  # 400, 429, 500 and 503 are recorded, 402 reported by users, the others chosen
+    "bad_fixture": (400, "The fixture was refused: {reason}"),
+    "no_fixture": (404, "No fixture matches {method} {path}.{reason}"),
+    # what a scripted status sends: recorded (400, 429, 500, 503), reported by users (402), chosen
     "status_400": (400, "Input validation error"),
-    "status_402": (402, "Credit limit exceeded, please"
-        " [add credits](https://api.together.ai/settings/billing). If you've already made a"
-        " payment, please wait up to 5 minutes for balances to update and try again."),
+    "status_402": (
+        402,
+        "Credit limit exceeded, please [add credits](https://api.together.ai/settings/billing)."
+        " If you've already made a payment, please wait up to 5 minutes for balances to update and"
+        " try again.",
+        {"type": "credit_limit"},
+    ),
     "status_403": (403, "This request is not permitted"),
     "status_408": (408, "Request timed out"),
     "status_409": (409, "The resource already exists"),
-    "status_413": (413, "Request entity too large"),
+    "status_413": (413, "Request entity too large", TOO_LARGE),
     "status_422": (422, "The parameters are malformed"),
-    "status_429": (429, "Request was rejected due to request rate limiting. Your rate limits are"
-        " 60 RPM (1 QPS) and 60000 TPM (1000 TPS)."
-        " See details: https://docs.together.ai/docs/rate-limits"),
-    "model_rate_limit": (429, "You have reached the rate limit specific to this model {model}. The"
-        " maximum rate limit for this model is 10.0 queries and 60000 tokens per minute."),
+    "status_429": (
+        429,
+        "Request was rejected due to request rate limiting. Your rate limits are 60 RPM (1 QPS) and"
+        " 60000 TPM (1000 TPS). See details: https://docs.together.ai/docs/rate-limits",
+        {"type": "rate_limit"},
+    ),
+    "model_rate_limit": (
+        429,
+        "You have reached the rate limit specific to this model {model}. The maximum rate limit for"
+        " this model is 10.0 queries and 60000 tokens per minute.",
+        {"type": "model_rate_limit"},
+    ),
     "status_500": (500, "Internal server error"),
-    "status_503": (503, "Service unavailable"),
+    "status_503": (503, "Service unavailable", {"type": "service_unavailable"}),
     "status_504": (504, "Gateway timeout"),
     "status_529": (529, "The service is overloaded"),
-    "other_status": (500, "The request failed with status {status}"),
-    "bad_fixture": (400, "The fixture was refused: {reason}"),
-    "no_fixture": (404, "No fixture matches {method} {path}.{reason}"),
-})  # fmt: skip
-ERROR_TYPES = {
-    402: "credit_limit",
-    413: "request_too_large",
-    429: "rate_limit",
-    503: "service_unavailable",
+    "other_status": (500, "The request failed with status {status}", {"type": "server_error"}),
 }
-ERROR_CODES = {
-    "bad_key": "invalid_api_key",
-    "no_model": "model_not_available",
-    "retired": "model_not_available",
-    "not_running": "dedicated_endpoint_not_running",
-}
-PASSED_ON = {"no_eyes"}  # an engine's own error, whose message is an object
-# What production says instead of the sentences above, which name the field.
-RECORDED_WORDING = dict.fromkeys(("missing", "invalid", "bad_json"), "Input validation error")
 
 
 class ApiError(Exception):
@@ -501,15 +501,13 @@ class ApiError(Exception):
 
     def __init__(self, name: str, *, param: str | None = None, **facts: Any) -> None:
         self.name = name
-        self.status, template = ERRORS[name]
-        usual = "invalid_request_error" if self.status < 500 else "server_error"
-        self.type = name if name == "model_rate_limit" else ERROR_TYPES.get(self.status, usual)
-        self.code = ERROR_CODES.get(name)
+        self.status, template, *unusual = ERRORS[name]
         self.param = param
         self.facts = facts
         self.headers: dict[str, str] = {}
         message = template.format(param=param, **facts)
         self.message = message.encode("utf-8", "replace").decode()  # it may quote bad input
+        self.unusual: dict[str, Any] = dict(*unusual)  # members of the envelope
         super().__init__(self.message)
 
     def inside(self, place: str) -> ApiError:
@@ -518,27 +516,25 @@ class ApiError(Exception):
 
     def as_reply(self, recorded: bool = False, id: str = "") -> Reply:
         """Return the reply that tells of the error, by its id where there is one."""
-        body = {**({"id": id} if id else {}), **self.body(recorded)}
+        body = {**({"id": id} if id else {}), "error": self.envelope(recorded)}
         return Reply(ENCODE(body).encode(), self.status, headers=self.headers)
 
-    def body(self, recorded: bool = False) -> dict[str, Any]:
-        """Return the error envelope, with production's own words where `recorded` asks for them."""
+    def envelope(self, recorded: bool = False) -> dict[str, Any]:
+        """Return what clients read, with production's own words where `recorded` asks for them."""
         if self.name == "unauthorized":
-            return {"error": {"message": self.message}}
-        wording = RECORDED_WORDING.get(self.name) if recorded else None
-        if recorded and self.name == "missing" and self.param == "messages":
-            wording = ERRORS["no_messages"][1]
-        message: Any = wording or self.message
-        if self.name in PASSED_ON:
-            message = {"message": message, "type": "BadRequestError", "param": None, "code": 400}
-        return {
-            "error": {
-                "message": message,
-                "type": self.type,
-                "param": None if wording else self.param,
-                "code": self.code,
-            }
-        }
+            return {"message": self.message}
+        usual = "invalid_request_error" if self.status < 500 else "server_error"
+        envelope = {"message": self.message, "type": usual, "param": self.param, "code": None}
+        envelope.update(self.unusual)
+        words = envelope.pop("recorded", None)
+        if words and recorded:
+            if (self.name, self.param) == ("missing", "messages"):
+                words = "Input required"
+            envelope.update(message=words, param=None)
+        if self.name == "no_eyes":  # an engine's own error, which is passed on whole
+            message = {"message": self.message, "type": "BadRequestError", "param": None}
+            envelope["message"] = {**message, "code": 400}
+        return envelope
 
 
 # === Checks ===
@@ -4841,13 +4837,11 @@ def status_reply(
     if status == 429 and str(model).endswith("-Free"):
         name = "model_rate_limit"
     name = name if name in ERRORS else "other_status"
-    reply = ApiError(name, model=model, status=status).as_reply(id=id)
-    reply.status, reply.headers = status, headers
+    refusal = ApiError(name, model=model, status=status)
+    refusal.status, refusal.headers = status, headers
     if error is not None:
-        body = json.loads(reply.body)
-        body["error"].update({"type": "server_error", "code": None, **error})
-        reply.body = ENCODE(body).encode()
-    return reply
+        refusal.unusual = {"type": "server_error", "code": None, **error}
+    return refusal.as_reply(id=id)
 
 
 def raw_reply(data: bytes, content_type: str, status: int) -> Reply:
