@@ -5136,11 +5136,6 @@ class Choice:
         self.finish_reason = finish_reason
 
     @property
-    def is_plain(self) -> bool:
-        """Whether it is a text and nothing else."""
-        return not (self.thoughts or self.tool_calls or self.function_call or self.scores)
-
-    @property
     def pieces(self) -> list[str]:
         """What each chunk of a stream holds of the text: its tokens, or what a fixture wants."""
         if self._pieces is None:
@@ -5162,13 +5157,6 @@ class Answer:
     key = b""  # 32 bytes, drawn, for what has ids of another form
     prompt: Sequence[dict[str, Any]] = ()  # the echo
     reasons = False  # its model writes its reasoning
-    overridden = False  # a fixture says what surrounds its text
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is one text and nothing else, as the model gave it."""
-        choices = self.choices
-        return not (self.overridden or self.prompt) and len(choices) == 1 and choices[0].is_plain
 
     def __init__(
         self, request: Request, form: Form, choices: list[Choice], usage: dict[str, Any]
@@ -5195,20 +5183,20 @@ def token_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> Any:
 
 
 USAGE_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
-# What stands for the varying parts of a chunk, or of a whole answer, while that is encoded once.
-SLOT_NAMES = ("content", "token_id", "logprobs", "id", "seed", *USAGE_COUNTS)
-SLOTS: dict[str, Any] = {name: f"\0{name}" for name in SLOT_NAMES}
-MAX_TEMPLATES = 256  # of whole answers that are remembered
+# What stands for a piece of text and its number in a chunk that is encoded once; no text that comes
+# in has such characters.
+SLOT, SLOT_NUMBER = "\udc00", "\udc01"
 END_TOKENS = {"meta-llama/": 128009, "Qwen/": 151645}  # what ends a turn, by the start of an id
 MATCHED_STOP = 200002  # the token at which gpt-oss stops
 
 
-SLOT = late_regex(rf'"\\u0000({"|".join(SLOT_NAMES)})"')
-
-
-def as_template(value: Any) -> str:
-    """Encode JSON once, so that `template % {"content": JSON text, ...}` fills its slots."""
-    return SLOT.sub(r"%(\1)s", ENCODE(value).replace("%", "%%"))
+def repeat_json(text: str, pieces: Iterable[str]) -> Iterator[str]:
+    """Yield JSON for each piece of a text, which stands where SLOT does."""
+    numbered = QUOTE(SLOT_NUMBER)
+    parts = text.split(QUOTE(SLOT))
+    for piece in pieces:
+        whole = QUOTE(piece).join(parts)
+        yield whole.replace(numbered, str(token_id(piece))) if numbered in text else whole
 
 
 def interleave(streams: list[Iterator[Any]]) -> Iterator[Any]:
@@ -5221,17 +5209,26 @@ def interleave(streams: list[Iterator[Any]]) -> Iterator[Any]:
                 streams.remove(stream)
 
 
-def content_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> dict[str, Any]:
-    """Return logprobs in OpenAI's form: one object a token."""
+def list_logprobs(
+    pieces: Sequence[str],
+    scores: Sequence[Any],
+    keys: Sequence[str] = ("token", "logprob", "bytes"),
+) -> list[dict[str, Any]]:
+    """Return logprobs in OpenAI's form: one object a token, with its keys in this order."""
 
     def entry(piece: str, logprob: float) -> dict[str, Any]:
-        return {"token": piece, "bytes": list(piece.encode()), "logprob": logprob}
+        values = {"token": piece, "logprob": logprob, "bytes": list(piece.encode())}
+        return {key: values[key] for key in keys}
 
-    content = [
+    return [
         {**entry(piece, logprob), "top_logprobs": [entry(*top) for top in tops]}
         for piece, (logprob, tops) in zip(pieces, scores)
     ]
-    return {"content": content}
+
+
+def content_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> dict[str, Any]:
+    """Return logprobs as OpenAI's chats have them, with the keys in the recorded order."""
+    return {"content": list_logprobs(pieces, scores, ("token", "bytes", "logprob"))}
 
 
 def chunk(answer: Answer, *choices: dict[str, Any], **usage: Any) -> dict[str, Any]:
@@ -5246,12 +5243,6 @@ def chunk(answer: Answer, *choices: dict[str, Any], **usage: Any) -> dict[str, A
     }
 
 
-class TemplateCache(BoundedCache):
-    """Answers with slots, by what they have in common."""
-
-    limit = MAX_TEMPLATES
-
-
 class Form:
     """The form of one engine's answers: a whole, and the chunks whose fold is that whole.
 
@@ -5259,7 +5250,6 @@ class Form:
     that the catalogue uses.
     """
 
-    templates = TemplateCache()  # of plain answers
     call_alphabet = b"0123456789abcdef" * 16  # of the id of a tool call
     empty_content: str | None = ""  # beside tool calls
     thinks_in_content = False  # reasoning stands in the content, between tags
@@ -5286,29 +5276,6 @@ class Form:
         return False
 
     # The whole
-
-    def encode_whole(self, answer: Answer) -> str:
-        """Return a whole answer as JSON; a plain one is filled in, at a third of the cost."""
-        if not answer.is_plain:
-            return ENCODE(self.whole(answer))
-        key = (answer.model, answer.choices[0].finish_reason, answer.reasons)
-        template = self.templates.get(key) or self.templates.keep(key, self.make_template(answer))
-        text: str = template % {
-            **answer.usage,
-            "id": QUOTE(answer.id),
-            "content": QUOTE(answer.choices[0].text),
-            "seed": self.seed(answer),
-        }
-        return text
-
-    def make_template(self, answer: Answer) -> str:
-        """Return what plain answers of the same model and end have in common."""
-        choice = Choice(0, SLOTS["content"], 0, answer.choices[0].finish_reason)
-        counts = {name: SLOTS[name] for name in USAGE_COUNTS}
-        blank = Answer(answer.request, self, [choice], counts)
-        blank.id, blank.model, blank.seed = SLOTS["id"], answer.model, SLOTS["seed"]
-        blank.reasons = answer.reasons
-        return as_template(self.whole(blank))
 
     def seed(self, answer: Answer) -> int | None:
         """Return the seed of a choice: only engine A tells one."""
@@ -5377,9 +5344,7 @@ class Form:
     def parts(self, answer: Answer, choice: Choice) -> Iterator[Any]:
         """Yield what each chunk of a choice adds: reasoning, text and tool calls, the end."""
         if choice.thoughts:
-            template = as_template(self.thought(answer, choice))
-            for piece in choice.thoughts:
-                yield template % {"content": QUOTE(piece)}
+            yield from repeat_json(ENCODE(self.thought(answer, choice)), choice.thoughts)
         writers = (self.calls, self.texts) if choice.calls_first else (self.texts, self.calls)
         for write in writers:
             yield from write(answer, choice)
@@ -5407,33 +5372,26 @@ class Form:
         return first
 
     def thought(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        """Return a chunk of reasoning, with a slot."""
+        """Return the chunk of each piece of the reasoning."""
         part = self.chunk(answer, choice, {})
-        part["choices"][0]["delta"]["reasoning"] = SLOTS["content"]
+        part["choices"][0]["delta"]["reasoning"] = SLOT
         return part
 
-    def texts(self, answer: Answer, choice: Choice) -> Iterator[str]:
+    def texts(self, answer: Answer, choice: Choice) -> Iterator[Any]:
         """Yield the text of a choice, a token each."""
-        part = self.text_chunk(answer, choice)
-        if choice.scores:
-            part["choices"][0]["logprobs"] = SLOTS["logprobs"]
-        template, pieces = as_template(part), self.pieces(choice)
+        pieces = self.pieces(choice)
         if not choice.scores:
-            for piece in pieces:
-                yield template % self.slots(piece)
-            return
+            yield from repeat_json(
+                ENCODE(self.text_chunk(answer, choice, SLOT, SLOT_NUMBER)), pieces
+            )
         for piece, score in zip(pieces, choice.scores):
-            logprobs = ENCODE(self.chunk_logprobs(piece, *score))
-            yield template % {**self.slots(piece), "logprobs": logprobs}
+            part = self.text_chunk(answer, choice, piece, token_id(piece))
+            part["choices"][0]["logprobs"] = self.chunk_logprobs(piece, *score)
+            yield part
 
-    def text_chunk(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        """Return a chunk of text, with slots."""
-        content = SLOTS["content"]
-        return self.chunk(answer, choice, {"content": content}, content)
-
-    def slots(self, piece: str) -> dict[str, Any]:
-        """Return what fills the slots for one token."""
-        return {"content": QUOTE(piece)}
+    def text_chunk(self, answer: Answer, choice: Choice, piece: str, number: Any) -> dict[str, Any]:
+        """Return the chunk of a piece of the text, with its number where the engine tells it."""
+        return self.chunk(answer, choice, {"content": piece}, piece)
 
     def pieces(self, choice: Choice) -> list[str]:
         """Return the tokens that have a chunk of their own."""
@@ -5454,10 +5412,9 @@ class Form:
             function = {"name": call["function"]["name"], "arguments": ""}
             head = {**self.call(call), "function": function}
             yield self.chunk(answer, choice, {"tool_calls": [head]})
-            fragment = self.fragment(call["index"], SLOTS["content"])
-            template = as_template(self.chunk(answer, choice, {"tool_calls": [fragment]}))
-            for text in split_tokens(call["function"]["arguments"]):
-                yield template % {"content": QUOTE(text)}
+            fragment = self.fragment(call["index"], SLOT)
+            part = self.chunk(answer, choice, {"tool_calls": [fragment]})
+            yield from repeat_json(ENCODE(part), split_tokens(call["function"]["arguments"]))
 
     def fragment(self, index: int, arguments: str) -> dict[str, Any]:
         """Return a piece of a tool call's arguments."""
@@ -5472,7 +5429,6 @@ class Form:
 class TurboForm(Form):
     """Engine A: Turbo models and DeepSeek-R1."""
 
-    templates = TemplateCache()
     call_alphabet = LOWER36
     empty_content = None
     thinks_in_content = True
@@ -5540,13 +5496,8 @@ class TurboForm(Form):
         part = {"index": choice.index, "role": answer.role, "text": "", "logprobs": None}
         return chunk(answer, {**part, "finish_reason": None, "delta": self.delta(answer)})
 
-    def text_chunk(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        content = SLOTS["content"]
-        delta = {"token_id": SLOTS["token_id"], "content": content}
-        return self.chunk(answer, choice, delta, content)
-
-    def slots(self, piece: str) -> dict[str, Any]:
-        return {"content": QUOTE(piece), "token_id": token_id(piece)}
+    def text_chunk(self, answer: Answer, choice: Choice, piece: str, number: Any) -> dict[str, Any]:
+        return self.chunk(answer, choice, {"token_id": number, "content": piece}, piece)
 
     def pieces(self, choice: Choice) -> list[str]:
         return choice.pieces[:-1] if self.ends_with_text(choice) else choice.pieces
@@ -5581,9 +5532,6 @@ class TurboForm(Form):
 class GptOssForm(Form):
     """gpt-oss on engine B: no reasoning where a stop text came first, or tools were forbidden."""
 
-    def encode_whole(self, answer: Answer) -> str:
-        return ENCODE(self.whole(answer))  # what plain answers have depends on the request
-
     def skips_reasoning(self, body: dict[str, Any]) -> bool:
         return bool(body.get("tools")) and body.get("tool_choice") == "none"
 
@@ -5617,8 +5565,6 @@ class GptOssForm(Form):
 class DetailsForm(Form):
     """Engine B as Kimi-K2.7-Code has it: details in the usage, a fingerprint, no metadata."""
 
-    templates = TemplateCache()
-
     def usage(self, answer: Answer) -> dict[str, Any]:
         counts = {**answer.usage}
         thought = {"reasoning_tokens": counts.pop("reasoning_tokens", 0)}
@@ -5651,8 +5597,6 @@ class DetailsForm(Form):
 
 class PassedThroughForm(DetailsForm):
     """Engine C: Kimi-K3, whose answers come from elsewhere in OpenAI's form."""
-
-    templates = TemplateCache()
 
     def name_answer(self, rng: HashRandom) -> str:
         return "chatcmpl-" + rng.key.hex()[:24]
@@ -5706,7 +5650,7 @@ class PassedThroughForm(DetailsForm):
         return self.chunk(answer, choice, {"role": answer.role, "content": ""})
 
     def thought(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        return self.chunk(answer, choice, {"reasoning_content": SLOTS["content"]})
+        return self.chunk(answer, choice, {"reasoning_content": SLOT})
 
     def fragment(self, index: int, arguments: str) -> dict[str, Any]:
         return {"index": index, "function": {"arguments": arguments}}
@@ -6325,7 +6269,6 @@ def apply_script(answer: Answer, script: dict[str, Any]) -> None:
     """Let a fixture override what surrounds its text, and the size of its chunks."""
     for name in ("id", "created", "model", "role"):
         setattr(answer, name, script.get(name) or getattr(answer, name))
-    answer.overridden = not script.keys().isdisjoint(("created", "role", "usage"))
     answer.request.id = answer.id
     usage = answer.usage
     if usage.keys() - {"reasoning_tokens"} <= (script.get("usage") or {}).keys():
@@ -6397,17 +6340,14 @@ def create_chat_completion(server: TogetherAiServer, request: Request) -> Any:
     answer = compose_chat(server, request)
     if request.body.get("stream"):
         return Events(answer.form.stream(answer))
-    return Reply(answer.form.encode_whole(answer).encode())
+    return answer.form.whole(answer)
 
 
 # --- Responses
 
 INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 LOGPROBS_INCLUDED = "message.output_text.logprobs"
-ITEM_PREFIXES = {
-    "message": "msg", "reasoning": "rs", "function_call": "fc", "mcp_call": "mcp",
-    "mcp_list_tools": "mcpl",
-}  # fmt: skip
+ITEM_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
 UNREAD_ITEMS = (  # that clients send back and a model without these tools does not read
     "item_reference mcp_list_tools mcp_call mcp_approval_request mcp_approval_response"
     " web_search_call file_search_call code_interpreter_call image_generation_call computer_call"
@@ -6417,9 +6357,9 @@ UNREAD_ITEMS = (  # that clients send back and a model without these tools does 
     " compaction_trigger program program_output"
 )
 UNREAD_TOOLS = (  # that are echoed and never called
-    "web_search web_search_2025_08_26 web_search_preview web_search_preview_2025_03_11 file_search"
-    " code_interpreter image_generation computer computer_use_preview custom local_shell shell"
-    " apply_patch namespace tool_search programmatic_tool_calling"
+    "mcp web_search web_search_2025_08_26 web_search_preview web_search_preview_2025_03_11"
+    " file_search code_interpreter image_generation computer computer_use_preview custom"
+    " local_shell shell apply_patch namespace tool_search programmatic_tool_calling"
 )
 ECHO: dict[str, Any] = {  # what a response repeats of its request, and the defaults
     "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "temperature": 1.0,
@@ -6428,19 +6368,6 @@ ECHO: dict[str, Any] = {  # what a response repeats of its request, and the defa
     "truncation": "disabled", "metadata": {}, "top_logprobs": 0, "prompt_cache_key": None,
     "safety_identifier": None, "user": None,
 }  # fmt: skip
-ECHO_TEXTS = tuple(f'"{name}":{ENCODE(value)}' for name, value in ECHO.items())
-ECHO_TEXT = ",".join(ECHO_TEXTS)
-ECHO_PLACES = {name: place for place, name in enumerate(ECHO)}
-MCP_SCHEMA = {  # of every tool of a remote server, which is not asked what it has
-    "type": "object",
-    "properties": {"query": {"type": "string"}},
-    "required": ["query"],
-    "additionalProperties": False,
-}
-
-
-if TYPE_CHECKING:
-    Output = list[tuple[dict[str, Any], Choice]]  # items, each with the choice it says
 
 
 class Variants(Fields):
@@ -6493,21 +6420,7 @@ ITEMS = {
     "reasoning": Fields(*rows_of("summary content", list, each=THOUGHT)),
 }
 FUNCTION_TOOL = Fields(*FUNCTION_FIELDS.values(), Field("strict", bool))
-MCP_TOOL = Fields(
-    Field("server_label", str, required=True, low=1),
-    *rows_of("server_url server_description", str),
-    Field(
-        "allowed_tools",
-        list,
-        dict,
-        each=Field("", str, low=1),
-        fields=Fields(Field("tool_names", list, each=Field("", str, low=1))),
-    ),
-)
-TOOL_CHOICES = {
-    "function": Fields(Field("name", str, required=True)),
-    "mcp": Fields(Field("server_label", str, required=True), Field("name", str)),
-}
+TOOL_CHOICES = {"function": Fields(Field("name", str, required=True))}
 CHOSEN_TOOL = Field("", dict, fields=Variants(TOOL_CHOICES, unread=UNREAD_TOOLS))
 ALLOWED_TOOLS = Fields(
     Field("mode", str, required=True, choices=("auto", "required")),
@@ -6542,7 +6455,7 @@ RESPONSE_FIELDS = Fields(
         each=Field(
             "",
             dict,
-            fields=Variants({"function": FUNCTION_TOOL, "mcp": MCP_TOOL}, unread=UNREAD_TOOLS),
+            fields=Variants({"function": FUNCTION_TOOL}, unread=UNREAD_TOOLS),
         ),
     ),
     Field(
@@ -6601,35 +6514,6 @@ def refuse_unstored(body: dict[str, Any]) -> None:
             raise ApiError("invalid", param=place, reason="must be null: nothing is encrypted")
 
 
-def list_of_type(items: Any, type: str) -> list[dict[str, Any]]:
-    """Return the objects of one type."""
-    return [item for item in items or () if item.get("type") == type]
-
-
-def list_remote_tools(tool: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what a remote server offers: the tools it is limited to, or one that searches it."""
-    label = tool["server_label"]
-    allowed = tool.get("allowed_tools") or ()
-    names = allowed.get("tool_names") if type(allowed) is dict else allowed
-    about = tool.get("server_description") or f"Search {label}"
-    search = {"search_" + re.sub(r"\W+", "_", label).lower(): about}
-    abouts = {name: name.replace("_", " ") for name in names or ()} or search
-    return [
-        {"name": name, "description": abouts[name], "input_schema": MCP_SCHEMA} for name in abouts
-    ]
-
-
-def find_remote(body: dict[str, Any]) -> dict[str, str]:
-    """Return which remote server each of its tools belongs to; functions go before them."""
-    labels: dict[str, str] = {}
-    for tool in list_of_type(body.get("tools"), "mcp"):
-        for remote in list_remote_tools(tool):
-            labels.setdefault(remote["name"], tool["server_label"])
-    for tool in list_of_type(body.get("tools"), "function"):
-        labels.pop(tool["name"], None)
-    return labels
-
-
 def chat_function(name: str, description: Any = None, schema: Any = None) -> dict[str, Any]:
     """Return a tool as a chat offers it."""
     function = {"name": name, "description": description, "parameters": schema}
@@ -6637,36 +6521,18 @@ def chat_function(name: str, description: Any = None, schema: Any = None) -> dic
     return {"type": "function", "function": given}
 
 
-def chat_tools(body: dict[str, Any], remote: dict[str, str]) -> list[dict[str, Any]]:
-    """Return the functions, and after them the tools of remote servers."""
-    functions = [
-        (tool["name"], tool.get("description"), tool.get("parameters"))
-        for tool in list_of_type(body["tools"], "function")
-    ]
-    functions += [
-        (each["name"], each["description"], each["input_schema"])
-        for tool in list_of_type(body["tools"], "mcp")
-        for each in list_remote_tools(tool)
-        if remote.get(each["name"]) == tool["server_label"]
-    ]
-    return [chat_function(*function) for function in functions]
-
-
-def chosen_names(choice: dict[str, Any], remote: dict[str, str]) -> list[str]:
-    """Return the names of the tools that a choice names; hosted ones are never called."""
+def chosen_names(choice: dict[str, Any]) -> list[str]:
+    """Return the names of the functions that a choice names; hosted tools are never called."""
     if choice["type"] == "allowed_tools":
-        return [name for tool in choice["tools"] for name in chosen_names(tool, remote)]
-    if choice["type"] == "mcp" and choice.get("name") is None:
-        label = choice["server_label"]
-        return [name for name in remote if remote[name] == label] or [label]
-    return [choice["name"]] if choice["type"] in ("function", "mcp") else []
+        return [name for tool in choice["tools"] for name in chosen_names(tool)]
+    return [choice["name"]] if choice["type"] == "function" else []
 
 
-def chat_choice(choice: Any, remote: dict[str, str]) -> Any:
+def chat_choice(choice: Any) -> Any:
     """Return `tool_choice` as a chat has it."""
     if type(choice) is str:
         return choice
-    tools = [chat_function(name) for name in chosen_names(choice, remote)]
+    tools = [chat_function(name) for name in chosen_names(choice)]
     if choice["type"] == "allowed_tools" and tools:
         allowed = {"mode": choice["mode"], "tools": tools}
         return {"type": "allowed_tools", "allowed_tools": allowed}
@@ -6681,7 +6547,7 @@ def chat_format(format: dict[str, Any]) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {name: format.get(name) for name in names}}
 
 
-def chat_body(body: dict[str, Any], remote: dict[str, str]) -> dict[str, Any]:
+def chat_body(body: dict[str, Any]) -> dict[str, Any]:
     """Return the body of a chat that asks the same."""
     chat = {name: body[name] for name in SAME_IN_CHAT if name in body}
     messages = chat["messages"] = read_items(body)
@@ -6693,12 +6559,16 @@ def chat_body(body: dict[str, Any], remote: dict[str, str]) -> dict[str, Any]:
         chat["reasoning_effort"] = body["reasoning"].get("effort")
     if body.get("text") and body["text"].get("format"):
         chat["response_format"] = chat_format(body["text"]["format"])
-    tools = chat_tools(body, remote) if body.get("tools") else []
+    tools = [
+        chat_function(tool["name"], tool.get("description"), tool.get("parameters"))
+        for tool in body.get("tools") or ()
+        if tool["type"] == "function"
+    ]
     if tools:
         chat["tools"] = tools
     choice = body.get("tool_choice")
     if choice is not None and (tools or choice != "required" or not body.get("tools")):
-        chat["tool_choice"] = chat_choice(choice, remote)
+        chat["tool_choice"] = chat_choice(choice)
     if body.get("truncation") == "auto":
         chat["context_length_exceeded_behavior"] = "truncate"
     if LOGPROBS_INCLUDED in (body.get("include") or ()):
@@ -6715,21 +6585,9 @@ def ask_chat(server: TogetherAiServer, request: Request) -> Answer:
         raise ApiError(error.name, param=param, **error.facts) from None
 
 
-def score_tokens(choice: Choice, start: int = 0, end: int | None = None) -> list[dict[str, Any]]:
-    """Return the logprobs of some of a text's tokens, where they were asked for."""
-
-    def entry(token: str, logprob: float) -> dict[str, Any]:
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
-
-    return [
-        {**entry(piece, logprob), "top_logprobs": [entry(*top) for top in tops]}
-        for piece, (logprob, tops) in zip(choice.pieces[start:end], choice.scores[start:end])
-    ]
-
-
 def message_item(choice: Choice, status: str) -> dict[str, Any]:
     """Return the text of an answer as an item."""
-    logprobs = score_tokens(choice) if choice.scores else []
+    logprobs = list_logprobs(choice.pieces, choice.scores)
     part = {"type": "output_text", "text": choice.text, "annotations": [], "logprobs": logprobs}
     return {
         "id": "",
@@ -6763,37 +6621,7 @@ def call_item(call: dict[str, Any], status: str) -> dict[str, Any]:
     }
 
 
-def remote_call_item(call: dict[str, Any], label: str) -> dict[str, Any]:
-    """Return a call of a remote server's tool as an item, with what that tool might have said."""
-    return {
-        "id": "",
-        "type": "mcp_call",
-        "status": "completed",
-        "server_label": label,
-        **call["function"],
-        "output": make_text(HashRandom.of("mcp", call), 1),
-        "error": None,
-    }
-
-
-def remote_list_items(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the tools of each remote server as an item, unless the input has it already."""
-    given = body["input"]
-    known = list_of_type(given, "mcp_list_tools") if type(given) is list else []
-    labels = [item.get("server_label") for item in known]
-    return [
-        {
-            "id": "",
-            "type": "mcp_list_tools",
-            "server_label": tool["server_label"],
-            "tools": list_remote_tools(tool),
-        }
-        for tool in list_of_type(body.get("tools"), "mcp")
-        if tool["server_label"] not in labels
-    ]
-
-
-def list_items(choice: Choice, summarised: bool, remote: dict[str, str]) -> list[dict[str, Any]]:
+def list_items(choice: Choice, summarised: bool) -> list[dict[str, Any]]:
     """Return what an answer says as items: reasoning, text, calls; the last one may be cut."""
     last = "incomplete" if choice.finish_reason in INCOMPLETE else "completed"
     items = []
@@ -6805,18 +6633,8 @@ def list_items(choice: Choice, summarised: bool, remote: dict[str, str]) -> list
     if says:
         items.append(message_item(choice, "completed" if choice.tool_calls else last))
     for call in choice.tool_calls:
-        label = remote.get(call["function"]["name"])
-        if label is None:
-            items.append(call_item(call, last if call is choice.tool_calls[-1] else "completed"))
-        else:
-            items.append(remote_call_item(call, label))
+        items.append(call_item(call, last if call is choice.tool_calls[-1] else "completed"))
     return items
-
-
-def is_remote(choice: Choice, remote: dict[str, str]) -> bool:
-    """Tell whether an answer calls tools of remote servers, all of them whole, and no others."""
-    names = [call["function"]["name"] for call in choice.tool_calls]
-    return choice.finish_reason == "tool_calls" and all(name in remote for name in names)
 
 
 def count_thoughts(usage: dict[str, Any]) -> int:
@@ -6825,72 +6643,25 @@ def count_thoughts(usage: dict[str, Any]) -> int:
     return int(details.get("reasoning_tokens", 0))
 
 
-def go_on(
-    server: TogetherAiServer, request: Request, answer: Answer, items: list[dict[str, Any]]
-) -> Answer:
-    """Answer again, with what the tools of remote servers said."""
-    body, first = request.body, answer.usage
-    calls = answer.choices[0].tool_calls
-    results = [item["output"] for item in items if item["type"] == "mcp_call"]
-    body["messages"] = [
-        *body["messages"],
-        {"role": "assistant", "content": None, "tool_calls": calls},
-        *[
-            {"role": "tool", "tool_call_id": call["id"], "content": result}
-            for call, result in zip(calls, results)
-        ],
-    ]
-    body["tool_choice"] = "none"
-    if "max_tokens" in body:
-        body["max_tokens"] = max(0, body["max_tokens"] - first["completion_tokens"])
-    last = ask_chat(server, request)
-    for name in ("completion_tokens", "total_tokens"):
-        last.usage[name] += first["completion_tokens"]
-    thought = count_thoughts(first) + count_thoughts(last.usage)
-    last.usage["completion_tokens_details"] = {"reasoning_tokens": thought}
-    return last
-
-
-def compose_response(server: TogetherAiServer, request: Request) -> tuple[Answer, Output]:
-    """Compose a chat's answer; return it with its items, each with the choice it is cut from."""
-    body = request.body
-    remote = find_remote(body) if body.get("tools") else {}
-    request.body = chat_body(body, remote)
-    answer = ask_chat(server, request)
-    choice = answer.choices[0]
-    summarised = "reasoning" in body and bool((body["reasoning"] or {}).get("summary"))
-    items = list_items(choice, summarised, remote)
-    output = [(item, choice) for item in items]
-    if remote:
-        output[:0] = [(item, choice) for item in remote_list_items(body)]
-        if not request.script and is_remote(choice, remote):
-            answer = go_on(server, request, answer, items)
-            choice = answer.choices[0]
-            output += [(item, choice) for item in list_items(choice, summarised, {})]
-    return answer, output
-
-
-def name_items(answer: Answer, output: Output) -> None:
+def name_items(answer: Answer, items: list[dict[str, Any]]) -> None:
     """Give the response and its items their ids, drawn from that of the chat's answer."""
     request, script, digits = answer.request, answer.request.script, answer.key.hex()
     if not script or not script.get("id"):
         answer.id = request.id = "resp_" + digits[:32]
-    for at, (item, _) in enumerate(output):
+    for at, item in enumerate(items):
         item["id"] = f"{ITEM_PREFIXES[item['type']]}_{digits[32:62]}{at:02x}"
 
 
-def write_usage(usage: dict[str, Any]) -> str:
-    """Write a chat's usage in the words of the Responses API; a fixture may use these too."""
-    get = usage.get
-    details = get("prompt_tokens_details") or usage
-    cached = details.get("cached_tokens", 0)
-    return (
-        f'{{"input_tokens":{get("input_tokens", usage["prompt_tokens"])}'
-        f',"input_tokens_details":{{"cached_tokens":{cached},"cache_write_tokens":0}}'
-        f',"output_tokens":{get("output_tokens", usage["completion_tokens"])}'
-        f',"output_tokens_details":{{"reasoning_tokens":{count_thoughts(usage)}}}'
-        f',"total_tokens":{usage["total_tokens"]}}}'
-    )
+def response_usage(usage: dict[str, Any]) -> dict[str, Any]:
+    """Return a chat's usage in the words of the Responses API; a fixture may use these too."""
+    cached = (usage.get("prompt_tokens_details") or usage).get("cached_tokens", 0)
+    return {
+        "input_tokens": usage.get("input_tokens", usage["prompt_tokens"]),
+        "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
+        "output_tokens": usage.get("output_tokens", usage["completion_tokens"]),
+        "output_tokens_details": {"reasoning_tokens": count_thoughts(usage)},
+        "total_tokens": usage["total_tokens"],
+    }
 
 
 def echo_value(name: str, value: Any) -> Any:
@@ -6905,175 +6676,114 @@ def echo_value(name: str, value: Any) -> Any:
     return {**ECHO[name], **value} if type(ECHO[name]) is dict else value
 
 
-def write_echo(body: dict[str, Any]) -> str:
-    """Write what a response repeats of its request, the inside of a JSON object."""
-    instructions = body.get("instructions")
-    start = '"instructions":' + ("null" if instructions is None else QUOTE(instructions))
-    if ECHO.keys().isdisjoint(body):
-        return f"{start},{ECHO_TEXT}"
-    texts = list(ECHO_TEXTS)
-    for name in ECHO_PLACES.keys() & body.keys():
+def echo_request(body: dict[str, Any]) -> dict[str, Any]:
+    """Return what a response repeats of its request."""
+    echo = {"instructions": body.get("instructions"), **ECHO}
+    for name in ECHO.keys() & body.keys():
         if body[name] is not None:
-            texts[ECHO_PLACES[name]] = f'"{name}":{ENCODE(echo_value(name, body[name]))}'
-    return ",".join([start, *texts])
+            echo[name] = echo_value(name, body[name])
+    return echo
 
 
-@functools.lru_cache(maxsize=8)
-def message_template(status: str) -> str:
-    """Return a list of one message, with slots for its id and its text."""
-    item = message_item(Choice(0, SLOTS["content"], 0, "stop"), status)
-    return as_template([{**item, "id": SLOTS["id"]}])
-
-
-def write_items(output: Output) -> str:
-    """Write the items of a response; one text alone is filled into a template."""
-    item, choice = output[0]
-    if len(output) > 1 or item["type"] != "message" or choice.scores:
-        return ENCODE([item for item, _ in output])
-    template = message_template(item["status"])
-    text: str = template % {"id": QUOTE(item["id"]), "content": QUOTE(choice.text)}
-    return text
-
-
-def write_response(answer: Answer, echo: str, output: Output | None) -> str:
-    """Write a response as JSON, whose items are still to come where there is no output."""
+def response_object(answer: Answer, echo: dict[str, Any], items: Any = None) -> dict[str, Any]:
+    """Return a response, which is in progress where its items are still to come."""
     created = (answer.request.script or {}).get("created") or CREATED
-    reason = INCOMPLETE.get(answer.choices[0].finish_reason)
-    status, ended, items, usage = "completed", str(created), "[]", "null"
-    if output is None:
-        status, ended, reason = "in_progress", "null", None
-    else:
-        items = write_items(output) if output else "[]"
-        usage = write_usage(answer.usage)
-    if reason:
-        status, ended = "incomplete", "null"
-    details = f'{{"reason":"{reason}"}}' if reason else "null"
-    return (
-        f'{{"id":{QUOTE(answer.id)},"object":"response","created_at":{created}'
-        f',"status":"{status}","completed_at":{ended},"error":null,"incomplete_details":{details}'
-        f',"model":{QUOTE(answer.model)},"output":{items},{echo},"service_tier":"default"'
-        f',"background":false,"store":false,"previous_response_id":null,"usage":{usage}}}'
-    )
+    reason = None if items is None else INCOMPLETE.get(answer.choices[0].finish_reason)
+    status = "incomplete" if reason else "completed"
+    return {
+        "id": answer.id,
+        "object": "response",
+        "created_at": created,
+        "status": "in_progress" if items is None else status,
+        "completed_at": None if items is None or reason else created,
+        "error": None,
+        "incomplete_details": {"reason": reason} if reason else None,
+        "model": answer.model,
+        "output": items or [],
+        **echo,
+        "service_tier": "default",
+        "background": False,
+        "store": False,
+        "previous_response_id": None,
+        "usage": None if items is None else response_usage(answer.usage),
+    }
 
 
-def inside(**fields: Any) -> str:
-    """Write fields of a JSON object without its braces."""
-    return ENCODE(fields)[1:-1]
+if TYPE_CHECKING:
+    # Its type, its fields and, where it comes for each piece of a text, those.
+    ResponseEvent = tuple[str, dict[str, Any], Sequence[str]]
 
 
-class EventWriter:
-    """Writes the events of one response, each under the next number."""
-
-    def __init__(self) -> None:
-        self.numbers = itertools.count()
-
-    def write(self, type: str, fields: str) -> bytes:
-        """Return one event; `fields` are the inside of a JSON object."""
-        head = f'event: response.{type}\ndata: {{"type":"response.{type}","sequence_number":'
-        return f"{head}{next(self.numbers)},{fields}}}\n\n".encode()
-
-    def write_deltas(
-        self, type: str, place: str, pieces: Iterable[str], end: str = ""
-    ) -> Iterator[bytes]:
-        """Yield an event for each piece of a text."""
-        head = f'event: response.{type}\ndata: {{"type":"response.{type}","sequence_number":'
-        place, end = f',{place},"delta":', end + "}\n\n"
-        for piece in pieces:
-            yield f"{head}{next(self.numbers)}{place}{QUOTE(piece)}{end}".encode()
-
-
-def text_events(
-    writer: EventWriter, place: str, item: dict[str, Any], choice: Choice
-) -> Iterator[bytes]:
+def text_events(place: dict[str, Any], item: dict[str, Any], choice: Choice) -> Iterator[Any]:
     """Yield the text of a message, a piece each."""
-    place += ',"content_index":0'
+    place = {**place, "content_index": 0}
     part = item["content"][0]
-    opened = {**part, "text": "", "logprobs": []}
-    yield writer.write("content_part.added", f"{place},{inside(part=opened)}")
-    if choice.scores:
-        for at, piece in enumerate(choice.pieces):
-            said = inside(delta=piece, logprobs=score_tokens(choice, at, at + 1))
-            yield writer.write("output_text.delta", f"{place},{said}")
-    else:
-        yield from writer.write_deltas("output_text.delta", place, choice.pieces, ',"logprobs":[]')
-    said = inside(text=part["text"], logprobs=part["logprobs"])
-    yield writer.write("output_text.done", f"{place},{said}")
-    yield writer.write("content_part.done", f"{place},{inside(part=part)}")
+    yield "content_part.added", {**place, "part": {**part, "text": "", "logprobs": []}}
+    if not choice.scores:
+        yield "output_text.delta", {**place, "delta": SLOT, "logprobs": []}, choice.pieces
+    for piece, logprobs in zip(choice.pieces, part["logprobs"]):
+        yield "output_text.delta", {**place, "delta": piece, "logprobs": [logprobs]}
+    yield "output_text.done", {**place, "text": part["text"], "logprobs": part["logprobs"]}
+    yield "content_part.done", {**place, "part": part}
 
 
-def thought_events(
-    writer: EventWriter, place: str, item: dict[str, Any], choice: Choice
-) -> Iterator[bytes]:
+def thought_events(place: dict[str, Any], item: dict[str, Any], choice: Choice) -> Iterator[Any]:
     """Yield reasoning, or the summary of it that was asked for, a token each."""
     part_name, name, index = "content_part", "reasoning_text", "content_index"
     if item["summary"]:
         part_name, name = "reasoning_summary_part", "reasoning_summary_text"
         index = "summary_index"
-    place += f',"{index}":0'
+    place = {**place, index: 0}
     part = (item["summary"] or item["content"])[0]
-    opened = {**part, "text": ""}
-    yield writer.write(f"{part_name}.added", f"{place},{inside(part=opened)}")
-    yield from writer.write_deltas(f"{name}.delta", place, choice.thoughts)
-    yield writer.write(f"{name}.done", f"{place},{inside(text=part['text'])}")
-    yield writer.write(f"{part_name}.done", f"{place},{inside(part=part)}")
+    yield f"{part_name}.added", {**place, "part": {**part, "text": ""}}
+    yield f"{name}.delta", {**place, "delta": SLOT}, choice.thoughts
+    yield f"{name}.done", {**place, "text": part["text"]}
+    yield f"{part_name}.done", {**place, "part": part}
 
 
-def call_events(
-    writer: EventWriter, place: str, item: dict[str, Any], choice: Choice
-) -> Iterator[bytes]:
+def call_events(place: dict[str, Any], item: dict[str, Any], choice: Choice) -> Iterator[Any]:
     """Yield the arguments of a call, a token each."""
-    arguments = item["arguments"]
-    stem = "function_call_arguments" if item["type"] == "function_call" else "mcp_call_arguments"
-    yield from writer.write_deltas(f"{stem}.delta", place, split_tokens(arguments))
-    done = inside(name=item["name"], arguments=arguments)
-    yield writer.write(f"{stem}.done", f"{place},{done}")
-
-
-def remote_call_events(
-    writer: EventWriter, place: str, item: dict[str, Any], choice: Choice
-) -> Iterator[bytes]:
-    """Yield a call of a remote server's tool."""
-    yield writer.write("mcp_call.in_progress", place)
-    yield from call_events(writer, place, item, choice)
-    yield writer.write("mcp_call.completed", place)
-
-
-def remote_list_events(
-    writer: EventWriter, place: str, item: dict[str, Any], choice: Choice
-) -> Iterator[bytes]:
-    """Yield that the tools of a remote server were listed."""
-    yield writer.write("mcp_list_tools.in_progress", place)
-    yield writer.write("mcp_list_tools.completed", place)
+    name, arguments = item["name"], item["arguments"]
+    deltas = {**place, "delta": SLOT}
+    yield "function_call_arguments.delta", deltas, split_tokens(arguments)
+    yield "function_call_arguments.done", {**place, "name": name, "arguments": arguments}
 
 
 # type of an item: (what it lacks when it is added, the events that bring it)
-ITEM_EVENTS: dict[str, tuple[dict[str, Any], Callable[..., Iterator[bytes]]]] = {
+ITEM_EVENTS: dict[str, tuple[dict[str, Any], Callable[..., Iterator[Any]]]] = {
     "message": ({"status": "in_progress", "content": []}, text_events),
     "reasoning": ({"status": "in_progress", "summary": [], "content": []}, thought_events),
     "function_call": ({"status": "in_progress", "arguments": ""}, call_events),
-    "mcp_call": (
-        {"status": "in_progress", "arguments": "", "output": None},
-        remote_call_events,
-    ),
-    "mcp_list_tools": ({"tools": []}, remote_list_events),
 }
 
 
-def response_events(answer: Answer, echo: str, output: Output) -> Iterator[bytes]:
-    """Yield a response as events; the last one has all of it."""
-    writer = EventWriter()
-    opened = f'"response":{write_response(answer, echo, None)}'
-    yield writer.write("created", opened)
-    yield writer.write("in_progress", opened)
-    for at, (item, choice) in enumerate(output):
-        lacks, write_events = ITEM_EVENTS[item["type"]]
-        added = inside(output_index=at, item={**item, **lacks})
-        yield writer.write("output_item.added", added)
-        place = inside(item_id=item["id"], output_index=at)
-        yield from write_events(writer, place, item, choice)
-        yield writer.write("output_item.done", inside(output_index=at, item=item))
+def response_events(answer: Answer, echo: dict[str, Any], items: list[Any]) -> Iterator[Any]:
+    """Yield each event of a response as its type and its fields; the last one has all of it.
+
+    An event that comes for each piece of a text is yielded once, with the pieces.
+    """
+    opened = {"response": response_object(answer, echo)}
+    yield "created", opened
+    yield "in_progress", opened
+    for at, item in enumerate(items):
+        lacks, write_item = ITEM_EVENTS[item["type"]]
+        yield "output_item.added", {"output_index": at, "item": {**item, **lacks}}
+        place = {"item_id": item["id"], "output_index": at}
+        yield from write_item(place, item, answer.choices[0])
+        yield "output_item.done", {"output_index": at, "item": item}
     end = "incomplete" if answer.choices[0].finish_reason in INCOMPLETE else "completed"
-    yield writer.write(end, f'"response":{write_response(answer, echo, output)}')
+    yield end, {"response": response_object(answer, echo, items)}
+
+
+def number_events(events: Iterable[Any]) -> Iterator[bytes]:
+    """Yield the bytes of the events of a response, each under the next number."""
+    number = 0
+    for type, fields, *pieces in events:
+        head = f'event: response.{type}\ndata: {{"type":"response.{type}","sequence_number":'
+        end = f",{ENCODE(fields)[1:]}\n\n"
+        for text in repeat_json(end, pieces[0]) if pieces else (end,):
+            yield f"{head}{number}{text}".encode()
+            number += 1
 
 
 @route("POST", "/v1/responses", body=RESPONSE_FIELDS, kind="response")
@@ -7081,12 +6791,15 @@ def create_response(server: TogetherAiServer, request: Request) -> Any:
     """Answer a conversation in items, whole or as a stream of named events."""
     body = request.body
     refuse_unstored(body)
-    answer, output = compose_response(server, request)
-    name_items(answer, output)
-    echo = write_echo(body)
+    request.body = chat_body(body)
+    answer = ask_chat(server, request)
+    summarised = "reasoning" in body and bool((body["reasoning"] or {}).get("summary"))
+    items = list_items(answer.choices[0], summarised)
+    name_items(answer, items)
+    echo = echo_request(body)
     if body.get("stream"):
-        return Events(response_events(answer, echo, output), encoded=True)
-    return Reply(write_response(answer, echo, output).encode())
+        return Events(number_events(response_events(answer, echo, items)), encoded=True)
+    return response_object(answer, echo, items)
 
 
 @route("GET", "/v1/responses/{id}")

@@ -10,7 +10,7 @@ import { createInterface } from 'node:readline';
 import { describe, test } from 'node:test';
 
 import { createOpenAI } from '@ai-sdk/openai';
-import { Agent, OpenAIResponsesModel, Runner, hostedMcpTool, setTracingDisabled, tool as agentTool } from '@openai/agents';
+import { Agent, OpenAIResponsesModel, Runner, setTracingDisabled, tool as agentTool } from '@openai/agents';
 import * as ai from 'ai';
 import OpenAI from 'openai';
 import { zodTextFormat } from 'openai/helpers/zod';
@@ -201,17 +201,6 @@ describe('@ai-sdk/openai', () => {
     assert.equal(finishReason, 'length');
     assert.ok(usage.inputTokens > 100);
   });
-
-  test('calls the tools of a remote server', async () => {
-    const remote = createOpenAI(settings).tools.mcp({ serverLabel: 'wiki', serverUrl: 'https://wiki.test/mcp' });
-    for (const result of [
-      await ai.generateText({ model, prompt: 'Search the wiki.', tools: { wiki: remote } }),
-      ai.streamText({ model, prompt: 'Search the wiki.', tools: { wiki: remote } }),
-    ]) {
-      assert.ok((await result.text).length > 0);
-      assert.equal((await result.toolCalls).length, 1);
-    }
-  });
 });
 
 describe('@openai/agents', () => {
@@ -254,14 +243,5 @@ describe('@openai/agents', () => {
     const clerk = new Agent({ name: 'Clerk', model, outputType: Person });
     const result = await runner.run(clerk, 'Who is that?');
     Person.parse(result.finalOutput);
-  });
-
-  test('an agent reads a remote server', async () => {
-    const tools = [hostedMcpTool({ serverLabel: 'wiki', serverUrl: 'https://wiki.test/mcp' })];
-    const agent = new Agent({ name: 'Reader', model, tools });
-    const result = await runner.run(agent, 'Search the wiki for herons.');
-    assert.ok(result.finalOutput.length > 0);
-    const again = await runner.run(agent, [...result.history, { role: 'user', content: 'Thanks!' }]);
-    assert.ok(again.finalOutput.length > 0);
   });
 });

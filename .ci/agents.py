@@ -313,28 +313,11 @@ class OpenAITests(ClientCase):
         self.assertEqual([event.output_index for event in done], [0, 1])
 
     def test_hosted_tools_are_echoed(self) -> None:
-        tools = [{"type": "web_search_preview"}, WEATHER]
+        tools = [{"type": "web_search_preview"}, WIKI, WEATHER]
         whole = self.create(tools=tools, tool_choice="auto")
-        self.assertEqual([tool.type for tool in whole.tools], ["web_search_preview", "function"])
+        kinds = ["web_search_preview", "mcp", "function"]
+        self.assertEqual([tool.type for tool in whole.tools], kinds)
         self.assertEqual([item.type for item in whole.output], ["message"])
-
-    def test_remote_tools(self) -> None:
-        events = self.events("Search the wiki for herons.", tools=[WIKI])
-        kinds = [item.type for item in events[-1].response.output]
-        self.assertEqual(kinds, ["mcp_list_tools", "mcp_call", "message"])
-        listed, call, _ = events[-1].response.output
-        self.assertEqual([tool.name for tool in listed.tools], ["search_wiki"])
-        self.assertEqual((call.name, call.server_label), ("search_wiki", "wiki"))
-        self.assertTrue(call.output)
-        for kind in ("mcp_list_tools.completed", "mcp_call.in_progress", "mcp_call.completed"):
-            self.assertIn(kind, self.kinds(events))
-        limited = {**WIKI, "allowed_tools": ["read_page"]}
-        choice = {"type": "mcp", "server_label": "wiki"}
-        items = self.create(tools=[limited], tool_choice=choice).output
-        self.assertEqual(items[1].name, "read_page")
-        talk = [*[item.to_dict() for item in items], {"role": "user", "content": "Thanks!"}]
-        later = self.create(talk, tools=[limited]).output
-        self.assertEqual([item.type for item in later], ["message"])
 
     def test_refusals(self) -> None:
         openai = self.openai
@@ -445,16 +428,6 @@ class AgentsTests(ClientCase):
         self.assertEqual(self.calls, ["get_weather"])
         self.assertIn("raw_response_event", kinds)
         self.assertTrue(output)
-
-    def test_remote_tools(self) -> None:
-        tool = self.agents.HostedMCPTool(tool_config={**WIKI, "require_approval": "never"})
-        agent = self.agents.Agent("Reader", model=self.model, tools=[tool])
-        result = self.agents.Runner.run_sync(agent, "Search the wiki for herons.")
-        self.assertTrue(result.final_output)
-        again = self.agents.Runner.run_sync(
-            agent, [*result.to_input_list(), {"role": "user", "content": "Thanks!"}]
-        )
-        self.assertTrue(again.final_output)
 
 
 class PydanticTests(ClientCase):
