@@ -45,6 +45,7 @@ import time
 import types
 import unittest
 import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 import wave
@@ -1112,9 +1113,7 @@ class KeywordTests(unittest.TestCase):
         self.assertEqual((fixture.kind, fixture.faulty), ("generated", True))
 
     def test_when_is_a_function_of_the_request(self):
-        fixture = fake.fixture_from_keywords(
-            "reply", {"content": "x"}, when=lambda request: request.body["n"] > 1
-        )
+        fixture = self.build(content="x", when=lambda request: request.body["n"] > 1)
         script = fake.Fixtures()
         script.add([fixture])
         self.assertIsNone(find(script, asked({"n": 1})))
@@ -4447,6 +4446,61 @@ class SharedServerTests(ScriptingCase):
         self.assertEqual([ask(test) for test in "ab"], ["again", "first"])
 
 
+class OneTestTests(ScriptingCase):
+    """`server.test("id")` scripts, sees and forgets one test alone."""
+
+    def setUp(self):
+        super().setUp()
+        self.one, self.other = map(self.server.test, ("tests/test_a.py::test_x[é 1]", "other"))
+
+    def say(self, test, text="hi"):
+        """Ask as that test's program does, with the header that its environment asks for."""
+        name, _, value = test.env["TOGETHER_CUSTOM_HEADERS"].partition(": ")
+        self.assertEqual(test.env["OPENAI_CUSTOM_HEADERS"], f"{name}: {value}")
+        body = {"model": "m", "messages": say(text)}
+        return self.post(CHAT, body, {**KEY, name: value}).json["choices"][0]["message"]["content"]
+
+    def test_each_has_answers_and_calls_of_its_own(self):
+        self.server.reply("for all")
+        self.one.reply("for one", times=1)
+        self.other.fail(503, user_message="never")
+        said = [self.say(test) for test in (self.other, self.one, self.one, self.other)]
+        self.assertEqual(said, ["for all", "for one", "for all", "for all"])
+        self.assertEqual([len(test.requests) for test in (self.one, self.other)], [2, 2])
+        self.assertEqual(len(self.server.requests), 4)
+        self.assertIs(self.one.assert_called("chat", times=2), self.server.requests[2])
+        self.assertEqual(self.other.calls_to("chat", user_message="bye"), [])
+        self.one.assert_all_used()
+        with self.assertRaisesRegex(AssertionError, "never"):
+            self.other.assert_all_used()
+        self.assertEqual(self.one.headers["X-Test-Id"], self.one.requests[0].test)
+        self.assertEqual(self.one.env["TOGETHER_BASE_URL"], self.server.base_url)
+
+    def test_a_reset_forgets_its_fixtures_and_no_others(self):
+        for reset in (
+            self.one.reset,
+            lambda: self.json(
+                "POST", "/__parlel/reset?test=" + urllib.parse.quote(self.one.test_id)
+            ),
+        ):
+            with self.subTest(reset=reset):
+                self.server.reply("for all")
+                for test, text in ((self.one, "one"), (self.other, "other")):
+                    test.reply(text)
+                said = [self.say(self.one), self.say(self.other)]
+                reset()
+                said += [self.say(self.one), self.say(self.other)]
+                self.assertEqual(said, ["one", "other", "for all", "other"])
+                self.assertEqual((len(self.one.requests), len(self.other.requests)), (1, 2))
+                self.server.reset()
+
+    def test_ids_of_any_length(self):
+        name = "x" * 4000
+        self.server.test(name).reply("found")
+        self.server.test(name + "y").reply("wrong")
+        self.assertEqual(self.say(self.server.test(name)), "found")
+
+
 GOOD_TYPES = """
 import re
 from pathlib import Path
@@ -4478,6 +4532,26 @@ class TypeTests(unittest.TestCase):
                 timeout=300,
             )
             return done.stdout
+
+    def test_the_types_are_those_of_the_words_that_are_taken(self):
+        tree = ast.parse(Path(fake.__file__).read_text("utf-8"))
+        classes = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+        typed = set()
+        for name, known in (
+            ("CallWords", fake.CALL_WORDS),
+            ("FailWords", fake.FAIL_WORDS),
+            ("ReplyWords", fake.REPLY_WORDS),
+        ):
+            typed |= {row.target.id for row in classes[name].body}
+            with self.subTest(name=name):
+                self.assertEqual(typed, set(known) - {"content"})
+
+    def test_it_is_imported_without_what_only_mypy_needs(self):
+        program = "import sys; sys.modules['typing_extensions'] = None; import together_fake"
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", program], cwd=HERE, capture_output=True, timeout=60
+        )
+        self.assertEqual(done.returncode, 0, done.stderr)
 
     def test_a_typo_is_found(self):
         need("mypy")
@@ -7237,6 +7311,7 @@ class RepositoryTests(unittest.TestCase):
                 names.update(alias.name.partition(".")[0] for alias in node.names)
             elif isinstance(node, ast.ImportFrom):
                 names.add(node.module.partition(".")[0])
+        names -= {"typing_extensions"}  # for mypy alone: TypeTests import the file without it
         known = getattr(sys, "stdlib_module_names", None) or names
         self.assertEqual(names - set(known), set())
 

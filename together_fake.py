@@ -83,7 +83,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from urllib.parse import parse_qsl, unquote
+from urllib.parse import parse_qsl, quote, unquote
 
 TYPE_CHECKING = False  # as in typing, whose import would cost a cold start 4 ms
 if TYPE_CHECKING:
@@ -3433,7 +3433,6 @@ class Call:
 MAX_NEAR_MISSES = 20  # of one call
 MAX_FIXTURES = 10_000  # added at run time
 MAX_TESTS = 10_000  # whose calls are counted apart
-MAX_TEST_ID = 200  # characters of an X-Test-Id
 MAX_SHOWN = 4000  # characters of a text that is kept to show how it differs
 MAX_RE_LENGTH = 1000  # characters of a pattern that `re` may match
 MAX_RE_STEPS = 10**8  # that it may take, which is less than a second
@@ -3625,7 +3624,7 @@ class MatchFacts(dict):  # type: ignore[type-arg]
         ]
         format = body.get("response_format") or get_path(body, "text", "format")
         self.request = request
-        self.test = headers.get("x-test-id", "")[:MAX_TEST_ID]
+        self.test = headers.get("x-test-id", "")
         self.asked: dict[Fixture, bool] = {}  # what the functions of fixtures said
         self.compared: dict[Fixture, str | None] = {}  # the first key that differs, or None
         super().__init__(
@@ -4368,6 +4367,12 @@ KEYWORDS = {
     for key in rows
 }
 KEYWORDS.update(response_model=("response", "model"), not_=KEYWORDS.pop("not"))
+KEYWORD_ROWS = {"response": RESPONSE, "": OPTIONS, "match": MATCH}
+KEYWORD_TYPES = {
+    word: " or ".join(KIND_NAMES[kind] for kind in KEYWORD_ROWS[part][key].kinds)
+    for word, (part, key) in KEYWORDS.items()
+}
+KEYWORD_TYPES.update(when="a function of the request", times="how often (default: always)")
 
 
 def as_response(word: str, value: Any) -> Any:
@@ -4387,19 +4392,21 @@ def is_answers(value: Any) -> bool:
     return hasattr(value, "__next__") or (callable(value) and not hasattr(value, "model_dump"))
 
 
-def fixture_from_keywords(verb: str, keywords: Mapping[str, Any], when: Any = None) -> Fixture:
+def fixture_from_keywords(verb: str, keywords: Mapping[str, Any]) -> Fixture:
     """Build the fixture of `server.reply(...)` and `server.fail(...)`; None counts as absent.
 
     Raises TypeError for a `when` that is no function and ValueError for a wrong value.
     """
+    words = dict(keywords)
+    when = words.pop("when", None)
     if when is not None and not callable(when):
         raise TypeError(f"{verb}() needs a function as `when`, not {when!r}")
     entry: dict[str, Any] = {"match": {}, "response": {}}
-    for word, value in keywords.items():
+    for word, value in words.items():
         part, key = KEYWORDS[word]
         if value is not None:
             (entry[part] if part else entry)[key] = as_response(word, value)
-    answers = entry["response"].pop("content") if is_answers(keywords.get("content")) else None
+    answers = entry["response"].pop("content") if is_answers(words.get("content")) else None
     if answers is not None:
         entry["response"]["content"] = ""
     entry["response"] = entry["response"] or None
@@ -4585,10 +4592,16 @@ class Fixtures:
                 del self._sequences[key]
             self._run_time = Layer()
 
-    def remove(self, fixture: Fixture) -> None:
-        """Remove one fixture; nothing happens where it is gone already."""
+    def remove_test(self, test: str) -> None:
+        """Forget one test: its counts, and the fixtures that were added for it."""
         with self._lock:
-            kept = [each for each in self._run_time.fixtures if each is not fixture]
+            self.forget(test)
+            self.remove(*[f for f in self._run_time.fixtures if f.match.get("testId") == test])
+
+    def remove(self, *fixtures: Fixture) -> None:
+        """Remove fixtures; nothing happens where they are gone already."""
+        with self._lock:
+            kept = [each for each in self._run_time.fixtures if each not in fixtures]
             self._run_time = Layer()
             for each in kept:
                 self._run_time.add(each)
@@ -4784,9 +4797,11 @@ class Fixtures:
             self._calls += 1
             return self._calls
 
-    def unused(self) -> list[Fixture]:
-        """Return the fixtures that were never served."""
-        return [each for each in self._run_time.fixtures + self._files.fixtures if not each.served]
+    def unused(self, test: str = "") -> list[Fixture]:
+        """Return the fixtures that were never served, of one test or of all."""
+        every = self._run_time.fixtures + self._files.fixtures
+        mine = (each for each in every if not test or each.match.get("testId") == test)
+        return [each for each in mine if not each.served]
 
     def describe(self) -> dict[str, Any]:
         """Return the fixtures as JSON, in the order in which they were added."""
@@ -12182,24 +12197,241 @@ def count_matches(fixture: Fixture, call: Call) -> int:
     )
 
 
-def suggest_keywords(verb: Verb) -> Verb:
-    """Have a keyword that a function lacks refused with the nearest one that it has.
+SCRIPT_WORDS = ("endpoint", "sequence_index")  # a call has another name for its operation
+CALL_WORDS = [*filter(lambda w: KEYWORDS[w][0] == "match" and w not in SCRIPT_WORDS, KEYWORDS)]
+MATCH_WORDS = [*CALL_WORDS, *SCRIPT_WORDS, "when"]
+FAIL_WORDS = [*MATCH_WORDS, *map(to_snake, OPTIONS), "error", "retry_after"]
+REPLY_WORDS = [*KEYWORDS, "when"]
 
-    Python does the same since 3.13, but where a field of the body is meant.
+if TYPE_CHECKING:
+    # The same words for mypy and editors, with their types.
+    from typing_extensions import TypedDict, Unpack
+
+    class CallWords(TypedDict, total=False):
+        user_message: TextMatch | None
+        system_message: TextMatch | Sequence[str] | None
+        input_text: TextMatch | None
+        tool_call_id: TextMatch | None
+        tool_result_contains: TextMatch | None
+        tool_name: TextMatch | None
+        model: TextMatch | None
+        response_format: TextMatch | None
+        context: TextMatch | None
+        test_id: TextMatch | None
+        has_tool_result: bool | None
+        turn_index: int | None
+        body: Mapping[str, Any] | None
+        headers: Mapping[str, TextMatch] | None
+        not_: Mapping[str, Any] | None
+
+    class FailWords(CallWords, total=False):
+        endpoint: TextMatch | None
+        sequence_index: int | None
+        when: Callable[[Request], Any] | None
+        times: int | None
+        latency: float | None
+        chunk_size: int | None
+        streaming_profile: Mapping[str, float] | None
+        recorded_timings: Mapping[str, Any] | None
+        replay_speed: float | None
+        should_retry: bool | None
+        malformed: bool | None
+        empty: bool | None
+        truncate_after_chunks: int | None
+        disconnect_after_ms: float | None
+        disconnect_after_chunks: int | None
+        error_after_chunks: int | None
+        chaos: Mapping[str, float] | None
+        error: Mapping[str, Any] | None
+        retry_after: float | None
+
+    class ReplyWords(FailWords, total=False):
+        reasoning: str | None
+        tool_calls: Sequence[Mapping[str, Any]] | None
+        blocks: Sequence[Mapping[str, Any]] | None
+        embedding: Sequence[Any] | None
+        image: Any
+        images: Sequence[Any] | None
+        audio: Any
+        format: str | None
+        transcription: Any
+        video: Mapping[str, Any] | None
+        scores: Sequence[float] | None
+        json: Any
+        raw: Mapping[str, str] | None
+        job: Mapping[str, Any] | None
+        status: int | None
+        id: str | None
+        created: int | None
+        response_model: str | None
+        usage: Mapping[str, Any] | None
+        finish_reason: str | None
+        role: str | None
+
+
+def take_words(*known: str) -> Callable[[Verb], Verb]:
+    """Have a function take these keywords alone, and list them in its help."""
+
+    def decorate(verb: Any) -> Any:
+        @functools.wraps(verb)
+        def call(*args: Any, **words: Any) -> Any:
+            for word in words:
+                if word not in known:
+                    near = suggest(word, known)
+                    hint = "" if near.endswith("?") else f" (of the body: body={{{word!r}: ...}})"
+                    raise TypeError(f"{verb.__name__}() has no keyword {word!r}{hint}{near}")
+            return verb(*args, **words)
+
+        listed = [f"\n        {word}: {KEYWORD_TYPES[word]}" for word in known]
+        call.__doc__ = (verb.__doc__ or "") + "".join(listed)
+        return call
+
+    return decorate
+
+
+class Scripting:
+    """Scripts answers and looks at what was asked: on a whole server, or for one test on it."""
+
+    script: Fixtures
+    test_id = ""  # the test whose answers and calls these are; "" for all
+
+    @property
+    def requests(self) -> list[Call]:
+        """The recorded calls, newest last."""
+        raise NotImplementedError
+
+    @take_words(*REPLY_WORDS)
+    def reply(self, content: Any = None, **words: Unpack[ReplyWords]) -> Fixture:
+        """Script an answer: `reply("Hi!", user_message="hello", times=1)`.
+
+        content  a text; a dict, list or pydantic model, whose JSON is the text; an iterator, which
+                 gives one answer after the other; a function of the request, which gives a text,
+                 JSON, or a dict of the keys of a response
+
+        The keywords are the keys of fixture files in snake case. Raises ValueError naming what is
+        wrong.
+
+        """
+        return self._add_fixture("reply", {"content": content, **words})
+
+    @take_words(*FAIL_WORDS)
+    def fail(self, status: int | None = None, **words: Unpack[FailWords]) -> Fixture:
+        """Script a fault: a status with its real body, or a reply that goes wrong on its way.
+
+        `fail(429, retry_after=1, times=2)`, `fail(disconnect_after_chunks=3)`. The keywords:
+
+        """
+        return self._add_fixture("fail", {"status": status, **words})
+
+    def _add_fixture(self, verb: str, words: Mapping[str, Any]) -> Fixture:
+        own = {"test_id": self.test_id} if self.test_id else {}
+        fixture = fixture_from_keywords(verb, {**words, **own})
+        self.script.add([fixture])
+        return fixture
+
+    @take_words(*CALL_WORDS)
+    def calls_to(self, operation: str, **words: Unpack[CallWords]) -> list[Call]:
+        """Return the recorded calls of an operation, `"chat"` or `"POST /v1/..."`, that match.
+
+        The keywords mean what they mean in `reply()`; `body` is contained in the request's.
+
+        """
+        return self._find_calls("calls_to", operation, words)
+
+    @take_words("times", *CALL_WORDS)
+    def assert_called(
+        self, operation: str, *, times: int | None = None, **words: Unpack[CallWords]
+    ) -> Call:
+        """Return the last such call; raise AssertionError showing how the nearest ones differ.
+
+        times  how many there have to be (default: at least one)
+
+        """
+        calls = self._find_calls("assert_called", operation, words)
+        if (len(calls) != times) if times is not None else not calls:
+            wanted = f"{times} calls" if times is not None else "a call"
+            given = [f"{name}={value!r}" for name, value in words.items() if value is not None]
+            given = [each if len(each) <= 160 else each[:157] + "..." for each in given]
+            detail = " with " + ", ".join(given) if given else ""
+            listing = "\n  ".join(self._show_nearest(operation, words)) or "no call at all"
+            raise AssertionError(
+                f"wanted {wanted} to {operation}{detail}, saw {len(calls)}; nearest:\n  {listing}"
+            )
+        return calls[-1] if calls else Call(0, Request("", ""), 0)
+
+    def assert_all_used(self) -> None:
+        """Raise AssertionError listing the fixtures that were never served, and why not."""
+        unused = self.script.unused(self.test_id)
+        if unused:
+            calls = self.requests[-MAX_NEAR_MISSES:]
+            shown = [
+                json.dumps(each.describe()) + self._explain_unused(each, calls) for each in unused
+            ]
+            raise AssertionError("never served:\n  " + "\n  ".join(shown))
+
+    def _find_calls(self, verb: str, operation: str, words: Mapping[str, Any]) -> list[Call]:
+        """Return the calls of an operation that match; raise ValueError for an unknown one."""
+        check_operation(operation)
+        probe = self._make_probe(verb, words)
+        return [
+            call
+            for call in self.requests
+            if operation in (call.kind, call.operation) and find_call_mismatch(probe, call) is None
+        ]
+
+    def _make_probe(self, verb: str, words: Mapping[str, Any]) -> Fixture:
+        return fixture_from_keywords(verb, {**words, "latency": 0})
+
+    def _show_nearest(self, operation: str, words: Mapping[str, Any]) -> list[str]:
+        """Return a few calls, those of the operation first, each with what differs."""
+        probe = self._make_probe("assert_called", words)
+        calls = sorted(
+            self.requests, key=lambda call: (operation in (call.kind, call.operation), call.number)
+        )
+        return [f"{call!r}{describe_mismatch(probe, call)}" for call in calls[:-6:-1]]
+
+    def _explain_unused(self, fixture: Fixture, calls: Sequence[Call]) -> str:
+        """Return which of the last calls came nearest to a fixture, and what differed."""
+        nearest = [(count_matches(fixture, call), call.number, call) for call in calls]
+        if not nearest:
+            return ""
+        call = max(nearest, key=lambda row: row[:2])[2]
+        return f"\n    nearest: {call!r}{describe_mismatch(fixture, call)}"
+
+
+class OneTest(Scripting):
+    """One of many tests on a server, told apart by the header `X-Test-Id`: `server.test("id")`.
+
+    It scripts for that test alone, sees its calls alone, and forgets nothing else.
     """
-    function: Any = verb
-    known = function.__code__.co_varnames[1 : 2 + function.__code__.co_kwonlyargcount]
 
-    @functools.wraps(verb)
-    def call(*args: Any, **keywords: Any) -> Any:
-        for word in keywords:
-            if word not in known:
-                near = suggest(word, known)
-                hint = "" if near.endswith("?") else f" (of the body: body={{{word!r}: ...}})"
-                raise TypeError(f"{function.__name__}() has no keyword {word!r}{hint}{near}")
-        return function(*args, **keywords)
+    def __init__(self, server: TogetherAiServer, name: str) -> None:
+        self.server, self.script = server, server.script
+        self.test_id = quote(name, safe="/:[]()=,.-_ ")  # what a header can carry
 
-    return call  # type: ignore[return-value]
+    @property
+    def headers(self) -> dict[str, str]:
+        """The header by which its calls are known."""
+        return {"X-Test-Id": self.test_id}
+
+    @property
+    def env(self) -> dict[str, str]:
+        """The server's variables, and those by which SDKs send the header with every call."""
+        header = f"X-Test-Id: {self.test_id}"
+        variables = ("TOGETHER_CUSTOM_HEADERS", "OPENAI_CUSTOM_HEADERS")
+        return {**self.server.env, **dict.fromkeys(variables, header)}
+
+    @property
+    def requests(self) -> list[Call]:
+        """The recorded calls of this test, newest last."""
+        return [call for call in self.server.requests if call.test == self.test_id]
+
+    def reset(self) -> None:
+        """Forget the calls, counts and fixtures of this test."""
+        self.server.reset(test=self.test_id)
+
+    def __repr__(self) -> str:
+        return f"<test {self.test_id!r} on {self.server!r}>"
 
 
 END_SECONDS = 5.0  # for one server to end before the next one takes its port
@@ -12235,12 +12467,12 @@ URL_VARIABLES = (
 )
 
 
-class TogetherAiServer:
+class TogetherAiServer(Scripting):
     """The emulator: `with TogetherAiServer(port=0) as server:` and point a client at `.base_url`.
 
     life      start(), stop(), reset(); `with` does the first two
     address   url, base_url, port, env
-    script    reply(), fail(), load()
+    script    reply(), fail(), load(), test()
     record    requests, calls_to(), assert_called(), assert_all_used(), save()
     stored    add_file(), seed(), and files, batches, fine_tunes, ... by id
 
@@ -12355,10 +12587,10 @@ class TogetherAiServer:
     def reset(self, test: str | None = None) -> None:
         """Go back to the state after start(): nothing recorded, stored or counted.
 
-        test  forget the calls and counts of this X-Test-Id alone
+        test  forget the calls, counts and fixtures of this X-Test-Id alone
         """
         if test is not None:
-            self.script.forget(test)
+            self.script.remove_test(test)
             with self._lock:
                 self._calls = deque(call for call in self._calls if call.test != test)
                 self._recorded_bytes = sum(call.kept for call in self._calls)
@@ -12429,254 +12661,6 @@ class TogetherAiServer:
             "TOGETHER_PROJECT_ID": PROJECT["id"],
         }
 
-    # Scripts and assertions
-
-    @suggest_keywords
-    def reply(
-        self,
-        content: Any = None,
-        *,
-        # what it answers instead of a text, or beside it
-        reasoning: str | None = None,
-        tool_calls: Sequence[Mapping[str, Any]] | None = None,
-        blocks: Sequence[Mapping[str, Any]] | None = None,
-        embedding: Sequence[Any] | None = None,
-        image: Any = None,
-        images: Sequence[Any] | None = None,
-        audio: Any = None,
-        format: str | None = None,
-        transcription: Any = None,
-        video: Mapping[str, Any] | None = None,
-        scores: Sequence[float] | None = None,
-        json: Any = None,
-        raw: Mapping[str, str] | None = None,
-        job: Mapping[str, Any] | None = None,
-        error: Mapping[str, Any] | None = None,
-        status: int | None = None,
-        retry_after: float | None = None,
-        id: str | None = None,
-        created: int | None = None,
-        response_model: str | None = None,
-        usage: Mapping[str, Any] | None = None,
-        finish_reason: str | None = None,
-        role: str | None = None,
-        # which requests it answers
-        user_message: TextMatch | None = None,
-        system_message: TextMatch | Sequence[str] | None = None,
-        input_text: TextMatch | None = None,
-        tool_call_id: TextMatch | None = None,
-        tool_result_contains: TextMatch | None = None,
-        tool_name: TextMatch | None = None,
-        model: TextMatch | None = None,
-        response_format: TextMatch | None = None,
-        endpoint: TextMatch | None = None,
-        context: TextMatch | None = None,
-        test_id: TextMatch | None = None,
-        has_tool_result: bool | None = None,
-        turn_index: int | None = None,
-        sequence_index: int | None = None,
-        body: Mapping[str, Any] | None = None,
-        headers: Mapping[str, TextMatch] | None = None,
-        not_: Mapping[str, Any] | None = None,
-        when: Callable[[Request], Any] | None = None,
-        # how often, and how it travels
-        times: int | None = None,
-        latency: float | None = None,
-        chunk_size: int | None = None,
-        streaming_profile: Mapping[str, float] | None = None,
-        recorded_timings: Mapping[str, Any] | None = None,
-        replay_speed: float | None = None,
-        should_retry: bool | None = None,
-        malformed: bool | None = None,
-        empty: bool | None = None,
-        truncate_after_chunks: int | None = None,
-        disconnect_after_ms: float | None = None,
-        disconnect_after_chunks: int | None = None,
-        error_after_chunks: int | None = None,
-        chaos: Mapping[str, float] | None = None,
-    ) -> Fixture:
-        """Script an answer: `reply("Hi!", user_message="hello", times=1)`.
-
-        content  a text; a dict, list or pydantic model, whose JSON is the text; an iterator, which
-                 gives one answer after the other; a function of the request, which gives a text,
-                 JSON, or a dict of the keys of a response
-
-        The keywords are the keys of fixture files in snake case. Raises ValueError naming what is
-        wrong.
-        """
-        keywords = {name: value for name, value in locals().items() if name in KEYWORDS}
-        return self._add_fixture("reply", keywords, when)
-
-    @suggest_keywords
-    def fail(
-        self,
-        status: int | None = None,
-        *,
-        error: Mapping[str, Any] | None = None,
-        retry_after: float | None = None,
-        # which requests fail
-        user_message: TextMatch | None = None,
-        system_message: TextMatch | Sequence[str] | None = None,
-        input_text: TextMatch | None = None,
-        tool_call_id: TextMatch | None = None,
-        tool_result_contains: TextMatch | None = None,
-        tool_name: TextMatch | None = None,
-        model: TextMatch | None = None,
-        response_format: TextMatch | None = None,
-        endpoint: TextMatch | None = None,
-        context: TextMatch | None = None,
-        test_id: TextMatch | None = None,
-        has_tool_result: bool | None = None,
-        turn_index: int | None = None,
-        sequence_index: int | None = None,
-        body: Mapping[str, Any] | None = None,
-        headers: Mapping[str, TextMatch] | None = None,
-        not_: Mapping[str, Any] | None = None,
-        when: Callable[[Request], Any] | None = None,
-        # how often, and how the reply goes wrong on its way
-        times: int | None = None,
-        latency: float | None = None,
-        chunk_size: int | None = None,
-        streaming_profile: Mapping[str, float] | None = None,
-        recorded_timings: Mapping[str, Any] | None = None,
-        replay_speed: float | None = None,
-        should_retry: bool | None = None,
-        malformed: bool | None = None,
-        empty: bool | None = None,
-        truncate_after_chunks: int | None = None,
-        disconnect_after_ms: float | None = None,
-        disconnect_after_chunks: int | None = None,
-        error_after_chunks: int | None = None,
-        chaos: Mapping[str, float] | None = None,
-    ) -> Fixture:
-        """Script a fault: a status with its real body, or a reply that goes wrong on its way.
-
-        `fail(429, retry_after=1, times=2)`, `fail(disconnect_after_chunks=3)`.
-        """
-        keywords = {name: value for name, value in locals().items() if name in KEYWORDS}
-        return self._add_fixture("fail", keywords, when)
-
-    def _add_fixture(self, verb: str, keywords: dict[str, Any], when: Any) -> Fixture:
-        fixture = fixture_from_keywords(verb, keywords, when)
-        self.script.add([fixture])
-        return fixture
-
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Load a fixture file, or a folder of them; ValueError names the place that is wrong."""
-        known = len(self.script.warnings)
-        self.script.load(os.fspath(path))
-        for warning in self.script.warnings[known:]:
-            import warnings  # rare
-
-            warnings.warn(warning, stacklevel=2)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a fixture file that answers every recorded call as it was answered."""
-        write_file(os.fspath(path), record_calls(self.requests).write())
-
-    @suggest_keywords
-    def calls_to(
-        self,
-        operation: str,
-        *,
-        user_message: TextMatch | None = None,
-        system_message: TextMatch | Sequence[str] | None = None,
-        input_text: TextMatch | None = None,
-        tool_call_id: TextMatch | None = None,
-        tool_result_contains: TextMatch | None = None,
-        tool_name: TextMatch | None = None,
-        model: TextMatch | None = None,
-        response_format: TextMatch | None = None,
-        test_id: TextMatch | None = None,
-        has_tool_result: bool | None = None,
-        turn_index: int | None = None,
-        body: Mapping[str, Any] | None = None,
-        headers: Mapping[str, TextMatch] | None = None,
-    ) -> list[Call]:
-        """Return the recorded calls of an operation, `"chat"` or `"POST /v1/..."`, that match.
-
-        The keywords mean what they mean in `reply()`; `body` is contained in the request's.
-        """
-        keywords = {name: value for name, value in locals().items() if name in KEYWORDS}
-        return self._find_calls("calls_to", operation, keywords)
-
-    @suggest_keywords
-    def assert_called(
-        self,
-        operation: str,
-        *,
-        times: int | None = None,
-        user_message: TextMatch | None = None,
-        system_message: TextMatch | Sequence[str] | None = None,
-        input_text: TextMatch | None = None,
-        tool_call_id: TextMatch | None = None,
-        tool_result_contains: TextMatch | None = None,
-        tool_name: TextMatch | None = None,
-        model: TextMatch | None = None,
-        response_format: TextMatch | None = None,
-        test_id: TextMatch | None = None,
-        has_tool_result: bool | None = None,
-        turn_index: int | None = None,
-        body: Mapping[str, Any] | None = None,
-        headers: Mapping[str, TextMatch] | None = None,
-    ) -> Call:
-        """Return the last such call; raise AssertionError showing how the nearest ones differ.
-
-        times  how many there have to be (default: at least one)
-        """
-        keywords = {name: value for name, value in locals().items() if name in KEYWORDS}
-        del keywords["times"]
-        calls = self._find_calls("assert_called", operation, keywords)
-        if (len(calls) != times) if times is not None else not calls:
-            wanted = f"{times} calls" if times is not None else "a call"
-            given = [f"{name}={value!r}" for name, value in keywords.items() if value is not None]
-            given = [each if len(each) <= 160 else each[:157] + "..." for each in given]
-            detail = " with " + ", ".join(given) if given else ""
-            listing = "\n  ".join(self._show_nearest(operation, keywords)) or "no call at all"
-            raise AssertionError(
-                f"wanted {wanted} to {operation}{detail}, saw {len(calls)}; nearest:\n  {listing}"
-            )
-        return calls[-1] if calls else Call(0, Request("", ""), 0)
-
-    def assert_all_used(self) -> None:
-        """Raise AssertionError listing the fixtures that were never served, and why not."""
-        unused = self.script.unused()
-        if unused:
-            calls = self.requests[-MAX_NEAR_MISSES:]
-            shown = [
-                json.dumps(each.describe()) + self._explain_unused(each, calls) for each in unused
-            ]
-            raise AssertionError("never served:\n  " + "\n  ".join(shown))
-
-    def _find_calls(self, verb: str, operation: str, keywords: dict[str, Any]) -> list[Call]:
-        """Return the calls of an operation that match; raise ValueError for an unknown one."""
-        check_operation(operation)
-        probe = self._make_probe(verb, keywords)
-        return [
-            call
-            for call in self.requests
-            if operation in (call.kind, call.operation) and find_call_mismatch(probe, call) is None
-        ]
-
-    def _make_probe(self, verb: str, keywords: dict[str, Any]) -> Fixture:
-        return fixture_from_keywords(verb, {**keywords, "latency": 0})
-
-    def _show_nearest(self, operation: str, keywords: dict[str, Any]) -> list[str]:
-        """Return a few calls, those of the operation first, each with what differs."""
-        probe = self._make_probe("assert_called", keywords)
-        calls = sorted(
-            self.requests, key=lambda call: (operation in (call.kind, call.operation), call.number)
-        )
-        return [f"{call!r}{describe_mismatch(probe, call)}" for call in calls[:-6:-1]]
-
-    def _explain_unused(self, fixture: Fixture, calls: list[Call]) -> str:
-        """Return which of the last calls came nearest to a fixture, and what differed."""
-        nearest = [(count_matches(fixture, call), call.number, call) for call in calls]
-        if not nearest:
-            return ""
-        call = max(nearest, key=lambda row: row[:2])[2]
-        return f"\n    nearest: {call!r}{describe_mismatch(fixture, call)}"
-
     # Stored objects
 
     def _now(self) -> int:
@@ -12697,6 +12681,25 @@ class TogetherAiServer:
         if id is not None:
             given[jobs.key] = id
         return jobs.add(BUILDERS[collection](self, given))
+
+    # Scripts and stored objects
+
+    def test(self, name: str) -> OneTest:
+        """Return a view of one test, by its `X-Test-Id`: what it scripts and asks is its own."""
+        return OneTest(self, name)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Load a fixture file, or a folder of them; ValueError names the place that is wrong."""
+        known = len(self.script.warnings)
+        self.script.load(os.fspath(path))
+        for warning in self.script.warnings[known:]:
+            import warnings  # rare
+
+            warnings.warn(warning, stacklevel=2)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a fixture file that answers every recorded call as it was answered."""
+        write_file(os.fspath(path), record_calls(self.requests).write())
 
     def seed(self, collection: str, items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Store objects under ids of your choice; what an item lacks gets a default.
