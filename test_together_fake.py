@@ -2202,6 +2202,49 @@ class FormatTests(FakeCase):
                 self.assertRefused(CHAT, {**HELLO, "response_format": format}, param)
 
 
+class PromptTests(LocalCase):
+    """The form that a prompt asks its answer in."""
+
+    SCHEMA = json.dumps({"properties": {"age": {"type": "integer"}}, "required": ["age"]})
+    ASKED = f"Answer in JSON. The schema: {SCHEMA}"
+
+    def test_it_is_told_in_the_record(self):
+        self.assertEqual(list(json.loads(self.text(self.ASKED))), ["age"])
+        call = self.server.requests[-1]
+        self.assertEqual(call.form, "JSON by schema, from messages[0]")
+        self.assertEqual(call.as_json()["form"], call.form)
+        self.text("hello")
+        self.assertEqual(self.server.requests[-1].form, "")
+
+    def test_it_holds_for_every_way_to_ask(self):
+        body = {"model": THINKER, "input": self.ASKED}
+        said = self.post("/v1/responses", body).json["output"][-1]["content"][0]["text"]
+        self.assertEqual(list(json.loads(said)), ["age"])
+        said = self.post("/v1/completions", {"model": "m", "prompt": self.ASKED}).json["choices"][0]
+        self.assertEqual(list(json.loads(said["text"])), ["age"])
+        events = self.stream(messages=[{"role": "user", "content": self.ASKED}])
+        said = "".join(event["choices"][0]["delta"].get("content") or "" for event in events)
+        self.assertEqual(list(json.loads(said)), ["age"])
+
+    def test_what_the_request_and_fixtures_say_goes_first(self):
+        format = {"type": "regex", "pattern": "[0-9]{3}"}
+        self.assertRegex(self.text(self.ASKED, response_format=format), r"\A[0-9]{3}\Z")
+        self.server.reply("scripted")
+        self.assertEqual(self.text(self.ASKED), "scripted")
+        self.assertEqual(self.server.requests[-1].form, "")
+
+    def test_one_switch_turns_it_off(self):
+        for server in (
+            fake.TogetherAiServer(read_prompts=False),
+            fake.build_server(fake.read_options(["--no-read-prompts"])),
+        ):
+            body = {"model": LLAMA, "messages": [{"role": "user", "content": self.ASKED}]}
+            server.answer(fake.Request("POST", CHAT, body, headers={"authorization": "Bearer k"}))
+            self.assertEqual(server.requests[-1].form, "")
+            content = server.requests[-1].reply["choices"][0]["message"]["content"]
+            self.assertNotIn("age", content)
+
+
 class ThoughtTests(FakeCase):
     def thoughts(self, model=THINKER, **fields):
         got = self.chat(model=model, **fields)

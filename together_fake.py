@@ -29,6 +29,7 @@ The sections, each of which uses only those above it; a star marks what touches 
     Vectors        embeddings, and how alike they are
     Media          images, sound, videos
     Schemas        texts for a pattern, values for a JSON schema
+    Prompts        the form that a prompt asks its answer in
     Catalogue      the models
     Dialects       where clients need different bodies
     Collections    stored objects, the record of calls
@@ -258,8 +259,8 @@ class Request:
     """One request as the pipeline sees it; HTTP, tests and batch lines all build these."""
 
     __slots__ = (
-        "args", "batch", "body", "client", "headers", "id", "method", "origin", "params", "path",
-        "query", "raw", "script",
+        "args", "batch", "body", "client", "form", "headers", "id", "method", "origin", "params",
+        "path", "query", "raw", "script",
     )  # fmt: skip
 
     client: Any  # the socket, where a thread waits for somebody else on this request's behalf
@@ -285,6 +286,7 @@ class Request:
         self.params: dict[str, str] = {}  # the path's parameters
         self.id = ""  # of the answer, once it is drawn
         self.script: dict[str, Any] | None = None  # what a fixture says instead of the generators
+        self.form = ""  # of the answer, as the prompt asks for it
         self.batch = ""  # the job whose line this is
 
 
@@ -2754,6 +2756,83 @@ def make_matching(rng: HashRandom, pattern: str) -> str:
         raise Unsatisfiable(TOO_MUCH) from None
 
 
+# === Prompts ===
+
+MAX_PROMPT_SCHEMA = 100_000  # characters of a message in which a schema is looked for
+
+
+def message_text(message: dict[str, Any]) -> str:
+    """Return the text of a message; other parts count as nothing."""
+    content = message.get("content")
+    if type(content) is list:
+        return "".join([part.get("text") or "" for part in content])
+    return content or ""
+
+
+def describe_field(text: str) -> dict[str, Any]:
+    """Return the schema of a field that a sentence describes: `must be a single int value`."""
+    kind = re.search(r"single (int|float) value|(True or False)|one of: ([^\n]+)", text)
+    if kind is None:
+        return {"type": "string"}
+    if kind[3]:
+        return {"enum": [choice.strip() for choice in kind[3].split(";")]}
+    return {"type": "boolean" if kind[2] else {"int": "integer", "float": "number"}[kind[1]]}
+
+
+def as_schema(value: Any) -> Any:
+    """Return the schema that a JSON object in a prompt stands for, or None.
+
+    It is one, or it has a schema for each field (agno), or a text that describes each (dspy).
+    """
+    if type(value) is not dict or not value:
+        return None
+    if type(value.get("properties")) is dict:
+        return value
+    if all(type(field) is dict and "type" in field for field in value.values()):
+        return {"type": "object", "properties": value, "required": list(value)}
+    if all(type(field) is str and "{" + name + "}" in field for name, field in value.items()):
+        properties = {name: describe_field(field) for name, field in value.items()}
+        return {"type": "object", "properties": properties, "required": list(value)}
+    return None
+
+
+def read_schemas(text: str) -> Iterator[Any]:
+    """Yield the schemas that stand in a text as JSON objects."""
+    text = text[:MAX_PROMPT_SCHEMA]
+    for found in itertools.islice(re.finditer(r"\{", text), 20):
+        with contextlib.suppress(ValueError, RecursionError, ApiError):
+            schema = as_schema(CAREFUL_DECODER.raw_decode(text, found.start())[0])
+            if schema is not None:
+                yield schema
+
+
+class WantedForm:
+    """The form that a prompt asks its answer in: a value, and how that is written."""
+
+    def __init__(self, label: str, schema: Any, frame: str = "%s") -> None:
+        self.label = label  # for the record
+        self.schema = schema  # of the value
+        self.frame = frame  # what surrounds it, with one %s
+
+    def write(self, rng: HashRandom) -> str:
+        """Return an answer of this form, or raise `Unsatisfiable`."""
+        return self.frame % json.dumps(make_instance(rng, self.schema), ensure_ascii=False)
+
+
+def read_form(messages: list[dict[str, Any]]) -> WantedForm | None:
+    """Return the form that a conversation asks the next answer in, if it asks for one."""
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        text = content if type(content) is str else message_text(message)
+        if "{" in text and message["role"] in ("system", "developer", "user"):
+            lower = text.lower()
+            schema = next(read_schemas(text), None) if "json" in lower else None
+            if schema is not None:
+                frame = "```json\n%s\n```" if "```json" in lower else "%s"
+                return WantedForm(f"JSON by schema, from messages[{number}]", schema, frame)
+    return None
+
+
 # === Catalogue ===
 
 CREATED_AT = {  # recorded; of most models the service says 0
@@ -3263,6 +3342,7 @@ class Call:
     error = ""  # why it failed, where it did
     warnings: tuple[str, ...] = ()  # a path that was read as another, fields that nothing reads
     fixture = ""  # the source of the one that answered
+    form = ""  # of the answer, as the prompt asks for it, and the message that says so
     reply_type = ""  # the content type of the reply
     reply_size = 0  # bytes of it that are kept
     revision = 0  # rises whenever something about the call changes
@@ -3423,6 +3503,7 @@ class Call:
             "body": self.body,
             "reply": self.reply,
             "events_sent": self.events_sent,
+            "form": self.form,
             "warnings": list(self.warnings),
             "near_misses": self.near_misses,
         }
@@ -5687,8 +5768,6 @@ FORMS: dict[str, Form] = {
 # --- Chat completions
 
 MAX_TOOLS = 1024  # of one chat request
-MAX_PROMPT_SCHEMA = 100_000  # characters of a message in which a schema is looked for
-
 DEFAULT_MAX_TOKENS = 2048  # recorded: where several models stop when nothing is asked
 MAX_CONTEXT_TOKENS = 2**40  # of a model whose context length is unknown
 MEDIA_TOKENS = 256  # of an image, video or sound in a prompt
@@ -5830,14 +5909,6 @@ def pick_facts(body: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
 
 
 TOOL_FIELDS = {"tools", "functions", "tool_choice", "function_call"}
-
-
-def message_text(message: dict[str, Any]) -> str:
-    """Return the text of a message; other parts count as nothing."""
-    content = message.get("content")
-    if type(content) is list:
-        return "".join([part.get("text") or "" for part in content])
-    return content or ""
 
 
 MEDIA_TRAITS = {"image_url": "sees", "video_url": "watches", "audio_url": "hears"}
@@ -6108,56 +6179,6 @@ def make_pattern_text(rng: HashRandom, pattern: str | None) -> str:
         raise ApiError("invalid", param="response_format.pattern", reason=str(error)) from None
 
 
-def describe_field(text: str) -> dict[str, Any]:
-    """Return the schema of a field that a sentence describes: `must be a single int value`."""
-    kind = re.search(r"single (int|float) value|(True or False)|one of: ([^\n]+)", text)
-    if kind is None:
-        return {"type": "string"}
-    if kind[3]:
-        return {"enum": [choice.strip() for choice in kind[3].split(";")]}
-    return {"type": "boolean" if kind[2] else {"int": "integer", "float": "number"}[kind[1]]}
-
-
-def as_schema(value: Any) -> Any:
-    """Return the schema that a JSON object in a prompt stands for, or None.
-
-    It is one, or it has a schema for each field (agno), or a text that describes each (dspy).
-    """
-    if type(value) is not dict or not value:
-        return None
-    if type(value.get("properties")) is dict:
-        return value
-    if all(type(field) is dict and "type" in field for field in value.values()):
-        return {"type": "object", "properties": value, "required": list(value)}
-    if all(type(field) is str and "{" + name + "}" in field for name, field in value.items()):
-        properties = {name: describe_field(field) for name, field in value.items()}
-        return {"type": "object", "properties": properties, "required": list(value)}
-    return None
-
-
-def read_schemas(text: str) -> Iterator[Any]:
-    """Yield the schemas that stand in a text as JSON objects."""
-    text = text[:MAX_PROMPT_SCHEMA]
-    for found in itertools.islice(re.finditer(r"\{", text), 20):
-        with contextlib.suppress(ValueError, RecursionError, ApiError):
-            schema = as_schema(CAREFUL_DECODER.raw_decode(text, found.start())[0])
-            if schema is not None:
-                yield schema
-
-
-def find_prompted(messages: list[dict[str, Any]]) -> tuple[Any, bool]:
-    """Return the schema that a prompt asks JSON for, and whether in a block of Markdown."""
-    for message in messages:
-        content = message.get("content")
-        text = content if type(content) is str else message_text(message)
-        if "{" in text and message["role"] in ("system", "developer", "user"):
-            lower = text.lower()
-            schema = next(read_schemas(text), None) if "json" in lower else None
-            if schema is not None:
-                return schema, "```json" in lower
-    return None, False
-
-
 def find_schema(format: dict[str, Any], body: dict[str, Any]) -> Any:
     """Return the schema of a response format; JSON mode without one looks for it in the prompt."""
     inner = format.get("json_schema")
@@ -6170,21 +6191,36 @@ def find_schema(format: dict[str, Any], body: dict[str, Any]) -> Any:
     return next((schema for text in texts for schema in read_schemas(text)), JSON_MODE_SCHEMA)
 
 
-def make_content(rng: HashRandom, body: dict[str, Any], model: Model) -> tuple[str, int]:
+def read_prompt(
+    server: TogetherAiServer, request: Request, messages: list[dict[str, Any]]
+) -> WantedForm | None:
+    """Return the form that a prompt asks for, where nothing stronger says what to answer."""
+    if request.script or not server.read_prompts or "response_format" in request.body:
+        return None
+    form = read_form(messages)
+    if form is not None:
+        request.form = form.label
+    return form
+
+
+def make_answer(rng: HashRandom, form: WantedForm | None) -> tuple[str, int]:
+    """Return an answer in the form that its prompt asks for, and the number of its tokens."""
+    with contextlib.suppress(Unsatisfiable):  # what only looked like a schema
+        if form is not None:
+            text = form.write(rng)
+            return text, count_tokens(text)
+    text, count = make_prose(rng)
+    return text[1:], count
+
+
+def make_content(
+    rng: HashRandom, body: dict[str, Any], model: Model, form: WantedForm | None
+) -> tuple[str, int]:
     """Return an answer in the format asked for, and the number of its tokens."""
     format = body.get("response_format") or TEXT_FORMAT
     kind = format["type"]
     if kind == "text" and model.type != "moderation":
-        schema, fenced = find_prompted(body["messages"])
-        if schema is None:
-            text, count = make_prose(rng)
-            return text[1:], count
-        try:
-            text = json.dumps(make_instance(rng, schema), ensure_ascii=False)
-        except Unsatisfiable:  # it only looked like a schema
-            text = make_text(rng)
-        text = f"```json\n{text}\n```" if fenced else text
-        return text, count_tokens(text)
+        return make_answer(rng, form)
     if kind == "regex":
         text = make_pattern_text(rng, format.get("pattern"))
     elif kind == "text":
@@ -6215,7 +6251,12 @@ def add_thoughts(choice: Choice, thoughts: str | None, budget: int) -> int:
 
 
 def compose_choice(
-    rng: HashRandom, body: dict[str, Any], model: Model, budget: int, index: int
+    rng: HashRandom,
+    body: dict[str, Any],
+    model: Model,
+    wanted: WantedForm | None,
+    budget: int,
+    index: int,
 ) -> Choice:
     """Write one choice of a chat answer."""
     functions = [] if TOOL_FIELDS.isdisjoint(body) else choose_tools(body)
@@ -6231,7 +6272,7 @@ def compose_choice(
         cut_calls(choice, budget)
     else:
         own = rng.child("text", index) if index else rng  # nothing else takes from it
-        text, count = make_content(own, body, model)
+        text, count = make_content(own, body, model, wanted)
         if thoughts and form.thinks_in_content:
             text = f"<think>\n{thoughts}\n</think>\n\n{text}"
             count = count_tokens(text)
@@ -6334,12 +6375,15 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
         prompt_tokens += count_tokens(ENCODE(body[name])) if body.get(name) else 0
     budget, prompt_tokens = find_budget(body, model, prompt_tokens)
     script = request.script
+    wanted = read_prompt(server, request, body["messages"])
     choices = []
     for index in range(body.get("n") or 1):
         if script:
             choices.append(script_choice(rng, form, body, script, budget, index))
         else:
-            choices.append(compose_choice(rng, body, model, budget, index))
+            choices.append(compose_choice(rng, body, model, wanted, budget, index))
+            if choices[-1].finish_reason == "tool_calls":
+                request.form = ""
     answer = Answer(request, form, choices, count_usage(prompt_tokens, choices))
     answer.reasons, answer.key = model.thinks, rng.key
     if script:
@@ -6887,12 +6931,13 @@ def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
         budget, read = find_budget(body, model, count_input(prompt))
         prompt_tokens += read
         own = HashRandom.of("prompt", [facts, prompt])
+        wanted = read_prompt(server, request, [{"role": "user", "content": input_text(prompt)}])
         for index in range(body.get("n") or 1):
             if script:
                 text = script["content"] or ""
                 count = count_tokens(text)
             else:
-                text, count = make_prose(own.child("text", index))
+                text, count = make_answer(own.child("text", index), wanted)
             ended = script is not None and "finish_reason" in script
             stop, most = (None, sys.maxsize) if ended else (body.get("stop"), budget)
             choices.append(Choice(len(choices), *cut_text(text, count, stop, most)))
@@ -10250,6 +10295,7 @@ function drawCall(call) {
   const spans = facts.filter(([, fact]) => fact)
     .map(([name, fact]) => make("span", "", make("span", "dim", name), fact));
   const notes = call.warnings.map((warning) => make("div", "note warn", warning));
+  if (call.form) notes.push(make("div", "note", "Form: " + call.form));
   const isReply = call.error === call.reply?.error?.message; // then the reply shows it
   if (call.error && !isReply) notes.unshift(make("div", "note bad", call.error));
   const misses = call.near_misses;
@@ -12485,6 +12531,7 @@ class TogetherAiServer(Scripting):
     instant_jobs  finish batches, fine-tunes and the like when they are created
     max_stored_bytes  of all files together; what would go over it answers 413
     seed          what the chances in faults are drawn from
+    read_prompts  answer in the form that a prompt asks for (JSON, one of a list, ...)
     on_miss       "generate" an answer where no fixture matches, or send an "error"
     upstream      the URL of a server that answers instead where no fixture matches
     record        the fixture file to which the upstream's answers are added; it is loaded first
@@ -12503,6 +12550,7 @@ class TogetherAiServer(Scripting):
         instant_jobs: bool = False,
         max_stored_bytes: int = MAX_STORED_BYTES,
         seed: int = 0,
+        read_prompts: bool = True,
         on_miss: str = "generate",
         upstream: str | None = None,
         record: str | os.PathLike[str] | None = None,
@@ -12516,6 +12564,7 @@ class TogetherAiServer(Scripting):
         if on_miss not in ("generate", "error"):
             raise ValueError(f'on_miss must be "generate" or "error", not {on_miss!r}')
         self.on_miss = on_miss
+        self.read_prompts = read_prompts
         self.instant_jobs = instant_jobs
         self.max_stored_bytes = max_stored_bytes
         self.script = Fixtures(seed, exact=on_miss == "error")
@@ -12857,7 +12906,9 @@ class TogetherAiServer(Scripting):
             raise self.script.miss_error(request, call.near_misses)
         if route.body:
             route.body.check(request.body)
-        return as_reply(route.handler(self, request), request, route.status)
+        reply = as_reply(route.handler(self, request), request, route.status)
+        call.form = request.form
+        return reply
 
     def _follow_script(self, route: Route, request: Request, call: Call) -> Reply:
         """Answer by the fixture that matches, if there is one."""
@@ -12988,6 +13039,7 @@ def read_options(args: Sequence[str] | None) -> Any:
     add("strict", False, "be no more helpful than production")
     add("no-auth", False, "answer without a key too")
     parser.add_argument("--fixtures", action="append", metavar="PATH", help="file or folder")
+    add("no-read-prompts", False, "answer in prose, whatever form a prompt asks for")
     add("on-miss", "generate", "without a fixture: generate or error", metavar="WHAT")
     add("upstream", "", "where to send what no fixture answers", metavar="URL")
     add("record", "", "fixture file to which its answers are added", metavar="PATH")
@@ -13104,6 +13156,7 @@ def build_server(options: Any) -> TogetherAiServer:
         instant_jobs=options.instant_jobs,
         max_stored_bytes=options.max_stored_bytes,
         seed=options.seed,
+        read_prompts=not options.no_read_prompts,
         on_miss=options.on_miss,
         upstream=options.upstream or None,
         record=options.record or None,
