@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import importlib
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -454,16 +454,15 @@ def shorten(value: Any, key: str = "") -> Any:
 
 
 @contextmanager
-def serve(*options: str) -> Iterator[str]:
+def serve(**options: bool) -> Iterator[str]:
     """Run the fake, and give its URL."""
-    command = [sys.executable, str(FAKE), "--port", "0", "--quiet", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL)
+    sys.path.insert(0, str(FAKE.parent))
     try:
-        assert process.stdout
-        yield (process.stdout.readline().split() or sys.exit(f"{FAKE} ended at once"))[-1]
+        server_class = importlib.import_module(FAKE.stem).TogetherAiServer
     finally:
-        process.terminate()
-        process.wait(10)
+        sys.path.pop(0)
+    with server_class(port=0, **options) as server:
+        yield server.url
 
 
 def read_recordings(path: Path) -> Iterator[Any]:
@@ -517,7 +516,7 @@ def main() -> int:
         asked = record(asked, options.live, options.out)
     compared = [recording for recording in asked if "response" in recording]
     equal = 0
-    with serve() as default, serve("--strict") as strict:
+    with serve() as default, serve(strict=True) as strict:
         for recording in compared:
             found = Fakes(default, strict).judge(recording)
             equal += not found

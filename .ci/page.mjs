@@ -121,9 +121,10 @@ async function copy(page, name) {
 
 test('calls appear without reloading, newest first', () =>
   visit(async (page) => {
-    assert.match(await page.locator('#empty').innerText(), /No calls yet/);
+    await page.getByText('No calls yet').waitFor({ state: 'visible' });
     await ask('first');
     const [first] = await readRows(page, 1);
+    assert.equal(await page.getByText('No calls yet').isVisible(), false);
     for (const part of ['chat', 'POST /v1/chat/completions', MODEL, '200', ' ms', 'generated', 'complete'])
       assert.ok(first.includes(part), `${part} is not in ${first}`);
     await fetch(`${url}/v1/models`, { headers: { Authorization: 'Bearer x' } });
