@@ -13,12 +13,14 @@ the median over the rounds.
 from __future__ import annotations
 
 import argparse
+import ast
 import http.client
 import http.server
 import json
 import os
 import random
 import re
+import resource
 import selectors
 import shutil
 import socket
@@ -44,7 +46,9 @@ FLOORS = {
     "embeddings, texts of 50 words by plain replies": 0.2,
     "spawn to first answer": 0.15,
     "slow stream, error of ttft and pace": 0.2,
+    "bytes of together_fake.py": 1.0,
 }
+MAX_BYTES = 560_000
 
 # What a program sends: keys that a client adds, in the order of the OpenAI client.
 REQUEST_HEAD = (
@@ -518,6 +522,32 @@ def time_first_answer() -> float:
     raise RuntimeError(f"{command} did not answer within 10 s")
 
 
+def measure_size(plan: Plan) -> Iterator[Row]:
+    """Yield what a reader, a copy and a test run pay for; the last row runs the tests."""
+    size = FAKE.stat().st_size
+    yield Row("bytes of together_fake.py", size, MAX_BYTES, "bytes", at_most=True)
+    bodies = [
+        len(list_code_lines(node))
+        for node in ast.walk(ast.parse(FAKE.read_text("utf-8")))
+        if isinstance(node, ast.FunctionDef)
+    ]
+    note = f"{len(bodies)} functions, the longest of {max(bodies)}"
+    yield Row("lines of code of the median function", median(bodies), 6, "lines", True, note)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    tests = FAKE.with_name("test_together_fake.py")
+    subprocess.run([sys.executable, tests], check=True, stderr=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = sum(after[:2]) - sum(before[:2])
+    yield Row("processor time of the tests", seconds, 15, "s", at_most=True)
+
+
+def list_code_lines(function: ast.FunctionDef) -> set[int]:
+    """Return the lines of a function but for its docstring and blank lines between statements."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    lines = {line for node in body for line in range(node.lineno, (node.end_lineno or 0) + 1)}
+    return lines | {function.lineno}
+
+
 def measure_memory(plan: Plan) -> Iterator[Row]:
     growth = f"memory growth over {plan.memory_requests:,} requests"
     with serve_module() as fake:
@@ -732,6 +762,7 @@ def time_start_and_stop() -> float:
 # === Command line ===
 
 MEASUREMENTS = {
+    "size": measure_size,
     "chat": measure_chat,
     "stream": measure_stream,
     "embeddings": measure_embeddings,
