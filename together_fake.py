@@ -205,6 +205,7 @@ ENCODE = make_encoder(ensure_ascii=False)
 CANONICAL = make_encoder(sort_keys=True)
 QUOTE = json.encoder.encode_basestring  # of a string alone
 DONE = b"data: [DONE]\n\n"  # the last event of every stream of chunks
+TIME_FORMAT = "%Y-%m-%dT%H:%M:%S"
 
 
 def complain(text: str) -> None:
@@ -354,6 +355,11 @@ class Events:
     def __init__(self, chunks: Iterable[Any], encoded: bool = False) -> None:
         self.chunks = chunks
         self.encoded = encoded
+
+
+def format_time(at: float) -> str:
+    """Write Unix seconds as `2026-01-05T10:00:00.000Z`."""
+    return f"{time.strftime(TIME_FORMAT, time.gmtime(at))}.{int(at % 1 * 1000):03}Z"
 
 
 class Cut(Exception):
@@ -3117,7 +3123,7 @@ def supported_model(model: Model) -> dict[str, Any]:
     takes, gives = MODALITIES.get(model.type, ("TEXT", "TEXT"))
     features = ["FEATURE_TOOL_CALLING", "FEATURE_STRUCTURED_OUTPUT"]
     features += ["FEATURE_REASONING"] if model.thinks else []
-    day = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(model.created or CREATED))
+    day = time.strftime(TIME_FORMAT + "Z", time.gmtime(model.created or CREATED))
     return {
         "id": "ml_" + HashRandom.of("supported model", model.id).hex(24),
         "name": model.id,
@@ -3308,15 +3314,28 @@ def get_path(value: Any, *steps: str) -> Any:
     return value
 
 
-def read_events(raw: bytes) -> list[Any]:
-    """Return the events of a stream as JSON; what is none, such as `[DONE]`, as text."""
+EVENT_STREAM = "text/event-stream"
+EVENT_END = late_regex(rb"\r?\n\r?\n|\r\r")
+
+
+def split_events(data: bytes) -> list[bytes]:
+    """Return the events of a stream, each with the blank line that ends it."""
+    ends = [found.end() for found in EVENT_END.finditer(data)]
+    ends += [len(data)] if data[ends[-1] if ends else 0 :].strip() else []
+    return [data[start:end] for start, end in zip([0, *ends], ends)]
+
+
+def read_events(data: bytes) -> list[Any]:
+    """Return the data of a stream's events as JSON; what is none, such as `[DONE]`, as text."""
     events: list[Any] = []
-    for line in raw.decode("utf-8", "replace").splitlines():
-        if line.startswith("data:"):
-            try:
-                events.append(json.loads(line[5:]))
-            except ValueError:
-                events.append(line[5:].strip())
+    for event in split_events(data):
+        # Lines of bytes end with CR and LF alone; those of texts also where a text goes on.
+        lines = [line[5:] for line in event.splitlines() if line.startswith(b"data:")]
+        text = b"\n".join(lines).decode("utf-8", "replace").strip()
+        try:
+            events += [json.loads(text)] if lines else []
+        except (ValueError, RecursionError):
+            events.append(text)
     return events
 
 
@@ -3344,6 +3363,7 @@ class Call:
     fixture = ""  # the source of the one that answered
     form = ""  # of the answer, as the prompt asks for it, and the message that says so
     reply_type = ""  # the content type of the reply
+    reply_headers: Mapping[str, str] = {}  # but those of every reply
     reply_size = 0  # bytes of it that are kept
     revision = 0  # rises whenever something about the call changes
     _raw_reply: bytes | list[bytes] = b""
@@ -3364,6 +3384,7 @@ class Call:
     def keep_reply(self, reply: Reply) -> None:
         """Keep what was answered, if it is not too large."""
         self.status, self.reply_type = reply.status, reply.content_type
+        self.reply_headers = reply.headers
         if reply.events is None and len(reply.body) <= MAX_RECORDED_BODY_BYTES:
             self._raw_reply = reply.body
             self.reply_size = len(reply.body)
@@ -3474,12 +3495,11 @@ class Call:
 
     def as_row(self) -> dict[str, Any]:
         """Return what a list of calls shows."""
-        at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self.at))
         return {
             "n": self.number,
             "kind": self.kind,
             "operation": self.operation,
-            "at": f"{at}.{int(self.at % 1 * 1000):03}Z",
+            "at": format_time(self.at),
             "method": self.method,
             "path": self.path,
             "model": self.model,
@@ -3876,6 +3896,7 @@ ERROR = Fields(
 RAW = Fields(
     Field("text", str), Field("b64Json", str, test=BASE64), Field("contentType", str), closed=True
 )
+HEADERS = Field("headers", dict, each=Field("", str))
 IMAGE = Fields(*rows_of("url revisedPrompt", str), Field("b64Json", str, test=BASE64), closed=True)
 SOUND = Fields(
     Field("b64Json", str, required=True, test=BASE64), Field("contentType", str), closed=True
@@ -3960,7 +3981,8 @@ def read_raw(said: dict[str, Any]) -> dict[str, Any]:
     raw = said["raw"]
     data = DECODE_BASE64(raw["b64Json"]) if "b64Json" in raw else raw.get("text", "").encode()
     kind = raw.get("contentType", "application/octet-stream")
-    return {"data": data, "content_type": kind, "status": said.get("status", 200)}
+    status, headers = said.get("status", 200), said.get("headers", {})
+    return {"data": data, "content_type": kind, "status": status, "headers": headers}
 
 
 def read_vectors(said: dict[str, Any]) -> dict[str, Any]:
@@ -4018,6 +4040,7 @@ RESPONSES: dict[str, tuple[list[str], Fields, Callable[[dict[str, Any]], Any]]] 
         Fields(
             Field("json", *JSON_KINDS),
             Field("status", int, low=200, high=999),
+            HEADERS,
             closed=True,
             ignored="billableUnits",
         ),
@@ -4026,7 +4049,10 @@ RESPONSES: dict[str, tuple[list[str], Fields, Callable[[dict[str, Any]], Any]]] 
     "raw": (
         EVERY,
         Fields(
-            Field("raw", dict, fields=RAW), Field("status", int, low=200, high=999), closed=True
+            Field("raw", dict, fields=RAW),
+            Field("status", int, low=200, high=999),
+            HEADERS,
+            closed=True,
         ),
         read_raw,
     ),
@@ -4409,6 +4435,18 @@ def load_fixtures(path: str, warnings: list[str] | None = None) -> list[Fixture]
     return fixtures
 
 
+def stamp_files(paths: Iterable[str]) -> list[tuple[str, int, int]]:
+    """Return names, times and sizes of all files that are there or in a folder."""
+    stamps = []
+    for path in paths:
+        names = [os.path.join(folder, name) for folder, _, files in os.walk(path) for name in files]
+        for name in sorted(names or [path]):
+            with contextlib.suppress(OSError):
+                status = os.stat(name)
+                stamps.append((name, status.st_mtime_ns, status.st_size))
+    return stamps
+
+
 HEADER_KEYS = (*RESPONSE, *OPTIONS)
 FOREIGN_KEYS = ENTRY.ignored.union(*[rows.ignored for _, rows, _ in RESPONSES.values()])
 
@@ -4627,6 +4665,8 @@ class Fixtures:
         self.warnings: list[str] = []
         self._lock = threading.RLock()
         self._files = Layer()
+        self.watched: Sequence[str] = ()
+        self._seen: list[tuple[str, int, int]] = []
         self.reset()
 
     def __len__(self) -> int:
@@ -4717,6 +4757,26 @@ class Fixtures:
             self._files = Layer()
             for fixture in fixtures:
                 self._files.add(fixture)
+
+    def watch(self, paths: Sequence[str]) -> None:
+        """Follow changes of these files and folders from now on."""
+        self.watched = paths
+        self._seen = stamp_files(paths)
+
+    def follow_files(self) -> None:
+        """Load the watched files again if one has changed; what is wrong is told, not taken."""
+        with self._lock:
+            stamps = stamp_files(self.watched)
+            if stamps == self._seen:
+                return
+            self._seen = stamps
+            try:
+                fixtures = [each for path in self.watched for each in load_fixtures(path)]
+            except (OSError, ValueError) as error:
+                complain(f"cannot load fixtures: {error}\n")
+                return
+            self.replace_files(fixtures)
+            complain(f"loaded {len(fixtures)} fixtures again\n")
 
     # Which one is served
 
@@ -4940,12 +5000,11 @@ def status_reply(
     return refusal.as_reply(id=id)
 
 
-def raw_reply(data: bytes, content_type: str, status: int) -> Reply:
+def raw_reply(data: bytes, content_type: str, status: int, headers: dict[str, str]) -> Reply:
     """Build the reply of a body that was given as it is; the events of a stream are its chunks."""
-    reply = Reply(data, status, content_type)
-    if content_type.startswith("text/event-stream"):
-        events = data.replace(b"\r\n", b"\n").split(b"\n\n")
-        reply.events = (event + b"\n\n" for event in events if event.strip())
+    reply = Reply(data, status, content_type, headers)
+    if content_type.startswith(EVENT_STREAM):
+        reply.events = iter(split_events(data))
     return reply
 
 
@@ -4955,7 +5014,8 @@ def error_reply(fixture: Fixture, request: Request) -> Reply:
     if fixture.kind == "raw":
         return raw_reply(**response)
     if fixture.kind == "json":
-        return Reply(ENCODE(response["json"]).encode(), response["status"])
+        body = ENCODE(response["json"]).encode()
+        return Reply(body, response["status"], headers=response.get("headers"))
     model, id = request.body.get("model"), name_request(request)
     reply = status_reply(**{"id": id, **response}, model=model)
     if "shouldRetry" in fixture.options:
@@ -7154,7 +7214,6 @@ def rerank(server: TogetherAiServer, request: Request) -> Any:
 if TYPE_CHECKING:
     Item = dict[str, Any]  # a JSON object
 
-TIME_FORMAT = "%Y-%m-%dT%H:%M:%S"
 USER = "parlel"  # whose models and jobs these are
 USER_ID = "65f0c2a1b3d4e5f60718293a"
 BUILDERS: dict[str, Callable[[Any, Item], Item]] = {}
@@ -7185,11 +7244,6 @@ def merge(template: Item, changes: Item) -> Item:
 def complete(server: TogetherAiServer, item: Item, prefix: str, **template: Any) -> Item:
     """Return an object with an id, and with the template's values for what it lacks."""
     return merge({"id": item.get("id") or server._next_id(prefix), **template}, item)
-
-
-def format_time(at: float) -> str:
-    """Write Unix seconds as `2026-01-05T10:00:00.000Z`."""
-    return f"{time.strftime(TIME_FORMAT, time.gmtime(at))}.{int(at % 1 * 1000):03}Z"
 
 
 def parse_time(text: str) -> int:
@@ -9107,85 +9161,19 @@ def get_upload_job(server: TogetherAiServer, request: Request) -> Any:
 # === Recording ===
 
 MAX_RECORDED_ANSWER_BYTES = 32 * 2**20  # a larger answer is passed on, but not recorded
-MAX_REMEMBERED_BYTES = 64 * 2**20  # bodies of recorded requests, to tell them apart
 MIN_KEY_LENGTH = 20  # characters of a real key; "test" and the like may stand in a text
 
-# What does not change an answer, so that it does not tell two requests apart.
-UNSAID_FIELDS = frozenset(("stream", "stream_options", "encoding_format", "user"))
-# What tells two requests apart that are named alike; where it does not, their bodies do.
-FINER_KEYS = ("systemMessage", "responseFormat", "toolCallId", "toolResultContains")
-EVENT_STREAM = "text/event-stream"
-EVENT_END = late_regex(rb"\r?\n\r?\n|\r\r")
+# What does not change what a chat says, so that it does not tell two of them apart.
+UNSAID_FIELDS = frozenset(("stream", "stream_options", "user"))
+# Headers that change what a client does, so that they are recorded.
+KEPT_HEADER = late_regex(
+    r"location|retry-after(-ms)?|x-should-retry|x-ratelimit\b.*", re.IGNORECASE
+)
 REST = 4  # times as long as it wrote a recorder leaves the processor to the clients
 NUMBER_LINES = late_regex(r'\[\n\s+(-?[0-9][^"\[\]{}]*?)\n\s*\]')  # no text has a bare line end
 
 
-def digest_upload(file: Any) -> str:
-    """Return what stands for a file where requests are compared."""
-    return hashlib.sha256(file.data).hexdigest()
-
-
-COMPARABLE = make_encoder(sort_keys=True, default=digest_upload)
-
-
-class Said:
-    """An answer as it was sent; of `value`, `events` and `data` what there is.
-
-    value    of a whole reply in JSON; `NOTHING` where it is none
-    events   the JSON values of a stream's events, `[DONE]` left out
-    data     all its bytes
-    timings  of a stream, as fixtures have them
-    """
-
-    NOTHING = object()
-
-    def __init__(
-        self,
-        status: int = 200,
-        *,
-        value: Any = NOTHING,
-        events: list[Any] | None = None,
-        data: bytes = b"",
-        content_type: str = "application/json",
-        retry_after: str = "",
-        timings: dict[str, Any] | None = None,
-    ) -> None:
-        self.status = status
-        self.value = value
-        self.events = events
-        self.data = data
-        self.content_type = content_type
-        self.retry_after = retry_after
-        self.timings = timings
-
-    @property
-    def is_json(self) -> bool:
-        """Whether it is a whole reply in JSON."""
-        return self.value is not self.NOTHING
-
-
-def split_events(data: bytes) -> list[bytes]:
-    """Return the events of a stream, each with the blank line that ends it."""
-    ends = [found.end() for found in EVENT_END.finditer(data)]
-    ends += [len(data)] if data[ends[-1] if ends else 0 :].strip() else []
-    return [data[start:end] for start, end in zip([0, *ends], ends)]
-
-
-def parse_events(data: bytes) -> list[Any] | None:
-    """Return the JSON of a stream's events; None where one has something else."""
-    values = []
-    for event in split_events(data):
-        lines = event.decode("utf-8", "replace").splitlines()
-        text = "\n".join(line[5:].strip() for line in lines if line.startswith("data:"))
-        if text and text != "[DONE]":
-            try:
-                values.append(parse_json(text.encode()))
-            except ApiError:
-                return None
-    return values
-
-
-def find_timings(data: bytes, times: list[tuple[int, float]]) -> dict[str, Any] | None:
+def find_timings(data: bytes, times: Iterable[tuple[int, float]]) -> dict[str, Any] | None:
     """Return when the events of a stream came, in ms; None where there are fewer than two.
 
     times  for each piece that came: the bytes so far, the seconds since the request
@@ -9203,29 +9191,9 @@ def find_timings(data: bytes, times: list[tuple[int, float]]) -> dict[str, Any] 
     return {"ttftMs": stamps[0], "interChunkDelaysMs": delays, "totalDurationMs": stamps[-1]}
 
 
-def read_said(
-    status: int, content_type: str, data: bytes, times: Any = (), retry_after: str = ""
-) -> Said:
-    """Take apart the bytes of an answer."""
-    said = Said(status, data=data, content_type=content_type, retry_after=retry_after)
-    kind = content_type.partition(";")[0].strip().lower()
-    if kind == EVENT_STREAM:
-        said.events = parse_events(data)
-        said.timings = find_timings(data, list(times))
-    elif kind.endswith("json"):
-        with contextlib.suppress(ApiError):
-            said.value = parse_json(data)
-    return said
+# --- From an answer to what a fixture says: a chat in words, all else as it came
 
-
-# --- From the chunks of a stream to the whole
-
-RESPONSE_ENDS = ("response.completed", "response.incomplete")
-BLANK_MESSAGE: dict[str, Any] = {
-    "role": None, "content": "", "reasoning": "", "tool_calls": [], "calls_first": False,
-}  # fmt: skip
-BLANK_CHOICE = {"text": "", "message": BLANK_MESSAGE}
-TOLD_OF_MESSAGES = {*BLANK_MESSAGE, "reasoning_content", "token_id"}  # what fixtures can say
+TOLD_OF_MESSAGES = {"role", "content", "reasoning", "reasoning_content", "tool_calls", "token_id"}
 
 
 def add_call_delta(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
@@ -9241,64 +9209,37 @@ def add_call_delta(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
     call["function"]["arguments"] += made.get("arguments") or ""
 
 
-def add_delta(choice: dict[str, Any], part: dict[str, Any]) -> None:
-    """Add what a chunk says of a choice of a chat."""
-    delta, message = part.get("delta") or {}, choice["message"]
-    message["role"] = delta.get("role") or message["role"]
+def add_delta(message: dict[str, Any], delta: dict[str, Any]) -> None:
+    """Add what a chunk says of a message."""
+    message["role"] = delta.get("role") or message.get("role")
+    if delta.get("content") and message["tool_calls"]:
+        message["order"] = "a text after a tool call"  # as no fixture's words can say it
     message["content"] += delta.get("content") or ""
     message["reasoning"] += delta.get("reasoning") or delta.get("reasoning_content") or ""
     for call in list_objects(delta.get("tool_calls")):
-        message["calls_first"] = message["calls_first"] or not message["content"]
         add_call_delta(message["tool_calls"], call)
     for name in delta.keys() - TOLD_OF_MESSAGES:
         message[name] = message.get(name) or delta[name]
 
 
-def add_text(choice: dict[str, Any], part: dict[str, Any]) -> None:
-    """Add what a chunk says of a choice of a text completion."""
-    text = part.get("text")
-    choice["text"] += text if text is not None else (part.get("delta") or {}).get("content") or ""
-
-
-def fold_choices(events: list[Any], add: Callable[[Any, Any], None]) -> dict[str, Any] | None:
-    """Join the chunks of a stream into the whole reply; None where one is none, or the end lacks.
-
-    add  adds a chunk's part to its choice
-    """
-    whole: dict[str, Any] = {}
-    choices: dict[int, dict[str, Any]] = {}
-    for event in events:
-        if not isinstance(event, dict) or "choices" not in event:
+def join_chunks(chunks: list[Any]) -> dict[str, Any] | None:
+    """Join the chunks of a chat into the whole reply; None where one is none, or the end lacks."""
+    message: dict[str, Any] = {"content": "", "reasoning": "", "tool_calls": []}
+    choice: dict[str, Any] = {"message": message, "finish_reason": None}
+    whole: dict[str, Any] = {"choices": [choice]}
+    for chunk in chunks:
+        parts = list_objects(get_path(chunk, "choices"))
+        if not isinstance(chunk, dict) or "choices" not in chunk or len(parts) > 1:
             return None
         for name in ("id", "created", "model"):
-            whole.setdefault(name, event.get(name))
-        whole["usage"] = event.get("usage") or whole.get("usage")
-        for part in list_objects(event["choices"]):
-            choice = choices.setdefault(part.get("index") or 0, copy_json(BLANK_CHOICE))
-            add(choice, part)
-            for name in ("finish_reason", "logprobs"):
-                choice[name] = part.get(name) or choice.get(name)
-    whole["choices"] = list(choices.values())
-    return whole if all(choice["finish_reason"] for choice in choices.values()) else None
-
-
-def fold_chat(events: list[Any]) -> dict[str, Any] | None:
-    """Join the chunks of a chat."""
-    return fold_choices(events, add_delta)
-
-
-def fold_completion(events: list[Any]) -> dict[str, Any] | None:
-    """Join the chunks of a text completion."""
-    return fold_choices(events, add_text)
-
-
-def fold_response(events: list[Any]) -> dict[str, Any] | None:
-    """Return the whole that the last event of a stream of POST /v1/responses has."""
-    last = events[-1] if events else None
-    return get_path(last, "response") if get_path(last, "type") in RESPONSE_ENDS else None
-
-
-# --- From a whole reply to what a fixture says; None where its format cannot hold it
+            whole.setdefault(name, chunk.get(name))
+        whole["usage"] = chunk.get("usage") or whole.get("usage")
+        for part in parts:
+            if part.get("index") or part.get("logprobs"):
+                return None
+            add_delta(message, part.get("delta") or {})
+            choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
+    return whole if choice["finish_reason"] else None
 
 
 def drop_nulls(value: Any) -> Any:
@@ -9308,279 +9249,86 @@ def drop_nulls(value: Any) -> Any:
     return {name: drop_nulls(inner) for name, inner in value.items() if inner is not None}
 
 
-def read_envelope(reply: dict[str, Any], request: Request, **more: Any) -> dict[str, Any]:
-    """Return what a fixture says of all that surrounds an answer's text."""
-    model = reply.get("model")
-    said = {
-        "id": reply.get("id"),
-        "created": reply.get("created") or reply.get("created_at"),
-        "model": model if model != request.body.get("model") else None,
-        "usage": drop_nulls(reply.get("usage")),
-        **more,
-    }
-    return {name: value for name, value in said.items() if value}
-
-
-def hide_braces(text: str) -> list[dict[str, Any]]:
-    """Return a text in blocks where it is cut so that it quotes no part of a request."""
-    cuts = [0, *[found.start() + 1 for found in TEMPLATE.finditer(text)], len(text)]
-    return [{"type": "text", "text": text[a:b]} for a, b in zip(cuts, cuts[1:])]
-
-
-def say_message(
-    text: str, calls: list[dict[str, Any]], calls_first: bool, reasoning: Any
-) -> dict[str, Any]:
-    """Return a text and tool calls as a fixture says them."""
-    said: dict[str, Any] = {"reasoning": reasoning} if reasoning else {}
-    quotes = TEMPLATE.search(text)
-    if quotes or (text and calls and calls_first):
-        blocks = [{"type": "toolCall", **call} for call in calls]
-        texts = hide_braces(text)
-        said["blocks"] = blocks + texts if calls_first else texts + blocks
-        return said
-    if text or not calls:
-        said["content"] = text
-    return {**said, "toolCalls": calls} if calls else said
-
-
-def read_call(call: dict[str, Any]) -> dict[str, Any]:
+def put_call(call: dict[str, Any]) -> dict[str, Any]:
     """Return a tool call of a chat as a fixture says it."""
     made, id = call.get("function") or {}, call.get("id")
-    arguments = str(made.get("arguments") or "")
-    # What would quote the request is written in another way that means the same.
-    arguments = TEMPLATE.sub(lambda found: "{\\u007b" + found[0][2:], arguments)
-    said = {"name": str(made.get("name")), "arguments": arguments}
+    said = {"name": str(made.get("name")), "arguments": str(made.get("arguments") or "")}
     return {**said, "id": id} if id else said
 
 
-def find_only_choice(reply: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the choice of an answer that has one, and nothing that only some answers have."""
+def put_chat(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a chat's answer in a fixture's words; None where they cannot hold it."""
     choices = list_objects(reply.get("choices"))
-    is_plain = len(choices) == 1 and not choices[0].get("logprobs") and not reply.get("prompt")
-    return choices[0] if is_plain else None
-
-
-def read_chat(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what a fixture says for an answer of a chat."""
-    choice = find_only_choice(reply) or {}
-    message = choice.get("message")
-    if not isinstance(message, dict):
+    message = get_path(reply, "choices", "0", "message")
+    if len(choices) != 1 or not isinstance(message, dict) or choices[0].get("logprobs"):
         return None
-    text = message.get("content")
-    odd = any(message[name] for name in message.keys() - TOLD_OF_MESSAGES)
-    if odd or not isinstance(text, (str, type(None))):
+    text, calls = message.get("content"), list_objects(message.get("tool_calls"))
+    if any(message[name] for name in message.keys() - TOLD_OF_MESSAGES):
         return None
-    calls = [read_call(call) for call in list_objects(message.get("tool_calls"))]
-    reasoning = message.get("reasoning") or message.get("reasoning_content")
-    role = message.get("role")
-    envelope = read_envelope(
-        reply,
-        request,
-        finishReason=choice.get("finish_reason"),
-        role=role if role != "assistant" else None,
-    )
-    first = bool(message.get("calls_first"))
-    return {**say_message(text or "", calls, first, reasoning), **envelope}
+    model, role = reply.get("model"), message.get("role")
+    said = {
+        "reasoning": message.get("reasoning") or message.get("reasoning_content"),
+        "toolCalls": list(map(put_call, calls)),
+        "id": reply.get("id"),
+        "created": reply.get("created"),
+        "model": model if model != request.body.get("model") else None,
+        "usage": drop_nulls(reply.get("usage")),
+        "finishReason": choices[0].get("finish_reason"),
+        "role": role if role != "assistant" else None,
+    }
+    words = {"content": text or ""} if text or not calls else {}
+    return {**words, **{name: value for name, value in said.items() if value}}
 
 
-def read_completion(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what a fixture says for a text completion."""
-    choice = find_only_choice(reply)
-    if choice is None or request.body.get("echo") or not isinstance(choice.get("text"), str):
-        return None
-    envelope = read_envelope(reply, request, finishReason=choice.get("finish_reason"))
-    said = say_message(choice["text"], [], False, None)
-    return {**said, **envelope} if "content" in said else None
-
-
-def join_parts(item: dict[str, Any], name: str) -> str:
-    """Join the texts in a list of an item of POST /v1/responses."""
-    return "".join(str(part.get("text") or "") for part in list_objects(item.get(name)))
-
-
-def read_response_reply(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what a fixture says for an answer of POST /v1/responses."""
-    items = list_objects(reply.get("output"))
-    types = [item.get("type") for item in items]
-    parts = [part for item in items for part in list_objects(item.get("content"))]
-    known = {"message", "function_call", "reasoning", "output_text", "reasoning_text"}
-    scored = any(part.get("logprobs") for part in parts)
-    if not known.issuperset([*types, *[part.get("type") for part in parts]]) or scored:
-        return None
-    if types.count("message") > 1 or reply.get("status") not in ("completed", "incomplete"):
-        return None
-    calls = [
-        read_call({"id": item.get("call_id"), "function": item})
-        for item in items
-        if item["type"] == "function_call"
-    ]
-    texts = [join_parts(item, "content") for item in items if item["type"] == "message"]
-    thoughts = [item for item in items if item["type"] == "reasoning"]
-    reasoning = [join_parts(item, "content") or join_parts(item, "summary") for item in thoughts]
-    said = [type for type in types if type != "reasoning"]
-    ended = "length" if reply["status"] == "incomplete" else None
-    first = said[:1] == ["function_call"]
-    message = say_message("".join(texts), calls, first, "".join(reasoning))
-    return {**message, **read_envelope(reply, request, finishReason=ended)}
-
-
-def read_vector(given: Any) -> list[float] | None:
-    """Return the numbers of an embedding, whichever form it came in."""
-    if not isinstance(given, str):
-        return given if isinstance(given, list) else None
-    data = DECODE_BASE64(given)
-    # Nine digits are enough for a float32 to come back as it was.
-    return [float(f"{number:.9g}") for number in struct.unpack(f"<{len(data) // 4}f", data)]
-
-
-def read_embeddings(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what a fixture says for embeddings: one vector, or one for each input."""
-    rows = sorted(list_objects(reply.get("data")), key=lambda row: row.get("index") or 0)
-    vectors = [read_vector(row.get("embedding")) for row in rows]
-    if not all(vectors):
-        return None
-    return {"embedding": vectors[0] if len(vectors) == 1 else vectors}
-
-
-def read_images(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what a fixture says for images."""
-    names = {"url": "url", "b64_json": "b64Json", "revised_prompt": "revisedPrompt"}
-    images = [
-        {key: item[name] for name, key in names.items() if item.get(name)}
-        for item in list_objects(reply.get("data"))
-    ]
-    return {"image": images[0]} if len(images) == 1 else {"images": images}
-
-
-def read_transcript(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what a fixture says for a transcription or translation."""
-    said = {key: reply[key] for key in TRANSCRIPT if key in reply}
-    task = "translate" if "translations" in request.path else "transcribe"
-    whole = reply.keys() == {"text"} or TRANSCRIPT.keys() - {"words"} <= reply.keys()
-    is_held = whole and not reply.keys() - said.keys() - {"task"} and all(said.values())
-    return {"transcription": said} if is_held and reply.get("task", task) == task else None
-
-
-def read_scores(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what a fixture says for a rerank: scores that give the same order."""
-    documents = request.body.get("documents")
-    rows = list_objects(reply.get("results"))
-    found = {row["index"]: row["relevance_score"] for row in rows}
-    if not isinstance(documents, list) or not found:
-        return None
-    scores = [found.get(at, min([0.0, *found.values()])) for at in range(len(documents))]
-    order = sorted(range(len(scores)), key=lambda at: -scores[at])[: len(rows)]
-    return {"scores": scores} if order == list(found) else None
-
-
-def read_speech(request: Request, said: Said) -> dict[str, Any] | None:
-    """Return what a fixture says for spoken text: whole, or in the events of a stream."""
-    data, asked = said.data, request.body.get("response_format") or ""
-    if said.events is not None:
-        parts = [DECODE_BASE64(event.get("b64") or event["delta"]) for event in said.events]
-        data, asked = b"".join(parts), asked or "raw"
-        return {"audio": base64.b64encode(data).decode(), "format": asked}
-    audio = base64.b64encode(data).decode()
-    form = next((form for form, kind in SPEECH_TYPES.items() if kind == said.content_type), asked)
-    kind = SPEECH_TYPES.get(form, "application/octet-stream")
-    if form and kind == said.content_type:
-        return {"audio": audio, "format": form}
-    return {"audio": {"b64Json": audio, "contentType": said.content_type}}
-
-
-# kind: (what joins its stream, what reads its whole reply)
-READERS: dict[str, tuple[Any, Callable[[Request, Any], dict[str, Any] | None]]] = {
-    "chat": (fold_chat, read_chat),
-    "completion": (fold_completion, read_completion),
-    "response": (fold_response, read_response_reply),
-    "embedding": (None, read_embeddings),
-    "image": (None, read_images),
-    "transcription": (None, read_transcript),
-    "translation": (None, read_transcript),
-    "rerank": (None, read_scores),
-}
-
-
-def read_failure(said: Said) -> dict[str, Any] | None:
-    """Return what a fixture says for an error, where that brings back the same body."""
-    seconds = said.retry_after
-    wait = {"retryAfter": as_whole(float(seconds))} if succeeds(float, seconds) else {}
-    if not said.is_json:
-        is_known = status_reply(said.status).body == said.data
-        return {"status": said.status, **wait} if is_known else None
-    envelope = get_path(said.value, "error")
-    if not isinstance(envelope, dict) or not isinstance(envelope.get("message"), str):
-        return None
-    error = {name: value for name, value in envelope.items() if value is not None}
-    response = {"error": error, "status": said.status, "id": said.value.get("id"), **wait}
-    response = {name: value for name, value in response.items() if value is not None}
-    try:
-        again = json.loads(status_reply(**read_error(check_clean(response, ERROR, ""))).body)
-    except ValueError:
-        return None
-    return response if again == said.value else None
-
-
-def read_usual(kind: str, request: Request, said: Said) -> dict[str, Any] | None:
-    """Return what a fixture says in the words of its kind, where they can hold the answer."""
-    if said.status >= 400:
-        return read_failure(said)
-    if kind == "speech":
-        return read_speech(request, said)
-    if said.status != 200 or kind not in READERS:
-        return None
-    fold, read = READERS[kind]
-    reply = said.value if said.events is None else fold and fold(said.events)
-    return read(request, reply) if isinstance(reply, dict) else None
-
-
-def read_whole(said: Said) -> dict[str, Any]:
-    """Return what a fixture says to send the same body again, whatever it is."""
-    status = {} if said.status == 200 else {"status": said.status}
-    if said.is_json:
-        return {"json": said.value, **status}
-    try:
-        body = {"text": said.data.decode()}
-    except UnicodeDecodeError:
-        body = {"b64Json": base64.b64encode(said.data).decode()}
-    return {"raw": {**body, "contentType": said.content_type}, **status}
-
-
-def choose_chunk_size(response: dict[str, Any], said: Said) -> dict[str, Any]:
+def choose_chunk_size(text: Any, chunks: list[Any]) -> dict[str, Any]:
     """Return the option by which a replay has as many chunks of text as the stream had."""
-    text, events = response.get("content"), said.events or ()
-    texts = [
-        get_path(event, "choices", "0", "delta", "content")
-        or get_path(event, "choices", "0", "text")
-        or get_path(event, "delta")
-        for event in events
-    ]
-    count = sum(isinstance(text, str) and text != "" for text in texts)
+    texts = [get_path(chunk, "choices", "0", "delta", "content") for chunk in chunks]
+    count = len(list(filter(None, texts)))
     return {"chunkSize": -(-len(text) // count)} if text and count else {}
 
 
-def make_response(kind: str, request: Request, said: Said) -> dict[str, Any]:
-    """Return what a fixture has to say for this answer; it always loads."""
+def put_into_words(request: Request, reply: Reply) -> dict[str, Any] | None:
+    """Return a fixture's response and options for the answer of a chat, where words can say it."""
+    chunks = [event for event in read_events(reply.body) if event != "[DONE]"]
+    is_stream = reply.content_type.startswith(EVENT_STREAM)
     try:
-        response = read_usual(kind, request, said)
-        if response is not None and not TEMPLATE.search(ENCODE(response)):  # it would quote
-            read_entry({"match": {}, "response": response}, "")
-            return response
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error):
-        pass  # the answer is not of the form that its kind has
-    return read_whole(said)
+        whole = join_chunks(chunks) if is_stream else parse_json(reply.body)
+        said = put_chat(request, whole) if isinstance(whole, dict) else None
+        if said is None or TEMPLATE.search(ENCODE(said)):  # it would quote a request
+            return None
+        words = {"response": said, **choose_chunk_size(said.get("content"), chunks)}
+        read_entry({"match": {}, **words}, "")
+        return words
+    except (ApiError, ValueError, TypeError, AttributeError):
+        return None  # it is not of the form that chats have
+
+
+def keep_as_it_came(reply: Reply) -> dict[str, Any]:
+    """Return what a fixture says to send the same body again, whatever it is."""
+    headers = {name: text for name, text in reply.headers.items() if KEPT_HEADER.fullmatch(name)}
+    more = {"status": reply.status if reply.status != 200 else None, "headers": headers or None}
+    said: dict[str, Any] = {name: value for name, value in more.items() if value}
+    kind = reply.content_type.partition(";")[0].strip().lower()
+    with contextlib.suppress(ApiError):
+        if kind == "application/json":
+            return {"response": {"json": parse_json(reply.body), **said}}
+    try:
+        body = {"text": reply.body.decode()}
+    except UnicodeDecodeError:
+        body = {"b64Json": base64.b64encode(reply.body).decode()}
+    return {"response": {"raw": {**body, "contentType": reply.content_type}, **said}}
 
 
 # --- From a request to what a fixture matches
 
 
-def make_match(kind: str, facts: MatchFacts) -> dict[str, Any]:
+def put_match(kind: str, facts: MatchFacts) -> dict[str, Any]:
     """Return the keys by which aimock's recorder names a request, and its model.
 
     A call of a kind that it does not know is named by its method and path.
     """
     match: dict[str, Any] = {}
-    if kind not in ("chat", "response"):
+    if kind != "chat":
         match["endpoint"] = facts["endpoint"][kind not in ENDPOINT_KINDS or kind == "job"]
     text = "inputText" if kind in ("embedding", "rerank") else "userMessage"
     for key in (text, "model", "context"):
@@ -9591,132 +9339,20 @@ def make_match(kind: str, facts: MatchFacts) -> dict[str, Any]:
     return match
 
 
-@functools.lru_cache(maxsize=4096)
-def compile_json(match: str) -> dict[str, Any]:
-    """Compile a match, given as JSON: each is compared with every other request."""
-    return compile_match(json.loads(match), "", True)
+def drop_hidden(value: Any) -> Any:
+    """Return JSON without the secrets that `redact` has hidden: no request would match them."""
+    if isinstance(value, dict):
+        return {name: drop_hidden(inner) for name, inner in value.items() if inner != "***"}
+    if isinstance(value, list):
+        return [drop_hidden(item) for item in itertools.takewhile(lambda it: it != "***", value)]
+    return value
 
 
-def holds_for(match: dict[str, Any], facts: MatchFacts) -> bool:
-    """Tell whether a match holds for a request, at its turn.
-
-    Most requests differ in their texts: to look there first makes fixtures of 2,000 calls in
-    0.6 s instead of 5.
-    """
-    turn = match.get("turnIndex")
-    if turn is not None and turn != facts["turnIndex"]:
-        return False
-    for key in ("userMessage", "inputText"):
-        text = facts[key]
-        if key in match and not (isinstance(text, str) and match[key] in text):
-            return False
-    return find_mismatch(compile_json(CANONICAL(match)), facts) is None
-
-
-def distinguish(mine: Any, theirs: Any) -> Any:
-    """Return a part of some JSON that other JSON does not contain; None where there is none.
-
-    A list has `{}` where its items do not matter. No secret is shown.
-    """
-    if isinstance(mine, dict):
-        theirs = theirs if isinstance(theirs, dict) else {}
-        names = [name for name in mine if not is_secret(name)]
-        parts = {name: distinguish(mine[name], theirs.get(name)) for name in names}
-        return {name: part for name, part in parts.items() if part is not None} or None
-    if isinstance(mine, list):
-        theirs = theirs if isinstance(theirs, list) else []
-        pairs = list(itertools.zip_longest(mine, theirs[: len(mine)]))
-        items = [distinguish(one, other) for one, other in pairs]
-        last = max((at for at, item in enumerate(items) if item is not None), default=-1)
-        blank = [type(one)() if isinstance(one, (dict, list)) else one for one in mine]
-        kept = [empty if item is None else item for item, empty in zip(items, blank)]
-        return kept[: last + 1] or None
-    return mine if mine != theirs or isinstance(mine, bool) != isinstance(theirs, bool) else None
-
-
-def overlay(one: Any, other: Any) -> Any:
-    """Return JSON that contains two parts of the same JSON."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        both = {name: overlay(one[name], other[name]) for name in one if name in other}
-        return {**one, **other, **both}
-    if isinstance(one, list) and isinstance(other, list):
-        both_items = list(map(overlay, one, other))
-        return both_items + one[len(other) :] + other[len(one) :]
-    return other
-
-
-def sharpen(match: dict[str, Any], mine: MatchFacts, theirs: MatchFacts) -> bool:
-    """Add to a match what tells its request from another one; False where nothing does."""
-    if mine["endpoint"] != theirs["endpoint"] and "endpoint" not in match:
-        kind, path = mine["endpoint"]
-        match["endpoint"] = kind if kind in ENDPOINT_KINDS else path
-    for key in FINER_KEYS:
-        if mine[key] and isinstance(mine[key], str) and mine[key] != theirs[key]:
-            match[key] = mine[key]
-    if not holds_for(match, theirs):
-        return True
-    mine_body, their_body = (
-        redact({k: v for k, v in facts["body"].items() if k not in UNSAID_FIELDS})
-        for facts in (mine, theirs)
-    )
-    part = distinguish(mine_body, their_body)
-    if part is not None:
-        match["body"] = overlay(match.get("body"), part)
-    elif "not" not in match:
-        part = distinguish(their_body, mine_body)
-        match.update({"not": {"body": part}} if part else {})
-    return part is not None and not holds_for(match, theirs)
-
-
-def hide(text: str, secrets: Iterable[str]) -> str:
-    """Write stars for each key in a JSON text."""
-    for secret in secrets:
-        text = text.replace(ENCODE(secret)[1:-1], "***")
-    return text
-
-
-def write_entry(entry: dict[str, Any]) -> str:
-    """Write a fixture as aimock does, but the numbers of a vector on one line."""
-    text = json.dumps(entry, indent=2, ensure_ascii=False)
-    text = NUMBER_LINES.sub(lambda found: "[" + re.sub(r"\s+", " ", found[1]) + "]", text)
-    return "    " + text.replace("\n", "\n    ")
-
-
-class Recorded:
-    """One request with the answers that it got, in their order: a sequence where there are more.
-
-    facts  what there is to tell it from others; None once there is too much of that
-    """
-
-    def __init__(self, match: dict[str, Any], facts: MatchFacts | None) -> None:
-        self.match = match
-        self.facts = facts
-        self.answers: list[dict[str, Any]] = []
-        self.secrets: set[str] = set()
-        self._texts: list[str] | None = None
-
-    def answers_too(self, facts: MatchFacts) -> bool:
-        """Tell whether this match holds for another request, which can be told from its own."""
-        return self.facts is not None and holds_for(self.match, facts)
-
-    def add(self, answer: dict[str, Any], secrets: Iterable[str]) -> None:
-        """Append an answer: a fixture's response and options."""
-        self.answers.append(answer)
-        self.secrets.update(secrets)
-        self._texts = None
-
-    def entries(self) -> list[dict[str, Any]]:
-        """Return the fixtures; the last answers every further time."""
-        last = len(self.answers) - 1
-        numbers = [{"sequenceIndex": at} if at < last else {} for at in range(last + 1)]
-        pairs = zip(numbers, self.answers)
-        return [{"match": {**self.match, **number}, **answer} for number, answer in pairs]
-
-    def texts(self) -> list[str]:
-        """Return the JSON of the fixtures, which is written once."""
-        if self._texts is None:
-            self._texts = [hide(write_entry(entry), self.secrets) for entry in self.entries()]
-        return self._texts
+def identify(kind: str, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the match that names a request, and the body that tells it from its namesakes."""
+    unsaid = UNSAID_FIELDS if kind == "chat" else ()
+    body = {name: value for name, value in request.body.items() if name not in unsaid}
+    return put_match(kind, MatchFacts(kind, request)), drop_hidden(redact(body))
 
 
 def find_secrets(headers: Mapping[str, str]) -> set[str]:
@@ -9724,6 +9360,15 @@ def find_secrets(headers: Mapping[str, str]) -> set[str]:
     values = [value for name, value in headers.items() if is_secret_header(name)]
     words = [word for value in values for word in re.split("[ ,;=]", value)]
     return {word for word in words if len(word) >= MIN_KEY_LENGTH}
+
+
+def write_entry(entry: dict[str, Any], secrets: Iterable[str] = ()) -> str:
+    """Write a fixture as aimock does, but the numbers of a vector on one line and no key."""
+    text = json.dumps(entry, indent=2, ensure_ascii=False)
+    text = NUMBER_LINES.sub(lambda found: "[" + re.sub(r"\s+", " ", found[1]) + "]", text)
+    for secret in secrets:
+        text = text.replace(ENCODE(secret)[1:-1], "***")
+    return "    " + text.replace("\n", "\n    ")
 
 
 def read_loosely(request: Request) -> None:
@@ -9734,51 +9379,77 @@ def read_loosely(request: Request) -> None:
             request.body = parse_body(request.raw, kind, NO_FIELDS)
 
 
+class Recorded:
+    """One request with the answers that it got, in their order: a sequence where there are more."""
+
+    def __init__(self, name: dict[str, Any], body: dict[str, Any]) -> None:
+        self.name = name
+        self.body = body
+        # A match that holds for another request, too, has a shorter name, or that and less body.
+        self.rank = (-len(CANONICAL(name)), -len(CANONICAL(body)))
+        self.answers: list[dict[str, Any]] = []  # responses and options of fixtures
+        self.secrets: set[str] = set()
+        self._written: tuple[Any, list[str]] = (None, [])
+
+    def match(self, alone: bool) -> dict[str, Any]:
+        """Return what its fixtures match: where it is not alone with its name, its body, too."""
+        match = self.name
+        if any(each["response"].keys() & {"json", "raw"} for each in self.answers):
+            match = {"endpoint": "chat", **match}  # where the answer does not say what it is
+        named = alone and ("userMessage" in match or "inputText" in match)
+        return match if named or not self.body else {**match, "body": self.body}
+
+    def write(self, match: dict[str, Any]) -> list[str]:
+        """Return the JSON of its fixtures; the last answers every further time."""
+        state = (match, len(self.answers))
+        if self._written[0] != state:
+            last = len(self.answers) - 1
+            numbers = [{"sequenceIndex": at} if at < last else {} for at in range(last + 1)]
+            pairs = zip(numbers, self.answers)
+            entries = [{"match": {**match, **number}, **answer} for number, answer in pairs]
+            self._written = state, [write_entry(entry, self.secrets) for entry in entries]
+        return self._written[1]
+
+
 class Recording:
     """The fixtures for recorded calls, in an order in which each call finds its own answers."""
 
     def __init__(self, entries: Iterable[dict[str, Any]] = ()) -> None:
         self._earlier = [write_entry(entry) for entry in entries]  # of the file, as they were
-        self._requests: list[Recorded] = []
-        self._by_key: dict[bytes, Recorded] = {}
-        self._remembered = 0  # bytes
+        self._names: dict[str, dict[str, Recorded]] = {}  # by name, then by body
 
-    def add(self, kind: str, request: Request, said: Said) -> None:
-        """Add the answer to a call, as the next of its sequence if it was recorded before."""
+    def add(self, kind: str, request: Request, reply: Reply, times: Any = ()) -> None:
+        """Add the answer to a call, as the next of its sequence if it was recorded before.
+
+        reply  with its whole body, that of a stream, too
+        """
         read_loosely(request)
-        response = make_response(kind, request, said)
-        timings = {"recordedTimings": said.timings} if said.timings else {}
-        answer = {"response": response, **choose_chunk_size(response, said), **timings}
-        body = {k: v for k, v in request.body.items() if k not in UNSAID_FIELDS}
-        facts = COMPARABLE([kind, request.method, request.path, request.query, body])
-        key = hashlib.sha256(facts.encode("utf-8", "replace")).digest()
-        if key not in self._by_key:
-            self._by_key[key] = self._place(kind, request)
-        self._by_key[key].add(answer, find_secrets(request.headers))
+        name, body = identify(kind, request)
+        words = put_into_words(request, reply) if kind == "chat" and reply.status == 200 else None
+        answer = words or keep_as_it_came(reply)
+        if reply.content_type.startswith(EVENT_STREAM):
+            timings = find_timings(reply.body, times) if times else None
+            answer.update({"recordedTimings": timings} if timings else {})
+        alike = self._names.setdefault(CANONICAL(name), {})
+        recorded = alike.setdefault(CANONICAL(body), Recorded(name, body))
+        recorded.answers.append(answer)
+        recorded.secrets |= find_secrets(request.headers)
 
-    def _place(self, kind: str, request: Request) -> Recorded:
-        """Find the place for a new request: before those that would answer it as well."""
-        facts = MatchFacts(kind, request)
-        match = make_match(kind, facts)
-        others = self._requests
-        at = next((at for at, other in enumerate(others) if other.answers_too(facts)), len(others))
-        for other in others[at:]:
-            known = other.facts
-            if known and holds_for(match, known) and not sharpen(match, facts, known):
-                return other
-        self._remembered += len(request.raw)
-        recorded = Recorded(match, facts if self._remembered <= MAX_REMEMBERED_BYTES else None)
-        others.insert(at, recorded)
-        return recorded
+    def _texts(self) -> Iterator[str]:
+        """Yield the JSON of the fixtures: what a match of fewer words holds for goes first."""
+        rows = [
+            (each, len(alike) == 1) for alike in self._names.values() for each in alike.values()
+        ]
+        for recorded, alone in sorted(rows, key=lambda row: row[0].rank):
+            yield from recorded.write(recorded.match(alone))
 
     def entries(self) -> list[dict[str, Any]]:
         """Return the fixtures of the recorded calls."""
-        return [json.loads(text) for recorded in self._requests for text in recorded.texts()]
+        return list(map(json.loads, self._texts()))
 
     def write(self) -> bytes:
         """Return the fixture file."""
-        texts = [*self._earlier, *(text for each in self._requests for text in each.texts())]
-        inner = ",\n".join(texts)
+        inner = ",\n".join([*self._earlier, *self._texts()])
         return f'{{\n  "fixtures": [\n{inner}\n  ]\n}}\n'.encode()
 
 
@@ -9803,8 +9474,8 @@ def record_calls(calls: Iterable[Call]) -> Recording:
     recording = Recording()
     for call in calls:
         if call.kind in ENDPOINT_KINDS and call.outcome == "complete" and call.raw_reply:
-            said = read_said(call.status, call.reply_type, call.raw_reply)
-            recording.add(call.kind, call.as_request(), said)
+            reply = Reply(call.raw_reply, call.status, call.reply_type, call.reply_headers)
+            recording.add(call.kind, call.as_request(), reply)
     return recording
 
 
@@ -9829,15 +9500,15 @@ class Recorder:
         else:
             os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
         self._recording = Recording(entries)
-        self._waiting: list[tuple[str, Request, Callable[[], Said]]] = []
+        self._waiting: list[tuple[str, Request, Reply, Any]] = []
         self._lock = threading.Lock()
         self._hurry = threading.Event()
         self._writer: threading.Thread | None = None
 
-    def add(self, kind: str, request: Request, read: Callable[[], Said]) -> None:
-        """Have the answer that `read` returns recorded."""
+    def add(self, kind: str, request: Request, reply: Reply, times: Any) -> None:
+        """Have an answer recorded: a reply with its whole body, and when its pieces came."""
         with self._lock:
-            self._waiting.append((kind, request, read))
+            self._waiting.append((kind, request, reply, times))
             if self._writer is None:
                 self._writer = threading.Thread(target=self._work, name="together-fake-record")
                 try:
@@ -9866,8 +9537,8 @@ class Recorder:
                     return
             began = time.perf_counter()
             try:
-                for kind, request, read in batch:
-                    self._recording.add(kind, request, read())
+                for call in batch:
+                    self._recording.add(*call)
                 write_file(self.path, self._recording.write())
             except OSError as error:
                 complain(f"cannot record to {self.path}: {error}\n")
@@ -11346,8 +11017,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             date = self.date_time_string(now)
             lines = f"Server: together-fake\r\nDate: {date}\r\n"
             self.server.date = (now, lines)
-            at = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(now))
-            self.server.api_times = API_TIMES.format(at=at)
+            self.server.api_times = API_TIMES.format(at=format_time(now))
         return str(lines)
 
     def send(self, data: bytes, flags: int = 0) -> None:
@@ -11988,9 +11658,8 @@ class Upstream:
     def record(self, kind: str, request: Request, reply: Reply, data: bytes, times: Any) -> None:
         """Have an answer recorded, unless it is packed though nobody asked for that."""
         if self.recorder is not None and "Content-Encoding" not in reply.headers:
-            facts = (reply.status, reply.content_type, data, times)
-            wait = reply.headers.get("Retry-After", "")
-            self.recorder.add(kind, request, lambda: read_said(*facts, wait))
+            whole = Reply(data, reply.status, reply.content_type, reply.headers)
+            self.recorder.add(kind, request, whole, times)
 
 
 def open_upstream(url: Any, record: Any, stopping: Any) -> Upstream | None:
@@ -12874,6 +12543,8 @@ class TogetherAiServer(Scripting):
             if not body.keys() <= route.body.keys():
                 names = ", ".join(name for name in body if name not in route.body)
                 call.warnings += (f"nothing reads {names}",)
+        if self.script.watched:
+            self.script.follow_files()
         if route.open or (self.script.empty and "x-parlel-fixture" not in request.headers):
             return self._handle(route, request, call)
         return self._follow_script(route, request, call)
@@ -12959,6 +12630,7 @@ class TogetherAiServer(Scripting):
             or b'format"' in raw  # response_format, or that of a response's text
             or b"\\u" in raw  # might spell one of these
             or self.script.slow
+            or bool(self.script.watched)
             or self._upstream is not None
             or "x-parlel-fixture" in request.headers
         )
@@ -13062,9 +12734,6 @@ def read_options(args: Sequence[str] | None) -> Any:
     return options
 
 
-WATCH_FILES_SECONDS = 0.3  # between two looks at fixture files
-
-
 def check_fixtures(path: str) -> int:
     """Say what is wrong in a fixture file or folder; return the exit status."""
     warnings: list[str] = []
@@ -13075,45 +12744,6 @@ def check_fixtures(path: str) -> int:
         return 1
     print_lines([*warnings, f"{path}: {len(fixtures)} fixtures, nothing wrong"])
     return 0
-
-
-class FileWatch:
-    """Loads fixture files again when they have changed; what is wrong then is told, not taken."""
-
-    def __init__(self, script: Fixtures, paths: Sequence[str]) -> None:
-        self.script = script
-        self.paths = paths
-        self.seen = self.stamp()
-
-    def stamp(self) -> list[tuple[str, int, int]]:
-        """Return names, times and sizes of all files."""
-        found = []
-        for path in self.paths:
-            names = [
-                os.path.join(folder, name) for folder, _, files in os.walk(path) for name in files
-            ]
-            for name in sorted(names or [path]):
-                with contextlib.suppress(OSError):
-                    status = os.stat(name)
-                    found.append((name, status.st_mtime_ns, status.st_size))
-        return found
-
-    def look(self) -> None:
-        """Load the files again if one of them has changed."""
-        stamp = self.stamp()
-        if stamp != self.seen:
-            self.seen = stamp
-            try:
-                fixtures = [fixture for path in self.paths for fixture in load_fixtures(path)]
-                self.script.replace_files(fixtures)
-                print_line(f"loaded {len(fixtures)} fixtures again")
-            except (OSError, ValueError) as error:
-                print_line(f"cannot load fixtures: {error}")
-
-    def run(self, stopping: threading.Event) -> None:
-        """Look again and again until the server stops."""
-        while not stopping.wait(WATCH_FILES_SECONDS):
-            self.look()
 
 
 def serve(server: TogetherAiServer) -> None:
@@ -13165,17 +12795,11 @@ def build_server(options: Any) -> TogetherAiServer:
     )
     for path in options.fixtures:
         server.script.load(path)
+    if options.watch:
+        server.script.watch(options.fixtures)
     for warning in server.script.warnings:
         print_line(warning)
     return server
-
-
-def watch_fixtures(server: TogetherAiServer, options: Any) -> None:
-    """Follow changes of the fixture files in a thread of its own."""
-    paths = [*([options.record] if options.record else []), *options.fixtures]
-    watch = FileWatch(server.script, paths)
-    stopping = (server.stopping,)
-    threading.Thread(target=watch.run, args=stopping, name="watch", daemon=True).start()
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -13193,8 +12817,6 @@ def main(args: Sequence[str] | None = None) -> int:
         print_line(f"cannot begin: {error}")
         return 1
     try:
-        if options.watch:
-            watch_fixtures(server, options)
         serve(server)
     except OSError as error:
         taken = error.errno in (errno.EADDRINUSE, errno.EACCES)

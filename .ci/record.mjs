@@ -7,7 +7,8 @@
 //
 // Where the two differ on purpose, and what is therefore not compared: how texts are cut in a stream,
 // reasoning is `reasoning_content` there, ids, `created`, the engine's own fields, and what aimock's
-// recorder leaves out (`LOST` below).
+// recorder leaves out (`LOST` below). together_fake.py has chats in aimock's words, and keeps all else
+// as it came (`json`, `raw`), which aimock answers on no route of inference.
 
 import assert from 'node:assert/strict';
 import { spawn } from 'node:child_process';
@@ -158,6 +159,8 @@ async function fillSequence() {
 // into 502 on the wire, a whole answer of the Responses API.
 const LOST = ['a cut text', 'a cut text, streamed', 'reasoning, streamed', 'an error', 'a response'];
 
+const inWords = (name) => CALLS[name][0][0] === CHAT && name !== 'an error';
+
 // What a server says to all calls; it is stopped then.
 async function hear(server) {
   const heard = await askAll(server.url);
@@ -176,7 +179,7 @@ const itsOwnReplay = await hear(await startAimock((mock) => mock.loadFixtureDir(
 const saidHere = await hear(await startServer('--fixtures', theirs, '--on-miss', 'error'));
 
 describe('aimock answers from what together_fake.py recorded', () => {
-  for (const name of Object.keys(CALLS)) test(name, () => assert.deepEqual(saidThere[name], recordedHere[name]));
+  for (const name of Object.keys(CALLS).filter(inWords)) test(name, () => assert.deepEqual(saidThere[name], recordedHere[name]));
   test('a sequence has each of its answers', () => {
     assert.deepEqual(saidThere['a sequence'].map(({ content }) => content), ['one', 'two', 'three']);
   });
