@@ -505,7 +505,7 @@ class VectorTests(unittest.TestCase):
         self.assertEqual(fake.format_floats(vector[:3]), "0.02180,0.01894,0.02823")
         digest = hashlib.sha256(fake.pack_floats(vector)).hexdigest()
         self.assertEqual(digest[:16], "3fc1f14194f924fc")
-        fake.WORDS.clear()
+        fake.word_vectors.cache_clear()
         self.assertEqual(vector, fake.make_vector("THE LLAMA is a camelid: Andes", 768, b"model"))
 
     def test_norm(self):

@@ -103,20 +103,7 @@ DEFAULT_KEY = "parlel-together"
 CREATED = 1700000000  # the clock of every generated answer, in Unix seconds
 
 
-class BoundedCache(dict):  # type: ignore[type-arg]
-    """Remembers up to `limit` values, then starts anew."""
-
-    limit = 0
-
-    def keep(self, key: Any, value: Any) -> Any:
-        """Remember a value and return it."""
-        if len(self) >= self.limit:
-            self.clear()
-        self[key] = value
-        return value
-
-
-class Newest(dict):  # type: ignore[type-arg]
+class BoundedDict(dict):  # type: ignore[type-arg]
     """Keeps the newest `limit` values; the oldest go."""
 
     def __init__(self, limit: int) -> None:
@@ -129,8 +116,8 @@ class Newest(dict):  # type: ignore[type-arg]
             del self[next(iter(self))]
 
 
-class LateRegex:
-    """A regular expression that is compiled when it is first used: all of them take 5 ms."""
+class LazyRegex:
+    """A regular expression that is compiled at its first use: compiling all takes 5 ms."""
 
     def __init__(self, source: Any, flags: int) -> None:
         self.source = (source, flags)
@@ -141,24 +128,24 @@ class LateRegex:
         return found
 
 
-def late_regex(source: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
-    """Return what `re.compile()` does, late."""
-    return LateRegex(source, flags)  # type: ignore[return-value]
+def lazy_regex(source: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
+    """Return what `re.compile()` does, compiled when it is first used."""
+    return LazyRegex(source, flags)  # type: ignore[return-value]
 
 
 # === Messages ===
 
-SECRET_HEADER = late_regex(r"auth|key|token|secret|cookie|passw|passphrase|jwt", re.IGNORECASE)
+SECRET_HEADER = lazy_regex(r"auth|key|token|secret|cookie|passw|passphrase|jwt", re.IGNORECASE)
 SECRET_WORDS = frozenset((
     "auth", "authorization", "authz", "bearer", "key", "apikey", "token", "jwt", "secret", "cookie",
     "password", "passwd", "passphrase", "credential", "credentials",
 ))  # fmt: skip
-SECRET_END = late_regex(  # of names that are written in one word, and of several secrets
+SECRET_END = lazy_regex(  # of names that are written in one word, and of several secrets
     r"(?:(?:api|access|secret|private|auth)[-_]?keys?|token|secrets?|passwords?|cookies?)"
     r"[-_0-9]*\Z",
     re.IGNORECASE,
 )
-NAME_PARTS = late_regex(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+NAME_WORD = lazy_regex(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 FORM_WORDS = ("value", "string", "text", "pem", "header")  # a secret's form, behind its name
 # A JSON schema names what it describes, secrets too, and holds none.
 SCHEMA_WORDS = {"$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
@@ -172,7 +159,7 @@ def is_secret_header(name: str) -> bool:
 
 def is_secret(name: str) -> bool:
     """Tell whether a field of this name holds a secret: `wandbApiKey`, `hf_token`, not `tokens`."""
-    parts = [part.lower() for part in NAME_PARTS.findall(name[:200])]
+    parts = [part.lower() for part in NAME_WORD.findall(name[:200])]
     while len(parts) > 1 and parts[-1] in FORM_WORDS:
         parts.pop()
     named = bool(parts) and parts[-1] in SECRET_WORDS
@@ -204,14 +191,24 @@ ENCODE = make_encoder(ensure_ascii=False)
 # The same for every order of keys: what draws are made from.
 CANONICAL = make_encoder(sort_keys=True)
 QUOTE = json.encoder.encode_basestring  # of a string alone
-DONE = b"data: [DONE]\n\n"  # the last event of every stream of chunks
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S"
+DONE = b"data: [DONE]\n\n"  # the last event of every stream of chunks
 
 
 def complain(text: str) -> None:
     """Write to standard error; where that cannot be done, nobody is there to read it."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(text)
+
+
+def format_time(at: float) -> str:
+    """Write Unix seconds as `2026-01-05T10:00:00.000Z`."""
+    return f"{time.strftime(TIME_FORMAT, time.gmtime(at))}.{int(at % 1 * 1000):03}Z"
+
+
+def parse_time(text: str) -> int:
+    """Return the Unix seconds of such a time."""
+    return calendar.timegm(time.strptime(text[:19], TIME_FORMAT))
 
 
 def mask(value: str) -> str:
@@ -355,11 +352,6 @@ class Events:
     def __init__(self, chunks: Iterable[Any], encoded: bool = False) -> None:
         self.chunks = chunks
         self.encoded = encoded
-
-
-def format_time(at: float) -> str:
-    """Write Unix seconds as `2026-01-05T10:00:00.000Z`."""
-    return f"{time.strftime(TIME_FORMAT, time.gmtime(at))}.{int(at % 1 * 1000):03}Z"
 
 
 class Cut(Exception):
@@ -550,7 +542,7 @@ class ApiError(Exception):
 MAX_JSON_BYTES = 32 * 2**20  # a JSON or form body
 MAX_JSON_BRACKETS = 1_000_000  # which take half a second
 MAX_JSON_KEYS = 200_000  # likewise: those of objects cost more
-JSON_KEY = late_regex(rb'(?<!\\)"[ \t\r\n]*:')  # where one ends
+JSON_KEY = lazy_regex(rb'(?<!\\)"[ \t\r\n]*:')  # where one ends
 MAX_JSON_DEPTH = 200  # brackets inside brackets
 MAX_NUMBER_DIGITS = 400  # of one JSON number
 MAX_FORM_FIELDS = 1000  # of one form, query or multipart body
@@ -793,7 +785,7 @@ DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=read_floa
 CAREFUL_DECODER = json.JSONDecoder(
     parse_constant=refuse_constant, parse_float=read_float, parse_int=read_int
 )
-LONG_NUMBER = late_regex(rb"[0-9]{%d}" % MAX_NUMBER_DIGITS)
+LONG_NUMBER = lazy_regex(rb"[0-9]{%d}" % MAX_NUMBER_DIGITS)
 
 
 def has_long_number(raw: bytes) -> bool:
@@ -875,7 +867,7 @@ def parse_form(raw: bytes) -> dict[str, Any]:
         raise ApiError("bad_body", reason=f"the form fields do not parse ({error})") from None
 
 
-PART_OPTION = late_regex(r';\s*([\w*-]+)=(?:"((?:[^"\\]|\\.)*)"|([^;"]*))')
+PART_OPTION = lazy_regex(r';\s*([\w*-]+)=(?:"((?:[^"\\]|\\.)*)"|([^;"]*))')
 
 
 def parse_part(head: bytes, data: bytes) -> tuple[str, Any]:
@@ -984,13 +976,7 @@ class HashRandom:
     def randbelow(self, limit: int) -> int:
         """Return an integer from 0 to `limit - 1`."""
         size = (limit.bit_length() + 15) // 8  # 8 spare bits: no visible bias
-        start, end = self._at, self._at + size
-        if end <= len(self._pool):  # as take() does, mostly
-            self._at = end
-            data = self._pool[start:end]
-        else:
-            data = self.randbytes(size)
-        return int.from_bytes(data, "big") * limit >> (8 * size)
+        return int.from_bytes(self.randbytes(size), "big") * limit >> (8 * size)
 
     def random(self) -> float:
         """Return a number from 0 up to, not including, 1."""
@@ -1031,7 +1017,6 @@ def random_uuid(rng: HashRandom) -> str:
 
 MAX_WORD_BYTES = 40  # of a word: what counts of it for a vector, and what is worth remembering
 MAX_COUNTED_TEXT = 2**20  # characters of a text whose tokens are counted at once
-MAX_COUNTED_WORDS = 8192  # whose numbers of tokens are remembered
 
 
 def phrases(text: str, first: str = " ", last: str = "") -> tuple[str, ...]:
@@ -1157,7 +1142,7 @@ LATER_FORMS = (
 PLACES = 8  # of a sentence in a text, which have sentences of their own
 
 # ASCII classes only: other letters differ between the Unicode tables of Python versions.
-TOKEN = late_regex(
+TOKEN = lazy_regex(
     r" ?(?:[A-Za-z]{1,7}|[0-9]{1,3}|[^\x00-\x7F]{1,2}|[!-/:-@\[-`{-~])"
     r"|\n+|[ \t]+(?= )|[\x00-\x20\x7F]"
 )
@@ -1168,37 +1153,12 @@ def split_tokens(text: str) -> list[str]:
     return TOKEN.findall(text)
 
 
-class TokenCounts(BoundedCache):
-    """The number of tokens of words and other short texts."""
-
-    limit = MAX_COUNTED_WORDS
-
-    def __missing__(self, text: str) -> int:
-        if text.isdigit() and text.isascii():
-            return (len(text) + 2) // 3  # numbers seldom come again
-        count = TOKEN.subn("", text)[1]  # faster than a list
-        if len(text) <= MAX_WORD_BYTES:
-            self.keep(text, count)
-        return count
-
-
-TOKEN_COUNTS = TokenCounts()
-COUNT_WORD = TOKEN_COUNTS.__getitem__
-
-
 def count_tokens(text: str) -> int:
-    """Return `len(split_tokens(text))`."""
-    count: int
-    if len(text) <= MAX_WORD_BYTES:
-        count = COUNT_WORD(text)
-    elif len(text) > MAX_COUNTED_TEXT:  # in pieces, so that other threads get their turn
-        starts = range(0, len(text), MAX_COUNTED_TEXT)
-        count = sum([count_tokens(text[at : at + MAX_COUNTED_TEXT]) for at in starts])
-    elif text.isprintable() and "  " not in text:  # a single space belongs to the word behind it
-        count = sum(map(COUNT_WORD, text.split(" "))) + (text[-1] == " ")
-    else:
-        count = TOKEN_COUNTS.__missing__(text)
-    return count
+    """Return `len(split_tokens(text))`, of a long text piece by piece: others get their turn."""
+    if len(text) <= MAX_COUNTED_TEXT:
+        return TOKEN.subn("", text)[1]  # faster than a list
+    starts = range(0, len(text), MAX_COUNTED_TEXT)
+    return sum([count_tokens(text[at : at + MAX_COUNTED_TEXT]) for at in starts])
 
 
 @functools.lru_cache(maxsize=256 * PLACES)  # all there are
@@ -1295,66 +1255,48 @@ def make_scores(rng: HashRandom, pieces: list[str], count: int) -> list[Any]:
 
 # === Vectors ===
 
-WORD = late_regex(rb"[a-z0-9]+|[\x80-\xff]+")  # of UTF-8 whose ASCII letters are in lower case
+WORD = lazy_regex(rb"[a-z0-9]+|[\x80-\xff]+")  # of UTF-8 whose ASCII letters are in lower case
 STOPWORDS = frozenset(
     b"a an and are as at be but by can do does for from has have how i in into is it its more of"
     b" on or our so than that the their there these they this to was we were what when where"
     b" which who why will with would you your".split()
 )
 BUCKETS = 4096
+MAX_WORDS = 8192  # whose vectors are remembered, of each of four models
 LEVELS = bytes(range(32)) * 8  # a random byte as one of 32 levels
 BLOCK_BUCKETS = 2112  # of 31, whose sums stay below 2 ** 16
 BLOCK_WORDS = 48  # so many words of 44 buckets
 MAX_TEXT_WORDS = 32768  # that count for a vector
-CACHE_LANES = 2**22  # of each cache of one model; 2 bytes a lane
 QUANTUM = 100000  # steps from 0 to 1
 
 
-class Buckets(BoundedCache):
-    """A bucket's random vector: one integer of 16-bit lanes, the last of which counts buckets."""
+@functools.lru_cache(maxsize=2 * BUCKETS)
+def draw_bucket(key: bytes, size: int, bucket: int) -> int:
+    """Return a bucket's random vector: an integer of 16-bit lanes, the last of which counts."""
+    lanes = bytearray(2 * size + 2)
+    lanes[:-2:2] = hashlib.shake_256(key + bucket.to_bytes(2, "big")).digest(size).translate(LEVELS)
+    lanes[-2] = 1
+    return int.from_bytes(lanes, "little")
+
+
+class WordVectors(BoundedDict):
+    """The vectors of a model's words: a word's bucket counts twice, that of each trigram once."""
 
     def __init__(self, key: bytes, size: int) -> None:
+        super().__init__(MAX_WORDS)
         self.key = key
         self.size = size
-        self.limit = CACHE_LANES // size
-
-    def __missing__(self, bucket: int) -> int:
-        lanes = bytearray(2 * self.size + 2)
-        seed = self.key + bucket.to_bytes(2, "big")
-        lanes[:-2:2] = hashlib.shake_256(seed).digest(self.size).translate(LEVELS)
-        lanes[-2] = 1
-        total: int = self.keep(bucket, int.from_bytes(lanes, "little"))
-        return total
-
-
-class Words(BoundedCache):
-    """The sum of a word's buckets: of the whole word twice, of each trigram once."""
-
-    def __init__(self, key: bytes, size: int) -> None:
-        self.buckets = Buckets(key, size)
-        self.limit = self.buckets.limit
 
     def __missing__(self, word: bytes) -> int:
-        buckets = self.buckets
-        total: int = 2 * buckets[zlib.crc32(word) % BUCKETS]
         padded = b"<%b>" % word[:MAX_WORD_BYTES]
-        for start in range(len(padded) - 2):
-            total += buckets[zlib.crc32(padded[start : start + 3]) % BUCKETS]
-        self.keep(word, total)
+        grams = [word, word, *[padded[at : at + 3] for at in range(len(padded) - 2)]]
+        buckets = [zlib.crc32(gram) % BUCKETS for gram in grams]
+        total = sum([draw_bucket(self.key, self.size, bucket) for bucket in buckets])
+        self[word] = total
         return total
 
 
-class Vocabularies(BoundedCache):
-    """The words of a model and size."""
-
-    limit = 4
-
-    def __missing__(self, model_and_size: tuple[bytes, int]) -> Words:
-        words: Words = self.keep(model_and_size, Words(*model_and_size))
-        return words
-
-
-WORDS = Vocabularies()
+word_vectors = functools.lru_cache(maxsize=4)(WordVectors)
 
 
 def find_words(text: str) -> list[bytes]:
@@ -1393,29 +1335,24 @@ def normalise(lanes: Sequence[int], centre: int, copies: int = 1) -> list[int]:
     return list(unpacked.unpack_from(data))
 
 
-def add_words(words: list[bytes], sums: Words) -> tuple[list[int], int]:
-    """Return the sum of the words' vectors, and how many buckets are in it."""
-    size = sums.buckets.size + 1
-    lanes: list[int] = []
-    # A word has two buckets more than letters, so most texts are one block.
-    small = sum(map(len, words)) + 2 * len(words) <= BLOCK_BUCKETS
-    block_words = len(words) if small else BLOCK_WORDS
-    for start in range(0, len(words), block_words):
-        total = sum(map(sums.__getitem__, words[start : start + block_words]))
-        block = struct.unpack(f"<{size}H", total.to_bytes(2 * size, "little"))
-        lanes = list(map(operator.add, lanes, block)) if lanes else list(block)
-    return lanes, lanes.pop()
-
-
 def make_vector(text: str, size: int, model_key: bytes) -> list[int]:
     """Return a unit vector in steps of 1 / QUANTUM; texts that share words are close.
 
     Vectors of an even size are a half and its mirror image: half the work, the same likeness.
     """
     copies = 1 if size % 2 else 2
-    sums = WORDS[model_key, size // copies]
-    lanes, buckets = add_words(find_words(text)[:MAX_TEXT_WORDS], sums)
-    vector = normalise(lanes, 31 * buckets, copies)
+    size //= copies
+    vectors = word_vectors(model_key, size)
+    words = find_words(text)[:MAX_TEXT_WORDS]
+    lanes: list[int] = []
+    # A word has two buckets more than letters, so most texts are one block.
+    small = sum(map(len, words)) + 2 * len(words) <= BLOCK_BUCKETS
+    step = len(words) if small else BLOCK_WORDS
+    for start in range(0, len(words), step):
+        total = sum(map(vectors.__getitem__, words[start : start + step]))
+        block = struct.unpack(f"<{size + 1}H", total.to_bytes(2 * size + 2, "little"))
+        lanes = list(map(operator.add, lanes, block)) if lanes else list(block)
+    vector = normalise(lanes[:-1], 31 * lanes[-1], copies)
     return vector + vector[::-1] if copies == 2 else vector
 
 
@@ -1836,7 +1773,7 @@ class OutOfSteps(Exception):
 
 # Only what ECMA-262 and Python read alike. Whether a repeat is lazy does not change the texts.
 ESCAPE = r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[dDwWsStnrfv]|[^0-9A-Za-z])"
-PATTERN_TOKEN = late_regex(
+PATTERN_TOKEN = lazy_regex(
     r"(?P<open>\((?!\?)|\(\?(?:P?<[A-Za-z_]\w*>|[:=!]))|(?P<mark>[|)])|(?P<at>[\^$]|\\[AZbB])"
     r"|(?P<repeat>[*+?]|\{[0-9]{1,6}(?:,[0-9]{0,6})?\})\??(?![*+?{])"
     rf"|(?P<set>\.|{ESCAPE}|\[(?!\^?\])\^?(?:{ESCAPE}|\\b|[^\\\]])+\])"
@@ -1844,7 +1781,7 @@ PATTERN_TOKEN = late_regex(
     re.DOTALL,
 )
 TOKEN_MEANINGS = {".": r"[^\n\r\u2028\u2029]", "$": r"\Z"}  # in Python
-SET_OPERATOR = late_regex(r"\\.|(?!^)[\[&|~]", re.DOTALL)  # some day Python may read sets in sets
+SET_OPERATOR = lazy_regex(r"\\.|(?!^)[\[&|~]", re.DOTALL)  # some day Python may read sets in sets
 REPEATS = {"*": (0, MAX_TEXT), "+": (1, MAX_TEXT), "?": (0, 1)}
 PRINTABLE = "".join(map(chr, range(32, 127)))
 
@@ -2114,8 +2051,7 @@ year: 1990 2025
 day hour minute: 1 23
 latitude lat longitude lon lng temperature: -5 40
 """)
-NAME_WORD = late_regex(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-SAMPLE = late_regex(r"\{([^{}0-9]+)([0-9]*)\}")
+SAMPLE = lazy_regex(r"\{([^{}0-9]+)([0-9]*)\}")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -3026,7 +2962,7 @@ meta-llama/Llama-2-70b-hf|Meta|LLaMA-2 (70B)|4096|0.9/0.9|
 Meta-Llama/Llama-Guard-7b|Meta|Llama Guard (7B)|4096|0.2/0.2|
 """
 UNIT_PRICES = {"image_pixel": "price_per_megapixel", "transcribe": "price_per_minute"}
-MORE = late_regex(
+MORE = lazy_regex(
     rf"({'|'.join(TRAITS)})|engine (\S+)|([0-9]+) dimensions|(\w+) ([0-9.]+)(?: \((.+)\))?"
 )
 
@@ -3123,7 +3059,7 @@ def supported_model(model: Model) -> dict[str, Any]:
     takes, gives = MODALITIES.get(model.type, ("TEXT", "TEXT"))
     features = ["FEATURE_TOOL_CALLING", "FEATURE_STRUCTURED_OUTPUT"]
     features += ["FEATURE_REASONING"] if model.thinks else []
-    day = time.strftime(TIME_FORMAT + "Z", time.gmtime(model.created or CREATED))
+    day = format_time(model.created or CREATED).replace(".000", "")
     return {
         "id": "ml_" + HashRandom.of("supported model", model.id).hex(24),
         "name": model.id,
@@ -3150,9 +3086,9 @@ def supported_model(model: Model) -> dict[str, Any]:
 # === Dialects ===
 
 # Clients of one generation ask for /v1/v1/..., or for v2 and v3 operations under /v1.
-VERSIONED = late_regex(r"/(?:v[0-9]+|__\w+|shrt|health)(?:/|$)|/$")
-DOUBLED_PREFIX = late_regex(r"^/v1(?=/v[123](?:/|$))")
-MOVED_PREFIX = late_regex(
+VERSIONED = lazy_regex(r"/(?:v[0-9]+|__\w+|shrt|health)(?:/|$)|/$")
+DOUBLED_PREFIX = lazy_regex(r"^/v1(?=/v[123](?:/|$))")
+MOVED_PREFIX = lazy_regex(
     r"^/v1(?=/(?:whoami|videos|supported-models|projects/[^/]+/models)(?:/|$))"
 )
 
@@ -3315,7 +3251,7 @@ def get_path(value: Any, *steps: str) -> Any:
 
 
 EVENT_STREAM = "text/event-stream"
-EVENT_END = late_regex(rb"\r?\n\r?\n|\r\r")
+EVENT_END = lazy_regex(rb"\r?\n\r?\n|\r\r")
 
 
 def split_events(data: bytes) -> list[bytes]:
@@ -4232,7 +4168,7 @@ def compile_match(match: dict[str, Any], place: str, trusted: bool) -> dict[str,
     return wanted
 
 
-TEMPLATE = late_regex(r"\{\{\s*([A-Za-z]\w*)((?:\.[\w-]+)*)\s*\}\}", re.ASCII)
+TEMPLATE = lazy_regex(r"\{\{\s*([A-Za-z]\w*)((?:\.[\w-]+)*)\s*\}\}", re.ASCII)
 QUOTABLE = {key: key for key in ("model", "systemMessage", "inputText", "body", "headers")}
 QUOTABLE["lastUserMessage"] = "userMessage"
 
@@ -4297,7 +4233,7 @@ class Fixture:
         self.in_file = False  # turns are relaxed, as aimock has them
         self.owner: Fixtures | None = None
         self.served = 0
-        self._served_in: dict[str, int] = Newest(MAX_TESTS)  # how often, by test
+        self._served_in: dict[str, int] = BoundedDict(MAX_TESTS)  # how often, by test
         self.when = when
         self.answers: Answers | None = None
         self.position = 0  # in its layer
@@ -4379,7 +4315,7 @@ class Fixture:
         return {**self.entry, **number, "source": self.source, "served": self.served}
 
 
-FOREIGN_ENDPOINTS = late_regex(r"(audio-gen|elevenlabs-.+|fal|fal-audio|openai-live|realtime.*)\Z")
+FOREIGN_ENDPOINTS = lazy_regex(r"(audio-gen|elevenlabs-.+|fal|fal-audio|openai-live|realtime.*)\Z")
 
 
 def parse_fixtures(
@@ -4688,7 +4624,7 @@ class Fixtures:
             self._run_time = Layer()
             self._steps = 0
             self._numbers = itertools.count()
-            self._sequences: dict[Any, int] = Newest(MAX_TESTS)
+            self._sequences: dict[Any, int] = BoundedDict(MAX_TESTS)
             self._calls = 0  # with a fault, for its draws
             self.forget()
 
@@ -7217,7 +7153,7 @@ if TYPE_CHECKING:
 USER = "parlel"  # whose models and jobs these are
 USER_ID = "65f0c2a1b3d4e5f60718293a"
 BUILDERS: dict[str, Callable[[Any, Item], Item]] = {}
-RANGE = late_regex(r"bytes=(?=-?[0-9])([0-9]*)-([0-9]*)")
+RANGE = lazy_regex(r"bytes=(?=-?[0-9])([0-9]*)-([0-9]*)")
 
 
 def stored(name: str) -> Callable[[Any], Any]:
@@ -7244,11 +7180,6 @@ def merge(template: Item, changes: Item) -> Item:
 def complete(server: TogetherAiServer, item: Item, prefix: str, **template: Any) -> Item:
     """Return an object with an id, and with the template's values for what it lacks."""
     return merge({"id": item.get("id") or server._next_id(prefix), **template}, item)
-
-
-def parse_time(text: str) -> int:
-    """Read the Unix seconds of such a time."""
-    return calendar.timegm(time.strptime(text[:19], TIME_FORMAT))
 
 
 class JobKind:
@@ -8587,36 +8518,18 @@ def list_availability_zones(server: TogetherAiServer, request: Request) -> Any:
 MAX_IMAGES = 4  # of one request; documented
 
 IMAGE_FIELDS = Fields(
-    Field("model", str, required=True, low=1),
-    Field("prompt", str, required=True),
-    Field("n", int, low=0, high=MAX_IMAGES),
-    Field("width", int, low=0, high=MAX_IMAGE_SIDE),
-    Field("height", int, low=0, high=MAX_IMAGE_SIDE),
-    Field("size", str),
-    Field("aspect_ratio", str),
-    Field("steps", int, low=0, high=100),
-    Field("seed", int),
-    Field("image_url", str),
-    Field("reference_images", list, each=Field("", str)),
-    Field(
-        "image_loras",
-        list,
-        each=Field(
-            "",
-            dict,
-            fields=Fields(Field("path", str, required=True), Field("scale", float, required=True)),
-        ),
-    ),
-    Field("guidance_scale", float),
-    Field("guidance", float),
-    Field("negative_prompt", str),
-    Field("disable_safety_checker", bool),
-    Field("prompt_upsampling", bool),
-    Field("image_base64", str),
+    MODEL_ROW, Field("prompt", str, required=True), Field("n", int, low=0, high=MAX_IMAGES),
+    *rows_of("width height", int, low=0, high=MAX_IMAGE_SIDE), Field("seed", int),
+    Field("steps", int, low=0, high=100), *rows_of("guidance_scale guidance", float),
+    *rows_of("size aspect_ratio image_url image_base64 negative_prompt user", str),
+    Field("reference_images", list, each=TEXT_ROW),
+    Field("image_loras", list, each=object_field(
+        "", Field("path", str, required=True), Field("scale", float, required=True)
+    )),
+    *rows_of("disable_safety_checker prompt_upsampling", bool),
     Field("response_format", str, choices=("base64", "b64_json", "url")),
     Field("output_format", str, choices=("jpeg", "png")),
-    Field("user", str),
-)
+)  # fmt: skip
 IMAGE_FACTS = frozenset((
     "model", "prompt", "width", "height", "steps", "seed", "image_url", "reference_images",
     "image_loras", "guidance_scale", "guidance", "negative_prompt", "image_base64",
@@ -8903,7 +8816,7 @@ VIDEO_FIELDS = Fields(
     Field("output_format", str, choices=("MP4", "WEBM")), Field("generate_audio", bool),
     *rows_of("frame_images reference_images", list), Field("media", dict),
 )  # fmt: skip
-VIDEO_URL = late_regex(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4", re.ASCII)
+VIDEO_URL = lazy_regex(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4", re.ASCII)
 
 
 def read_video_size(body: dict[str, Any]) -> str:
@@ -9166,11 +9079,11 @@ MIN_KEY_LENGTH = 20  # characters of a real key; "test" and the like may stand i
 # What does not change what a chat says, so that it does not tell two of them apart.
 UNSAID_FIELDS = frozenset(("stream", "stream_options", "user"))
 # Headers that change what a client does, so that they are recorded.
-KEPT_HEADER = late_regex(
+KEPT_HEADER = lazy_regex(
     r"location|retry-after(-ms)?|x-should-retry|x-ratelimit\b.*", re.IGNORECASE
 )
 REST = 4  # times as long as it wrote a recorder leaves the processor to the clients
-NUMBER_LINES = late_regex(r'\[\n\s+(-?[0-9][^"\[\]{}]*?)\n\s*\]')  # no text has a bare line end
+NUMBER_LINES = lazy_regex(r'\[\n\s+(-?[0-9][^"\[\]{}]*?)\n\s*\]')  # no text has a bare line end
 
 
 def find_timings(data: bytes, times: Iterable[tuple[int, float]]) -> dict[str, Any] | None:
@@ -10549,13 +10462,13 @@ API_TIMES = (  # of an answer, as production tells them
 UNCACHED = {"Cache-Control": "no-cache, no-transform"}  # a proxy shall not gather a stream
 CHUNKED = "Transfer-Encoding: chunked\r\n"
 BODILESS = {204, 304}  # statuses whose replies end with the head
-UNSAFE = late_regex(r"[\r\n\0]+")  # would start a header of its own
+UNSAFE = lazy_regex(r"[\r\n\0]+")  # would start a header of its own
 
 # What a request looks like. These patterns are the whole specification: what they do not match
 # is refused. Text is latin-1, so a character is a byte.
 NAME = r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 VALUE = r"[\t -~\x80-\xff]*"
-HEAD = late_regex(
+HEAD = lazy_regex(
     rf"""(?:\r\n)?                       # an empty line too many, as old clients send
     ({NAME})[ ]                          # method
     (?:(?i:https?://)[^/?\ \r\n]+)?      # of an absolute target, only the path counts
@@ -10565,24 +10478,24 @@ HEAD = late_regex(
     ((?:{NAME}:{VALUE}\r\n)*)            # header lines""",
     re.VERBOSE,
 )
-FIELD = late_regex(r"([^:]+):[ \t]*([^\r]*[^\r\t ]|)[ \t]*\r\n")
-CHUNK_LINE = late_regex(rf"([0-9A-Fa-f]{{1,15}})[ \t]*(?:;{VALUE})?\r\n".encode("latin-1"))
-CHUNK_END = late_regex(rb"\r\n")
-TRAILER_LINE = late_regex(rf"(?:{NAME}:{VALUE})?\r\n".encode("latin-1"))
+FIELD = lazy_regex(r"([^:]+):[ \t]*([^\r]*[^\r\t ]|)[ \t]*\r\n")
+CHUNK_LINE = lazy_regex(rf"([0-9A-Fa-f]{{1,15}})[ \t]*(?:;{VALUE})?\r\n".encode("latin-1"))
+CHUNK_END = lazy_regex(rb"\r\n")
+TRAILER_LINE = lazy_regex(rf"(?:{NAME}:{VALUE})?\r\n".encode("latin-1"))
 
 # Tells from its first bytes that a head will never be one, so that nobody waits for the rest.
-HOPELESS = late_regex(rb"\A(?:\r\n)?[^!-~\r]|(?<!\r)\n|\r(?!\n|\Z)|\0")
+HOPELESS = lazy_regex(rb"\A(?:\r\n)?[^!-~\r]|(?<!\r)\n|\r(?!\n|\Z)|\0")
 
 # (pattern, error, reason): why a head is none, the first that matches.
 REFUSALS = [
-    (late_regex(r"\A\x16\x03"), "bad_http", "this is TLS, but the port speaks http://"),
-    (late_regex(r"\APRI \* HTTP/2"), "bad_http", "this is HTTP/2, but the port speaks HTTP/1.1"),
-    (late_regex(r"\A[^\r\n]* HTTP/(?!1\.)[0-9.]+\r\n"), "bad_version", ""),
-    (late_regex(r"(?<!\r)\n|\r(?!\n|\Z)|\0"), "bad_http", "it has a bare CR, LF or NUL"),
-    (late_regex(r"\n[ \t]"), "bad_http", "a header line is folded"),
-    (late_regex(r"\n[^\r:]*[ \t]:"), "bad_http", "a blank stands before a header's colon"),
-    (late_regex(r"\n:"), "bad_http", "a header has no name"),
-    (late_regex(r""), "bad_http", "a line is neither METHOD /path HTTP/1.1 nor Name: value"),
+    (lazy_regex(r"\A\x16\x03"), "bad_http", "this is TLS, but the port speaks http://"),
+    (lazy_regex(r"\APRI \* HTTP/2"), "bad_http", "this is HTTP/2, but the port speaks HTTP/1.1"),
+    (lazy_regex(r"\A[^\r\n]* HTTP/(?!1\.)[0-9.]+\r\n"), "bad_version", ""),
+    (lazy_regex(r"(?<!\r)\n|\r(?!\n|\Z)|\0"), "bad_http", "it has a bare CR, LF or NUL"),
+    (lazy_regex(r"\n[ \t]"), "bad_http", "a header line is folded"),
+    (lazy_regex(r"\n[^\r:]*[ \t]:"), "bad_http", "a blank stands before a header's colon"),
+    (lazy_regex(r"\n:"), "bad_http", "a header has no name"),
+    (lazy_regex(r""), "bad_http", "a line is neither METHOD /path HTTP/1.1 nor Name: value"),
 ]
 
 
@@ -10656,17 +10569,18 @@ class Head:
         self.size = parse_length(fields.get("content-length", "0"))  # of the body
 
 
-class Heads(BoundedCache):
+class Heads(BoundedDict):
     """The heads met of late, by their bytes: a client mostly sends the same again."""
 
-    limit = MAX_REMEMBERED_HEADS
-
     def __init__(self, netloc: str) -> None:
+        super().__init__(MAX_REMEMBERED_HEADS)
         self.netloc = netloc  # of this server, for requests without a host
 
     def __missing__(self, data: bytes) -> Head:
         head = Head(data.decode("latin-1"), self.netloc)
-        return self.keep(data, head) if len(data) <= MAX_REMEMBERED_HEAD_BYTES else head
+        if len(data) <= MAX_REMEMBERED_HEAD_BYTES:
+            self[data] = head
+        return head
 
 
 class NoHead:
@@ -11678,9 +11592,9 @@ def open_upstream(url: Any, record: Any, stopping: Any) -> Upstream | None:
 
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where to reach a server bound to all
 
-UNRECORDED = late_regex(r"/+__parlel/|/(?:health)?\Z")  # calls that look after the server
-CONTROL_PATH = late_regex(r"/+__parlel(?:/|\Z)")  # what other pages shall not reach
-LOOPBACK_NAME = late_regex(r"localhost|[^:]*\.localhost|127(?:\.[0-9]{1,3}){3}|\[?::1\]?")
+UNRECORDED = lazy_regex(r"/+__parlel/|/(?:health)?\Z")  # calls that look after the server
+CONTROL_PATH = lazy_regex(r"/+__parlel(?:/|\Z)")  # what other pages shall not reach
+LOOPBACK_NAME = lazy_regex(r"localhost|[^:]*\.localhost|127(?:\.[0-9]{1,3}){3}|\[?::1\]?")
 MAX_LOG_LINES = 10_000  # that wait to be written
 LOG_SECONDS = 0.5  # for the last of them when the server stops
 MAX_QUICK_BYTES = 8192  # of a body that is answered before the next client is
@@ -12330,10 +12244,10 @@ class TogetherAiServer(Scripting):
             self.evaluations = Collection("Evaluation", key="workflow_id")
             self.endpoints = Collection("Endpoint", status="state")
             self.jobs = Collection("Job", key="job_id")  # uploads of models
-            self.adapters: dict[str, list[str]] = Newest(MAX_OBJECTS)  # of endpoints, by their ids
+            self.adapters: dict[str, list[str]] = BoundedDict(MAX_OBJECTS)  # by endpoint
             self.contents: dict[str, bytes] = {}  # by file id; parts by "file id/number"
-            self.uploads: dict[str, str] = Newest(MAX_OBJECTS)  # files of open multipart uploads
-            self.outcomes: dict[str, str] = Newest(MAX_OBJECTS)  # how each job shall end
+            self.uploads: dict[str, str] = BoundedDict(MAX_OBJECTS)  # files of open uploads
+            self.outcomes: dict[str, str] = BoundedDict(MAX_OBJECTS)  # how each job shall end
             self._counts: dict[str, int] = {}  # of ids, by their prefix
 
     @property
