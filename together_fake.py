@@ -1759,6 +1759,7 @@ MAX_ITEMS = 500  # items or properties that a schema may ask of one value
 MAX_MORE_DEPTH = 30  # levels that a schema may need beyond the depth it is meant to have
 MAX_BRANCHES = 48  # ways through anyOf and oneOf that are tried in one place
 TRIES = 12  # values made for one way before it is given up
+MAX_SEARCHED = 1_000_000  # characters in which a pattern is looked for
 MANY_STEPS = 10_000  # after which optional properties are left out
 TOO_MUCH = "the schema is too large, too deep or too entangled to make a value for"
 
@@ -1769,6 +1770,18 @@ class Unsatisfiable(Exception):
 
 class OutOfSteps(Exception):
     """The work allowed for one schema is used up, whatever is still to be tried."""
+
+
+def make_budget(steps: int) -> Callable[[int], None]:
+    """Return a function that counts work; it raises `OutOfSteps` once there is too much."""
+
+    def spend(count: int) -> None:
+        nonlocal steps
+        steps -= count
+        if steps < 0:
+            raise OutOfSteps
+
+    return spend
 
 
 # Only what ECMA-262 and Python read alike. Whether a repeat is lazy does not change the texts.
@@ -1786,11 +1799,30 @@ REPEATS = {"*": (0, MAX_TEXT), "+": (1, MAX_TEXT), "?": (0, 1)}
 PRINTABLE = "".join(map(chr, range(32, 127)))
 
 
+def join_characters(nodes: list[Any]) -> list[Any]:
+    """Return nodes that follow each other with the characters among them as texts."""
+    joined: list[Any] = []
+    for kind, content, *more in nodes:
+        if kind == "char" and joined and joined[-1][0] == "char":
+            content = joined.pop()[1] + content
+        joined.append((kind, content, *more))
+    return joined
+
+
+def list_places(text: str, part: str) -> set[int]:
+    """Return where a text has a part."""
+    places, at = set(), text.find(part)
+    while at >= 0:
+        places.add(at)
+        at = text.find(part, at + 1)
+    return places
+
+
 class Pattern:
     """A regular expression, for making texts and for matching them.
 
     Matching follows all ways at once, so that no expression takes exponential time. Tree nodes:
-    ("char", character), ("set", expression, characters), ("at", expression), ("all", nodes),
+    ("char", text), ("set", expression, characters), ("at", expression), ("all", nodes),
     ("any", nodes), ("repeat", node, low, high), ("look", node, wanted).
     """
 
@@ -1824,7 +1856,8 @@ class Pattern:
             else:
                 read = self._read_character(text) if kind == "char" else self._read_set(kind, text)
                 options[-1].append(read)
-        nodes = [option[0] if len(option) == 1 else ("all", option) for option in options]
+        joined = [join_characters(option) for option in options]
+        nodes = [option[0] if len(option) == 1 else ("all", option) for option in joined]
         return nodes[0] if len(nodes) == 1 else ("any", nodes)
 
     def _read_repeat(self, before: list[Any], text: str) -> Any:
@@ -1861,29 +1894,48 @@ class Pattern:
             raise self._refusal(f"{text[:60]} has no characters that can be written")
         return (kind, expression, "".join(members))
 
-    def _ends(self, node: Any, text: str, starts: set[int]) -> set[int]:
+    def _ends(self, node: Any, text: str, starts: set[int], spend: Any) -> set[int]:
         """Return where the node can end, given where it may start."""
-        self.spend(1 + len(starts) // 8)
+        spend(1 + len(starts) // 8)
         kind, content = node[:2]
         if kind == "char":
-            return {at + 1 for at in starts if text.startswith(content, at)}
+            return {at + len(content) for at in starts if text.startswith(content, at)}
         if kind in ("set", "at"):
             return {at + (kind == "set") for at in starts if content.match(text, at)}
         if kind == "look":
-            return {at for at in starts if bool(self._ends(content, text, {at})) is node[2]}
+            return {at for at in starts if bool(self._ends(content, text, {at}, spend)) is node[2]}
         if kind == "any":
-            return {end for part in content for end in self._ends(part, text, starts)}
+            return {end for part in content for end in self._ends(part, text, starts, spend)}
         if kind == "repeat":
-            return self._repeat_ends(node, text, starts)
+            is_one = content[0] == "set" or (content[0] == "char" and len(content[1]) == 1)
+            follow = self._run_ends if is_one else self._repeat_ends
+            return follow(node, text, starts, spend)
         for part in content:
-            starts = self._ends(part, text, starts)
+            starts = self._ends(part, text, starts, spend)
         return starts
 
-    def _repeat_ends(self, node: Any, text: str, starts: set[int]) -> set[int]:
+    def _run_ends(self, node: Any, text: str, starts: set[int], spend: Any) -> set[int]:
+        """Do what `_repeat_ends` does for one character, in one walk along the text."""
+        _, part, low, high = node
+        is_text = part[0] == "char"
+        source, flags = (re.escape(part[1]), 0) if is_text else (part[1].pattern, part[1].flags)
+        find_run = re.compile(f"(?:{source})*", flags).match
+        ends: set[int] = set()
+        run_end = next_end = 0
+        for start in sorted(starts):
+            if start >= run_end:
+                run_end = find_run(text, start).end()  # type: ignore[union-attr]
+            last = min(run_end, start + high)
+            ends.update(range(max(start + low, next_end), last + 1))
+            next_end = max(next_end, last + 1)
+        spend(len(ends) // 8)
+        return ends
+
+    def _repeat_ends(self, node: Any, text: str, starts: set[int], spend: Any) -> set[int]:
         _, part, low, high = node
         ends = set() if low else set(starts)
         for count in range(1, high + 1):
-            starts = self._ends(part, text, starts)
+            starts = self._ends(part, text, starts, spend)
             if count >= low:
                 starts = starts - ends
                 ends |= starts
@@ -1891,9 +1943,14 @@ class Pattern:
                 break
         return ends
 
-    def is_in(self, text: str) -> bool:
+    def is_in(self, text: str, spend: Any = None) -> bool:
         """Tell whether the pattern matches somewhere in the text."""
-        return bool(self._ends(self.tree, text, set(range(len(text) + 1))))
+        first = self.tree
+        while first[0] == "all" and first[1]:
+            first = first[1][0]
+        is_text = first[0] == "char"
+        starts = list_places(text, first[1]) if is_text else set(range(len(text) + 1))
+        return bool(self._ends(self.tree, text, starts, spend or self.spend))
 
     def _write(self, rng: HashRandom, node: Any, plain: bool) -> str:
         """Draw a text, of small letters if plain; whether anchors and looks match is seen later."""
@@ -1934,22 +1991,18 @@ class Pattern:
 
 
 class SearchPattern(Pattern):
-    """A pattern that is only looked for, with Python's meanings and flags (`(?i)` and others)."""
+    """A pattern that is only looked for, with Python's meanings and flags (`(?i)` and others).
 
-    meanings: Mapping[str, str] = {}
+    The work is bounded by the text's length, so that no pattern keeps a thread busy: `(a+)+$`
+    takes `re` years.
+    """
 
     def __init__(self, source: str) -> None:
         """Read a pattern; raise `Unsatisfiable` where this matcher does not know a part of it."""
         flags = re.match(r"\(\?([aims]+)\)", source)
         letters = flags[1] if flags else ""
         self.flags = functools.reduce(operator.or_, [re.RegexFlag[f.upper()] for f in letters], 0)
-        self._left = MAX_STEPS
-        super().__init__(source[flags.end() :] if flags else source, self._spend)
-
-    def _spend(self, count: int) -> None:
-        self._left -= count
-        if self._left < 0:
-            raise OutOfSteps
+        super().__init__(source[flags.end() :] if flags else source, make_budget(MAX_STEPS))
 
     def _read_set(self, kind: str, text: str) -> Any:
         try:
@@ -1960,9 +2013,12 @@ class SearchPattern(Pattern):
     def _read_character(self, text: str) -> Any:
         return self._read_set("set", re.escape(text)) if self.flags else ("char", text)
 
-    def is_in(self, text: str) -> bool:
-        self._left = MAX_STEPS
-        return super().is_in(text)
+    def search(self, text: str) -> bool:
+        """Tell whether it is found in a text; one that takes too much work is not."""
+        try:
+            return self.is_in(text[:MAX_SEARCHED], make_budget(MAX_STEPS + len(text) // 2))
+        except OutOfSteps:
+            return False
 
 
 def read_table(text: str) -> dict[str, str]:
@@ -3303,7 +3359,8 @@ class Call:
     reply_size = 0  # bytes of it that are kept
     revision = 0  # rises whenever something about the call changes
     _raw_reply: bytes | list[bytes] = b""
-    find_misses: Any = None  # lists the near misses
+    misses: Sequence[Any] = ()  # the fixtures that did not answer, and why
+    explain_misses: Any = None  # says so
 
     def __init__(self, number: int, request: Request, at: float) -> None:
         self.number = number
@@ -3422,9 +3479,8 @@ class Call:
 
     @property
     def near_misses(self) -> list[dict[str, Any]]:
-        """The first fixtures that did not answer, each with the first key that differed."""
-        misses = self.find_misses(self) if self.find_misses else []
-        return [miss for miss in misses if miss["fixture"] != self.fixture]
+        """The fixtures that did not answer, the nearest first, each with what differed."""
+        return self.explain_misses(self) if self.misses else []
 
     def __repr__(self) -> str:
         return f"<Call {self.number}: {self.method} {self.path} -> {self.status}>"
@@ -3470,10 +3526,9 @@ class Call:
 MAX_NEAR_MISSES = 20  # of one call
 MAX_FIXTURES = 10_000  # added at run time
 MAX_TESTS = 10_000  # whose calls are counted apart
-MAX_SHOWN = 4000  # characters of a text that is kept to show how it differs
-MAX_RE_LENGTH = 1000  # characters of a pattern that `re` may match
-MAX_RE_STEPS = 10**8  # that it may take, which is less than a second
-MIN_RE_TEXT = 1000  # characters of a text that such a pattern must be able to look through
+MAX_COMPARED = 4000  # characters of two texts that are compared
+MAX_DIFFS = 3  # of the nearest misses of one call
+MAX_SHOWN = 400  # characters of a text of which a difference is shown
 
 
 def list_objects(value: Any) -> list[dict[str, Any]]:
@@ -3556,67 +3611,44 @@ def read_items(body: dict[str, Any]) -> list[dict[str, Any]]:
     return messages
 
 
-def limit_text(source: str) -> int:
-    """Return in how long a text `re` may look for a pattern; 0 where it might take long in any.
-
-    Each open repeat multiplies the steps by the text's length, each choice by what it offers.
-    """
-    bare = re.sub(r"\\.|\[(?:\\.|[^\]])*\]", "x", source)
-    repeated_group = re.search(r"\)(?:\s|#[^\n]*)*[*+?{]", bare)
-    if repeated_group is not None or len(source) > MAX_RE_LENGTH:
-        return 0
-    open_repeats = re.findall(r"[*+]|\{[0-9]*,\}", bare) + re.findall(r"\\[1-9]|\(\?P=", source)
-    steps = 2 ** len(re.findall(r"(?<![*+?}(])\?", bare))
-    for low, high in re.findall(r"\{([0-9]*),([0-9]+)\}", bare):
-        steps *= int(high) - int(low or 0) + 1
-    for piece in re.split("[()]", bare):
-        steps *= 1 + piece.count("|")
-    power = 1 / (1 + len(open_repeats))
-    limit = int((MAX_RE_STEPS / steps) ** power) if steps <= MAX_RE_STEPS else 0
-    return limit if limit >= MIN_RE_TEXT else 0
+def names_model(got: str, wanted: str) -> bool:
+    """Compare names of models: one without a slash may be followed by `-` and a digit."""
+    more = got[len(wanted) :] if got.startswith(wanted) else " "
+    return not more or ("/" not in wanted and more[0] == "-" and more[1:2].isdigit())
 
 
-class SafePattern:
-    """A pattern of a fixture, found by `re` where that cannot take long, else step by step.
+# How a text that is there is compared with the one that is wanted, by match key.
+TEXT_KEYS: dict[str, Callable[[str, str], bool]] = {
+    **dict.fromkeys(
+        ("userMessage", "systemMessage", "inputText", "toolResultContains"), operator.contains
+    ),
+    "model": names_model,
+    **dict.fromkeys(
+        ("toolCallId", "toolName", "responseFormat", "endpoint", "context", "testId"), operator.eq
+    ),
+}
 
-    Nothing that somebody sends may keep a thread busy: `(a+)+$` takes `re` years.
-    """
 
-    def __init__(self, source: str, trusted: bool) -> None:
-        """Read a pattern; raise ValueError where it can be matched in neither way."""
-        self.source = source
-        self.limit = limit_text(source) if trusted else 0  # of a text that `re` looks through
-        self.quick = re.compile(source) if self.limit else None
-        try:
-            self.careful: SearchPattern | None = SearchPattern(source)
-        except (Unsatisfiable, OutOfSteps) as error:
-            self.careful = None
-            if self.quick is None:
-                how = "is too entangled for re, and " if trusted else ""
-                raise ValueError(f"the pattern {how}cannot be matched safely: {error}") from None
-
-    def search(self, text: str) -> bool:
-        """Tell whether it is found in a text; one that takes half a second is not."""
-        if self.quick is not None and (self.careful is None or len(text) <= self.limit):
-            return self.quick.search(text[: self.limit]) is not None
-        assert self.careful
-        try:
-            return self.careful.is_in(text)
-        except OutOfSteps:
-            return False
+def holds_text(key: str, wanted: Any, got: Any) -> bool:
+    """Compare a text, or one of several, with a text, with each of a list, or with a pattern."""
+    if isinstance(got, tuple):
+        return any(holds_text(key, wanted, each) for each in got)
+    if not isinstance(got, str):
+        return False
+    if isinstance(wanted, list):
+        return all(each in got for each in wanted)
+    if isinstance(wanted, (SearchPattern, re.Pattern)):
+        return bool(wanted.search(got))
+    return TEXT_KEYS[key](got, wanted)
 
 
 def contains_json(got: Any, wanted: Any) -> bool:
     """Compare JSON where `wanted` may leave out keys and the end of lists.
 
-    A pattern shall be found in a text, or in one of a tuple; a function shall agree; a file is
-    what the record shows of it.
+    A file is what the record shows of it.
     """
     if isinstance(got, Upload):
         got = redact(got)
-    if isinstance(wanted, (re.Pattern, SafePattern)):
-        texts = got if isinstance(got, tuple) else (got,)
-        return any(isinstance(text, str) and wanted.search(text) for text in texts)
     if isinstance(wanted, dict):
         return isinstance(got, dict) and all(
             key in got and contains_json(got[key], value) for key, value in wanted.items()
@@ -3624,17 +3656,28 @@ def contains_json(got: Any, wanted: Any) -> bool:
     if isinstance(wanted, list):
         long_enough = isinstance(got, list) and len(got) >= len(wanted)
         return long_enough and all(map(contains_json, got, wanted))
-    if callable(wanted):
-        return bool(wanted(got))
     return bool(got == wanted) and isinstance(got, bool) == isinstance(wanted, bool)
 
 
+def holds_key(key: str, wanted: Any, facts: MatchFacts) -> bool:
+    """Tell whether a request is what one key of a match wants."""
+    if key == "not":
+        return not all(holds_key(inner, wanted[inner], facts) for inner in wanted)
+    if key == "headers":
+        sent = facts[key]
+        return all(holds_text("context", text, sent.get(name)) for name, text in wanted.items())
+    if key in TEXT_KEYS:
+        return holds_text(key, wanted, facts[key])
+    return contains_json(facts[key], wanted)
+
+
 def find_mismatch(wanted: dict[str, Any], facts: MatchFacts) -> str | None:
-    """Return the first key whose fact is not what is wanted, or None; `not` asks about all."""
-    pairs = wanted.items()
-    return next(
-        (key for key, value in pairs if not contains_json(facts.get(key, facts), value)), None
-    )
+    """Return the first key of a match that does not hold, or None."""
+    return next((key for key in wanted if not holds_key(key, wanted[key], facts)), None)
+
+
+if TYPE_CHECKING:
+    Obstacle = tuple[str, Any, Any]  # why a fixture does not answer: key, what it wants, what is
 
 
 class MatchFacts(dict):  # type: ignore[type-arg]
@@ -3660,12 +3703,10 @@ class MatchFacts(dict):  # type: ignore[type-arg]
             for tool in list_objects(body.get("tools"))
         ]
         format = body.get("response_format") or get_path(body, "text", "format")
-        self.request = request
+        self.request, self.kind = request, kind
+        self.time = 0  # which time the fixture that answers is served to its test
         self.test = headers.get("x-test-id", "")
-        self.asked: dict[Fixture, bool] = {}  # what the functions of fixtures said
-        self.compared: dict[Fixture, str | None] = {}  # the first key that differs, or None
         super().__init__(
-            response=kind,
             endpoint=(kind, f"{request.method} {request.path}"),
             userMessage=users[-1] if users else None,
             systemMessage="\n".join(system) or None,
@@ -3682,12 +3723,6 @@ class MatchFacts(dict):  # type: ignore[type-arg]
             body=body,
             headers=headers,
         )
-
-    def compare(self, fixture: Fixture) -> str | None:
-        """Return the first key of a fixture that is not what it wants; it is looked for once."""
-        if fixture not in self.compared:
-            self.compared[fixture] = find_mismatch(fixture.wanted, self)
-        return self.compared[fixture]
 
 
 DECODE_BASE64 = functools.partial(base64.b64decode, validate=True)
@@ -3712,13 +3747,6 @@ ANYTHING = Field("", *JSON_KINDS)
 VIDEO_ENDS = {"completed": "completed", "processing": "completed", "failed": "failed"}
 MAX_MS = 86_400_000  # a day
 BASE64 = ("base64", DECODE_BASE64)
-# key: the pattern that a plain text stands for
-TEXT_KEYS = {
-    "userMessage": "%s", "systemMessage": "%s", "inputText": "%s", "toolResultContains": "%s",
-    "toolCallId": r"\A%s\Z", "toolName": r"\A%s\Z", "model": r"\A%s(?:-[0-9]|\Z)",
-    "responseFormat": r"\A%s\Z", "endpoint": r"\A%s\Z", "context": r"\A%s\Z",
-    "testId": r"\A%s\Z",
-}  # fmt: skip
 PLAIN_MATCH = Fields(
     *[text_row(key) for key in TEXT_KEYS if key != "systemMessage"],
     text_row("systemMessage", kinds=(list,), each=Field("", str)),
@@ -4096,7 +4124,7 @@ def check_response(response: dict[str, Any], place: str) -> None:
                 raise ValueError(f"{place}.blocks[{index}].{key}: is missing")
 
 
-def read_response(given: Any, place: str, spell: Any, ignored: list[str]) -> tuple[str, Any]:
+def parse_response(given: Any, place: str, spell: Any, ignored: list[str]) -> tuple[str, Any]:
     """Tell a response's kind by its keys, and return it clean."""
     said = {spell(key): given[key] for key in given if given[key] is not None or key == "json"}
     kind = next((KIND_BY_KEY[key] for key in KIND_BY_KEY if key in said), "")
@@ -4112,7 +4140,7 @@ def read_response(given: Any, place: str, spell: Any, ignored: list[str]) -> tup
     return kind, response
 
 
-def read_entry(
+def parse_entry(
     given: Any, place: str, spell: Any = str, ignored: list[str] | None = None
 ) -> tuple[str, dict[str, Any]]:
     """Return the kind of a fixture's response, and the fixture's entry, checked and clean."""
@@ -4120,7 +4148,7 @@ def read_entry(
     entry, kind = check_clean(given, ENTRY, place, spell, ignored), "generated"
     if "response" in entry:
         said = given["response"]
-        kind, entry["response"] = read_response(said, place + ".response", spell, ignored)
+        kind, entry["response"] = parse_response(said, place + ".response", spell, ignored)
     elif entry.keys() == {"match"}:
         raise ValueError(f"{place}: needs a response, or an option such as latency")
     check_match(entry["match"], kind, place + ".match")
@@ -4131,40 +4159,39 @@ def read_entry(
     return kind, entry
 
 
-def compile_pattern(source: str, place: str, trusted: bool) -> SafePattern:
-    """Return a fixture's pattern; raise ValueError naming the place of one that is none."""
+def compile_pattern(wanted: Any, place: str, trusted: bool) -> Any:
+    """Return the pattern that `{"pattern": ...}` stands for; a text stays as it is.
+
+    What the bounded matcher cannot read goes to `re`, where it comes from the test's author.
+    Raises ValueError naming the place.
+    """
+    if not isinstance(wanted, dict):
+        return wanted
+    source = wanted["pattern"]
     try:
-        return SafePattern(source, trusted)
-    except re.error as error:
+        pattern = re.compile(source)
+        return SearchPattern(source)
+    except (Unsatisfiable, OutOfSteps) as error:
+        if trusted:
+            return pattern
+        reason = f"cannot be matched with bounded work, so it is taken from files alone: {error}"
+    except (re.error, ValueError, RecursionError, OverflowError) as error:
         reason = f"must be a regular expression that compiles, not {preview(source)}: {error}"
-    except (ValueError, RecursionError, OverflowError) as error:
-        reason = str(error)
     raise ValueError(f"{place}.pattern: {reason}")
 
 
-def compile_text(key: str, wanted: Any, place: str, trusted: bool) -> Any:
-    """Return the pattern of a wanted text, of each text of a list, or of `{"pattern": ...}`."""
-    if isinstance(wanted, dict):
-        return compile_pattern(wanted["pattern"], place, trusted)
-    if isinstance(wanted, list):
-        return re.compile(r"(?s)\A" + "".join(f"(?=.*{re.escape(text)})" for text in wanted))
-    is_whole = key == "model" and "/" in wanted  # the id of Together's models has no shorter form
-    return re.compile((r"\A%s\Z" if is_whole else TEXT_KEYS[key]) % re.escape(wanted))
-
-
 def compile_match(match: dict[str, Any], place: str, trusted: bool) -> dict[str, Any]:
-    """Return what each fact must contain; `Fixtures` compares the two indexes."""
+    """Return what the facts of a request are compared with: a match whose patterns are compiled."""
     wanted = {key: match[key] for key in PLAIN_MATCH if key in match}
-    for key in [key for key in wanted if key in TEXT_KEYS]:
-        wanted[key] = compile_text(key, wanted[key], f"{place}.{key}", trusted)
+    for key in wanted.keys() & TEXT_KEYS.keys():
+        wanted[key] = compile_pattern(wanted[key], f"{place}.{key}", trusted)
     if "headers" in wanted:
         wanted["headers"] = {
-            name.lower(): compile_text("context", text, f"{place}.headers[{name}]", trusted)
+            name.lower(): compile_pattern(text, f"{place}.headers[{name}]", trusted)
             for name, text in wanted["headers"].items()
         }
     if "not" in match:
-        inner = compile_match(match["not"], f"{place}.not", trusted)
-        wanted["not"] = lambda facts: find_mismatch(inner, facts) is not None
+        wanted["not"] = compile_match(match["not"], f"{place}.not", trusted)
     return wanted
 
 
@@ -4173,52 +4200,97 @@ QUOTABLE = {key: key for key in ("model", "systemMessage", "inputText", "body", 
 QUOTABLE["lastUserMessage"] = "userMessage"
 
 
-class Answers:
-    """Answers that a test's own code gives: an iterator's, one after the other, or a function's."""
+class AnswerSource:
+    """Answers that a test's own code gives: those of an iterator in turn, or of a function.
+
+    An iterator is asked when an answer is needed, and its answers are kept: each test has them all.
+    """
 
     def __init__(self, source: Any) -> None:
         self.ask = source if callable(source) else None
         self._rest = None if self.ask else iter(source)
         self._lock = threading.Lock()  # of this iterator alone: its code may take its time
-        self._next: Any = None
+        self._drawn: dict[int, Any] = BoundedDict(MAX_FIXTURES)
+        self.count = 0  # of those drawn
         self.ended = False
-        if self._rest is not None:
-            self._draw()
 
-    def _draw(self) -> None:
-        try:
-            self._next = next(self._rest)  # type: ignore[arg-type]
-        except StopIteration:
-            self.ended = True
+    def lacks(self, index: int) -> bool:
+        """Tell whether an answer has to be drawn first."""
+        return self._rest is not None and not self.ended and index >= self.count
 
-    def take(self, request: Request) -> Any:
-        """Return the next answer, or the answer to a request."""
-        if self.ask is not None:
-            return self.ask(request)
+    def draw(self, index: int) -> None:
+        """Ask the iterator for its answers up to this one."""
         with self._lock:
-            answer = self._next
-            self._draw()
-            return answer
+            while self.lacks(index):
+                try:
+                    self._drawn[self.count] = next(self._rest)  # type: ignore[arg-type]
+                    self.count += 1
+                except StopIteration:
+                    self.ended = True
+
+    def has(self, index: int) -> bool:
+        """Tell whether there is such an answer, as far as is known."""
+        return self._rest is None or index in self._drawn or self.lacks(index)
+
+    def take(self, index: int, request: Request) -> Any:
+        """Return an answer that was drawn, or the answer to a request."""
+        return self._drawn[index] if self.ask is None else self.ask(request)
+
+
+class Response:
+    """What a fixture says.
+
+    type    a key of `RESPONSES`
+    kinds   of operation that it fits; "" stands for all other routes
+    said    its JSON, checked and clean
+    normal  the same as the composers read it
+    """
+
+    def __init__(self, type: str, said: dict[str, Any]) -> None:
+        self.type, self.said = type, said
+        self.kinds, _, self._normalise = RESPONSES[type]
+        self._quotes = type == "text" and "{{" in json.dumps(said)
+        self.normal: dict[str, Any] = self._normalise(said)
+        if type == "text" and self.normal["content"] is None:
+            self.kinds = ["chat", "response"]  # tool calls alone
+
+    def render(self, kind: str, request: Request) -> dict[str, Any]:
+        """Return the normal form with each `{{path}}` quoting the request, but for its keys.
+
+        What the request lacks is quoted as nothing; braces around anything else stay.
+        """
+        if not self._quotes:
+            return self.normal
+        facts = MatchFacts(kind, request)
+        facts["headers"] = request.headers.masked
+
+        def quote_fact(found: re.Match[str]) -> str:
+            if found[1] not in QUOTABLE:
+                return found[0]
+            fact = get_path(facts[QUOTABLE[found[1]]], *found[2].split(".")[1:])
+            return "" if fact is None else ENCODE(dump_json(fact))[1:-1]
+
+        said = json.loads(TEMPLATE.sub(quote_fact, ENCODE(self.said)))
+        normal: dict[str, Any] = self._normalise(said)
+        return normal
 
 
 class Fixture:
     """One scripted answer: when it is served, what it says, and how it travels.
 
-    kind      of the response, a key of `RESPONSES`
     entry     its JSON, checked and clean
-    kinds     the kinds of endpoint that the response fits; "" stands for all other routes
-    response  normalised for the composers; `render()` also fills its templates
     options   delays, faults, `times`
-    source    "run time[3]", "header" or "file NAME[3]"
+    source    "reply() at FILE:LINE", "run time[3]" (of a POST), "header" or "file NAME[3]"
     served    how often it was
     when      is asked with the request
     place     where the entry stands, for errors
     answers   what further answers come from, one for each time it is served
+    spell     how its author writes the keys
     """
 
     def __init__(
         self,
-        kind: str,
+        type: str,
         entry: Any,
         source: str = "run time",
         when: Callable[[Request], Any] | None = None,
@@ -4228,16 +4300,16 @@ class Fixture:
         """Build it; raise ValueError naming, in `place`, the pattern that cannot be matched."""
         self.entry = entry
         self.source = source
-        self.number = 0  # among those added at run time
-        self.step = 0  # the call, or the POST, that added it
-        self.in_file = False  # turns are relaxed, as aimock has them
+        self.number = -1  # among those added at run time
+        self.relaxed = False  # a turn near its own will do, as aimock has it in files
         self.owner: Fixtures | None = None
         self.served = 0
         self._served_in: dict[str, int] = BoundedDict(MAX_TESTS)  # how often, by test
+        self._returned: dict[str, list[int]] = BoundedDict(MAX_TESTS)  # times that were for nothing
         self.when = when
-        self.answers: Answers | None = None
-        self.position = 0  # in its layer
-        self.set_response(kind, entry.get("response", {}))
+        self.answers: AnswerSource | None = None
+        self.spell: Callable[[str], str] = str
+        self.response = Response(type, entry.get("response", {}))
         self.options = {key: entry[key] for key in OPTIONS if key in entry}
         self.times: int | None = self.options.get("times")
         self.chunk_size: int | None = self.options.get("chunkSize")  # characters; None: a token
@@ -4247,71 +4319,80 @@ class Fixture:
         self.sequence: int | None = self.match.get("sequenceIndex")
         alike = {key: self.match[key] for key in self.match if key != "sequenceIndex"}
         self.group = (json.dumps(alike, sort_keys=True), when)  # what one sequence shares
-        wanted = compile_match(self.match, f"{place}.match", trusted)
-        self.wanted = {"response": self.kinds.__contains__, **wanted}
-
-    def set_response(self, kind: str, said: dict[str, Any]) -> None:
-        """Say what it answers."""
-        self.kind, self._said = kind, said
-        self.kinds, _, self._normalise = RESPONSES[kind]
-        self._templated = kind == "text" and "{{" in json.dumps(said)
-        self.response: dict[str, Any] = self._normalise(said)
-        if kind == "text" and self.response["content"] is None:
-            self.kinds = ["chat", "response"]  # tool calls alone
+        self.wanted = compile_match(self.match, f"{place}.match", trusted)
+        # A text without which it cannot match, to pass it over at a glance.
+        keys = (key for key in TEXT_KEYS if isinstance(self.match.get(key), str))
+        self.needle_key = next(keys, "")
+        self.needle: str = self.match.get(self.needle_key, "")
 
     @property
-    def is_whole(self) -> bool:
-        """Whether its response is the reply, whatever the operation; a late error is not."""
-        late = "errorAfterChunks" in self.options
-        return self.kind in ("json", "raw") or (self.kind in ("error", "status") and not late)
+    def asks(self) -> bool:
+        """Whether it asks a pattern or the test's own code, which may take their time."""
+        return bool(self.when or self.answers or '"pattern"' in self.group[0])
+
+    def find_obstacle(self, facts: MatchFacts) -> Obstacle | None:
+        """Return the first reason why it does not answer a request, whatever was served before."""
+        if facts.kind not in self.response.kinds:
+            return "response", self.response.kinds, facts.kind
+        key = find_mismatch(self.wanted, facts)
+        if key is not None:
+            return f"match.{key}", None, None
+        if not self.relaxed and self.turn not in (None, facts["turnIndex"]):
+            return "match.turnIndex", self.turn, facts["turnIndex"]
+        if self.when is not None and not self.when(facts.request):
+            return "when", True, False
+        return None
+
+    def count_holding(self, facts: MatchFacts) -> int:
+        """Return how many of its keys hold for a request, none where its kind is another."""
+        if facts.kind not in self.response.kinds:
+            return -1
+        return sum(holds_key(key, wanted, facts) for key, wanted in self.wanted.items())
 
     def remove(self) -> None:
         """Answer no further request."""
         if self.owner is not None:
             self.owner.remove(self)
 
-    def count(self, test: str, change: int = 1) -> None:
-        """Count that it was served to a test."""
-        self.served = max(0, self.served + change)
-        self._served_in[test] = max(0, self._served_in.get(test, 0) + change)
+    # How often it was served, to each test
 
     def served_to(self, test: str) -> int:
         """Return how often it was served to a test."""
-        return self._served_in.get(test, 0)
+        return self._served_in.get(test, 0) - len(self._returned.get(test, ()))
+
+    def next_time(self, test: str) -> int:
+        """Return which time the next one for a test is, counted from 0."""
+        returned = self._returned.get(test)
+        return returned[0] if returned else self._served_in.get(test, 0)
+
+    def take_time(self, test: str) -> int:
+        """Count that it is served to a test; return which time that is."""
+        time = self.next_time(test)
+        if self._returned.get(test):
+            self._returned[test].pop(0)
+        else:
+            self._served_in[test] = time + 1
+        self.served += 1
+        return time
+
+    def return_time(self, test: str, time: int) -> None:
+        """Count that it was served for nothing."""
+        self._returned.setdefault(test, []).append(time)
+        self._returned[test].sort()
+        self.served -= 1
 
     def forget(self, test: str | None = None) -> None:
         """Count from zero again, for one test or for all."""
-        if test is None:
-            self.served = 0
-            self._served_in.clear()
-        else:
-            self.served -= self._served_in.pop(test, 0)
-
-    def render(self, kind: str, request: Request) -> dict[str, Any]:
-        """Return the normalised response with each `{{path}}` quoting the request.
-
-        What the request lacks is quoted as nothing; braces around anything else stay.
-        """
-        if not self._templated:
-            return self.response
-        facts = MatchFacts(kind, request)
-
-        def quote(found: re.Match[str]) -> str:
-            if found[1] not in QUOTABLE:
-                return found[0]
-            fact = get_path(facts[QUOTABLE[found[1]]], *found[2].split(".")[1:])
-            return "" if fact is None else ENCODE(dump_json(fact))[1:-1]
-
-        said = json.loads(TEMPLATE.sub(quote, ENCODE(self._said)))
-        response: dict[str, Any] = self._normalise(said)
-        return response
+        self.served -= self.served if test is None else self.served_to(test)
+        for counts in (self._served_in, self._returned):
+            counts.clear() if test is None else counts.pop(test, None)
 
     def __repr__(self) -> str:
-        return f"<Fixture {self.source}: {self.kind}, served {self.served} times>"
+        return f"<Fixture {self.source}: {self.response.type}, served {self.served} times>"
 
     def describe(self) -> dict[str, Any]:
         """Return the fixture's JSON with its source and how often it was served."""
-        number = {} if self.in_file else {"number": self.number}
+        number = {} if self.number < 0 else {"number": self.number}
         return {**self.entry, **number, "source": self.source, "served": self.served}
 
 
@@ -4338,9 +4419,8 @@ def parse_fixtures(
                 ignored.append(f"fixtures[{index}]")
             else:
                 at = f"fixtures[{index}]"
-                kind, clean_entry = read_entry(entry, at, str, ignored)
-                fixtures.append(Fixture(kind, clean_entry, source, trusted=trusted, place=at))
-                fixtures[-1].in_file = bool(place)
+                type, clean_entry = parse_entry(entry, at, str, ignored)
+                fixtures.append(Fixture(type, clean_entry, source, trusted=trusted, place=at))
     except ValueError as error:
         raise ValueError(f"{prefix}{error}") from None
     if ignored and warnings is not None:
@@ -4408,7 +4488,7 @@ def parse_header(text: str) -> Fixture:
             entry = split_header(entry, at)
         if isinstance(entry, dict):
             entry = {"match": {}, **entry}
-        fixture = Fixture(*read_entry(entry, at), "header", trusted=False, place=at)
+        fixture = Fixture(*parse_entry(entry, at), "header", trusted=False, place=at)
         fixture.sequence = None  # one request is no sequence
         return fixture
     except (ValueError, RecursionError) as error:
@@ -4442,9 +4522,22 @@ def as_response(word: str, value: Any) -> Any:
     return value
 
 
-def is_answers(value: Any) -> bool:
+def is_source(value: Any) -> bool:
     """Tell whether a content gives further answers: an iterator, or a function of the request."""
     return hasattr(value, "__next__") or (callable(value) and not hasattr(value, "model_dump"))
+
+
+def find_caller() -> str:
+    """Return the place from which this file was called, as `tests/test_bot.py:47`."""
+    frame = sys._getframe()
+    own = frame.f_code.co_filename
+    while frame.f_code.co_filename in (own, functools.__file__) and frame.f_back is not None:
+        frame = frame.f_back
+    path = frame.f_code.co_filename
+    with contextlib.suppress(ValueError, OSError):  # another drive, no working directory
+        near = os.path.relpath(path)
+        path = path if near.startswith("..") else near
+    return f"{path}:{frame.f_lineno}"
 
 
 def fixture_from_keywords(verb: str, keywords: Mapping[str, Any]) -> Fixture:
@@ -4461,34 +4554,40 @@ def fixture_from_keywords(verb: str, keywords: Mapping[str, Any]) -> Fixture:
         part, key = KEYWORDS[word]
         if value is not None:
             (entry[part] if part else entry)[key] = as_response(word, value)
-    answers = entry["response"].pop("content") if is_answers(words.get("content")) else None
+    content = entry["response"].get("content")
+    answers = AnswerSource(content) if is_source(content) else None
     if answers is not None:
         entry["response"]["content"] = ""
     entry["response"] = entry["response"] or None
-    fixture = Fixture(*read_entry(entry, f"{verb}()", to_camel), when=when, place=f"{verb}()")
-    fixture.answers = None if answers is None else Answers(answers)
+    place, source = f"{verb}()", f"{verb}() at {find_caller()}"
+    fixture = Fixture(*parse_entry(entry, place, to_camel), source, when, place=place)
+    fixture.answers, fixture.spell = answers, to_snake
     return fixture
 
 
-# How the keys of a response may be spelled in Python.
-KEY_SPELLINGS = frozenset(RESPONSE) | frozenset(map(to_snake, RESPONSE))
+def says_response(value: Any) -> bool:
+    """Tell whether what a function gives is a response in a fixture's keys, rather than JSON."""
+    if not isinstance(value, dict):
+        return False
+    said = {to_camel(key): value[key] for key in value if isinstance(key, str)}
+    key = next((key for key in KIND_BY_KEY if key in said), None)
+    if key is None or len(said) < len(value):
+        return False
+    fields = RESPONSES[KIND_BY_KEY[key]][1]
+    is_typed = said[key] is None or isinstance(said[key], fields[key].kinds)
+    return is_typed and all(name in fields or name in fields.ignored for name in said)
 
 
-def answer_response(fixture: Fixture, request: Request) -> Fixture:
-    """Return the fixture with what its iterator or function answers this time.
+def answer_with(fixture: Fixture, time: int, request: Request) -> Response:
+    """Return what a fixture says this time, or what its iterator or function does.
 
     A text, a model or other JSON is the content; a dict of the keys of a response is that response.
     """
     if fixture.answers is None:
-        return fixture
-    value = as_json(fixture.answers.take(request))
-    is_response = isinstance(value, dict) and value and all(map(KEY_SPELLINGS.__contains__, value))
-    said = value if is_response else {"content": value}
-    kind, response = read_response(said, "reply()", to_camel, [])
-    answered = Fixture.__new__(Fixture)
-    answered.__dict__.update(fixture.__dict__)
-    answered.set_response(kind, response)
-    return answered
+        return fixture.response
+    value = as_json(fixture.answers.take(time, request))
+    said = value if says_response(value) else {"content": value}
+    return Response(*parse_response(said, "reply()", to_camel, []))
 
 
 def select_turn(fixtures: list[Fixture], turn: int) -> Fixture | None:
@@ -4500,50 +4599,9 @@ def select_turn(fixtures: list[Fixture], turn: int) -> Fixture | None:
     plain = next((each for each in fixtures if each.turn is None), None)
     reached = [each for each in fixtures if each.turn is not None and each.turn <= turn]
     best = max(reached, key=lambda each: each.turn or 0, default=None)
-    if plain and best and plain.position < best.position and best.turn == turn:
+    if plain and best and best.turn == turn and fixtures.index(plain) < fixtures.index(best):
         return plain
     return best or plain or min(fixtures, key=lambda each: each.turn or 0, default=None)
-
-
-PIECE = 6  # characters
-FEW_PIECES = 48  # up to here, looking for each text in turn is faster
-
-
-class Layer:
-    """Fixtures that were added in one way, found without trying a thousand of them in turn.
-
-    A fixture that wants a text matches only where that text ends, so it is filed under its end.
-    """
-
-    def __init__(self) -> None:
-        self.fixtures: list[Fixture] = []
-        self.slow = False  # one of them asks a function or a pattern
-        # match key: end of a text: the whole text and who wants it; "" where none is wanted
-        self.filed: dict[str, dict[str, list[tuple[str, Fixture]]]] = {}
-
-    def add(self, fixture: Fixture) -> None:
-        """Append a fixture and file it."""
-        fixture.position = len(self.fixtures)
-        self.fixtures.append(fixture)
-        asks = fixture.when is not None or fixture.answers is not None
-        self.slow = self.slow or asks or '"pattern"' in fixture.group[0]
-        key = next((key for key in TEXT_KEYS if isinstance(fixture.match.get(key), str)), "")
-        text = fixture.match.get(key, "")
-        end = text[-PIECE:] if len(text) >= PIECE else ""
-        self.filed.setdefault(key, {}).setdefault(end, []).append((text, fixture))
-
-    def find_likely(self, facts: MatchFacts) -> list[Fixture]:
-        """Return, in order, the fixtures that no missing text rules out."""
-        likely = []
-        for key, drawers in self.filed.items():
-            got = facts.get(key, "")
-            if isinstance(got, (str, tuple)):
-                ends: Iterable[str] = drawers
-                if len(drawers) > FEW_PIECES:
-                    text = got if isinstance(got, str) else "\n".join(got)
-                    ends = {"", *(text[at : at + PIECE] for at in range(len(text)))}
-                likely += [f for end in ends for text, f in drawers.get(end, ()) if text in got]
-        return sorted(likely, key=lambda each: each.position)
 
 
 def split_lines(text: str) -> list[str]:
@@ -4562,67 +4620,155 @@ def show_difference(wanted: Any, got: Any) -> str:
     """
     import difflib  # only where somebody looks
 
-    one, other = (v if isinstance(v, str) else preview(v, MAX_SHOWN) for v in (wanted, got))
+    one, other = (v if isinstance(v, str) else preview(v, MAX_COMPARED) for v in (wanted, got))
     if len(one) <= 60 and len(other) <= 60:
         return ""
     if len(other) > 1.5 * len(one):
-        matcher = difflib.SequenceMatcher(None, one[:500], other[:MAX_SHOWN], autojunk=False)
-        match = matcher.find_longest_match(0, min(len(one), 500), 0, min(len(other), MAX_SHOWN))
+        sample, whole = one[:100], other[:MAX_COMPARED]
+        matcher = difflib.SequenceMatcher(None, sample, whole, autojunk=False)
+        match = matcher.find_longest_match(0, len(sample), 0, len(whole))
         other = other[max(0, match.b - match.a) :][: len(one) + 60]
     same = (at for at, pair in enumerate(zip(one, other)) if pair[0] != pair[1])
     start = max(0, next(same, min(len(one), len(other))) - 30)
-    wanted_lines, got_lines = (split_lines(text[start : start + 1200]) for text in (one, other))
+    wanted_lines, got_lines = (
+        split_lines(text[start : start + MAX_SHOWN]) for text in (one, other)
+    )
     diff = difflib.unified_diff(wanted_lines, got_lines, "wanted", "got", lineterm="", n=1)
     return "\n".join(itertools.islice(diff, 40))
 
 
-def show_miss(miss: dict[str, Any]) -> dict[str, Any]:
-    """Return a near miss with the diff of what is too long to be seen at a glance."""
-    if miss.get("differs") is None:
-        return miss
-    diff = show_difference(miss["wanted"], miss["got"])
-    return {**miss, "diff": diff} if diff else miss
+def explain_text(name: str, wanted: Any, got: Any, contains: bool) -> str:
+    """Say how a text is not what is wanted."""
+    if got in (None, ()):
+        return f"there is no {name}, wanted {preview(wanted)}"
+    if isinstance(wanted, dict):
+        return f"{name} {preview(got)} does not match the pattern {preview(wanted['pattern'])}"
+    if not contains:
+        return f"{name} is {preview(got)}, wanted {preview(wanted)}"
+    if isinstance(wanted, list):
+        wanted = next((each for each in wanted if each not in got), "")
+    hint = ", but it does where case is ignored" if wanted.lower() in got.lower() else ""
+    return f"{name} {preview(got)} does not contain {preview(wanted)}{hint}"
 
 
-def write_miss(miss: dict[str, Any]) -> str:
-    """Say why a fixture was passed over."""
-    if "diff" in miss:
-        return f"{miss['fixture']}: {miss['differs']} differs:\n{miss['diff']}\n"
-    got, wanted = preview(miss["got"]), preview(miss["wanted"])
-    return f"{miss['fixture']}: {miss['differs']} is {got}, the fixture wants {wanted}."
+def explain_obstacle(key: str, wanted: Any, got: Any, spell: Callable[[str], str]) -> str:
+    """Say in a sentence why a fixture does not answer a request."""
+    name = spell(key[6:] if key.startswith("match.") else key)
+    if key == "response":
+        kinds = ", ".join(kind for kind in wanted if kind)
+        return f"it answers {kinds}, and this is {got or 'another operation'}"
+    if key == "shadowed":
+        return f"it matched, but {got}{wanted} was served"
+    if key == "times":
+        return f"it is used up: served {got} of {wanted}"
+    if key == "answers":
+        return f"it is used up: its iterator ended after {got}"
+    if key in ("when", "match.not"):
+        return f"{name} says no"
+    if key[6:] in TEXT_KEYS:
+        return explain_text(name, wanted, got, TEXT_KEYS[key[6:]] is operator.contains)
+    return f"{name} is {preview(got)}, wanted {preview(wanted)}"
+
+
+def explain_miss(
+    fixture: Fixture, obstacle: Obstacle, facts: MatchFacts, with_diff: bool = True
+) -> dict[str, Any]:
+    """Return why a fixture did not answer a request: what differs, and that in a sentence."""
+    differs, wanted, got = obstacle
+    key = differs[6:]
+    if differs.startswith("match.") and wanted is None:
+        wanted, got = fixture.match[key], facts.get(key, "it holds")
+        if key == "headers":  # only those asked about, and no secret
+            names = [name.lower() for name in wanted if not is_secret_header(name)]
+            got = {name: got.get(name) for name in names}
+        elif key == "body":  # likewise
+            got = redact({name: got[name] for name in wanted if name in got})
+    reason = explain_obstacle(differs, wanted, got, fixture.spell)
+    diff = (
+        show_difference(wanted, got) if with_diff and key in (*TEXT_KEYS, "body", "headers") else ""
+    )
+    miss = {"fixture": fixture.source, "differs": differs, "wanted": wanted, "got": got}
+    if differs == "shadowed":
+        miss = {"fixture": fixture.source, "differs": None, "shadowed_by": got}
+    if diff:
+        miss, reason = {**miss, "diff": diff}, f"{fixture.spell(key)} differs:\n{diff}\n"
+    return {**miss, "reason": reason}
+
+
+def explain_misses(
+    misses: Sequence[tuple[Fixture, Obstacle]], facts: MatchFacts
+) -> list[dict[str, Any]]:
+    """Return why each fixture did not answer a request, the nearest one first."""
+    ranked = sorted(misses, key=lambda miss: -miss[0].count_holding(facts))
+    return [
+        explain_miss(fixture, obstacle, facts, index < MAX_DIFFS)
+        for index, (fixture, obstacle) in enumerate(ranked)
+    ]
+
+
+def list_misses(
+    reasons: Mapping[Fixture, Obstacle | None], chosen: Fixture | None, turn: int
+) -> list[tuple[Fixture, Obstacle]]:
+    """Return the fixtures that do not answer, each with its reason."""
+    misses = []
+    for fixture, obstacle in itertools.islice(reasons.items(), MAX_NEAR_MISSES + 1):
+        if obstacle is None and fixture.turn not in (None, turn):
+            obstacle = ("match.turnIndex", fixture.turn, turn)
+        if obstacle is None and chosen is not None:
+            is_later = chosen.number > fixture.number >= 0
+            obstacle = ("shadowed", ", added later," if is_later else "", chosen.source)
+        if fixture is not chosen and obstacle is not None:
+            misses.append((fixture, obstacle))
+    return misses[:MAX_NEAR_MISSES]
+
+
+def join_fact(fact: Any) -> str:
+    """Return a text of a request, several of them in lines; nothing where there is none."""
+    return "\n".join(fact) if isinstance(fact, tuple) else fact if isinstance(fact, str) else ""
 
 
 class Fixtures:
-    """The fixtures of one server: which is served next, counted under one lock."""
+    """The fixtures of one server: which is served next, counted under one lock.
 
-    def __init__(self, seed: int = 0, exact: bool = False) -> None:
+    They are asked in this order: the one of the request's own header; of those added at run time
+    the limited ones, in the order added, then the step (a `reply()`, a POST) that was added last;
+    those of files. Of the fixtures of one step or of all files that match, `select_turn` takes one.
+    """
+
+    def __init__(self, seed: int = 0, exact_turns: bool = False) -> None:
         self.seed = seed
-        self.exact = exact  # turns hold exactly in files, too
+        self.exact_turns = exact_turns  # in files, too
         self.warnings: list[str] = []
+        self.list_calls: Callable[[], list[Call]] = list
         self._lock = threading.RLock()
-        self._files = Layer()
+        self._files: list[Fixture] = []
         self.watched: Sequence[str] = ()
         self._seen: list[tuple[str, int, int]] = []
         self.reset()
 
     def __len__(self) -> int:
-        return len(self._run_time.fixtures) + len(self._files.fixtures)
+        return sum(map(len, self._steps), len(self._files))
+
+    @property
+    def every(self) -> list[Fixture]:
+        """All fixtures, in the order in which they were added; those of files last."""
+        return [*itertools.chain(*self._steps), *self._files]
 
     @property
     def slow(self) -> bool:
         """Whether finding one may take long, because a function or a pattern is asked."""
-        return self._run_time.slow or self._files.slow
+        return any(fixture.asks for fixture in self.every)
 
     @property
     def empty(self) -> bool:
         """Whether there is no fixture at all."""
-        return not len(self)
+        return not (self._steps or self._files)
 
     def reset(self) -> None:
         """Remove what was added at run time, and count again from zero."""
         with self._lock:
-            self._run_time = Layer()
-            self._steps = 0
+            self._steps: list[list[Fixture]] = []
+            self._groups: list[list[Fixture]] | None = None  # the steps, as they are asked
             self._numbers = itertools.count()
             self._sequences: dict[Any, int] = BoundedDict(MAX_TESTS)
             self._calls = 0  # with a fault, for its draws
@@ -4631,68 +4777,64 @@ class Fixtures:
     def forget(self, test: str | None = None) -> None:
         """Count from zero again, for one test or for all."""
         with self._lock:
-            for fixture in self._run_time.fixtures + self._files.fixtures:
+            for fixture in self.every:
                 fixture.forget(test)
             for key in [key for key in self._sequences if test in (None, key[0])]:
                 del self._sequences[key]
 
     def covers(self, operation: str) -> bool:
         """Tell whether a fixture is for this very method and path."""
-        every = self._run_time.fixtures + self._files.fixtures
-        return any(fixture.match.get("endpoint") == operation for fixture in every)
+        return any(fixture.match.get("endpoint") == operation for fixture in self.every)
 
     def remove_run_time(self) -> None:
         """Remove the fixtures that were added at run time; those of files stay."""
         with self._lock:
-            groups = {fixture.group for fixture in self._run_time.fixtures}
+            groups = {fixture.group for fixture in itertools.chain(*self._steps)}
             for key in [key for key in self._sequences if key[1] in groups]:
                 del self._sequences[key]
-            self._run_time = Layer()
+            self._steps, self._groups = [], None
 
     def remove_test(self, test: str) -> None:
         """Forget one test: its counts, and the fixtures that were added for it."""
         with self._lock:
             self.forget(test)
-            self.remove(*[f for f in self._run_time.fixtures if f.match.get("testId") == test])
+            self.remove(*[each for each in self.every if each.match.get("testId") == test])
 
     def remove(self, *fixtures: Fixture) -> None:
-        """Remove fixtures; nothing happens where they are gone already."""
+        """Remove fixtures that were added at run time; those that are gone stay so."""
+        gone = set(fixtures)
         with self._lock:
-            kept = [each for each in self._run_time.fixtures if each not in fixtures]
-            self._run_time = Layer()
-            for each in kept:
-                self._run_time.add(each)
+            kept = ([each for each in step if each not in gone] for step in self._steps)
+            self._steps, self._groups = [step for step in kept if step], None
 
     def get(self, number: int) -> Fixture | None:
         """Return the fixture of a number, as `run time[3]` tells it."""
-        return next((each for each in self._run_time.fixtures if each.number == number), None)
+        return next((each for each in self.every if each.number == number), None)
 
     def add(self, fixtures: Sequence[Fixture]) -> None:
         """Add fixtures at run time, in one step; raise ValueError where there are too many."""
         with self._lock:
-            if len(self._run_time.fixtures) + len(fixtures) > MAX_FIXTURES:
+            if sum(map(len, self._steps)) + len(fixtures) > MAX_FIXTURES:
                 raise ValueError(f"there may be at most {MAX_FIXTURES} fixtures; remove some")
-            self._steps += 1
             for fixture in fixtures:
-                fixture.owner, fixture.step = self, self._steps
-                fixture.number = next(self._numbers)
-                fixture.source = f"run time[{fixture.number}]"
-                self._run_time.add(fixture)
+                fixture.owner, fixture.number = self, next(self._numbers)
+                fixture.relaxed = len(fixtures) > 1 and not self.exact_turns
+                if fixture.source == "run time":
+                    fixture.source = f"run time[{fixture.number}]"
+            self._steps, self._groups = [*self._steps, list(fixtures)], None
 
     def load(self, path: str) -> list[Fixture]:
         """Append the fixtures of a file or folder, or none if one is wrong (ValueError)."""
         fixtures = load_fixtures(path, self.warnings)
-        with self._lock:
-            for fixture in fixtures:
-                self._files.add(fixture)
+        self.replace_files([*self._files, *fixtures])
         return fixtures
 
     def replace_files(self, fixtures: Iterable[Fixture]) -> None:
         """Take these in the place of all that came from files."""
         with self._lock:
-            self._files = Layer()
-            for fixture in fixtures:
-                self._files.add(fixture)
+            self._files, self._groups = list(fixtures), None
+            for fixture in self._files:
+                fixture.relaxed, fixture.owner = not self.exact_turns, self
 
     def watch(self, paths: Sequence[str]) -> None:
         """Follow changes of these files and folders from now on."""
@@ -4716,154 +4858,93 @@ class Fixtures:
 
     # Which one is served
 
-    def find(
-        self, facts: MatchFacts
-    ) -> tuple[Fixture | None, str, Callable[[Call], list[dict[str, Any]]]]:
-        """Return the fixture that answers a request, counted as served, and a warning about it.
-
-        The third value lists the near misses of the call; among many fixtures it only looks for
-        them then.
-        """
-        with self._lock:
-            layers = self._list_layers(facts.request)
-            likely = [layer.find_likely(facts) for layer in layers]
-            listed = self._list_first(layers) if len(self) <= MAX_NEAR_MISSES else None
-        # Patterns and functions, which may take their time, are asked without the lock.
-        for fixture in itertools.chain(*likely, listed or ()):
-            agrees = facts.compare(fixture) is None
-            if agrees and fixture.when is not None and fixture not in facts.asked:
-                facts.asked[fixture] = bool(fixture.when(facts.request))
-        with self._lock:
-            chosen, warning = self._choose(facts, likely)
-            misses = None
-            if listed is not None:  # before anything is counted
-                misses = [self._describe_miss(each, facts, chosen) for each in listed]
-            if chosen is not None:
-                chosen.count(facts.test)
-                if chosen.sequence is not None:
-                    key = (facts.test, chosen.group)
-                    self._sequences[key] = self._sequences.get(key, 0) + 1
-        asked, kind = facts.asked, facts["response"]
-
-        def list_misses(call: Call) -> list[dict[str, Any]]:
-            """Return why each fixture was passed over, for the record."""
-            found = misses
-            if found is None:
-                again = MatchFacts(kind, call.as_request())
-                again.asked = asked
-                with self._lock:
-                    first = self._list_first([self._run_time, self._files])
-                for fixture in first:
-                    again.compare(fixture)
-                with self._lock:
-                    found = [self._describe_miss(each, again, chosen) for each in first]
-            return [show_miss(miss) for miss in found]
-
-        return chosen, warning, list_misses
-
-    def _list_first(self, layers: list[Layer]) -> list[Fixture]:
-        """Return the fixtures whose misses are told."""
-        fixtures = itertools.chain.from_iterable(layer.fixtures for layer in layers)
-        return list(itertools.islice(fixtures, MAX_NEAR_MISSES))
-
-    def give_back(self, fixture: Fixture, test: str) -> None:
-        """Count a fixture as not served, because the request was refused after all."""
-        with self._lock:
-            fixture.count(test, -1)
-            if fixture.sequence is not None:
-                key = (test, fixture.group)
-                self._sequences[key] = max(0, self._sequences.get(key, 0) - 1)
-
-    def _list_layers(self, request: Request) -> list[Layer]:
-        """Return the layers in the order in which they are asked."""
-        layers = [self._run_time, self._files]
+    def _list_groups(self, request: Request) -> list[list[Fixture]]:
+        """Return the fixtures in groups, in the order in which these are asked."""
+        if self._groups is None:
+            limited, steps = [], []
+            for step in self._steps:
+                lead = list(itertools.takewhile(lambda each: each.times is not None, step))
+                limited += lead
+                steps.append(step[len(lead) :])
+            self._groups = [limited, *reversed(steps), self._files]
         text = request.headers.get("x-parlel-fixture")
-        if text:
-            layers.insert(0, Layer())
-            layers[0].add(parse_header(text))
-        return layers
+        return [[parse_header(text)], *self._groups] if text else self._groups
 
-    def _list_groups(self, likely: list[list[Fixture]]) -> Iterator[tuple[list[Fixture], bool]]:
-        """Yield the fixtures that are asked one after the other, and whether turns are relaxed.
+    def find(self, facts: MatchFacts) -> tuple[Fixture | None, str, list[tuple[Fixture, Obstacle]]]:
+        """Return the fixture that answers a request, counted as served, a warning, and the others.
 
-        Of those added at run time, limited ones go first, in the order added; then the step that
-        was added last. Within a step the order stands.
+        Of the others, at most `MAX_NEAR_MISSES`, it is told why they do not answer.
         """
-        *header, run_time, files = likely
-        for group in header:
-            yield group, False
-        steps: dict[int, list[Fixture]] = {}
-        limited = []
-        for fixture in run_time:
-            step = steps.setdefault(fixture.step, [])
-            if fixture.times is not None and not step:
-                limited.append(fixture)
-            else:
-                step.append(fixture)
-        yield limited, False
-        for number in reversed(steps):
-            yield steps[number], len(steps[number]) > 1
-        yield files, True
+        with self._lock:
+            groups = self._list_groups(facts.request)
+        texts = {key: join_fact(facts[key]) for key in TEXT_KEYS}
+        texts[""] = ""
+        likely = [[f for f in group if f.needle in texts[f.needle_key]] for group in groups]
+        # Patterns, functions and iterators may take their time: they are asked without the lock.
+        found = {each: each.find_obstacle(facts) for group in likely for each in group}
+        others = (each for group in groups for each in group if each not in found)
+        for each in itertools.islice(others, max(0, MAX_NEAR_MISSES - len(found))):
+            found[each] = each.find_obstacle(facts)
+        while True:
+            with self._lock:
+                reasons = {each: found[each] or self._find_use(each, facts.test) for each in found}
+                chosen = self._choose(likely, reasons, facts["turnIndex"])
+                answers = chosen.answers if chosen is not None else None
+                time = chosen.next_time(facts.test) if chosen is not None else 0
+                if answers is None or not answers.lacks(time):
+                    misses = list_misses(reasons, chosen, facts["turnIndex"])
+                    if chosen is not None:
+                        self._count(chosen, facts)
+                    break
+            answers.draw(time)
+        warning = ""
+        if chosen is not None and chosen.turn not in (None, facts["turnIndex"]):
+            place = f"for turn {chosen.turn}, and this is turn {facts['turnIndex']}"
+            warning = f"{chosen.source} is {place}"
+        return chosen, warning, misses
 
-    def _choose(self, facts: MatchFacts, likely: list[list[Fixture]]) -> tuple[Fixture | None, str]:
-        turn, last_resort = facts["turnIndex"], None
-        for group, relaxed in self._list_groups(likely):
-            matching = [each for each in group if self._find_obstacle(each, facts) is None]
-            if self.exact or not relaxed:
-                matching = [each for each in matching if each.turn in (None, turn)]
-            chosen = select_turn(matching, turn)
-            if chosen is not None and (chosen.turn or 0) <= turn:
-                break
-            last_resort = last_resort or chosen
-        else:
-            chosen = last_resort
-        if chosen is None or chosen.turn in (None, turn):
-            return chosen, ""
-        return chosen, f"{chosen.source} is for turn {chosen.turn}, and this is turn {turn}"
-
-    def _find_obstacle(self, fixture: Fixture, facts: MatchFacts) -> tuple[str, Any, Any] | None:
-        """Return why a fixture does not answer: the key, what it wants, what there is."""
-        key = facts.compare(fixture)
-        if key is not None and key not in fixture.match:
-            return key, fixture.kinds, facts[key]
-        if key is not None:
-            wanted, got = fixture.match[key], facts.get(key, "it holds")
-            if key == "headers":  # only those asked about, and no secret
-                names = [name.lower() for name in wanted if not is_secret_header(name)]
-                got = {name: got.get(name) for name in names}
-            elif key == "body":
-                asked = {name: got[name] for name in wanted if name in got}
-                got = preview(redact(asked), MAX_SHOWN)
-            return f"match.{key}", wanted, got[:MAX_SHOWN] if isinstance(got, str) else got
-        if fixture.when is not None and not facts.asked.get(fixture):
-            return "when", True, False
-        count = self._sequences.get((facts.test, fixture.group), 0)
+    def _find_use(self, fixture: Fixture, test: str) -> Obstacle | None:
+        """Return the reason why it does not answer once more, for what was served before."""
+        count = self._sequences.get((test, fixture.group), 0)
         if fixture.sequence not in (None, count):
             return "match.sequenceIndex", fixture.sequence, count
-        served = fixture.served_to(facts.test)
+        served = fixture.served_to(test)
         if fixture.times is not None and served >= fixture.times:
             return "times", fixture.times, served
-        return (
-            ("answers", "one more", "none") if fixture.answers and fixture.answers.ended else None
-        )
+        if fixture.answers is not None and not fixture.answers.has(fixture.next_time(test)):
+            return "answers", "one more", fixture.answers.count
+        return None
 
-    def _describe_miss(
-        self, fixture: Fixture, facts: MatchFacts, chosen: Fixture | None
-    ) -> dict[str, Any]:
-        """Return why a fixture was passed over: the key that differs, or what goes before it."""
-        obstacle = self._find_obstacle(fixture, facts)
-        turn = facts["turnIndex"]
-        if obstacle is None and fixture.turn not in (None, turn):
-            obstacle = ("match.turnIndex", fixture.turn, turn)
-        if obstacle is not None:
-            return {"fixture": fixture.source, **dict(zip(("differs", "wanted", "got"), obstacle))}
-        other = chosen.source if chosen is not None and chosen is not fixture else None
-        return {"fixture": fixture.source, "differs": None, "shadowed_by": other}
+    def _choose(
+        self, likely: list[list[Fixture]], reasons: dict[Fixture, Obstacle | None], turn: int
+    ) -> Fixture | None:
+        """Return the fixture that answers, of the first group that has one at its turn."""
+        last_resort = None
+        for group in likely:
+            chosen = select_turn([each for each in group if reasons[each] is None], turn)
+            if chosen is not None and (chosen.turn or 0) <= turn:
+                return chosen
+            last_resort = last_resort or chosen
+        return last_resort
+
+    def _count(self, fixture: Fixture, facts: MatchFacts) -> None:
+        facts.time = fixture.take_time(facts.test)
+        if fixture.sequence is not None:
+            key = (facts.test, fixture.group)
+            self._sequences[key] = self._sequences.get(key, 0) + 1
+
+    def give_back(self, fixture: Fixture, facts: MatchFacts) -> None:
+        """Count a fixture as not served, because the request was refused after all."""
+        with self._lock:
+            fixture.return_time(facts.test, facts.time)
+            if fixture.sequence is not None:
+                key = (facts.test, fixture.group)
+                self._sequences[key] = max(0, self._sequences.get(key, 0) - 1)
 
     def miss_error(self, request: Request, misses: list[dict[str, Any]]) -> ApiError:
         """Build the 404 that says, of each fixture, why it does not answer this request."""
-        reasons = [f" {write_miss(miss)}" for miss in misses if miss["differs"]]
-        more = len(self) - MAX_NEAR_MISSES
+        reasons = [f" {miss['fixture']}: {miss['reason']}." for miss in misses]
+        more = len(self) - len(misses)
         reasons += [f" And {more} more."] if more > 0 else []
         reason = "".join(reasons) or " There are no fixtures."
         return ApiError("no_fixture", method=request.method, path=request.path, reason=reason)
@@ -4876,13 +4957,12 @@ class Fixtures:
 
     def unused(self, test: str = "") -> list[Fixture]:
         """Return the fixtures that were never served, of one test or of all."""
-        every = self._run_time.fixtures + self._files.fixtures
-        mine = (each for each in every if not test or each.match.get("testId") == test)
+        mine = (each for each in self.every if not test or each.match.get("testId") == test)
         return [each for each in mine if not each.served]
 
     def describe(self) -> dict[str, Any]:
         """Return the fixtures as JSON, in the order in which they were added."""
-        every = [each.describe() for each in self._run_time.fixtures + self._files.fixtures]
+        every = [each.describe() for each in self.every]
         return {"fixtures": every, "count": len(every)}
 
 
@@ -4944,18 +5024,24 @@ def raw_reply(data: bytes, content_type: str, status: int, headers: dict[str, st
     return reply
 
 
-def error_reply(fixture: Fixture, request: Request) -> Reply:
-    """Build the whole reply of a fixture whose response is an error, a status, `json` or `raw`."""
-    response = fixture.response
-    if fixture.kind == "raw":
-        return raw_reply(**response)
-    if fixture.kind == "json":
-        body = ENCODE(response["json"]).encode()
-        return Reply(body, response["status"], headers=response.get("headers"))
+def is_whole(response: Response, options: Mapping[str, Any]) -> bool:
+    """Tell whether a response is the reply, whatever the operation; a late error is not."""
+    late = "errorAfterChunks" in options
+    return response.type in ("json", "raw") or (response.type in ("error", "status") and not late)
+
+
+def whole_reply(response: Response, options: Mapping[str, Any], request: Request) -> Reply:
+    """Build the reply of a response that is one: an error, a status, `json` or `raw`."""
+    said = response.normal
+    if response.type == "raw":
+        return raw_reply(**said)
+    if response.type == "json":
+        body = ENCODE(said["json"]).encode()
+        return Reply(body, said["status"], headers=said.get("headers"))
     model, id = request.body.get("model"), name_request(request)
-    reply = status_reply(**{"id": id, **response}, model=model)
-    if "shouldRetry" in fixture.options:
-        asked = json.dumps(fixture.options["shouldRetry"])
+    reply = status_reply(**{"id": id, **said}, model=model)
+    if "shouldRetry" in options:
+        asked = json.dumps(options["shouldRetry"])
         reply.headers = {**reply.headers, "x-should-retry": asked}
     return reply
 
@@ -5036,12 +5122,12 @@ class Fault:
             yield event
 
 
-def draw_fault(script: Fixtures, fixture: Fixture) -> Fault | None:
+def draw_fault(script: Fixtures, fixture: Fixture, response: Response) -> Fault | None:
     """Draw how this call's reply goes wrong, from the seed and the count of such calls."""
     if not fixture.faulty:
         return None
     rng = HashRandom.of("fault", [script.seed, script.count_fault()])
-    error = fixture.response if fixture.kind in ("error", "status") else None
+    error = response.normal if response.type in ("error", "status") else None
     return Fault(fixture.options, rng, error)
 
 
@@ -9210,7 +9296,7 @@ def put_into_words(request: Request, reply: Reply) -> dict[str, Any] | None:
         if said is None or TEMPLATE.search(ENCODE(said)):  # it would quote a request
             return None
         words = {"response": said, **choose_chunk_size(said.get("content"), chunks)}
-        read_entry({"match": {}, **words}, "")
+        parse_entry({"match": {}, **words}, "")
         return words
     except (ApiError, ValueError, TypeError, AttributeError):
         return None  # it is not of the form that chats have
@@ -11784,46 +11870,23 @@ def find_kind(call: Call) -> str:
         return ""
 
 
-def find_call_mismatch(fixture: Fixture, call: Call) -> tuple[str, Any, Any] | None:
-    """Return the first key of a match in which a recorded call differs: key, wanted, got."""
-    facts = MatchFacts(find_kind(call), call.as_request())
-    wanted = {key: value for key, value in fixture.wanted.items() if key != "response"}
-    key = find_mismatch(wanted, facts)
-    if key is not None:
-        return key, fixture.match[key], facts.get(key, "it holds")
-    if fixture.turn not in (None, facts["turnIndex"]):
-        return "turnIndex", fixture.turn, facts["turnIndex"]
-    return None
+def list_facts(call: Call) -> MatchFacts:
+    """Return what fixtures ask about a recorded call."""
+    return MatchFacts(find_kind(call), call.as_request())
 
 
-def describe_mismatch(fixture: Fixture, call: Call) -> str:
-    """Say how a recorded call differs from what a fixture wants."""
-    if find_kind(call) not in fixture.kinds:
-        return f": its kind is {call.kind}, the fixture answers {', '.join(fixture.kinds)}"
-    found = find_call_mismatch(fixture, call)
-    if found is None:
-        return ": matches"
-    key, wanted, got = found
-    if key == "headers":
-        got = {name: got.get(name.lower()) for name in wanted if not is_secret_header(name)}
-    elif key == "body":  # what nobody asked about is no news
-        got = {name: got[name] for name in wanted if name in got}
-    diff = show_difference(wanted, got).replace("\n", "\n    ")
-    plain = f": {to_snake(key)} is {preview(got)}, wanted {preview(wanted)}"
-    return f": {to_snake(key)} differs:\n    {diff}" if diff else plain
+def explain_call_misses(call: Call) -> list[dict[str, Any]]:
+    """Return why each fixture did not answer a call, the nearest one first."""
+    return explain_misses(call.misses, list_facts(call))
 
 
-def count_matches(fixture: Fixture, call: Call) -> int:
-    """Return how many keys of a match hold for a recorded call; none where its kind differs."""
-    kind = find_kind(call)
-    if kind not in fixture.kinds:
-        return -1
-    facts = MatchFacts(kind, call.as_request())
-    return sum(
-        find_mismatch({key: value}, facts) is None
-        for key, value in fixture.wanted.items()
-        if key != "response"
-    )
+def explain_mismatch(fixture: Fixture, call: Call) -> str:
+    """Say why a fixture did not answer a recorded call."""
+    facts = list_facts(call)
+    obstacle = dict(call.misses).get(fixture) or fixture.find_obstacle(facts)
+    if obstacle is None:
+        return "matches"
+    return str(explain_miss(fixture, obstacle, facts)["reason"]).replace("\n", "\n    ")
 
 
 SCRIPT_WORDS = ("endpoint", "sequence_index")  # a call has another name for its operation
@@ -12005,7 +12068,8 @@ class Scripting:
         return [
             call
             for call in self.requests
-            if operation in (call.kind, call.operation) and find_call_mismatch(probe, call) is None
+            if operation in (call.kind, call.operation)
+            and probe.find_obstacle(list_facts(call)) is None
         ]
 
     def _make_probe(self, verb: str, words: Mapping[str, Any]) -> Fixture:
@@ -12017,15 +12081,19 @@ class Scripting:
         calls = sorted(
             self.requests, key=lambda call: (operation in (call.kind, call.operation), call.number)
         )
-        return [f"{call!r}{describe_mismatch(probe, call)}" for call in calls[:-6:-1]]
+        return [
+            f"{call!r}: {explain_mismatch(probe, call)}"
+            if operation in (call.kind, call.operation)
+            else f"{call!r}: another operation, {call.kind or call.operation}"
+            for call in calls[:-6:-1]
+        ]
 
     def _explain_unused(self, fixture: Fixture, calls: Sequence[Call]) -> str:
         """Return which of the last calls came nearest to a fixture, and what differed."""
-        nearest = [(count_matches(fixture, call), call.number, call) for call in calls]
-        if not nearest:
+        if not calls:
             return ""
-        call = max(nearest, key=lambda row: row[:2])[2]
-        return f"\n    nearest: {call!r}{describe_mismatch(fixture, call)}"
+        call = max(calls, key=lambda call: (fixture.count_holding(list_facts(call)), call.number))
+        return f"\n    nearest: {call!r}: {explain_mismatch(fixture, call)}"
 
 
 class OneTest(Scripting):
@@ -12150,7 +12218,7 @@ class TogetherAiServer(Scripting):
         self.read_prompts = read_prompts
         self.instant_jobs = instant_jobs
         self.max_stored_bytes = max_stored_bytes
-        self.script = Fixtures(seed, exact=on_miss == "error")
+        self.script = Fixtures(seed, exact_turns=on_miss == "error")
         self.record_limit = record_limit
         self.log = log
         self.clock = clock
@@ -12488,7 +12556,8 @@ class TogetherAiServer(Scripting):
         if route.handler is None:
             find_route(request.method, route.path)  # which raises
         if route.kind not in ("", "job") and self.on_miss == "error" and not call.fixture:
-            raise self.script.miss_error(request, call.near_misses)
+            misses = explain_misses(call.misses, MatchFacts(route.kind, request))
+            raise self.script.miss_error(request, misses)
         if route.body:
             route.body.check(request.body)
         reply = as_reply(route.handler(self, request), request, route.status)
@@ -12498,26 +12567,27 @@ class TogetherAiServer(Scripting):
     def _follow_script(self, route: Route, request: Request, call: Call) -> Reply:
         """Answer by the fixture that matches, if there is one."""
         facts = MatchFacts(route.kind, request)
-        fixture, warning, call.find_misses = self.script.find(facts)
+        fixture, warning, call.misses = self.script.find(facts)
+        call.explain_misses = explain_call_misses
         call.warnings += (warning,) if warning else ()
         if fixture is None:
             return self._handle(route, request, call)
         call.fixture = fixture.source
-        served, fixture = fixture, answer_response(fixture, request)
-        if fixture.is_whole:
-            reply = name_reply(error_reply(fixture, request), request)
+        response = answer_with(fixture, facts.time, request)
+        if is_whole(response, fixture.options):
+            reply = name_reply(whole_reply(response, fixture.options, request), request)
         else:
-            if fixture.kind not in ("generated", "error", "status"):
-                request.script = fixture.render(route.kind, request)
-                request.script["chunk_size"] = fixture.chunk_size
+            if response.type not in ("generated", "error", "status"):
+                said = response.render(route.kind, request)
+                request.script = {**said, "chunk_size": fixture.chunk_size}
             try:
                 reply = self._handle(route, request, call)
             except ApiError:
-                self.script.give_back(served, facts.test)
+                self.script.give_back(fixture, facts)
                 raise
         idle = list_idle_options(fixture, reply)
         call.warnings += (f"the fixture's {idle} had no effect on a whole reply",) if idle else ()
-        fault = draw_fault(self.script, fixture)
+        fault = draw_fault(self.script, fixture, response)
         if fault is None:
             return reply
         if fault.describe():
