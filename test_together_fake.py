@@ -36,6 +36,7 @@ import selectors
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
@@ -3316,6 +3317,17 @@ class BatchTests(StoreCase):
             self.assertIn(b'"body":' + direct + b"}", row)
         self.assertEqual(seen[-1]["error_file_id"], "")
 
+    def test_a_line_under_latency_does_not_wait_and_ends(self):
+        self.server.instant_jobs = True
+        self.server.reply("late", user_message="a", latency=60_000, times=1)
+        self.server.fail(user_message="b", disconnect_after_chunks=0)
+        job = self.create(batch_lines(["a", "b"]))["job"]
+        said = self.rows(job["output_file_id"])[0]["response"]["body"]
+        self.assertEqual(said["choices"][0]["message"]["content"], "late")
+        self.assertEqual(len(self.rows(job["error_file_id"])), 1)
+        lines = [call.outcome for call in self.server.requests if call.batch]
+        self.assertEqual(lines, ["complete", "cut"])
+
     def test_bad_lines_become_error_lines(self):
         good, stream = batch_lines(["a"]), batch_lines(["a"], stream=True)
         wrong = b'{"custom_id": "x", "body": {"model": "m"}}\n'
@@ -3903,6 +3915,21 @@ class RecordTests(FakeCase):
         got = self.ask("GET", "/__parlel/requests").json
         self.assertNotIn("sesame", json.dumps(got))
         self.assertEqual(got["requests"][0]["headers"]["authorization"], "Bearer ***")
+
+    def test_keys_are_masked_by_any_name_and_in_urls(self):
+        headers = {
+            f"X-{name}": "sesame" for name in ("Bearer", "Credential", "Signature", "Session")
+        }
+        headers["Referer"] = "http://me:sesame@host.test/?a=1&X-Amz-Signature=sesame#x"
+        for name in ("sig", "pwd", "token", "Password", "session", "my.key", "access%5Ftoken"):
+            self.ask("POST", f"{CHAT}?{name}=sesame&design=1", b"{", {**KEY, **headers})
+        url = "https://me:sesame@host.test/a@b?x=1&sig=sesame&y=2"
+        self.ask("POST", CHAT, {**HELLO, "messages": say(f"look at {url}, a@b")})
+        got = self.ask("GET", "/__parlel/requests").json["requests"]
+        self.assertNotIn("sesame", json.dumps(got))
+        self.assertIn("design=1", got[0]["query"])
+        said = got[-1]["body"]["messages"][0]["content"]
+        self.assertEqual(said, "look at https://***@host.test/a@b?x=1&sig=***&y=2, a@b")
 
     def test_the_control_routes(self):
         self.chat()
@@ -6000,6 +6027,9 @@ class ForkTests(FakeCase):
             os.mkfifo(os.path.join(folder, "b.json"))
             os.symlink("nowhere", os.path.join(folder, "c.json"))
             self.assertEqual(len(fake.load_fixtures(folder)), 1)
+            for path in (os.path.join(folder, "b.json"), os.devnull):
+                with self.subTest(path), self.assertRaisesRegex(ValueError, "neither a file nor"):
+                    fake.load_fixtures(path)
 
 
 # === Server ===
@@ -6073,7 +6103,8 @@ class CommandLineTests(unittest.TestCase):
 
     def test_it_says_where_it_listens_and_stops_cleanly(self):
         seconds = []
-        for number in (signal.SIGINT, signal.SIGTERM):
+        hang_up = [signal.SIGHUP] if os.name == "posix" else []
+        for number in (signal.SIGINT, signal.SIGTERM, *hang_up):
             began = time.perf_counter()
             with self.start(*PROGRAM, "--port", "0") as program:
                 lines = [program.stdout.readline() for _ in range(3)]
@@ -6430,6 +6461,9 @@ class UpstreamTests(UpstreamCase):
             ("no HTTP", send(b"SSH-2.0-OpenSSH_9.2\r\n"), "its answer is not HTTP"),
             ("no status", send(b"HTTP/1.1 yes\r\n\r\n"), "its answer is not HTTP"),
             ("cut head", send(b"HTTP/1."), "its answer is not HTTP"),
+            ("head cut after its first line", send(OK_HEAD), "its answer is not HTTP"),
+            ("head cut in a line", send(OK_HEAD[:-9]), "its answer is not HTTP"),
+            ("head cut after an early one", send(b"HTTP/1.1 103 Early\r\n\r\n"), "its answer is"),
             ("endless line", send(b"HTTP/1.1 200 " + b"K" * 70000), "its answer is not HTTP"),
             ("many headers", send(OK_HEAD + line * 200 + b"\r\n"), "its answer is not HTTP"),
             ("stall", lambda client: client.recv(1), "nothing came from it within 0.2 seconds"),
@@ -6484,11 +6518,58 @@ class UpstreamTests(UpstreamCase):
                 got = self.ask("POST", CHAT, HELLO)
                 self.assertEqual((got.status, got.raw if wanted[1] else None), wanted)
 
-    def test_an_answer_whose_end_cannot_be_told_is_not_recorded(self):
-        self.stand_before_service(send(OK_HEAD + b"\r\n{}"), record=self.file)
+    def test_an_answer_whose_end_cannot_be_told_is_recorded_where_it_is_whole_json(self):
+        for body, count in ((b'{"a": ', None), (b"12", None), (b"{}", 1)):
+            with self.subTest(body):
+                self.stand_before_service(send(OK_HEAD + b"\r\n" + body), record=self.file)
+                self.assertEqual(self.ask("POST", CHAT, HELLO).raw, body)
+                self.server.stop()
+                self.assertEqual(len(self.read_entries()) if self.file.exists() else None, count)
+
+    def test_heads_that_come_before_the_answer_are_skipped(self):
+        early = b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\nHTTP/1.1 102 Processing\r\n\r\n"
+        answer = early + OK_HEAD + b"Content-Length: 2\r\n\r\n{}"
+        self.stand_before_service(send(answer), record=self.file)
+        got = self.ask("POST", CHAT, HELLO)
+        self.assertEqual((got.status, got.json), (200, {}))
+        self.replay()
         self.assertEqual(self.post(CHAT, HELLO).json, {})
-        self.server.stop()
-        self.assertFalse(self.file.exists())
+
+    def test_a_redirection_comes_back_from_the_file(self):
+        head = b"HTTP/1.1 307 Moved\r\nLocation: https://elsewhere.test/x\r\nX-Other: 1\r\n"
+        self.stand_before_service(send(head + b"Content-Length: 0\r\n\r\n"), record=self.file)
+        self.ask("POST", CHAT, HELLO)
+        self.replay()
+        got = self.ask("POST", CHAT, HELLO)
+        self.assertEqual((got.status, got.headers["location"]), (307, "https://elsewhere.test/x"))
+        self.assertNotIn("x-other", got.headers)
+
+    def test_no_path_leaves_the_upstreams_prefix(self):
+        service = self.stand_before_service(send(OK_HEAD + b"Content-Length: 2\r\n\r\n{}"))
+        self.stand_before(service.url + "/tenant/v1")
+        for path in (
+            "/v1/../../admin",
+            "/v1/x/..",
+            "/v1/%2e%2e/%2E%2e/admin",
+            "/v1/a%2f..%2f..%2fb",
+            "/v1/..%5cadmin",
+            "/v1/%252e%252e/admin",
+        ):
+            with self.subTest(path):
+                self.assertEqual(self.ask("POST", path, {}).status, 502)
+        self.assertEqual(service.received, [])
+        self.assertEqual(self.ask("POST", "/v1/a..b/...", {}).status, 200)
+
+    def test_a_slow_upstream_where_a_client_cannot_be_peeked_at(self):
+        def act(client):
+            self.assertFalse(left.wait(0.1))
+            client.sendall(OK_HEAD + b"Content-Length: 2\r\n\r\n{}")
+
+        left = threading.Event()
+        changes = {"WATCH_SECONDS": 0.02, "MSG_DONTWAIT": 0}
+        with mock.patch.multiple(fake, **changes):
+            self.stand_before_service(act)
+            self.assertEqual(self.post(CHAT, HELLO).json, {})
 
     def test_an_answer_that_is_too_large_to_keep_is_passed_on(self):
         body = b'{"a": "%b"}' % (b"x" * 300_000)
@@ -6892,9 +6973,67 @@ class RecordingTests(RecordingCase):
             ({"upstream": url, "record": plain / "x.json"}, OSError, "plain"),
             ({"upstream": url, "record": broken}, ValueError, "broken.json"),
             ({"upstream": url, "record": plain}, ValueError, "plain"),
+            ({"upstream": url, "record": os.devnull}, ValueError, "is no file"),
         ):  # fmt: skip
             with self.subTest(options), self.assertRaisesRegex(kind, reason):
                 TogetherAiServer(**options)
+
+    def test_a_disk_that_was_full_loses_nothing(self):
+        self.stand_before(record=self.file)
+        full = OSError(errno.ENOSPC, "no room")
+        with mock.patch("sys.stderr", io.StringIO()) as stderr:
+            with mock.patch("os.fsync", side_effect=full):
+                for text in ("one", "two"):
+                    self.text(text)
+                self.assertTrue(wait_until(lambda: "no room" in stderr.getvalue()))
+                self.assertFalse(self.file.exists())
+            self.server.stop()
+        self.assertEqual(stderr.getvalue().count("cannot record"), 1)
+        self.assertEqual(len(self.read_entries()), 2)
+        self.assertEqual(os.listdir(self.folder), ["recorded.json"])
+
+    @unittest.skipIf(os.name == "nt", "files are not locked there")
+    def test_two_servers_record_to_one_file(self):
+        servers = []
+        for _ in range(2):
+            self.stand_before(record=self.file)
+            servers.append(self.server)
+        for number in range(12):
+            self.server = servers[number % 2]
+            self.text(f"question {number}")
+        for server in servers:
+            server.stop()
+        self.server = self.service
+        wanted = [self.text(f"question {number}") for number in range(12)]
+        self.replay()
+        got = [self.text(f"question {number}") for number in range(12)]
+        self.assertEqual(got, wanted)  # question 1 is in question 10
+
+    def test_what_a_file_says_beside_its_fixtures_stays(self):
+        self.file.write_text('{"$schema": "x", "fixtures": []}')
+        self.file.chmod(0o640)
+        self.stand_before(record=self.file)
+        self.text("one")
+        self.server.stop()
+        self.assertEqual(json.loads(self.file.read_text())["$schema"], "x")
+        self.assertEqual(stat.S_IMODE(self.file.stat().st_mode), 0o640)
+
+    def test_recording_takes_time_by_the_number_of_calls(self):
+        def record(count):
+            recording, began = fake.Recording(), time.process_time()
+            for number in range(count):
+                request = Request(
+                    "POST", CHAT, {"model": "m", "messages": say(f"question {number}")}
+                )
+                request.body = json.loads(request.raw)
+                reply = fake.Reply(b"{}")
+                answer = fake.put_answer("chat", request, reply)
+                recording.add(fake.identify("chat", request), answer, ())
+            self.assertEqual(len(list(recording.rows())), count)
+            return time.process_time() - began
+
+        few, many = (min(record(count) for _ in range(3)) for count in (50, 400))
+        self.assertLess(many, 24 * few)
 
     def test_a_disk_that_fails_costs_no_answer(self):
         self.file = self.folder / "new" / "recorded.json"
@@ -6996,6 +7135,65 @@ class SaveTests(RecordingCase):
         self.service.save(self.file)
         self.assertEqual([e["match"]["userMessage"] for e in self.read_entries()], ["kept"])
 
+    def test_a_large_body_is_known_by_its_digest(self):
+        pictures = [f"data:image/png;base64,{letter * 2000}" for letter in "AB"]
+        bodies = [
+            {"model": "m", "messages": say([{"type": "text", "text": "What is this?"}, part])}
+            for part in ({"type": "image_url", "image_url": {"url": url}} for url in pictures)
+        ]
+        with mock.patch.object(fake, "MAX_RECORDED_BODY_BYTES", 1000):
+            self.server.reply("a cat", times=1)
+            self.server.reply("a dog")
+            for body in bodies:
+                self.post(CHAT, body)
+        self.service.save(self.file)
+        self.replay()
+        for body, text in zip(bodies[::-1], ("a dog", "a cat")):
+            self.assertEqual(self.post(CHAT, body).json["choices"][0]["message"]["content"], text)
+        self.assertEqual(self.ask("POST", CHAT, HELLO).status, 404)
+        self.assertNotIn("AAAA", self.file.read_text())
+
+    def test_nothing_that_was_refused_or_empty_answers_everything(self):
+        self.ask("POST", CHAT, b"{")
+        self.ask("POST", CHAT, HELLO, {})
+        self.ask("POST", CHAT, {})
+        self.ask("POST", "/v1/embeddings", {"input": []})
+        self.service.save(self.file)
+        self.replay()
+        self.assertEqual(self.ask("POST", CHAT, {}).status, 400)
+        self.assertEqual(self.ask("POST", CHAT, HELLO).status, 404)
+        self.assertEqual(self.ask("POST", "/v1/embeddings", {"input": "x"}).status, 404)
+
+    def test_texts_hold_no_key_of_a_header(self):
+        key = "sk-0123456789-abcdefghij"
+        self.server.reply(f"You said {key}.")
+        headers = {"Authorization": f"Bearer {key}"}
+        self.post(CHAT, {"model": "m", "messages": say(f"my key is {key}")}, headers)
+        self.service.save(self.file)
+        self.assertNotIn(key, self.file.read_text())
+        self.assertIn("my key is ***", self.file.read_text())
+        copies = json.dumps(self.json("GET", "/__parlel/requests/1")["copy"]["fixture"])
+        self.assertNotIn(key, copies)
+
+    def test_a_text_may_have_any_line_end(self):
+        text = "one\u2028two\u2029three\u0085four\x0bfive\x1csix"
+        self.server.reply(text)
+        self.stream()
+        deltas = [event["choices"][0]["delta"] for event in self.service.requests[0].reply]
+        self.assertEqual("".join(delta.get("content", "") for delta in deltas), text)
+        self.service.save(self.file)
+        self.assertEqual(self.read_entries()[0]["response"]["content"], text)
+
+    def test_two_saves_at_once(self):
+        for number in range(20):
+            self.text(f"question {number}")
+        self.service.save(self.file)
+        wanted = self.file.read_bytes()
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            list(pool.map(self.service.save, [self.file] * 24))
+        self.assertEqual(self.file.read_bytes(), wanted)
+        self.assertEqual(os.listdir(self.folder), ["recorded.json"])
+
     def test_nothing_recorded_is_a_file_without_fixtures(self):
         self.service.save(self.file)
         self.assertEqual(self.read_entries(), [])
@@ -7009,6 +7207,7 @@ class SaveTests(RecordingCase):
         self.assertEqual(self.file.read_text(), "old")
         self.assertRaises(OSError, self.service.save, self.folder / "no" / "file.json")
         self.assertRaises(OSError, self.service.save, self.folder)
+        self.assertRaises(OSError, self.service.save, os.devnull)
 
 
 class WatchTests(UpstreamCase):
@@ -7305,9 +7504,40 @@ class PageTests(FakeCase):
         self.post(FIXTURES, json.loads(copies["fixture"]))
         self.assertEqual(self.post(CHAT, asked).json, wanted)
         if shutil.which("curl") and os.name == "posix":
+            self.assertIn("content-type", copies["curl"])
             done = subprocess.run(["sh", "-c", copies["curl"]], capture_output=True, check=True)
             self.assertEqual(json.loads(done.stdout), wanted)
             self.assertEqual(self.server.requests[-1].body, asked)
+
+    @unittest.skipUnless(shutil.which("curl") and os.name == "posix", "needs curl and a shell")
+    def test_a_copied_command_sends_all_and_runs_nothing(self):
+        folder = Path(tempfile.mkdtemp())
+        self.addCleanup(shutil.rmtree, folder)
+        (folder / "it's.wav").write_bytes(write_sound(1))
+        odd = {**KEY, "X-Odd": "it's $(touch ran) `touch ran`", "X-Empty": ""}
+        form = b"a=1&b=it%27s+%24%28touch+ran%29&b=%40x"
+        urlencoded = {**odd, "Content-Type": "application/x-www-form-urlencoded"}
+        upload = write_form(HEARS, write_sound(1)).replace(b"a.jsonl", b"it's.wav")
+        for method, path, body, headers in (
+            ("POST", CHAT + "?a=b%20c&d=$(touch%20ran)'[1-2]", HELLO, odd),
+            ("X`touch${IFS}ran`", "/v1/models", b"", odd),
+            ("DELETE", "/v1/files/a%2f..%2fb", b"", odd),
+            ("HEAD", "/v1/models", b"", odd),
+            ("POST", "/v1/nothing", form, urlencoded),
+            ("POST", "/v1/audio/transcriptions", upload, {**FORM, "X-Odd": odd["X-Odd"]}),
+        ):
+            with self.subTest(method=method, path=path):
+                self.ask(method, path, body, headers)
+                sent = self.server.requests[-1]
+                command = self.json("GET", f"/__parlel/requests/{sent.number}")["copy"]["curl"]
+                run = ["sh", "-c", command]
+                subprocess.run(run, cwd=folder, capture_output=True, check=True, timeout=PATIENCE)
+                again = self.server.requests[-1]
+                self.assertEqual(again.number, sent.number + 1)
+                for name in ("method", "path", "query", "body"):
+                    self.assertEqual(getattr(again, name), getattr(sent, name), name)
+                self.assertEqual(again.headers.get("x-odd"), odd["X-Odd"])
+        self.assertEqual(os.listdir(folder), ["it's.wav"])
 
 
 class RepositoryTests(unittest.TestCase):

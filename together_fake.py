@@ -135,7 +135,13 @@ def lazy_regex(source: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
 
 # === Messages ===
 
-SECRET_HEADER = lazy_regex(r"auth|key|token|secret|cookie|passw|passphrase|jwt", re.IGNORECASE)
+SECRET_NAME = lazy_regex(  # of a header, or in a query
+    r"auth|key|token|secret|cookie|passw|passphrase|pwd|jwt|bearer|credential|signature|session"
+    r"|(?<![a-z])sig(?![a-z])",
+    re.IGNORECASE,
+)
+URL = lazy_regex(r"[A-Za-z][\w+.-]*://[^\s\"'<>`]+")
+URL_SECRET = lazy_regex(r"(?<=://)[^/?#]*@|(?<=[?&;])([^=&;#]+)=[^&;#]*")
 SECRET_WORDS = frozenset((
     "auth", "authorization", "authz", "bearer", "key", "apikey", "token", "jwt", "secret", "cookie",
     "password", "passwd", "passphrase", "credential", "credentials",
@@ -145,6 +151,7 @@ SECRET_END = lazy_regex(  # of names that are written in one word, and of severa
     r"[-_0-9]*\Z",
     re.IGNORECASE,
 )
+MIN_KEY_LENGTH = 20  # characters of a real key; "test" and the like may stand in a text
 NAME_WORD = lazy_regex(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 FORM_WORDS = ("value", "string", "text", "pem", "header")  # a secret's form, behind its name
 # A JSON schema names what it describes, secrets too, and holds none.
@@ -153,8 +160,24 @@ SCHEMA_TYPES = ("string", "number", "integer", "boolean", "object", "array", "nu
 
 
 def is_secret_header(name: str) -> bool:
-    """Tell whether a header's value is hidden, whatever its scheme."""
-    return SECRET_HEADER.search(name) is not None
+    """Tell whether a header's value is hidden, whatever its scheme, or that of a query's name."""
+    return SECRET_NAME.search(name) is not None
+
+
+def hide_in_url(url: str) -> str:
+    """Write stars for who logs in with an URL, and for the keys in its query."""
+
+    def hide(found: re.Match[str]) -> str:
+        if found[1] is None:
+            return "***@"
+        return f"{found[1]}=***" if is_secret_header(unquote(found[1])) else found[0]
+
+    return URL_SECRET.sub(hide, url)
+
+
+def hide_in_text(text: str) -> str:
+    """Hide what the URLs in a text hold of secrets."""
+    return URL.sub(lambda found: hide_in_url(found[0]), text) if "://" in text else text
 
 
 def is_secret(name: str) -> bool:
@@ -238,8 +261,18 @@ class Headers(dict):  # type: ignore[type-arg]
     def masked(self) -> RecordedHeaders:
         """The fields without any key, for the record."""
         return RecordedHeaders(
-            {name: mask(self[name]) if is_secret_header(name) else self[name] for name in self}
+            {
+                name: mask(self[name]) if is_secret_header(name) else hide_in_text(self[name])
+                for name in self
+            }
         )
+
+    @functools.cached_property
+    def secrets(self) -> set[str]:
+        """The keys themselves, where they are too long to stand in a text by chance."""
+        values = [self[name] for name in self if is_secret_header(name)]
+        words = [word for value in values for word in re.split("[ ,;=]", value)]
+        return {word for word in words if len(word) >= MIN_KEY_LENGTH}
 
     @property
     def agent(self) -> str:
@@ -303,7 +336,7 @@ class Upload:
 
 
 def redact(value: Any, secret: bool = False) -> Any:
-    """Return JSON as it may be shown: files as their size, secrets as stars.
+    """Return JSON as it may be shown: files as their size, secrets as stars, also in URLs.
 
     secret  the value stands under a name that says so
     """
@@ -315,7 +348,9 @@ def redact(value: Any, secret: bool = False) -> Any:
         return {name: redact(inner, hidden or is_secret(name)) for name, inner in value.items()}
     if type(value) is list:
         return [redact(item, secret) for item in value]
-    return "***" if secret and type(value) in (str, int, float) else value
+    if secret and type(value) in (str, int, float):
+        return "***"
+    return hide_in_text(value) if type(value) is str else value
 
 
 class Reply:
@@ -3288,15 +3323,6 @@ class Collection:
             return [copy_json(self._items[id]) for id in ids]
 
 
-def redact_query(query: str) -> str:
-    """Hide the keys in a query, however their names are written."""
-    pairs = [pair.partition("=") for pair in query.split("&")]
-    return "&".join(
-        f"{name}=***" if equals and is_secret(unquote(name)) else f"{name}{equals}{value}"
-        for name, equals, value in pairs
-    )
-
-
 def get_path(value: Any, *steps: str) -> Any:
     """Follow keys and positions into JSON; None where they lead nowhere."""
     for step in steps:
@@ -3358,6 +3384,7 @@ class Call:
     reply_headers: Mapping[str, str] = {}  # but those of every reply
     reply_size = 0  # bytes of it that are kept
     revision = 0  # rises whenever something about the call changes
+    identity: Any = None  # what a fixture would match, where the body is not kept
     _raw_reply: bytes | list[bytes] = b""
     misses: Sequence[Any] = ()  # the fixtures that did not answer, and why
     explain_misses: Any = None  # says so
@@ -3366,7 +3393,7 @@ class Call:
         self.number = number
         self.method = request.method
         self.path = request.path
-        self.query = redact_query(request.query) if request.query else ""
+        self.query = hide_in_url("?" + request.query)[1:]
         self.headers = request.headers.masked
         self.test: str = request.headers.get("x-test-id", "")
         self.batch = request.batch  # the job whose line this is
@@ -3680,6 +3707,23 @@ if TYPE_CHECKING:
     Obstacle = tuple[str, Any, Any]  # why a fixture does not answer: key, what it wants, what is
 
 
+# What does not change what a chat says, so that it does not tell two of them apart.
+UNSAID_FIELDS = frozenset(("stream", "stream_options", "user"))
+COMPARABLE = make_encoder(
+    sort_keys=True, default=lambda file: hashlib.sha256(file.data).hexdigest()
+)
+
+
+def say_body(kind: str, body: dict[str, Any]) -> dict[str, Any]:
+    """Return what tells a body from others."""
+    return {name: body[name] for name in body if kind != "chat" or name not in UNSAID_FIELDS}
+
+
+def digest_body(kind: str, body: dict[str, Any]) -> str:
+    """Return the SHA-256 of what tells a body from others, files with their content."""
+    return hashlib.sha256(COMPARABLE(say_body(kind, body)).encode("utf-8", "replace")).hexdigest()
+
+
 class MatchFacts(dict):  # type: ignore[type-arg]
     """What fixtures ask about one request, by match key; its body is not checked yet.
 
@@ -3724,6 +3768,10 @@ class MatchFacts(dict):  # type: ignore[type-arg]
             headers=headers,
         )
 
+    def __missing__(self, key: str) -> str:
+        """Return the digest of the body, which few ask for."""
+        return digest_body(self.kind, self["body"])
+
 
 DECODE_BASE64 = functools.partial(base64.b64decode, validate=True)
 
@@ -3752,6 +3800,7 @@ PLAIN_MATCH = Fields(
     text_row("systemMessage", kinds=(list,), each=Field("", str)),
     Field("hasToolResult", bool),
     Field("body", dict),
+    Field("bodyDigest", str, low=64, high=64),
     Field("headers", dict, each=text_row("")),
     closed=True,
 )
@@ -4434,6 +4483,8 @@ def load_fixtures(path: str, warnings: list[str] | None = None) -> list[Fixture]
     Raises ValueError when one is not JSON or not fixtures.
     """
     names = [path]
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise ValueError(f"{path}: is neither a file nor a folder")
     if os.path.isdir(path):
         tree = sorted(os.walk(path), key=lambda row: row[0].split(os.sep))
         names = [os.path.join(folder, name) for folder, _, files in tree for name in sorted(files)]
@@ -4501,7 +4552,8 @@ KEYWORDS = {
     for part, rows in (("response", RESPONSE), ("", OPTIONS), ("match", MATCH))
     for key in rows
 }
-KEYWORDS.update(response_model=("response", "model"), not_=KEYWORDS.pop("not"))
+KEYWORDS.update(response_model=("response", "model"), response_headers=("response", "headers"))
+KEYWORDS.update(not_=KEYWORDS.pop("not"))
 KEYWORD_ROWS = {"response": RESPONSE, "": OPTIONS, "match": MATCH}
 KEYWORD_TYPES = {
     word: " or ".join(KIND_NAMES[kind] for kind in KEYWORD_ROWS[part][key].kinds)
@@ -7698,7 +7750,12 @@ def run_line(
     headers = {"authorization": f"Bearer {DEFAULT_KEY}", "content-type": "application/json"}
     request = Request("POST", endpoint, ENCODE(row["body"]).encode(), headers=headers)
     request.batch = job["id"]
-    return id, server.answer(request)
+    reply = server.answer(request)
+    if reply.events is not None:  # a fixture has it wait, or an upstream answers
+        events, reply.body = reply.events, b""
+        with contextlib.suppress(Cut):
+            reply.body = b"".join(events)
+    return id, reply
 
 
 def find_error(reply: Reply) -> Item:
@@ -9160,14 +9217,11 @@ def get_upload_job(server: TogetherAiServer, request: Request) -> Any:
 # === Recording ===
 
 MAX_RECORDED_ANSWER_BYTES = 32 * 2**20  # a larger answer is passed on, but not recorded
-MIN_KEY_LENGTH = 20  # characters of a real key; "test" and the like may stand in a text
-
-# What does not change what a chat says, so that it does not tell two of them apart.
-UNSAID_FIELDS = frozenset(("stream", "stream_options", "user"))
 # Headers that change what a client does, so that they are recorded.
 KEPT_HEADER = lazy_regex(
     r"location|retry-after(-ms)?|x-should-retry|x-ratelimit\b.*", re.IGNORECASE
 )
+REPLACE_TRIES, REPLACE_SECONDS = 20, 0.05  # for others to close a file
 REST = 4  # times as long as it wrote a recorder leaves the processor to the clients
 NUMBER_LINES = lazy_regex(r'\[\n\s+(-?[0-9][^"\[\]{}]*?)\n\s*\]')  # no text has a bare line end
 
@@ -9318,6 +9372,18 @@ def keep_as_it_came(reply: Reply) -> dict[str, Any]:
     return {"response": {"raw": {**body, "contentType": reply.content_type}, **said}}
 
 
+def put_answer(kind: str, request: Request, reply: Reply, times: Any = ()) -> dict[str, Any]:
+    """Return the response and the options of a fixture that gives this answer again.
+
+    reply  with its whole body, that of a stream, too
+    """
+    words = put_into_words(request, reply) if kind == "chat" and reply.status == 200 else None
+    answer = words or keep_as_it_came(reply)
+    is_stream = reply.content_type.startswith(EVENT_STREAM)
+    timings = find_timings(reply.body, times) if is_stream and times else None
+    return {**answer, "recordedTimings": timings} if timings else answer
+
+
 # --- From a request to what a fixture matches
 
 
@@ -9338,27 +9404,36 @@ def put_match(kind: str, facts: MatchFacts) -> dict[str, Any]:
     return match
 
 
-def drop_hidden(value: Any) -> Any:
-    """Return JSON without the secrets that `redact` has hidden: no request would match them."""
-    if isinstance(value, dict):
-        return {name: drop_hidden(inner) for name, inner in value.items() if inner != "***"}
-    if isinstance(value, list):
-        return [drop_hidden(item) for item in itertools.takewhile(lambda it: it != "***", value)]
-    return value
+def keep_shown(value: Any, shown: Any) -> Any:
+    """Return JSON without what `redact` has hidden of it: no request would match stars."""
+    if isinstance(shown, dict) and isinstance(value, dict):
+        pairs = [(name, value[name], shown[name]) for name in value]
+        return {
+            n: keep_shown(v, s) for n, v, s in pairs if type(v) in (dict, list, Upload) or v == s
+        }
+    if isinstance(shown, list):
+        ends = [at for at, (v, s) in enumerate(zip(value, shown)) if type(v) is str and v != s]
+        return list(map(keep_shown, value, shown))[: ends[0] if ends else None]
+    return shown
+
+
+def is_named(match: dict[str, Any]) -> bool:
+    """Tell whether a match has a text of its request."""
+    return "userMessage" in match or "inputText" in match
 
 
 def identify(kind: str, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the match that names a request, and the body that tells it from its namesakes."""
-    unsaid = UNSAID_FIELDS if kind == "chat" else ()
-    body = {name: value for name, value in request.body.items() if name not in unsaid}
-    return put_match(kind, MatchFacts(kind, request)), drop_hidden(redact(body))
+    """Return the match that names a request, and the body that tells it from its namesakes.
 
-
-def find_secrets(headers: Mapping[str, str]) -> set[str]:
-    """Return the keys in a request's headers."""
-    values = [value for name, value in headers.items() if is_secret_header(name)]
-    words = [word for value in values for word in re.split("[ ,;=]", value)]
-    return {word for word in words if len(word) >= MIN_KEY_LENGTH}
+    A body that is too large to be kept, or to be told from others, is known by its digest.
+    """
+    name, body = put_match(kind, MatchFacts(kind, request)), say_body(kind, request.body)
+    large = len(request.raw) > MAX_RECORDED_BODY_BYTES
+    if large or (not body and not is_named(name) and kind in ENDPOINT_KINDS):
+        for key in [key for key in name if type(name[key]) is str]:
+            name[key] = name[key][:MAX_SHOWN]
+        return {**name, "bodyDigest": digest_body(kind, request.body)}, {}
+    return name, keep_shown(body, redact(body))
 
 
 def write_entry(entry: dict[str, Any], secrets: Iterable[str] = ()) -> str:
@@ -9378,14 +9453,28 @@ def read_loosely(request: Request) -> None:
             request.body = parse_body(request.raw, kind, NO_FIELDS)
 
 
+if TYPE_CHECKING:
+    Rank = tuple[int, int]
+FIRST: Rank = (-sys.maxsize, 0)
+
+
+def rank_match(match: dict[str, Any]) -> Rank:
+    """Return what sorts matches so that each request finds its own answers.
+
+    A match that holds for another request, too, has a shorter name, or the same and less body.
+    """
+    told = ("endpoint", "sequenceIndex", "body")
+    name = {key: match[key] for key in match if key not in told}
+    return -len(CANONICAL(name)), -len(CANONICAL(match.get("body", {})))
+
+
 class Recorded:
     """One request with the answers that it got, in their order: a sequence where there are more."""
 
     def __init__(self, name: dict[str, Any], body: dict[str, Any]) -> None:
         self.name = name
         self.body = body
-        # A match that holds for another request, too, has a shorter name, or that and less body.
-        self.rank = (-len(CANONICAL(name)), -len(CANONICAL(body)))
+        self.rank = rank_match({**name, "body": body})
         self.answers: list[dict[str, Any]] = []  # responses and options of fixtures
         self.secrets: set[str] = set()
         self._written: tuple[Any, list[str]] = (None, [])
@@ -9395,7 +9484,7 @@ class Recorded:
         match = self.name
         if any(each["response"].keys() & {"json", "raw"} for each in self.answers):
             match = {"endpoint": "chat", **match}  # where the answer does not say what it is
-        named = alone and ("userMessage" in match or "inputText" in match)
+        named = alone and is_named(match)
         return match if named or not self.body else {**match, "body": self.body}
 
     def write(self, match: dict[str, Any]) -> list[str]:
@@ -9413,92 +9502,134 @@ class Recorded:
 class Recording:
     """The fixtures for recorded calls, in an order in which each call finds its own answers."""
 
-    def __init__(self, entries: Iterable[dict[str, Any]] = ()) -> None:
-        self._earlier = [write_entry(entry) for entry in entries]  # of the file, as they were
+    def __init__(self) -> None:
         self._names: dict[str, dict[str, Recorded]] = {}  # by name, then by body
 
-    def add(self, kind: str, request: Request, reply: Reply, times: Any = ()) -> None:
-        """Add the answer to a call, as the next of its sequence if it was recorded before.
+    def add(self, identity: Any, answer: dict[str, Any], secrets: Iterable[str]) -> None:
+        """Add the answer to a request, as the next of its sequence if it was recorded before.
 
-        reply  with its whole body, that of a stream, too
+        Raises ValueError for one that no fixture file can hold.
         """
-        read_loosely(request)
-        name, body = identify(kind, request)
-        words = put_into_words(request, reply) if kind == "chat" and reply.status == 200 else None
-        answer = words or keep_as_it_came(reply)
-        if reply.content_type.startswith(EVENT_STREAM):
-            timings = find_timings(reply.body, times) if times else None
-            answer.update({"recordedTimings": timings} if timings else {})
+        name, body = identity
+        parse_entry({"match": {**name, "body": body}, **answer}, "")
         alike = self._names.setdefault(CANONICAL(name), {})
         recorded = alike.setdefault(CANONICAL(body), Recorded(name, body))
         recorded.answers.append(answer)
-        recorded.secrets |= find_secrets(request.headers)
+        recorded.secrets.update(secrets)
 
-    def _texts(self) -> Iterator[str]:
-        """Yield the JSON of the fixtures: what a match of fewer words holds for goes first."""
-        rows = [
-            (each, len(alike) == 1) for alike in self._names.values() for each in alike.values()
-        ]
-        for recorded, alone in sorted(rows, key=lambda row: row[0].rank):
-            yield from recorded.write(recorded.match(alone))
+    def rows(self) -> Iterator[tuple[Rank, str]]:
+        """Yield the JSON of the fixtures, each with its rank."""
+        for alike in self._names.values():
+            for recorded in alike.values():
+                for text in recorded.write(recorded.match(len(alike) == 1)):
+                    yield recorded.rank, text
 
-    def entries(self) -> list[dict[str, Any]]:
-        """Return the fixtures of the recorded calls."""
-        return list(map(json.loads, self._texts()))
 
-    def write(self) -> bytes:
-        """Return the fixture file."""
-        inner = ",\n".join([*self._earlier, *self._texts()])
-        return f'{{\n  "fixtures": [\n{inner}\n  ]\n}}\n'.encode()
+def write_fixtures(rows: Iterable[tuple[Rank, str]], more: Mapping[str, Any]) -> bytes:
+    """Return a fixture file: what a match of fewer words holds for goes first.
+
+    more  what the file says beside its fixtures
+    """
+    inner = ",\n".join(text for _, text in sorted(rows, key=lambda row: row[0]))
+    others = "".join(f"  {ENCODE(name)}: {json.dumps(more[name])},\n" for name in more)
+    return f'{{\n{others}  "fixtures": [\n{inner}\n  ]\n}}\n'.encode()
+
+
+def record_calls(calls: Iterable[Call], secrets: Iterable[str]) -> Recording:
+    """Return the fixtures that answer recorded calls as they were answered.
+
+    Calls that this server refused for their key or their JSON would refuse others again.
+    """
+    recording = Recording()
+    for call in calls:
+        request = call.as_request()
+        unread = (call.status == 401 and not call.fixture) or (request.raw and call.body is None)
+        if call.kind in ENDPOINT_KINDS and call.outcome == "complete" and not unread:
+            reply = Reply(call.raw_reply, call.status, call.reply_type, call.reply_headers)
+            answer = put_answer(call.kind, request, reply)
+            with contextlib.suppress(ValueError):
+                recording.add(call.identity or identify(call.kind, request), answer, secrets)
+    return recording
+
+
+def check_target(path: str) -> str:
+    """Return the real path of a file that shall be written; OSError where it cannot be one."""
+    path = os.path.realpath(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "no file"
+        raise OSError(errno.EINVAL, f"it is {kind}", path)
+    return path
 
 
 def write_file(path: str, data: bytes) -> None:
     """Replace a file at once, so that whoever is killed meanwhile leaves the old one or the new."""
-    path = os.path.realpath(path)
-    draft = f"{path}.{os.getpid()}.tmp"
+    import tempfile  # only where something is written
+
+    path = check_target(path)
+    number, draft = tempfile.mkstemp(".tmp", os.path.basename(path) + ".", os.path.dirname(path))
     try:
-        with open(draft, "wb") as file:
+        with open(number, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(draft, path)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(draft, os.stat(path).st_mode if os.path.exists(path) else 0o666 & ~mask)
+        for left in range(REPLACE_TRIES, 0, -1):
+            try:
+                return os.replace(draft, path)
+            except PermissionError:  # on Windows, while somebody reads it
+                if left == 1:
+                    raise
+                time.sleep(REPLACE_SECONDS)
     except OSError:
         with contextlib.suppress(OSError):
             os.unlink(draft)
         raise
 
 
-def record_calls(calls: Iterable[Call]) -> Recording:
-    """Return the fixtures that answer recorded calls as they were answered."""
-    recording = Recording()
-    for call in calls:
-        if call.kind in ENDPOINT_KINDS and call.outcome == "complete" and call.raw_reply:
-            reply = Reply(call.raw_reply, call.status, call.reply_type, call.reply_headers)
-            recording.add(call.kind, call.as_request(), reply)
-    return recording
+@contextlib.contextmanager
+def lock_folder(path: str) -> Iterator[None]:
+    """Have other programs wait that record to a file of this folder; on Windows they do not."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    folder = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 class Recorder:
     """Adds answers to a fixture file, off the way of the clients.
 
     A thread writes all that has come since it last wrote, and ends when nothing has: the end of
-    the program waits for it. A file that is there already is continued.
+    the program waits for it. A file that is there already is continued, also by several programs.
     """
 
     def __init__(self, path: str) -> None:
         """Read the file if there is one; raise ValueError or OSError where it cannot be."""
-        self.path = path
-        if os.path.isdir(path):
-            raise ValueError(f"record needs a file, and {path!r} is a folder")
-        entries = []
-        self.exists = os.path.exists(path)
-        if self.exists:
-            load_fixtures(path)  # names what is wrong
-            with open(path, encoding="utf-8-sig") as file:
-                entries = json.load(file)["fixtures"]
-        else:
-            os.makedirs(os.path.dirname(os.path.realpath(path)), exist_ok=True)
-        self._recording = Recording(entries)
+        import tempfile
+
+        try:
+            self.path = check_target(path)
+        except OSError as error:
+            raise ValueError(f"record needs a file, and {error}") from None
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        tempfile.TemporaryFile(dir=os.path.dirname(self.path)).close()  # there can be a draft
+        self._recording = Recording()
+        self._mine: set[str] = set()  # entries, as they were written last
+        self._others: dict[str, Rank] = {}  # the entries of others, by their JSON
+        self._more: dict[str, Any] = {}  # what the file says beside them
+        self._read()
+        self._others = dict.fromkeys(self._others, FIRST)  # they may have been sorted by hand
+        self._told = ""
+        self._unwritten = False
         self._waiting: list[tuple[str, Request, Reply, Any]] = []
         self._lock = threading.Lock()
         self._hurry = threading.Event()
@@ -9522,8 +9653,9 @@ class Recorder:
         self._hurry.set()
         if writer is not None:
             writer.join()
-        if self._waiting:
-            self._work()
+        self._work()
+        if self._unwritten:  # the disk may have room again
+            self._write()
         self._hurry.clear()
 
     def _work(self) -> None:
@@ -9535,17 +9667,60 @@ class Recorder:
                     self._writer = None
                     return
             began = time.perf_counter()
-            try:
-                for call in batch:
-                    self._recording.add(*call)
-                write_file(self.path, self._recording.write())
-            except OSError as error:
-                complain(f"cannot record to {self.path}: {error}\n")
-            except Exception:
-                import traceback  # only for a bug
-
-                complain(traceback.format_exc())
+            for call in batch:
+                self._take(*call)
+            self._write()
             self._hurry.wait(REST * (time.perf_counter() - began))
+
+    def _take(self, kind: str, request: Request, reply: Reply, times: Any) -> None:
+        """Add an answer to the recording."""
+        try:
+            read_loosely(request)
+            answer = put_answer(kind, request, reply, times)
+            self._recording.add(identify(kind, request), answer, request.headers.secrets)
+        except ValueError as error:
+            self._tell(f"cannot record {request.method} {request.path}: {error}")
+        except Exception:
+            import traceback  # only for a bug
+
+            complain(traceback.format_exc())
+
+    def _read(self) -> None:
+        """Read what others have written into the file."""
+        self._seen = stamp_files([self.path])
+        if not self._seen:
+            self._others = {}
+            return
+        load_fixtures(self.path)  # names what is wrong
+        with open(self.path, encoding="utf-8-sig") as file:
+            self._more = json.load(file)
+        entries = {write_entry(entry): entry for entry in self._more.pop("fixtures")}
+        self._others = {
+            text: self._others.get(text) or rank_match(entry["match"])
+            for text, entry in entries.items()
+            if text not in self._mine
+        }
+
+    def _write(self) -> None:
+        """Write the file; where that fails, what is in it stays, and it is tried again later."""
+        self._unwritten = True
+        try:
+            with lock_folder(self.path):
+                if stamp_files([self.path]) != self._seen:
+                    self._read()
+                others = [(self._others[text], text) for text in self._others]
+                mine = list(self._recording.rows())
+                write_file(self.path, write_fixtures(others + mine, self._more))
+                self._mine, self._seen = {text for _, text in mine}, stamp_files([self.path])
+            self._unwritten = False
+        except (OSError, ValueError) as error:
+            self._tell(f"cannot record to {self.path}: {error}")
+
+    def _tell(self, text: str) -> None:
+        """Say what goes wrong, once."""
+        if text != self._told:
+            complain(text + "\n")
+        self._told = text
 
 
 # === Page ===
@@ -10384,38 +10559,70 @@ def list_requests(server: TogetherAiServer, request: Request) -> Any:
     return Reply(b'{"%b":[%b],%b' % (name.encode(), ",".join(items).encode(), tail.encode()))
 
 
+CONNECTION_HEADERS = {  # that concern one connection alone
+    "accept-encoding", "connection", "content-length", "expect", "host", "keep-alive",
+    "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+    "transfer-encoding", "upgrade",
+}  # fmt: skip
+
+
 def quote_for_shell(text: str) -> str:
     """Return a text as one word of a shell's command."""
     return "'" + text.replace("'", "'\\''") + "'"
 
 
+def list_body_words(call: Call) -> list[str]:
+    """Return the options by which curl sends the body of a call; files by their names."""
+    kind, body = call.headers.get("content-type", ""), call.body or {}
+    is_multipart = kind.startswith("multipart/")
+    if not is_multipart and not kind.startswith("application/x-www-form-urlencoded"):
+        return [f"--data-raw {quote_for_shell(ENCODE(body))}"] if body else []
+    words = []
+    pairs = [(n, v) for n in body for v in (body[n] if type(body[n]) is list else [body[n]])]
+    for name, value in pairs:
+        if type(value) is dict and "filename" in value:
+            file = re.sub(r'(["\\])', r"\\\1", value["filename"].rpartition("/")[2])
+            field = f'{name}=@"{file}";type={value["content_type"]}'
+            words.append(f"-F {quote_for_shell(field)}")
+        else:
+            option = "--form-string" if is_multipart else "--data-urlencode"
+            words.append(f"{option} {quote_for_shell(f'{name}={dump_json(value)}')}")
+    return words
+
+
 def write_curl(call: Call, origin: str) -> str:
-    """Return the command that sends a recorded call again, with any key."""
-    lines = [f"curl -sS -X {call.method} {quote_for_shell(origin + call.path)}"]
+    """Return the command that sends a recorded call again, with any key.
+
+    All that a client sent is quoted: the command is for a shell.
+    """
+    method = "-I" if call.method == "HEAD" else f"-X {quote_for_shell(call.method)}"
+    url = f"{origin}{call.path}?{call.query}" if call.query else origin + call.path
+    lines = [f"curl -gsS --path-as-is {method} {quote_for_shell(url)}"]
     for name, value in call.headers.items():
-        if name in ("content-type", "x-test-id") and not value.startswith("multipart/"):
-            lines.append(f"-H {quote_for_shell(f'{name}: {value}')}")
+        made_anew = name in CONNECTION_HEADERS or value.startswith("multipart/")
+        if not made_anew and not is_secret_header(name):
+            field = f"{name}: {value}" if value else f"{name};"
+            lines.append(f"-H {quote_for_shell(field)}")
     lines.append(f"-H {quote_for_shell(f'authorization: Bearer {DEFAULT_KEY}')}")
-    if isinstance(call.body, dict):
-        lines.append(f"-d {quote_for_shell(ENCODE(call.body))}")
-    return " \\\n  ".join(lines)
+    return " \\\n  ".join(lines + list_body_words(call))
 
 
 def write_python(entry: dict[str, Any]) -> str:
     """Return a fixture as the call of `server.reply()` that makes it."""
     match, said = dict(entry["match"]), dict(entry["response"])
+    headers = said.pop("headers", None)
     options = {key: entry[key] for key in entry if key in OPTIONS and key != "recordedTimings"}
     model = said.pop("model", None)
     words = {**said, **match, **options, **({"response_model": model} if model else {})}
-    words["not_"] = words.pop("not", None)
+    words["responseHeaders"] = headers
     content = [repr(words.pop("content"))] if "content" in words else []
     given = [f"{to_snake(key)}={value!r}" for key, value in words.items() if value is not None]
     return "server.reply(\n" + "".join(f"    {line},\n" for line in content + given) + ")"
 
 
-def copy_call(call: Call, origin: str) -> dict[str, str]:
+def copy_call(server: TogetherAiServer, call: Call, origin: str) -> dict[str, str]:
     """Return a recorded call as a command, and its answer as Python and as a fixture file."""
-    entries = record_calls([call]).entries()
+    entries = [json.loads(text) for _, text in record_calls([call], server.secrets).rows()]
     return {
         "curl": write_curl(call, origin),
         "python": write_python(entries[0]) if entries else "",
@@ -10437,7 +10644,7 @@ def find_call(server: TogetherAiServer, number: str) -> Call:
 def get_recorded_call(server: TogetherAiServer, request: Request) -> Any:
     """Describe one recorded call, with what came back and ways to say it again."""
     call = find_call(server, request.params["number"])
-    return {**call.as_json(), "copy": copy_call(call, request.origin)}
+    return {**call.as_json(), "copy": copy_call(server, call, request.origin)}
 
 
 @route("GET", "/__parlel/requests/{number}/reply", open=True)
@@ -10478,7 +10685,7 @@ def list_fixtures(server: TogetherAiServer, request: Request) -> Any:
         return server.script.describe()
     test = request.args.get("test")
     calls = [call for call in server.requests if test in (None, call.test)]
-    return Reply(record_calls(calls).write())
+    return Reply(write_fixtures(record_calls(calls, server.secrets).rows(), {}))
 
 
 @route("DELETE", "/__parlel/fixtures", open=True)
@@ -11400,11 +11607,8 @@ UPSTREAM_SECONDS = 300.0  # for its answer to begin, and then without a byte: mo
 CONNECT_SECONDS = 10.0  # for it to be reached
 WATCH_SECONDS = 0.25  # between two looks at whether this server stops
 VIA = "via"
-NOT_PASSED = {  # request headers that concern this connection alone, or this server
-    "accept-encoding", "connection", "content-length", "expect", "host", "keep-alive",
-    "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
-    "transfer-encoding", "upgrade", "x-parlel-fixture", "x-aimock-context", VIA,
-}  # fmt: skip
+# Request headers that concern this connection alone, or this server.
+NOT_PASSED = {*CONNECTION_HEADERS, "x-parlel-fixture", "x-aimock-context", VIA}
 NOT_RETURNED = NOT_PASSED - {VIA} | {"alt-svc"}
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
@@ -11453,6 +11657,8 @@ class Patient(io.RawIOBase):
         self.stopping = stopping
         self.seconds = seconds
         self.head_end = time.monotonic() + seconds
+        self.begun = False
+        self.reader = io.BufferedReader(self, RECEIVE_BYTES)
         poll = getattr(selectors, "PollSelector", selectors.SelectSelector)
         self.selector = poll()
         self.selector.register(sock, selectors.EVENT_READ)
@@ -11460,8 +11666,8 @@ class Patient(io.RawIOBase):
             self.selector.register(client, selectors.EVENT_READ)
 
     def makefile(self, mode: str) -> Any:
-        """Return what `http.client` reads from."""
-        return io.BufferedReader(self, RECEIVE_BYTES)
+        """Return what `http.client` reads from: the same for each head that comes."""
+        return self.reader
 
     def readable(self) -> bool:
         return True
@@ -11470,8 +11676,13 @@ class Patient(io.RawIOBase):
         """Receive some bytes; raise `Cut` when nobody wants them any more."""
         end = self.head_end or time.monotonic() + self.seconds
         while not self.is_ready(end):
-            self.check_client()
-        return int(self.sock.recv_into(buffer))
+            if self.stopping.is_set():
+                raise Cut
+        size = int(self.sock.recv_into(buffer))
+        if not size and self.head_end and self.begun:
+            raise http.client.HTTPException("its head was cut")
+        self.begun = True
+        return size
 
     def is_ready(self, end: float) -> bool:
         """Wait a while; tell whether something has come, and raise once it is too late."""
@@ -11480,15 +11691,14 @@ class Patient(io.RawIOBase):
         left = end - time.monotonic()
         if left <= 0:
             raise socket.timeout
-        ready = self.selector.select(min(left, WATCH_SECONDS))
-        return any(key.fileobj is self.sock for key, _ in ready)
+        ready = [key.fileobj for key, _ in self.selector.select(min(left, WATCH_SECONDS))]
+        if self.client in ready:
+            self.check_client()
+        return self.sock in ready
 
     def check_client(self) -> None:
-        """Raise `Cut` when the client has left or this server stops."""
-        if self.stopping.is_set():
-            raise Cut
-        if self.client is None or self.client not in self.selector.get_map():
-            return
+        """Raise `Cut` when the client, who can be read from, has left."""
+        assert self.client is not None
         try:
             if not self.client.recv(1, socket.MSG_PEEK | MSG_DONTWAIT):
                 raise Cut
@@ -11540,7 +11750,9 @@ class Upstream:
 
         parts = urlsplit(url)
         if parts.scheme not in DEFAULT_PORTS or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError(f"upstream must be an http:// or https:// URL, not {url!r}")
+            raise ValueError(
+                f"upstream must be an http:// or https:// URL, not {hide_in_url(url)!r}"
+            )
         if parts.username is not None or parts.password is not None:
             raise ValueError("upstream must not have a name or password; clients send their keys")
         self.url = url
@@ -11564,6 +11776,8 @@ class Upstream:
         passed = request.headers.get(VIA, "")
         if self.name in passed:
             raise self.refuse("it is this server")
+        if ".." in re.split(r"[/\\]", unquote(unquote(request.path))):
+            raise self.refuse(f"the path {request.path[:100]} leads out of it")
         headers = drop_headers(request.headers.items(), NOT_PASSED)
         headers["Via"] = f"{passed}, {self.name}" if passed else self.name
         headers["Connection"] = "close"
@@ -11606,10 +11820,13 @@ class Upstream:
         connection.request(request.method, target, request.raw or None, headers)
         client = getattr(request, "client", None)
         source: Any = Patient(sock, client, self.stopping, self.seconds)
-        response = http.client.HTTPResponse(source, method=request.method)
-        response.begin()
-        source.head_end = 0.0
-        return response
+        while True:
+            response = http.client.HTTPResponse(source, method=request.method)
+            response.begin()
+            if not 100 <= response.status < 200:  # else it is no answer yet
+                source.head_end = 0.0
+                return response
+            response.fp = None  # type: ignore[assignment]  # which it would close
 
     def relay(self, request: Request, response: Any, connection: Any) -> Reply:
         """Make an upstream's answer a reply whose body is passed on while it comes."""
@@ -11647,8 +11864,10 @@ class Upstream:
                 if size <= self.max_recorded:
                     kept.append(piece)
                     times.append((size, time.perf_counter() - started))
-                    if size == length or tail == DONE or (ends and not piece):
-                        record(b"".join(kept), times)
+                    ended = size == length or tail == DONE or (ends and not piece)
+                    data = b"" if piece and not ended else b"".join(kept)
+                    if ended or (data[:1] in (b"{", b"[") and succeeds(json.loads, data)):
+                        record(data, times)
                         size = sys.maxsize  # once is enough
                 if piece:
                     yield piece
@@ -11913,6 +12132,7 @@ if TYPE_CHECKING:
         has_tool_result: bool | None
         turn_index: int | None
         body: Mapping[str, Any] | None
+        body_digest: str | None
         headers: Mapping[str, TextMatch] | None
         not_: Mapping[str, Any] | None
 
@@ -11956,6 +12176,7 @@ if TYPE_CHECKING:
         id: str | None
         created: int | None
         response_model: str | None
+        response_headers: Mapping[str, str] | None
         usage: Mapping[str, Any] | None
         finish_reason: str | None
         role: str | None
@@ -12301,6 +12522,8 @@ class TogetherAiServer(Scripting):
             self.models = dict(MODELS)
             self._calls = deque()
             self._ended: deque[Call] = deque()  # whose replies are not counted yet
+            # Keys of the calls, which nothing that is written of them shall hold.
+            self.secrets: dict[str, None] = BoundedDict(MAX_OBJECTS)
             self.epoch += 1
             self._recorded_bytes = 0
             self._numbers = itertools.count(1)
@@ -12399,7 +12622,8 @@ class TogetherAiServer(Scripting):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a fixture file that answers every recorded call as it was answered."""
-        write_file(os.fspath(path), record_calls(self.requests).write())
+        rows = record_calls(self.requests, self.secrets).rows()
+        write_file(os.fspath(path), write_fixtures(rows, {}))
 
     def seed(self, collection: str, items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Store objects under ids of your choice; what an item lacks gets a default.
@@ -12454,6 +12678,8 @@ class TogetherAiServer(Scripting):
         reply = self._settle(request, call)
         call.duration = time.perf_counter() - started
         call.keep_reply(reply)
+        if len(request.raw) > MAX_RECORDED_BODY_BYTES and request.body:
+            call.identity = identify(call.kind, request)
         if reply.events is None:
             self._end_call(call, "complete")
         else:
@@ -12485,6 +12711,8 @@ class TogetherAiServer(Scripting):
             call = Call(next(self._numbers), request, self.clock())
             call.revision = next(self._revisions)
             self._calls.append(call)
+            for key in request.headers.secrets:
+                self.secrets[key] = None
             self._recorded_bytes += call.kept
             while self._ended:  # replies that have come since
                 self._recorded_bytes += self._ended.popleft().count_reply()
@@ -12592,7 +12820,8 @@ class TogetherAiServer(Scripting):
             return reply
         if fault.describe():
             call.warnings += (fault.describe(),)
-        return apply_fault(reply, fault, self.stopping.wait, time.monotonic)
+        wait = self.stopping.wait if not request.batch else lambda _: self.stopping.is_set()
+        return apply_fault(reply, fault, wait, time.monotonic)
 
     def _shape_error(self, error: ApiError, request: Request) -> Reply:
         """Return the error envelope; strict servers use production's words where known."""
@@ -12739,7 +12968,11 @@ def serve(server: TogetherAiServer) -> None:
     writer.setblocking(False)
     # A signal is written here at once, whatever the main thread does.
     signal.set_wakeup_fd(writer.fileno())
-    for name in (signal.SIGINT, signal.SIGTERM):
+    ends = [signal.SIGINT, signal.SIGTERM]
+    hang_up = getattr(signal, "SIGHUP", None)
+    if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:  # as nohup sets it
+        ends.append(hang_up)
+    for name in ends:
         signal.signal(name, lambda *_: None)
     server.start()
     exports = [f"export {variable}={value}" for variable, value in server.env.items()]
