@@ -7425,7 +7425,7 @@ class PageTests(FakeCase):
         )
         self.assertEqual(got.headers["vary"], "Accept")
         self.assertTrue(got.raw.startswith(b"<!doctype html>"))
-        self.assertLess(len(got.raw), 40_000)
+        self.assertLessEqual(len(got.raw), 16 * 1024)
 
     def test_others_get_json(self):
         for accept in ({}, {"Accept": "*/*"}, {"Accept": "application/json, text/plain, */*"}):
@@ -7490,6 +7490,65 @@ class PageTests(FakeCase):
         self.assertEqual((row["n"], row["status"], second["last"]), (2, 400, 2))
         self.server.reset()
         self.assertNotEqual(rows(0)["epoch"], second["epoch"])
+
+    def rows(self):
+        return self.json("GET", "/__parlel/requests?view=rows")["rows"]
+
+    def test_a_row_says_what_was_asked_and_answered(self):
+        self.server.reply("It is\nsunny.", user_message="weather", times=1)
+        self.server.reply(tool_calls=[{"name": "look", "arguments": {"at": "sky"}}])
+        self.chat("the weather?", nonsense=1)
+        self.stream(messages=say("and then?"), tools=[tool("look", parameters=CITY)])
+        self.post("/v1/responses", {"model": LLAMA, "input": "hello", "stream": True, "tools": []})
+        self.ask("POST", CHAT, {"model": LLAMA, "messages": []})
+        one, two, _, four = self.rows()
+        self.assertEqual((one["question"], one["answer"]), ("the weather?", "It is sunny."))
+        self.assertIn("nonsense", one["warning"])
+        self.assertEqual((two["question"], two["answer"]), ("and then?", 'look({"at":"sky"})'))
+        self.assertEqual((four["question"], four["answer"]), ("", four["error"]))
+
+    def test_a_row_tells_of_every_kind(self):
+        self.post("/v1/embeddings", {"model": LLAMA, "input": ["one", "two"]})
+        self.post("/v1/rerank", RERANK)
+        self.post("/v1/images/generations", {"model": FLUX, "prompt": "a boat", "width": 16})
+        self.post("/v1/completions", {"model": LLAMA, "prompt": "Once upon"})
+        self.post("/v1/responses", {"model": LLAMA, "input": "hello", "stream": True})
+        rows = self.rows()
+        self.assertEqual(
+            [row["question"] for row in rows],
+            ["two", RERANK["query"], "a boat", "Once upon", "hello"],
+        )
+        self.assertTrue(rows[0]["answer"].startswith('[{"object":"embedding"'))
+        self.assertTrue(rows[1]["answer"].startswith('[{"index":'))
+        (image,) = rows[2]["images"]
+        self.assertEqual(self.ask("GET", image[len(self.server.url) :]).raw[:4], b"\x89PNG")
+        for row in rows[3:]:
+            self.assertRegex(row["answer"], r"^\w+ \w+")
+
+    def test_a_conversation_is_one_thread_and_a_cut_stream_shows_what_came(self):
+        first = self.chat("hello")["choices"][0]["message"]["content"]
+        more = [*say("hello"), {"role": "assistant", "content": first}, *say("and now?")]
+        self.chat(messages=more)
+        self.chat("another")
+        self.server.reply("one two three", disconnect_after_chunks=2)
+        self.ask("POST", CHAT, {**HELLO, "stream": True})
+        one, two, other, cut = self.rows()
+        self.assertEqual(one["thread"], two["thread"])
+        self.assertNotEqual(one["thread"], other["thread"])
+        self.assertEqual((cut["outcome"], cut["answer"]), ("cut", "one two"))
+        self.assertEqual(two["question"], "and now?")
+        call = self.json("GET", "/__parlel/requests/2")
+        self.assertEqual([each["role"] for each in call["asked"]], ["user", "assistant", "user"])
+        self.assertEqual(
+            call["said"][0]["content"], call["reply"]["choices"][0]["message"]["content"]
+        )
+
+    def test_what_is_filtered_is_downloaded_as_fixtures(self):
+        self.chat("about apples")
+        self.chat("about pears")
+        got = self.json("GET", FIXTURES + "?from=requests&text=apples")
+        matches = [entry["match"]["userMessage"] for entry in got["fixtures"]]
+        self.assertEqual(matches, ["about apples"])
 
     def test_a_call_can_be_said_again(self):
         odd = 'It\'s {{odd}}: $HOME `ls` \\ "quoted"\n\u2028 ü'

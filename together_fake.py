@@ -3376,6 +3376,7 @@ class Call:
     duration = 0.0  # seconds until the reply was there; of a stream, until its end
     outcome = ""  # "complete", "cut" by a fault, "left" by the client; "" while it is running
     events_sent = 0  # of a stream
+    first_event = 0.0  # seconds until the first of them was there
     error = ""  # why it failed, where it did
     warnings: tuple[str, ...] = ()  # a path that was read as another, fields that nothing reads
     fixture = ""  # the source of the one that answered
@@ -3428,6 +3429,7 @@ class Call:
                     kept.append(event)
                 self.events_sent += 1
                 self.duration = time.perf_counter() - started  # before the client has the last
+                self.first_event = self.first_event or self.duration
                 yield event
             outcome = "complete"
         except Cut:
@@ -3542,6 +3544,7 @@ class Call:
             "body": self.body,
             "reply": self.reply,
             "events_sent": self.events_sent,
+            "first_event_ms": round(self.first_event * 1000, 3),
             "form": self.form,
             "warnings": list(self.warnings),
             "near_misses": self.near_misses,
@@ -9736,677 +9739,409 @@ PAGE = r"""<!doctype html>
 <style>
 :root {
   color-scheme: light dark;
-  --back: #fff; --panel: #f6f7f9; --line: #dfe3e8; --ink: #1b1f24; --dim: #5d6774;
-  --accent: #1f5fd0; --chosen: #e3edfd; --good: #14733a; --warn: #95520a; --bad: #b3201f;
-  --mono: 12px/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --back: #14171b; --panel: #1b1f25; --line: #2d333b; --ink: #e3e7ec; --dim: #949eab;
-    --accent: #79a8ff; --chosen: #1d2d48; --good: #5cc483; --warn: #e0aa55; --bad: #f5807e;
-  }
+  --back: light-dark(#fff, #14171b); --panel: light-dark(#f4f6f8, #1d2127);
+  --line: light-dark(#dde1e6, #2f353d); --accent: light-dark(#1f5fd0, #7dabff);
 }
 * { box-sizing: border-box; }
 body {
-  display: flex; flex-direction: column; height: 100vh; margin: 0; background: var(--back);
-  color: var(--ink); font: 13px/1.5 system-ui, sans-serif;
+  display: flex; flex-direction: column; height: 100dvh; margin: 0;
+  background: var(--back); font: 14px/1.5 system-ui, sans-serif;
 }
-:focus-visible { outline: 2px solid var(--accent); outline-offset: -2px; }
 [hidden] { display: none !important; }
-.dim, .thought, summary, dt { color: var(--dim); }
-.good, [data-role=assistant] { color: var(--good); }
-.warn, .left, [data-role=tool] { color: var(--warn); }
-.bad, .cut, [data-role=error] { color: var(--bad); }
-a, [data-role=user], [data-role=prompt], [data-role=input] { color: var(--accent); }
-input, select, button {
-  height: 28px; padding: 0 8px; border: 1px solid var(--line); border-radius: 6px;
-  background: var(--back); color: inherit; font: inherit; white-space: nowrap;
+.dim, summary { color: light-dark(#5b6572, #98a2af); }
+a { color: var(--accent); }
+.good { color: light-dark(#14733a, #5cc483); }
+.warn, .left { color: light-dark(#8f4d08, #e0aa55); }
+.bad, .cut { color: light-dark(#b3201f, #f5807e); }
+button, input, textarea {
+  padding: 4px 10px; border: 1px solid var(--line); border-radius: 6px;
+  background: var(--back); color: inherit; font: inherit;
 }
-button:hover { border-color: var(--dim); }
-header, .title, .facts { display: flex; flex-wrap: wrap; gap: 4px 8px; align-items: center; }
-header, .title { padding: 8px 12px; border-bottom: 1px solid var(--line); }
-header, .head, .role, .note, pre { background: var(--panel); }
-h1, h2, h3 { margin: 0; font-size: 14px; }
-h2 { flex: 1 0 auto; max-width: 100%; font: var(--mono); font-weight: 600; }
-#text { flex: 1 1 160px; min-width: 120px; }
-#test { width: 110px; }
-#state::before {
-  display: inline-block; width: 8px; height: 8px; margin-right: 6px; border-radius: 4px;
-  background: currentColor; content: "";
-}
-main { flex: 1; display: flex; min-height: 0; }
-
-#list { flex: 1; overflow: auto; overflow-anchor: none; container-type: inline-size; }
-#list:has([aria-selected=true]):focus { outline: none; }
-#list:focus-visible [aria-selected=true] { outline: 2px solid var(--accent); outline-offset: -2px; }
-#rows { position: relative; }
-#empty { padding: 48px 24px; text-align: center; }
+button { cursor: pointer; }
+button:hover, [aria-selected=true] { border-color: var(--accent); }
+header, .bar { display: flex; flex-wrap: wrap; gap: 6px 10px; align-items: center; }
+header { padding: 8px 12px; border-bottom: 1px solid var(--line); background: var(--panel); }
+h1, h2, h3 { margin: 8px 0 0; font-size: 15px; }
+h2, pre, .card > * { white-space: pre-wrap; overflow-wrap: anywhere; }
+input { flex: 1 1 180px; }
+main { display: flex; flex: 1; min-height: 0; }
+main > * { flex: 1; overflow: auto; padding: 8px 12px; }
+#detail { flex: 1.3; border-left: 1px solid var(--line); }
+#list { container-type: inline-size; }
+.group, .card { content-visibility: auto; contain-intrinsic-height: auto 34px; }
+.group:not(.single) { margin: 6px 0; border-left: 3px solid var(--line); }
+.single > summary { display: none; }
+summary { padding: 2px 8px; cursor: pointer; }
 .row {
-  display: grid; gap: 12px; width: 100%; height: 28px; padding: 0 12px; line-height: 27px;
-  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums;
-  grid-template-columns:
-    44px 88px 92px minmax(150px, 2fr) minmax(100px, 2fr) 44px 68px 72px minmax(80px, 1fr) 84px;
+  display: grid; width: 100%; gap: 0 12px; padding: 4px 8px; text-align: left;
+  border-color: transparent transparent var(--line); border-radius: 0;
+  grid-template-columns: 72px 3fr 4fr 2fr 36px 66px 84px;
 }
-.row > * { overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
-.row.head { position: sticky; top: 0; z-index: 1; color: var(--dim); }
-#rows .row { position: absolute; cursor: pointer; }
-#rows .row:hover { background: var(--panel); }
-#rows [aria-selected=true] { background: var(--chosen) !important; }
-.number, .duration, .tokens { text-align: right; }
-.row :is(.number, .time, .answer, .complete) { color: var(--dim); }
-#rows :is(.time, .operation, .model, .status, .answer), dt, dd, pre { font: var(--mono); }
-#rows .row > * { line-height: 27px; }
-#rows .status { font-weight: 600; }
-@container (max-width: 1000px) {
-  .row { grid-template-columns: 88px minmax(150px, 3fr) minmax(80px, 2fr) 44px 68px 64px 84px; }
-  .number, .kind, .answer { display: none; }
+.row > * { min-width: 0; overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
+.row img { height: 40px; }
+.row[aria-current=true], h4, pre { background: var(--panel); }
+@container (max-width: 800px) {
+  .row { grid-template-columns: 1fr 36px 66px; }
+  .time, .tokens, .model { display: none; }
+  .answer { grid-column: 1 / -1; grid-row: 2; }
 }
-@container (max-width: 640px) {
-  .row { grid-template-columns: 88px 1fr 44px 68px; gap: 8px; }
-  .model, .tokens, .outcome { display: none; }
+@media (max-width: 800px) {
+  main:has(#detail:not([hidden])) > :not(#detail) { display: none; }
 }
-
-#detail {
-  flex: 0 0 64%; display: flex; flex-direction: column; overflow: auto;
-  border-left: 1px solid var(--line); container-type: inline-size;
+.card { margin: 8px 0; border: 1px solid var(--line); border-radius: 6px; overflow: hidden; }
+.card > * { margin: 0; padding: 5px 10px; }
+pre, textarea { font: 12px/1.5 ui-monospace, Menlo, monospace; }
+pre { margin: 4px 0; padding: 6px 10px; }
+textarea { width: 100%; height: 180px; }
+.card :is(img, audio, video) { display: block; max-width: 100%; max-height: 420px; }
+.sides {
+  display: grid; gap: 0 16px;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr));
 }
-#detail > * { flex-shrink: 0; }
-@media (max-width: 900px) {
-  #detail { flex: 1; border: 0; }
-  main:has(#detail:not([hidden])) #list { display: none; }
-}
-.title { position: sticky; top: 0; z-index: 1; padding: 8px 16px; background: var(--back); }
-.facts { gap: 4px 16px; padding: 8px 16px; }
-.note { padding: 6px 10px; border-left: 3px solid; }
-.note, .misses { margin: 0 16px 8px; }
-.facts .dim { margin-right: 6px; }
-h2, .text, .note, dd, dt, pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-.sides { display: grid; border-top: 1px solid var(--line); flex-grow: 1; }
-.sides > section { padding: 12px 16px; min-width: 0; }
-@container (min-width: 640px) {
-  .sides { grid-template-columns: 1fr 1fr; }
-  .sides > section + section { border-left: 1px solid var(--line); }
-}
-.message { margin: 8px 0; border: 1px solid var(--line); border-radius: 6px; overflow: hidden; }
-.message { content-visibility: auto; contain-intrinsic-height: auto 80px; }
-.message > * { padding: 5px 10px; }
-.role { display: flex; justify-content: space-between; border-bottom: 1px solid var(--line); }
-.role > * { overflow-wrap: anywhere; }
-.thought { font-style: italic; }
-.thought::before { content: "reasoning: "; font-style: normal; }
-pre { margin: 4px 0; padding: 6px 10px; border-radius: 4px; }
-img { display: block; max-width: 100%; max-height: 420px; }
-audio { display: block; width: 100%; }
-dl { display: grid; grid-template-columns: fit-content(45%) 1fr; gap: 2px 12px; margin: 0; }
-dd { margin: 0; }
-summary { padding: 4px 0; cursor: pointer; }
+meter { width: 100%; }
 </style>
 <header>
   <h1>together_fake</h1>
-  <input id="text" type="search" aria-label="Text in request or reply" placeholder="Text  ( / )">
-  <select id="kind" aria-label="Operation"><option value="">all operations</option></select>
-  <select id="status" aria-label="Status">
-    <option value="">any status</option><option>2xx</option><option>4xx</option><option>5xx</option>
-  </select>
-  <input id="test" list="tests" aria-label="Test id" placeholder="Test id">
-  <datalist id="tests"></datalist>
-  <span id="count" class="dim"></span>
-  <span id="state" role="status">connecting</span>
-  <button id="reset" title="Go back to the state after the start">Reset</button>
+  <button id="calls" aria-selected="true">Calls</button>
+  <button id="fixtures">Fixtures</button>
+  <input id="filter" type="search" aria-label="Filter"
+    placeholder="Filter ( / ): words, kind:chat, status:4xx, test:id">
+  <span id="state" role="status"></span>
+  <a id="download" download="fixtures.json">Download as fixtures</a>
+  <button id="reset">Reset</button>
 </header>
 <main>
-  <div id="list" role="grid" tabindex="0" aria-label="Calls, newest first">
-    <div role="rowgroup"><div id="head" class="row head" role="row" aria-rowindex="1"></div></div>
-    <div id="rows" role="rowgroup"></div>
-    <div id="empty" class="dim"></div>
-  </div>
-  <section id="detail" aria-label="One call" tabindex="-1" hidden></section>
+  <section id="list"></section>
+  <section id="scripted" hidden></section>
+  <section id="detail" hidden></section>
 </main>
 <script>
 "use strict";
 // What comes from clients is shown as text: nothing here parses HTML.
 
-const ROW = 28; // pixels, as in the style
-const MAX_ROWS = 20000; // older ones go
-const MAX_MISSES = 3; // shown at once; fixtures for other kinds of calls are not
-const MAX_TEXT = 100000; // characters shown of one text
-const FILTERS = ["text", "kind", "status", "test"];
-const COPIES = { curl: "curl", python: "server.reply(...)", fixture: "fixture" }; // name: label
-const LINE = String.fromCharCode(10);
 const byId = (id) => document.getElementById(id);
-const list = byId("list");
-const detail = byId("detail");
-
-let rows = []; // as the server tells them, by number
+const groups = new Map(); // of one test or one conversation
+const rows = new Map(); // by number
 let since = 0; // the revision to ask from; 0 loads everything again
-let last = 0; // number of the newest call
 let epoch; // another one means that the record was reset
-let polls = 0; // an answer to another than the newest poll is dropped
+let opened = 0; // a call's number
+let polls = 0; // the newest one's answer counts
 let timer = 0;
-let cursor = 0; // number of the chosen call
-let opened = 0; // number of the call in the detail; 0: none
-let shown = ""; // what the detail shows, as JSON
-const unfolded = new Set(); // titles of the folds that were opened: they stay so
-
-// === Elements ===
 
 function make(tag, name, ...content) {
   const node = document.createElement(tag);
   node.className = name;
-  node.append(...content); // strings become text
+  node.append(...content.flat(9).filter(Boolean)); // strings become text
   return node;
 }
 
-// JSON to read: what is long and says nothing to a reader is cut.
-function toJson(value) {
-  const cut = (key, item) => {
-    if (typeof item === "string" && item.length > 10000)
-      return item.slice(0, 200) + "... (" + item.length + " characters)";
-    const numbers = Array.isArray(item) && item.length > 20 && typeof item[0] === "number";
-    return numbers ? "(" + item.length + " numbers)" : item;
-  };
-  return JSON.stringify(value, cut, 2) ?? "";
+function makeButton(label, press) {
+  const button = make("button", "", label);
+  button.onclick = () => press(button);
+  return button;
 }
 
+// JSON in a string, such as a tool's arguments, is shown in lines; long values are cut.
 function toText(value) {
-  const text = typeof value === "string" ? value : toJson(value);
-  const more = text.length - MAX_TEXT;
-  return more > 0 ? text.slice(0, MAX_TEXT) + "... (" + more + " more characters)" : text;
+  let shown = value;
+  if (/^\s*[[{]/.test(value)) try { shown = JSON.parse(value); } catch {}
+  if (typeof shown !== "string") shown = JSON.stringify(shown, (key, item) =>
+    item?.length > 500 ? item.slice(0, 20) + "... (" + item.length + ")" : item, 2) ?? "";
+  return shown.slice(0, 50000);
 }
 
-// JSON inside a string, such as a tool's arguments, in lines.
-function toPretty(text) {
-  try {
-    return toText(JSON.parse(text));
-  } catch {
-    return toText(text);
-  }
-}
+const makePre = (value) => make("pre", "", toText(value));
 
-const makeText = (value, name = "") => make("div", "text " + name, toText(value));
-const makePre = (value) => make("div", "", make("pre", "", toText(value)));
+const makeCard = (title, note, ...parts) => make("div", "card",
+  make("h4", "bar", title, make("span", "dim", String(note ?? ""))), parts);
 
 // Nothing is fetched from elsewhere.
-function makeMedia(kind, url) {
-  const own = url.startsWith("data:" + kind + "/") || url.startsWith(location.origin + "/");
-  if (!own) return makeText(kind + ": " + url);
-  const node = make(kind === "image" ? "img" : "audio", "");
-  if (kind === "image") node.alt = "image";
-  else node.controls = true;
-  node.src = url;
-  return make("div", "", node);
-}
-
-function makePairs(pairs) {
-  const cells = ([name, value]) => [make("dt", "", name), make("dd", "", toText(value))];
-  return make("dl", "", ...pairs.flatMap(cells));
-}
-
-function makeFold(title, fill) {
-  const fold = make("details", "", make("summary", "", title));
-  fold.addEventListener("toggle", () => {
-    unfolded[fold.open ? "add" : "delete"](title);
-    if (fold.open && fold.children.length === 1) fold.append(fill());
-  });
-  fold.open = unfolded.has(title);
-  return fold;
-}
-
-function makeMessage(role, note, ...parts) {
-  const name = make("b", "", toText(role));
-  name.dataset.role = role;
-  const head = make("div", "role", name, make("span", "dim", toText(note ?? "")));
-  return make("div", "message", head, ...parts);
+function makeMedia(type, address) {
+  const url = new URL(address, location.origin).href;
+  const tag = { image: "img", audio: "audio", video: "video" }[type];
+  if (!tag || !/^data:(image|audio|video)/.test(url) && !url.startsWith(location.origin + "/"))
+    return make("div", "", type + ": " + address.slice(0, 200));
+  const node = make(tag, "");
+  return Object.assign(node, tag === "img" ? { alt: "image" } : { controls: true }, { src: url });
 }
 
 // === A request and a reply as messages ===
 
 function readPart(part) {
-  const { text, refusal, image_url: image, input_audio: sound, audio_url: audio } = Object(part);
-  if (typeof part === "string") return makeText(part);
-  if (text ?? refusal) return makeText(text ?? refusal);
-  if (image) return makeMedia("image", String(image.url ?? image));
+  const { type, text, image_url: image, input_audio: sound, url } = Object(part);
+  if (image) return makeMedia("image", image.url ?? image);
   if (sound) return makeMedia("audio", "data:audio/" + sound.format + ";base64," + sound.data);
-  if (audio) return makeMedia("audio", String(audio.url ?? audio));
-  return makePre(part);
+  return url ? makeMedia(type, url) : make("div", "", toText(text ?? part));
 }
 
-function readContent(content) {
-  if (Array.isArray(content)) return content.map(readPart);
-  return content === null || content === undefined || content === "" ? [] : [readPart(content)];
+function readMessage({ role = "", content, tool_calls: calls, ...more }) {
+  const thought = more.reasoning || more.reasoning_content;
+  const shown = thought && make("div", "dim", toText(thought));
+  const called = (calls ?? []).map(({ function: { name, arguments: given } }) =>
+    make("div", "", "calls " + name, makePre(given)));
+  return makeCard(role, more.tool_call_id ?? more.finish_reason,
+    shown, [content ?? []].flat().map(readPart), called);
 }
 
-function readToolCall(name, json, id) {
-  const head = [make("span", "dim", "calls "), make("b", "", toText(name)), " "];
-  return make("div", "", ...head, make("span", "dim", id ?? ""), makePre(toPretty(json ?? "")));
+function readTool({ name, description, parameters, function: nested }) {
+  if (nested) return readTool(nested);
+  const given = Object.keys(parameters?.properties ?? {}).join(", ");
+  return make("div", "", make("b", "", name + "(" + given + ") "), description);
 }
 
-function readMessage(message, note = message.tool_call_id ?? message.name) {
-  const { role, content, reasoning, reasoning_content: thought, tool_calls: calls } = message;
-  const parts = readContent(role === "tool" ? toPretty(content) : content);
-  if (reasoning || thought) parts.unshift(makeText(reasoning || thought, "thought"));
-  for (const { id, function: called = {} } of Array.isArray(calls) ? calls : [])
-    parts.push(readToolCall(called.name, called.arguments, id));
-  return makeMessage(role ?? "message", note, ...parts);
-}
-
-// One item of the Responses API, of its input or its output.
-function readItem(item) {
-  if (typeof item === "string") return makeMessage("user", "", makeText(item));
-  const { type, call_id: id } = item;
-  if (type === "function_call")
-    return makeMessage("assistant", "", readToolCall(item.name, item.arguments, id));
-  if (type === "function_call_output")
-    return makeMessage("tool", id, makeText(toPretty(item.output)));
-  const thoughts = [...(item.summary ?? []), ...(item.content ?? [])];
-  if (type === "reasoning")
-    return makeMessage("assistant", "", ...thoughts.map(({ text }) => makeText(text, "thought")));
-  return item.role ? readMessage(item) : makeMessage(type ?? "item", "", makePre(item));
-}
-
-function readRequest({ body, kind }) {
-  if (body === null) return [make("p", "dim", "No body, or one that was not kept.")];
-  const { model, messages, ...others } = typeof body === "object" ? body : { body };
-  const nodes = [];
-  for (const name of ["instructions", "input", "prompt", "query", "documents"]) {
-    const value = others[name];
-    delete others[name];
-    if (name === "input" && kind === "response") nodes.push(...[value ?? ""].flat().map(readItem));
-    else if (value) nodes.push(makeMessage(name, "", ...readContent(value)));
-  }
-  if (Array.isArray(messages)) nodes.push(...messages.map((message) => readMessage(message)));
-  const settings = Object.entries(others).map(([name, value]) => [name, JSON.stringify(value)]);
-  if (settings.length) nodes.push(makeMessage("settings", "", makePairs(settings)));
-  return nodes;
-}
-
-// The chunks of a stream put together, as if the reply had come whole.
-function foldChunks(chunks) {
-  const whole = { choices: [], error: chunks.find((chunk) => chunk.error)?.error };
-  for (const choice of chunks.flatMap((chunk) => chunk.choices ?? [])) {
-    const delta = choice.delta ?? { content: choice.text };
-    const folded = (whole.choices[choice.index ?? 0] ??= { message: { tool_calls: [] } });
-    const { message } = folded;
-    for (const name of ["content", "reasoning", "reasoning_content"])
-      if (delta[name]) message[name] = (message[name] ?? "") + delta[name];
-    for (const { index = 0, id, function: called = {} } of delta.tool_calls ?? []) {
-      const known = (message.tool_calls[index] ??= { function: { arguments: "" } });
-      known.id ??= id;
-      known.function.name ??= called.name;
-      known.function.arguments += called.arguments ?? "";
-    }
-    folded.finish_reason = choice.finish_reason ?? folded.finish_reason;
-  }
-  return whole;
-}
-
-function foldEvents(events) {
-  const ends = ["response.completed", "response.incomplete", "response.failed"];
-  const end = events.findLast((event) => ends.includes(event.type));
-  if (end) return end.response;
-  const deltas = events.filter((event) => event.type === "response.output_text.delta");
-  if (!deltas.length) return foldChunks(events);
-  return { choices: [{ text: deltas.map((event) => event.delta).join("") }] };
-}
-
-// An image or an embedding. The browser finds out what kind of image it is.
-function readData({ embedding, b64_json: base64, url }) {
-  const image = base64 ? "data:image/png;base64," + base64 : String(url);
-  if (!embedding) return makeMedia("image", image);
-  if (!Array.isArray(embedding)) return makeText(embedding.length + " characters of base64");
-  return makeText(embedding.length + " numbers: " + embedding.slice(0, 4).join(", ") + ", ...");
-}
-
-function readReply(call) {
-  const { reply, kind, n, body } = call;
-  if (reply === null) return [make("p", "dim", call.status ? "No body." : "Not there yet.")];
-  if (typeof reply.bytes === "number" && reply.content_type) {
-    const [type] = reply.content_type.split("/");
-    const url = location.origin + "/__parlel/requests/" + n + "/reply";
-    const file = ["image", "audio"].includes(type) ? makeMedia(type, url) : makePre(reply);
-    return [makeMessage("file", reply.content_type + ", " + reply.bytes + " bytes", file)];
-  }
-  const objects = (call.events_sent ? reply : []).filter((event) => event instanceof Object);
-  const whole = call.events_sent ? foldEvents(objects) : reply;
-  const { choices = [], output, data, results, text, error } = whole;
-  const nodes = choices.map(({ message, text: content, finish_reason: reason }) =>
-    readMessage({ role: "assistant", ...(message ?? { content }) }, reason ?? ""));
-  if (Array.isArray(output)) nodes.push(...output.map(readItem));
-  if (["image", "embedding"].includes(kind) && data)
-    nodes.push(makeMessage(kind, data.length, ...data.map(readData)));
-  if (results) {
-    const tell = ({ index, relevance_score: score, document }) =>
-      [score.toFixed(4) + "  #" + index, document?.text ?? body?.documents?.[index]];
-    nodes.push(makeMessage("results", "", makePairs(results.map(tell))));
-  }
-  if (text) nodes.push(makeMessage("transcript", "", makeText(text)));
-  if (error) nodes.push(makeMessage("error", error.type, makeText(error.message ?? error, "bad")));
-  return nodes.length ? nodes : [makeMessage("reply", "", makePre(reply))];
-}
-
-// Clients and fixtures send all sorts of things: what is not as expected is shown as it is.
-function readSafely(read, call, value) {
-  try {
-    return read(call);
-  } catch {
-    return [makeMessage("unusual JSON", "", makePre(value))];
-  }
-}
-
-// === One call ===
-
-function drawMiss({ fixture, differs, wanted, got, diff }) {
-  const colours = { "+": "good", "-": "bad", "@": "dim" };
-  const lines = (diff ?? "").split(LINE);
-  const spans = lines.map((line) => make("span", colours[line[0]] ?? "", line + LINE));
-  const pairs = makePairs([["wanted", wanted], ["got", got]]);
-  const none = makeText("It would match, but was used up or another one came first.");
-  const difference = diff ? make("div", "", make("pre", "", ...spans)) : differs ? pairs : none;
-  return makeMessage(fixture, differs, difference);
-}
-
-function drawRaw(call, name) {
-  const value = call[name];
-  const events = name === "reply" && call.events_sent;
-  const text = events ? value.map((event) => JSON.stringify(event)).join(LINE) : value;
-  const link = make("a", "", "open the whole");
-  link.href = "/__parlel/requests/" + call.n + (name === "reply" ? "/reply" : "");
-  link.target = "_blank";
-  return make("div", "", makePre(text), link);
-}
-
-function makeButton(label, press) {
-  const button = make("button", "", label);
-  button.addEventListener("click", press);
-  return button;
+function drawTimeline({ first_event_ms: first, duration_ms: whole, events_sent: events, outcome }) {
+  if (!events) return "";
+  const pace = whole > first ? Math.round((events - 1) / (whole - first) * 1000) : events;
+  const meter = make("meter", "");
+  meter.value = whole ? 1 - first / whole : 0;
+  const told = "first event after " + first + " ms, " + events + " events in " + whole + " ms, " +
+    pace + " a second, " + outcome;
+  return make("div", outcome, meter, told);
 }
 
 function drawCall(call) {
-  const query = call.query && "?" + call.query;
-  const place = call.method + " " + call.path + query;
-  const heading = make("h2", "", "#" + call.n + " ", drawStatus(call), " " + place);
-  const title = make("div", "title", heading, make("span", "dim", "copy as"));
-  for (const [name, label] of Object.entries(COPIES)) {
-    const button = makeButton(label, () => copyText(call.copy[name], button));
-    button.setAttribute("aria-label", "Copy as " + label);
-    button.disabled = !call.copy[name];
-    title.append(button);
-  }
-  title.append(makeButton("Close", closeCall));
-
-  const { number, operation, status, ...columns } = COLUMNS; // these are in the heading
-  const facts = Object.entries(columns).map(([name, tell]) => [name, tell(call)]);
-  facts.push(["events", call.events_sent ? String(call.events_sent) : ""], ["test", call.test]);
-  const spans = facts.filter(([, fact]) => fact)
-    .map(([name, fact]) => make("span", "", make("span", "dim", name), fact));
-  const notes = call.warnings.map((warning) => make("div", "note warn", warning));
-  if (call.form) notes.push(make("div", "note", "Form: " + call.form));
-  const isReply = call.error === call.reply?.error?.message; // then the reply shows it
-  if (call.error && !isReply) notes.unshift(make("div", "note bad", call.error));
-  const misses = call.near_misses;
-  const near = call.fixture ? [] : misses.filter(({ differs }) => differs !== "response");
-  const shown = near.slice(0, MAX_MISSES);
-  const others = misses.filter((miss) => !shown.includes(miss));
-  const drawMisses = (some) => make("div", "", ...some.map(drawMiss));
-  const more = call.fixture ? "Fixtures that did not answer" : "More fixtures";
-  if (misses.length) notes.push(make("div", "misses",
-    ...(call.fixture ? [] : [make("h3", "", "No fixture answered"), drawMisses(shown)]),
-    ...(others.length ? [makeFold(more, () => drawMisses(others))] : [])));
-
-  const request = make("section", "request", make("h3", "", "Request"),
-    ...readSafely(readRequest, call, call.body),
-    makeFold("Raw request", () => drawRaw(call, "body")),
-    makeFold("Headers", () => makePairs(Object.entries(call.headers))));
-  const reply = make("section", "reply", make("h3", "", "Reply"),
-    ...readSafely(readReply, call, call.reply),
-    makeFold("Raw reply", () => drawRaw(call, "reply")));
-  const sides = make("div", "sides", request, reply);
-  detail.replaceChildren(title, make("div", "facts", ...spans), ...notes, sides);
+  const { method, body } = call;
+  const url = call.path + (call.query && "?" + call.query);
+  const headers = { "Content-Type": "application/json", Authorization: "Bearer any" };
+  const sent = { method, headers, body: JSON.stringify(body) };
+  const { messages, input, tools = [], ...settings } = Object(body);
+  const buttons = Object.entries(call.copy).filter(([, text]) => text)
+    .map(([name, text]) => makeButton("Copy " + name, (button) => copyText(text, button)));
+  byId("detail").replaceChildren(
+    make("h2", "", "#" + call.n + " " + call.status + " " + method + " " + url),
+    make("div", "bar", buttons,
+      body && makeButton("Send again", () => fetch(url, sent)),
+      makeButton("Close", closeCall)),
+    make("div", "dim", "answered by " + (call.fixture || "the generator"),
+      call.form && ", form: " + call.form),
+    ...[call.error, ...(call.verdict ?? [])].map((text) => make("div", "bad", text)),
+    ...call.warnings.map((text) => make("div", "warn", text)),
+    drawTimeline(call),
+    make("div", "sides",
+      make("section", "", make("h3", "", "Request"), call.asked.map(readMessage),
+        tools.length > 0 && makeCard("tools", "", tools.map(readTool)),
+        makeCard("settings", "", makePre(settings))),
+      make("section", "", make("h3", "", "Reply"), call.said.map(readMessage))),
+    ...(call.status === 404 ? call.near_misses : []).map((miss) => makeCard(miss.fixture,
+      miss.differs, makePre(miss.diff || "wanted " + miss.wanted + "\ngot " + miss.got))),
+    make("details", "", make("summary", "", "As JSON"), makePre(call)));
 }
 
 async function openCall(number) {
   if (!number) return;
-  const again = opened === number;
-  const top = again ? detail.scrollTop : 0;
-  cursor = opened = number;
+  opened = number;
   history.replaceState(null, "", "#" + number);
-  detail.hidden = false;
-  draw();
-  const path = "/__parlel/requests/" + number;
-  const call = await ask(path).catch(({ message }) => ({ gone: message }));
-  const text = JSON.stringify(call);
-  if (opened !== number || (again && text === shown)) return;
-  shown = text;
-  const gone = make("div", "note bad", call.gone + " ", makeButton("Close", closeCall));
-  if (call.gone) detail.replaceChildren(gone);
-  else drawCall(call);
-  detail.scrollTop = top;
+  for (const [n, row] of rows) row.ariaCurrent = n === number;
+  byId("detail").hidden = false;
+  let call;
+  try {
+    call = await ask("/__parlel/requests/" + number);
+    if (opened === number) drawCall(call);
+  } catch (error) {
+    // What is not as expected is shown as it is.
+    byId("detail").replaceChildren(error.message, makeButton("Close", closeCall), makePre(call));
+  }
 }
 
 function closeCall() {
+  rows.get(opened)?.focus();
   opened = 0;
   history.replaceState(null, "", location.pathname);
-  detail.hidden = true;
-  draw();
-  list.focus();
+  byId("detail").hidden = true;
 }
 
 async function copyText(text, button) {
   try {
     await navigator.clipboard.writeText(text);
+    button.textContent = "Copied";
   } catch {
-    const area = make("textarea", "");
-    area.value = text;
-    document.body.append(area);
-    area.select();
-    document.execCommand("copy");
-    area.remove();
-    button.focus();
+    prompt("Copy this", text);
   }
-  button.textContent = "copied";
-  const label = button.getAttribute("aria-label").replace("Copy as ", "");
-  setTimeout(() => (button.textContent = label), 1000);
 }
 
-// === The list: only the rows in sight are elements ===
+// === The list ===
 
-function drawStatus({ status }) {
+function drawRow(call) {
+  const { n, at, status, duration_ms: ms, usage, images, outcome } = call;
   const colour = { 0: "dim", 4: "warn", 5: "bad" }[Math.floor(status / 100)] ?? "good";
-  return make("span", "status " + colour, String(status || "..."));
+  const done = outcome && outcome !== "running";
+  const cells = {
+    time: new Date(at).toTimeString().slice(0, 8),
+    question: call.question || call.operation,
+    answer: [make("span", "warn", call.warning && call.warning + " "),
+      images.map((url) => makeMedia("image", url)),
+      make("span", status < 400 ? "" : "bad", call.answer)],
+    model: call.model,
+    status: make("b", outcome === "complete" ? colour : outcome, String(done ? status : "...")),
+    took: ms < 1000 ? ms.toFixed(1) + " ms" : (ms / 1000).toFixed(2) + " s",
+    tokens: usage && usage.prompt_tokens + " + " + (usage.completion_tokens ?? 0),
+  };
+  const row = make("button", "row",
+    Object.entries(cells).map(([name, content]) => make("span", name, content)));
+  row.id = "call-" + n;
+  row.onclick = () => openCall(n);
+  row.ariaCurrent = n === opened;
+  row.call = call;
+  return row;
 }
 
-// name: what its cell shows
-const COLUMNS = {
-  number: ({ n }) => String(n),
-  time({ at }) {
-    const time = new Date(at);
-    return time.toTimeString().slice(0, 8) + "." + String(time.getMilliseconds()).padStart(3, "0");
-  },
-  kind: ({ kind }) => kind,
-  operation: ({ method, path }) => make("span", "", make("span", "dim", method + " "), path),
-  model: ({ model }) => model ?? "",
-  status: drawStatus,
-  duration({ status, duration_ms: ms }) {
-    if (!status) return "";
-    return ms < 1000 ? ms.toFixed(1) + " ms" : (ms / 1000).toFixed(2) + " s";
-  },
-  tokens: ({ usage }) =>
-    usage ? usage.prompt_tokens + " + " + (usage.completion_tokens ?? 0) : "",
-  answer: ({ fixture, status }) => fixture || (status && status < 400 ? "generated" : ""),
-  outcome({ outcome, warnings }) {
-    const badge = make("span", "warn", warnings > 0 ? " " + warnings + "!" : "");
-    return make("span", outcome, outcome || "running", badge);
-  },
-};
-
-function drawCells(role, tell) {
-  return Object.entries(COLUMNS).map(([name, draw]) => {
-    const cell = make("span", name, tell(name, draw));
-    cell.setAttribute("role", role);
-    return cell;
-  });
+function place(call) {
+  const { n, test, thread } = call;
+  const key = test || thread || n;
+  const group = groups.get(key) ?? make("details", "group", make("summary", ""));
+  if (!groups.has(key)) group.open = true;
+  groups.set(key, group);
+  const row = drawRow(call);
+  if (rows.has(n)) rows.get(n).replaceWith(row);
+  else {
+    group.firstChild.after(row);
+    byId("list").prepend(group);
+  }
+  rows.set(n, row);
+  for (const [old, { parentNode }] of [...rows].slice(0, -1000)) {
+    rows.get(old).remove();
+    rows.delete(old);
+    if (!parentNode.children[1]) parentNode.remove();
+  }
+  const calls = [...group.children].slice(1).map((node) => node.call);
+  const tokens = calls.reduce((sum, { usage }) => sum + (usage?.total_tokens ?? 0), 0);
+  group.firstChild.textContent = (test ? "test " + test : "conversation") +
+    ", " + calls.length + " calls, " + tokens + " tokens";
+  group.classList.toggle("single", calls.length === 1 && !test);
 }
 
-function drawRow(call, at) {
-  const node = make("div", "row", ...drawCells("gridcell", (name, draw) => draw(call)));
-  node.id = "call-" + call.n;
-  node.title = call.error;
-  node.style.top = at * ROW + "px";
-  node.setAttribute("role", "row");
-  node.setAttribute("aria-rowindex", at + 2);
-  node.setAttribute("aria-selected", call.n === cursor);
-  return node;
+function drawEmpty(filtered) {
+  const base = location.origin + "/v1";
+  const lines = ["export TOGETHER_BASE_URL=" + base + " TOGETHER_API_KEY=any",
+    "export OPENAI_BASE_URL=" + base + " OPENAI_API_KEY=any",
+    "curl " + base + "/chat/completions -H 'Authorization: Bearer any' \\",
+    `  -d '{"model": "m", "messages": [{"role": "user", "content": "hello"}]}'`];
+  byId("list").replaceChildren(filtered ? "No call passes the filter." : make("div", "",
+    "No calls yet. Set these before a client is built, or try the curl:",
+    makePre(lines.join("\n"))));
 }
 
-function draw() {
-  const first = Math.max(0, Math.floor(list.scrollTop / ROW) - 8);
-  const end = Math.min(rows.length, first + Math.ceil(list.clientHeight / ROW) + 16);
-  const nodes = [];
-  for (let at = first; at < end; at++) nodes.push(drawRow(rows[rows.length - 1 - at], at));
-  byId("rows").style.height = rows.length * ROW + "px";
-  byId("rows").replaceChildren(...nodes);
-  list.setAttribute("aria-rowcount", rows.length + 1);
-  list.setAttribute("aria-activedescendant", "call-" + cursor);
-  const filtered = FILTERS.some((name) => byId(name).value);
-  byId("count").textContent = rows.length + (filtered ? " of " + last : "") + " calls";
-  byId("empty").hidden = rows.length > 0;
-  byId("empty").textContent = filtered ? "No call passes the filter."
-    : "No calls yet. Point a client at " + location.origin + "/v1";
+function clear() {
+  rows.clear();
+  groups.clear();
+  byId("list").replaceChildren();
+  since = 0;
 }
 
-// The place in `rows` of a number, or of the one before it.
-const find = (number) => rows.findLastIndex((row) => row.n <= number);
+// === Fixtures ===
 
-function move(steps) {
-  if (!rows.length) return;
-  const from = cursor ? rows.length - 1 - find(cursor) : -1;
-  const at = Math.min(rows.length - 1, Math.max(0, from + steps)); // 0: the newest
-  cursor = rows[rows.length - 1 - at].n;
-  const page = list.clientHeight - 2 * ROW; // without the head and this row
-  list.scrollTop = Math.min(at * ROW, Math.max(list.scrollTop, at * ROW - page));
-  draw();
-  if (opened) openCall(cursor);
+function drawFixture({ number, source, served, ...entry }) {
+  const often = served ? "served: " + served : "never served";
+  const area = make("textarea", "", JSON.stringify(entry, null, 2));
+  const problem = make("div", "bad");
+  const change = async (text) => {
+    try {
+      if (text) await ask("/__parlel/fixtures", "POST", '{"fixtures": [' + text + "]}");
+      await ask("/__parlel/fixtures/" + number, "DELETE");
+      drawFixtures();
+    } catch (error) {
+      problem.textContent = error.message;
+    }
+  };
+  return makeCard(source, often, area, number >= 0 && make("div", "bar",
+    makeButton("Save", () => change(area.value)), makeButton("Remove", () => change())), problem);
+}
+
+async function drawFixtures() {
+  const { fixtures } = await ask("/__parlel/fixtures");
+  byId("scripted").replaceChildren(...fixtures.map(drawFixture),
+    fixtures.length ? "" : "Nothing is scripted: every answer is generated.");
+}
+
+function show(tab) {
+  for (const [name, id] of [["calls", "list"], ["fixtures", "scripted"]]) {
+    byId(name).ariaSelected = name === tab;
+    byId(id).hidden = name !== tab;
+  }
+  if (tab === "fixtures") drawFixtures();
 }
 
 // === The server ===
 
-async function ask(path, method = "GET") {
-  const answer = await fetch(path, { method, signal: AbortSignal.timeout(15000) });
+async function ask(path, method = "GET", body = undefined) {
+  const answer = await fetch(path, { method, body, signal: AbortSignal.timeout(15000) });
   const value = await answer.json();
   if (!answer.ok) throw new Error(value.error?.message ?? "status " + answer.status);
   return value;
 }
 
-// Let a filter be chosen from the values seen.
-function offer(name, values) {
-  const parent = byId(name === "test" ? "tests" : name);
-  const known = new Set(Array.from(parent.children, (option) => option.value));
-  for (const value of new Set(values.filter(Boolean).map(String))) {
-    if (known.has(value) || parent.children.length > 300) continue;
-    const option = make("option", "", value);
-    option.value = value;
-    parent.append(option);
-  }
-}
-
-function take(answer) {
-  const held = since && list.scrollTop; // where the user has scrolled to
-  if (!since) rows = [];
-  const before = rows.length;
-  for (const row of answer.rows) {
-    const at = find(row.n);
-    if (rows[at]?.n === row.n) rows[at] = row;
-    else rows.splice(at + 1, 0, row);
-  }
-  for (const name of ["kind", "status", "test"]) offer(name, answer.rows.map((row) => row[name]));
-  const added = rows.length - before;
-  rows.splice(0, rows.length - MAX_ROWS);
-  if (answer.rows.length || !since) draw();
-  if (held) list.scrollTop = held + added * ROW; // what is looked at stays where it is
-  if (opened && answer.rows.some((row) => row.n === opened)) openCall(opened);
-  since = answer.next;
+// The filter as a query: `kind:chat some words` is kind=chat and text=some words.
+function readFilter() {
+  const query = new URLSearchParams();
+  const words = byId("filter").value.replace(/\b(kind|status|test|model|outcome):(\S+)/g,
+    (all, name, value) => query.set(name, value) ?? "");
+  if (words.trim()) query.set("text", words.trim());
+  return query;
 }
 
 async function poll() {
   clearTimeout(timer);
   const mine = ++polls;
-  let problem = "";
+  const state = byId("state");
   try {
-    const query = new URLSearchParams({ view: "rows", since });
-    for (const name of FILTERS) if (byId(name).value) query.set(name, byId(name).value);
+    const query = readFilter();
+    const filtered = String(query);
+    byId("download").href = "/__parlel/fixtures?from=requests&" + filtered;
+    query.set("view", "rows");
+    query.set("since", since);
     const answer = await ask("/__parlel/requests?" + query);
     if (mine !== polls) return;
-    const fresh = epoch !== undefined && (answer.epoch !== epoch || answer.last < last);
-    ({ epoch, last } = answer);
-    if (fresh) {
-      if (opened) closeCall();
-      cursor = since = 0;
+    const fresh = answer.epoch !== epoch;
+    epoch = answer.epoch;
+    if (fresh && since) {
+      closeCall();
+      clear();
       return poll();
     }
-    take(answer);
+    if (!rows.size && answer.rows.length) byId("list").replaceChildren();
+    answer.rows.forEach(place);
+    if (!rows.size) drawEmpty(filtered);
+    if (answer.rows.some(({ n }) => n === opened)) openCall(opened);
+    since = answer.next;
+    state.textContent = rows.size + (filtered ? " of " + answer.last : "") + " calls";
   } catch (error) {
-    if (mine !== polls) return;
-    problem = String(error);
+    state.textContent = "disconnected: " + error.message;
   }
-  byId("state").textContent = problem ? "disconnected" : "live";
-  byId("state").className = problem ? "bad" : "good";
-  byId("state").title = problem;
-  if (!document.hidden) timer = setTimeout(poll, problem ? 2000 : 500);
+  if (!document.hidden) timer = setTimeout(poll, 500);
 }
 
-// === The user ===
-
-const openLinked = () => openCall(Number(location.hash.slice(1))); // as in /#17
-
-list.addEventListener("scroll", draw);
-window.addEventListener("resize", draw);
-window.addEventListener("hashchange", openLinked);
-document.addEventListener("visibilitychange", () => document.hidden || poll());
-
-// By place, since a poll may have put a new element under the pointer.
-byId("rows").addEventListener("click", (event) => {
-  const at = Math.floor((event.clientY - byId("rows").getBoundingClientRect().top) / ROW);
-  if (rows.length > at) openCall(rows[rows.length - 1 - at].n);
-});
-
-for (const name of FILTERS)
-  byId(name).addEventListener("input", () => {
-    clearTimeout(timer);
-    polls++;
-    timer = setTimeout(() => {
-      since = list.scrollTop = 0;
-      poll();
-    }, 200);
-  });
-
-byId("reset").addEventListener("click", async () => {
-  if (!confirm("Forget all calls, stored objects and fixtures added at run time?")) return;
-  await ask("/__parlel/reset", "POST").catch((error) => alert(error.message));
+byId("calls").onclick = () => show("calls");
+byId("fixtures").onclick = () => show("fixtures");
+byId("filter").oninput = () => {
+  clear();
   poll();
-});
-
-document.addEventListener("keydown", (event) => {
+};
+byId("reset").onclick = async () => {
+  if (!confirm("Forget all calls, stored objects and run-time fixtures?")) return;
+  await ask("/__parlel/reset", "POST");
+  poll();
+};
+document.onvisibilitychange = () => document.hidden || poll();
+document.onkeydown = (event) => {
   const { key, target } = event;
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const typing = target.matches("input, select");
-  const page = Math.floor(list.clientHeight / ROW) - 2;
-  const arrows = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page, Home: -1e9, End: 1e9 };
-  const inList = target === list || target === document.body;
-  const steps = { j: 1, k: -1 }[key] ?? (inList ? arrows[key] : 0);
-  if (key === "Escape" && typing) list.focus();
+  const typing = target.matches("input, textarea");
+  const step = { ArrowDown: 1, ArrowUp: -1, j: 1, k: -1 }[key];
+  if (key === "Escape" && typing) target.blur();
   else if (typing) return;
   else if (key === "Escape") closeCall();
-  else if (key === "/") byId("text").select();
-  else if (key === "Enter" && inList) openCall(cursor);
-  else if (steps) move(steps);
-  else return;
-  if (opened && !list.offsetParent) detail.focus(); // a narrow window shows one of the two
+  else if (key === "/") byId("filter").focus();
+  else if (step) {
+    const shown = [...document.querySelectorAll("details[open] > .row")];
+    const next = shown[Math.max(0, shown.indexOf(target) + step)];
+    next?.focus();
+    if (opened) next?.click();
+  } else return;
   event.preventDefault();
-});
-
-byId("head").append(...drawCells("columnheader", (name) => (name === "number" ? "#" : name)));
+};
+window.onhashchange = () => openCall(Number(location.hash.slice(1))); // as in /#17
+window.onhashchange();
 poll();
-openLinked();
 </script>
 </html>
 """
@@ -10533,6 +10268,106 @@ def passes_filters(server: TogetherAiServer, call: Call, args: dict[str, Any]) -
     )
 
 
+# --- A call as the page shows it: in messages, as those of a chat
+
+MAX_SHOWN = 200  # characters of a text in the list of calls
+MAX_THUMBNAIL = 50_000  # characters of an image's base64
+
+
+def list_asked(call: Call) -> list[dict[str, Any]]:
+    """Return what a call asks."""
+    body = call.body if isinstance(call.body, dict) else {}
+    if call.kind == "response":
+        return read_items(body)
+    prompts = [name for name in ("prompt", "input", "documents", "query") if body.get(name)]
+    asked = [
+        {"role": name, "content": text}
+        for name in prompts
+        for text in (body[name] if isinstance(body[name], list) else [body[name]])
+    ]
+    return asked + list_objects(body.get("messages"))
+
+
+def fold_stream(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages that the events of a stream have told, cut or not."""
+    choices: dict[Any, dict[str, Any]] = {}
+    for event in events:
+        for part in list_objects(event.get("choices")):
+            blank = {"content": "", "reasoning": "", "tool_calls": []}
+            message = choices.setdefault(part.get("index"), blank)
+            add_delta(message, part.get("delta") or {"content": part.get("text")})
+            message["finish_reason"] = part.get("finish_reason") or message.get("finish_reason")
+        if event.get("type") == "response.output_text.delta":
+            message = choices.setdefault(event.get("output_index"), {"content": ""})
+            message["content"] += event.get("delta") or ""
+    return [{**message, "role": "assistant"} for message in choices.values()]
+
+
+def list_said(call: Call) -> list[dict[str, Any]]:
+    """Return what came back."""
+    reply = call.reply
+    events = list_objects(reply) if call.events_sent else [reply]
+    whole = events[-1] if events else None
+    output = get_path(whole, "output") or get_path(whole, "response", "output")
+    if output:
+        return read_items({"input": output})
+    error = next(filter(None, (get_path(event, "error", "message") for event in events)), None)
+    failed = [{"role": "error", "content": error}] if error else []
+    if call.events_sent:
+        return fold_stream(events) + failed
+    if get_path(reply, "content_type"):
+        place = f"/__parlel/requests/{call.number}/reply"
+        file = {"type": reply["content_type"].partition("/")[0], "url": place}
+        return [{"role": f"{reply['content_type']}, {reply['bytes']} bytes", "content": [file]}]
+    choices = [
+        {**(choice.get("message") or {"content": choice.get("text")}), "role": "assistant",
+         "finish_reason": choice.get("finish_reason")}
+        for choice in list_objects(get_path(reply, "choices"))
+    ]  # fmt: skip
+    images = [
+        {"type": "image", "url": item.get("url") or f"data:image/png;base64,{item['b64_json']}"}
+        for item in list_objects(get_path(reply, "data"))
+        if item.keys() & {"url", "b64_json"}
+    ]
+    shown = [{"role": "images", "content": images}] if images else []
+    rest = get_path(reply, "results") or get_path(reply, "data") or reply
+    return choices or failed or shown or [{"role": "reply", "content": rest}]
+
+
+def tell_message(message: dict[str, Any]) -> str:
+    """Return the beginning of what a message says, on one line."""
+    calls = [get_path(call, "function") or {} for call in list_objects(message.get("tool_calls"))]
+    said = [f"{call.get('name')}({call.get('arguments')})" for call in calls]
+    text = join_text(message.get("content"))
+    if text is None and message["role"] == "reply":
+        text = ENCODE(message["content"])
+    return " ".join(" ".join([str(text or ""), *said])[: 2 * MAX_SHOWN].split())[:MAX_SHOWN]
+
+
+def find_thread(call: Call, asked: list[dict[str, Any]]) -> str:
+    """Return what the calls of one conversation share: all up to the user's first message."""
+    first = next((at for at, each in enumerate(asked) if each.get("role") == "user"), None)
+    if first is None:
+        return ""
+    return hashlib.sha256(ENCODE([call.kind, asked[: first + 1]]).encode()).hexdigest()[:16]
+
+
+def show_row(call: Call) -> dict[str, Any]:
+    """Return what the page's list shows of a call."""
+    asked, said = list_asked(call), list_said(call)
+    last = [each for each in asked if each.get("role") not in ("system", "tool", "assistant")]
+    parts = [part for each in said for part in list_objects(each.get("content"))]
+    images = [part["url"] for part in parts if part.get("type") == "image"]
+    return {
+        **call.as_row(),
+        "question": tell_message(last[-1]) if last else "",
+        "answer": call.error or " / ".join(map(tell_message, said)),
+        "images": [url for url in images if len(url) < MAX_THUMBNAIL][:4],
+        "warning": call.warnings[0][:MAX_SHOWN] if call.warnings else "",
+        "thread": find_thread(call, asked),
+    }
+
+
 @route("GET", "/__parlel/requests", open=True, query=RECORD_FILTERS)
 def list_requests(server: TogetherAiServer, request: Request) -> Any:
     """List the record, oldest first; a query may ask for a kind, a status, a test, a text ..."""
@@ -10552,7 +10387,7 @@ def list_requests(server: TogetherAiServer, request: Request) -> Any:
     ]
     calls = calls[-(args.get("limit") or len(calls)) :]
     # One after the other, so that others are served in between.
-    items = [ENCODE(call.as_row() if rows else call.as_json()) for call in calls]
+    items = [ENCODE(show_row(call) if rows else call.as_json()) for call in calls]
     more = {"last": last, "next": following, "epoch": epoch} if rows else {}
     tail = ENCODE({"count": len(items), **more})[1:]
     name = "rows" if rows else "requests"
@@ -10644,7 +10479,12 @@ def find_call(server: TogetherAiServer, number: str) -> Call:
 def get_recorded_call(server: TogetherAiServer, request: Request) -> Any:
     """Describe one recorded call, with what came back and ways to say it again."""
     call = find_call(server, request.params["number"])
-    return {**call.as_json(), "copy": copy_call(server, call, request.origin)}
+    return {
+        **call.as_json(),
+        "asked": list_asked(call),
+        "said": list_said(call),
+        "copy": copy_call(server, call, request.origin),
+    }
 
 
 @route("GET", "/__parlel/requests/{number}/reply", open=True)
@@ -10677,14 +10517,13 @@ def add_fixtures(server: TogetherAiServer, request: Request) -> Any:
     "GET",
     "/__parlel/fixtures",
     open=True,
-    query=Fields(Field("from", str, choices=("requests",)), Field("test", str)),
+    query=Fields(Field("from", str, choices=("requests",)), *RECORD_FILTERS.values()),
 )
 def list_fixtures(server: TogetherAiServer, request: Request) -> Any:
     """List the fixtures with how often each was served, or make them from the record."""
     if request.args.get("from") is None:
         return server.script.describe()
-    test = request.args.get("test")
-    calls = [call for call in server.requests if test in (None, call.test)]
+    calls = [call for call in server.requests if passes_filters(server, call, request.args)]
     return Reply(write_fixtures(record_calls(calls, server.secrets).rows(), {}))
 
 
