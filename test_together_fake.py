@@ -774,7 +774,7 @@ MATCHES = [
 
 
 def text_of(content, *blocks, **more):
-    """Return the normal form of a response of kind text."""
+    """Return the normal form of a response of type text."""
     blocks = [{"type": "text", "text": each} if isinstance(each, str) else each for each in blocks]
     calls = [block for block in blocks if block["type"] == "tool_call"]
     return {"blocks": blocks, "content": content, "tool_calls": calls, "reasoning": None, **more}
@@ -794,7 +794,7 @@ F_CALL = {"type": "tool_call", "name": "f", "arguments": '{"a":1}', "id": None}
 G_CALL = {"type": "tool_call", **G}
 B_AND_C = [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]
 NAMES = {"id": "i", "created": 7, "model": "m", "usage": {"prompt_tokens": 1}, "role": "assistant"}
-# (response, kinds of endpoint, normal form) of those of kind text
+# (response, kinds of endpoint, normal form) of those of type text
 TEXT_RESPONSES = [
     ({"content": "hi"}, BOTH, text_of("hi", "hi")),
     (
@@ -810,7 +810,7 @@ TEXT_RESPONSES = [
 ]
 
 # A response, and under it its kind, the kinds of endpoint it serves, and its normal form.
-EVERY = " ".join(("", *fake.ENDPOINT_KINDS))  # "" stands for what has no kind
+EVERY = " ".join(("", *fake.OPERATIONS))  # "" stands for what has no kind
 RESPONSES = read_pairs(r"""
 {"error": {"message": "no"}}
     error | every | {"status": 500, "error": {"message": "no"}, "retry_after": null}
@@ -887,19 +887,19 @@ BAD_ENTRIES = read_pairs(r"""
 {"match": {"endpoint": "chats"}}
     fixtures[0].match.endpoint: "chats" is unknown, did you mean chat?
 {"match": {"endpoint": "image"}}
-    fixtures[0].match.endpoint: image cannot serve a response of kind text
+    fixtures[0].match.endpoint: image cannot serve a response of type text
 {"match": {"body": []}}
     fixtures[0].match.body: must be an object, not []
 {"match": {"headers": {"a": 1}}}
     fixtures[0].match.headers[a]: must be a string or an object, not 1
 {"response": {}}
-    fixtures[0].response: has none of the keys that say what to answer: error
+    fixtures[0].response: has none of the keys that say what to answer: status
 {"response": {"contents": "x"}}
     fixtures[0].response.contents: unknown key, did you mean content?
 {"response": {"error": {"message": "x"}, "content": "x"}}
-    fixtures[0].response.content: does not go with a response of kind error
+    fixtures[0].response.content: does not go with a response of type error
 {"response": {"content": "x", "status": 500}}
-    fixtures[0].response.status: does not go with a response of kind text
+    fixtures[0].response.status: does not go with a response of type text
 {"response": {"content": 1}}
     fixtures[0].response.content: must be a string or an object or an array, not 1
 {"response": {"toolCalls": [{"name": "f"}]}}
@@ -969,7 +969,8 @@ class FixtureTests(unittest.TestCase):
                 fixture = fake.parse_fixtures(file_of(entry({}, said)))[0]
                 served = (EVERY if kinds == "every" else kinds).split(" ")
                 response = fixture.response
-                self.assertEqual((response.type, response.kinds), (kind, served))
+                fits = set(filter(response.fits, ("", *fake.OPERATIONS)))
+                self.assertEqual((response.type.name, fits), (kind, set(served)))
                 self.assertEqual(response.normal, normal)
 
     def test_input_text_of_each_kind(self):
@@ -984,9 +985,9 @@ class FixtureTests(unittest.TestCase):
 
     def test_response_serves_only_the_kinds_it_fits(self):
         script = script_of(entry({}, {"scores": [1]}), entry({}, {"embedding": [1]}), entry({}))
-        self.assertEqual(find(script, asked({}, "rerank")).response.type, "rerank")
-        self.assertEqual(find(script, asked({}, "embedding")).response.type, "embedding")
-        self.assertEqual(find(script, asked({}, "completion")).response.type, "text")
+        self.assertEqual(find(script, asked({}, "rerank")).response.type.name, "rerank")
+        self.assertEqual(find(script, asked({}, "embedding")).response.type.name, "embedding")
+        self.assertEqual(find(script, asked({}, "completion")).response.type.name, "text")
         self.assertIsNone(find(script, asked({}, "image")))
         self.assertIsNone(find(script, asked({}, "", "/v1/files")))
 
@@ -1115,9 +1116,9 @@ class KeywordTests(unittest.TestCase):
         fixture = self.build(image={"b64_json": "YWE="})
         self.assertEqual(fixture.response.normal, {"images": [{"b64_json": "YWE="}]})
         fixture = self.build(status=429, retry_after=1, times=2)
-        self.assertEqual(fixture.response.type, "status")
+        self.assertEqual(fixture.response.type.name, "status")
         fixture = self.build(disconnect_after_chunks=3)
-        self.assertEqual((fixture.response.type, fixture.faulty), ("generated", True))
+        self.assertEqual((fixture.response.type.name, fixture.faulty), ("generated", True))
 
     def test_when_is_a_function_of_the_request(self):
         fixture = self.build(content="x", when=lambda request: request.body["n"] > 1)
@@ -1211,7 +1212,7 @@ class ScriptTests(unittest.TestCase):
         ):
             with self.subTest(text=text):
                 found = find(fake.Fixtures(), asked({}, X_Parlel_Fixture=text))
-                self.assertEqual(found.response.type, kind)
+                self.assertEqual(found.response.type.name, kind)
         match, at = "X-Parlel-Fixture.match", "X-Parlel-Fixture"
         for text, reason in (
             ("{", "Expecting property name"),

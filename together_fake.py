@@ -88,7 +88,7 @@ from urllib.parse import parse_qsl, quote, unquote
 
 TYPE_CHECKING = False  # as in typing, whose import would cost a cold start 4 ms
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
     from typing import Any, AnyStr, TypeVar, Union
 
     Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -3574,12 +3574,7 @@ def join_text(content: Any) -> Any:
     return "".join(map(str, parts)) if parts else None
 
 
-INPUT_FIELDS = {
-    "completion": "prompt", "embedding": "input", "image": "prompt",
-    "rerank": "query", "speech": "input", "video": "prompt",
-}  # fmt: skip
-PROMPT_KINDS = ("completion", "image", "speech", "video")
-ENDPOINT_KINDS = ("chat", "response", *INPUT_FIELDS, "transcription", "translation", "job")
+OPERATIONS: dict[str, Route] = {}  # what fixtures call an operation, and its first route
 
 
 def read_part(part: dict[str, Any]) -> dict[str, Any]:
@@ -3735,11 +3730,12 @@ class MatchFacts(dict):  # type: ignore[type-arg]
 
     def __init__(self, kind: str, request: Request) -> None:
         body, headers = request.body, request.headers
-        asked = body.get(INPUT_FIELDS.get(kind, ""))
+        known = OPERATIONS.get(kind)
+        asked = body.get(known.prompt or known.input) if known is not None else None
         asked = " ".join(map(str, asked)) if isinstance(asked, list) else asked
         prompt = [{"role": "user", "content": asked}]
         chat = read_items(body) if kind == "response" else list_objects(body.get("messages"))
-        messages = prompt if kind in PROMPT_KINDS else chat
+        messages = prompt if known is not None and known.prompt else chat
         said = [(message.get("role"), join_text(message.get("content"))) for message in messages]
         users = [text for role, text in said if role == "user" and isinstance(text, str)]
         system = [text for role, text in said if role == "system" and isinstance(text, str)]
@@ -3795,7 +3791,6 @@ def text_row(name: str, **more: Any) -> Field:
 
 JSON_KINDS = (str, int, float, bool, list, dict)
 ANYTHING = Field("", *JSON_KINDS)
-VIDEO_ENDS = {"completed": "completed", "processing": "completed", "failed": "failed"}
 MAX_MS = 86_400_000  # a day
 BASE64 = ("base64", DECODE_BASE64)
 PLAIN_MATCH = Fields(
@@ -3882,63 +3877,16 @@ BLOCK = Fields(
     Field("arguments", *JSON_TEXT),
     closed=True,
 )
-MESSAGE = Fields(
-    Field("content", *JSON_TEXT),
-    Field("toolCalls", list, each=Field("", dict, fields=TOOL_CALL)),
-    Field("blocks", list, each=Field("", dict, fields=BLOCK)),
-    Field("reasoning", str),
-    *OVERRIDES.values(),
-    closed=True,
-    ignored="systemFingerprint provider nativeFinishReason webSearches reasoningSignature"
-    " redactedThinking",
-)
 ENVELOPE = Fields(
     Field("message", str, dict, required=True),  # an engine's own error is an object
     *rows_of("type param code", str),
     closed=True,
     ignored="metadata",
 )
-STATUS = Fields(
-    Field("status", int, low=400, high=999), *number_rows("retryAfter", 0, MAX_MS), closed=True
-)
-ERROR = Fields(
-    Field("error", dict, fields=ENVELOPE),
-    Field("id", str),
-    # aimock's recorder writes 200 where it did not understand an answer
-    *{**STATUS, "status": Field("status", int, low=200, high=999)}.values(),
-    closed=True,
-    ignored="fallthrough",
-)
 RAW = Fields(
     Field("text", str), Field("b64Json", str, test=BASE64), Field("contentType", str), closed=True
 )
 HEADERS = Field("headers", dict, each=Field("", str))
-IMAGE = Fields(*rows_of("url revisedPrompt", str), Field("b64Json", str, test=BASE64), closed=True)
-SOUND = Fields(
-    Field("b64Json", str, required=True, test=BASE64), Field("contentType", str), closed=True
-)
-AUDIO = Fields(
-    Field("audio", str, dict, test=BASE64, fields=SOUND),
-    Field("format", str),
-    closed=True,
-    ignored="content toolCalls reasoning",
-)
-TRANSCRIPT = Fields(
-    Field("text", str, required=True),
-    Field("language", str),
-    *number_rows("duration", 0, MAX_MS),
-    *rows_of("words segments", list, each=Field("", dict)),
-    closed=True,
-    ignored="languages usage",
-)
-VIDEO = Fields(
-    Field("id", str, required=True),
-    Field("status", str, required=True, choices=tuple(VIDEO_ENDS)),
-    *rows_of("url error", str),
-    closed=True,
-    ignored="b64 cost duration",
-)
-FLOAT32 = Field("", int, float, low=-3.4e38, high=3.4e38)
 
 
 def to_snake(name: str) -> str:
@@ -3958,7 +3906,7 @@ def dump_json(value: Any) -> str:
     return value if isinstance(value, str) else ENCODE(value)
 
 
-def read_block(block: dict[str, Any]) -> dict[str, Any]:
+def normalise_block(block: dict[str, Any]) -> dict[str, Any]:
     """Normalise one piece of an answer: a text, or a tool call with its arguments as text."""
     if block.get("type") == "text":
         return {"type": "text", "text": dump_json(block["text"])}
@@ -3966,10 +3914,12 @@ def read_block(block: dict[str, Any]) -> dict[str, Any]:
     return {**call, "arguments": dump_json(block["arguments"])}
 
 
-def read_message(said: dict[str, Any]) -> dict[str, Any]:
+def normalise_message(said: dict[str, Any]) -> dict[str, Any]:
     """Normalise text and tool calls into blocks in stream order, beside the same by kind."""
     spoken = [{"type": "text", "text": said["content"]}] if "content" in said else []
-    blocks = [read_block(each) for each in said.get("blocks") or spoken + said.get("toolCalls", [])]
+    blocks = [
+        normalise_block(each) for each in said.get("blocks") or spoken + said.get("toolCalls", [])
+    ]
     texts = [block["text"] for block in blocks if block["type"] == "text"]
     return {
         "blocks": blocks,
@@ -3980,19 +3930,12 @@ def read_message(said: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_audio(said: dict[str, Any]) -> dict[str, Any]:
-    """Decode scripted audio."""
-    audio = said["audio"] if isinstance(said["audio"], dict) else {"b64Json": said["audio"]}
-    data, content_type = DECODE_BASE64(audio["b64Json"]), audio.get("contentType")
-    return {"audio": data, "content_type": content_type, "format": said.get("format")}
-
-
-def read_error(said: dict[str, Any]) -> dict[str, Any]:
+def normalise_error(said: dict[str, Any]) -> dict[str, Any]:
     """Normalise an error: its status, its envelope if it was given, and the seconds to wait."""
     return {"status": 500, "error": None, "retry_after": None, **snake_keys(said)}
 
 
-def read_raw(said: dict[str, Any]) -> dict[str, Any]:
+def normalise_raw(said: dict[str, Any]) -> dict[str, Any]:
     """Decode a scripted body that is no JSON."""
     raw = said["raw"]
     data = DECODE_BASE64(raw["b64Json"]) if "b64Json" in raw else raw.get("text", "").encode()
@@ -4001,107 +3944,116 @@ def read_raw(said: dict[str, Any]) -> dict[str, Any]:
     return {"data": data, "content_type": kind, "status": status, "headers": headers}
 
 
-def read_vectors(said: dict[str, Any]) -> dict[str, Any]:
-    """Normalise embeddings into a list of vectors; a single one serves every input."""
-    given = said["embedding"]
-    return {"vectors": given if list in map(type, given) else [given]}
+RESPONSE_TYPES: list[ResponseType] = []  # where keys tell of two types, the later one is meant
 
 
-EVERY = ["", *ENDPOINT_KINDS]  # "" stands for all routes that have no kind
-# kind: (the endpoints it fits, its keys, how it is normalised)
-RESPONSES: dict[str, tuple[list[str], Fields, Callable[[dict[str, Any]], Any]]] = {
-    "error": (EVERY, ERROR, read_error),
-    "audio": (["speech"], AUDIO, read_audio),
-    "video": (
-        ["video"],
-        Fields(Field("video", dict, fields=VIDEO), closed=True),
-        lambda said: {**said["video"], "status": VIDEO_ENDS[said["video"]["status"]]},
+class ResponseType:
+    """One thing that a fixture may say; `@route(response=...)` names the one of an operation.
+
+    fields      its keys
+    normalise   returns what the composers read
+    told_by     the keys of which one tells that it is meant (default: its name)
+    everywhere  it fits every operation, and routes that are none
+    """
+
+    def __init__(
+        self,
+        name: str,
+        fields: Fields,
+        normalise: Callable[[dict[str, Any]], Any] = dict,
+        told_by: tuple[str, ...] | None = None,
+        everywhere: bool = False,
+    ) -> None:
+        self.name = name
+        self.fields = fields
+        self.normalise = normalise
+        self.told_by = (name,) if told_by is None else told_by
+        self.everywhere = everywhere
+        RESPONSE_TYPES.append(self)
+
+    def fits(self, kind: str) -> bool:
+        """Tell whether it answers operations of a kind, "" for those without one."""
+        return self.everywhere or (kind in OPERATIONS and OPERATIONS[kind].response is self)
+
+
+WAIT = number_rows("retryAfter", 0, MAX_MS)
+OWN_STATUS = Field("status", int, low=200, high=999)
+# The usual answer.
+GENERATED = ResponseType("generated", Fields(closed=True), told_by=(), everywhere=True)
+STATUS = ResponseType(
+    "status",
+    Fields(Field("status", int, low=400, high=999), *WAIT, closed=True),
+    normalise_error,
+    everywhere=True,
+)
+TEXT = ResponseType(
+    "text",
+    Fields(
+        Field("content", *JSON_TEXT),
+        Field("toolCalls", list, each=Field("", dict, fields=TOOL_CALL)),
+        Field("blocks", list, each=Field("", dict, fields=BLOCK)),
+        Field("reasoning", str),
+        *OVERRIDES.values(),
+        closed=True,
+        ignored="systemFingerprint provider nativeFinishReason webSearches reasoningSignature"
+        " redactedThinking",
     ),
-    "transcription": (
-        ["transcription", "translation"],
-        Fields(Field("transcription", dict, fields=TRANSCRIPT), closed=True),
-        lambda said: snake_keys(said["transcription"]),
+    normalise_message,
+    told_by=("content", "toolCalls", "blocks"),
+)
+RAW_BODY = ResponseType(
+    "raw",
+    Fields(Field("raw", dict, fields=RAW), OWN_STATUS, HEADERS, closed=True),
+    normalise_raw,
+    everywhere=True,
+)
+JSON_BODY = ResponseType(
+    "json",
+    Fields(Field("json", *JSON_KINDS), OWN_STATUS, HEADERS, closed=True, ignored="billableUnits"),
+    lambda said: {"status": 200, **said},
+    everywhere=True,
+)
+ERROR = ResponseType(  # aimock's recorder writes status 200 where it did not understand an answer
+    "error",
+    Fields(
+        Field("error", dict, fields=ENVELOPE),
+        Field("id", str),
+        OWN_STATUS,
+        *WAIT,
+        closed=True,
+        ignored="fallthrough",
     ),
-    "image": (
-        ["image"],
-        Fields(
-            Field("image", dict, fields=IMAGE),
-            Field("images", list, each=Field("", dict, fields=IMAGE)),
-            closed=True,
-        ),
-        lambda said: {"images": list(map(snake_keys, said.get("images", [said.get("image", {})])))},
-    ),
-    "embedding": (
-        ["embedding"],
-        Fields(
-            Field("embedding", list, each=Field("", int, float, list, each=FLOAT32)), closed=True
-        ),
-        read_vectors,
-    ),
-    "rerank": (
-        ["rerank"],
-        Fields(Field("scores", list, each=Field("", int, float)), closed=True),
-        dict,
-    ),
-    "job": (
-        ["job"],
-        Fields(
-            Field("job", dict, fields=Fields(Field("status", str, required=True), closed=True)),
-            closed=True,
-        ),
-        lambda said: said["job"],
-    ),
-    "json": (
-        EVERY,
-        Fields(
-            Field("json", *JSON_KINDS),
-            Field("status", int, low=200, high=999),
-            HEADERS,
-            closed=True,
-            ignored="billableUnits",
-        ),
-        lambda said: {"status": 200, **said},
-    ),
-    "raw": (
-        EVERY,
-        Fields(
-            Field("raw", dict, fields=RAW),
-            Field("status", int, low=200, high=999),
-            HEADERS,
-            closed=True,
-        ),
-        read_raw,
-    ),
-    "text": (["chat", "completion", "response"], MESSAGE, read_message),
-    "status": (EVERY, STATUS, read_error),
-    "generated": (EVERY, Fields(closed=True), dict),  # no response: the usual answer, with a fault
-}
-KIND_BY_KEY = {  # the first of these keys that a response has tells its kind
-    "error": "error", "audio": "audio", "video": "video", "transcription": "transcription",
-    "image": "image", "images": "image", "embedding": "embedding", "scores": "rerank", "job": "job",
-    "json": "json", "raw": "raw",
-    "content": "text", "toolCalls": "text", "blocks": "text", "status": "status",
-}  # fmt: skip
-RESPONSE = Fields(  # all keys; those that stand in several tables as a text has them
-    *[row for _, rows, _ in RESPONSES.values() for row in rows.values()],
-    *MESSAGE.values(),
-    closed=True,
+    normalise_error,
+    everywhere=True,
 )
 
 
-def check_match(match: dict[str, Any], kind: str, place: str) -> None:
-    """Refuse a match that could never hold for a response of this kind."""
+def find_response_type(keys: Container[str]) -> ResponseType | None:
+    """Return the type of response that some keys tell of."""
+    types = reversed(RESPONSE_TYPES)
+    return next((type for type in types if any(key in keys for key in type.told_by)), None)
+
+
+def list_response_rows() -> Fields:
+    """Return the rows of all keys of responses; those of several types as a text has them."""
+    rows = [row for type in RESPONSE_TYPES for row in type.fields.values()]
+    foreign = " ".join(" ".join(type.fields.ignored) for type in RESPONSE_TYPES)
+    return Fields(*rows, *TEXT.fields.values(), closed=True, ignored=foreign)
+
+
+def check_match(match: dict[str, Any], type: ResponseType, place: str) -> None:
+    """Refuse a match that could never hold for a response of this type."""
     for key in ("not", "systemMessage"):
         if match.get(key) in ({}, []):
             raise ValueError(f"{place}.{key}: is empty, so it says nothing")
     name = match.get("endpoint", " ")
     if isinstance(name, dict) or " " in name:  # a pattern, or as in "POST /v1/files"
         return
-    if name not in ENDPOINT_KINDS:
-        near = suggest(name, ENDPOINT_KINDS)
+    if name not in OPERATIONS:
+        near = suggest(name, OPERATIONS)
         raise ValueError(f"{place}.endpoint: {preview(name)} is unknown{near}")
-    if name not in RESPONSES[kind][0]:
-        raise ValueError(f"{place}.endpoint: {name} cannot serve a response of kind {kind}")
+    if not type.fits(name):
+        raise ValueError(f"{place}.endpoint: {name} cannot serve a response of type {type.name}")
 
 
 def write_pattern(pattern: re.Pattern[str]) -> dict[str, str]:
@@ -4176,39 +4128,41 @@ def check_response(response: dict[str, Any], place: str) -> None:
                 raise ValueError(f"{place}.blocks[{index}].{key}: is missing")
 
 
-def parse_response(given: Any, place: str, spell: Any, ignored: list[str]) -> tuple[str, Any]:
-    """Tell a response's kind by its keys, and return it clean."""
+def parse_response(
+    given: Any, place: str, spell: Any, ignored: list[str]
+) -> tuple[ResponseType, Any]:
+    """Tell a response's type by its keys, and return it clean."""
     said = {spell(key): given[key] for key in given if given[key] is not None or key == "json"}
-    kind = next((KIND_BY_KEY[key] for key in KIND_BY_KEY if key in said), "")
-    fields = RESPONSES[kind][1] if kind else RESPONSE
-    stray = next((key for key in said if key in RESPONSE and key not in fields), None)
-    if stray is not None and stray not in fields.ignored:
-        raise ValueError(f"{place}.{stray}: does not go with a response of kind {kind}")
+    type, every = find_response_type(said), list_response_rows()
+    fields = type.fields if type is not None else every
+    stray = next((key for key in said if key in every and key not in fields), None)
+    if type is not None and stray is not None and stray not in fields.ignored:
+        raise ValueError(f"{place}.{stray}: does not go with a response of type {type.name}")
     response = check_clean(said, fields, place, spell, ignored)
-    if not kind:
-        keys = ", ".join(KIND_BY_KEY)
+    if type is None:
+        keys = ", ".join(key for each in RESPONSE_TYPES for key in each.told_by)
         raise ValueError(f"{place}: has none of the keys that say what to answer: {keys}")
     check_response(response, place)
-    return kind, response
+    return type, response
 
 
 def parse_entry(
     given: Any, place: str, spell: Any = str, ignored: list[str] | None = None
-) -> tuple[str, dict[str, Any]]:
-    """Return the kind of a fixture's response, and the fixture's entry, checked and clean."""
+) -> tuple[ResponseType, dict[str, Any]]:
+    """Return the type of a fixture's response, and the fixture's entry, checked and clean."""
     ignored = [] if ignored is None else ignored
-    entry, kind = check_clean(given, ENTRY, place, spell, ignored), "generated"
+    entry, type = check_clean(given, ENTRY, place, spell, ignored), GENERATED
     if "response" in entry:
         said = given["response"]
-        kind, entry["response"] = parse_response(said, place + ".response", spell, ignored)
+        type, entry["response"] = parse_response(said, place + ".response", spell, ignored)
     elif entry.keys() == {"match"}:
         raise ValueError(f"{place}: needs a response, or an option such as latency")
-    check_match(entry["match"], kind, place + ".match")
+    check_match(entry["match"], type, place + ".match")
     try:
         json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:  # half of a surrogate pair, NaN or Infinity
         raise ValueError(f"{place}: holds what JSON cannot say: {error}") from None
-    return kind, entry
+    return type, entry
 
 
 def compile_pattern(wanted: Any, place: str, trusted: bool) -> Any:
@@ -4292,19 +4246,19 @@ class AnswerSource:
 class Response:
     """What a fixture says.
 
-    type    a key of `RESPONSES`
-    kinds   of operation that it fits; "" stands for all other routes
     said    its JSON, checked and clean
     normal  the same as the composers read it
     """
 
-    def __init__(self, type: str, said: dict[str, Any]) -> None:
+    def __init__(self, type: ResponseType, said: dict[str, Any]) -> None:
         self.type, self.said = type, said
-        self.kinds, _, self._normalise = RESPONSES[type]
-        self._quotes = type == "text" and "{{" in json.dumps(said)
-        self.normal: dict[str, Any] = self._normalise(said)
-        if type == "text" and self.normal["content"] is None:
-            self.kinds = ["chat", "response"]  # tool calls alone
+        self._quotes = type is TEXT and "{{" in json.dumps(said)
+        self.normal: dict[str, Any] = type.normalise(said)
+
+    def fits(self, kind: str) -> bool:
+        """Tell whether it answers operations of a kind; a completion cannot be tool calls alone."""
+        is_calls = self.type is TEXT and self.normal["content"] is None
+        return self.type.fits(kind) and not (is_calls and kind == "completion")
 
     def render(self, kind: str, request: Request) -> dict[str, Any]:
         """Return the normal form with each `{{path}}` quoting the request, but for its keys.
@@ -4323,7 +4277,7 @@ class Response:
             return "" if fact is None else ENCODE(dump_json(fact))[1:-1]
 
         said = json.loads(TEMPLATE.sub(quote_fact, ENCODE(self.said)))
-        normal: dict[str, Any] = self._normalise(said)
+        normal: dict[str, Any] = self.type.normalise(said)
         return normal
 
 
@@ -4342,7 +4296,7 @@ class Fixture:
 
     def __init__(
         self,
-        type: str,
+        type: ResponseType,
         entry: Any,
         source: str = "run time",
         when: Callable[[Request], Any] | None = None,
@@ -4384,8 +4338,8 @@ class Fixture:
 
     def find_obstacle(self, facts: MatchFacts) -> Obstacle | None:
         """Return the first reason why it does not answer a request, whatever was served before."""
-        if facts.kind not in self.response.kinds:
-            return "response", self.response.kinds, facts.kind
+        if not self.response.fits(facts.kind):
+            return "response", [each for each in OPERATIONS if self.response.fits(each)], facts.kind
         key = find_mismatch(self.wanted, facts)
         if key is not None:
             return f"match.{key}", None, None
@@ -4397,7 +4351,7 @@ class Fixture:
 
     def count_holding(self, facts: MatchFacts) -> int:
         """Return how many of its keys hold for a request, none where its kind is another."""
-        if facts.kind not in self.response.kinds:
+        if not self.response.fits(facts.kind):
             return -1
         return sum(holds_key(key, wanted, facts) for key, wanted in self.wanted.items())
 
@@ -4440,7 +4394,7 @@ class Fixture:
             counts.clear() if test is None else counts.pop(test, None)
 
     def __repr__(self) -> str:
-        return f"<Fixture {self.source}: {self.response.type}, served {self.served} times>"
+        return f"<Fixture {self.source}: {self.response.type.name}, served {self.served} times>"
 
     def describe(self) -> dict[str, Any]:
         """Return the fixture's JSON with its source and how often it was served."""
@@ -4517,15 +4471,12 @@ def stamp_files(paths: Iterable[str]) -> list[tuple[str, int, int]]:
     return stamps
 
 
-HEADER_KEYS = (*RESPONSE, *OPTIONS)
-FOREIGN_KEYS = ENTRY.ignored.union(*[rows.ignored for _, rows, _ in RESPONSES.values()])
-
-
 def split_header(given: dict[str, Any], place: str) -> dict[str, Any]:
     """Return an answer that is mixed with options as an entry; ValueError names a strange key."""
+    rows = list_response_rows()
     for key in given:
-        if key not in HEADER_KEYS and key not in FOREIGN_KEYS:
-            raise ValueError(f"{place}.{key}: unknown key{suggest(key, HEADER_KEYS)}")
+        if key not in {*rows, *rows.ignored, *OPTIONS, *OPTIONS.ignored}:
+            raise ValueError(f"{place}.{key}: unknown key{suggest(key, [*rows, *OPTIONS])}")
     options = {key: given[key] for key in given if key in OPTIONS}
     said = {key: given[key] for key in given if key not in OPTIONS}
     return {**({"response": said} if said else {}), **options}
@@ -4549,87 +4500,20 @@ def parse_header(text: str) -> Fixture:
         raise ApiError("bad_fixture", reason=str(error)) from None
 
 
-# keyword: (part of the entry, key); a match's `model` goes before a response's
-KEYWORDS = {
-    to_snake(key): (part, key)
-    for part, rows in (("response", RESPONSE), ("", OPTIONS), ("match", MATCH))
-    for key in rows
-}
-KEYWORDS.update(response_model=("response", "model"), response_headers=("response", "headers"))
-KEYWORDS.update(not_=KEYWORDS.pop("not"))
-KEYWORD_ROWS = {"response": RESPONSE, "": OPTIONS, "match": MATCH}
-KEYWORD_TYPES = {
-    word: " or ".join(KIND_NAMES[kind] for kind in KEYWORD_ROWS[part][key].kinds)
-    for word, (part, key) in KEYWORDS.items()
-}
-KEYWORD_TYPES.update(when="a function of the request", times="how often (default: always)")
-
-
-def as_response(word: str, value: Any) -> Any:
-    """Return a keyword's value as a fixture has it: bytes as base64, a text as a transcription."""
-    if isinstance(value, (bytes, bytearray)) and word in ("image", "audio"):
-        encoded = base64.b64encode(value).decode()
-        return {"b64Json": encoded} if word == "image" else encoded
-    if word == "transcription" and isinstance(value, str):
-        return {"text": value}
-    if word == "images" and isinstance(value, (list, tuple)):
-        return [as_response("image", item) for item in value]
-    return value
-
-
-def is_source(value: Any) -> bool:
-    """Tell whether a content gives further answers: an iterator, or a function of the request."""
-    return hasattr(value, "__next__") or (callable(value) and not hasattr(value, "model_dump"))
-
-
-def find_caller() -> str:
-    """Return the place from which this file was called, as `tests/test_bot.py:47`."""
-    frame = sys._getframe()
-    own = frame.f_code.co_filename
-    while frame.f_code.co_filename in (own, functools.__file__) and frame.f_back is not None:
-        frame = frame.f_back
-    path = frame.f_code.co_filename
-    with contextlib.suppress(ValueError, OSError):  # another drive, no working directory
-        near = os.path.relpath(path)
-        path = path if near.startswith("..") else near
-    return f"{path}:{frame.f_lineno}"
-
-
-def fixture_from_keywords(verb: str, keywords: Mapping[str, Any]) -> Fixture:
-    """Build the fixture of `server.reply(...)` and `server.fail(...)`; None counts as absent.
-
-    Raises TypeError for a `when` that is no function and ValueError for a wrong value.
-    """
-    words = dict(keywords)
-    when = words.pop("when", None)
-    if when is not None and not callable(when):
-        raise TypeError(f"{verb}() needs a function as `when`, not {when!r}")
-    entry: dict[str, Any] = {"match": {}, "response": {}}
-    for word, value in words.items():
-        part, key = KEYWORDS[word]
-        if value is not None:
-            (entry[part] if part else entry)[key] = as_response(word, value)
-    content = entry["response"].get("content")
-    answers = AnswerSource(content) if is_source(content) else None
-    if answers is not None:
-        entry["response"]["content"] = ""
-    entry["response"] = entry["response"] or None
-    place, source = f"{verb}()", f"{verb}() at {find_caller()}"
-    fixture = Fixture(*parse_entry(entry, place, to_camel), source, when, place=place)
-    fixture.answers, fixture.spell = answers, to_snake
-    return fixture
-
-
 def says_response(value: Any) -> bool:
     """Tell whether what a function gives is a response in a fixture's keys, rather than JSON."""
     if not isinstance(value, dict):
         return False
     said = {to_camel(key): value[key] for key in value if isinstance(key, str)}
-    key = next((key for key in KIND_BY_KEY if key in said), None)
-    if key is None or len(said) < len(value):
+    type = find_response_type(said)
+    if type is None or len(said) < len(value):
         return False
-    fields = RESPONSES[KIND_BY_KEY[key]][1]
-    is_typed = said[key] is None or isinstance(said[key], fields[key].kinds)
+    fields = type.fields
+    is_typed = all(
+        said[key] is None or isinstance(said[key], fields[key].kinds)
+        for key in type.told_by
+        if key in said
+    )
     return is_typed and all(name in fields or name in fields.ignored for name in said)
 
 
@@ -5082,15 +4966,16 @@ def raw_reply(data: bytes, content_type: str, status: int, headers: dict[str, st
 def is_whole(response: Response, options: Mapping[str, Any]) -> bool:
     """Tell whether a response is the reply, whatever the operation; a late error is not."""
     late = "errorAfterChunks" in options
-    return response.type in ("json", "raw") or (response.type in ("error", "status") and not late)
+    is_error = response.type in (ERROR, STATUS)
+    return response.type in (JSON_BODY, RAW_BODY) or (is_error and not late)
 
 
 def whole_reply(response: Response, options: Mapping[str, Any], request: Request) -> Reply:
     """Build the reply of a response that is one: an error, a status, `json` or `raw`."""
     said = response.normal
-    if response.type == "raw":
+    if response.type is RAW_BODY:
         return raw_reply(**said)
-    if response.type == "json":
+    if response.type is JSON_BODY:
         body = ENCODE(said["json"]).encode()
         return Reply(body, said["status"], headers=said.get("headers"))
     model, id = request.body.get("model"), name_request(request)
@@ -5182,7 +5067,7 @@ def draw_fault(script: Fixtures, fixture: Fixture, response: Response) -> Fault 
     if not fixture.faulty:
         return None
     rng = HashRandom.of("fault", [script.seed, script.count_fault()])
-    error = response.normal if response.type in ("error", "status") else None
+    error = response.normal if response.type in (ERROR, STATUS) else None
     return Fault(fixture.options, rng, error)
 
 
@@ -5234,6 +5119,9 @@ class Route:
 
     body, query  the tables of fields
     kind         of an inference call: what fixtures name it
+    prompt       the field that counts as what a user said
+    input        the field that fixtures look through, where it is no prompt
+    response     what a fixture says in its place
     status       of a good reply
     open         needs no key
     slow         may take longer than some hundred microseconds (default: all but the kinds in
@@ -5250,6 +5138,9 @@ class Route:
         body: Fields = NO_FIELDS,
         query: Fields = NO_FIELDS,
         kind: str = "",
+        prompt: str = "",
+        input: str = "",
+        response: ResponseType | None = None,
         status: int = 200,
         open: bool = False,
         slow: bool = True,
@@ -5262,6 +5153,9 @@ class Route:
         self.body = body
         self.query = query
         self.kind = kind
+        self.prompt = prompt
+        self.input = input
+        self.response = response
         self.status = status
         self.open = open
         self.slow = slow and kind not in QUICK_KINDS
@@ -5283,6 +5177,8 @@ class Route:
         ROUTES.insert(next(after, len(ROUTES)), self)
         if not self.names:
             EXACT[key] = self
+        if self.kind:
+            OPERATIONS.setdefault(self.kind, self)
         return handler
 
     def match(self, path: str) -> dict[str, str] | None:
@@ -6530,7 +6426,7 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
     return answer
 
 
-@route("POST", "/v1/chat/completions", body=CHAT_FIELDS, kind="chat")
+@route("POST", "/v1/chat/completions", body=CHAT_FIELDS, kind="chat", response=TEXT)
 def create_chat_completion(server: TogetherAiServer, request: Request) -> Any:
     """Answer a conversation, whole or as a stream."""
     answer = compose_chat(server, request)
@@ -6982,7 +6878,7 @@ def number_events(events: Iterable[Any]) -> Iterator[bytes]:
             number += 1
 
 
-@route("POST", "/v1/responses", body=RESPONSE_FIELDS, kind="response")
+@route("POST", "/v1/responses", body=RESPONSE_FIELDS, kind="response", response=TEXT)
 def create_response(server: TogetherAiServer, request: Request) -> Any:
     """Answer a conversation in items, whole or as a stream of named events."""
     body = request.body
@@ -7169,7 +7065,14 @@ def text_chunks(answer: Answer) -> Iterator[dict[str, Any]]:
         }
 
 
-@route("POST", "/v1/completions", body=COMPLETION_FIELDS, kind="completion")
+@route(
+    "POST",
+    "/v1/completions",
+    body=COMPLETION_FIELDS,
+    kind="completion",
+    prompt="prompt",
+    response=TEXT,
+)
 def create_completion(server: TogetherAiServer, request: Request) -> Any:
     """Continue a prompt, whole or as a stream."""
     answer = compose_completion(server, request)
@@ -7204,6 +7107,17 @@ def write_numbers(numbers: bytes | str) -> str:
     return f"[{numbers}]"
 
 
+def normalise_vectors(said: dict[str, Any]) -> dict[str, Any]:
+    """Return a fixture's embeddings as a list of vectors; a single one serves every input."""
+    given = said["embedding"]
+    return {"vectors": given if list in map(type, given) else [given]}
+
+
+FLOAT32 = Field("", int, float, low=-3.4e38, high=3.4e38)
+VECTOR = Field("embedding", list, each=Field("", int, float, list, each=FLOAT32))
+SCRIPTED_VECTORS = ResponseType("embedding", Fields(VECTOR, closed=True), normalise_vectors)
+
+
 def embed_inputs(request: Request, model: Model, inputs: list[Any]) -> Iterator[str]:
     """Yield the JSON of each input's vector, generated or from a fixture."""
     packed = request.body.get("encoding_format") == "base64"
@@ -7219,7 +7133,14 @@ def embed_inputs(request: Request, model: Model, inputs: list[Any]) -> Iterator[
         yield write_numbers(struct.pack(f"<{len(numbers)}f", *numbers) if packed else plain)
 
 
-@route("POST", "/v1/embeddings", body=EMBEDDING_FIELDS, kind="embedding")
+@route(
+    "POST",
+    "/v1/embeddings",
+    body=EMBEDDING_FIELDS,
+    kind="embedding",
+    input="input",
+    response=SCRIPTED_VECTORS,
+)
 def create_embeddings(server: TogetherAiServer, request: Request) -> Any:
     """Embed texts: those that share words are close."""
     body = request.body
@@ -7257,7 +7178,16 @@ def document_text(document: Any, names: list[str] | None) -> str:
     return "\n".join([value if type(value) is str else ENCODE(value) for value in values])
 
 
-@route("POST", "/v1/rerank", body=RERANK_FIELDS, kind="rerank")
+SCRIPTED_SCORES = ResponseType(
+    "rerank",
+    Fields(Field("scores", list, each=Field("", int, float)), closed=True),
+    told_by=("scores",),
+)
+
+
+@route(
+    "POST", "/v1/rerank", body=RERANK_FIELDS, kind="rerank", input="query", response=SCRIPTED_SCORES
+)
 def rerank(server: TogetherAiServer, request: Request) -> Any:
     """Sort documents by their likeness to a query."""
     body, documents = request.body, request.body["documents"]
@@ -7843,7 +7773,15 @@ BATCH_JOBS = JobKind(
 )
 
 
-@route("POST", "/v1/batches", body=BATCH_FIELDS, kind="job", status=201)
+SCRIPTED_STATUS = Fields(Field("status", str, required=True), closed=True)
+SCRIPTED_END = ResponseType(
+    "job",
+    Fields(Field("job", dict, fields=SCRIPTED_STATUS), closed=True),
+    operator.itemgetter("job"),
+)
+
+
+@route("POST", "/v1/batches", body=BATCH_FIELDS, kind="job", response=SCRIPTED_END, status=201)
 def create_batch(server: TogetherAiServer, request: Request) -> Any:
     """Start a batch job from a file of requests."""
     file = find_file(server, request.body["input_file_id"], "input_file_id")
@@ -8098,7 +8036,7 @@ def resolve_trainable(server: TogetherAiServer, id: str) -> Model:
     return model
 
 
-@route("POST", "/v1/fine-tunes", body=FINE_TUNE_FIELDS, kind="job")
+@route("POST", "/v1/fine-tunes", body=FINE_TUNE_FIELDS, kind="job", response=SCRIPTED_END)
 def create_fine_tune(server: TogetherAiServer, request: Request) -> Any:
     """Start a fine-tuning job."""
     body, jobs = request.body, server.fine_tunes
@@ -8444,8 +8382,8 @@ EVALUATION_JOBS = JobKind(
 )
 
 
-@route("POST", "/v1/evaluation", body=EVALUATION_FIELDS, kind="job")
-@route("POST", "/v1/evaluations", body=EVALUATION_FIELDS, kind="job")
+@route("POST", "/v1/evaluation", body=EVALUATION_FIELDS, kind="job", response=SCRIPTED_END)
+@route("POST", "/v1/evaluations", body=EVALUATION_FIELDS, kind="job", response=SCRIPTED_END)
 def create_evaluation(server: TogetherAiServer, request: Request) -> Any:
     """Start to judge the rows of a data file."""
     type, parameters = request.body["type"], copy_json(request.body["parameters"])
@@ -8557,7 +8495,7 @@ def list_endpoints(server: TogetherAiServer, request: Request) -> Any:
     return {"object": "list", "data": [] if none else server.endpoints.list()}
 
 
-@route("POST", "/v1/endpoints", body=ENDPOINT_FIELDS, kind="job")
+@route("POST", "/v1/endpoints", body=ENDPOINT_FIELDS, kind="job", response=SCRIPTED_END)
 def create_endpoint(server: TogetherAiServer, request: Request) -> Any:
     """Create an endpoint; it is pending, then starting, then started."""
     resolve_model(server, request.body["model"], "chat")
@@ -8785,7 +8723,29 @@ def image_item(
     return item
 
 
-@route("POST", "/v1/images/generations", body=IMAGE_FIELDS, kind="image")
+SCRIPTED_IMAGE = Fields(
+    *rows_of("url revisedPrompt", str), Field("b64Json", str, test=BASE64), closed=True
+)
+SCRIPTED_IMAGES = ResponseType(
+    "image",
+    Fields(
+        Field("image", dict, fields=SCRIPTED_IMAGE),
+        Field("images", list, each=Field("", dict, fields=SCRIPTED_IMAGE)),
+        closed=True,
+    ),
+    lambda said: {"images": list(map(snake_keys, said.get("images", [said.get("image", {})])))},
+    told_by=("image", "images"),
+)
+
+
+@route(
+    "POST",
+    "/v1/images/generations",
+    body=IMAGE_FIELDS,
+    kind="image",
+    prompt="prompt",
+    response=SCRIPTED_IMAGES,
+)
 def create_images(server: TogetherAiServer, request: Request) -> Any:
     """Paint images of a prompt."""
     body = request.body
@@ -8854,7 +8814,49 @@ SPEECH_VOICES = {  # documented examples, by who made the model
 }
 
 
-@route("POST", "/v1/audio/speech", body=SPEECH_FIELDS, kind="speech")
+def normalise_audio(said: dict[str, Any]) -> dict[str, Any]:
+    """Decode a fixture's sound."""
+    audio = said["audio"] if isinstance(said["audio"], dict) else {"b64Json": said["audio"]}
+    data, content_type = DECODE_BASE64(audio["b64Json"]), audio.get("contentType")
+    return {"audio": data, "content_type": content_type, "format": said.get("format")}
+
+
+SOUND = Fields(
+    Field("b64Json", str, required=True, test=BASE64), Field("contentType", str), closed=True
+)
+SCRIPTED_SPEECH = ResponseType(
+    "audio",
+    Fields(
+        Field("audio", str, dict, test=BASE64, fields=SOUND),
+        Field("format", str),
+        closed=True,
+        ignored="content toolCalls reasoning",
+    ),
+    normalise_audio,
+)
+TRANSCRIPT = Fields(
+    Field("text", str, required=True),
+    Field("language", str),
+    *number_rows("duration", 0, MAX_MS),
+    *rows_of("words segments", list, each=Field("", dict)),
+    closed=True,
+    ignored="languages usage",
+)
+HEARING["response"] = ResponseType(
+    "transcription",
+    Fields(Field("transcription", dict, fields=TRANSCRIPT), closed=True),
+    lambda said: snake_keys(said["transcription"]),
+)
+
+
+@route(
+    "POST",
+    "/v1/audio/speech",
+    body=SPEECH_FIELDS,
+    kind="speech",
+    prompt="input",
+    response=SCRIPTED_SPEECH,
+)
 def create_speech(server: TogetherAiServer, request: Request) -> Any:
     """Hum a text: WAV or raw samples, whole or as a stream; an MP3 is silent."""
     body, script, streams = request.body, request.script or {}, request.body.get("stream")
@@ -9021,7 +9023,29 @@ def show_video(server: TogetherAiServer, request: Request, job: dict[str, Any]) 
 VIDEO_JOBS = JobKind("videos", ("in_progress", "completed"), on_enter_video, show_video)
 
 
-@route("POST", "/v2/videos", body=VIDEO_FIELDS, kind="video", max_bytes=MAX_AUDIO_BYTES)
+VIDEO_ENDS = {"completed": "completed", "processing": "completed", "failed": "failed"}
+SCRIPTED_VIDEO = Fields(
+    Field("id", str, required=True),
+    Field("status", str, required=True, choices=tuple(VIDEO_ENDS)),
+    *rows_of("url error", str),
+    closed=True,
+    ignored="b64 cost duration",
+)
+
+
+@route(
+    "POST",
+    "/v2/videos",
+    body=VIDEO_FIELDS,
+    kind="video",
+    prompt="prompt",
+    response=ResponseType(
+        "video",
+        Fields(Field("video", dict, fields=SCRIPTED_VIDEO), closed=True),
+        lambda said: {**said["video"], "status": VIDEO_ENDS[said["video"]["status"]]},
+    ),
+    max_bytes=MAX_AUDIO_BYTES,
+)
 def create_video(server: TogetherAiServer, request: Request) -> Any:
     """Start a video; it is completed when it is first retrieved."""
     body, script = request.body, request.script or {}
@@ -9397,7 +9421,7 @@ def put_match(kind: str, facts: MatchFacts) -> dict[str, Any]:
     """
     match: dict[str, Any] = {}
     if kind != "chat":
-        match["endpoint"] = facts["endpoint"][kind not in ENDPOINT_KINDS or kind == "job"]
+        match["endpoint"] = facts["endpoint"][kind not in OPERATIONS or kind == "job"]
     text = "inputText" if kind in ("embedding", "rerank") else "userMessage"
     for key in (text, "model", "context"):
         if isinstance(facts[key], str) and facts[key]:
@@ -9432,7 +9456,7 @@ def identify(kind: str, request: Request) -> tuple[dict[str, Any], dict[str, Any
     """
     name, body = put_match(kind, MatchFacts(kind, request)), say_body(kind, request.body)
     large = len(request.raw) > MAX_RECORDED_BODY_BYTES
-    if large or (not body and not is_named(name) and kind in ENDPOINT_KINDS):
+    if large or (not body and not is_named(name) and kind in OPERATIONS):
         for key in [key for key in name if type(name[key]) is str]:
             name[key] = name[key][:MAX_SHOWN]
         return {**name, "bodyDigest": digest_body(kind, request.body)}, {}
@@ -9547,7 +9571,7 @@ def record_calls(calls: Iterable[Call], secrets: Iterable[str]) -> Recording:
     for call in calls:
         request = call.as_request()
         unread = (call.status == 401 and not call.fixture) or (request.raw and call.body is None)
-        if call.kind in ENDPOINT_KINDS and call.outcome == "complete" and not unread:
+        if call.kind in OPERATIONS and call.outcome == "complete" and not unread:
             reply = Reply(call.raw_reply, call.status, call.reply_type, call.reply_headers)
             answer = put_answer(call.kind, request, reply)
             with contextlib.suppress(ValueError):
@@ -11947,6 +11971,73 @@ def explain_mismatch(fixture: Fixture, call: Call) -> str:
     return str(explain_miss(fixture, obstacle, facts)["reason"]).replace("\n", "\n    ")
 
 
+KEYWORD_ROWS = {"response": list_response_rows(), "": OPTIONS, "match": MATCH}
+# keyword: (part of the entry, key); a match's `model` goes before a response's
+KEYWORDS = {to_snake(key): (part, key) for part, rows in KEYWORD_ROWS.items() for key in rows}
+KEYWORDS.update(response_model=("response", "model"), response_headers=("response", "headers"))
+KEYWORDS.update(not_=KEYWORDS.pop("not"))
+KEYWORD_TYPES = {
+    word: " or ".join(KIND_NAMES[kind] for kind in KEYWORD_ROWS[part][key].kinds)
+    for word, (part, key) in KEYWORDS.items()
+}
+KEYWORD_TYPES.update(when="a function of the request", times="how often (default: always)")
+
+
+def as_response(word: str, value: Any) -> Any:
+    """Return a keyword's value as a fixture has it: bytes as base64, a text as a transcription."""
+    if isinstance(value, (bytes, bytearray)) and word in ("image", "audio"):
+        encoded = base64.b64encode(value).decode()
+        return {"b64Json": encoded} if word == "image" else encoded
+    if word == "transcription" and isinstance(value, str):
+        return {"text": value}
+    if word == "images" and isinstance(value, (list, tuple)):
+        return [as_response("image", item) for item in value]
+    return value
+
+
+def is_source(value: Any) -> bool:
+    """Tell whether a content gives further answers: an iterator, or a function of the request."""
+    return hasattr(value, "__next__") or (callable(value) and not hasattr(value, "model_dump"))
+
+
+def find_caller() -> str:
+    """Return the place from which this file was called, as `tests/test_bot.py:47`."""
+    frame = sys._getframe()
+    own = frame.f_code.co_filename
+    while frame.f_code.co_filename in (own, functools.__file__) and frame.f_back is not None:
+        frame = frame.f_back
+    path = frame.f_code.co_filename
+    with contextlib.suppress(ValueError, OSError):  # another drive, no working directory
+        near = os.path.relpath(path)
+        path = path if near.startswith("..") else near
+    return f"{path}:{frame.f_lineno}"
+
+
+def fixture_from_keywords(verb: str, keywords: Mapping[str, Any]) -> Fixture:
+    """Build the fixture of `server.reply(...)` and `server.fail(...)`; None counts as absent.
+
+    Raises TypeError for a `when` that is no function and ValueError for a wrong value.
+    """
+    words = dict(keywords)
+    when = words.pop("when", None)
+    if when is not None and not callable(when):
+        raise TypeError(f"{verb}() needs a function as `when`, not {when!r}")
+    entry: dict[str, Any] = {"match": {}, "response": {}}
+    for word, value in words.items():
+        part, key = KEYWORDS[word]
+        if value is not None:
+            (entry[part] if part else entry)[key] = as_response(word, value)
+    content = entry["response"].get("content")
+    answers = AnswerSource(content) if is_source(content) else None
+    if answers is not None:
+        entry["response"]["content"] = ""
+    entry["response"] = entry["response"] or None
+    place, source = f"{verb}()", f"{verb}() at {find_caller()}"
+    fixture = Fixture(*parse_entry(entry, place, to_camel), source, when, place=place)
+    fixture.answers, fixture.spell = answers, to_snake
+    return fixture
+
+
 SCRIPT_WORDS = ("endpoint", "sequence_index")  # a call has another name for its operation
 CALL_WORDS = [*filter(lambda w: KEYWORDS[w][0] == "match" and w not in SCRIPT_WORDS, KEYWORDS)]
 MATCH_WORDS = [*CALL_WORDS, *SCRIPT_WORDS, "when"]
@@ -12644,7 +12735,7 @@ class TogetherAiServer(Scripting):
         if is_whole(response, fixture.options):
             reply = name_reply(whole_reply(response, fixture.options, request), request)
         else:
-            if response.type not in ("generated", "error", "status"):
+            if response.type not in (GENERATED, ERROR, STATUS):
                 said = response.render(route.kind, request)
                 request.script = {**said, "chunk_size": fixture.chunk_size}
             try:
