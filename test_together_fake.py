@@ -275,7 +275,7 @@ class FakeCase(unittest.TestCase):
         given = b"" if body is None else body
         request = Request(method, path, given, query=query, headers=fields, origin=self.origin)
         reply = self.server.answer(request)
-        raw = reply.body if reply.events is None else b"".join(reply.events)
+        raw = reply.read()
         return Got(reply.status, {"Content-Type": reply.content_type, **reply.headers}, raw)
 
     def post(self, path, body, headers=KEY):
@@ -1469,14 +1469,12 @@ class ScriptedMissTests(FakeCase):
 class Clock:
     """A clock that stands still but for waits; `drift` is lost with every wait."""
 
-    def __init__(self, drift=0.0, stop=False):
+    def __init__(self, drift=0.0):
         self.now = 100.0
         self.drift = drift
-        self.stop = stop
 
     def wait(self, seconds):
         self.now += seconds + self.drift
-        return self.stop
 
     def read(self):
         return self.now
@@ -1490,13 +1488,16 @@ def run(options, stream=True, seed=0, call=1, clock=None, events=EVENTS):
     clock = clock or Clock()
     reply = fake.Reply(b'{"answer": 42}', events=iter(events) if stream else None)
     fault = fake.Fault(options, fake.HashRandom.of("fault", [seed, call]))
-    reply = fake.apply_fault(reply, fault, clock.wait, clock.read)
+    reply = fake.apply_fault(reply, fault, clock.read)
     got, was_cut = [], False
     if reply.events is None:
         return reply.status, [(0, reply.body)], False
     try:
         for piece in reply.events:
-            got.append((round(clock.now - 100, 6), piece))
+            if isinstance(piece, float):
+                clock.wait(piece)
+            else:
+                got.append((round(clock.now - 100, 6), piece))
     except fake.Cut:
         was_cut = True
     return reply.status, got, was_cut
@@ -1588,7 +1589,6 @@ class FaultTests(unittest.TestCase):
         reply = fake.apply_fault(
             fake.Reply(b"12345"),
             fake.Fault({"disconnectAfterChunks": 1}, fake.HashRandom(b"")),
-            Clock().wait,
             Clock().read,
         )
         self.assertEqual(reply.headers["Content-Length"], "5")
@@ -1598,7 +1598,7 @@ class FaultTests(unittest.TestCase):
         reply.id = "answer-1"
         clock = Clock()
         fault = fake.Fault({"empty": True}, fake.HashRandom(b""))
-        got = fake.apply_fault(reply, fault, clock.wait, clock.read)
+        got = fake.apply_fault(reply, fault, clock.read)
         self.assertEqual((got.id, got.headers, got.body), ("answer-1", {"a": "b"}, b""))
 
     def test_chaos_statuses(self):
@@ -1625,10 +1625,6 @@ class FaultTests(unittest.TestCase):
         self.assertNotEqual(first, statuses(1))
         self.assertTrue(80 <= first.count("dropRate") <= 120, first.count("dropRate"))
         self.assertTrue(30 <= first.count("rateLimitRate") <= 70, first.count("rateLimitRate"))
-
-    def test_stop_ends_a_wait(self):
-        _, got, was_cut = run({"latency": 10}, clock=Clock(stop=True))
-        self.assertEqual((got, was_cut), ([], True))
 
     def test_fixture_without_fault_has_none(self):
         script = script_of(entry({}, times=3, chunkSize=2, shouldRetry=False))
@@ -4705,8 +4701,9 @@ class EchoApp:
         self.requests = []
         self.quick = ()
 
-    def _may_take_long(self, request):
-        return bool(self.reply) and request.path not in self.quick
+    def _begin(self, request):
+        slow = bool(self.reply) and request.path not in self.quick
+        return fake.WAITING if slow else fake.QUICK
 
     def answer(self, request):
         self.requests.append(request)
@@ -4721,7 +4718,7 @@ class EchoApp:
     def _refuse(self, error, method, path):
         return fake.Reply(json.dumps({"error": error.envelope()}).encode(), error.status)
 
-    def _body_limit(self, request):
+    def _limit_body(self, request):
         return 100 * 2**20 if request.path == "/v1/files" else fake.MAX_JSON_BYTES
 
 
@@ -4788,10 +4785,15 @@ def dechunk(data):
     return chunks, False
 
 
+def stream(events, **fields):
+    """Return a reply with events."""
+    return fake.Reply(events=(event for event in events), **fields)
+
+
 def pace(events, **fields):
     """Return a reply whose events are sent one by one, as they are drawn."""
-    reply = fake.Reply(events=events, **fields)
-    reply.paced = True
+    reply = stream(events, **fields)
+    reply.waits = True
     return reply
 
 
@@ -5079,7 +5081,7 @@ class ReplyTests(SocketCase):
         together = b"20\r\ndata: 1\n\ndata: 2\n\ndata: [DONE]\n\n\r\n0\r\n\r\n"
         for reply, chunks in (
             (pace(iter(events)), apart),
-            (fake.Reply(events=iter(events)), together),
+            (stream(events), together),
         ):
             head, _, data = self.receive(reply).partition(b"\r\n\r\n")
             self.assertIn(b"\r\nTransfer-Encoding: chunked", head)
@@ -5087,7 +5089,7 @@ class ReplyTests(SocketCase):
 
     def test_at_most_so_many_bytes_leave_together(self):
         events = [b"a" * 1000] * 100
-        _, _, data = self.receive(fake.Reply(events=iter(events))).partition(b"\r\n\r\n")
+        _, _, data = self.receive(stream(events)).partition(b"\r\n\r\n")
         chunks, complete = dechunk(data)
         self.assertEqual((b"".join(chunks), complete), (b"".join(events), True))
         self.assertLess(max(map(len, chunks)), fake.MAX_GATHERED_BYTES + 1000)
@@ -5097,9 +5099,9 @@ class ReplyTests(SocketCase):
         whole = self.receive(fake.Reply(b"abc"), request)
         self.assertIn(b"Content-Length: 3\r\n", whole)
         self.assertTrue(whole.endswith(b"\r\n\r\n"))
-        stream = self.receive(fake.Reply(events=iter([b"abc"])), request)
-        self.assertIn(b"Transfer-Encoding: chunked\r\n", stream)
-        self.assertTrue(stream.endswith(b"\r\n\r\n"))
+        events = self.receive(stream([b"abc"]), request)
+        self.assertIn(b"Transfer-Encoding: chunked\r\n", events)
+        self.assertTrue(events.endswith(b"\r\n\r\n"))
 
     def test_204_and_304_end_with_the_head(self):
         for status in (204, 304):
@@ -5152,7 +5154,7 @@ class StreamTests(SocketCase):
         self.assertTrue(rest.startswith(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\nHTTP/1.1 200"))
 
     def test_http_1_0_ends_with_the_connection(self):
-        self.serve(lambda request: fake.Reply(events=iter([b"a", b"data: [DONE]\n\n"])))
+        self.serve(lambda request: stream([b"a", b"data: [DONE]\n\n"]))
         request = b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"
         head, _, body = self.exchange(request + HEALTH).partition(b"\r\n\r\n")
         self.assertIn(b"\r\nConnection: close", head)
@@ -5160,9 +5162,7 @@ class StreamTests(SocketCase):
         self.assertEqual(body, b"adata: [DONE]\n\n")
 
     def test_a_stream_with_a_length_is_sent_bare(self):
-        self.serve(
-            lambda request: fake.Reply(events=iter([b"ab", b"c"]), headers={"Content-Length": "3"})
-        )
+        self.serve(lambda request: stream(([b"ab", b"c"]), headers={"Content-Length": "3"}))
         replies = split_replies(self.exchange(HEALTH + HEALTH))
         self.assertEqual([body for _, _, body in replies], [b"abc", b"abc"])
 
@@ -5174,7 +5174,7 @@ class StreamTests(SocketCase):
         for reply_of, count, expected in (
             (pace, 0, []),
             (pace, 2, [b"ab", b"ab"]),
-            (lambda events: fake.Reply(events=events), 2, [b"abab"]),
+            (stream, 2, [b"abab"]),
         ):
             with self.subTest(expected):
                 self.serve(lambda request, of=reply_of, count=count: of(events(count)))
@@ -5328,13 +5328,20 @@ class CrowdTests(SocketCase):
 
     def test_streams_leave_no_threads_behind(self):
         before = set(threading.enumerate())
-        self.serve(lambda request: fake.Reply(events=iter([b"data: 1\n\n", b"data: [DONE]\n\n"])))
+        self.serve(lambda request: stream([b"data: 1\n\n", b"data: [DONE]\n\n"]))
         for _ in range(3 * FEW_THREADS):
             client = self.connect()
             client.sendall(HEALTH)
             receive_until(client, b"0\r\n\r\n")
             client.close()
         self.assertLessEqual(count_new_threads(before, FEW_THREADS), FEW_THREADS)
+
+    def test_where_there_is_only_select(self):
+        with mock.patch.object(selectors, "DefaultSelector", selectors.SelectSelector):
+            self.serve()
+            clients = [self.connect() for _ in range(20)]
+            for _ in range(2):
+                self.assertEqual({self.status(client) for client in clients}, {200})
 
     def test_a_busy_handler_delays_nobody_for_long(self):
         entered, leave = threading.Event(), threading.Event()
@@ -5489,6 +5496,75 @@ class CrowdTests(SocketCase):
         self.assertLessEqual(count_new_threads(before, FEW_THREADS), FEW_THREADS)
 
 
+class Doubler:
+    """Takes a connection over: sends back twice what it gets, and says when it is left."""
+
+    def __init__(self):
+        self.left = threading.Event()
+
+    def on_open(self, connection):
+        self.connection = connection
+        connection.write(b"hello\n")
+
+    def on_bytes(self, data):
+        if data == b"end\n":
+            self.connection.end()
+        elif data == b"wait\n":
+            self.connection.call_later(0.001, lambda: self.connection.write(b"later\n"))
+        else:
+            self.connection.run(lambda: data, lambda result, error: self.connection.write(2 * data))
+
+    def on_close(self):
+        self.left.set()
+
+
+class HandOverTests(SocketCase):
+    """A connection that a handler takes over, as for a WebSocket."""
+
+    REQUEST = b"GET /v1/realtime HTTP/1.1\r\nHost: x\r\nUpgrade: echo\r\n\r\n"
+
+    def serve_doubler(self):
+        handler = Doubler()
+        reply = fake.Reply(b"", 101, headers={"Upgrade": "echo"})
+        reply.handler = handler
+        self.serve(lambda request: reply)
+        self.app.quick = ("/v1/realtime",)
+        return handler
+
+    def test_a_handler_writes_waits_works_and_ends(self):
+        handler = self.serve_doubler()
+        client = self.connect()
+        client.sendall(self.REQUEST)
+        head, _, said = receive_until(client, b"hello\n").partition(b"\r\n\r\n")
+        self.assertTrue(head.startswith(b"HTTP/1.1 101 Switching Protocols\r\n"), head)
+        self.assertIn(b"\r\nUpgrade: echo\r\nConnection: Upgrade", head)
+        self.assertEqual(said, b"hello\n")
+        client.sendall(b"wait\n")
+        self.assertEqual(receive_until(client, b"\n"), b"later\n")
+        client.sendall(b"ab\n")
+        self.assertEqual(receive_until(client, b"ab\nab\n"), b"ab\nab\n")
+        self.assertFalse(handler.left.is_set())
+        client.sendall(b"end\n")
+        self.assertEqual(receive_all(client), b"")
+        self.assertTrue(handler.left.wait(PATIENCE))
+
+    def test_it_is_told_that_the_client_left(self):
+        handler = self.serve_doubler()
+        client = self.connect()
+        client.sendall(self.REQUEST + b"ab")
+        receive_until(client, b"abab")
+        client.close()
+        self.assertTrue(handler.left.wait(PATIENCE))
+
+    def test_it_is_told_that_the_server_stops(self):
+        handler = self.serve_doubler()
+        client = self.connect()
+        client.sendall(self.REQUEST)
+        receive_until(client, b"hello\n")
+        self.server.stop()
+        self.assertTrue(handler.left.is_set())
+
+
 class LifeCycleTests(SocketCase):
     """From the taking of a port to stop(), which ends everything."""
 
@@ -5527,7 +5603,7 @@ class LifeCycleTests(SocketCase):
 
     def test_stop_ends_a_stream_that_nobody_reads(self):
         before = set(threading.enumerate())
-        self.serve(lambda request: fake.Reply(events=iter(lambda: bytes(65536), None)))
+        self.serve(lambda request: stream(iter(lambda: bytes(65536), None)))
         client = self.connect()
         client.sendall(HEALTH)
         client.recv(1)
@@ -5647,8 +5723,7 @@ class FairTests(SocketCase):
         with contextlib.ExitStack() as stack:
             for name, value in (
                 ("MAX_CONNECTIONS", 8),
-                ("CROWDED_IDLE_SECONDS", 0.2),
-                ("CROWDED_WAIT_SECONDS", 0.2),
+                ("CROWDED_SECONDS", 0.2),
             ):
                 stack.enter_context(mock.patch.object(fake, name, value))
             self.serve(lambda request: fake.Reply(bytes(8 * 2**20)))
@@ -5671,7 +5746,7 @@ class FairTests(SocketCase):
                 self.assertLess(self.crowd_out(lambda client, data=data: client.sendall(data)), 5)
 
     def test_without_a_crowd_they_keep_it(self):
-        with mock.patch.object(fake, "CROWDED_WAIT_SECONDS", 0.0):
+        with mock.patch.object(fake, "CROWDED_SECONDS", 0.0):
             self.serve()
             client = self.connect()
             client.sendall(HEALTH[:9])
@@ -6561,14 +6636,13 @@ class UpstreamTests(UpstreamCase):
         self.assertEqual(service.received, [])
         self.assertEqual(self.ask("POST", "/v1/a..b/...", {}).status, 200)
 
-    def test_a_slow_upstream_where_a_client_cannot_be_peeked_at(self):
+    def test_a_slow_upstream_is_waited_for(self):
         def act(client):
             self.assertFalse(left.wait(0.1))
             client.sendall(OK_HEAD + b"Content-Length: 2\r\n\r\n{}")
 
         left = threading.Event()
-        changes = {"WATCH_SECONDS": 0.02, "MSG_DONTWAIT": 0}
-        with mock.patch.multiple(fake, **changes):
+        with mock.patch.object(fake, "WATCH_SECONDS", 0.02):
             self.stand_before_service(act)
             self.assertEqual(self.post(CHAT, HELLO).json, {})
 

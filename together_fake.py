@@ -65,13 +65,16 @@ import contextlib
 import errno
 import functools
 import hashlib
+import heapq
 import http.client
 import http.server
 import io
 import itertools
 import json
+import math
 import operator
 import os
+import queue
 import re
 import select
 import selectors
@@ -84,11 +87,20 @@ import threading
 import time
 import zlib
 from collections import deque
+from email.utils import formatdate
 from urllib.parse import parse_qsl, quote, unquote
 
 TYPE_CHECKING = False  # as in typing, whose import would cost a cold start 4 ms
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import (
+        Callable,
+        Container,
+        Generator,
+        Iterable,
+        Iterator,
+        Mapping,
+        Sequence,
+    )
     from typing import Any, AnyStr, TypeVar, Union
 
     Verb = TypeVar("Verb", bound=Callable[..., Any])
@@ -290,8 +302,8 @@ class Request:
     """One request as the pipeline sees it; HTTP, tests and batch lines all build these."""
 
     __slots__ = (
-        "args", "batch", "body", "client", "form", "headers", "id", "method", "origin", "params",
-        "path", "query", "raw", "script",
+        "args", "batch", "body", "call", "client", "form", "headers", "id", "method", "origin",
+        "params", "path", "query", "raw", "route", "script",
     )  # fmt: skip
 
     client: Any  # the socket, where a thread waits for somebody else on this request's behalf
@@ -319,6 +331,8 @@ class Request:
         self.script: dict[str, Any] | None = None  # what a fixture says instead of the generators
         self.form = ""  # of the answer, as the prompt asks for it
         self.batch = ""  # the job whose line this is
+        self.call: Any = None  # its place in the record
+        self.route: Any = None  # once it is found and the body is read
 
 
 class Upload:
@@ -353,10 +367,24 @@ def redact(value: Any, secret: bool = False) -> Any:
     return hide_in_text(value) if type(value) is str else value
 
 
+class Cut(Exception):
+    """Raised by a stream to end its connection here, without the rest of the reply."""
+
+
 class Reply:
     """A whole answer: bytes with a status, or a stream of events."""
 
-    __slots__ = ("body", "content_type", "events", "headers", "id", "paced", "public", "status")
+    __slots__ = (
+        "body",
+        "content_type",
+        "events",
+        "handler",
+        "headers",
+        "id",
+        "public",
+        "status",
+        "waits",
+    )
 
     def __init__(
         self,
@@ -364,16 +392,27 @@ class Reply:
         status: int = 200,
         content_type: str = "application/json; charset=utf-8",
         headers: Mapping[str, str] | None = None,
-        events: Iterator[bytes] | None = None,
+        events: Generator[Any, None, None] | None = None,
     ) -> None:
         self.body = body
         self.status = status
         self.content_type = content_type
         self.headers = headers or {}
-        self.events = events  # encoded events; body is not sent when this is set
-        self.paced = False  # each event is sent when it is drawn; else those at hand leave together
+        # Encoded events, and between them seconds to pause; the body is then not sent.
+        self.events = events
+        self.handler: Any = None  # takes the connection over, see `Connection.hand_over()`
+        self.waits = False  # somebody else sends the events: each is sent when it is drawn
         self.id = ""  # of the answer, for the headers that name it
         self.public = True  # pages of other origins may read it
+
+    def read(self) -> bytes:
+        """Return all that is sent, without pausing, as far as it comes."""
+        if self.events is None:
+            return self.body
+        pieces: list[bytes] = []
+        with contextlib.suppress(Cut):
+            pieces.extend(piece for piece in self.events if type(piece) is bytes)
+        return b"".join(pieces)
 
 
 class Events:
@@ -387,10 +426,6 @@ class Events:
     def __init__(self, chunks: Iterable[Any], encoded: bool = False) -> None:
         self.chunks = chunks
         self.encoded = encoded
-
-
-class Cut(Exception):
-    """Raised by a stream to end its connection here, without the rest of the reply."""
 
 
 # === Errors ===
@@ -3399,6 +3434,7 @@ class Call:
         self.test: str = request.headers.get("x-test-id", "")
         self.batch = request.batch  # the job whose line this is
         self.at = at  # Unix seconds
+        self.started = time.perf_counter()
         self._raw = request.raw if len(request.raw) <= MAX_RECORDED_BODY_BYTES else b""
         self.kept = len(self._raw)  # bytes of the body and, once it is there, of the reply
 
@@ -3417,25 +3453,30 @@ class Call:
         return size
 
     def watch_events(
-        self, events: Iterator[bytes], started: float, end: Callable[[Call, str], None]
-    ) -> Iterator[bytes]:
+        self, events: Iterable[Any], started: float, end: Callable[[Call, str], None]
+    ) -> Generator[Any, None, None]:
         """Pass a stream on; note its events, how it ended and how long it took, waits included."""
         kept: list[bytes] = []
         self._raw_reply, size, outcome = kept, 0, "left"
         try:
+            yield 0.0  # has begun, so that closing it is noted
             for event in events:
-                size += len(event)
-                if size <= MAX_RECORDED_BODY_BYTES:
-                    kept.append(event)
-                self.events_sent += 1
-                self.duration = time.perf_counter() - started  # before the client has the last
-                self.first_event = self.first_event or self.duration
+                if type(event) is bytes:  # and no pause
+                    size += len(event)
+                    if size <= MAX_RECORDED_BODY_BYTES:
+                        kept.append(event)
+                    self.events_sent += 1
+                    if not self.first_event:
+                        self.first_event = time.perf_counter() - started
                 yield event
             outcome = "complete"
         except Cut:
             outcome = "cut"
             raise
         finally:
+            if kept and kept[-1].endswith(DONE):  # who has this need not wait for the end
+                outcome = "complete"
+            self.duration = time.perf_counter() - started
             getattr(events, "close", bool)()
             self.reply_size = sum(map(len, kept))
             end(self, outcome)
@@ -4916,7 +4957,6 @@ RATE_LIMIT_HEADERS = {  # recorded, but for the seconds
 }  # fmt: skip
 
 if TYPE_CHECKING:
-    Wait = Callable[[float], bool]  # sleeps for so many seconds; True when the server stops
     Clock = Callable[[], float]  # seconds, monotonic
 
 
@@ -4959,7 +4999,7 @@ def raw_reply(data: bytes, content_type: str, status: int, headers: dict[str, st
     """Build the reply of a body that was given as it is; the events of a stream are its chunks."""
     reply = Reply(data, status, content_type, headers)
     if content_type.startswith(EVENT_STREAM):
-        reply.events = iter(split_events(data))
+        reply.events = (event for event in split_events(data))
     return reply
 
 
@@ -5034,11 +5074,11 @@ class Fault:
             yield pause * (1 + jitter * (2 * self.rng.random() - 1)) / speed
 
     def pace(
-        self, events: Iterable[bytes], stream: bool, wait: Wait, clock: Clock
-    ) -> Iterator[bytes]:
-        """Yield events at their times, measured from the start, until the fault ends them.
+        self, events: Iterable[bytes], stream: bool, clock: Clock
+    ) -> Generator[bytes | float, None, None]:
+        """Yield events, and the seconds until the next one is due, until the fault ends them.
 
-        Raises Cut where the connection ends: after enough chunks or ms, or when the server stops.
+        Raises Cut where the connection ends, after enough chunks or ms.
         """
         options, start = self.options, clock()
         due = start + self.latency / 1000
@@ -5057,7 +5097,9 @@ class Fault:
                 event = head + mark + halve(data.rstrip()) + b"\n\n"
             due += next(delays) if event != DONE else 0
             left = min(due, end) - clock()
-            if (left > 0 and wait(left)) or max(due, clock()) >= end:
+            if left > 0:
+                yield float(left)
+            if max(due, clock()) >= end:
                 raise Cut
             yield event
 
@@ -5071,8 +5113,8 @@ def draw_fault(script: Fixtures, fixture: Fixture, response: Response) -> Fault 
     return Fault(fixture.options, rng, error)
 
 
-def apply_fault(reply: Reply, fault: Fault, wait: Wait, clock: Clock) -> Reply:
-    """Return the reply as it arrives under a fault; its waits happen while its events are drawn.
+def apply_fault(reply: Reply, fault: Fault, clock: Clock) -> Reply:
+    """Return the reply as it arrives under a fault; its events say how long to pause.
 
     A whole reply that waits or is cut becomes raw pieces with a Content-Length.
     """
@@ -5084,15 +5126,15 @@ def apply_fault(reply: Reply, fault: Fault, wait: Wait, clock: Clock) -> Reply:
     if options.get("empty"):
         reply.body, reply.events = b"", None
     if reply.events is not None:
-        reply.events, reply.paced = fault.pace(reply.events, True, wait, clock), True
+        reply.events = fault.pace(reply.events, True, clock)
         return reply
     if options.get("malformed"):
         reply.body = halve(reply.body)
     timed = options.keys() & {"latency", "disconnectAfterMs", "disconnectAfterChunks"}
     if timed or fault.latency:
         reply.headers = {**reply.headers, "Content-Length": str(len(reply.body))}
-        half, reply.paced = halve(reply.body), True
-        reply.events = fault.pace((half, reply.body[len(half) :]), False, wait, clock)
+        half = halve(reply.body)
+        reply.events = fault.pace((half, reply.body[len(half) :]), False, clock)
     return reply
 
 
@@ -5112,6 +5154,9 @@ def read_family(path: str) -> str:
     """Return the word after the version, by which the record names a call."""
     found = re.match(r"/v[0-9]/([\w-]+)", path)
     return found.group(1) if found else ""
+
+
+HEAVY_FIELDS = {"tools", "response_format", "text"}  # what they ask for takes long to make
 
 
 class Route:
@@ -5180,6 +5225,10 @@ class Route:
         if self.kind:
             OPERATIONS.setdefault(self.kind, self)
         return handler
+
+    def is_slow(self, body: dict[str, Any]) -> bool:
+        """Tell whether it takes long to do what a body asks for."""
+        return self.slow or not HEAVY_FIELDS.isdisjoint(body)
 
     def match(self, path: str) -> dict[str, str] | None:
         """Return the parameters of a path that fits: `{id}` one segment, `{id...}` the rest."""
@@ -7684,10 +7733,7 @@ def run_line(
     request = Request("POST", endpoint, ENCODE(row["body"]).encode(), headers=headers)
     request.batch = job["id"]
     reply = server.answer(request)
-    if reply.events is not None:  # a fixture has it wait, or an upstream answers
-        events, reply.body = reply.events, b""
-        with contextlib.suppress(Cut):
-            reply.body = b"".join(events)
+    reply.body = reply.read()
     return id, reply
 
 
@@ -10582,14 +10628,10 @@ SEND_SECONDS = 30.0  # for a client to take what is sent to it
 LINGER_SECONDS = 1.0  # for a refused client to read why, before the connection closes
 MAX_REMEMBERED_HEADS = 256  # of requests, so that they need not be taken apart again
 MAX_REMEMBERED_HEAD_BYTES = 2048
-MAX_IN_A_ROW = 8  # requests of one client, before another worker serves the others
 
 POSIX = sys.platform != "win32"
-MSG_MORE = getattr(socket, "MSG_MORE", 0)  # Linux: the rest follows at once
-MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)  # Windows: never used before something came
-MSG_WAITALL = getattr(socket, "MSG_WAITALL", 0) if POSIX else 0  # one call for a whole body
-MAX_RECEIVE_BYTES = 2**30 if MSG_WAITALL else 2**20  # taken in one call
-RECEIVE_BYTES = 64 * 2**10  # asked for at once, where the number to come is unknown
+RECEIVE_BYTES = 64 * 2**10  # taken at once
+MAX_RECEIVE_BYTES = 2**20  # likewise, of a body whose length is known
 LAST_CHUNK = b"0\r\n\r\n"
 SINGLE = {"content-length", "host", "transfer-encoding"}  # refused when repeated
 OWN = {  # response headers that a reply cannot set, because this section does
@@ -10617,7 +10659,7 @@ API_TIMES = (  # of an answer, as production tells them
 )
 UNCACHED = {"Cache-Control": "no-cache, no-transform"}  # a proxy shall not gather a stream
 CHUNKED = "Transfer-Encoding: chunked\r\n"
-BODILESS = {204, 304}  # statuses whose replies end with the head
+BODILESS = {101, 204, 304}  # statuses whose replies end with the head
 UNSAFE = lazy_regex(r"[\r\n\0]+")  # would start a header of its own
 
 # What a request looks like. These patterns are the whole specification: what they do not match
@@ -10687,11 +10729,6 @@ def clean_header(text: str) -> str:
     return text if text.isprintable() else UNSAFE.sub("", text)
 
 
-def pack_time(seconds: float) -> bytes:
-    """Return a time limit as the kernel takes it."""
-    return struct.pack("ll", int(seconds), int(seconds % 1 * 999_999) + 1)
-
-
 def frame_chunk(event: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(event), event) if event else b""  # empty would end the body
 
@@ -10742,317 +10779,194 @@ class Heads(BoundedDict):
 class NoHead:
     """What is known of a request that cannot be read."""
 
-    method, path, minor = "GET", "/", "1"
+    method, path, minor, closes = "GET", "/", "1", True
 
 
-class Connection(http.server.BaseHTTPRequestHandler):
-    """One client's connection: reads requests, has the app answer them, writes the replies.
+class RequestReader:
+    """Takes requests out of the bytes that one client sends; `feed()` gives it those.
 
-    `answer_ready()` never waits: it is for the thread that serves all clients. What may take long,
-    or has to wait for the client, it returns as a function for a thread of its own.
-
-    `Cut` ends the connection at once: the client left, the server stops, or a fault wants it.
+    `requests` yields each request when it is whole, bytes for a client that waits for a word
+    before it sends its body, and None when more has to come. It raises ApiError where the bytes
+    are no request: where the next one begins is then unknown.
     """
 
-    server: Any  # the HttpServer below
-
-    def setup(self) -> None:
-        """Prepare the socket, and what is known of the requests on it."""
-        self.connection: socket.socket = self.request
-        with contextlib.suppress(OSError):  # some systems refuse it when the client has left
-            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-            self.limit_sending()
-        self.unused = b""  # received, and not yet part of a request
-        self.unsent = b""  # replies for the server to send
+    def __init__(self, heads: Heads, limit_body: Callable[[Request], int]) -> None:
+        self.heads = heads
+        self.limit_body = limit_body
+        self.data = b""  # what has come
+        self.at = 0  # what stands before has been used
         self.head: Any = NoHead  # of the latest request
-        self.receive_limit = 0.0  # seconds that one receive may take, as last set
-        self.deadline = 0.0  # when the whole request must be here; set once more has to come
-        self.waits_since = 0.0  # a worker has waited for the client; 0: it does not
-        self.close_connection = False
+        self.is_inside = False  # of a body
+        self.wanted = RECEIVE_BYTES  # to be received at once
+        self.requests = self.read_requests()
 
-    def handle(self) -> None:
-        """Do nothing: the server calls `answer_ready()` whenever something has come."""
+    def feed(self, data: bytes) -> None:
+        """Take what has come."""
+        self.data, self.at = self.data[self.at :] + data, 0
 
-    def finish(self) -> None:
-        """Do nothing: replies are written whole, and the server closes the socket."""
+    def count_unused(self) -> int:
+        """Return how many bytes wait to be read."""
+        return len(self.data) - self.at
 
-    # What the thread that serves all clients calls
-
-    def answer_ready(self) -> Callable[[], None] | None:
-        """Answer what has come into `unsent`; return what may take long, if anything does."""
-        try:
-            self.unused = self.connection.recv(RECEIVE_BYTES, MSG_DONTWAIT)
-        except BlockingIOError:
-            return None
-        except OSError:
-            raise Cut from None
-        self.close_connection = not self.unused
-        count = 0
-        while self.unused and not self.close_connection:
-            if len(self.unsent) > MAX_JOIN_BYTES:  # who does not read need not be answered more
-                return functools.partial(self.answer_apart, None)
-            count += 1
-            request = self.take_request() if count <= MAX_IN_A_ROW else None
-            if request is None or self.server.app._may_take_long(request):
-                return functools.partial(self.answer_apart, request)
-            reply = self.server.app.answer(request)
-            data = self.encode_quickly(reply)
-            if data is None:
-                return functools.partial(self.answer_apart, request, reply)
-            self.unsent += data
-        return None
-
-    def encode_quickly(self, reply: Reply) -> bytes | None:
-        """Return all the bytes of a reply that is neither large nor slow."""
-        if reply.events is None:
-            return self.encode_whole(reply) if len(reply.body) <= MAX_JOIN_BYTES else None
-        if reply.paced or self.head.method == "HEAD":
-            return None
-        data, ended = self.draw_events(reply.events, MAX_JOIN_BYTES)
-        if not ended:
-            reply.events = itertools.chain([data], reply.events)
-            return None
-        framing = self.choose_framing(reply)
-        head = self.encode_head(reply, framing)
-        return head + (frame_chunk(data) + LAST_CHUNK if framing is CHUNKED else data)
-
-    def take_request(self) -> Request | None:
-        """Return the next request where all of it has come and nothing is wrong with it."""
-        end = self.unused.find(b"\r\n\r\n")
-        if end < 0:
-            return None
-        try:
-            head: Head = self.server.heads[self.unused[: end + 2]]
-        except ApiError:
-            return None  # reading it again tells why
-        after = end + 4 + head.size
-        if head.coding is not None or len(self.unused) < after:
-            return None
-        body, self.unused = self.unused[end + 4 : after], self.unused[after:]
-        return self.make_request(head, body)
-
-    # What a thread of its own calls
-
-    def answer_apart(self, request: Request | None, reply: Reply | None = None) -> None:
-        """Answer a request, and those behind it, waiting for the client where it has to be."""
-        if self.unsent:
-            data, self.unsent = self.unsent, b""
-            self.send(data)
-        while request is not None or (self.unused and not self.close_connection):
-            self.deadline = 0.0
-            try:
-                request = request or self.read_request()
-            except ApiError as error:
-                self.close_connection = True  # where the next request begins is unknown
-                self.write_reply(self.server.app._refuse(error, self.head.method, self.head.path))
-                self.linger()
-                return
-            request.client = self.connection
-            self.write_reply(reply or self.server.app.answer(request))
-            request = reply = None
-
-    # Reading, from the whole request down to the socket
-
-    def make_request(self, head: Head, body: bytes) -> Request:
-        """Return what the pipeline sees of a request."""
-        self.head = head
-        self.close_connection = head.closes
-        return Request(
-            head.method,
-            head.path,
-            body,
-            query=head.query,
-            headers=head.fields,
-            origin=head.origin,
-        )
-
-    def read_request(self) -> Request:
-        """Return the next request, whole."""
-        self.head = NoHead
-        self.head = head = self.read_head()
-        return self.make_request(head, self.read_body(head))
-
-    def read_head(self) -> Head:
-        """Return what a request's line and header lines say."""
-        data = self.unused
-        seen = 0
-        while (end := data.find(b"\r\n\r\n", max(0, seen - 3))) < 0:
-            if len(data) > MAX_HEADER_BYTES:
+    def read_requests(self) -> Generator[Request | bytes | None, None, None]:
+        """Yield requests, as the class says."""
+        while True:
+            while self.at == len(self.data):
+                yield None
+            end = self.data.find(b"\r\n\r\n", self.at)
+            if end < 0:
+                self.head = NoHead
+                end = yield from self.wait_for_head()
+            if end - self.at > MAX_HEADER_BYTES:
                 raise ApiError("headers_too_large", bytes=MAX_HEADER_BYTES, count=MAX_HEADERS)
-            if HOPELESS.search(data, max(0, seen - 1)):
-                raise explain_refusal(data.decode("latin-1"))
-            seen = len(data)
-            data += self.receive(MAX_HEADER_BYTES + 1 - seen)
-        self.unused = data[end + 4 :]
-        head: Head = self.server.heads[data[: end + 2]]
-        return head
+            data, self.at = self.data[self.at : end + 2], end + 4
+            self.head = NoHead
+            self.head = head = self.heads[data]
+            end = self.at + head.size
+            if head.coding is None and end <= len(self.data):
+                body, self.at = self.data[self.at : end], end
+            else:
+                self.is_inside = True
+                body = yield from self.read_body(head)
+                self.is_inside = False
+            yield Request(
+                head.method,
+                head.path,
+                body,
+                query=head.query,
+                headers=head.fields,
+                origin=head.origin,
+            )
 
-    def read_body(self, head: Head) -> bytes:
-        """Return the body by its length or its chunks, after a wished-for 100 Continue."""
+    def wait_for_head(self) -> Generator[None, None, int]:
+        """Return where a head ends, once it does; raise ApiError when it never will."""
+        self.feed(b"")
+        seen = 0
+        while (end := self.data.find(b"\r\n\r\n", max(0, seen - 3))) < 0:
+            if len(self.data) > MAX_HEADER_BYTES:
+                raise ApiError("headers_too_large", bytes=MAX_HEADER_BYTES, count=MAX_HEADERS)
+            if HOPELESS.search(self.data, max(0, seen - 1)):
+                raise explain_refusal(self.data.decode("latin-1"))
+            seen = len(self.data)
+            yield
+        return end
+
+    def read_body(self, head: Head) -> Generator[bytes | None, None, bytes]:
+        """Return a body by its length or its chunks, after a wished-for 100 Continue."""
         self.check_size(head.size)
         waits = head.fields.get("expect", "").lower() == "100-continue" and head.minor != "0"
-        if waits and not self.unused:
-            self.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return self.read_exactly(head.size) if head.coding is None else self.read_chunks()
+        if waits and not self.count_unused():
+            yield b"HTTP/1.1 100 Continue\r\n\r\n"
+        return (yield from self.read_chunks() if head.coding else self.read_exactly(head.size))
 
     def check_size(self, size: int) -> None:
         """Raise ApiError for a body that is over the route's limit."""
-        asked = Request(self.head.method, self.head.path, headers=self.head.fields)
-        limit = self.server.app._body_limit(asked)
+        limit = self.limit_body(Request(self.head.method, self.head.path, headers=self.head.fields))
         if size > limit:
             raise ApiError("too_large", size=size, limit=limit)
 
-    def read_chunks(self) -> bytes:
+    def read_exactly(self, size: int) -> Generator[None, None, bytes]:
+        """Return the next `size` bytes."""
+        pieces: list[bytes] = []
+        while True:
+            piece = self.data[self.at : self.at + size]
+            pieces.append(piece)
+            size -= len(piece)
+            self.at += len(piece)
+            if not size:
+                self.wanted = RECEIVE_BYTES
+                return b"".join(pieces)  # one piece is returned as it is
+            self.wanted = max(RECEIVE_BYTES, min(size, MAX_RECEIVE_BYTES))
+            yield
+
+    def read_chunks(self) -> Generator[None, None, bytes]:
         """Return a body that comes in chunks; its trailers are read and dropped."""
-        pieces = []
-        total = 0
-        while size := int(self.read_line(CHUNK_LINE)[1], 16):
-            total += size
-            if total > MAX_JSON_BYTES:
-                self.check_size(total)
-            pieces.append(self.read_exactly(size))
-            self.read_line(CHUNK_END)
+        body = bytearray()
+        while size := int((yield from self.read_line(CHUNK_LINE))[1], 16):
+            if len(body) + size > MAX_JSON_BYTES:
+                self.check_size(len(body) + size)
+            body += yield from self.read_exactly(size)
+            yield from self.read_line(CHUNK_END)
         for _ in range(MAX_HEADERS + 1):
-            if self.read_line(TRAILER_LINE)[0] == b"\r\n":
-                return b"".join(pieces)
+            if (yield from self.read_line(TRAILER_LINE))[0] == b"\r\n":
+                return bytes(body)
         raise ApiError("headers_too_large", bytes=MAX_HEADER_BYTES, count=MAX_HEADERS)
 
-    def read_line(self, pattern: re.Pattern[bytes]) -> re.Match[bytes]:
+    def read_line(self, pattern: re.Pattern[bytes]) -> Generator[None, None, re.Match[bytes]]:
         """Return a line between the chunks of a body, as `pattern` takes it apart."""
-        while not (match := pattern.match(self.unused)):
-            if b"\n" in self.unused or len(self.unused) > MAX_CHUNK_LINE_BYTES:
+        while not (match := pattern.match(self.data, self.at)):
+            if b"\n" in self.data[self.at :] or self.count_unused() > MAX_CHUNK_LINE_BYTES:
                 raise ApiError("bad_http", reason="a chunk does not end or begin as it should")
-            self.unused += self.receive(RECEIVE_BYTES)
-        self.unused = self.unused[match.end() :]
+            yield
+        self.at = match.end()
         return match
 
-    def read_exactly(self, size: int) -> bytes:
-        """Return the next `size` bytes: large ones as the kernel filled them, without a copy."""
-        pieces = [self.unused[:size]] if self.unused else []
-        self.unused = self.unused[size:]
-        missing = size - sum(map(len, pieces))
-        while missing:
-            pieces.append(self.receive(min(missing, MAX_RECEIVE_BYTES), MSG_WAITALL))
-            missing -= len(pieces[-1])
-        return b"".join(pieces)  # one piece is returned as it is
 
-    def receive(self, size: int, flags: int = 0) -> bytes:
-        """Return more of a request that has begun, within what is left of its time."""
-        now = time.monotonic()
-        self.deadline = self.deadline or now + self.server.receive_seconds
-        data = self.receive_within(self.deadline - now, size, flags)
-        if not data:
-            raise ApiError("slow_request", seconds=self.server.receive_seconds)
-        return data
+def must_close(reply: Reply, head: Any) -> bool:
+    """Tell whether a connection ends with a reply: a stream in HTTP/1.0 has no other end."""
+    endless = reply.events is not None and "Content-Length" not in reply.headers
+    return bool(head.closes or (endless and head.minor == "0"))
 
-    def receive_within(self, seconds: float, size: int, flags: int = 0) -> bytes:
-        """Return what comes in time, which may be nothing; raise `Cut` when no more will."""
-        if seconds <= 0:
-            return b""
-        try:
-            self.limit_receiving(seconds)
-            self.waits_since = time.monotonic()
-            data = self.connection.recv(size, flags)
-        except (BlockingIOError, socket.timeout):
-            return b""
-        except OSError:
-            raise Cut from None
-        finally:
-            self.waits_since = 0.0
-            if not POSIX:
-                self.limit_sending()
-        if not data:
-            raise Cut
-        return data
 
-    def limit_receiving(self, seconds: float) -> None:
-        """Let the kernel end a receive in time, which saves the poll() of settimeout()."""
-        if not POSIX:
-            self.connection.settimeout(seconds)
-        elif seconds != self.receive_limit:
-            self.receive_limit = seconds
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, pack_time(seconds))
+class ReplyWriter:
+    """Makes bytes of replies; the headers that all of one second share are made once."""
 
-    def limit_sending(self) -> None:
-        """Let the kernel end a send to a client that does not read, likewise."""
-        seconds = self.server.send_seconds
-        if POSIX:
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, pack_time(seconds))
-        else:
-            self.connection.settimeout(seconds)
+    def __init__(self) -> None:
+        self.second = 0  # Unix time of those headers
+        self.common = ""
+        self.api_times = ""  # those of answers
 
-    # Writing, likewise
-
-    def write_reply(self, reply: Reply) -> None:
-        """Write a reply with as few calls as can be."""
-        if reply.events is not None:
-            framing = self.choose_framing(reply)
-            self.write_events(self.encode_head(reply, framing), reply, framing)
-        elif len(reply.body) > MAX_JOIN_BYTES and not self.is_bodiless(reply):
-            self.send(self.encode_head(reply, self.choose_framing(reply)), MSG_MORE)
-            self.send(reply.body)
-        else:
-            self.send(self.encode_whole(reply))
-
-    def encode_whole(self, reply: Reply) -> bytes:
+    def write_whole(self, reply: Reply, head: Any, closes: bool) -> bytes:
         """Return all the bytes of a reply that is no stream."""
-        head = self.encode_head(reply, self.choose_framing(reply))
-        return head if self.is_bodiless(reply) else head + reply.body
+        start = self.write_head(reply, head, closes, f"Content-Length: {len(reply.body)}\r\n")
+        return start if head.method == "HEAD" or reply.status in BODILESS else start + reply.body
 
-    def is_bodiless(self, reply: Reply) -> bool:
-        """Tell whether a reply ends with its head."""
-        return self.head.method == "HEAD" or reply.status in BODILESS
-
-    def choose_framing(self, reply: Reply) -> str:
-        """Return the header lines that tell where the reply ends."""
+    def write_pieces(self, reply: Reply, head: Any, closes: bool) -> Iterator[Any]:
+        """Yield the bytes of any reply, as many as are at hand, and seconds to pause between."""
         if reply.events is None:
-            return f"Content-Length: {len(reply.body)}\r\n"
-        if "Content-Length" in reply.headers:
-            return f"Content-Length: {reply.headers['Content-Length']}\r\n"
-        reply.headers = {**UNCACHED, **reply.headers}
-        if self.head.minor == "0":
-            self.close_connection = True
-            return ""
-        return CHUNKED
+            yield self.write_head(reply, head, closes, f"Content-Length: {len(reply.body)}\r\n")
+            if head.method != "HEAD" and reply.status not in BODILESS:
+                yield memoryview(reply.body)
+            return
+        size = reply.headers.get("Content-Length")
+        framing = "" if head.minor == "0" else CHUNKED
+        if size is None:
+            reply.headers = {**UNCACHED, **reply.headers}
+        else:
+            framing = f"Content-Length: {size}\r\n"
+        start = self.write_head(reply, head, closes, framing)
+        if head.method == "HEAD":
+            yield start
+            return
+        yield from self.write_events(start, reply, framing is CHUNKED)
 
-    def write_events(self, head: bytes, reply: Reply, framing: str) -> None:
-        """Send events as they come; the first goes with the head, the last with the end."""
-        chunked = framing is CHUNKED and self.head.method != "HEAD"
-        data, ended, events = head, self.head.method == "HEAD", reply.events or iter(())
+    def write_events(self, start: bytes, reply: Reply, chunked: bool) -> Iterator[Any]:
+        """Yield the first events with the head, the last ones with the end."""
+        frame = frame_chunk if chunked else bytes
+        gathered = 1 if reply.waits else MAX_GATHERED_BYTES
+        drawn: list[bytes] = []
+        size = 0
         try:
-            while not ended:
-                drawn, ended = self.draw_events(events, 1 if reply.paced else MAX_GATHERED_BYTES)
-                data += frame_chunk(drawn) if chunked else drawn
-                if not ended:
-                    self.send(data)
-                    data = b""
-        except Cut as cut:  # what was drawn before it is sent
-            drawn = cut.args[0] if cut.args else b""
-            if drawn:
-                self.send(data + (frame_chunk(drawn) if chunked else drawn))
+            for event in reply.events or ():
+                pauses = type(event) is float
+                if not pauses:
+                    drawn.append(event)
+                    size += len(event)
+                    if size < gathered:
+                        continue
+                if size:
+                    yield start + frame(b"".join(drawn))
+                    start, drawn, size = b"", [], 0
+                if pauses:
+                    yield event
+        except Exception:  # what was drawn before is sent
+            if size:
+                yield start + frame(b"".join(drawn))
             raise
-        finally:
-            getattr(events, "close", bool)()  # what is no generator may lack it
-        self.send(data + LAST_CHUNK if chunked else data)
+        yield start + frame(b"".join(drawn)) + (LAST_CHUNK if chunked else b"")
 
-    def draw_events(self, events: Iterator[bytes], size: int) -> tuple[bytes, bool]:
-        """Return the next events up to so many bytes, and whether they were the last."""
-        drawn, total = [], 0
-        try:
-            for event in events:
-                drawn.append(event)
-                total += len(event)
-                if total >= size:
-                    return b"".join(drawn), event == DONE
-        except BaseException as error:
-            if not isinstance(error, Cut):
-                self.server.handle_error(self.connection, self.client_address)
-            raise Cut(b"".join(drawn)) from error
-        return b"".join(drawn), True
-
-    def encode_head(self, reply: Reply, framing: str) -> bytes:
-        """Return the status line and the headers."""
+    def write_head(self, reply: Reply, head: Any, closes: bool, framing: str) -> bytes:
+        """Return the status line and the headers; `framing` tells where the reply ends."""
         common, fields = self.common_headers(), CROSS_ORIGIN if reply.public else ""
         for name, value in reply.headers.items():
             if name.lower() not in OWN:
@@ -11061,13 +10975,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
             fields += self.answer_headers(reply)
         if reply.status not in BODILESS:
             fields += f"Content-Type: {clean_header(reply.content_type)}\r\n{framing}"
-        if self.close_connection:
+        if reply.handler is not None:
+            fields += "Connection: Upgrade\r\n"
+        elif closes:
             fields += "Connection: close\r\n"
-        elif self.head.minor == "0":
+        elif head.minor == "0":
             fields += "Connection: keep-alive\r\n"
         reason = REASONS.get(reply.status, "")
-        head = f"HTTP/1.1 {reply.status} {reason}\r\n{common}{fields}\r\n"
-        return head.encode("latin-1", "replace")
+        lines = f"HTTP/1.1 {reply.status} {reason}\r\n{common}{fields}\r\n"
+        return lines.encode("latin-1", "replace")
 
     def answer_headers(self, reply: Reply) -> str:
         """Return the headers that production gives every answer, made of its id."""
@@ -11075,71 +10991,346 @@ class Connection(http.server.BaseHTTPRequestHandler):
         ray = id[7:][-16:]
         trace = f"{ray[:8]}-{ray[8:12]}-4{ray[1:4]}-a{ray[4:7]}-{ray[:12]}"
         etag = f'etag: W/"{len(reply.body):x}-{id}"\r\n' if reply.events is None else ""
-        return (
-            f"{self.server.api_times}cf-ray: {ray}-SEA\r\nx-amzn-trace-id: {trace}-noamzn\r\n{etag}"
-        )
+        return f"{self.api_times}cf-ray: {ray}-SEA\r\nx-amzn-trace-id: {trace}-noamzn\r\n{etag}"
 
     def common_headers(self) -> str:
         """Return the headers of every reply, with the time as HTTP writes it, once a second."""
         now = int(time.time())
-        second, lines = self.server.date
-        if now != second:
-            date = self.date_time_string(now)
-            lines = f"Server: together-fake\r\nDate: {date}\r\n"
-            self.server.date = (now, lines)
-            self.server.api_times = API_TIMES.format(at=format_time(now))
-        return str(lines)
-
-    def send(self, data: bytes, flags: int = 0) -> None:
-        """Send all of the data; a client that does not take it within `send_seconds` is cut."""
-        self.waits_since = time.monotonic()
-        try:
-            self.connection.sendall(data, flags)
-        except OSError:
-            raise Cut from None  # the client left, which is its right
-        finally:
-            self.waits_since = 0.0
-
-    def linger(self) -> None:
-        """Take what a refused client still sends: closing before would reset the reply away."""
-        end = time.monotonic() + self.server.linger_seconds
-        try:
-            self.connection.shutdown(socket.SHUT_WR)
-        except OSError:
-            raise Cut from None
-        while self.receive_within(end - time.monotonic(), RECEIVE_BYTES):
-            pass
+        if now != self.second:
+            self.common = f"Server: together-fake\r\nDate: {formatdate(now, usegmt=True)}\r\n"
+            self.api_times = API_TIMES.format(at=format_time(now))
+            self.second = now
+        return self.common
 
 
 # === Sockets ===
 
-# At once, further ones wait in the backlog; select() alone, on Windows, watches 512.
-MAX_CONNECTIONS = 2000 if hasattr(select, "poll") else 500
+# At once; further ones wait in the backlog. select() alone, on Windows, watches 512.
+MAX_CONNECTIONS = 4000 if hasattr(select, "poll") else 500
 BACKLOG = 1024  # connections that wait to be accepted
-CROWDED_IDLE_SECONDS = 1.0  # where all places are taken
-CROWDED_WAIT_SECONDS = 2.0  # likewise, for one byte more of a request, or to have a reply taken
-CROWDED_LOOK_SECONDS = 0.25  # between two looks for such clients
+CROWDED_SECONDS = 1.0  # to ask, send on or read, where all places are taken and somebody waits
 IDLE_SECONDS = 60.0  # without a request on an open connection
 MAX_HELD = 8  # replies that are sent at once
-MAX_WAITING = 16  # workers without a client
+MAX_ACCEPTED = 64  # clients in a row, before the others are served
+MAX_HEAVY = 3  # requests that take long, at once
+MAX_IDLE_WORKERS = 16
+MAX_UNREAD_BYTES = 4 * 2**20  # of what has taken a connection over
+STOP_SECONDS = 0.25  # for workers to end what they do; a test's function may sleep for longer
+
+QUICK, HEAVY, WAITING = "quick", "heavy", "waiting"  # how long a request takes
+
+# What a connection waits for: the attribute of the server that says for how many seconds.
+PATIENCE = {
+    "request": "idle_seconds",
+    "rest": "receive_seconds",  # of a request that has begun
+    "room": "send_seconds",  # for more of a reply
+    "end": "linger_seconds",  # of what a refused client sends
+}
 
 
-if TYPE_CHECKING:
-    Task = Callable[[], None]  # what may take long
+class Connection(http.server.BaseHTTPRequestHandler):
+    """One client: what it sent, what it is to get, and what that waits for.
+
+    Only the loop calls these methods.
+    """
+
+    server: Any  # the HttpServer below
+
+    def setup(self) -> None:
+        """Begin to wait for a request."""
+        self.socket: socket.socket = self.request
+        self.reader = RequestReader(self.server.heads, self.server.app._limit_body)
+        self.reply: Reply | None = None  # under way
+        self.pieces: Any = None  # what is still to come of it
+        self.unsent: Any = b""  # bytes to be sent before anything else
+        self.handler: Any = None  # that has taken the connection over
+        self.closes = False  # when they are
+        self.is_refused = False  # and may still be sending
+        self.has_ended = False  # its side of the connection
+        self.is_starved = False  # nothing more can be answered until it sends more
+        self.busy = ""  # with a "worker" or a "pause", which comes back
+        self.is_closed = False
+        self.interest = 0  # what the selector watches
+        self.state = ""  # what is waited for, see PATIENCE
+        self.since = 0.0  # when that began
+
+    def handle(self) -> None:
+        """Do nothing: the loop calls `act()` whenever something can be done."""
+
+    def finish(self) -> None:
+        """Do nothing: the loop writes replies and closes the socket."""
+
+    def act(self, mask: int) -> None:
+        """Receive what has come, or send on, as far as that goes without waiting."""
+        if mask & selectors.EVENT_READ:
+            self.receive()
+        elif not self.is_closed:
+            self.flush()
+
+    def receive(self) -> None:
+        """Take what has come, and answer it."""
+        try:
+            data = self.socket.recv(self.reader.wanted)
+        except BlockingIOError:
+            data = None
+        except OSError:
+            self.close()
+            return
+        if data == b"":
+            self.has_ended = True
+            if self.busy == "pause" or self.state == "end":
+                self.close()
+                return
+        elif data and self.handler is not None:
+            self.advance(functools.partial(self.handler.on_bytes, data))
+            return
+        elif data and not self.is_refused:
+            self.reader.feed(data)
+            self.is_starved = False
+        self.advance()
+
+    def advance(self, first: Callable[[], None] | None = None) -> None:
+        """Answer one request after the other until something has to be waited for."""
+        if self.is_closed:
+            return
+        try:
+            if first is not None:
+                first()
+            while not self.busy and self.step():
+                pass
+        except BaseException as error:
+            if not isinstance(error, Cut):
+                self.server.handle_error(self.socket, self.client_address)
+            self.end_reply()
+            self.closes = True
+        self.server.held.append(self)
+
+    def step(self) -> bool:
+        """Go on with the reply under way or the next request; tell whether there may be more."""
+        if self.reply is not None:
+            most = 0 if self.reply.events is None else MAX_GATHERED_BYTES
+            if len(self.unsent) > most:
+                return False
+            if self.reply.waits:
+                self.run_apart(WAITING, functools.partial(next, self.pieces, None), self.take_piece)
+            else:
+                self.take_piece(next(self.pieces, None))
+            return True
+        stops = self.closes or self.is_starved or self.handler is not None
+        if stops or len(self.unsent) > MAX_JOIN_BYTES:
+            return False
+        return self.take_request()
+
+    def take_request(self) -> bool:
+        """Answer the next request, or have it answered; tell whether there was one."""
+        try:
+            request = next(self.reader.requests)
+        except ApiError as error:
+            self.refuse(error)
+            return False
+        if request is None:
+            self.is_starved = True
+        elif isinstance(request, bytes):
+            self.unsent += request
+        else:
+            app = self.server.app
+            kind = app._begin(request)
+            if kind is QUICK:
+                self.begin_reply(app.answer(request))
+            else:
+                request.client = self.socket
+                self.run_apart(kind, functools.partial(app.answer, request), self.begin_reply)
+        return not self.is_starved
+
+    def refuse(self, error: ApiError) -> None:
+        """Say why what the client sends is no request, and answer no more."""
+        head = self.reader.head
+        self.is_refused = True
+        self.begin_reply(self.server.app._refuse(error, head.method, head.path), closes=True)
+
+    def begin_reply(self, reply: Reply, closes: bool = False) -> None:
+        """Send a reply; one that is short is written at once."""
+        head, writer = self.reader.head, self.server.writer
+        self.closes = closes = closes or must_close(reply, head)
+        if reply.events is None and len(reply.body) <= MAX_JOIN_BYTES:
+            self.unsent += writer.write_whole(reply, head, closes)
+            if reply.handler is not None:
+                self.hand_over(reply.handler)
+        else:
+            self.reply, self.pieces = reply, writer.write_pieces(reply, head, closes)
+
+    def take_piece(self, piece: Any) -> None:
+        """Send a piece of the reply, or pause as long as it says; None: that was all."""
+        if piece is None:
+            self.end_reply()
+        elif type(piece) is float:
+            self.busy = "pause"
+            self.server.call_later(piece, self.end_pause)
+        else:
+            self.unsent = self.unsent + piece if self.unsent else piece
+
+    def end_pause(self) -> None:
+        """Go on with a reply that paused."""
+        self.busy = ""
+        self.advance()
+
+    def end_reply(self) -> None:
+        """Forget the reply; events that were not drawn to their end notice."""
+        reply, self.reply, self.pieces = self.reply, None, None
+        if reply is not None and reply.events is not None:
+            reply.events.close()
+
+    def run_apart(self, kind: str, work: Callable[[], Any], take: Callable[[Any], None]) -> None:
+        """Have a worker do something, and the loop take its result."""
+        self.busy = "worker"
+        self.server.run(kind, work, functools.partial(self.end_work, take))
+
+    def end_work(self, take: Callable[[Any], None], result: Any, error: Any) -> None:
+        """Take what a worker returned or raised."""
+        self.busy = ""
+        if self.is_closed:
+            self.reply = result if type(result) is Reply else self.reply
+            self.close()
+            return
+
+        def act() -> None:
+            if error is not None:
+                raise error
+            take(result)
+
+        self.advance(act)
+
+    def flush(self) -> None:
+        """Send what is to be sent; go on, or wait for what is missing."""
+        if self.unsent:
+            try:
+                sent = self.socket.send(self.unsent)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self.close()
+                return
+            if sent:
+                self.since = self.server.now
+                self.unsent = self.unsent[sent:] if sent < len(self.unsent) else b""
+        if self.unsent or self.busy:
+            self.wait()
+        elif self.reply is not None or not (self.is_starved or self.closes or self.handler):
+            self.advance()
+        elif not self.closes and not self.has_ended:
+            self.wait()
+        elif self.is_refused and not self.has_ended and self.state != "end":
+            self.linger()
+        elif self.state != "end":
+            self.close()
+
+    def linger(self) -> None:
+        """Take what a refused client still sends: closing before would reset the reply away."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+        self.wait()
+
+    def wait(self) -> None:
+        """Note what is waited for, and have the selector watch for it."""
+        unused = self.reader.count_unused()
+        if self.unsent:
+            state = "room"
+        elif self.busy:
+            state = self.busy
+        elif self.is_refused:
+            state = "end"
+        elif self.handler is not None:
+            state = "socket"
+        else:
+            state = "rest" if unused or self.reader.is_inside else "request"
+        if state != self.state:
+            self.state, self.since = state, self.server.now
+            self.server.look_after(self.server.find_patience(state))
+        full = unused > RECEIVE_BYTES and not self.is_starved
+        read = 0 if self.has_ended or full else selectors.EVENT_READ
+        self.watch(read | (selectors.EVENT_WRITE if self.unsent else 0))
+
+    def watch(self, interest: int) -> None:
+        """Have the selector watch for what is given, and for nothing else."""
+        if interest == self.interest:
+            return
+        selector: selectors.BaseSelector = self.server.selector
+        before, self.interest = self.interest, interest
+        try:
+            if before:
+                selector.unregister(self.socket)
+            if interest:
+                selector.register(self.socket, interest, self.act)
+        except (OSError, ValueError, KeyError):  # no memory for one more, say
+            self.interest = 0
+            self.close()
+
+    def give_up(self) -> None:
+        """End a wait that took too long."""
+        if self.state == "rest":
+            error = ApiError("slow_request", seconds=self.server.receive_seconds)
+            self.advance(functools.partial(self.refuse, error))
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Close the connection; a worker that still works for it has to come back first."""
+        self.is_closed = self.closes = True
+        self.watch(0)
+        if self.busy != "worker":
+            self.end_reply()
+            self.server.forget(self)
+        handler, self.handler = self.handler, None
+        if handler is not None:
+            handler.on_close()
+
+    # For what has taken the connection over
+
+    def hand_over(self, handler: Any) -> None:
+        """Have a handler take the connection over, once a reply of 101 has been written.
+
+        The loop calls `on_open(connection)`, `on_bytes(data)` whenever something has come, and
+        `on_close()` once. What they do has to be quick: `run()` is for the rest.
+        """
+        self.handler = handler
+        handler.on_open(self)
+        unused = self.reader.data[self.reader.at :]
+        if unused:
+            handler.on_bytes(unused)
+
+    def write(self, data: bytes) -> None:
+        """Send something, before long; a client that does not read loses its connection."""
+        self.unsent += data
+        self.server.held.append(self)
+        if len(self.unsent) > MAX_UNREAD_BYTES:
+            self.close()
+
+    def end(self) -> None:
+        """Close the connection when all is sent."""
+        self.closes = True
+        self.server.held.append(self)
+
+    def call_later(self, seconds: float, act: Callable[[], None]) -> None:
+        """Call something after so many seconds, unless the connection is closed by then."""
+        self.server.call_later(seconds, lambda: self.advance(act))
+
+    def run(self, work: Callable[[], Any], take: Callable[[Any, Any], None]) -> None:
+        """Have a worker do something heavy; `take(result, error)` unless it is closed by then."""
+        self.server.run(HEAVY, work, lambda *result: self.advance(functools.partial(take, *result)))
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
     """Serves `app` at an address, from construction (`OSError`: it is taken) to `stop()`.
 
-    Which thread answers: the worker that holds `lead` waits for all clients at once and answers
-    those that have asked, one after the other, so that a request costs no change of threads. Any
-    other worker waits for the lead.
+    Which thread answers: one, the loop. It alone reads from and writes to the clients, never
+    waits for one of them, and answers what is quick itself, so that a request costs no change of
+    threads. Workers do the rest and hand their results to the loop by `call_soon()`:
 
-    What happens while one request is slow: `answer_ready()` returns it as a task, because more of
-    it has to come, its reply is a stream or large, or `app._may_take_long()` says so. The worker
-    then gives the lead to the next one (a new one, where none waits), works at the task, hands
-    its client back through `returned` and waits for the lead again. Only the lead touches the
-    selector, and what says which clients it watches.
+    HEAVY    what keeps a processor busy: `MAX_HEAVY` at once, the others in the order they came
+    WAITING  what mostly sleeps, as a test's function or an upstream does: as many as there are
+
+    What happens while one request is slow: its connection is busy, all others go on. A reply
+    that pauses, as a slow stream does, needs no worker: `call_later()` goes on with it.
 
     Replies to clients that ask at once leave at once, a few at a time: to wake a sleeping client
     costs a third of answering it, and while it is awake the next reply wakes nobody.
@@ -11156,32 +11347,41 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], app: Any) -> None:
         """Bind to (host, port).
 
-        The app has `answer()`, `_refuse()`, `_may_take_long()` and `_body_limit()`.
+        The app has `answer()`, `_begin()`, `_refuse()` and `_limit_body()`.
         """
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.app = app
-        self.date = (0, "")  # Unix seconds, and the headers that tell them
-        self.api_times = ""  # those of answers
+        self.writer = ReplyWriter()
         self.stopping = threading.Event()
-        self.clients: set[socket.socket] = set()
-        self.idle: dict[Connection, float] = {}  # watched, and when each is to be closed
-        self.ready: deque[Callable[[], Task | None]] = deque()  # to be called in this round
-        self.held: list[Connection] = []  # whose replies are to be sent at once
-        self.apart: set[Connection] = set()  # that other workers work for
-        self.returned: deque[Connection] = deque()  # by those, to be watched again
-        self.next_look = 0.0  # at those who keep a worker waiting, where all places are taken
-        self.workers: list[threading.Thread] = []
-        self.waiting = 0  # workers that wait for the lead
-        self.counting = threading.Lock()  # held while that number changes
-        self.lead = threading.Lock()
         self.ended = threading.Event()
+        self.now = time.monotonic()  # when this round began
+        self.clients: set[Connection] = set()
+        self.held: list[Connection] = []  # that may have something to be sent
+        self.timers: list[tuple[float, int, Callable[[], None]]] = []  # a heap
+        self.timer_numbers = itertools.count()
+        self.next_look = math.inf  # at clients that may have waited too long
+        self.soon: deque[Callable[[], None]] = deque()  # what workers want to be called
+        self.threads: list[threading.Thread] = []
+        self.tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()  # for workers
+        self.idle_workers = 0
+        self.heavy_tasks: deque[Any] = deque()  # that wait until fewer are at work
+        self.heavy_count = 0  # at work
+        self.places = MAX_CONNECTIONS
+        self.accepting = False
         super().__init__(address, Connection)
+        for option, value in (
+            ((socket.IPPROTO_TCP, socket.TCP_NODELAY), 1),
+            ((socket.SOL_SOCKET, socket.SO_SNDBUF), SEND_BUFFER_BYTES),
+        ):
+            self.socket.setsockopt(*option, value)  # for all clients
         self.socket.setblocking(False)
         self.selector = selectors.DefaultSelector()
-        self.wake_reader, self.wake_writer = socket.socketpair()  # ends the lead's waiting
+        self.door = selectors.DefaultSelector()  # tells whether somebody wants to come in
+        self.door.register(self.socket, selectors.EVENT_READ)
+        self.wake_reader, self.wake_writer = socket.socketpair()  # ends the loop's waiting
+        self.wake_reader.setblocking(False)
         self.wake_writer.setblocking(False)
-        self.selector.register(self.wake_reader, selectors.EVENT_READ, self.take_returned)
-        self.accepting = False
+        self.selector.register(self.wake_reader, selectors.EVENT_READ, self.call_them)
         self.accept_or_not()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -11196,272 +11396,217 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = host, port
         self.heads = Heads(f"[{host}]:{port}" if ":" in host else f"{host}:{port}")
 
-    # The workers
+    # The loop
 
     def start(self) -> None:
-        """Begin to answer: with one worker that leads and one that waits."""
-        self.start_worker()
-        if not self.workers:
+        """Begin to answer."""
+        try:
+            self.start_thread(self.serve_forever)
+        except RuntimeError:
             self.finish()
-            raise RuntimeError("no thread can be started to answer requests")
-        self.start_worker()
+            raise RuntimeError("no thread can be started to answer requests") from None
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Be a worker until `stop()`. Nothing is polled."""
-        self.count_waiting(1)
-        self.work()
-
-    def start_thread(self, target: Callable[[], None]) -> None:
-        worker = threading.Thread(target=target, name="together-fake", daemon=True)
-        worker.start()
-        self.workers.append(worker)
-
-    def start_worker(self) -> None:
-        self.count_waiting(1)
-        try:
-            self.start_thread(self.work)
-        except RuntimeError:  # it would be the system's last thread: this worker will come back
-            self.count_waiting(-1)
-
-    def count_waiting(self, change: int) -> int:
-        with self.counting:
-            self.waiting += change
-            return self.waiting
-
-    def work(self) -> None:
-        """Lead, and work at what took the lead away, again and again until `stop()`."""
-        while True:
-            with self.lead:
-                self.count_waiting(-1)
-                task = self.serve_clients()
-                if task is not None and not self.waiting:
-                    self.start_worker()
-            if task is None:
-                return
-            task()
-            if self.count_waiting(1) > MAX_WAITING:  # after a burst
-                self.count_waiting(-1)
-                self.workers.remove(threading.current_thread())
-                return
-
-    def work_apart(self, connection: Connection, act: Callable[[], None]) -> None:
-        """Do something for one client without the lead, then hand the client back."""
-        try:
-            act()
-        except Cut:
-            connection.close_connection = True
-        except BaseException:
-            connection.close_connection = True
-            self.handle_error(connection.connection, connection.client_address)
-        self.returned.append(connection)
-        self.wake()
-
-    # What the lead does
-
-    def serve_clients(self) -> Task | None:
-        """Serve all clients until something may take long, which is returned, or until `stop()`."""
-        task = None
-        while task is None and not self.stopping.is_set():
+        """Be the loop until `stop()`. Nothing is polled."""
+        while not self.stopping.is_set():
             try:
-                task = self.serve_round()
+                self.serve_round()
             except Exception:  # nobody else would serve
                 self.handle_error(self.socket, self.server_address)
                 self.stopping.wait(0.01)
-        return task
+        for connection in list(self.clients):
+            connection.close()
+            self.forget(connection)  # no worker will be heard any more
 
-    def serve_round(self) -> Task | None:
-        """Serve those who are ready, or wait until somebody is."""
-        if not self.ready:
-            task = self.send_held()  # of a round that a slow request ended
-            if task is not None:
-                return task
-            self.ready.extend([key.data for key, _ in self.selector.select(self.close_idle())])
-        while self.ready:
-            task = self.ready.popleft()()
-            if task is None and len(self.held) >= MAX_HELD:
-                task = self.send_held()
-            if task is not None:
-                return task
-        return self.send_held()
+    def serve_round(self) -> None:
+        """Wait until something can be done, and do all of it."""
+        ready = self.selector.select(self.find_pause())
+        self.now = time.monotonic()
+        for key, mask in ready:
+            key.data(mask)
+            if len(self.held) >= MAX_HELD:
+                self.send_held()
+        while self.timers and self.timers[0][0] <= self.now:
+            heapq.heappop(self.timers)[2]()
+        if self.now >= self.next_look:
+            self.look()
+        self.send_held()
 
-    def close_idle(self) -> float | None:
-        """Close who has been idle too long; return the seconds until the next one will be.
+    def find_pause(self) -> float | None:
+        """Return the seconds until something is due; None where nothing is."""
+        if self.held:
+            return 0
+        due = min(self.next_look, self.timers[0][0] if self.timers else math.inf)
+        return None if due == math.inf else max(0, due - time.monotonic())
 
-        Where all places are taken, who does not ask for a second has been idle too long.
-        """
-        now, crowded = time.monotonic(), not self.accepting
-        if crowded:
-            self.cut_waiting(now)
-            now += max(0, self.idle_seconds - CROWDED_IDLE_SECONDS)
-        while self.idle:
-            connection, end = next(iter(self.idle.items()))  # idle for longest
-            if end > now:
-                return min(end - now, CROWDED_LOOK_SECONDS) if crowded else end - now
-            self.close_client(connection)
-        return CROWDED_LOOK_SECONDS if crowded else None
+    def send_held(self) -> None:
+        """Send the replies held back; who has more to be sent comes again in the next round."""
+        held, self.held = self.held, []
+        for connection in held:
+            if not connection.is_closed:
+                connection.flush()
 
-    def cut_waiting(self, now: float) -> None:
-        """Cut who neither sends the rest of a request nor takes a reply; its worker returns it."""
-        if now < self.next_look:
-            return
-        self.next_look = now + CROWDED_LOOK_SECONDS
-        for connection in self.apart:
-            if 0 < connection.waits_since < now - CROWDED_WAIT_SECONDS:
-                with contextlib.suppress(OSError):  # it has just left
-                    connection.connection.shutdown(socket.SHUT_RDWR)
+    def call_later(self, seconds: float, act: Callable[[], None]) -> None:
+        """Have the loop, which must be who asks, call something after so many seconds."""
+        due = time.monotonic() + seconds
+        heapq.heappush(self.timers, (due, next(self.timer_numbers), act))
 
-    def send_held(self) -> Task | None:
-        """Send the replies held back; return what is left for a client that does not read."""
-        while self.held:
-            connection = self.held.pop(0)
-            data, connection.unsent = connection.unsent, b""
+    def call_soon(self, act: Callable[[], None]) -> None:
+        """Have the loop call something, from any thread."""
+        self.soon.append(act)
+        with contextlib.suppress(OSError):  # it is awake already, or it is over
+            self.wake_writer.send(b"\0")
+
+    def call_them(self, mask: int) -> None:
+        """Call what other threads want to be called."""
+        self.wake_reader.recv(RECEIVE_BYTES)
+        while self.soon and not self.stopping.is_set():
+            self.soon.popleft()()
+
+    # Clients
+
+    def accept_clients(self, mask: int) -> None:
+        """Accept clients that wait, as far as there are places."""
+        for _ in range(MAX_ACCEPTED):
+            if not self.accepting:
+                return
             try:
-                sent = connection.connection.send(data, MSG_DONTWAIT) if MSG_DONTWAIT else 0
-            except BlockingIOError:
-                sent = 0
-            except OSError:
-                self.close_client(connection)  # the client left
-                continue
-            if sent < len(data):
-                return self.set_apart(connection, functools.partial(connection.send, data[sent:]))
-            if connection.close_connection:
-                self.close_client(connection)
-        return None
-
-    def accept_clients(self) -> None:
-        """Accept all clients that wait, as far as there are places."""
-        while self.accepting:
-            try:
-                client, address = self.get_request()
-                client.setblocking(True)  # on some systems it is as the server's socket
+                client, address = self.socket.accept()
+                client.setblocking(False)
             except BlockingIOError:
                 return
-            except OSError:
-                self.stopping.wait(0.01)  # too many open files, say
+            except OSError:  # too many open files, say
+                self.places = len(self.clients)
+                self.accept_or_not()
+                self.call_later(CROWDED_SECONDS / 4, self.accept_or_not)
                 return
-            self.clients.add(client)
-            if self.stopping.is_set():  # stop() may have looked at the clients before
-                with contextlib.suppress(OSError):
-                    client.shutdown(socket.SHUT_RDWR)
             connection = Connection(client, address, self)
-            self.watch(connection)
-            if MSG_DONTWAIT and connection in self.idle:  # it mostly has asked already
-                self.ready.append(functools.partial(self.serve, connection))
+            self.clients.add(connection)
+            self.places = MAX_CONNECTIONS
             self.accept_or_not()
+            connection.receive()  # it mostly has asked already
+            if len(self.held) >= MAX_HELD:
+                self.send_held()
 
     def accept_or_not(self) -> None:
         """Accept clients while there are not too many."""
-        room = len(self.clients) < MAX_CONNECTIONS
+        room = len(self.clients) < self.places or not self.clients
         if room and not self.accepting:
             self.selector.register(self.socket, selectors.EVENT_READ, self.accept_clients)
         elif self.accepting and not room:
             self.selector.unregister(self.socket)
+            self.look_after(CROWDED_SECONDS)
         self.accepting = room
 
-    def serve(self, connection: Connection) -> Task | None:
-        """Answer what has come from one client; return what of it may take long."""
-        if connection not in self.idle:  # it has been closed or set apart in this round
-            return None
-        act = None
+    def forget(self, connection: Connection) -> None:
+        """Close a client's socket."""
+        self.clients.discard(connection)
+        connection.socket.close()
+        if not self.stopping.is_set():
+            self.accept_or_not()
+
+    def find_patience(self, state: str) -> float:
+        """Return for how many seconds a connection may be in a state."""
+        return getattr(self, PATIENCE[state]) if state in PATIENCE else math.inf
+
+    def look_after(self, seconds: float) -> None:
+        """Look at all clients after so many seconds at the latest."""
+        self.next_look = min(self.next_look, self.now + seconds)
+
+    def look(self) -> None:
+        """Give up who has kept us waiting too long; where others wait for a place, that is soon."""
+        crowded = not self.accepting and bool(self.door.select(0))
+        most = CROWDED_SECONDS if crowded else math.inf
+        self.next_look = math.inf if self.accepting else self.now + CROWDED_SECONDS / 4
+        for connection in list(self.clients):
+            patience = min(self.find_patience(connection.state), most)
+            if connection.since + patience <= self.now and connection.state in PATIENCE:
+                connection.give_up()
+            elif connection.state in PATIENCE:
+                self.next_look = min(self.next_look, connection.since + patience)
+
+    # Workers
+
+    def run(self, kind: str, work: Callable[[], Any], take: Callable[[Any, Any], None]) -> None:
+        """Have a worker do something; the loop is then given its result and its error."""
+        if kind is HEAVY and self.heavy_count >= MAX_HEAVY:
+            self.heavy_tasks.append((kind, work, take))
+            return
+        self.heavy_count += kind is HEAVY
+        self.tasks.put((kind, work, take))
+        self.idle_workers -= 1
+        if self.idle_workers < 0:
+            try:
+                self.start_thread(self.work)
+                self.idle_workers += 1
+            except RuntimeError:  # no more threads: the next worker that is free takes it
+                if len(self.threads) == 1:
+                    self.do(*self.tasks.get())
+
+    def start_thread(self, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name="together-fake", daemon=True)
+        thread.start()
+        self.threads.append(thread)
+
+    def work(self) -> None:
+        """Do what is asked for until nothing is."""
+        while task := self.tasks.get():
+            self.do(*task)
+        self.threads.remove(threading.current_thread())
+
+    def do(self, kind: str, work: Callable[[], Any], take: Callable[[Any, Any], None]) -> None:
+        """Do something, and have the loop take what came of it."""
+        result = error = None
         try:
-            act = connection.answer_ready()
-        except Cut:
-            connection.close_connection = True
-        except BaseException:
-            connection.close_connection = True
-            self.handle_error(connection.connection, connection.client_address)
-        if act is not None:
-            return self.set_apart(connection, act)
-        if connection.unsent:
-            self.held.append(connection)
-        elif connection.close_connection:
-            self.close_client(connection)
-            return None
-        del self.idle[connection]  # to the end
-        self.idle[connection] = time.monotonic() + self.idle_seconds
-        return None
+            result = work()
+        except BaseException as caught:
+            error = caught
+        self.call_soon(functools.partial(self.end_work, kind, take, result, error))
 
-    def set_apart(self, connection: Connection, act: Callable[[], None]) -> Task:
-        """Watch a client no longer, and return what is to be done for it without the lead."""
-        self.unwatch(connection)
-        self.apart.add(connection)
-        return functools.partial(self.work_apart, connection, act)
-
-    def watch(self, connection: Connection) -> None:
-        """Wait until more comes from a client."""
-        act = functools.partial(self.serve, connection)
-        try:
-            self.selector.register(connection.connection, selectors.EVENT_READ, act)
-        except (OSError, ValueError):  # no memory for one more, or it is closed
-            self.close_client(connection)
-        else:
-            self.idle[connection] = time.monotonic() + self.idle_seconds
-
-    def unwatch(self, connection: Connection) -> None:
-        """Do not look any more whether something comes from a client."""
-        if self.idle.pop(connection, None) is not None:
-            self.selector.unregister(connection.connection)
-
-    def close_client(self, connection: Connection) -> None:
-        """Close a client's connection."""
-        self.unwatch(connection)
-        self.clients.discard(connection.connection)
-        connection.connection.close()
-        self.accept_or_not()
-
-    def wake(self) -> None:
-        """Have the lead look at what other workers have returned."""
-        with contextlib.suppress(OSError):  # it is awake already, or it is over
-            self.wake_writer.send(b"\0")
-
-    def take_returned(self) -> None:
-        """Watch again, or close, what other workers have returned."""
-        self.wake_reader.recv(RECEIVE_BYTES)
-        while self.returned:
-            connection = self.returned.popleft()
-            self.apart.discard(connection)
-            if connection.close_connection:
-                self.close_client(connection)
-            else:
-                self.watch(connection)
+    def end_work(
+        self, kind: str, take: Callable[[Any, Any], None], result: Any, error: Any
+    ) -> None:
+        """Take what a worker has done, and give it or another one what waits."""
+        self.idle_workers += 1
+        if kind is HEAVY:
+            self.heavy_count -= 1
+            if self.heavy_tasks:
+                self.run(*self.heavy_tasks.popleft())
+        if self.idle_workers > MAX_IDLE_WORKERS:
+            self.idle_workers -= 1
+            self.tasks.put(None)
+        take(result, error)
 
     # The end
 
     def stop(self) -> None:
-        """End the connections, wait for the workers, free the port.
+        """End the connections, wait for the loop, free the port.
 
-        Called by a worker, on a client's behalf, it does not wait.
+        Called by the loop or a worker, it does not wait.
         """
         self.stopping.set()
-        for client in list(self.clients):
-            with contextlib.suppress(OSError):  # it has just closed
-                client.shutdown(socket.SHUT_RDWR)
-        self.wake()
-        if threading.current_thread() in self.workers:
-            self.start_thread(self.finish)
+        self.call_soon(lambda: None)
+        if threading.current_thread() in self.threads:
+            threading.Thread(target=self.finish, name="together-fake", daemon=True).start()
         else:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the workers, and close what they used."""
-        me = threading.current_thread()
-        while running := [each for each in self.workers if each is not me and each.is_alive()]:
-            running[0].join()
-        for client in list(self.clients):
-            client.close()
-        self.clients.clear()
-        self.server_close()
-        self.selector.close()
-        self.wake_reader.close()
-        self.wake_writer.close()
+        """Wait for the loop, for a moment for the workers, and close what they used."""
+        threads, end = self.threads[:], time.monotonic() + STOP_SECONDS
+        for _ in threads:
+            self.tasks.put(None)
+        for index, thread in enumerate(threads):
+            thread.join(max(0, end - time.monotonic()) if index else None)
+        self.close_sockets()
         self.ended.set()
 
-    def let_go(self) -> None:
-        """Close the copies of all sockets that a child process has; the parent's stay open."""
-        for client in list(self.clients):
-            client.close()
-        for used in (self.socket, self.selector, self.wake_reader, self.wake_writer):
+    def close_sockets(self) -> None:
+        """Close what this process has open: in a child, the connections of its parent go on."""
+        for used in (self.socket, self.selector, self.door, self.wake_reader, self.wake_writer):
             used.close()
+        for connection in list(self.clients):
+            connection.socket.close()
 
 
 # === Upstream ===
@@ -11563,7 +11708,7 @@ class Patient(io.RawIOBase):
         """Raise `Cut` when the client, who can be read from, has left."""
         assert self.client is not None
         try:
-            if not self.client.recv(1, socket.MSG_PEEK | MSG_DONTWAIT):
+            if not self.client.recv(1, socket.MSG_PEEK):
                 raise Cut
             self.selector.unregister(self.client)  # it has sent its next request already
         except BlockingIOError:
@@ -11577,7 +11722,7 @@ def has_end(response: Any) -> bool:
     return bool(response.chunked) or response.length is not None
 
 
-def read_pieces(response: Any, connection: Any) -> Iterator[bytes]:
+def read_pieces(response: Any, connection: Any) -> Generator[bytes, None, None]:
     """Yield a body as it comes; raise `Cut` where it does not come whole."""
     missing = response.length  # older Pythons do not count while read1() reads
     try:
@@ -11701,18 +11846,19 @@ class Upstream:
         if size and not response.chunked and not content_type.lower().startswith(EVENT_STREAM):
             headers["Content-Length"] = size
         reply = Reply(b"", response.status, content_type, headers)
-        reply.paced = True
+        reply.waits = True
         if request.method == "HEAD" or response.status in BODILESS:
             response.close()
             connection.close()
-            reply.events = iter(()) if request.method == "HEAD" else None
+            nothing: Iterable[bytes] = ()
+            reply.events = (piece for piece in nothing) if request.method == "HEAD" else None
         else:
             reply.events = read_pieces(response, connection)
         return reply
 
     def keep(
-        self, pieces: Iterator[bytes], response: Any, started: float, record: Callable[..., None]
-    ) -> Iterator[bytes]:
+        self, pieces: Iterable[bytes], response: Any, started: float, record: Callable[..., None]
+    ) -> Generator[bytes, None, None]:
         """Pass pieces on, and have them recorded before the client can tell that these were all.
 
         Its next request may be quick, and shall be recorded after this one.
@@ -11897,7 +12043,7 @@ def encode_events(chunks: Iterator[Any]) -> Iterator[bytes]:
     yield DONE
 
 
-def prepend(first: bytes, events: Iterator[bytes]) -> Iterator[bytes]:
+def prepend(first: bytes, events: Iterator[bytes]) -> Generator[bytes, None, None]:
     """Yield an event that was drawn before, then the others."""
     yield first
     yield from events
@@ -12426,7 +12572,7 @@ class TogetherAiServer(Scripting):
         """Let go, in a child process, of what belongs to its parent: it has no threads here."""
         http_server, self._http = self._http, None
         if http_server is not None:
-            http_server.let_go()
+            http_server.close_sockets()
         self._make_locks()
 
     def __enter__(self) -> TogetherAiServer:
@@ -12603,17 +12749,19 @@ class TogetherAiServer(Scripting):
 
     def answer(self, request: Request) -> Reply:
         """Answer a request; this is all there is behind the sockets, and it never raises."""
-        started = time.perf_counter()
-        call = self._record(request)
+        call = request.call or self._record(request)
         reply = self._settle(request, call)
-        call.duration = time.perf_counter() - started
+        call.duration = time.perf_counter() - call.started
         call.keep_reply(reply)
         if len(request.raw) > MAX_RECORDED_BODY_BYTES and request.body:
             call.identity = identify(call.kind, request)
+        if reply.handler is not None:
+            return reply  # whose handler ends the call
         if reply.events is None:
             self._end_call(call, "complete")
         else:
-            reply.events = call.watch_events(reply.events, started, self._end_call)
+            reply.events = call.watch_events(reply.events, call.started, self._end_call)
+            next(reply.events)
         return reply
 
     def _settle(self, request: Request, call: Call) -> Reply:
@@ -12664,11 +12812,20 @@ class TogetherAiServer(Scripting):
             self._log.put(call)
 
     def _respond(self, request: Request, call: Call) -> Reply:
-        """Route, check the key, read the body, let a fixture or the handler answer."""
-        if request.path[:4] != "/v1/" and is_control(request.path):
-            check_origin(request, is_loopback(self.host))
+        """Answer by a fixture, or by the handler."""
         if request.method == "OPTIONS":
             return allow_origin(request)
+        route = request.route or self._open(request, call)
+        if self.script.watched:
+            self.script.follow_files()
+        if route.open or (self.script.empty and "x-parlel-fixture" not in request.headers):
+            return self._handle(route, request, call)
+        return self._follow_script(route, request, call)
+
+    def _open(self, request: Request, call: Call) -> Route:
+        """Return the route, with the key checked and query and body read."""
+        if request.path[:4] != "/v1/" and is_control(request.path):
+            check_origin(request, is_loopback(self.host))
         route = EXACT.get((request.method, request.path)) or self._find_route(request, call)
         call.kind = route.recorded_kind
         if self.require_auth and not route.open and not request.headers.has_key:
@@ -12683,11 +12840,8 @@ class TogetherAiServer(Scripting):
             if not body.keys() <= route.body.keys():
                 names = ", ".join(name for name in body if name not in route.body)
                 call.warnings += (f"nothing reads {names}",)
-        if self.script.watched:
-            self.script.follow_files()
-        if route.open or (self.script.empty and "x-parlel-fixture" not in request.headers):
-            return self._handle(route, request, call)
-        return self._follow_script(route, request, call)
+        request.route = route
+        return route
 
     def _find_route(self, request: Request, call: Call) -> Route:
         """Find the route of a path that is not written as it was declared."""
@@ -12750,35 +12904,33 @@ class TogetherAiServer(Scripting):
             return reply
         if fault.describe():
             call.warnings += (fault.describe(),)
-        wait = self.stopping.wait if not request.batch else lambda _: self.stopping.is_set()
-        return apply_fault(reply, fault, wait, time.monotonic)
+        return apply_fault(reply, fault, time.monotonic)
 
     def _shape_error(self, error: ApiError, request: Request) -> Reply:
         """Return the error envelope; strict servers use production's words where known."""
         name = "" if error.name == "unauthorized" else name_request(request)
         return name_reply(error.as_reply(self.strict, name), request)
 
-    def _may_take_long(self, request: Request) -> bool:
-        """Tell whether other clients shall not wait until a request is answered.
+    def _begin(self, request: Request) -> str:
+        """Record a request and read it; return how long it takes to answer: see `HttpServer`."""
+        call = request.call = self._record(request)
+        if len(request.raw) > MAX_QUICK_BYTES:
+            return HEAVY
+        try:
+            route = self._open(request, call)
+        except Exception:  # answer() meets it again, and tells
+            return QUICK
+        return self._choose_worker(route, request)
 
-        Neither a small inference nor a look at the server's health: a file, a job, an image, a
-        large body, a schema, a tool, a fixture that asks a function or a pattern.
-        """
-        route, raw = EXACT.get((request.method, request.path)), request.raw
-        return (
-            route is None
-            or route.slow
-            or len(raw) > MAX_QUICK_BYTES
-            or b'"tools"' in raw
-            or b'format"' in raw  # response_format, or that of a response's text
-            or b"\\u" in raw  # might spell one of these
-            or self.script.slow
-            or bool(self.script.watched)
-            or self._upstream is not None
-            or "x-parlel-fixture" in request.headers
-        )
+    def _choose_worker(self, route: Route, request: Request) -> str:
+        """Return how long a request takes, by what it asks for."""
+        script = self.script
+        waits = script.slow or script.watched or "x-parlel-fixture" in request.headers
+        if self._upstream is not None or waits:
+            return WAITING
+        return HEAVY if route.is_slow(request.body) else QUICK
 
-    def _body_limit(self, request: Request) -> int:
+    def _limit_body(self, request: Request) -> int:
         """Return how many bytes a request may carry; raise ApiError for one that may not ask."""
         if is_control(request.path):
             check_origin(request, is_loopback(self.host))
