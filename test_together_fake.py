@@ -7618,6 +7618,40 @@ class PageTests(FakeCase):
             call["said"][0]["content"], call["reply"]["choices"][0]["message"]["content"]
         )
 
+    def copied(self, number):
+        return self.json("GET", f"/__parlel/requests/{number}")["copy"]["python"]
+
+    def test_a_copy_in_python_is_short(self):
+        self.server.reply("Hi!", user_message="hello")
+        self.chat("hello you")
+        self.assertEqual(self.copied(1), "server.reply('Hi!', user_message='hello you')")
+        self.server.reset()
+        self.chat("hello", tools=[WEATHER], tool_choice="required", stream=False)
+        (call,) = self.server.requests[0].reply["choices"][0]["message"]["tool_calls"]
+        wanted = json.loads(call["function"]["arguments"])
+        self.assertIn(f"[{{'name': 'get_weather', 'arguments': {wanted}}}]", self.copied(1))
+        self.post("/v1/images/generations", {"model": FLUX, "prompt": "a boat", "width": 16})
+        self.assertIn('image=Path("call-2.png").read_bytes()', self.copied(2))
+
+    def test_a_copied_answer_is_given_again(self):
+        asked = [
+            (CHAT, HELLO),
+            (CHAT, {**HELLO, "model": THINKER, "max_tokens": 30}),
+            ("/v1/responses", {"model": THINKER, "input": "hello"}),
+            ("/v1/completions", {"model": LLAMA, "prompt": "hello"}),
+            ("/v1/rerank", RERANK),
+            (CHAT, {**HELLO, "messages": []}),
+            (CHAT, {**HELLO, "n": 2}),
+        ]
+        for path, body in asked:
+            with self.subTest(path=path, body=body):
+                self.server.reset()
+                first = self.ask("POST", path, body)
+                exec(self.copied(1), {"server": self.server})
+                again = self.ask("POST", path, body)
+                self.assertEqual((again.status, again.raw), (first.status, first.raw))
+                self.assertNotEqual(self.server.requests[1].fixture, "")
+
     def test_what_is_filtered_is_downloaded_as_fixtures(self):
         self.chat("about apples")
         self.chat("about pears")

@@ -10512,17 +10512,50 @@ def write_curl(call: Call, origin: str) -> str:
     return " \\\n  ".join(lines + list_body_words(call))
 
 
-def write_python(entry: dict[str, Any]) -> str:
-    """Return a fixture as the call of `server.reply()` that makes it."""
-    match, said = dict(entry["match"]), dict(entry["response"])
-    headers = said.pop("headers", None)
-    options = {key: entry[key] for key in entry if key in OPTIONS and key != "recordedTimings"}
-    model = said.pop("model", None)
-    words = {**said, **match, **options, **({"response_model": model} if model else {})}
-    words["responseHeaders"] = headers
-    content = [repr(words.pop("content"))] if "content" in words else []
-    given = [f"{to_snake(key)}={value!r}" for key, value in words.items() if value is not None]
-    return "server.reply(\n" + "".join(f"    {line},\n" for line in content + given) + ")"
+def parse_arguments(text: Any) -> Any:
+    """Return the arguments of a call as JSON, or the text where it is none."""
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        return text
+
+
+def say_message(message: dict[str, Any]) -> dict[str, Any]:
+    """Return what a fixture says to have a model's message sent again."""
+    calls = [get_path(call, "function") or {} for call in list_objects(message.get("tool_calls"))]
+    finish = message.get("finish_reason")
+    return {
+        "content": message.get("content") or (None if calls else ""),
+        "reasoning": message.get("reasoning") or message.get("reasoning_content") or None,
+        "tool_calls": [
+            {"name": call.get("name"), "arguments": parse_arguments(call.get("arguments"))}
+            for call in calls
+        ]
+        or None,
+        "finish_reason": None if finish in (None, "stop", "tool_calls") else finish,
+    }
+
+
+def write_python(call: Call, entry: dict[str, Any]) -> str:
+    """Return the shortest call of `server.reply()` that answers this request so again."""
+    match, said = entry["match"], list_said(call)
+    words = {to_snake(key): value for key, value in entry["response"].items()}
+    words["response_model"], words["response_headers"] = (
+        words.pop("model", 0),
+        words.pop("headers", 0),
+    )
+    if [message["role"] for message in said] == ["assistant"] and "blocks" not in words:
+        words = say_message(said[0])
+    wanted = ("userMessage", "inputText", "hasToolResult", "turnIndex")
+    words.update({to_snake(key): match[key] for key in wanted if match.get(key)})
+    given = {key: repr(value) for key, value in words.items() if value not in (None, 0)}
+    if said[0]["role"] == "images":
+        given = {"image": f'Path("call-{call.number}.png").read_bytes()', **given}
+        given.pop("json")
+    content = [given.pop("content")] if "content" in given else []
+    lines = content + [f"{key}={value}" for key, value in given.items()]
+    short = f"server.reply({', '.join(lines)})"
+    return short if len(short) <= 88 else "server.reply(\n    " + ",\n    ".join(lines) + ",\n)"
 
 
 def copy_call(server: TogetherAiServer, call: Call, origin: str) -> dict[str, str]:
@@ -10530,7 +10563,7 @@ def copy_call(server: TogetherAiServer, call: Call, origin: str) -> dict[str, st
     entries = [json.loads(text) for _, text in record_calls([call], server.secrets).rows()]
     return {
         "curl": write_curl(call, origin),
-        "python": write_python(entries[0]) if entries else "",
+        "python": write_python(call, entries[0]) if entries else "",
         "fixture": json.dumps({"fixtures": entries}, indent=2, ensure_ascii=False)
         if entries
         else "",
