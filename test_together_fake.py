@@ -23,6 +23,7 @@ import importlib
 import importlib.metadata
 import inspect
 import io
+import itertools
 import json
 import math
 import operator
@@ -224,7 +225,8 @@ class Got:
 
     @property
     def events(self):
-        lines = self.raw.decode().split("\n\n")
+        blocks = self.raw.decode().split("\n\n")
+        lines = [block for block in blocks if not block.startswith(":")]
         assert lines[-2:] == ["data: [DONE]", ""], lines[-2:]
         return [json.loads(line[len("data: ") :]) for line in lines[:-2]]
 
@@ -1888,8 +1890,8 @@ def flatten_whole(reply):
             "finish_reason": part["finish_reason"],
             "seed": part.get("seed"),
         }
-        for call in message.get("tool_calls") or []:
-            add_call(choice["calls"], call)
+        for at, call in enumerate(message.get("tool_calls") or []):
+            add_call(choice["calls"], {"index": at, **call})
         if message.get("function_call"):
             choice["function_call"] = message["function_call"]
     first = {key: reply[key] for key in ("id", "created", "model")}
@@ -2330,8 +2332,26 @@ class ChatTests(FakeCase):
 
     def test_the_id_is_in_the_headers_too(self):
         got = self.ask("POST", CHAT, HELLO)
-        self.assertNotIn("x-request-id", got.headers)  # production stopped sending it in 2025
         self.assertEqual(got.headers["cf-ray"], got.json["id"][-16:] + "-SEA")
+        for method, path, body in (
+            ("POST", CHAT, HELLO),
+            ("POST", CHAT, {**HELLO, "model": KIMI}),
+            ("POST", CHAT, {**HELLO, "model": ""}),  # an error
+            ("POST", "/v1/completions", {"model": LLAMA, "prompt": "x"}),
+            ("POST", RESPONSES_PATH, {"model": LLAMA, "input": "x"}),
+            ("GET", "/v1/files/file-none", None),
+        ):
+            got = self.ask(method, path, body)
+            self.assertEqual(got.headers["x-request-id"], got.json["id"])
+        for path in (CHAT, RESPONSES_PATH):
+            got = self.ask("POST", path, {**HELLO, "input": "x", "stream": True})
+            first = json.loads(got.raw.split(b"data: ")[1].split(b"\n")[0])
+            first = first.get("response", first)
+            self.assertEqual(got.headers["x-request-id"], first["id"])
+        self.assertTrue(self.ask("GET", "/v1/models").headers["x-request-id"])
+        self.server.fail(503, times=1)
+        got = self.ask("POST", CHAT, HELLO)
+        self.assertEqual(got.headers["x-request-id"], got.json["id"])
 
     def test_what_changes_an_answer_and_what_does_not(self):
         plain = self.text()
@@ -2474,11 +2494,14 @@ def outline(value):
 
 
 USAGE_A = "usage[prompt_tokens completion_tokens total_tokens cached_tokens]"
-USAGE_B = "usage[prompt_tokens total_tokens completion_tokens]"
-USAGE_B_THINKS = USAGE_B[:-1] + " reasoning_tokens]"
+USAGE_B = "usage[prompt_tokens total_tokens completion_tokens reasoning_tokens]"
 DETAILS = (
     "usage[prompt_tokens completion_tokens total_tokens prompt_tokens_details[cached_tokens]"
     " completion_tokens_details[reasoning_tokens]]"
+)
+DETAILS_QWEN = (
+    "usage[completion_tokens completion_tokens_details[reasoning_tokens text_tokens]"
+    " prompt_tokens prompt_tokens_details[cached_tokens text_tokens] total_tokens]"
 )
 WHOLE_A = "id object created model prompt choices[finish_reason seed index logprobs message[%s]] "
 WHOLE_B = (
@@ -2489,72 +2512,315 @@ WHOLE_K = (
     "id object created model system_fingerprint prompt"
     " choices[index message[%s] finish_reason seed] "
 )
-WHOLE_C = "id object created model choices[index message[%s] finish_reason] "
-CHUNK = "id object created choices[index text logprobs finish_reason %s] model usage"
-CHUNK_C = "id object created model system_fingerprint choices[index delta%s logprobs finish_reason]"
+WHOLE_C = "id object created model choices[index message[%s] finish_reason%s] %s system_fingerprint"
 CALL_A = "tool_calls[index id type function[arguments name]]"
 CALL_B = "tool_calls[id index type function[name arguments]]"
 CALL_C = "tool_calls[index id type function[name arguments]]"
-DELTA_A = "seed delta[token_id role content]"
-DELTA_B = "delta[token_id role content reasoning]"
+B_SAYS = "role content tool_calls reasoning"
+# engine: (model, its whole, its whole with a tool call)
+WHOLES = {
+    "A": (
+        LLAMA,
+        WHOLE_A % "role content tool_calls" + USAGE_A,
+        WHOLE_A % f"role content {CALL_A}" + USAGE_A,
+    ),
+    "B": (
+        OTHER,
+        WHOLE_B % B_SAYS + USAGE_B,
+        WHOLE_B % B_SAYS.replace("tool_calls", CALL_B) + USAGE_B,
+    ),
+    "Scout": (
+        "meta-llama/Llama-4-Scout-17B-16E-Instruct",
+        WHOLE_B % B_SAYS + USAGE_B[:-18] + "]",
+        WHOLE_B % B_SAYS.replace("tool_calls", CALL_B) + USAGE_B[:-18] + "]",
+    ),
+    "gpt-oss-20b": (
+        THINKER,
+        WHOLE_B % B_SAYS + USAGE_B,
+        WHOLE_B % B_SAYS.replace("tool_calls", CALL_B) + USAGE_B,
+    ),
+    "K2.7": (
+        KIMI_CODE,
+        WHOLE_K % B_SAYS + DETAILS,
+        WHOLE_K % B_SAYS.replace("tool_calls", CALL_B) + DETAILS,
+    ),
+    "gpt-oss-120b": (
+        "openai/gpt-oss-120b",
+        WHOLE_K % B_SAYS + DETAILS,
+        WHOLE_K % B_SAYS.replace("tool_calls", "tool_calls[id type function[name arguments]]")
+        + DETAILS,
+    ),
+    "C": (
+        KIMI,
+        WHOLE_C % ("role content reasoning_content", "", DETAILS),
+        WHOLE_C % (f"role content reasoning_content {CALL_C}", "", DETAILS),
+    ),
+    "DeepSeek": (
+        "deepseek-ai/DeepSeek-V4.1-Flash",
+        WHOLE_C % ("role content reasoning_content", "", DETAILS),
+        WHOLE_C % (f"role content reasoning_content {CALL_C}", "", DETAILS),
+    ),
+    "GLM": (
+        "zai-org/GLM-5.2",
+        WHOLE_C % ("role content reasoning_content", " matched_stop", DETAILS),
+        WHOLE_C % (f"role content reasoning_content {CALL_C}", " matched_stop", DETAILS),
+    ),
+}
+QWEN = "Qwen/Qwen3.7-Plus"  # which only streams
+CHUNK_A = "id object created choices[index text logprobs finish_reason seed delta[%s]] model "
+CHUNK_B = "id object created choices[index text logprobs finish_reason delta[%s]] model"
+CHUNK_C = (
+    "id object created model system_fingerprint choices[index delta%s logprobs finish_reason%s]"
+)
+CHUNK_Q = "id object created choices[index delta[%s] finish_reason logprobs text] model usage"
+A_SAYS, B_SAYS, Q_SAYS = (
+    f"token_id role content{rest}" for rest in ("", " reasoning", " {} reasoning")
+)
+# engine: the chunks of a text, then those of a tool call; equal ones told once
+STREAMS = {
+    "A": (
+        [CHUNK_A % A_SAYS + "usage", CHUNK_A % A_SAYS + USAGE_A],
+        [
+            CHUNK_B.replace("text", "role text") % A_SAYS,
+            CHUNK_B % f"{A_SAYS} {CALL_C}",
+            CHUNK_B % f"{A_SAYS} tool_calls[index function[arguments]]",
+            CHUNK_A % A_SAYS + USAGE_A,
+        ],
+    ),
+    "B": (
+        [
+            CHUNK_B % B_SAYS,
+            CHUNK_B % B_SAYS + " usage",
+            f"id object created choices model {USAGE_B}",
+        ],
+        [
+            CHUNK_B % B_SAYS,
+            CHUNK_B % Q_SAYS.format(CALL_B) + " usage",
+            CHUNK_B % B_SAYS + " usage",
+            f"id object created choices model {USAGE_B}",
+        ],
+    ),
+    "gpt-oss-120b": (
+        [
+            CHUNK_B % B_SAYS,
+            CHUNK_B % B_SAYS + " usage",
+            f"id object created choices model {DETAILS}",
+        ],
+        [
+            CHUNK_B % B_SAYS,
+            CHUNK_B % B_SAYS + " usage",
+            CHUNK_B % Q_SAYS.format(CALL_B) + " usage",
+            CHUNK_B % B_SAYS + " usage",
+            f"id object created choices model {DETAILS}",
+        ],
+    ),
+    "C": (
+        [
+            CHUNK_C % ("[role content]", ""),
+            CHUNK_C % ("[reasoning_content]", ""),
+            CHUNK_C % ("[content]", ""),
+            CHUNK_C % ("", f" {DETAILS}"),
+            f"id object created model system_fingerprint choices {DETAILS}",
+        ],
+        [
+            CHUNK_C % ("[role content]", ""),
+            CHUNK_C % ("[reasoning_content]", ""),
+            CHUNK_C % (f"[{CALL_C}]", ""),
+            CHUNK_C % ("[tool_calls[index function[arguments]]]", ""),
+            CHUNK_C % ("", f" {DETAILS}"),
+            f"id object created model system_fingerprint choices {DETAILS}",
+        ],
+    ),
+    "GLM": (
+        [
+            CHUNK_C % ("[role reasoning_content]", ""),
+            CHUNK_C % ("[reasoning_content]", ""),
+            CHUNK_C % ("[content reasoning_content]", ""),
+            CHUNK_C % ("[reasoning_content]", " matched_stop"),
+            f"id object created model system_fingerprint choices {DETAILS}",
+        ],
+        [
+            CHUNK_C % ("[role reasoning_content]", ""),
+            CHUNK_C % ("[reasoning_content]", ""),
+            CHUNK_C % (f"[{CALL_C} reasoning_content]", ""),
+            CHUNK_C % ("[tool_calls[index function[arguments]] reasoning_content]", ""),
+            CHUNK_C % ("[reasoning_content]", " matched_stop"),
+            f"id object created model system_fingerprint choices {DETAILS}",
+        ],
+    ),
+    "Qwen": (
+        [
+            CHUNK_A % A_SAYS + "usage",
+            CHUNK_Q.replace("delta[%s] finish_reason logprobs", "logprobs delta[%s] finish_reason")
+            % B_SAYS,
+            CHUNK_Q % B_SAYS,
+            CHUNK_Q % A_SAYS,
+            f"id object created choices model {DETAILS_QWEN}",
+        ],
+        [
+            CHUNK_A % A_SAYS + "usage",
+            CHUNK_Q.replace("delta[%s] finish_reason logprobs", "logprobs delta[%s] finish_reason")
+            % B_SAYS,
+            CHUNK_Q % B_SAYS,
+            CHUNK_Q % Q_SAYS.format(CALL_C),
+            CHUNK_Q % Q_SAYS.format("tool_calls[index id type function[arguments]]"),
+            CHUNK_Q % f"{A_SAYS} tool_calls[function[arguments] index id type]",
+            CHUNK_Q % A_SAYS,
+            f"id object created choices model {DETAILS_QWEN}",
+        ],
+    ),
+}
 
 
 class FormTests(FakeCase):
     """The form that each engine of production gives its answers, as recordings show it."""
 
-    WEATHER = MappingProxyType({"tools": [WEATHER], "tool_choice": "required"})
-    ENGINES = MappingProxyType(
-        {"A": LLAMA, "B": OTHER, "gpt-oss": THINKER, "K2.7": KIMI_CODE, "C": KIMI, "R1": R1}
+    WEATHER = MappingProxyType({"messages": say("the weather in Rome"), "tools": [WEATHER]})
+    MODELS = MappingProxyType(
+        {**{engine: model for engine, (model, *_) in WHOLES.items()}, "Qwen": QWEN}
     )
 
-    def test_each_whole_answer(self):
-        for engine, fields, wanted in (
-            ("A", {}, WHOLE_A % "role content tool_calls" + USAGE_A),
-            ("A", self.WEATHER, WHOLE_A % f"role content {CALL_A}" + USAGE_A),
-            ("R1", {}, WHOLE_A % "role content tool_calls" + USAGE_A),
-            ("B", {}, WHOLE_B % "role content tool_calls reasoning" + USAGE_B),
-            ("B", self.WEATHER, WHOLE_B % f"role content {CALL_B} reasoning" + USAGE_B),
-            ("gpt-oss", {}, WHOLE_B % "role content tool_calls reasoning" + USAGE_B_THINKS),
-            ("K2.7", {}, WHOLE_K % "role content tool_calls reasoning" + DETAILS),
-            ("C", {}, WHOLE_C % "role content reasoning_content" + f"{DETAILS} system_fingerprint"),
-        ):
-            with self.subTest(engine=engine, fields=list(fields)):
-                got = self.chat(model=self.ENGINES[engine], **fields)
-                self.assertEqual(outline(got), wanted)
+    def test_each_engine_has_a_model_here(self):
+        self.assertEqual(set(fake.FORMS), set(self.MODELS))
+        for engine, model in self.MODELS.items():
+            self.assertEqual(fake.MODELS[model].engine, engine)
 
-    def test_what_stands_beside_tool_calls(self):
-        for engine, content in (("A", None), ("B", ""), ("gpt-oss", "")):
-            got = self.chat(model=self.ENGINES[engine], **self.WEATHER)
-            self.assertEqual(got["choices"][0]["message"]["content"], content, engine)
+    def test_each_whole_answer(self):
+        for engine, (model, *wanted) in WHOLES.items():
+            for fields, outlined in zip(({}, self.WEATHER), wanted):
+                with self.subTest(engine=engine, fields=list(fields)):
+                    self.assertEqual(outline(self.chat(model=model, **fields)), outlined)
 
     def test_each_stream(self):
-        for engine, fields, first, second, last in (
-            ("A", {}, CHUNK % DELTA_A, CHUNK % DELTA_A, USAGE_A),
-            ("B", {}, (CHUNK % DELTA_B)[:-6], CHUNK % DELTA_B, "choices model " + USAGE_B),
-            ("gpt-oss", {}, (CHUNK % DELTA_B)[:-6], CHUNK % DELTA_B, "model " + USAGE_B_THINKS),
-            ("K2.7", {}, (CHUNK % DELTA_B)[:-6], CHUNK % DELTA_B, "choices model " + DETAILS),
-            ("C", {}, CHUNK_C % "[role content]", CHUNK_C % "[reasoning_content]", DETAILS + "]"),
+        for engine, streams in STREAMS.items():
+            for fields, wanted in zip(({}, self.WEATHER), streams):
+                with self.subTest(engine=engine, fields=list(fields)):
+                    outlines = map(outline, self.stream(model=self.MODELS[engine], **fields))
+                    self.assertEqual([told for told, _ in itertools.groupby(outlines)], wanted)
+
+    def test_what_stands_beside_tool_calls(self):
+        for engine, content in (("A", None), ("B", ""), ("gpt-oss-120b", ""), ("C", None)):
+            got = self.chat(model=self.MODELS[engine], **self.WEATHER)
+            self.assertEqual(got["choices"][0]["message"]["content"], content, engine)
+
+    def test_cached_tokens_are_what_was_asked_before(self):
+        long = say("word " * 100)
+        talk = [*long, {"role": "assistant", "content": "Yes."}, *say("And now?")]
+        for engine, places in (
+            ("A", ("cached_tokens",)),
+            ("B", ("prompt_tokens_details", "cached_tokens")),
+            ("C", ("prompt_tokens_details", "cached_tokens")),
+        ):
+            model = self.MODELS[engine]
+            usage = self.chat(model=model, messages=talk)["usage"]
+            self.assertEqual(functools.reduce(operator.getitem, places, usage), 64, engine)
+            self.assertEqual(self.stream(model=model, messages=talk)[-1]["usage"], usage)
+            for messages in (long, [*say("Hi"), *talk[1:]]):
+                usage = self.chat(model=model, messages=messages)["usage"]
+                details = usage.get("prompt_tokens_details", usage)
+                self.assertEqual(details.get("cached_tokens", 0), 0, engine)
+        body = {"model": LLAMA, "input": talk}
+        usage = self.json("POST", RESPONSES_PATH, body)["usage"]
+        self.assertEqual(usage["input_tokens_details"]["cached_tokens"], 64)
+
+    def test_the_ids_of_each_engine(self):
+        own, letters = r"\w{7}-\w{6}-[0-9a-f]{16}", r"call_[0-9a-f]{24}"
+        uuid = r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
+        for engine, id, call in (
+            ("A", own, r"call_[0-9a-z]{24}"),
+            ("B", own, letters),
+            ("gpt-oss-120b", own, "call_" + uuid),
+            ("C", "chatcmpl-[0-9a-f]{24}", "get_weather_0"),
+            ("GLM", "[0-9a-f]{8}-aws_ue2", letters),
+            ("Qwen", "chatcmpl-" + uuid, letters),
         ):
             with self.subTest(engine=engine):
-                events = self.stream(model=self.ENGINES[engine], **fields)
-                self.assertEqual(outline(events[0]), first)
-                self.assertEqual(outline(events[1]), second)
-                self.assertTrue(outline(events[-1]).endswith(last), outline(events[-1]))
+                events = self.stream(model=self.MODELS[engine], **self.WEATHER)
+                self.assertRegex(events[0]["id"], f"^{id}$")
+                (named,) = fold_choices(events)["choices"][0]["calls"].values()
+                self.assertRegex(named["id"], f"^{call}$")
+
+    def test_the_media_type_of_each_engine(self):
+        for engine, (model, *_) in WHOLES.items():
+            got = self.ask("POST", CHAT, {**HELLO, "model": model})
+            plain = engine in ("DeepSeek", "GLM")
+            wanted = "application/json" + ("" if plain else "; charset=utf-8")
+            self.assertEqual(got.headers["content-type"], wanted, engine)
 
     def test_the_role_is_in_each_delta_but_for_what_is_passed_through(self):
-        for engine, model in self.ENGINES.items():
+        for engine, model in self.MODELS.items():
             for headers in (OPENAI, PY3):
                 with self.subTest(engine=engine):
                     events = self.stream(headers, model=model, max_tokens=4)
                     deltas = [event["choices"][0]["delta"] for event in events if event["choices"]]
                     roles = sum("role" in delta for delta in deltas)
-                    self.assertEqual(roles, 1 if engine == "C" else len(deltas))
+                    first = engine in ("C", "DeepSeek", "GLM")
+                    self.assertEqual(roles, 1 if first else len(deltas))
+
+    def test_a_comment_keeps_a_stream_of_engine_c_alive(self):
+        for engine, model in self.MODELS.items():
+            raw = self.ask("POST", CHAT, {**HELLO, "model": model, "stream": True}).raw
+            commented = engine in ("C", "DeepSeek", "GLM")
+            self.assertEqual(raw.count(b"\n\n: keepalive\n\n"), commented, engine)
+
+    def test_what_a_token_or_text_ended(self):
+        glm = {"model": self.MODELS["GLM"]}
+        for fields, wanted in (
+            ({}, 154827),
+            (self.WEATHER, 154829),
+            ({"stop": ["e"], "reasoning": {"enabled": False}}, "e"),
+            ({"max_tokens": 1}, None),
+        ):
+            with self.subTest(fields=fields):
+                choice = self.chat(**glm, **fields)["choices"][0]
+                self.assertEqual(choice.get("matched_stop"), wanted)
+                self.assertEqual("matched_stop" in choice, wanted is not None)
+                end = self.stream(**glm, **fields)[-2]["choices"][0]
+                self.assertEqual(end.get("matched_stop"), wanted)
+
+    def test_gpt_oss_120b_thinks_always_and_takes_any_effort(self):
+        model = self.MODELS["gpt-oss-120b"]
+        self.assertTrue(self.chat(model=model, reasoning_effort="bogus"))
+        self.assertRefused(CHAT, {**HELLO, "reasoning_effort": "bogus"}, "reasoning_effort")
+        got = self.chat(model=model, reasoning_effort="none")
+        self.assertNotIn("reasoning", got["choices"][0]["message"])
+        self.assertGreater(got["usage"]["completion_tokens_details"]["reasoning_tokens"], 0)
+        shown = self.chat(model=model)["choices"][0]["message"]["reasoning"]
+        self.assertTrue(shown)
+        flash = self.chat(model="zai-org/GLM-5.3-Flash", reasoning_effort="none")
+        self.assertTrue(flash["choices"][0]["message"]["reasoning_content"])
+        glm = self.chat(model=self.MODELS["GLM"], reasoning_effort="none")
+        self.assertIsNone(glm["choices"][0]["message"]["reasoning_content"])
+        self.assertNotIn("completion_tokens_details", glm["usage"])
+
+    def test_what_is_passed_on_to_alibaba(self):
+        def refused(**fields):
+            got = self.ask("POST", CHAT, {**HELLO, "model": QWEN, **fields})
+            self.assertEqual(got.status, 400)
+            return got.json["error"]
+
+        error = refused()
+        self.assertEqual((error["param"], error["code"]), ("stream", "streaming_required"))
+        error = refused(stream=True, tools=[WEATHER], tool_choice="required")
+        self.assertIn("thinking mode", error["message"])
+        error = refused(stream=True, messages=[{"role": "developer", "content": "x"}, *say("y")])
+        self.assertIn("developer is not one of", error["message"])
+        self.server.reply("Scripted.")
+        self.assertEqual(refused()["code"], "streaming_required")
+        self.server.reset()
+        off = {"model": QWEN, "tools": [WEATHER], "tool_choice": "required"}
+        events = self.stream(**off, chat_template_kwargs={"enable_thinking": False})
+        folded = fold_choices(events)["choices"][0]
+        self.assertEqual((folded["text"], folded["finish_reason"]), ("", "tool_calls"))
+        self.assertEqual(
+            fold_choices(self.stream(model=QWEN))["choices"][0]["text"][:8], "<think>\n"
+        )
 
     def test_the_seed(self):
         number = self.chat()["choices"][0]["seed"]
         self.assertTrue(0 <= number < 2**64)
-        for engine, seed in (("A", 7), ("B", None), ("gpt-oss", None)):
-            got = self.chat(model=self.ENGINES[engine], seed=7)
+        for engine, seed in (("A", 7), ("B", None), ("K2.7", None)):
+            got = self.chat(model=self.MODELS[engine], seed=7)
             self.assertEqual(got["choices"][0]["seed"], seed, engine)
 
     def test_r1_reasons_in_its_content(self):
@@ -2563,7 +2829,7 @@ class FormTests(FakeCase):
     def test_tools_in_the_stream_of_each_engine(self):
         for engine, count in (("A", 4), ("B", 4)):
             with self.subTest(engine=engine):
-                events = self.stream(model=self.ENGINES[engine], **self.WEATHER)
+                events = self.stream(model=self.MODELS[engine], **self.WEATHER)
                 self.assertGreaterEqual(len(events), count)
                 opener, head, *fragments = events
                 self.assertNotIn("tool_calls", opener["choices"][0]["delta"])
@@ -2602,7 +2868,7 @@ class FormTests(FakeCase):
         self.assertIs(type(events[-2]["choices"][0]["matched_stop"]), int)
 
     def test_the_fold_of_each_stream_is_the_whole(self):
-        for engine, model in self.ENGINES.items():
+        for engine, (model, *_) in WHOLES.items():
             for fields in (
                 {},
                 {"n": 3},
@@ -2611,7 +2877,8 @@ class FormTests(FakeCase):
                 {"reasoning": {"enabled": False}},
                 {"logprobs": 2},
                 {"logprobs": True, "top_logprobs": 1},
-                {"messages": say("weather in Rome, and in Oslo"), **self.WEATHER},
+                {**self.WEATHER, "n": 2},
+                {**self.WEATHER, "tool_choice": "required"},
                 {"tools": [WEATHER], "tool_choice": "none"},
                 {"response_format": {"type": "json_object"}},
             ):

@@ -5,7 +5,7 @@ except that every answer is a repeatable function of the request, costs nothing 
 once. No model runs: texts are made from word lists, vectors from hashed words, images from
 shapes.
 
-MIT licence. Source: together_fake, of which this file is the whole. Version 0.3.0. Answers change
+MIT licence. Source: together_fake, of which this file is the whole. Version 0.4.0. Answers change
 only with the minor version, which is the second number.
 
 Copied into a repository and started by a test:
@@ -101,13 +101,13 @@ if TYPE_CHECKING:
         Mapping,
         Sequence,
     )
-    from typing import Any, AnyStr, TypeVar, Union
+    from typing import Any, AnyStr, ClassVar, TypeVar, Union
 
     Verb = TypeVar("Verb", bound=Callable[..., Any])
     TextMatch = Union[str, re.Pattern[str], Mapping[str, str]]  # a text, or a pattern
 
 __all__ = ["ApiError", "Call", "TogetherAiServer", "main"]
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 DEFAULT_PORT = 4863
 DEFAULT_RECORD_LIMIT = 1000  # calls
@@ -228,6 +228,7 @@ CANONICAL = make_encoder(sort_keys=True)
 QUOTE = json.encoder.encode_basestring  # of a string alone
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S"
 DONE = b"data: [DONE]\n\n"  # the last event of every stream of chunks
+KEEPALIVE = b": keepalive\n\n"  # a comment between the events of some
 
 
 def complain(text: str) -> None:
@@ -478,7 +479,22 @@ ERRORS: dict[str, tuple[Any, ...]] = {
         " to view the list of supported models.",
         {"code": "model_not_available"},
     ),
+    "streaming_required": (
+        400,
+        'This model only supports streaming. Set "stream": true.',
+        {"code": "streaming_required"},
+    ),
+    "forced_while_thinking": (
+        400,
+        "<400> InternalError.Algo.InvalidParameter: The tool_choice parameter does not support"
+        " being set to required or object in thinking mode",
+    ),
+    "unknown_role": (
+        400,
+        "{role} is not one of ['system', 'assistant', 'user', 'tool', 'function']",
+    ),
     # reported by users
+    "null_content": (400, "prompt cannot be empty"),
     "too_long_prompt": (
         400,
         "The input ({prompt} tokens) is longer than the model's context length ({room} tokens).",
@@ -587,7 +603,9 @@ class ApiError(Exception):
     def as_reply(self, recorded: bool = False, id: str = "") -> Reply:
         """Return the reply that tells of the error, by its id where there is one."""
         body = {**({"id": id} if id else {}), "error": self.envelope(recorded)}
-        return Reply(ENCODE(body).encode(), self.status, headers=self.headers)
+        reply = Reply(ENCODE(body).encode(), self.status, headers=self.headers)
+        reply.id = id
+        return reply
 
     def envelope(self, recorded: bool = False) -> dict[str, Any]:
         """Return what clients read, with production's own words where `recorded` asks for them."""
@@ -2915,19 +2933,19 @@ CREATED_AT = {  # recorded; of most models the service says 0
 
 TRAITS = {
     "thinks": "writes its reasoning before it answers",
+    "always-thinks": "does so also where that is switched off",
     "sees": "takes images",
     "watches": "takes videos",
     "hears": "takes sound",
     "retired": "is served no more without a dedicated endpoint",
     "no-steps": "takes no number of steps for an image",
     "no-grammar": "cannot be made to call a tool",
+    "sockets-only": "transcribes what comes over a WebSocket alone",
 }
 
 
 def guess_engine(id: str) -> str:
     """Return the engine that serves a model in production, by what recordings show of ids."""
-    if id.startswith("openai/gpt-oss"):
-        return "gpt-oss"
     return "A" if re.search(r"-Turbo(-Free)?$", id) else "B"
 
 
@@ -2960,7 +2978,7 @@ class Model:
         self.prices = prices  # input, output and, where it is offered, cached input
         self.engine = engine or guess_engine(id)
         self.traits = frozenset(traits)
-        self.thinks = "thinks" in self.traits
+        self.thinks = not self.traits.isdisjoint(("thinks", "always-thinks"))
         self.dimensions = dimensions  # of an embedding
         self.pricing = pricing or {}  # what is paid otherwise than by tokens
         self.created = CREATED_AT.get(id, 0)
@@ -2984,29 +3002,40 @@ class Model:
 
 # A type's heading, then: id | organization | display name | context length | prices | more, which
 # are traits, `engine NAME`, dimensions and prices by another unit.
-# Ids, lengths, names and prices as the service listed them on 2026-08-17; below the second
-# `chat`, older ids that programs and tests still use.
+# Ids, lengths, names and prices as they were seen up to 2026-10; below the second `chat`, older
+# ids that programs and tests still use. What is not known is left out.
 MODEL_TABLE = """\
 = chat
 meta-llama/Llama-3.3-70B-Instruct-Turbo|Meta|Meta Llama 3.3 70B Instruct Turbo|131072|1.04/1.04|
-openai/gpt-oss-120b|OpenAI|OpenAI GPT-OSS 120B|131072|0.15/0.6|thinks
-openai/gpt-oss-20b|OpenAI|OpenAI GPT-OSS 20B|131072|0.05/0.2|thinks
+openai/gpt-oss-120b|OpenAI|OpenAI GPT-OSS 120B|131072|0.15/0.6|always-thinks engine gpt-oss-120b
+openai/gpt-oss-20b|OpenAI|OpenAI GPT-OSS 20B|131072|0.05/0.2|thinks engine gpt-oss-20b
 deepseek-ai/DeepSeek-V4-Pro|Deepseek|Deepseek V4 Pro|512000|1.74/3.48/0.2|thinks sees watches hears
-moonshotai/Kimi-K2.6|Moonshot AI|Kimi K2.6 Fp4|262144|1.2/4.5/0.2|thinks sees watches
-moonshotai/Kimi-K3|Moonshot AI|Kimi K3|1000000|3/15/0.3|thinks sees watches engine C
-zai-org/GLM-5.2|Zai Org|GLM 5.2|512000|1.4/4.4/0.26|thinks
+deepseek-ai/DeepSeek-V4-Pro-0813|Deepseek|Deepseek V4 Pro 0813|1048576|1.32/3.96/0.13\
+|thinks engine DeepSeek
+deepseek-ai/DeepSeek-V4.1-Flash|Deepseek|Deepseek V4.1 Flash|1048576|0.3/1.2/0.006\
+|thinks engine DeepSeek
+deepseek-ai/DeepSeek-V4-Flash-0731|Deepseek|Deepseek V4 Flash 0731|1048576|0.14/0.28/0.03|thinks
+moonshotai/Kimi-K3|Moonshot AI|Kimi K3|1048576|3/15/0.3|thinks sees watches engine C
+moonshotai/Kimi-K2.7-Code|Moonshot AI|Kimi K2.7 Code|262144|0.95/4/0.19\
+|thinks sees watches engine K2.7
+zai-org/GLM-5.3|Zai Org|GLM 5.3|1048575|1.4/4.4/0.26|thinks engine GLM
+zai-org/GLM-5.3-Flash|Zai Org|GLM 5.3 Flash|1048575|0.15/0.5/0.03|always-thinks sees engine GLM
+zai-org/GLM-5.2|Zai Org|GLM 5.2|1048575|1.4/4.4/0.26|thinks engine GLM
+Qwen/Qwen3.8-2.4T-A95B|Qwen|Qwen3.8 2.4T A95B|1010000|2/6/0.25|thinks
+Qwen/Qwen3.8-Flash|Qwen|Qwen3.8 Flash|1000000|0.15/0.47|thinks engine Qwen
+Qwen/Qwen3.7-Max|Qwen|Qwen3.7 Max|1000000|2.5/7.5/0.5|thinks engine Qwen
+Qwen/Qwen3.7-Plus|Qwen|Qwen3.7 Plus|1000000|0.32/1.28|thinks engine Qwen
+Qwen/Qwen3.6-Plus|Qwen|Qwen3.6 Plus|1000000|0.5/3|thinks sees watches engine Qwen
 Qwen/Qwen3.5-9B|Qwen|Qwen3.5 9B FP8|262144|0.17/0.25|thinks sees watches
 Qwen/Qwen2.5-7B-Instruct-Turbo|Qwen|Qwen2.5 7B Instruct Turbo|32768|0.3/0.3|no-grammar
-Qwen/Qwen3.6-Plus|Qwen|Qwen3.6 Plus|1000000|0.5/3|thinks sees watches
+MiniMaxAI/MiniMax-M3|MiniMaxAI|MiniMax M3|524288|0.3/1.2/0.06|thinks sees
 MiniMaxAI/MiniMax-M2.7|MiniMaxAI|MiniMax M2.7 FP4|196608|0.3/1.2/0.06|thinks
 google/gemma-4-31B-it|Google|Gemma 4 31B-it FP8|262144|0.39/0.97|sees watches
 google/gemma-3n-E4B-it|Google|Gemma 3N E4B Instruct|32768|0.06/0.12|sees hears
 LiquidAI/LFM2.5-8B-A1B|LiquidAI|LFM2.5-8B-A1B|128000|0.03/0.12|
-nvidia/nemotron-3-ultra-550b-a55b|NVIDIA|NVIDIA Nemotron 3 Ultra 550B A55B NVFP4\
-|512288|0.6/3.6/0.2|thinks
-moonshotai/Kimi-K2.7-Code|Moonshot AI|Kimi K2.7 Code|262144||thinks sees watches engine K2.7
-deepseek-ai/DeepSeek-V4-Flash-0731|Deepseek|Deepseek V4 Flash 0731|||thinks
-MiniMaxAI/MiniMax-M3|MiniMaxAI|MiniMax M3|||thinks
+thinkingmachines/Inkling|Thinking Machines|Inkling|524288|1/4.05/0.17|
+meta-models/Muse-Glimmer-30B|Meta|Muse Glimmer 30B|131072|0.35/1.5/0.04|
+together/Tev1-4B-experimental|Together|Tev1 4B Experimental|32768|0.042/0|
 deepcogito/cogito-v2-1-671b|Deepcogito|Cogito v2.1 671B|163840|1.25/1.25|thinks
 = moderation
 meta-llama/Llama-Guard-4-12B|Meta|Llama Guard 4 12B|1048576|0.2/0.2|sees
@@ -3026,7 +3055,7 @@ mixedbread-ai/mxbai-rerank-large-v2|Mixedbread AI|Mxbai Rerank Large V2|32768||
 = image
 black-forest-labs/FLUX.1-schnell|Black Forest Labs|FLUX.1 Schnell|||image_pixel 0.0027
 black-forest-labs/FLUX.2-dev|Black Forest Labs|FLUX.2 [dev]|||image 0.0154
-black-forest-labs/FLUX.2-pro|Black Forest Labs|FLUX.2 [pro]|||image 0.03
+black-forest-labs/FLUX.2-pro|Black Forest Labs|FLUX.2 [pro]|||image 0.03 no-steps
 black-forest-labs/FLUX.1-kontext-pro|Black Forest Labs|FLUX.1 Kontext [pro]|0||image_pixel 0.04
 google/flash-image-2.5|Google|Gemini Flash Image 2.5 (Nano Banana)|||image 0.039 no-steps
 stabilityai/stable-diffusion-xl-base-1.0|stabilityai|SD XL|||image 0.0019
@@ -3040,6 +3069,7 @@ cartesia/sonic-3|Cartesia|Cartesia Sonic 3|448|65/0|
 = transcribe
 openai/whisper-large-v3|OpenAI|Whisper large-v3|1|0.27/0.85|transcribe 0.0015
 nvidia/parakeet-tdt-0.6b-v3|Nvidia|Nvidia Parakeet TDT 0.6B V3|448||transcribe 0.0015
+nvidia/nemotron-3-asr-streaming-0.6b|Nvidia|Nemotron 3 ASR Streaming 0.6B|||sockets-only
 = video
 minimax/hailuo-02|MiniMaxAI|MiniMax Hailuo 02|||video 0.56 (768p / 10s)
 minimax/video-01-director|MiniMaxAI|MiniMax 01 Director|||
@@ -3049,15 +3079,25 @@ Wan-AI/wan2.7-t2v|Wan-AI|Wan 2.7 T2V|||video 0.1 (per 5 seconds)
 = chat
 meta-llama/Llama-3.3-70B-Instruct-Turbo-Free|Meta|Meta Llama 3.3 70B Instruct Turbo Free|131072||
 meta-llama/Llama-4-Scout-17B-16E-Instruct|Meta|Llama 4 Scout Instruct (17Bx16E)|1048576\
-|0.18/0.59|sees
+|0.18/0.59|sees engine Scout
 meta-llama/Llama-Vision-Free|Meta|Meta Llama Vision Free|131072||sees
 deepseek-ai/DeepSeek-R1|DeepSeek|DeepSeek R1|163840|3/7|thinks engine A
+moonshotai/Kimi-K2.6|Moonshot AI|Kimi K2.6 Fp4|262144|1.2/4.5/0.2|thinks sees watches
+nvidia/nemotron-3-ultra-550b-a55b|NVIDIA|NVIDIA Nemotron 3 Ultra 550B A55B NVFP4\
+|512288|0.6/3.6/0.2|thinks retired
 Qwen/Qwen3.5-397B-A17B|Qwen|Qwen3.5 397B A17B|262144|0.6/3.6|thinks sees watches
 Qwen/Qwen3-235B-A22B-Instruct-2507-tput|Qwen|Qwen3 235B A22B Instruct 2507 FP8|262144|0.2/0.6|
 meta-llama/Meta-Llama-3.1-8B-Instruct-Turbo|Meta|Meta Llama 3.1 8B Instruct Turbo|131072\
 |0.18/0.18|retired
 mistralai/Mixtral-8x7B-Instruct-v0.1|mistralai|Mixtral-8x7B Instruct v0.1|32768|0.6/0.6|retired
 Qwen/Qwen2.5-72B-Instruct-Turbo|Qwen|Qwen2.5 72B Instruct Turbo|131072|1.2/1.2|retired
+meta-llama/Llama-3.1-405B-Instruct|Meta|Llama 3.1 405B Instruct|4096|3.5/3.5|retired
+meta-llama/Meta-Llama-3.1-70B-Instruct-Turbo|Meta|Meta Llama 3.1 70B Instruct Turbo|131072\
+|0.88/0.88|retired
+meta-llama/Llama-3.2-3B-Instruct|Meta|Llama 3.2 3B Instruct|131072|0.06/0.06|retired
+deepseek-ai/DeepSeek-V3.1|DeepSeek|DeepSeek V3.1|131072|0.6/1.7|thinks retired
+zai-org/GLM-5.1|Zai Org|GLM 5.1|202752|1.4/4.4/0.26|thinks retired
+Qwen/Qwen3-Next-80B-A3B-Instruct|Qwen|Qwen3 Next 80B A3B Instruct|262144|0.15/1.5|retired
 = embedding
 togethercomputer/m2-bert-80M-8k-retrieval|Together|M2-BERT-Retrieval-8k|8192|0.008/0.008|
 togethercomputer/m2-bert-80M-32k-retrieval|Together|M2-BERT-Retrieval-32K|32768|0.008/0.008|
@@ -3078,10 +3118,10 @@ black-forest-labs/FLUX.1-canny|Black Forest Labs|FLUX.1 [canny]|||
 black-forest-labs/FLUX.1-krea-dev|Black Forest Labs|FLUX.1 Krea [dev]|||
 black-forest-labs/FLUX.1-kontext-dev|Black Forest Labs|FLUX.1 Kontext [dev]|||
 black-forest-labs/FLUX.1-kontext-max|Black Forest Labs|FLUX.1 Kontext [max]|||
-black-forest-labs/FLUX.2-flex|Black Forest Labs|FLUX.2 [flex]|||
+black-forest-labs/FLUX.2-flex|Black Forest Labs|FLUX.2 [flex]|||no-steps
 google/imagen-4.0-preview|Google|Google Imagen 4.0 Preview|||no-steps
 ByteDance-Seed/Seedream-4.0|ByteDance|ByteDance Seedream 4.0|||
-black-forest-labs/FLUX.1.1-pro|Black Forest Labs|FLUX1.1 [pro]|||image_pixel 0.04
+black-forest-labs/FLUX.1.1-pro|Black Forest Labs|FLUX1.1 [pro]|||image_pixel 0.04 no-steps
 = language
 meta-llama/Llama-2-70b-hf|Meta|LLaMA-2 (70B)|4096|0.9/0.9|
 = moderation
@@ -5301,17 +5341,42 @@ class Choice:
     """One of the texts that answer a prompt, as data: chunks and whole replies come from it."""
 
     thoughts: Sequence[str] = ()  # tokens of the reasoning
+    hidden_thoughts = 0  # how many more are counted and not shown
+    stop_text = ""  # before which the text was cut
     tool_calls: Sequence[dict[str, Any]] = ()
     calls_first = False  # in a stream, before the text
     function_call: dict[str, Any] | None = None  # the older form of one tool call
     scores: Sequence[Any] = ()  # a token's (logprob, alternatives), where asked for
     _pieces: list[str] | None = None
 
-    def __init__(self, index: int, text: str, token_count: int, finish_reason: str) -> None:
+    text = ""
+    token_count = 0  # of the text
+    finish_reason = "tool_calls"
+
+    def __init__(self, index: int) -> None:
         self.index = index
-        self.text = text
-        self.token_count = token_count  # of the text
-        self.finish_reason = finish_reason
+
+    def write(self, text: str, count: int, stop: Any, budget: int) -> None:
+        """Take what of a text of `count` tokens is before a stop text and within the budget."""
+        self.finish_reason = "stop"
+        if stop:
+            for ending in [stop] if type(stop) is str else stop:
+                text, found, _ = text.partition(ending) if ending else (text, "", "")
+                self.stop_text = found or self.stop_text
+            count = count_tokens(text)
+        if count > budget:
+            text, count = "".join(split_tokens(text)[:budget]), budget
+            self.finish_reason = "length"
+        self.text, self.token_count = text, count
+
+    def think(self, thoughts: str | None, budget: int, hidden: bool = False) -> int:
+        """Take what of some reasoning is within the budget; return how many tokens that are."""
+        pieces = split_tokens(thoughts)[: max(budget, 0)] if thoughts else []
+        if hidden:
+            self.hidden_thoughts = len(pieces)
+        else:
+            self.thoughts = pieces
+        return len(pieces)
 
     @property
     def pieces(self) -> list[str]:
@@ -5331,21 +5396,32 @@ class Answer:
 
     created = CREATED
     role = "assistant"
+    unended = 0  # choices whose stream goes on
+    cached_tokens = 0  # of the prompt
     strict = False  # the server is
     key = b""  # 32 bytes, drawn, for what has ids of another form
-    prompt: Sequence[dict[str, Any]] = ()  # the echo
-    reasons = False  # its model writes its reasoning
 
     def __init__(
         self, request: Request, form: Form, choices: list[Choice], usage: dict[str, Any]
     ) -> None:
         self.request = request
         self.form = form  # of its engine
+        self.prompt: list[dict[str, Any]] = []  # the echo
         self.id = request.id
         self.model: str = request.body["model"]
         self.seed: int | None = request.body.get("seed")
         self.choices = choices
         self.usage = usage
+
+    @property
+    def frame(self) -> dict[str, Any]:
+        """What its whole and each of its chunks say, whatever their form."""
+        return {
+            "id": self.id,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": "default",
+        }
 
 
 def token_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> Any:
@@ -5365,7 +5441,6 @@ USAGE_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 # in has such characters.
 SLOT, SLOT_NUMBER = "\udc00", "\udc01"
 END_TOKENS = {"meta-llama/": 128009, "Qwen/": 151645}  # what ends a turn, by the start of an id
-MATCHED_STOP = 200002  # the token at which gpt-oss stops
 
 
 def repeat_json(text: str, pieces: Iterable[str]) -> Iterator[str]:
@@ -5409,97 +5484,157 @@ def content_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> dict[str, 
     return {"content": list_logprobs(pieces, scores, ("token", "bytes", "logprob"))}
 
 
-def chunk(answer: Answer, *choices: dict[str, Any], **usage: Any) -> dict[str, Any]:
-    """Return a chunk with these choices, and with the key `usage` where it is given."""
+@functools.lru_cache(maxsize=256)
+def split_keys(keys: str) -> list[tuple[str, bool]]:
+    """Return each of some keys, and whether it ends in `?`: it is left out without a value."""
+    return [(key.rstrip("?"), key.endswith("?")) for key in keys.split()]
+
+
+def arrange(keys: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values under these keys, in their order."""
     return {
-        "id": answer.id,
-        "object": "chat.completion.chunk",
-        "created": answer.created,
-        "choices": list(choices),
-        "model": answer.model,
-        **usage,
+        key: values.get(key)
+        for key, optional in split_keys(keys)
+        if not (optional and values.get(key) in (None, []))
     }
 
 
 class Form:
-    """The form of one engine's answers: a whole, and the chunks whose fold is that whole.
+    """The form of one engine's answers: a whole, and the chunks whose fold that whole is.
 
-    A subclass says what its engine does otherwise; `FORMS` has one object of each by the name
-    that the catalogue uses.
+    A form is the keys of its objects and what it does otherwise, as attributes; `FORMS` has one
+    of each by the name that the catalogue uses. The kinds of chunks are mark, opener, thought,
+    text, call, close and end; any of them may have keys of its own in `stream_keys`.
     """
 
-    call_alphabet = b"0123456789abcdef" * 16  # of the id of a tool call
+    whole_keys = "id object created model metadata prompt choices usage"
+    choice_keys = "index message logprobs finish_reason seed"
+    message_keys = "role content tool_calls function_call? reasoning"
+    call_keys = "id index type function"
+    function_keys = "name arguments"
+    usage_keys = (
+        "prompt_tokens total_tokens completion_tokens reasoning_tokens prompt_tokens_details?"
+    )
+    stream_keys: ClassVar[dict[str, str]] = {
+        "chunk": "id object created choices model usage",
+        "opener chunk": "id object created choices model",
+        "part": "index text logprobs finish_reason delta",
+        "delta": "token_id role content tool_calls? function_call? reasoning",
+        "head": "id index type function",  # of a tool call
+        "rest": "id index type function",  # which brings its arguments
+        "rest function": "name arguments",
+    }
+    answer_id = ""  # made of {hex} or {uuid}; else in Together's own form
+    call_id = "call_{letters}"  # or of {uuid}, {name} and {index}
+    call_alphabet = b"0123456789abcdef" * 16
+    content_type = "application/json; charset=utf-8"  # of a whole
+    stop_tokens: ClassVar[dict[str, int]] = {}  # what `matched_stop` says, by the reason of the end
+    marks: Sequence[tuple[str, int, float]] = ()  # before reasoning: text, token id and logprob
     empty_content: str | None = ""  # beside tool calls
+    blank: str | None = None  # what stands in a chunk for reasoning and ids that it has not
+    tells_seed = False
+    skips_reasoning = False  # does not think
+    opens_texts = True  # has an opener also where no tool is called
+    numbers_tokens = False  # a chunk of text has the token's id
+    closes_thoughts = False  # with an empty piece
+    cuts_arguments = True  # of tool calls; else they come in one piece, with the end
+    closes_calls = False  # with an empty piece
+    comments = False  # on a stream that goes on
+    usage_at_end = False  # of the stream: in its last chunk, and none follows
+    counts_text = False  # in the details of the usage
     thinks_in_content = False  # reasoning stands in the content, between tags
+    hides_thoughts = False  # where `reasoning_effort` is none; they are counted
+    any_effort = False  # takes any word as `reasoning_effort`
+
+    def adapt(self, body: dict[str, Any]) -> Form:
+        """Return the form of the answer to one request."""
+        return self
+
+    def refuse(self, body: dict[str, Any], thinks: bool, strict: bool) -> None:
+        """Raise ApiError where the engine does not take a request."""
 
     def name_answer(self, rng: HashRandom) -> str:
         """Return the id of an answer."""
-        return random_id(rng)
+        if not self.answer_id:
+            return random_id(rng)
+        return self.answer_id.format(hex=rng.key.hex(), uuid=random_uuid(rng.child("id")))
+
+    def name_call(self, rng: HashRandom, name: str, index: int) -> str:
+        """Return the id of a tool call."""
+        letters = random_letters(rng.child("id"), 24, self.call_alphabet)
+        uuid = random_uuid(rng.child("uuid"))
+        return self.call_id.format(letters=letters, uuid=uuid, name=name, index=index)
 
     def usage(self, answer: Answer) -> dict[str, Any]:
-        """Return the usage in the engine's order."""
-        counts = dict(answer.usage)
-        thought = counts.pop("reasoning_tokens", 0)
-        first = {name: counts.pop(name) for name in ("prompt_tokens", "total_tokens")}
-        reasoning = {"reasoning_tokens": thought} if answer.reasons else {}
+        """Return the usage; what a fixture adds to it stands last."""
+        cached = {"cached_tokens": answer.cached_tokens}
+        counts: dict[str, Any] = {"reasoning_tokens": 0, **cached, **answer.usage}
+        for side, part in (("prompt", "cached_tokens"), ("completion", "reasoning_tokens")):
+            name = f"{side}_tokens_details"
+            details = {part: counts[part]}
+            if self.counts_text:
+                details["text_tokens"] = counts[f"{side}_tokens"]
+            absent = f"{name}?" in self.usage_keys and not counts[part]
+            counts.setdefault(name, None if absent else details)
+        usage = arrange(self.usage_keys, counts)
+        more = {name: value for name, value in answer.usage.items() if name != "reasoning_tokens"}
+        return {**usage, **{name: more[name] for name in more if name not in usage}}
+
+    def ending(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        """Return what tells of the end of a choice."""
+        token = self.stop_tokens.get(choice.finish_reason)
         return {
-            **first,
-            "completion_tokens": counts.pop("completion_tokens"),
-            **reasoning,
-            **counts,
+            "finish_reason": choice.finish_reason,
+            "seed": self.seed(answer),
+            "matched_stop": token and (choice.stop_text or token),
         }
 
-    def skips_reasoning(self, body: dict[str, Any]) -> bool:
-        """Tell whether a model does not reason because tools came that none shall be called of."""
-        return False
+    def seed(self, answer: Answer) -> int | None:
+        """Return the seed asked for, else one made of the id: up to 2 ** 64, of 16 digits."""
+        if not self.tells_seed:
+            return None
+        made = zlib.crc32(answer.id.encode()) * 2**32 // 1000 * 1000
+        return made if answer.seed is None else answer.seed
 
     # The whole
 
-    def seed(self, answer: Answer) -> int | None:
-        """Return the seed of a choice: only engine A tells one."""
-        return None
-
     def whole(self, answer: Answer) -> dict[str, Any]:
         """Return a whole answer."""
-        return {
-            "id": answer.id,
+        values = {
             "object": "chat.completion",
-            "created": answer.created,
-            "model": answer.model,
             "metadata": {"weight_version": "default"},
             "prompt": answer.prompt,
             "choices": [self.choice(answer, choice) for choice in answer.choices],
             "usage": self.usage(answer),
         }
+        return arrange(self.whole_keys, {**answer.frame, **values})
 
     def choice(self, answer: Answer, choice: Choice) -> dict[str, Any]:
         """Return one choice of a whole answer."""
-        return {
+        values = {
             "index": choice.index,
             "message": self.message(answer, choice),
             "logprobs": self.logprobs(answer, choice),
-            "finish_reason": choice.finish_reason,
-            "seed": None,
         }
+        return arrange(self.choice_keys, {**values, **self.ending(answer, choice)})
 
     def message(self, answer: Answer, choice: Choice) -> dict[str, Any]:
         """Return the message of a choice."""
-        message: dict[str, Any] = {
+        thoughts = "".join(choice.thoughts) or None
+        content = choice.text or self.empty_content if choice.tool_calls else choice.text
+        calls = [
+            {**call, "function": arrange(self.function_keys, call["function"])}
+            for call in choice.tool_calls
+        ]
+        values = {
             "role": answer.role,
-            "content": choice.text or self.empty_content if choice.tool_calls else choice.text,
-            "tool_calls": [self.call(call) for call in choice.tool_calls],
+            "content": content if choice.function_call is None else None,
+            "tool_calls": [arrange(self.call_keys, call) for call in calls],
+            "function_call": choice.function_call,
+            "reasoning": thoughts,
+            "reasoning_content": thoughts,
         }
-        if choice.function_call is not None:
-            message.update(content=None, function_call=choice.function_call)
-        return {**message, **self.reasoning(answer, choice)}
-
-    def reasoning(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        """Return what a message has beside its content: the reasoning, null where there is none."""
-        return {"reasoning": "".join(choice.thoughts) or None}
-
-    def call(self, call: dict[str, Any]) -> dict[str, Any]:
-        """Return one tool call of a whole answer."""
-        return {key: call[key] for key in ("id", "index", "type", "function")}
+        return arrange(self.message_keys, values)
 
     def logprobs(self, answer: Answer, choice: Choice) -> Any:
         """Return the logprobs of a whole choice."""
@@ -5509,67 +5644,73 @@ class Form:
 
     def stream(self, answer: Answer) -> Iterator[Any]:
         """Yield the chunks of an answer, as JSON values or as JSON text."""
+        answer.unended = len(answer.choices)
         for choice in answer.choices:
-            yield self.opener(answer, choice)
-        yield from self.interleave(answer)
-        yield chunk(answer, usage=self.usage(answer))
-
-    def interleave(self, answer: Answer) -> Iterator[Any]:
-        """Yield the chunks of all choices, in turn."""
+            for text, number, logprob in self.marks if choice.thoughts else ():
+                delta = {"token_id": number, "content": text}
+                yield self.chunk(answer, choice, "mark", delta, logprobs=logprob)
+            if self.opens_texts or choice.tool_calls:
+                yield self.chunk(answer, choice, "opener", {"reasoning_content": ""})
         parts = [self.parts(answer, choice) for choice in answer.choices]
-        return parts[0] if len(parts) == 1 else interleave(parts)
+        yield from parts[0] if len(parts) == 1 else interleave(parts)
+        if not self.usage_at_end:
+            yield self.frame(answer, "usage", [], self.usage(answer))
 
     def parts(self, answer: Answer, choice: Choice) -> Iterator[Any]:
         """Yield what each chunk of a choice adds: reasoning, text and tool calls, the end."""
         if choice.thoughts:
-            yield from repeat_json(ENCODE(self.thought(answer, choice)), choice.thoughts)
+            yield from repeat_json(ENCODE(self.thought(answer, choice, SLOT)), choice.thoughts)
+            if self.closes_thoughts:
+                yield self.thought(answer, choice, "")
+        if self.comments:
+            yield KEEPALIVE
         writers = (self.calls, self.texts) if choice.calls_first else (self.texts, self.calls)
         for write in writers:
             yield from write(answer, choice)
         if choice.function_call is not None:
-            delta = {"content": "", "function_call": choice.function_call}
-            yield self.chunk(answer, choice, delta)
+            yield self.chunk(answer, choice, "text", {"function_call": choice.function_call})
+        answer.unended -= 1
         yield self.end(answer, choice)
 
-    def delta(self, answer: Answer, **more: Any) -> dict[str, Any]:
-        """Return a delta; every one has its role, which Together's strict clients require."""
-        return {"token_id": None, "role": answer.role, "content": "", **more}
+    def keys(self, kind: str, level: str) -> str:
+        """Return the keys of a kind of chunk, of its choice or of its delta."""
+        return self.stream_keys.get(f"{kind} {level}", self.stream_keys[level])
+
+    def frame(self, answer: Answer, kind: str, choices: list[Any], usage: Any) -> dict[str, Any]:
+        """Return a chunk with these choices."""
+        values = {"object": "chat.completion.chunk", "choices": choices, "usage": usage}
+        return arrange(self.keys(kind, "chunk"), {**answer.frame, **values})
 
     def chunk(
-        self, answer: Answer, choice: Choice, delta: dict[str, Any], text: str = "", **more: Any
+        self, answer: Answer, choice: Choice, kind: str, delta: dict[str, Any], **more: Any
     ) -> dict[str, Any]:
-        """Return a chunk of one choice."""
-        part = {"index": choice.index, "text": text, "logprobs": None, "finish_reason": None}
-        part.update(more, delta={**self.delta(answer), **delta, "reasoning": None})
-        return chunk(answer, part, usage=None)
+        """Return a chunk of one choice; what its kind has no key for is left out."""
+        values = {"role": answer.role, "content": "", "reasoning": self.blank, **delta}
+        part = {"index": choice.index, "role": answer.role, "text": values["content"], **more}
+        part["delta"] = arrange(self.keys(kind, "delta"), values)
+        usage = more.get("usage") if self.usage_at_end else None
+        return self.frame(answer, kind, [arrange(self.keys(kind, "part"), part)], usage)
 
-    def opener(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        """Return the first chunk, which says nothing yet."""
-        first = self.chunk(answer, choice, {})
-        del first["usage"]
-        return first
+    def thought(self, answer: Answer, choice: Choice, piece: str) -> dict[str, Any]:
+        """Return the chunk of a piece of the reasoning."""
+        delta = {"reasoning": piece, "reasoning_content": piece}
+        return self.chunk(answer, choice, "thought", delta)
 
-    def thought(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        """Return the chunk of each piece of the reasoning."""
-        part = self.chunk(answer, choice, {})
-        part["choices"][0]["delta"]["reasoning"] = SLOT
-        return part
+    def text(
+        self, answer: Answer, choice: Choice, piece: str, number: Any, **more: Any
+    ) -> dict[str, Any]:
+        """Return the chunk of a piece of the text, with its number where the engine tells it."""
+        delta = {"token_id": number if self.numbers_tokens else None, "content": piece}
+        return self.chunk(answer, choice, "text", delta, **more)
 
     def texts(self, answer: Answer, choice: Choice) -> Iterator[Any]:
         """Yield the text of a choice, a token each."""
         pieces = self.pieces(choice)
         if not choice.scores:
-            yield from repeat_json(
-                ENCODE(self.text_chunk(answer, choice, SLOT, SLOT_NUMBER)), pieces
-            )
+            yield from repeat_json(ENCODE(self.text(answer, choice, SLOT, SLOT_NUMBER)), pieces)
         for piece, score in zip(pieces, choice.scores):
-            part = self.text_chunk(answer, choice, piece, token_id(piece))
-            part["choices"][0]["logprobs"] = self.chunk_logprobs(piece, *score)
-            yield part
-
-    def text_chunk(self, answer: Answer, choice: Choice, piece: str, number: Any) -> dict[str, Any]:
-        """Return the chunk of a piece of the text, with its number where the engine tells it."""
-        return self.chunk(answer, choice, {"content": piece}, piece)
+            logprobs = self.chunk_logprobs(piece, *score)
+            yield self.text(answer, choice, piece, token_id(piece), logprobs=logprobs)
 
     def pieces(self, choice: Choice) -> list[str]:
         """Return the tokens that have a chunk of their own."""
@@ -5588,59 +5729,66 @@ class Form:
         """Yield each tool call: its head, then its arguments in pieces."""
         for call in choice.tool_calls:
             function = {"name": call["function"]["name"], "arguments": ""}
-            head = {**self.call(call), "function": function}
-            yield self.chunk(answer, choice, {"tool_calls": [head]})
-            fragment = self.fragment(call["index"], SLOT)
-            part = self.chunk(answer, choice, {"tool_calls": [fragment]})
-            yield from repeat_json(ENCODE(part), split_tokens(call["function"]["arguments"]))
+            head = arrange(self.stream_keys["head"], {**call, "function": function})
+            yield self.chunk(answer, choice, "call", {"tool_calls": [head]})
+            text, more = call["function"]["arguments"], {"finish_reason": choice.finish_reason}
+            pieces = split_tokens(text) if self.cuts_arguments else [text]
+            rest = self.rest(
+                answer, choice, "call", call, SLOT, **({} if self.cuts_arguments else more)
+            )
+            yield from repeat_json(ENCODE(rest), pieces)
+            if self.closes_calls:
+                yield self.rest(answer, choice, "close", call, "")
 
-    def fragment(self, index: int, arguments: str) -> dict[str, Any]:
-        """Return a piece of a tool call's arguments."""
-        function = {"name": None, "arguments": arguments}
-        return {"id": None, "index": index, "type": "function", "function": function}
+    def rest(
+        self,
+        answer: Answer,
+        choice: Choice,
+        kind: str,
+        call: dict[str, Any],
+        text: str,
+        **more: Any,
+    ) -> dict[str, Any]:
+        """Return the chunk of a piece of a tool call's arguments."""
+        function = arrange(self.stream_keys["rest function"], {"arguments": text})
+        values = {**call, "id": self.blank, "function": function}
+        delta = {"tool_calls": [arrange(self.keys(kind, "rest"), values)]}
+        return self.chunk(answer, choice, kind, delta, **more)
 
     def end(self, answer: Answer, choice: Choice) -> dict[str, Any]:
         """Return the chunk that says why a choice ended."""
-        return self.chunk(answer, choice, {}, finish_reason=choice.finish_reason)
+        return self.chunk(answer, choice, "end", {}, **self.stream_ending(answer, choice))
+
+    def stream_ending(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        """Return what tells of the end of a choice in a stream; the last one has the usage."""
+        usage = None if answer.unended else self.usage(answer)
+        return {**self.ending(answer, choice), "usage": usage}
 
 
 class TurboForm(Form):
     """Engine A: Turbo models and DeepSeek-R1."""
 
+    whole_keys = "id object created model prompt choices usage"
+    choice_keys = "finish_reason seed index logprobs message"
+    message_keys = "role content tool_calls function_call? reasoning?"
+    call_keys = "index id type function"
+    function_keys = "arguments name"
+    usage_keys = "prompt_tokens completion_tokens total_tokens cached_tokens"
+    stream_keys: ClassVar[dict[str, str]] = {
+        **Form.stream_keys,
+        "part": "index text logprobs finish_reason seed delta",
+        "delta": "token_id role content tool_calls? function_call?",
+        "opener part": "index role text logprobs finish_reason delta",
+        "call chunk": "id object created choices model",
+        "call part": "index text logprobs finish_reason delta",
+        "head": "index id type function",
+        "rest": "index function",
+        "rest function": "arguments",
+    }
     call_alphabet = LOWER36
     empty_content = None
-    thinks_in_content = True
-
-    def usage(self, answer: Answer) -> dict[str, Any]:
-        counts = {name: answer.usage[name] for name in answer.usage if name != "reasoning_tokens"}
-        return {**counts, "cached_tokens": counts.get("cached_tokens", 0)}
-
-    def seed(self, answer: Answer) -> int:
-        """Return the seed asked for, else one made of the id: up to 2 ** 64, of 16 digits."""
-        if answer.seed is not None:
-            return answer.seed
-        return zlib.crc32(answer.id.encode()) * 2**32 // 1000 * 1000
-
-    def whole(self, answer: Answer) -> dict[str, Any]:
-        body = super().whole(answer)
-        del body["metadata"]
-        return body
-
-    def choice(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        return {
-            "finish_reason": choice.finish_reason,
-            "seed": self.seed(answer),
-            "index": choice.index,
-            "logprobs": self.logprobs(answer, choice),
-            "message": self.message(answer, choice),
-        }
-
-    def reasoning(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        return {"reasoning": "".join(choice.thoughts)} if choice.thoughts else {}
-
-    def call(self, call: dict[str, Any]) -> dict[str, Any]:
-        function = {key: call["function"][key] for key in ("arguments", "name")}
-        return {**{key: call[key] for key in ("index", "id", "type")}, "function": function}
+    tells_seed = numbers_tokens = usage_at_end = thinks_in_content = True
+    opens_texts = cuts_arguments = False
 
     def logprobs(self, answer: Answer, choice: Choice) -> Any:
         if choice.scores and answer.request.body["logprobs"] is not True:
@@ -5650,33 +5798,6 @@ class TurboForm(Form):
     def chunk_logprobs(self, piece: str, logprob: float, tops: Sequence[Any]) -> Any:
         return logprob
 
-    def stream(self, answer: Answer) -> Iterator[Any]:
-        """Yield chunks, of which the last one has the usage."""
-        for choice in answer.choices:
-            if choice.tool_calls:
-                yield self.opener(answer, choice)
-        chunks = self.interleave(answer)
-        last = next(chunks)
-        for following in chunks:
-            yield last
-            last = following
-        yield {**last, "usage": self.usage(answer)}
-
-    def chunk(
-        self, answer: Answer, choice: Choice, delta: dict[str, Any], text: str = "", **more: Any
-    ) -> dict[str, Any]:
-        part = {"index": choice.index, "text": text, "logprobs": None, "finish_reason": None}
-        part.update({} if choice.tool_calls else {"seed": None})
-        part.update(more, delta={**self.delta(answer), **delta})
-        return chunk(answer, part, **({} if choice.tool_calls else {"usage": None}))
-
-    def opener(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        part = {"index": choice.index, "role": answer.role, "text": "", "logprobs": None}
-        return chunk(answer, {**part, "finish_reason": None, "delta": self.delta(answer)})
-
-    def text_chunk(self, answer: Answer, choice: Choice, piece: str, number: Any) -> dict[str, Any]:
-        return self.chunk(answer, choice, {"token_id": number, "content": piece}, piece)
-
     def pieces(self, choice: Choice) -> list[str]:
         return choice.pieces[:-1] if self.ends_with_text(choice) else choice.pieces
 
@@ -5685,165 +5806,175 @@ class TurboForm(Form):
         cut = choice.finish_reason == "length" and not choice.tool_calls
         return cut and bool(choice.pieces) and choice.function_call is None
 
-    def calls(self, answer: Answer, choice: Choice) -> Iterator[Any]:
-        """Yield each tool call: its head, then all its arguments, where the end is told already."""
-        for call in choice.tool_calls:
-            function = {"name": call["function"]["name"], "arguments": ""}
-            head = {"index": call["index"], "id": call["id"], "type": "function"}
-            yield self.chunk(answer, choice, {"tool_calls": [{**head, "function": function}]})
-            rest = {"tool_calls": [self.fragment(call["index"], call["function"]["arguments"])]}
-            yield self.chunk(answer, choice, rest, finish_reason=choice.finish_reason)
-
-    def fragment(self, index: int, arguments: str) -> dict[str, Any]:
-        return {"index": index, "function": {"arguments": arguments}}
-
     def end(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        text = choice.pieces[-1] if self.ends_with_text(choice) else ""
-        ending = (number for start, number in END_TOKENS.items() if answer.model.startswith(start))
-        number = token_id(text) if text else next(ending, 1)
-        reason = {"finish_reason": choice.finish_reason, "seed": self.seed(answer)}
-        if text and choice.scores:
-            reason["logprobs"] = choice.scores[-1][0]
-        return self.chunk(answer, choice, {"token_id": number, "content": text}, text, **reason)
+        ending = self.stream_ending(answer, choice)
+        if self.ends_with_text(choice):
+            piece = choice.pieces[-1]
+            ending["logprobs"] = choice.scores[-1][0] if choice.scores else None
+            return self.text(answer, choice, piece, token_id(piece), **ending)
+        starts = (number for start, number in END_TOKENS.items() if answer.model.startswith(start))
+        return self.chunk(answer, choice, "end", {"token_id": next(starts, 1)}, **ending)
+
+
+class ScoutForm(Form):
+    """Llama-4-Scout, which does not count what it did not think (seen in 2026-01)."""
+
+    usage_keys = "prompt_tokens total_tokens completion_tokens"
+
+
+class ForbiddenToolsForm(Form):
+    """gpt-oss-20b where tools came and none shall be called: it does not reason."""
+
+    choice_keys = "index logprobs finish_reason seed message"
+    message_keys = "role content tool_calls reasoning?"
+    stream_keys: ClassVar[dict[str, str]] = {
+        **Form.stream_keys,
+        "opener chunk": "id object created choices model usage",
+        "part": "index text logprobs finish_reason matched_stop delta",
+        "delta": "token_id role content tool_calls? reasoning?",
+    }
+    stop_tokens: ClassVar[dict[str, int]] = {"stop": 200002}
+    skips_reasoning = True
+
+
+FORBIDDEN_TOOLS = ForbiddenToolsForm()
 
 
 class GptOssForm(Form):
-    """gpt-oss on engine B: no reasoning where a stop text came first, or tools were forbidden."""
+    """gpt-oss-20b on engine B: no reasoning where a stop text came first."""
 
-    def skips_reasoning(self, body: dict[str, Any]) -> bool:
-        return bool(body.get("tools")) and body.get("tool_choice") == "none"
+    def adapt(self, body: dict[str, Any]) -> Form:
+        forbidden = body.get("tools") and body.get("tool_choice") == "none"
+        return FORBIDDEN_TOOLS if forbidden else self
 
-    def reasoning(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        stopped = answer.request.body.get("stop") and not choice.text
-        absent = not choice.thoughts and (stopped or self.skips_reasoning(answer.request.body))
-        return {} if absent else super().reasoning(answer, choice)
-
-    def choice(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        body = super().choice(answer, choice)
-        if self.skips_reasoning(answer.request.body):
-            body["message"] = body.pop("message")  # to the end
-        return body
-
-    def chunk(
-        self, answer: Answer, choice: Choice, delta: dict[str, Any], text: str = "", **more: Any
-    ) -> dict[str, Any]:
-        body = super().chunk(answer, choice, delta, text, **more)
-        if self.skips_reasoning(answer.request.body) and not choice.thoughts:
-            part = body["choices"][0]
-            part["matched_stop"] = MATCHED_STOP if part["finish_reason"] == "stop" else None
-            part["delta"] = part.pop("delta")  # behind it
-            del part["delta"]["reasoning"]
-        return body
-
-    def opener(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        bare = self.skips_reasoning(answer.request.body) and not choice.thoughts
-        return self.chunk(answer, choice, {}) if bare else super().opener(answer, choice)
+    def message(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        message = super().message(answer, choice)
+        if answer.request.body.get("stop") and not (choice.text or choice.thoughts):
+            del message["reasoning"]
+        return message
 
 
 class DetailsForm(Form):
     """Engine B as Kimi-K2.7-Code has it: details in the usage, a fingerprint, no metadata."""
 
-    def usage(self, answer: Answer) -> dict[str, Any]:
-        counts = {**answer.usage}
-        thought = {"reasoning_tokens": counts.pop("reasoning_tokens", 0)}
-        details = {"prompt_tokens_details": {"cached_tokens": 0}}
-        return {
-            **{name: counts[name] for name in USAGE_COUNTS},
-            **details,
-            "completion_tokens_details": thought,
-            **{name: counts[name] for name in counts if name not in USAGE_COUNTS},
-        }
+    whole_keys = "id object created model system_fingerprint prompt choices usage"
+    choice_keys = "index message logprobs? finish_reason seed"
+    usage_keys = (
+        "prompt_tokens completion_tokens total_tokens prompt_tokens_details"
+        " completion_tokens_details"
+    )
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
-        return {
-            "id": answer.id,
-            "object": "chat.completion",
-            "created": answer.created,
-            "model": answer.model,
-            "system_fingerprint": "default",
-            "prompt": answer.prompt,
-            "choices": [self.choice(answer, choice) for choice in answer.choices],
-            "usage": self.usage(answer),
-        }
 
-    def choice(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        body = super().choice(answer, choice)
-        if not choice.scores:
-            del body["logprobs"]
-        return body
+class HiddenThoughtsForm(DetailsForm):
+    """gpt-oss-120b since 2026-09; its stream is inferred from Kimi-K2.7-Code's."""
+
+    message_keys = "role content tool_calls function_call? reasoning?"
+    call_keys = "id type function"
+    call_id = "call_{uuid}"
+    hides_thoughts = any_effort = True
 
 
 class PassedThroughForm(DetailsForm):
-    """Engine C: Kimi-K3, whose answers come from elsewhere in OpenAI's form."""
+    """Engine C as Kimi-K3 has it, whose answers come from elsewhere in OpenAI's form."""
 
-    def name_answer(self, rng: HashRandom) -> str:
-        return "chatcmpl-" + rng.key.hex()[:24]
-
-    def whole(self, answer: Answer) -> dict[str, Any]:
-        body = super().whole(answer)
-        body["system_fingerprint"] = body.pop("system_fingerprint")  # to the end
-        if not body["prompt"]:
-            del body["prompt"]
-        return body
-
-    def choice(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        body = super().choice(answer, choice)
-        del body["seed"]
-        if not choice.tool_calls:
-            del body["message"]["tool_calls"]
-        return body
-
-    def reasoning(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        return {"reasoning_content": "".join(choice.thoughts)} if choice.thoughts else {}
-
-    def call(self, call: dict[str, Any]) -> dict[str, Any]:
-        return {key: call[key] for key in ("index", "id", "type", "function")}
-
-    def stream(self, answer: Answer) -> Iterator[Any]:
-        """Yield chunks, of which the last one has the usage inside of its choice."""
-        for choice in answer.choices:
-            yield self.opener(answer, choice)
-        chunks = self.interleave(answer)
-        last = next(chunks)
-        for following in chunks:
-            yield last
-            last = following
-        last["choices"][0]["usage"] = self.usage(answer)
-        yield last
-
-    def chunk(
-        self, answer: Answer, choice: Choice, delta: dict[str, Any], text: str = "", **more: Any
-    ) -> dict[str, Any]:
-        part = {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return {
-            "id": answer.id,
-            "object": "chat.completion.chunk",
-            "created": answer.created,
-            "model": answer.model,
-            "system_fingerprint": "default",
-            "choices": [{**part, **more}],
-        }
-
-    def opener(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        return self.chunk(answer, choice, {"role": answer.role, "content": ""})
-
-    def thought(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        return self.chunk(answer, choice, {"reasoning_content": SLOT})
-
-    def fragment(self, index: int, arguments: str) -> dict[str, Any]:
-        return {"index": index, "function": {"arguments": arguments}}
+    whole_keys = "id object created model prompt? choices usage system_fingerprint"
+    choice_keys = "index message logprobs? finish_reason matched_stop?"
+    message_keys = "role content reasoning_content? tool_calls? function_call?"
+    call_keys = "index id type function"
+    stream_keys: ClassVar[dict[str, str]] = {
+        "chunk": "id object created model system_fingerprint choices usage?",
+        "part": "index delta logprobs finish_reason matched_stop? usage?",
+        "opener delta": "role content",
+        "thought delta": "reasoning_content",
+        "text delta": "content function_call?",
+        "call delta": "tool_calls",
+        "end delta": "",
+        "delta": "",
+        "head": "index id type function",
+        "rest": "index function",
+        "rest function": "arguments",
+    }
+    answer_id = "chatcmpl-{hex:.24}"
+    call_id = "{name}_{index}"
+    closes_thoughts = comments = True
+    empty_content = None
 
     def chunk_logprobs(self, piece: str, logprob: float, tops: Sequence[Any]) -> Any:
         return content_logprobs([piece], [(logprob, tops)])
+
+
+class DeepSeekForm(PassedThroughForm):
+    """Engine C as DeepSeek-V4.1-Flash has it; its stream is inferred from GLM's."""
+
+    message_keys = "role content reasoning_content tool_calls? function_call?"
+    usage_keys = DetailsForm.usage_keys + "?"
+    stream_keys: ClassVar[dict[str, str]] = {
+        **PassedThroughForm.stream_keys,
+        "part": "index delta logprobs finish_reason matched_stop?",
+        "opener delta": "role reasoning_content",
+        "text delta": "content function_call? reasoning_content",
+        "call delta": "tool_calls reasoning_content",
+        "end delta": "reasoning_content",
+    }
+    answer_id = "{hex:.8}-aws_ue2"
+    call_id = Form.call_id
+    content_type = "application/json"
+    closes_thoughts = False
+
+
+class GlmForm(DeepSeekForm):
+    """Engine C as GLM-5.2 streams and GLM-5.3-Flash answers: the token that ended it is told."""
+
+    stop_tokens: ClassVar[dict[str, int]] = {"stop": 154827, "tool_calls": 154829}
+
+
+class QwenForm(DetailsForm):
+    """What is passed on to Alibaba: Qwen 3.6 and later, which only stream."""
+
+    usage_keys = (
+        "completion_tokens completion_tokens_details prompt_tokens prompt_tokens_details"
+        " total_tokens"
+    )
+    stream_keys: ClassVar[dict[str, str]] = {
+        **Form.stream_keys,
+        "opener chunk": "id object created choices model usage",
+        "part": "index delta finish_reason logprobs text",
+        "mark part": "index text logprobs finish_reason seed delta",
+        "mark delta": "token_id role content",
+        "opener part": "index logprobs delta finish_reason text",
+        "end delta": "token_id role content",
+        "head": "index id type function",
+        "rest": "index id type function",
+        "rest function": "arguments",
+        "close rest": "function index id type",
+        "close delta": "token_id role content tool_calls",
+    }
+    answer_id = "chatcmpl-{uuid}"
+    marks = (("<think>", 128798, 0), ("\n", 201, -1.7881393e-06))
+    blank = ""
+    counts_text = closes_calls = True
+
+    def refuse(self, body: dict[str, Any], thinks: bool, strict: bool) -> None:
+        if not body.get("stream"):
+            raise ApiError("streaming_required", param="stream")
+        if any(message["role"] == "developer" for message in body["messages"]):
+            raise ApiError("unknown_role", role="developer")
+        if thinks and body.get("tool_choice") not in (None, "auto", "none"):
+            raise ApiError("forced_while_thinking")
 
 
 # To add an engine: a row here, the class it names, and `engine NAME` in the catalogue.
 FORMS: dict[str, Form] = {
     "A": TurboForm(),
     "B": Form(),
-    "gpt-oss": GptOssForm(),
+    "Scout": ScoutForm(),
+    "gpt-oss-20b": GptOssForm(),
+    "gpt-oss-120b": HiddenThoughtsForm(),
     "K2.7": DetailsForm(),
     "C": PassedThroughForm(),
+    "DeepSeek": DeepSeekForm(),
+    "GLM": GlmForm(),
+    "Qwen": QwenForm(),
 }
 
 
@@ -5854,6 +5985,7 @@ DEFAULT_MAX_TOKENS = 2048  # recorded: where several models stop when nothing is
 MAX_CONTEXT_TOKENS = 2**40  # of a model whose context length is unknown
 MEDIA_TOKENS = 256  # of an image, video or sound in a prompt
 MESSAGE_TOKENS = 3  # of the frame around a message
+CACHED_TOKENS = 64  # the cached part of a prompt is a multiple of so many (recorded)
 
 EFFORT_THOUGHTS = {"none": 0, "minimal": 1, "low": 1, "medium": 1, "high": 2, "xhigh": 3, "max": 4}
 JSON_MODE_SCHEMA = {  # what a model answers that shall write JSON and is not told which
@@ -5933,7 +6065,6 @@ FORMAT_FIELDS = Fields(
     Field("schema", dict, bool),
     Field("pattern", str),
 )
-EFFORTS = tuple(EFFORT_THOUGHTS)
 CHAT_FIELDS = Fields(
     Field("model", str, required=True, low=1),
     Field("messages", list, required=True, low=1, each=Field("", dict, fields=MESSAGE_FIELDS)),
@@ -5960,7 +6091,7 @@ CHAT_FIELDS = Fields(
     Field("functions", list, each=Field("", dict, fields=FUNCTION_FIELDS)),
     Field("function_call", str, dict),
     Field("context_length_exceeded_behavior", str, choices=("truncate", "error")),
-    Field("reasoning_effort", str, choices=EFFORTS),
+    Field("reasoning_effort", str),
     Field("reasoning", dict, fields=Fields(Field("enabled", bool))),
     Field("chat_template_kwargs", dict),
     Field("compliance", str, choices=("hipaa",)),
@@ -6027,11 +6158,15 @@ def check_message(message: dict[str, Any], number: int) -> None:
             raise ApiError("missing", param=f"{place}.content[{index}].{part['type']}")
 
 
-def count_messages(messages: list[dict[str, Any]], model: Model) -> int:
-    """Check each message, and count its tokens: text, calls, media and the frame around it."""
-    count = 1 + MESSAGE_TOKENS * len(messages)
+def count_messages(messages: list[dict[str, Any]], model: Model) -> tuple[int, int]:
+    """Check each message, and count its tokens: text, calls, media and the frame around it.
+
+    Returned are those of all and of what was asked before: what precedes the last answer.
+    """
+    count, before = 1, 0
     for number, message in enumerate(messages):
         content = message.get("content")
+        before = count if message["role"] == "assistant" else before
         if type(content) is not str or message["role"] == "tool":
             check_message(message, number)
         if type(content) is list:
@@ -6040,7 +6175,8 @@ def count_messages(messages: list[dict[str, Any]], model: Model) -> int:
         count += count_tokens(content if type(content) is str else message_text(message))
         if message.get("tool_calls"):
             count += count_tokens(ENCODE(message["tool_calls"]))
-    return count
+        count += MESSAGE_TOKENS
+    return count, before
 
 
 def find_budget(body: dict[str, Any], model: Model, prompt_tokens: int) -> tuple[int, int]:
@@ -6067,20 +6203,6 @@ def find_budget(body: dict[str, Any], model: Model, prompt_tokens: int) -> tuple
     )
 
 
-def cut_text(text: str, count: int, stop: Any, budget: int) -> tuple[str, int, str]:
-    """Return what of a text of `count` tokens is before a stop text and within the budget.
-
-    The number of its tokens and the reason of its end follow.
-    """
-    if stop:
-        for ending in [stop] if type(stop) is str else stop:
-            text = text.partition(ending)[0] if ending else text
-        count = count_tokens(text)
-    if count > budget:
-        return "".join(split_tokens(text)[:budget]), budget, "length"
-    return text, count, "stop"
-
-
 def count_call(function: dict[str, Any]) -> int:
     """Count the tokens of a function call."""
     return count_tokens(function["name"]) + count_tokens(function["arguments"])
@@ -6090,7 +6212,7 @@ def count_usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, Any]:
     """Add up the tokens of an answer."""
     written = thought = 0
     for choice in choices:
-        thought += len(choice.thoughts)
+        thought += len(choice.thoughts) + choice.hidden_thoughts
         written += choice.token_count
         for call in choice.tool_calls:
             written += count_call(call["function"])
@@ -6218,7 +6340,7 @@ def tool_call(
     """Return one tool call as messages hold it."""
     return {
         "index": index,
-        "id": id or "call_" + random_letters(rng.child("id"), 24, form.call_alphabet),
+        "id": id or form.name_call(rng, name, index),
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }
@@ -6238,14 +6360,14 @@ def make_calls(
 
 
 def cut_calls(choice: Choice, budget: int) -> None:
-    """End the arguments of tool calls where the budget of tokens is spent."""
+    """End tool calls where the budget of tokens is spent; a name is written whole or not at all."""
     for at, call in enumerate(choice.tool_calls):
         function = call["function"]
         budget -= count_tokens(function["name"])
         pieces = split_tokens(function["arguments"])
         if len(pieces) > budget:
             function["arguments"] = "".join(pieces[: max(budget, 0)])
-            choice.tool_calls = choice.tool_calls[: at + 1]
+            choice.tool_calls = choice.tool_calls[: at + (budget >= 0)]
             choice.finish_reason = "length"
             return
         budget -= len(pieces)
@@ -6312,24 +6434,27 @@ def make_content(
     return text, count_tokens(text)
 
 
-def make_reasoning(rng: HashRandom, body: dict[str, Any], model: Model) -> str:
-    """Return what a reasoning model thinks before it answers; empty where that is switched off."""
+def find_effort(body: dict[str, Any], model: Model) -> str:
+    """Return how much a model shall think, in the words of `reasoning_effort`."""
     kwargs = body.get("chat_template_kwargs") or {}
     switches = (
         (body.get("reasoning") or {}).get("enabled"),
         kwargs.get("thinking"),
         kwargs.get("enable_thinking"),
     )
-    length = EFFORT_THOUGHTS[body.get("reasoning_effort") or "medium"]
-    if not model.thinks or any(switch is False for switch in switches):
-        return ""
+    effort: str = body.get("reasoning_effort") or "medium"
+    if effort not in EFFORT_THOUGHTS and not FORMS[model.engine].any_effort:
+        raise refuse_value(
+            "reasoning_effort", f"must be one of {', '.join(EFFORT_THOUGHTS)}", effort
+        )
+    off = not model.thinks or any(switch is False for switch in switches)
+    return "none" if off else effort
+
+
+def make_reasoning(rng: HashRandom, effort: str, model: Model) -> str:
+    """Return what a reasoning model thinks before it answers; empty where that is switched off."""
+    length = EFFORT_THOUGHTS.get(effort, 1) or int("always-thinks" in model.traits)
     return " ".join([make_thought(rng.child(index)) for index in range(length)])
-
-
-def add_thoughts(choice: Choice, thoughts: str | None, budget: int) -> int:
-    """Give a choice its reasoning; return how many tokens of the budget that took."""
-    choice.thoughts = split_tokens(thoughts)[:budget] if thoughts else []
-    return len(choice.thoughts)
 
 
 def compose_choice(
@@ -6342,11 +6467,13 @@ def compose_choice(
 ) -> Choice:
     """Write one choice of a chat answer."""
     functions = [] if TOOL_FIELDS.isdisjoint(body) else choose_tools(body)
-    choice, form, thoughts = Choice(index, "", 0, "tool_calls"), FORMS[model.engine], ""
-    if model.thinks and not form.skips_reasoning(body):
-        thoughts = make_reasoning(rng.child("reasoning", index), body, model)
+    choice, form, thoughts = Choice(index), FORMS[model.engine].adapt(body), ""
+    if model.thinks and not form.skips_reasoning:
+        effort = find_effort(body, model)
+        thoughts = make_reasoning(rng.child("reasoning", index), effort, model)
         if not form.thinks_in_content:
-            budget -= add_thoughts(choice, thoughts, budget)
+            hidden = form.hides_thoughts and effort == "none"
+            budget -= choice.think(thoughts, budget, hidden)
     if budget <= 0:
         choice.finish_reason = "length"
     elif functions:
@@ -6358,9 +6485,7 @@ def compose_choice(
         if thoughts and form.thinks_in_content:
             text = f"<think>\n{thoughts}\n</think>\n\n{text}"
             count = count_tokens(text)
-        choice.text, choice.token_count, choice.finish_reason = cut_text(
-            text, count, body.get("stop"), budget
-        )
+        choice.write(text, count, body.get("stop"), budget)
     if choice.tool_calls and not body.get("tools"):
         choice.function_call, choice.tool_calls = choice.tool_calls[0]["function"], ()
         if choice.finish_reason == "tool_calls":
@@ -6377,20 +6502,14 @@ def script_choice(
     index: int,
 ) -> Choice:
     """Write one choice that a fixture scripts; the limits on its length hold too."""
-    choice = Choice(index, "", 0, "tool_calls")
-    most = sys.maxsize if "finish_reason" in script else budget
-    budget -= add_thoughts(choice, script["reasoning"], most)
+    choice, ended = Choice(index), "finish_reason" in script  # as it was recorded
+    most = sys.maxsize if ended else budget
+    most -= choice.think(script["reasoning"], most)
     blocks = script["blocks"]
     calls = [block for block in blocks if block["type"] == "tool_call"]
     if script["content"] is not None or not calls:
         text = script["content"] or ""
-        ended = "finish_reason" in script  # as it was recorded
-        choice.text, choice.token_count, choice.finish_reason = cut_text(
-            text,
-            count_tokens(text),
-            None if ended else body.get("stop"),
-            sys.maxsize if ended else max(budget, 0),
-        )
+        choice.write(text, count_tokens(text), None if ended else body.get("stop"), max(most, 0))
     if calls:
         choice.finish_reason = "tool_calls"
         choice.tool_calls = [
@@ -6416,7 +6535,6 @@ def apply_script(answer: Answer, script: dict[str, Any]) -> None:
         usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
     for choice in answer.choices:
         choice.finish_reason = script.get("finish_reason") or choice.finish_reason
-    answer.reasons = answer.reasons or bool(script["reasoning"])
     for choice in answer.choices if script["chunk_size"] else ():
         choice.cut_pieces(script["chunk_size"])
 
@@ -6447,11 +6565,12 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
     """Write the whole answer to a conversation, whole or streamed."""
     body = request.body
     model = resolve_model(server, body["model"], "chat")
-    prompt_tokens = count_messages(body["messages"], model)
+    prompt_tokens, before = count_messages(body["messages"], model)
     if server.strict:
         check_tool_choice(body, model)
+    form = FORMS[model.engine].adapt(body)
+    form.refuse(body, find_effort(body, model) != "none", server.strict)
     rng = HashRandom.of("chat", pick_facts(body, CHAT_FACTS))
-    form = FORMS[model.engine]
     request.id = form.name_answer(rng)
     for name in () if TOOL_FIELDS.isdisjoint(body) else ("tools", "functions"):
         prompt_tokens += count_tokens(ENCODE(body[name])) if body.get(name) else 0
@@ -6467,7 +6586,7 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
             if choices[-1].finish_reason == "tool_calls":
                 request.form = ""
     answer = Answer(request, form, choices, count_usage(prompt_tokens, choices))
-    answer.reasons, answer.key = model.thinks, rng.key
+    answer.key, answer.cached_tokens = rng.key, before // CACHED_TOKENS * CACHED_TOKENS
     if script:
         apply_script(answer, script)
     if "echo" in body or "logprobs" in body:
@@ -6481,7 +6600,8 @@ def create_chat_completion(server: TogetherAiServer, request: Request) -> Any:
     answer = compose_chat(server, request)
     if request.body.get("stream"):
         return Events(answer.form.stream(answer))
-    return answer.form.whole(answer)
+    whole = ENCODE(answer.form.whole(answer)).encode()
+    return Reply(whole, content_type=answer.form.content_type)
 
 
 # --- Responses
@@ -6614,7 +6734,7 @@ RESPONSE_FIELDS = Fields(
     ),
     object_field(
         "reasoning",
-        Field("effort", str, choices=EFFORTS),
+        Field("effort", str),
         Field("summary", str, choices=("auto", "concise", "detailed")),
     ),
     Field("max_output_tokens", int, low=0),
@@ -6778,12 +6898,6 @@ def list_items(choice: Choice, summarised: bool) -> list[dict[str, Any]]:
     return items
 
 
-def count_thoughts(usage: dict[str, Any]) -> int:
-    """Return the tokens of the reasoning, wherever a model's usage has them."""
-    details = usage.get("completion_tokens_details") or usage
-    return int(details.get("reasoning_tokens", 0))
-
-
 def name_items(answer: Answer, items: list[dict[str, Any]]) -> None:
     """Give the response and its items their ids, drawn from that of the chat's answer."""
     request, script, digits = answer.request, answer.request.script, answer.key.hex()
@@ -6793,16 +6907,19 @@ def name_items(answer: Answer, items: list[dict[str, Any]]) -> None:
         item["id"] = f"{ITEM_PREFIXES[item['type']]}_{digits[32:62]}{at:02x}"
 
 
-def response_usage(usage: dict[str, Any]) -> dict[str, Any]:
+def response_usage(answer: Answer) -> dict[str, Any]:
     """Return a chat's usage in the words of the Responses API; a fixture may use these too."""
+    usage = {"cached_tokens": answer.cached_tokens, **answer.usage}
     cached = (usage.get("prompt_tokens_details") or usage).get("cached_tokens", 0)
-    return {
-        "input_tokens": usage.get("input_tokens", usage["prompt_tokens"]),
+    thought = (usage.get("completion_tokens_details") or usage).get("reasoning_tokens", 0)
+    told = {
+        "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
-        "output_tokens": usage.get("output_tokens", usage["completion_tokens"]),
-        "output_tokens_details": {"reasoning_tokens": count_thoughts(usage)},
+        "output_tokens": usage["completion_tokens"],
+        "output_tokens_details": {"reasoning_tokens": thought},
         "total_tokens": usage["total_tokens"],
     }
+    return {name: usage.get(name, value) for name, value in told.items()}
 
 
 def echo_value(name: str, value: Any) -> Any:
@@ -6846,7 +6963,7 @@ def response_object(answer: Answer, echo: dict[str, Any], items: Any = None) -> 
         "background": False,
         "store": False,
         "previous_response_id": None,
-        "usage": None if items is None else response_usage(answer.usage),
+        "usage": None if items is None else response_usage(answer),
     }
 
 
@@ -7022,7 +7139,8 @@ def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
                 text, count = make_answer(own.child("text", index), wanted)
             ended = script is not None and "finish_reason" in script
             stop, most = (None, sys.maxsize) if ended else (body.get("stop"), budget)
-            choices.append(Choice(len(choices), *cut_text(text, count, stop, most)))
+            choices.append(Choice(len(choices)))
+            choices[-1].write(text, count, stop, most)
     form = FORMS[model.engine]
     answer = Answer(request, form, choices, count_usage(prompt_tokens, choices))
     answer.strict = server.strict
@@ -7047,13 +7165,12 @@ def text_logprobs(pieces: Sequence[str], scores: Sequence[Any], offset: int) -> 
 
 def completion_seed(answer: Answer) -> dict[str, Any]:
     """Return the seed that only engine A tells."""
-    form = answer.form
-    return {"seed": form.seed(answer)} if isinstance(form, TurboForm) else {}
+    return {"seed": answer.form.seed(answer)} if answer.form.tells_seed else {}
 
 
 def completion_usage(answer: Answer) -> dict[str, Any]:
     """Return the usage, with the cached tokens that only engine A tells."""
-    return answer.form.usage(answer) if isinstance(answer.form, TurboForm) else answer.usage
+    return answer.form.usage(answer) if answer.form.tells_seed else answer.usage
 
 
 def text_completion(answer: Answer) -> dict[str, Any]:
@@ -10680,8 +10797,8 @@ REASONS = {
     int(code): names[0] for code, names in http.server.BaseHTTPRequestHandler.responses.items()
 }
 CROSS_ORIGIN = (  # other origins may read a reply, and these headers of it
-    "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: retry-after, x-should-retry,"
-    " x-ratelimit, x-ratelimit-limit, x-ratelimit-remaining, x-ratelimit-reset,"
+    "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: retry-after, x-request-id,"
+    " x-should-retry, x-ratelimit, x-ratelimit-limit, x-ratelimit-remaining, x-ratelimit-reset,"
     " x-ratelimit-limit-tokens, x-ratelimit-remaining-tokens, cf-ray, etag, x-amzn-trace-id,"
     " x-api-received, x-api-call-start, x-api-call-end, x-inference-version, content-range,"
     " accept-ranges, location, x-together-file-id\r\n"
@@ -11021,10 +11138,14 @@ class ReplyWriter:
     def answer_headers(self, reply: Reply) -> str:
         """Return the headers that production gives every answer, made of its id."""
         id = clean_header(reply.id)
-        ray = id[7:][-16:]
+        own = id[-17:-16] == "-"  # in Together's form; there are others
+        ray = id[-16:] if own else hashlib.blake2b(id.encode(), digest_size=8).hexdigest()
         trace = f"{ray[:8]}-{ray[8:12]}-4{ray[1:4]}-a{ray[4:7]}-{ray[:12]}"
         etag = f'etag: W/"{len(reply.body):x}-{id}"\r\n' if reply.events is None else ""
-        return f"{self.api_times}cf-ray: {ray}-SEA\r\nx-amzn-trace-id: {trace}-noamzn\r\n{etag}"
+        return (
+            f"x-request-id: {id}\r\n{self.api_times}cf-ray: {ray}-SEA\r\n"
+            f"x-amzn-trace-id: {trace}-noamzn\r\n{etag}"
+        )
 
     def common_headers(self) -> str:
         """Return the headers of every reply, with the time as HTTP writes it, once a second."""
@@ -12071,8 +12192,14 @@ class CallLog:
 
 def encode_events(chunks: Iterator[Any]) -> Iterator[bytes]:
     """Yield JSON values as server-sent events, with the sentinel that clients wait for."""
+    comment = b""
     for chunk in chunks:
-        yield f"data: {chunk if type(chunk) is str else ENCODE(chunk)}\n\n".encode()
+        if type(chunk) is bytes:
+            comment = chunk  # it goes with the next event
+            continue
+        event = f"data: {chunk if type(chunk) is str else ENCODE(chunk)}\n\n".encode()
+        yield comment + event
+        comment = b""
     yield DONE
 
 
@@ -12907,7 +13034,7 @@ class TogetherAiServer(Scripting):
             route.body.check(request.body)
         reply = as_reply(route.handler(self, request), request, route.status)
         call.form = request.form
-        return reply
+        return reply if route.open else name_reply(reply, request)
 
     def _follow_script(self, route: Route, request: Request, call: Call) -> Reply:
         """Answer by the fixture that matches, if there is one."""
