@@ -4921,8 +4921,10 @@ class HelpTests(FakeCase):
     """What a reader is told by Python itself."""
 
     def test_the_head_of_the_file(self):
-        for words in ("MIT licence", f"Version {fake.__version__}.", "Source: together_fake"):
-            self.assertIn(words, fake.__doc__)
+        head = (HERE / "together_fake.py").read_text("utf-8").partition('"""')[0]
+        for words in (f"together_fake {fake.__version__}:", "SPDX-License-Identifier: MIT\n"):
+            self.assertIn(words, head)
+        self.assertRegex(" ".join(head.split("# ")), "From the repository .+ To renew it, copy")
         promise = "Answers change only with the minor version"
         self.assertIn(promise, " ".join(fake.__doc__.split()))
 
@@ -6545,10 +6547,182 @@ class CommandLineTests(unittest.TestCase):
         self.assertEqual((status, printed), (1, ""))
         self.assertRegex(logged, r"^cannot begin: .+nowhere\.json'?\n$")
 
-    def test_version(self):
-        command = [sys.executable, str(HERE / "together_fake.py"), "--version"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=3 * PATIENCE)
-        self.assertEqual(done.stdout, f"together_fake {fake.__version__}\n")
+    def test_the_version_tells_a_copy_that_was_changed(self):
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(shutil.copy2(HERE / "together_fake.py", folder))
+            unstamped = copy.read_text("utf-8").replace(f'"{fake.RELEASED}"', '""', 1)
+            digest = hashlib.sha256(unstamped.encode()).hexdigest()
+            stamped = unstamped.replace('RELEASED = ""', f'RELEASED = "{digest}"', 1)
+            for source, state in ((stamped, "as released"), (stamped + "# mine\n", "modified")):
+                with self.subTest(state):
+                    copy.write_text(source, "utf-8")
+                    done = subprocess.run(
+                        [sys.executable, str(copy), "--version"],
+                        capture_output=True,
+                        text=True,
+                        timeout=3 * PATIENCE,
+                    )
+                    digest = hashlib.sha256(copy.read_bytes()).hexdigest()
+                    said = f"together_fake {fake.__version__}, {state}, sha256 {digest}\n"
+                    self.assertEqual(done.stdout, said)
+
+    def test_a_misspelt_variable_is_named(self):
+        variables = {"TOGETHER_FAKE_PROT": "0", "TOGETHER_FAKE_PORT": "1"}
+        with mock.patch.dict(os.environ, variables):
+            _, _, logged = run_main("--version")
+        said = "nothing reads the variable TOGETHER_FAKE_PROT, did you mean TOGETHER_FAKE_PORT?\n"
+        self.assertEqual(logged, said)
+
+    def test_a_command_is_run_beside_the_server(self):
+        code = (
+            "import os, sys, urllib.request as r; url = os.environ['TOGETHER_BASE_URL']\n"
+            "print(len(r.urlopen(url[:-3] + '/health').read()), '--port' in sys.argv)\n"
+            "sys.exit(7)"
+        )
+        command = [*PROGRAM, "--on-miss", "error", "--run", sys.executable, "-c", code, "--port"]
+        with self.start(*command) as program:
+            printed, logged = program.communicate(timeout=PATIENCE)
+        self.assertEqual((program.returncode, printed, logged), (7, "15 True\n", ""))
+
+    def test_a_command_that_is_not_there(self):
+        with self.start(*PROGRAM, "--run", "no-such-command") as program:
+            printed, logged = program.communicate(timeout=PATIENCE)
+        self.assertEqual((program.returncode, printed), (127, ""))
+        self.assertRegex(logged, r"^cannot run no-such-command: .+\n$")
+
+    @unittest.skipUnless(os.name == "posix", "needs signals")
+    def test_a_command_gets_the_signals(self):
+        code = (
+            "import os, signal, urllib.request as r; url = os.environ['TOGETHER_BASE_URL']\n"
+            "signal.signal(signal.SIGTERM, lambda *_: os._exit(5))\n"
+            "headers = {'Authorization': 'Bearer x'}\n"
+            'data = b\'{"model": "m", "messages": [{"role": "user", "content": "hi"}]}\'\n'
+            "try: r.urlopen(r.Request(url + '/chat/completions', data, headers))\n"
+            "except OSError: print('missed', flush=True)\n"
+            "signal.pause()"
+        )
+        with self.start(
+            *PROGRAM, "--on-miss=error", "--run", sys.executable, "-c", code
+        ) as program:
+            self.assertEqual(program.stdout.readline(), "missed\n")
+            program.send_signal(signal.SIGTERM)
+            _, logged = program.communicate(timeout=PATIENCE)
+        self.assertEqual(program.returncode, 5)
+        self.assertRegex(
+            logged, r"^answered by no fixture:\n  <Call 1: POST /v1/chat/completions -> "
+        )
+
+
+# === Test runners ===
+
+
+def ask_openly(text):
+    """Ask as a program does that knows the environment alone."""
+    answer = StandIn().create(model=LLAMA, messages=say(text))
+    return answer.choices[0].message.content
+
+
+class TestCaseTests(unittest.TestCase):
+    """TogetherTestCase."""
+
+    def run_case(self, *bases, **members):
+        """Run the tests of a class; return the texts of its failures, and how many tests ran."""
+        members["__module__"] = "elsewhere"  # which has no fixtures of a module
+        case = type("Case", (fake.TogetherTestCase, *bases), members)
+        result = unittest.defaultTestLoader.loadTestsFromTestCase(case).run(unittest.TestResult())
+        return [text for _, text in result.failures + result.errors], result.testsRun
+
+    def test_each_test_has_a_fresh_server_and_its_environment(self):
+        servers = []
+
+        def test(case):
+            self.assertEqual(case.server.requests, [])
+            case.server.reply("Hi!", user_message="hello")
+            self.assertEqual(ask_openly("hello"), "Hi!")
+            self.assertEqual(os.environ["OPENAI_CUSTOM_HEADERS"], f"X-Test-Id: {case.id()}")
+            servers.append(case.server)
+
+        with mock.patch.dict(os.environ, OPENAI_BASE_URL="before"):
+            failures, count = self.run_case(test_a=test, test_b=test)
+            self.assertEqual(os.environ["OPENAI_BASE_URL"], "before")
+        self.assertNotIn("OPENAI_CUSTOM_HEADERS", os.environ)
+        self.assertEqual((failures, count, len(set(servers))), ([], 2, 1))
+        self.assertIn("stopped", repr(servers[0]))
+
+    def test_failures_tell_what_the_server_knows(self):
+        def fail(case):
+            case.server.reply("Hi!", user_message="hello")
+            case.assertEqual(ask_openly("good-bye"), "Hi!")
+
+        def fail_inside(case):
+            with case.subTest("inside"):
+                fail(case)
+
+        async def fail_later(case):
+            fail(case)
+
+        alone = [{"test_it": fail}, {"test_it": fail_inside}]
+        for bases, members in (
+            *(((), each) for each in alone),
+            ((unittest.IsolatedAsyncioTestCase,), {"test_it": fail_later}),
+        ):
+            with self.subTest(members=members):
+                (text,), _ = self.run_case(*bases, **members)
+                for part in (
+                    "answered by no fixture:\n",
+                    'user_message "good-bye" does not contain "hello"',
+                    "never served:\n",
+                ):
+                    self.assertIn(part, text)
+
+    def test_a_failure_of_which_the_server_knows_nothing(self):
+        (text,), _ = self.run_case(test_it=lambda case: case.fail("own words"))
+        self.assertRegex(text, r"own words\n$")
+
+    def test_options_are_those_of_the_class(self):
+        def test(case):
+            case.assertTrue(case.server.strict)
+
+        self.assertEqual(self.run_case(test_it=test, options={"strict": True}), ([], 1))
+
+    def test_a_class_that_is_skipped_starts_nothing(self):
+        skipped = {"__unittest_skip__": True, "__unittest_skip_why__": "for now"}
+        with mock.patch.object(TogetherAiServer, "start") as start:
+            self.assertEqual(self.run_case(test_it=print, **skipped)[0], [])
+        start.assert_not_called()
+
+    def test_test_runners_are_imported_when_they_ask(self):
+        code = "import sys, together_fake; print({'unittest', 'pytest'} & set(sys.modules))"
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", code], cwd=COPY, capture_output=True, timeout=3 * PATIENCE
+        )
+        self.assertEqual(done.stdout, b"set()\n")
+        with self.assertRaisesRegex(AttributeError, "no attribute 'TogetherTestCas'"):
+            fake.TogetherTestCas  # noqa: B018
+
+
+class ExplainTests(LocalCase):
+    def test_nothing_is_to_be_told(self):
+        self.text()  # generated, since there are no fixtures
+        self.assertEqual(self.server.explain(), "")
+
+    def test_misses_unused_fixtures_and_warnings(self):
+        self.server.reply("Hi!", user_message="hello")
+        self.text("hello", odd=1)
+        self.text("good-bye")
+        self.ask("POST", CHAT, {"model": LLAMA})
+        self.ask("GET", "/v1/models")  # which no fixture answers
+        self.server.reply("Bye!", user_message="bye-bye")
+        told = self.server.explain()
+        for number, part in enumerate(("<Call 2:", "<Call 3:", "Bye!", "<Call 1:")):
+            with self.subTest(part):
+                place = told.index(part)
+                title = ("answered by no fixture", "answered by no fixture", "never", "warnings")
+                self.assertIn(title[number], told[:place])
+        self.assertRegex(told, r'<Call 2: .*\n    \S+.*user_message "good-bye" does not contain')
+        self.assertRegex(told, r"<Call 3: .*\n    .*messages")
+        self.assertIn("nothing reads odd", told)
+        self.assertNotIn("<Call 4:", told)
 
 
 # === The repository ===
@@ -6557,8 +6731,8 @@ class CommandLineTests(unittest.TestCase):
 class StandIn:
     """As much of an OpenAI client as the README's snippets use, where none is installed."""
 
-    def __init__(self, base_url, api_key):
-        self.url = base_url + "/chat/completions"
+    def __init__(self, base_url=None, api_key="x"):
+        self.url = (base_url or os.environ["OPENAI_BASE_URL"]) + "/chat/completions"
         self.headers = {"Authorization": f"Bearer {api_key}"}
         self.chat = self.completions = self
 
@@ -6573,19 +6747,9 @@ class StandIn:
         raise AssertionError("three tries failed")
 
 
-class StandInForPytest:
-    """What the README's conftest.py declares; PytestClientTests runs it with the real one."""
-
-    @staticmethod
-    def fixture(*args, **options):
-        return args[0] if args else StandInForPytest.fixture
-
-    hookimpl = fixture
-
-
 def run_snippet(snippet):
     """Run Python of the README in a namespace of its own, and the tests that it declares."""
-    modules = {"openai": types.SimpleNamespace(OpenAI=StandIn), "pytest": StandInForPytest}
+    modules = {"openai": types.SimpleNamespace(OpenAI=StandIn), "pytest": mock.MagicMock()}
     for name in modules:
         with contextlib.suppress(ImportError):
             modules[name] = importlib.import_module(name)
@@ -6593,7 +6757,7 @@ def run_snippet(snippet):
     with mock.patch.dict(sys.modules, modules), contextlib.redirect_stdout(io.StringIO()):
         exec(compile(snippet, "README.md", "exec"), names)
         for case in names.values():
-            if isinstance(case, type) and issubclass(case, unittest.TestCase):
+            if getattr(case, "__module__", "") == "readme" and hasattr(case, "setUpClass"):
                 result = unittest.defaultTestLoader.loadTestsFromTestCase(case).run(
                     unittest.TestResult()
                 )
@@ -7769,6 +7933,14 @@ class PageTests(FakeCase):
         self.assertTrue(got.raw.startswith(b"<!doctype html>"))
         self.assertLessEqual(len(got.raw), 16 * 1024)
 
+    def test_the_documentation_it_names_is_there(self):
+        got = self.ask("GET", self.json("GET", "/")["documentation"], headers={})
+        self.assertEqual(
+            (got.status, got.headers["content-type"]), (200, "text/markdown; charset=utf-8")
+        )
+        self.assertIn(b"| POST | `/v1/chat/completions` |", got.raw)
+        self.assertEqual(self.server.requests, [])
+
     def test_others_get_json(self):
         for accept in ({}, {"Accept": "*/*"}, {"Accept": "application/json, text/plain, */*"}):
             with self.subTest(accept):
@@ -8102,10 +8274,11 @@ async def settle(result):
 
 
 class PytestClientTests(unittest.TestCase):
-    """The README's conftest.py, in a session of pytest."""
+    """The file as a plugin, in a session of pytest."""
 
     TESTS = """
-import urllib.request, os
+import os, urllib.request
+import pytest
 
 def ask(text):
     data = b'{"model": "m", "messages": [{"role": "user", "content": "%s"}]}' % text
@@ -8113,34 +8286,57 @@ def ask(text):
     request = urllib.request.Request(url, data, {"Authorization": "Bearer x"})
     return urllib.request.urlopen(request).read()
 
-def test_answer(together):
-    together.reply("Hi!", user_message="hello")
+def test_answer(together_fake, together_fake_server):
+    assert together_fake is together_fake_server and not together_fake.strict
+    together_fake.reply("Hi!", user_message="hello")
     assert b"Hi!" in ask(b"hello")
+    assert os.environ["OPENAI_CUSTOM_HEADERS"].endswith("test_it.py::test_answer")
 
-def test_fresh_state(together):
-    assert together.requests == []
-    together.reply("Hi!", user_message="hello")
+def test_fresh_state(together_fake):
+    assert together_fake.requests == [] and together_fake.script.seed == 7
+    together_fake.reply("Hi!", user_message="hello")
     ask(b"good-bye")
+    assert False
+
+@pytest.mark.together_fake(on_miss="error", strict=True)
+def test_options(together_fake):
+    assert together_fake.strict and together_fake.on_miss == "error"
+
+@pytest.mark.together_fake(on_mis="error")
+def test_a_typo(together_fake):
+    pass
+
+@pytest.mark.together_fake(seed=1)
+def test_an_option_of_the_start(together_fake):
+    pass
+
+def test_environment():
+    assert "OPENAI_CUSTOM_HEADERS" not in os.environ
 """
 
-    def test_a_failure_shows_what_no_fixture_answered(self):
+    def test_a_session(self):
         need("pytest")
-        readme = (HERE / "README.md").read_text("utf-8")
-        (conftest,) = re.findall(r"^```python\n(import pytest\n.*?)^```", readme, re.M | re.S)
         with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "conftest.py").write_text(conftest, "utf-8")
+            Path(folder, "conftest.py").write_text('pytest_plugins = ["together_fake"]\n')
+            Path(folder, "pytest.ini").write_text("[pytest]\ntogether_fake = --seed 7\n")
             Path(folder, "test_it.py").write_text(self.TESTS, "utf-8")
+            options = ["-q", "-p", "no:cacheprovider", "-W", "error::pytest.PytestWarning"]
             done = subprocess.run(
-                [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder],
+                [sys.executable, "-m", "pytest", *options],
+                cwd=folder,
                 env={**os.environ, "PYTHONPATH": str(COPY), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
                 capture_output=True,
                 text=True,
                 timeout=60,
             )
-        self.assertIn("1 failed, 1 passed", done.stdout)
-        unmatched = re.findall(r"^unmatched:\n(.*)", done.stdout, re.M)
-        self.assertEqual(len(unmatched), 1, done.stdout)
-        self.assertIn("POST /v1/chat/completions", unmatched[0])
+        self.assertIn("1 failed, 3 passed, 2 errors", done.stdout)
+        self.assertIn(
+            "Did you mean 'on_miss'" if sys.version_info >= (3, 12) else "on_mis", done.stdout
+        )
+        self.assertIn("seed is read at the start: override together_fake_server", done.stdout)
+        (section,) = re.findall(r"^-+ together_fake -+\n(.*?)^==", done.stdout, re.M | re.S)
+        self.assertRegex(section, r"^answered by no fixture:\n  <Call 1: POST /v1/chat/completions")
+        self.assertIn("never served:\n", section)
 
 
 class Driver:

@@ -1,3 +1,7 @@
+# together_fake 0.4.0: a stand-in for the Together AI HTTP API, to be copied into a repository.
+# SPDX-License-Identifier: MIT
+# From the repository together_fake. To renew it, copy a newer together_fake.py over this file;
+# `python -m together_fake --version` says whether this one was changed since it was released.
 """A local, repeatable stand-in for the Together AI HTTP API, in one file without dependencies.
 
 An unmodified Together or OpenAI client that is pointed here behaves as it does in production,
@@ -5,8 +9,7 @@ except that every answer is a repeatable function of the request, costs nothing 
 once. No model runs: texts are made from word lists, vectors from hashed words, images from
 shapes.
 
-MIT licence. Source: together_fake, of which this file is the whole. Version 0.4.0. Answers change
-only with the minor version, which is the second number.
+Answers change only with the minor version, which is the second number.
 
 Copied into a repository and started by a test:
 
@@ -47,12 +50,15 @@ The sections, each of which uses only those above it; a star marks what touches 
     Sockets *      listens, and the threads that answer
     Upstream *     another server that answers what no fixture does
     Server *       TogetherAiServer: options, state, the pipeline, life cycle
-    Command line * main(): standard output, standard error, signals
+    Command line * main(): standard output, standard error, signals, the command of --run
+    Test runners   pytest's fixtures, unittest's TestCase: each imported when it asks
 
 To add an endpoint: in a section of endpoints, declare its fields, write a function that takes the
 server and the request and returns JSON, a `Reply` or `Events`, and put
 `@route(method, path, body=fields)` above it. Its cases in the tests, its line in `--routes` and
 its 405s follow by themselves.
+
+PYTEST_DONT_REWRITE: nothing here is an assertion of a test.
 """
 
 # === Settings ===
@@ -108,6 +114,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ApiError", "Call", "TogetherAiServer", "main"]
 __version__ = "0.4.0"
+RELEASED = ""  # pragma: allowlist secret - the digest of this file without it; .ci/stamp.py
 
 DEFAULT_PORT = 4863
 DEFAULT_RECORD_LIMIT = 1000  # calls
@@ -193,7 +200,7 @@ def hide_in_text(text: str) -> str:
 
 
 def is_secret(name: str) -> bool:
-    """Tell whether a field of this name holds a secret: `wandbApiKey`, `hf_token`, not `tokens`."""
+    """Tell whether a field of this name holds a secret, as `hf_token` does, not `tokens`."""
     parts = [part.lower() for part in NAME_WORD.findall(name[:200])]
     while len(parts) > 1 and parts[-1] in FORM_WORDS:
         parts.pop()
@@ -910,10 +917,9 @@ def parse_json(raw: bytes) -> Any:
     decoder = CAREFUL_DECODER if long and has_long_number(raw) else DECODER
     try:
         text = raw.decode()
-        try:
+        value, end = None, -1
+        with contextlib.suppress(StopIteration):
             value, end = decoder.scan_once(text, 0)  # type: ignore[attr-defined]
-        except StopIteration:
-            end = -1
         if end != len(text):  # there are blanks around the value, or this is no JSON
             value = decoder.decode(text)
         if b"\\u" in raw and (b"\\ud" in raw or b"\\uD" in raw):  # a lone surrogate is refused
@@ -3211,7 +3217,7 @@ CAPABILITIES = {
     "image": "CAPABILITY_IMAGE_GENERATION",
     "video": "CAPABILITY_VIDEO_GENERATION",
 }
-# type: input, output
+# By the type of a model: what it takes, what it makes.
 MODALITIES = {
     "image": ("TEXT", "IMAGE"),
     "video": ("TEXT", "VIDEO"),
@@ -3252,7 +3258,7 @@ def supported_model(model: Model) -> dict[str, Any]:
 # === Dialects ===
 
 # Clients of one generation ask for /v1/v1/..., or for v2 and v3 operations under /v1.
-VERSIONED = lazy_regex(r"/(?:v[0-9]+|__\w+|shrt|health)(?:/|$)|/$")
+VERSIONED = lazy_regex(r"/(?:v[0-9]+|__\w+|shrt|docs|health)(?:/|$)|/$")
 DOUBLED_PREFIX = lazy_regex(r"^/v1(?=/v[123](?:/|$))")
 MOVED_PREFIX = lazy_regex(
     r"^/v1(?=/(?:whoami|videos|supported-models|projects/[^/]+/models)(?:/|$))"
@@ -4294,8 +4300,8 @@ class AnswerSource:
     """
 
     def __init__(self, source: Any) -> None:
+        self._rest = None if callable(source) else iter(source)
         self.ask = source if callable(source) else None
-        self._rest = None if self.ask else iter(source)
         self._lock = threading.Lock()  # of this iterator alone: its code may take its time
         self._drawn: dict[int, Any] = BoundedDict(MAX_FIXTURES)
         self.count = 0  # of those drawn
@@ -8523,7 +8529,7 @@ def on_enter_evaluation(
     server: TogetherAiServer, job: dict[str, Any], status: str
 ) -> dict[str, Any]:
     """Judge the data when the job is to complete."""
-    changes = judge_rows(server, job) if status == "completed" else {}
+    changes: dict[str, Any] = judge_rows(server, job) if status == "completed" else {}
     if status in ("error", "user_error"):
         changes = {"results": {"error": f"The evaluation was scripted to end as {status}."}}
     return {**note_status(server, changes.get("status", status), job["status_updates"]), **changes}
@@ -9308,7 +9314,7 @@ def get_supported_model(server: TogetherAiServer, request: Request) -> Any:
 
 # --- Projects and uploads of models
 
-ORGANIZATION = {"id": "66a1b2c3d4e5f60718293a4b", "name": "Parlel"}
+ORGANIZATION = {"id": "66a1b2c3d4e5f60718293a4b", "name": "Parlel"}  # pragma: allowlist secret
 PROJECT = {"id": "proj-5f0e1d2c3b4a", "name": "Default", "slug": "default"}
 API_KEY_ID = "key-9a8b7c6d5e4f"
 MODEL_UPLOAD_FIELDS = Fields(
@@ -10366,6 +10372,22 @@ def get_root(server: TogetherAiServer, request: Request) -> Any:
     }
 
 
+def list_route_lines() -> list[str]:
+    """Return the table of routes, as the README has it."""
+    lines = ["| method | path | what it does |", "| --- | --- | --- |"]
+    for known in sorted(ROUTES, key=lambda known: (known.path.startswith("/__"), known.path)):
+        first = (known.handler.__doc__ or "").strip().partition("\n")[0]
+        lines.append(f"| {known.method} | `{known.path}` | {first} |")
+    return lines
+
+
+@route("GET", "/docs/together-ai.md", open=True)
+def get_documentation(server: TogetherAiServer, request: Request) -> Any:
+    """Return what this file says of itself, and the table of routes."""
+    lines = ["# together_fake", "", "```", __doc__, "```", "", *list_route_lines(), ""]
+    return Reply("\n".join(lines).encode(), 200, "text/markdown; charset=utf-8")
+
+
 @route("GET", "/health", open=True, slow=False)
 def get_health(server: TogetherAiServer, request: Request) -> Any:
     """Say that the server answers."""
@@ -10400,7 +10422,7 @@ def check_seed(collection: str, item: dict[str, Any], place: str) -> None:
                 item[name] = field.check(value)
             except ApiError as error:
                 raise error.inside(f"{place}.{name}") from None
-        elif type(value) in (int, float) and not 0 <= value <= MAX_SEEDED_NUMBER:
+        elif isinstance(value, (int, float)) and not 0 <= value <= MAX_SEEDED_NUMBER:
             raise refuse_value(f"{place}.{name}", f"must be from 0 to {MAX_SEEDED_NUMBER}", value)
 
 
@@ -12060,7 +12082,7 @@ def open_upstream(url: Any, record: Any, stopping: Any) -> Upstream | None:
 
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where to reach a server bound to all
 
-UNRECORDED = lazy_regex(r"/+__parlel/|/(?:health)?\Z")  # calls that look after the server
+UNRECORDED = lazy_regex(r"/+__parlel/|/docs/|/(?:health)?\Z")  # calls that look after the server
 CONTROL_PATH = lazy_regex(r"/+__parlel(?:/|\Z)")  # what other pages shall not reach
 LOOPBACK_NAME = lazy_regex(r"localhost|[^:]*\.localhost|127(?:\.[0-9]{1,3}){3}|\[?::1\]?")
 MAX_LOG_LINES = 10_000  # that wait to be written
@@ -12438,6 +12460,13 @@ def take_words(*known: str) -> Callable[[Verb], Verb]:
     return decorate
 
 
+def explain_call(call: Call) -> str:
+    """Say why a call failed, or else which fixtures were passed over, and why."""
+    misses = [f"{miss['fixture']}: {miss['reason']}" for miss in call.near_misses]
+    reasons = [call.error] if call.error else misses
+    return "".join("\n    " + reason.rstrip().replace("\n", "\n    ") for reason in reasons)
+
+
 class Scripting:
     """Scripts answers and looks at what was asked: on a whole server, or for one test on it."""
 
@@ -12510,13 +12539,35 @@ class Scripting:
 
     def assert_all_used(self) -> None:
         """Raise AssertionError listing the fixtures that were never served, and why not."""
-        unused = self.script.unused(self.test_id)
+        unused = self._list_unused()
         if unused:
-            calls = self.requests[-MAX_NEAR_MISSES:]
-            shown = [
-                json.dumps(each.describe()) + self._explain_unused(each, calls) for each in unused
-            ]
-            raise AssertionError("never served:\n  " + "\n  ".join(shown))
+            raise AssertionError("never served:\n  " + "\n  ".join(unused))
+
+    def explain(self) -> str:
+        """Tell of calls that no fixture answered, fixtures never served, warnings; or nothing."""
+        calls = self.requests[-MAX_NEAR_MISSES:]
+        is_scripted = len(self.script) > 0
+        parts = {
+            "answered by no fixture": [
+                f"{call!r}{explain_call(call)}"
+                for call in calls
+                if not call.fixture
+                and (call.error or (is_scripted and find_kind(call) not in ("", "job")))
+            ],
+            "never served": self._list_unused(),
+            "warnings": [
+                *self.script.warnings,
+                *(f"{call!r}: {warning}" for call in calls for warning in call.warnings),
+            ],
+        }
+        shown = [f"{title}:\n  " + "\n  ".join(lines) for title, lines in parts.items() if lines]
+        return "\n".join(shown)
+
+    def _list_unused(self) -> list[str]:
+        """Return the fixtures that were never served, and why not."""
+        calls = self.requests[-MAX_NEAR_MISSES:]
+        unused = self.script.unused(self.test_id)
+        return [json.dumps(each.describe()) + self._explain_unused(each, calls) for each in unused]
 
     def _find_calls(self, verb: str, operation: str, words: Mapping[str, Any]) -> list[Call]:
         """Return the calls of an operation that match; raise ValueError for an unknown one."""
@@ -13032,7 +13083,8 @@ class TogetherAiServer(Scripting):
             raise self.script.miss_error(request, misses)
         if route.body:
             route.body.check(request.body)
-        reply = as_reply(route.handler(self, request), request, route.status)
+        handler: Any = route.handler
+        reply = as_reply(handler(self, request), request, route.status)
         call.form = request.form
         return reply if route.open else name_reply(reply, request)
 
@@ -13110,15 +13162,6 @@ class TogetherAiServer(Scripting):
 # === Command line ===
 
 
-def list_route_lines() -> list[str]:
-    """Return the table of routes, as the README has it."""
-    lines = ["| method | path | what it does |", "| --- | --- | --- |"]
-    for known in sorted(ROUTES, key=lambda known: (known.path.startswith("/__"), known.path)):
-        first = (known.handler.__doc__ or "").strip().partition("\n")[0]
-        lines.append(f"| {known.method} | `{known.path}` | {first} |")
-    return lines
-
-
 def print_line(line: str) -> None:
     """Write a line to standard error, past what the interpreter would have to flush at its end."""
     with contextlib.suppress(OSError):  # nobody reads it
@@ -13128,8 +13171,7 @@ def print_line(line: str) -> None:
 def print_lines(lines: Iterable[str]) -> None:
     """Print lines, as long as somebody reads them."""
     try:
-        for line in lines:
-            print(line)
+        sys.stdout.write("".join(f"{line}\n" for line in lines))  # at once, for who reads it
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):
         sys.stdout = None  # the interpreter would flush it again
@@ -13145,6 +13187,14 @@ def read_environment(name: str, default: Any) -> Any:
     return value.split(os.pathsep) if name == "fixtures" else value
 
 
+def warn_of_unread(known: Iterable[str]) -> None:
+    """Name the variables that look like options and are none."""
+    variables = ["TOGETHER_FAKE_" + name.upper().replace("-", "_") for name in known]
+    for name in sorted(os.environ):
+        if name.startswith("TOGETHER_FAKE_") and name not in variables:
+            print_line(f"nothing reads the variable {name}{suggest(name, variables)}")
+
+
 def read_options(args: Sequence[str] | None) -> Any:
     """Read the command line; what it does not say may stand in the environment."""
     import argparse  # not needed where the file is imported
@@ -13155,14 +13205,17 @@ def read_options(args: Sequence[str] | None) -> Any:
         epilog="Every option may be a variable, too: TOGETHER_FAKE_PORT, TOGETHER_FAKE_STRICT=1.",
     )
 
+    known = ["fixtures"]
+
     def add(name: str, default: Any, help: str, **more: Any) -> None:
         """Add an option; a default that is true or false makes it a switch."""
+        known.append(name)
         if isinstance(default, bool):
             more["action"] = "store_true"
         parser.add_argument(f"--{name}", default=read_environment(name, default), help=help, **more)
 
     add("host", "127.0.0.1", "address to listen on (%(default)s)")
-    add("port", str(DEFAULT_PORT), "0 takes any free one (%(default)s)", type=int)
+    add("port", None, f"0 takes any free one ({DEFAULT_PORT}; with --run 0)", type=int)
     add("strict", False, "be no more helpful than production")
     add("no-auth", False, "answer without a key too")
     parser.add_argument("--fixtures", action="append", metavar="PATH", help="file or folder")
@@ -13178,10 +13231,16 @@ def read_options(args: Sequence[str] | None) -> Any:
     add("watch", False, "follow changes of the fixture files")
     parser.add_argument("--check", metavar="PATH", help="say what is wrong in fixtures and exit")
     parser.add_argument("--routes", action="store_true", help="print the routes and exit")
-    version = f"together_fake {__version__}"
-    parser.add_argument("--version", action="version", version=version)
+    parser.add_argument("--version", action="store_true", help="print version and digest and exit")
+    help = "run this, which finds the server by its environment, and exit with its status"
+    parser.add_argument("--run", nargs=argparse.REMAINDER, metavar="COMMAND", help=help)
     options = parser.parse_args(args)
+    warn_of_unread(known)
     options.fixtures = options.fixtures or read_environment("fixtures", [])
+    if options.port is None:
+        options.port = DEFAULT_PORT if options.run is None else 0
+    if options.run == []:
+        parser.error("--run needs a command: --run npx vitest run")
     if not 0 <= options.port <= 65535:
         parser.error(f"--port must be between 0 and 65535, not {options.port}")
     if options.on_miss not in ("generate", "error"):
@@ -13250,7 +13309,7 @@ def build_server(options: Any) -> TogetherAiServer:
         upstream=options.upstream or None,
         record=options.record or None,
         record_limit=options.record_limit,
-        log=None if options.quiet else print_line,
+        log=None if options.quiet or options.run else print_line,
     )
     for path in options.fixtures:
         server.script.load(path)
@@ -13261,10 +13320,55 @@ def build_server(options: Any) -> TogetherAiServer:
     return server
 
 
+def run_command(server: TogetherAiServer, command: Sequence[str]) -> int:
+    """Start a server, run a command with its variables, say what missed; return the status."""
+    import shutil
+    import signal
+    import subprocess
+
+    server.start()
+    program = shutil.which(command[0]) or command[0]
+    try:
+        process = subprocess.Popen([program, *command[1:]], env={**os.environ, **server.env})
+    except OSError as error:
+        print_line(f"cannot run {command[0]}: {error.strerror}")
+        return 127
+
+    def pass_on(number: int, frame: Any) -> None:
+        """Pass a signal on, but for Ctrl-C, which a terminal sends to the command as well."""
+        if number != signal.SIGINT or not os.isatty(0):
+            process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    status = process.wait()
+    server.stop()
+    told = server.explain()
+    if told:
+        print_line(told)
+    return 128 - status if status < 0 else status  # as shells say which signal ended it
+
+
+def describe_version() -> str:
+    """Return the version and the digest of this file, and whether it is as it was released."""
+    name = f"together_fake {__version__}"
+    try:
+        with open(__file__, encoding="utf-8") as file:
+            source = file.read()
+    except OSError:
+        return name
+    digest = hashlib.sha256(source.replace(f'"{RELEASED}"', '""', 1).encode()).hexdigest()
+    state = "as released" if digest == RELEASED else "modified"
+    return f"{name}, {state}, sha256 {hashlib.sha256(source.encode()).hexdigest()}"
+
+
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the server until Ctrl-C or SIGTERM; return the exit status."""
+    """Run the server until Ctrl-C or SIGTERM, or a command with it; return the exit status."""
     reserve_streams()
     options = read_options(args)
+    if options.version:
+        print_lines([describe_version()])
+        return 0
     if options.routes:
         print_lines(list_route_lines())
         return 0
@@ -13276,6 +13380,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print_line(f"cannot begin: {error}")
         return 1
     try:
+        if options.run:
+            return run_command(server, options.run)
         serve(server)
     except OSError as error:
         taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
@@ -13286,6 +13392,158 @@ def main(args: Sequence[str] | None = None) -> int:
         print_line(f"cannot start: {error}")
         return 1
     return 0
+
+
+# === Test runners ===
+
+
+def set_options(server: TogetherAiServer, options: Mapping[str, Any], patch: Any) -> None:
+    """Give a running server other options, by pytest's monkeypatch."""
+    wanted = vars(TogetherAiServer(0, **options))  # raises for a word or value that is wrong
+    for name in options:
+        if name not in wanted:
+            raise ValueError(f"{name} is read at the start: override together_fake_server")
+        patch.setattr(server, name, wanted[name])
+    exact = wanted["script"].exact_turns or server.script.exact_turns
+    patch.setattr(server.script, "exact_turns", exact)
+
+
+def make_pytest_plugin() -> Any:
+    """Return the module of the fixtures and the hook."""
+    import importlib
+    import types
+
+    pytest: Any = importlib.import_module("pytest")
+
+    def together_fake_server(pytestconfig: Any) -> Iterator[TogetherAiServer]:
+        """The server of the session; a fixture of this name in a conftest.py goes before it."""
+        args = ["--port", "0", "--quiet", *pytestconfig.getini("together_fake")]
+        options = read_options(args)
+        options.fixtures = [os.path.join(pytestconfig.rootpath, path) for path in options.fixtures]
+        with build_server(options) as server:
+            yield server
+
+    def together_fake(
+        request: Any, monkeypatch: Any, together_fake_server: TogetherAiServer
+    ) -> TogetherAiServer:
+        """The server in a fresh state, which clients that are built in the test find."""
+        server = together_fake_server
+        server.reset()
+        for mark in reversed(list(request.node.iter_markers("together_fake"))):
+            set_options(server, mark.kwargs, monkeypatch)
+        for name, value in server.test(request.node.nodeid).env.items():
+            monkeypatch.setenv(name, value)
+        return server
+
+    def pytest_runtest_makereport(item: Any) -> Iterator[None]:
+        """Add what the server has to tell to the report of a failure."""
+        outcome: Any = yield
+        report, values = outcome.get_result(), getattr(item, "funcargs", {})
+        server = values.get("together_fake") or values.get("together_fake_server")
+        told = server.explain() if report.failed and isinstance(server, Scripting) else ""
+        if told:
+            report.sections.append(("together_fake", told))
+
+    # A module, since pytest takes no session's fixtures from an object.
+    plugin: Any = types.ModuleType("together_fake_fixtures")
+    plugin.together_fake_server = pytest.fixture(scope="session")(together_fake_server)
+    plugin.together_fake = pytest.fixture(together_fake)
+    hook = pytest.hookimpl(hookwrapper=True)
+    plugin.pytest_runtest_makereport = hook(pytest_runtest_makereport)
+    return plugin
+
+
+def pytest_addoption(parser: Any) -> None:
+    """Declare what pytest's configuration may say; pytest calls this where the file is a plugin."""
+    help = "the server's options, as on its command line"
+    parser.addini("together_fake", help, type="args", default=[])
+
+
+def pytest_configure(config: Any) -> None:
+    """Give pytest the fixtures, and the section under a test that fails."""
+    marker = "together_fake(**options): options of the server during a test, as strict=True"
+    config.addinivalue_line("markers", marker)
+    config.pluginmanager.register(make_pytest_plugin(), "together_fake_fixtures")
+
+
+class ExplainedResult:
+    """A result of unittest or pytest; failures are told what the server has to say of them."""
+
+    def __init__(self, result: Any, server: TogetherAiServer) -> None:
+        self.result, self.server = result, server
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.result, name)
+        if name not in ("addError", "addFailure", "addSubTest"):
+            return found
+
+        def add(test: Any, *args: Any) -> None:
+            if args[-1]:  # what was raised: its type, itself and where
+                self.explain(args[-1][1])
+            found(test, *args)
+
+        return add
+
+    def explain(self, error: BaseException) -> None:
+        """Add to an error's text."""
+        told = self.server.explain()
+        if told and sys.version_info >= (3, 11):
+            error.add_note(told)
+        elif told:
+            error.args = (f"{error}\n{told}",)
+
+
+def make_test_case() -> Any:
+    """Return TogetherTestCase."""
+    import unittest
+    from unittest import mock
+
+    class TogetherTestCase(unittest.TestCase):
+        """A test with a server in a fresh state, which clients that are built in the test find.
+
+        options  of TogetherAiServer, for the class
+        server   the one that is started for the class
+        """
+
+        options: Mapping[str, Any] = {}
+        server: TogetherAiServer
+
+        @classmethod
+        def setUpClass(cls) -> None:
+            super().setUpClass()
+            cls.server = TogetherAiServer(0, **cls.options).start()
+            cls.addClassCleanup(cls.server.stop)
+
+        def run(self, result: Any = None) -> Any:
+            """Run the test in the environment of the server, and explain its failures."""
+            if not hasattr(self, "server"):  # the class is skipped
+                return super().run(result)
+            self.server.reset()
+            told: Any = ExplainedResult(result or self.defaultTestResult(), self.server)
+            with mock.patch.dict(os.environ, self.server.test(self.id()).env):
+                return super().run(told)
+
+    return TogetherTestCase
+
+
+if TYPE_CHECKING:
+    import unittest
+    from typing import ClassVar
+
+    class TogetherTestCase(unittest.TestCase):
+        """A test with a server of its own; see make_test_case()."""
+
+        options: ClassVar[Mapping[str, Any]]
+        server: ClassVar[TogetherAiServer]
+
+else:
+
+    def __getattr__(name: str) -> Any:
+        """Return TogetherTestCase, which needs unittest, once somebody asks for it."""
+        if name != "TogetherTestCase":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = make_test_case()
+        return globals()[name]
 
 
 if __name__ == "__main__":

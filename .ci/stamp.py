@@ -1,0 +1,30 @@
+"""Write into together_fake.py the digest by which `--version` knows it as released.
+
+stamp.py            the last thing before a release
+stamp.py --check    exit with 1 where the file has changed since it was stamped
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sys
+from pathlib import Path
+
+FILE = Path(__file__).resolve().parent.parent / "together_fake.py"
+LINE = re.compile(r'^RELEASED = "(\w*)"', re.M)
+
+
+def main() -> int:
+    source = FILE.read_text("utf-8")
+    (stamped,) = LINE.findall(source)
+    digest = hashlib.sha256(LINE.sub('RELEASED = ""', source, count=1).encode()).hexdigest()
+    if sys.argv[1:] == ["--check"]:
+        return int(stamped != digest)
+    FILE.write_text(LINE.sub(f'RELEASED = "{digest}"', source, count=1), "utf-8")
+    print(digest)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
