@@ -843,8 +843,8 @@ RESPONSES = read_pairs(r"""
 """)
 # A file, and under it the whole sentence that refuses it.
 BAD_FILES = read_pairs(r"""
-[]
-    file: must be an object, not []
+"x"
+    file: must be an object, not "x"
 {}
     file.fixtures: is missing
 {"fixtures": [], "fixture": []}
@@ -1025,6 +1025,26 @@ class FixtureTests(unittest.TestCase):
                 " fixtures[3].response.toolCalls"
             ],
         )
+
+    def test_comments_and_the_forms_of_a_file(self):
+        one = {"match": {"userMessage": "hi", "_why": "a note"}, "response": {"content": "x"}}
+        noted = {**one, "_comment": ["any"], "response": {"content": "x", "_by": 1}}
+        for data, count in (
+            (one, 1),
+            ([one, noted], 2),
+            ({"_meta": {}, "meta": {"by": 1}, "_comment": "x", "fixtures": [noted]}, 1),
+            ([], 0),
+        ):
+            with self.subTest(data=data):
+                warnings = []
+                fixtures = fake.parse_fixtures(data, "a.json", warnings)
+                self.assertEqual((len(fixtures), warnings), (count, []))
+        self.assertEqual(fixtures, [])
+        kept = fake.parse_fixtures(noted)[0].entry
+        self.assertEqual(kept, {"match": {"userMessage": "hi"}, "response": {"content": "x"}})
+        for data in ({"met": {}, "fixtures": []}, [{"match": {"_": 1}, "respons": {}}]):
+            with self.subTest(data=data), self.assertRaisesRegex(ValueError, "unknown key"):
+                fake.parse_fixtures(data)
 
     def test_folder_is_loaded_by_name_files_before_folders(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -1332,6 +1352,13 @@ class ScriptingTests(ScriptingCase):
         self.server.reset()
         self.assertEqual(self.outcome("hi"), "from a file")
 
+    def test_a_single_fixture_and_a_list_can_be_posted(self):
+        self.json("POST", FIXTURES, entry({"userMessage": "one"}, "first"))
+        self.json("POST", FIXTURES, [entry({"userMessage": "two"}, "second")])
+        self.assertEqual([self.outcome("one"), self.outcome("two")], ["first", "second"])
+        for body in (b"[", b"7", b'{"fixtures": {}}'):
+            self.json("POST", FIXTURES, body, status=400)
+
     def test_removed_sequences_start_again(self):
         added = file_of(entry({"userMessage": "hi", "sequenceIndex": 0}, "first"))
         for _ in range(2):
@@ -1463,6 +1490,39 @@ class ScriptedMissTests(FakeCase):
         self.assertIn('user_message "bye" does not contain "hello". reply() at ', message)
         self.assertTrue(message.endswith("it answers embedding, and this is chat."), message)
         self.json("GET", "/v1/models")
+
+    def test_the_miss_of_a_text_is_an_error_and_the_rest_is_generated(self):
+        self.json("POST", CHAT, HELLO, status=404)
+        for path in ("/v1/completions", "/v1/responses"):
+            self.json("POST", path, {"model": "m", "prompt": "x", "input": "x"}, status=404)
+        self.post("/v1/embeddings", {"model": "m", "input": "x"})
+        self.post("/v1/rerank", RERANK)
+
+    def test_it_can_be_said_for_each_kind(self):
+        self.server.on_miss = {"embedding": "error", "chat": "generate"}
+        embedding = {"model": "m", "input": "x"}
+        self.post(CHAT, HELLO)
+        self.json("POST", "/v1/embeddings", embedding, status=404)
+        self.server.reply(endpoint="embedding")  # without a response: generate
+        self.post("/v1/embeddings", embedding)
+        self.server.script.remove_run_time()
+        self.json("POST", FIXTURES, {"match": {"endpoint": "embedding"}, "response": None})
+        self.post("/v1/embeddings", embedding)
+
+    def test_a_wrong_word_raises_when_it_is_set(self):
+        for wrong, sentence in (
+            ("eror", 'on_miss must be "generate", "error" or what for each kind'),
+            ({"chat": "eror"}, "on_miss must be "),
+            ({"embeddings": "error"}, "'embeddings' is no kind, did you mean embedding?"),
+            (None, "on_miss must be "),
+        ):
+            with self.subTest(wrong=wrong):
+                with self.assertRaises(ValueError) as caught:
+                    self.server.on_miss = wrong
+                self.assertIn(sentence, str(caught.exception))
+                self.assertEqual(self.server.on_miss, "error")
+                with self.assertRaises(ValueError):
+                    TogetherAiServer(on_miss=wrong)
 
 
 # === Faults ===
@@ -4333,8 +4393,23 @@ class OrderTests(ScriptingCase):
         warnings = [call.warnings for call in self.server.requests]
         self.assertEqual(warnings, [(), (warning,), ()])
 
-    def test_no_choice_is_relaxed_where_a_miss_is_an_error(self):
+    def test_a_miss_that_is_an_error_does_not_change_how_turns_of_files_match(self):
         with TogetherAiServer(port=0, on_miss="error") as self.server:
+            self.load(a=[entry({"turnIndex": 0}, "zero"), entry({"turnIndex": 2}, "two")])
+            self.assertEqual([self.talk(turn) for turn in range(4)], ["zero", "zero", "two", "two"])
+
+    def test_turns_of_one_file_may_be_exact(self):
+        entries = [entry({"turnIndex": turn}, str(turn)) for turn in (0, 2)]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "a.json")
+            path.write_text(json.dumps({"fixtures": entries, "exactTurns": True}), "utf-8")
+            self.server.load(path)
+        said = [self.talk(turn) for turn in range(4)]
+        self.assertEqual((said[0], said[2]), ("0", "2"))
+        self.assertFalse({"0", "2"} & {said[1], said[3]})
+
+    def test_turns_of_all_files_may_be_exact(self):
+        with TogetherAiServer(port=0, on_miss="error", exact_turns=True) as self.server:
             self.load(a=[entry({"turnIndex": 0}, "zero"), entry({"turnIndex": 2}, "two")])
             self.server.reply("three", turn_index=3)
             said = [self.talk(turn) for turn in range(5)]
@@ -6861,7 +6936,7 @@ class UpstreamCase(FakeCase):
         """Ask a server from now on that has the recorded file alone; none of it is unknown."""
         if self.server is not self.service:
             self.server.stop()
-        self.run_server(on_miss="error", **options)
+        self.run_server(on_miss=dict.fromkeys(fake.OPERATIONS, "error"), **options)
         self.server.load(self.file)
 
     def read_entries(self):
@@ -7627,7 +7702,7 @@ class SaveTests(RecordingCase):
         self.assertEqual((whole.status, whole.raw), (200, self.file.read_bytes()))
         mine = self.ask("GET", FIXTURES + "?from=requests&test=mine", headers={}).json["fixtures"]
         self.assertEqual([entry["match"]["userMessage"] for entry in mine], ["hello"])
-        self.run_server(on_miss="error")
+        self.run_server(on_miss=dict.fromkeys(fake.OPERATIONS, "error"))
         self.assertEqual(self.post(FIXTURES, whole.json).json["added"], 2)
         self.assertEqual(self.chat("one")["object"], "chat.completion")
 
@@ -7801,18 +7876,35 @@ class WatchTests(UpstreamCase):
             "typo.json": [good, {"match": {"userMesage": "x"}, "response": {"content": "y"}}],
             "type.json": [{**good, "times": "often"}],
             "sub/one.json": [good],
+            "wide.json": [
+                {"match": {}, "response": {"content": "all"}},
+                {**good, "response": {"toolCalls": [{"name": "f", "arguments": {}}]}},
+                {"match": {"turnIndex": 2}, "response": {"content": "y"}},
+                {"match": {}, "response": {"embedding": [1]}},
+            ],
         }.items():
             (self.folder / name).write_text(json.dumps({"fixtures": fixtures}))
         (self.folder / "cut.json").write_text('{"fixtures": [')
         for name, status, said in (
-            ("good.json", 0, r"^\S+good\.json: 2 fixtures, nothing wrong\n$"),
+            (
+                "good.json",
+                0,
+                r"^file good\.json\[1\]: never answers, since file good\.json\[0\] has the same"
+                r" match\n\S+good\.json: 2 fixtures, nothing wrong\n$",
+            ),
+            (
+                "wide.json",
+                0,
+                r"^file wide\.json\[1\]: never answers, since file wide\.json\[0\] has a wider"
+                r" match\n\S+: 4 fixtures, nothing wrong\n$",
+            ),
             ("sub", 0, r"^\S+sub: 1 fixtures, nothing wrong\n$"),
             ("foreign.json", 0, r"fixtures\[1\].*\n.*1 fixtures, nothing wrong\n$"),
             ("typo.json", 1, r"^typo\.json: fixtures\[1\]\.match\.userMesage: .*userMessage\?\n$"),
             ("type.json", 1, r"^type\.json: fixtures\[0\]\.times: .+\n$"),
             ("cut.json", 1, r"^cut\.json: is not JSON: .+\n$"),
             ("none.json", 1, r"^.*No such file.*none\.json'\n$"),
-            ("", 1, r"^cut\.json: is not JSON"),
+            ("", 1, r"(?s)^cut\.json: is not JSON.*type\.json: fixtures.*typo\.json: fixtures"),
         ):
             with self.subTest(name):
                 exit_status, printed, logged = run_main("--check", str(self.folder / name))
