@@ -14,6 +14,7 @@ import asyncio
 import base64
 import concurrent.futures
 import contextlib
+import email.utils
 import errno
 import functools
 import gzip
@@ -1129,7 +1130,7 @@ class KeywordTests(unittest.TestCase):
             },
         )
         self.assertRegex(fixture.source, r"^reply\(\) at test_together_fake\.py:\d+$")
-        self.assertEqual(fixture.chunk_size, 3)
+        self.assertEqual(fixture.chunk_sizes, [3])
 
     def test_tool_calls_images_and_errors(self):
         fixture = self.build(tool_calls=[{"name": "f", "arguments": {"to_do": 1}}])
@@ -1693,6 +1694,140 @@ class FaultTests(unittest.TestCase):
         self.assertIsNone(self.draw(script))
 
 
+class PlaceTests(LocalCase):
+    """Faults that strike at a place in an answer, whatever the form of the model's stream."""
+
+    CALL = MappingProxyType({
+        "toolCalls": [{"name": "get_weather", "arguments": '{"city": "Rome"}'}]
+    })  # fmt: skip
+    TOLD = MappingProxyType({"content": "Hello there, you.", "reasoning": "Hm, well."})
+
+    def follow(self, fixture, model=LLAMA, path=CHAT):
+        """Return what a stream tells, each text joined, and how it ends."""
+        asked = {"input": "hi"} if path == "/v1/responses" else {"prompt": "hi"}
+        asked = {"messages": say("hi"), "tools": [WEATHER]} if path == CHAT else asked
+        headers = {"authorization": "Bearer x", "x-parlel-fixture": json.dumps(fixture)}
+        request = Request("POST", path, {"model": model, **asked, "stream": True}, headers=headers)
+        reply = self.server.answer(request)
+        pieces, end = [], "end"
+        try:
+            pieces.extend(event for event in reply.events if type(event) is bytes)
+        except fake.Cut:
+            end = "cut"
+        told = {"text": "", "arguments": "", "pieces": pieces, "end": end}
+        for piece in pieces:
+            for name, what in fake.tell_event(piece).items():
+                if name == "arguments":
+                    what = "".join(holder[key] for holder, key in what)
+                told[name] = told[name] + what if name in ("text", "arguments") else what
+        return told
+
+    FORMS = ((LLAMA, CHAT), (THINKER, CHAT), (KIMI, CHAT), (R1, CHAT), (THINKER, "/v1/responses"))
+
+    def test_after_a_text(self):
+        for model, path in (*self.FORMS, (LLAMA, "/v1/completions")):
+            with self.subTest(model=model, path=path):
+                fixture = {"content": "Hello there, you.", "after": "text:there"}
+                told = self.follow(fixture, model, path)
+                self.assertEqual((told["text"], told["end"]), ("Hello there", "cut"))
+                told = self.follow({**fixture, "endAfterChunks": 1}, model, path)
+                self.assertEqual((told["text"], told["end"]), ("Hello there,", "end"))
+                self.assertNotIn("finish", told)
+                self.assertNotIn("done", told)
+                told = self.follow({**fixture, "after": "text:where"}, model, path)
+                self.assertIn("finish", told)
+
+    def test_after_the_name_of_a_tool_and_in_its_arguments(self):
+        for model, path in self.FORMS:
+            with self.subTest(model=model, path=path):
+                told = self.follow({**self.CALL, "after": "toolName"}, model, path)
+                self.assertEqual((told["arguments"], told["toolName"]), ("", True))
+                for more, end in (({}, "cut"), ({"endAfterChunks": 0}, "end")):
+                    told = self.follow({**self.CALL, "in": "arguments", **more}, model, path)
+                    whole = self.CALL["toolCalls"][0]["arguments"]
+                    self.assertTrue(whole.startswith(told["arguments"]), told["arguments"])
+                    self.assertTrue(0 < len(told["arguments"]) < len(whole))
+                    self.assertEqual((told["end"], told.get("finish")), (end, None))
+
+    def test_before_the_end(self):
+        for model, path in self.FORMS:
+            with self.subTest(model=model, path=path):
+                told = self.follow({**self.TOLD, "before": "finish"}, model, path)
+                self.assertEqual((told["end"], told.get("finish")), ("cut", None))
+                self.assertIn("Hello there, you.", told["text"])
+                told = self.follow(
+                    {**self.TOLD, "before": "usage", "endAfterChunks": 0}, model, path
+                )
+                self.assertEqual((told["end"], told.get("usage")), ("end", None))
+                if path == CHAT:  # the other has no such end
+                    told = self.follow({**self.TOLD, "before": "done"}, model, path)
+                    self.assertEqual((told["end"], told.get("done")), ("cut", None))
+                    self.assertTrue(told["finish"] and told["usage"])
+
+    def test_an_error_at_a_place(self):
+        fixture = {"status": 503, "after": "text:a"}
+        told = self.follow(fixture)
+        self.assertIn(b"Service unavailable", told["pieces"][-1])
+        self.assertIn("a", told["text"])
+
+    def test_a_broken_event_in_the_middle_and_half_of_one(self):
+        told = self.follow({"content": "abcdef", "chunkSize": 1, "malformedAfterChunks": 2})
+        whole = self.follow({"content": "abcdef", "chunkSize": 1})
+        broken = [
+            at
+            for at, (one, other) in enumerate(zip(told["pieces"], whole["pieces"]))
+            if one != other
+        ]
+        self.assertEqual((broken, told["end"], told["text"]), ([2], "end", "abdef"))
+        self.assertTrue(told["pieces"][2].endswith(b"\n\n"))
+        both = {"malformedAfterChunks": 2, "disconnectAfterChunks": 2}
+        told = self.follow({"content": "abcdef", "chunkSize": 1, **both})
+        self.assertEqual((len(told["pieces"]), told["end"]), (3, "cut"))
+        self.assertFalse(told["pieces"][2].endswith(b"\n\n"))
+
+    def test_what_is_inserted(self):
+        comment = ": keepalive\n\n"
+        told = self.follow({"content": "abc", "chunkSize": 1, "insert": comment})
+        self.assertEqual((told["pieces"].index(comment.encode()), told["text"]), (1, "abc"))
+        told = self.follow({"content": "abc", "chunkSize": 1, "insert": comment, "after": "text:b"})
+        self.assertEqual(told["pieces"].index(comment.encode()), 2)
+
+    def test_a_stall(self):
+        self.server.stopping.set()
+        for count in (0, 2):
+            told = self.follow({"content": "abcdef", "chunkSize": 1, "stallAfterChunks": count})
+            self.assertEqual(
+                (len(told["text"]), told["pieces"][-1], told["end"]), (count, b"", "cut")
+            )
+            self.assertEqual(self.server.requests[-1].events_sent, count)
+
+    def test_chunks_have_the_sizes_that_are_wanted(self):
+        for model, path in self.FORMS:
+            with self.subTest(model=model, path=path):
+                fixture = {**self.CALL, "reasoning": "Hm, well.", "chunkSizes": [4, 5, 3, 13]}
+                told = self.follow(fixture, model, path)
+                pieces = [fake.tell_event(piece).get("arguments") for piece in told["pieces"]]
+                pieces = [holder[key] for piece in filter(None, pieces) for holder, key in piece]
+                self.assertEqual(pieces, ['{"c', 'ity": "Rome"}'])
+                sent = b"".join(told["pieces"]).decode()
+                self.assertIn('"Hm, "', sent)
+                self.assertIn('"well."', sent)
+
+    def test_places_that_are_none(self):
+        for fixture in ({"after": "hello"}, {"after": "text:"}, {"in": "text"}, {"before": "all"}):
+            with self.subTest(fixture):
+                headers = {"authorization": "Bearer x", "x-parlel-fixture": json.dumps(fixture)}
+                reply = self.server.answer(Request("POST", CHAT, HELLO, headers=headers))
+                self.assertEqual(reply.status, 400)
+
+    def test_a_date_to_come_again(self):
+        self.server.fail(429, retry_after=60, retry_after_date=True)
+        headers = {"authorization": "Bearer x"}
+        reply = self.server.answer(Request("POST", CHAT, HELLO, headers=headers))
+        then = email.utils.parsedate_to_datetime(reply.headers["retry-after"]).timestamp()
+        self.assertTrue(58 < then - time.time() < 62, then - time.time())
+
+
 class StatusTests(unittest.TestCase):
     def send(self, said, body=None, **options):
         script = script_of(entry({}, said, **options))
@@ -1793,6 +1928,18 @@ class ScriptedFaultTests(ScriptingCase):
                 self.server.reset()
                 self.server.reply("abcdef", chunk_size=2, **{option: 2})
                 self.assertEqual(self.follow(), (["ab", "cd"], end))
+
+    def test_a_stall_sends_the_head_alone_and_ends_with_the_server(self):
+        for stream in (True, False):
+            with self.subTest(stream=stream), TogetherAiServer(port=0) as self.server:
+                self.server.fail(stall_after_chunks=0)
+                body = json.dumps({**HELLO, "stream": stream}).encode()
+                sent = POST + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+                with socket.create_connection(("127.0.0.1", self.server.port), PATIENCE) as client:
+                    client.sendall(sent)
+                    head = receive_until(client, b"\r\n\r\n")
+                    self.assertTrue(head.startswith(b"HTTP/1.1 200"))
+                    self.assertFalse(select.select([client], [], [], 0.02)[0])
 
     def test_slow_stream_keeps_its_pace(self):
         profile = {"ttft": 30, "tps": 200}

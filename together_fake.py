@@ -310,8 +310,8 @@ class Request:
     """One request as the pipeline sees it; HTTP, tests and batch lines all build these."""
 
     __slots__ = (
-        "args", "batch", "body", "call", "client", "form", "headers", "id", "method", "origin",
-        "params", "path", "query", "raw", "route", "script",
+        "args", "batch", "body", "call", "chunk_sizes", "client", "form", "headers", "id", "method",
+        "origin", "params", "path", "query", "raw", "route", "script",
     )  # fmt: skip
 
     client: Any  # the socket, where a thread waits for somebody else on this request's behalf
@@ -341,6 +341,7 @@ class Request:
         self.batch = ""  # the job whose line this is
         self.call: Any = None  # its place in the record
         self.route: Any = None  # once it is found and the body is read
+        self.chunk_sizes: list[int] = []  # characters in the chunks of a stream, where scripted
 
 
 class Upload:
@@ -3511,7 +3512,7 @@ class Call:
                     size += len(event)
                     if size <= MAX_RECORDED_BODY_BYTES:
                         kept.append(event)
-                    self.events_sent += 1
+                    self.events_sent += bool(event)
                     if not self.first_event:
                         self.first_event = time.perf_counter() - started
                 yield event
@@ -3912,12 +3913,32 @@ TIMINGS = Fields(
     Field("interChunkDelaysMs", list, each=Field("", int, float, low=0, high=MAX_MS)),
     closed=True,
 )
+
+
+def check_after(place: str) -> None:
+    """Raise ValueError where this is no place in an answer."""
+    if place not in ("toolName", "tool_name") and not re.match("(?s)text:.", place):
+        raise ValueError
+
+
+# What happens to a stream after so many chunks, counted from a place where one is named.
+STRIKES = (
+    "disconnectAfterChunks", "truncateAfterChunks", "errorAfterChunks", "malformedAfterChunks",
+    "stallAfterChunks", "endAfterChunks",
+)  # fmt: skip
+QUIET_OPTIONS = ("times", "chunkSize", "chunkSizes", "shouldRetry", "chaos")  # that are no fault
+STRIKE_PLACES = ("after", "in", "before")
 OPTIONS = Fields(
     *number_rows("latency disconnectAfterMs", 0, MAX_MS),
     *number_rows("replaySpeed", 0.001),
     *rows_of("chunkSize times truncateAfterChunks", int, low=1),
-    *rows_of("disconnectAfterChunks errorAfterChunks", int, low=0),
+    Field("chunkSizes", list, low=1, each=Field("", int, low=1)),
+    *rows_of(" ".join(name for name in STRIKES if name != "truncateAfterChunks"), int, low=0),
     *rows_of("shouldRetry malformed empty", bool),
+    Field("after", str, test=("text:... or toolName", check_after)),
+    Field("in", str, choices=("arguments",)),
+    Field("before", str, choices=("finish", "usage", "done")),
+    Field("insert", str),
     Field("streamingProfile", dict, fields=PROFILE),
     Field("recordedTimings", dict, fields=TIMINGS),
     Field(
@@ -4061,7 +4082,7 @@ class ResponseType:
         return self.everywhere or (kind in OPERATIONS and OPERATIONS[kind].response is self)
 
 
-WAIT = number_rows("retryAfter", 0, MAX_MS)
+WAIT = [*number_rows("retryAfter", 0, MAX_MS), Field("retryAfterDate", bool)]
 OWN_STATUS = Field("status", int, low=200, high=999)
 # The usual answer.
 GENERATED = ResponseType("generated", Fields(closed=True), told_by=(), everywhere=True)
@@ -4406,8 +4427,9 @@ class Fixture:
         self.response = Response(type, entry.get("response", {}))
         self.options = {key: entry[key] for key in OPTIONS if key in entry}
         self.times: int | None = self.options.get("times")
-        self.chunk_size: int | None = self.options.get("chunkSize")  # characters; None: a token
-        self.faulty = not self.options.keys() <= {"times", "chunkSize", "shouldRetry"}
+        size = self.options.get("chunkSize")
+        self.chunk_sizes: list[int] = self.options.get("chunkSizes") or ([size] if size else [])
+        self.faulty = not self.options.keys() <= set(QUIET_OPTIONS) - {"chaos"}
         self.match: dict[str, Any] = entry["match"]
         self.turn: int | None = self.match.get("turnIndex")
         self.sequence: int | None = self.match.get("sequenceIndex")
@@ -5073,16 +5095,22 @@ def status_reply(
     status: int,
     error: Any = None,
     retry_after: float | None = None,
+    retry_after_date: bool = False,
     model: Any = None,
     id: str = "",
 ) -> Reply:
     """Build an error reply; without `error` with that status's real body.
 
-    retry_after  seconds; a 429 always has some (1)
+    retry_after       seconds; a 429 always has some (1)
+    retry_after_date  they are told as the date when they are over
     """
     seconds = 1 if retry_after is None and status == 429 else retry_after
     names = () if seconds is None else RATE_LIMIT_HEADERS if status == 429 else ("retry-after",)
     headers = {name: RATE_LIMIT_HEADERS[name].format(seconds=seconds) for name in names}
+    if retry_after_date and seconds is not None:
+        from email.utils import formatdate  # only here
+
+        headers["retry-after"] = formatdate(time.time() + seconds + 1, usegmt=True)
     if status in PROXY_STATUSES and error is None:
         return Reply(b"error code: %d" % status, status, "text/plain; charset=UTF-8", headers)
     name = STATUS_ERRORS.get(status, f"status_{status}")
@@ -5106,7 +5134,7 @@ def raw_reply(data: bytes, content_type: str, status: int, headers: dict[str, st
 
 def is_whole(response: Response, options: Mapping[str, Any]) -> bool:
     """Tell whether a response is the reply, whatever the operation; a late error is not."""
-    late = "errorAfterChunks" in options
+    late = not options.keys().isdisjoint(("errorAfterChunks", *STRIKE_PLACES))
     is_error = response.type in (ERROR, STATUS)
     return response.type in (JSON_BODY, RAW_BODY) or (is_error and not late)
 
@@ -5127,12 +5155,58 @@ def whole_reply(response: Response, options: Mapping[str, Any], request: Request
     return reply
 
 
-QUIET_OPTIONS = ("times", "chunkSize", "shouldRetry", "chaos")  # that are no fault
+STALL_SECONDS = 600.0  # after which a stalled stream is cut
+TEXT_DELTA, ARGUMENTS_DELTA = "response.output_text.delta", "response.function_call_arguments.delta"
+RESPONSE_ENDS = ("response.completed", "response.incomplete")
 
 
 def halve(text: bytes) -> bytes:
     """Return the first half of a JSON text."""
     return text[: (len(text) + 1) // 2]
+
+
+def find_arguments(value: Any) -> list[tuple[dict[str, Any], str]]:
+    """Return where an event has arguments of tool calls: objects and keys."""
+    choices = list_objects(get_path(value, "choices"))
+    deltas = [choice.get("delta") or {} for choice in choices]
+    calls = [call for delta in deltas for call in list_objects(delta.get("tool_calls"))]
+    found = [(call["function"], "arguments") for call in calls if call.get("function")]
+    found += [(value, "delta")] if get_path(value, "type") == ARGUMENTS_DELTA else []
+    return [(holder, key) for holder, key in found if holder.get(key)]
+
+
+def tell_event(event: bytes) -> dict[str, Any]:
+    """Return what an event of any stream tells: text, toolName, arguments, finish, usage, done."""
+    if event == DONE:
+        return {"done": True}
+    value = next(iter(read_events(event)), None)
+    choices, type = list_objects(get_path(value, "choices")), get_path(value, "type")
+    deltas = [choice.get("delta") or {} for choice in choices]
+    texts = [delta.get("content") or choice.get("text") for delta, choice in zip(deltas, choices)]
+    names = [get_path(delta, "tool_calls", "0", "function", "name") for delta in deltas]
+    told = {
+        "text": "".join(filter(None, texts)) or (type == TEXT_DELTA and get_path(value, "delta")),
+        "toolName": any(names) or get_path(value, "item", "type") == "function_call",
+        "arguments": find_arguments(value),
+        "finish": type in RESPONSE_ENDS or any(choice.get("finish_reason") for choice in choices),
+        "usage": find_usage([value]),
+    }
+    return {name: what for name, what in told.items() if what}
+
+
+def split_arguments(event: bytes) -> tuple[bytes, bytes]:
+    """Return an event as two, of which each has one half of the arguments."""
+    head, mark, data = event.partition(b"data: ")
+    halves = []
+    for part in range(2):
+        value = json.loads(data)
+        for holder, key in find_arguments(value):
+            middle = (len(holder[key]) + 1) // 2
+            holder[key] = holder[key][middle:] if part else holder[key][:middle]
+        for choice in list_objects(get_path(value, "choices")) if not part else ():
+            choice["finish_reason"] = None
+        halves.append(head + mark + ENCODE(value).encode() + b"\n\n")
+    return halves[0], halves[1]
 
 
 class Fault:
@@ -5146,6 +5220,7 @@ class Fault:
     def __init__(
         self, options: Mapping[str, Any], rng: HashRandom, error: Mapping[str, Any] | None = None
     ) -> None:
+        self.has_error = error is not None
         self.error = {"status": 500, **(error or {})}
         rates = options.get("chaos", {})
         hits = (rate for rate in CHAOS if rng.child(rate).random() < rates.get(rate, 0))
@@ -5184,25 +5259,66 @@ class Fault:
         options, start = self.options, clock()
         due = start + self.latency / 1000
         end = start + options.get("disconnectAfterMs", float("inf")) / 1000
-        cuts = ("disconnectAfterChunks", "truncateAfterChunks" if stream else "")
-        cut_after = min((options[key] for key in cuts if key in options), default=float("inf"))
-        delays = self.delays(stream)
-        for count, event in enumerate(events):
-            if count == cut_after or (cut_after < float("inf") and count and not stream):
-                raise Cut
-            if stream and count == options.get("errorAfterChunks"):
-                yield b"data: %b\n\n" % status_reply(**self.error).body
-                return
-            if stream and count == 0 and options.get("malformed"):
+        delays, inserted = self.delays(stream), options.get("insert") if stream else None
+        for event, since in self.locate(events) if stream else zip(events, itertools.count()):
+            hits = self.find_hits(since, stream)
+            if "malformedAfterChunks" in hits:
                 head, mark, data = event.partition(b"data: ")
-                event = head + mark + halve(data.rstrip()) + b"\n\n"
+                event = head + mark + halve(data.rstrip()) + (b"\n\n" if len(hits) == 1 else b"")
+                yield from (event,) if len(hits) > 1 else ()
+            if hits & {"disconnectAfterChunks", "truncateAfterChunks"}:
+                raise Cut
+            if "stallAfterChunks" in hits:
+                yield b""  # so that the head leaves
+                yield float(max(0, min(end - clock(), STALL_SECONDS)))
+                raise Cut
+            if "errorAfterChunks" in hits:
+                yield b"data: %b\n\n" % status_reply(**self.error).body
+            if hits & {"errorAfterChunks", "endAfterChunks"}:
+                return
             due += next(delays) if event != DONE else 0
             left = min(due, end) - clock()
             if left > 0:
                 yield float(left)
             if max(due, clock()) >= end:
                 raise Cut
+            if inserted and since == (0 if self.place else 1):
+                yield inserted.encode()
             yield event
+
+    @property
+    def place(self) -> str:
+        """Where the chunks are counted from: `after`, `in` or `before`; "" is the beginning."""
+        return next((place for place in STRIKE_PLACES if place in self.options), "")
+
+    def find_hits(self, since: int, stream: bool) -> set[str]:
+        """Return what happens after so many chunks; all but a cut and a stall is for streams."""
+        strikes = {name: self.options[name] for name in STRIKES if name in self.options}
+        if self.options.get("malformed"):
+            strikes["malformedAfterChunks"] = 0
+        if self.place and not strikes and "insert" not in self.options:
+            strikes["errorAfterChunks" if self.has_error else "disconnectAfterChunks"] = 0
+        if stream:
+            return {name for name in strikes if strikes[name] == since}
+        cuts = ("disconnectAfterChunks", "stallAfterChunks")
+        return {name for name in cuts if name in strikes and since == min(strikes[name], 1)}
+
+    def locate(self, events: Iterable[bytes]) -> Iterator[tuple[bytes, int]]:
+        """Yield each event with the number of chunks since the place: -1 before it."""
+        place, text = self.place, ""
+        wanted, since = self.options.get(place, ""), -1 if place else 0
+        wanted = "toolName" if wanted == "tool_name" else wanted
+        for event in events:
+            told = tell_event(event) if since < 0 else {}
+            if place == "in" and wanted in told:
+                first, event = split_arguments(event)
+                yield first, -1
+            if place in ("in", "before") and wanted in told:
+                since = 0
+            yield event, since
+            text += told.get("text", "")
+            met = wanted in told or (wanted[:5] == "text:" and wanted[5:] in text)
+            since += since >= 0 or (place == "after" and met)
 
 
 def draw_fault(script: Fixtures, fixture: Fixture, response: Response) -> Fault | None:
@@ -5231,8 +5347,8 @@ def apply_fault(reply: Reply, fault: Fault, clock: Clock) -> Reply:
         return reply
     if options.get("malformed"):
         reply.body = halve(reply.body)
-    timed = options.keys() & {"latency", "disconnectAfterMs", "disconnectAfterChunks"}
-    if timed or fault.latency:
+    timed = {"latency", "disconnectAfterMs", "disconnectAfterChunks", "stallAfterChunks"}
+    if options.keys() & timed or fault.latency:
         reply.headers = {**reply.headers, "Content-Length": str(len(reply.body))}
         half = halve(reply.body)
         reply.events = fault.pace((half, reply.body[len(half) :]), False, clock)
@@ -5398,6 +5514,16 @@ def resolve_model(server: TogetherAiServer, id: str, type: str) -> Model:
 # --- Answers, and the form that each engine gives them (recorded)
 
 
+def cut_pieces(text: str, sizes: Iterator[int]) -> list[str]:
+    """Cut a text into pieces of these sizes."""
+    pieces, start = [], 0
+    while start < len(text):
+        end = start + next(sizes)
+        pieces.append(text[start:end])
+        start = end
+    return pieces
+
+
 class Choice:
     """One of the texts that answer a prompt, as data: chunks and whole replies come from it."""
 
@@ -5446,10 +5572,16 @@ class Choice:
             self._pieces = split_tokens(self.text)
         return self._pieces
 
-    def cut_pieces(self, size: int) -> None:
-        """Let each chunk of a stream hold so many characters."""
-        text = self.text
-        self._pieces = [text[at : at + size] for at in range(0, len(text), size)]
+    def cut(self, sizes: list[int]) -> None:
+        """Let the chunks of a stream have these sizes in characters, the others the last of them.
+
+        They are those of the reasoning, then of the text, then of the arguments of tool calls.
+        """
+        left = itertools.chain(sizes, itertools.repeat(sizes[-1]))
+        self.thoughts = cut_pieces("".join(self.thoughts), left)
+        self._pieces = cut_pieces(self.text, left)
+        for call in self.tool_calls:
+            call["pieces"] = cut_pieces(call["function"]["arguments"], left)
 
 
 class Answer:
@@ -5473,6 +5605,8 @@ class Answer:
         self.seed: int | None = request.body.get("seed")
         self.choices = choices
         self.usage = usage
+        for choice in choices if request.chunk_sizes else ():
+            choice.cut(request.chunk_sizes)
 
     @property
     def frame(self) -> dict[str, Any]:
@@ -5792,12 +5926,14 @@ class Form:
             function = {"name": call["function"]["name"], "arguments": ""}
             head = arrange(self.stream_keys["head"], {**call, "function": function})
             yield self.chunk(answer, choice, "call", {"tool_calls": [head]})
-            text, more = call["function"]["arguments"], {"finish_reason": choice.finish_reason}
-            pieces = split_tokens(text) if self.cuts_arguments else [text]
-            rest = self.rest(
-                answer, choice, "call", call, SLOT, **({} if self.cuts_arguments else more)
-            )
-            yield from repeat_json(ENCODE(rest), pieces)
+            text = call["function"]["arguments"]
+            pieces = call.get("pieces") or (split_tokens(text) if self.cuts_arguments else [text])
+            last = len(pieces) - (not self.cuts_arguments)  # which tells the end already
+            rest = self.rest(answer, choice, "call", call, SLOT)
+            yield from repeat_json(ENCODE(rest), pieces[:last])
+            for piece in pieces[last:]:
+                more = {"finish_reason": choice.finish_reason}
+                yield self.rest(answer, choice, "call", call, piece, **more)
             if self.closes_calls:
                 yield self.rest(answer, choice, "close", call, "")
 
@@ -5839,6 +5975,7 @@ class TurboForm(Form):
         **Form.stream_keys,
         "part": "index text logprobs finish_reason seed delta",
         "delta": "token_id role content tool_calls? function_call?",
+        "thought delta": "token_id role content reasoning",
         "opener part": "index role text logprobs finish_reason delta",
         "call chunk": "id object created choices model",
         "call part": "index text logprobs finish_reason delta",
@@ -6584,7 +6721,7 @@ def script_choice(
 
 
 def apply_script(answer: Answer, script: dict[str, Any]) -> None:
-    """Let a fixture override what surrounds its text, and the size of its chunks."""
+    """Let a fixture override what surrounds its text."""
     for name in ("id", "created", "model", "role"):
         setattr(answer, name, script.get(name) or getattr(answer, name))
     answer.request.id = answer.id
@@ -6596,8 +6733,6 @@ def apply_script(answer: Answer, script: dict[str, Any]) -> None:
         usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
     for choice in answer.choices:
         choice.finish_reason = script.get("finish_reason") or choice.finish_reason
-    for choice in answer.choices if script["chunk_size"] else ():
-        choice.cut_pieces(script["chunk_size"])
 
 
 def score_choices(rng: HashRandom, choices: list[Choice], count: int) -> None:
@@ -7064,7 +7199,8 @@ def call_events(place: dict[str, Any], item: dict[str, Any], choice: Choice) -> 
     """Yield the arguments of a call, a token each."""
     name, arguments = item["name"], item["arguments"]
     deltas = {**place, "delta": SLOT}
-    yield "function_call_arguments.delta", deltas, split_tokens(arguments)
+    cut = (call.get("pieces") for call in choice.tool_calls if call["id"] == item["call_id"])
+    yield "function_call_arguments.delta", deltas, next(cut, None) or split_tokens(arguments)
     yield "function_call_arguments.done", {**place, "name": name, "arguments": arguments}
 
 
@@ -9584,11 +9720,18 @@ def put_chat(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
     return {**words, **{name: value for name, value in said.items() if value}}
 
 
-def choose_chunk_size(text: Any, chunks: list[Any]) -> dict[str, Any]:
-    """Return the option by which a replay has as many chunks of text as the stream had."""
-    texts = [get_path(chunk, "choices", "0", "delta", "content") for chunk in chunks]
-    count = len(list(filter(None, texts)))
-    return {"chunkSize": -(-len(text) // count)} if text and count else {}
+def list_chunk_sizes(chunks: list[Any]) -> list[int]:
+    """Return the characters in each chunk of a stream: of reasoning, of text, of arguments."""
+    sizes: dict[Any, list[int]] = {"reasoning": [], "content": []}
+    for chunk in chunks:
+        delta = get_path(chunk, "choices", "0", "delta") or {}
+        reasoning = delta.get("reasoning") or delta.get("reasoning_content")
+        texts: dict[Any, Any] = {"reasoning": reasoning, "content": delta.get("content")}
+        for call in list_objects(delta.get("tool_calls")):
+            texts[call.get("index")] = get_path(call, "function", "arguments")
+        for part in [part for part in texts if texts[part]]:
+            sizes.setdefault(part, []).append(len(texts[part]))
+    return [size for part in sizes.values() for size in part]
 
 
 def put_into_words(request: Request, reply: Reply) -> dict[str, Any] | None:
@@ -9600,7 +9743,8 @@ def put_into_words(request: Request, reply: Reply) -> dict[str, Any] | None:
         said = put_chat(request, whole) if isinstance(whole, dict) else None
         if said is None or TEMPLATE.search(ENCODE(said)):  # it would quote a request
             return None
-        words = {"response": said, **choose_chunk_size(said.get("content"), chunks)}
+        sizes = list_chunk_sizes(chunks)
+        words = {"response": said, **({"chunkSizes": sizes} if sizes else {})}
         parse_entry({"match": {}, **words}, "")
         return words
     except (ApiError, ValueError, TypeError, AttributeError):
@@ -11181,7 +11325,7 @@ class ReplyWriter:
                     size += len(event)
                     if size < gathered:
                         continue
-                if size:
+                if drawn:  # if only b"", with which the head leaves
                     yield start + frame(b"".join(drawn))
                     start, drawn, size = b"", [], 0
                 if pauses:
@@ -12198,7 +12342,10 @@ def allow_origin(request: Request) -> Reply:
     return Reply(b"", 204, headers=headers)
 
 
-STREAM_OPTIONS = ("chunkSize", "streamingProfile", "recordedTimings", "truncateAfterChunks")
+STREAM_OPTIONS = (  # that a whole reply does not know
+    "chunkSize", "chunkSizes", "streamingProfile", "recordedTimings", "truncateAfterChunks",
+    "malformedAfterChunks", "endAfterChunks", "insert", *STRIKE_PLACES,
+)  # fmt: skip
 
 
 def list_idle_options(fixture: Fixture, reply: Reply) -> str:
@@ -12372,7 +12519,7 @@ KEYWORD_ROWS = {"response": list_response_rows(), "": OPTIONS, "match": MATCH}
 # keyword: (part of the entry, key); a match's `model` goes before a response's
 KEYWORDS = {to_snake(key): (part, key) for part, rows in KEYWORD_ROWS.items() for key in rows}
 KEYWORDS.update(response_model=("response", "model"), response_headers=("response", "headers"))
-KEYWORDS.update(not_=KEYWORDS.pop("not"))
+KEYWORDS.update(not_=KEYWORDS.pop("not"), in_=KEYWORDS.pop("in"))
 KEYWORD_TYPES = {
     word: " or ".join(KIND_NAMES[kind] for kind in KEYWORD_ROWS[part][key].kinds)
     for word, (part, key) in KEYWORDS.items()
@@ -12439,7 +12586,8 @@ def fixture_from_keywords(verb: str, keywords: Mapping[str, Any]) -> Fixture:
 SCRIPT_WORDS = ("endpoint", "sequence_index")  # a call has another name for its operation
 CALL_WORDS = [*filter(lambda w: KEYWORDS[w][0] == "match" and w not in SCRIPT_WORDS, KEYWORDS)]
 MATCH_WORDS = [*CALL_WORDS, *SCRIPT_WORDS, "when"]
-FAIL_WORDS = [*MATCH_WORDS, *map(to_snake, OPTIONS), "error", "retry_after"]
+OPTION_WORDS = [word for word in KEYWORDS if KEYWORDS[word][0] == ""]
+FAIL_WORDS = [*MATCH_WORDS, *OPTION_WORDS, "error", "retry_after", "retry_after_date"]
 REPLY_WORDS = [*KEYWORDS, "when"]
 
 if TYPE_CHECKING:
@@ -12471,6 +12619,7 @@ if TYPE_CHECKING:
         times: int | None
         latency: float | None
         chunk_size: int | None
+        chunk_sizes: Sequence[int] | None
         streaming_profile: Mapping[str, float] | None
         recorded_timings: Mapping[str, Any] | None
         replay_speed: float | None
@@ -12484,6 +12633,14 @@ if TYPE_CHECKING:
         chaos: Mapping[str, float] | None
         error: Mapping[str, Any] | None
         retry_after: float | None
+        retry_after_date: bool | None
+        malformed_after_chunks: int | None
+        stall_after_chunks: int | None
+        end_after_chunks: int | None
+        after: str | None
+        in_: str | None
+        before: str | None
+        insert: str | None
 
     class ReplyWords(FailWords, total=False):
         reasoning: str | None
@@ -13177,14 +13334,13 @@ class TogetherAiServer(Scripting):
         call.warnings += (warning,) if warning else ()
         if fixture is None:
             return self._handle(route, request, call)
-        call.fixture = fixture.source
+        call.fixture, request.chunk_sizes = fixture.source, fixture.chunk_sizes
         response = answer_with(fixture, facts.time, request)
         if is_whole(response, fixture.options):
             reply = name_reply(whole_reply(response, fixture.options, request), request)
         else:
             if response.type not in (GENERATED, ERROR, STATUS):
-                said = response.render(route.kind, request)
-                request.script = {**said, "chunk_size": fixture.chunk_size}
+                request.script = response.render(route.kind, request)
             try:
                 reply = self._handle(route, request, call)
             except ApiError:
