@@ -3095,10 +3095,120 @@ class FormTests(FakeCase):
                     self.assertEqual(fold_choices(events), flatten_whole(whole))
 
 
+class BudgetTests(LocalCase):
+    """What a limit leaves of an answer: below it, at it, above it."""
+
+    def models(self):
+        """Return a model of each engine that also answers whole."""
+        return {engine: model for engine, model in FormTests.MODELS.items() if engine != "Qwen"}
+
+    def test_a_text_ends_by_itself_at_its_own_length(self):
+        for engine, model in self.models().items():
+            whole = self.chat(model=model)
+            length = whole["usage"]["completion_tokens"]
+            for spare, reason in ((-1, "length"), (0, "stop"), (1, "stop")):
+                with self.subTest(engine=engine, spare=spare):
+                    cut = self.chat(model=model, max_tokens=length + spare)
+                    self.assertEqual(cut["choices"][0]["finish_reason"], reason)
+                    self.assertEqual(cut["usage"]["completion_tokens"], length + min(spare, 0))
+                    same = cut["choices"][0]["message"] == whole["choices"][0]["message"]
+                    self.assertEqual(same, reason == "stop")
+
+    def test_arguments_are_cut_at_the_last_token(self):
+        for engine, model in self.models().items():
+            fields = {"model": model, "messages": say("weather in Rome"), "tools": [WEATHER]}
+            whole = self.chat(**fields)
+            length = whole["usage"]["completion_tokens"]
+            (wanted,) = whole["choices"][0]["message"]["tool_calls"]
+            for spare in (-1, 0):
+                with self.subTest(engine=engine, spare=spare):
+                    choice = self.chat(**fields, max_tokens=length + spare)["choices"][0]
+                    (call,) = choice["message"]["tool_calls"]
+                    reason = "length" if spare else "tool_calls"
+                    self.assertEqual(choice["finish_reason"], reason)
+                    arguments = wanted["function"]["arguments"]
+                    arguments = arguments[:-1] if spare else arguments
+                    self.assertEqual(call["function"]["arguments"], arguments)
+
+    def test_a_name_is_whole_or_missing(self):
+        tools = [WEATHER, tool("get_weather_forecast", parameters=CITY)]
+        fields = {"messages": say("get the weather"), "tools": tools}
+        whole = self.chat(**fields)
+        first, second = (
+            call["function"] for call in whole["choices"][0]["message"]["tool_calls"]
+        )
+        spent = fake.count_tokens(first["name"]) + fake.count_tokens(first["arguments"])
+        name = fake.count_tokens(second["name"])
+        for limit, names in (
+            (spent - 1, [first["name"]]),
+            (spent, [first["name"]]),
+            (spent + name - 1, [first["name"]]),
+            (spent + name, [first["name"], second["name"]]),
+        ):
+            with self.subTest(limit=limit):
+                choice = self.chat(**fields, max_tokens=limit)["choices"][0]
+                calls = [call["function"] for call in choice["message"]["tool_calls"]]
+                self.assertEqual([call["name"] for call in calls], names)
+                self.assertEqual(choice["finish_reason"], "length")
+        self.assertEqual(calls[1]["arguments"], "")
+
+    def test_each_token_is_a_chunk_and_an_end_by_itself_one_more(self):
+        length = self.chat()["usage"]["completion_tokens"]
+        for limit, count in ((length - 1, length - 1), (length, length + 1)):
+            with self.subTest(limit=limit):
+                events = self.stream(max_tokens=limit)  # of engine A, where no usage follows
+                self.assertEqual(len(events), count)
+                ends = [event["choices"][0]["finish_reason"] for event in events]
+                self.assertEqual([bool(end) for end in ends], [False] * (count - 1) + [True])
+
+    def test_all_that_is_written_is_counted(self):
+        named = {"functions": [WEATHER["function"]], "function_call": {"name": "get_weather"}}
+        for engine, model in self.models().items():
+            for fields in ({}, {"n": 2}, {"tools": [WEATHER], "tool_choice": "required"}, named):
+                with self.subTest(engine=engine, fields=fields):
+                    got = self.chat(model=model, **fields)
+                    written = 0
+                    for choice in got["choices"]:
+                        message = choice["message"]
+                        calls = [call["function"] for call in message.get("tool_calls") or ()]
+                        calls += [message["function_call"]] if message.get("function_call") else []
+                        texts = [call[key] for call in calls for key in ("name", "arguments")]
+                        thoughts = message.get("reasoning") or message.get("reasoning_content")
+                        texts += [message["content"] or "", thoughts or ""]
+                        written += sum(map(fake.count_tokens, texts))
+                    usage = got["usage"]
+                    self.assertEqual(usage["completion_tokens"], written)
+                    self.assertEqual(usage["total_tokens"], usage["prompt_tokens"] + written)
+
+    def test_one_choice_is_what_absent_n_means(self):
+        self.assertEqual(self.chat(n=1), self.chat())
+        self.assertNotEqual(self.chat(n=2)["id"], self.chat()["id"])
+
+    def test_who_may_be_called(self):
+        self.assertEqual(
+            self.ask("POST", CHAT, {**HELLO, "tool_choice": {"allowed_tools": {}}}).status, 200
+        )
+        fields = {"tools": [WEATHER], "tool_choice": "required"}
+        self.assertEqual(self.chat(**fields)["choices"][0]["finish_reason"], "tool_calls")
+        self.server.strict = True  # where the one model that cannot be made to refuses
+        for model, status in ((SMALL_MODEL, 422), (LLAMA, 200)):
+            body = {**HELLO, **fields, "model": model}
+            self.assertEqual(self.ask("POST", CHAT, body).status, status)
+        free = self.chat(model=SMALL_MODEL, tools=[WEATHER])
+        self.assertEqual(free["choices"][0]["finish_reason"], "stop")
+
+
 class CompletionTests(FakeCase):
     def complete(self, prompt="Once upon", headers=KEY, **fields):
         body = {"model": "mistralai/Mixtral-8x7B-v0.1", "prompt": prompt, **fields}
         return self.ask("POST", "/v1/completions", body, headers).json
+
+    def test_the_seed_comes_with_the_end(self):
+        body = {"model": LLAMA, "prompt": "Once upon", "max_tokens": 3, "stream": True}
+        *before, last = self.post("/v1/completions", body).events
+        self.assertEqual({event["choices"][0]["seed"] for event in before}, {None})
+        self.assertIsInstance(last["choices"][0]["seed"], int)
+        self.assertEqual(last["choices"][0]["finish_reason"], "length")
 
     def test_the_four_forms_of_a_prompt(self):
         one = self.complete("Once upon")["choices"][0]["text"]
@@ -3166,6 +3276,11 @@ class EmbeddingTests(FakeCase):
         got = self.post("/v1/embeddings", body).json
         self.assertEqual([item["index"] for item in got["data"]], list(range(len(got["data"]))))
         return [item["embedding"] for item in got["data"]]
+
+    def test_texts_without_a_topic_differ_too(self):
+        the, of, nothing = self.embed(["the", "of", ""])
+        self.assertNotEqual(the, of)
+        self.assertNotEqual(the, nothing)
 
     def test_sizes(self):
         for model, size in (
@@ -3271,6 +3386,24 @@ class ResponseCase(FakeCase):
 
 
 class ResponseTests(ResponseCase):
+    def test_an_item_is_there_for_each_thing_said(self):
+        def types(**fields):
+            return [item["type"] for item in self.respond(**fields)["output"]]
+
+        thoughts = self.chat(model=THINKER)["usage"]["reasoning_tokens"]
+        called = {"tools": [{"type": "function", **WEATHER["function"]}], "tool_choice": "required"}
+        for fields, wanted in (
+            ({"model": THINKER}, ["reasoning", "message"]),
+            ({"model": THINKER, "max_output_tokens": thoughts - 1}, ["reasoning"]),
+            ({"model": THINKER, **called}, ["reasoning", "function_call"]),
+            (called, ["function_call"]),
+            ({"max_output_tokens": 1}, ["message"]),
+        ):
+            with self.subTest(fields=fields):
+                self.assertEqual(types(**fields), wanted)
+        self.server.reply("")
+        self.assertEqual(types(), ["message"])
+
     def test_the_shape_of_a_response(self):
         got = self.respond(instructions="Be brief.", metadata={"run": "7"}, temperature=0.5)
         self.assertRegex(got["id"], r"^resp_[0-9a-f]{32}$")
@@ -3601,6 +3734,16 @@ class RerankTests(LocalCase):
     def test_top_n_and_documents(self):
         (best,) = self.rerank(top_n=1, return_documents=True)["results"]
         self.assertEqual(best["document"], {"text": "apple pie recipe"})
+
+    def test_the_query_is_counted_with_each_document(self):
+        query, one, two = map(fake.count_tokens, ("apple pie", "a red car", "pie"))
+        for documents, tokens in (
+            (["a red car"], one + query),
+            (["a red car", "pie"], one + two + 2 * query),
+        ):
+            usage = self.rerank(documents=documents)["usage"]
+            wanted = {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens}
+            self.assertEqual(usage, wanted)
 
     def test_an_equal_text_scores_one(self):
         (best,) = self.rerank(documents=["apple pie"])["results"]
@@ -4303,6 +4446,13 @@ class VideoTests(LocalCase):
 
 
 class ModelTests(FakeCase):
+    def test_lengths_of_context_and_prices_are_told(self):
+        models = {model["id"]: model for model in self.json("GET", "/v1/models")}
+        self.assertEqual(models[SMALL_MODEL]["context_length"], 32768)
+        self.assertNotIn("context_length", models[FLUX])
+        pricing = models[SMALL_MODEL]["pricing"]
+        self.assertEqual((pricing["input"], pricing["output"], pricing["hourly"]), (0.3, 0.3, 0))
+
     def test_the_list_is_bare_but_for_openai(self):
         models = self.json("GET", "/v1/models")
         self.assertIn("/", models[0]["id"])
@@ -7100,7 +7250,7 @@ class UpstreamCase(FakeCase):
 class UpstreamTests(UpstreamCase):
     def test_the_clients_own_request_arrives(self):
         service = self.stand_before_service(send(OK_HEAD + b"Content-Length: 2\r\n\r\n{}"))
-        headers = {"Authorization": "Bearer own-key", "X-Mine": "1"}
+        headers = {"Authorization": "Bearer own-key", "X-Mine": "1", "Accept-Encoding": "br"}
         body = json.dumps({**HELLO, "unheard_of": [1.0, 2]}, indent=1).encode()
         self.post(CHAT + "?a=b%20c", body, {**headers, "Content-Type": "application/json"})
         ((head, sent),) = service.received
@@ -7109,6 +7259,7 @@ class UpstreamTests(UpstreamCase):
         got = {line.partition(":")[0].lower(): line.partition(": ")[2] for line in lines}
         self.assertEqual((got["authorization"], got["x-mine"]), ("Bearer own-key", "1"))
         self.assertEqual(got["host"], service.url.partition("//")[2])
+        self.assertNotEqual(got.get("accept-encoding"), "br")  # it could not be recorded
 
     def test_what_comes_back_is_passed_on_as_it_is(self):
         odd = (
