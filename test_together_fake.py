@@ -3134,9 +3134,7 @@ class BudgetTests(LocalCase):
         tools = [WEATHER, tool("get_weather_forecast", parameters=CITY)]
         fields = {"messages": say("get the weather"), "tools": tools}
         whole = self.chat(**fields)
-        first, second = (
-            call["function"] for call in whole["choices"][0]["message"]["tool_calls"]
-        )
+        first, second = (call["function"] for call in whole["choices"][0]["message"]["tool_calls"])
         spent = fake.count_tokens(first["name"]) + fake.count_tokens(first["arguments"])
         name = fake.count_tokens(second["name"])
         for limit, names in (
@@ -5213,6 +5211,19 @@ class OneTestTests(ScriptingCase):
                 self.assertEqual(said, ["one", "other", "for all", "other"])
                 self.assertEqual((len(self.one.requests), len(self.other.requests)), (1, 2))
                 self.server.reset()
+
+    def test_the_lines_of_a_batch_are_those_of_its_test(self):
+        self.one.reply("for one")
+        file = self.server.add_file(batch_lines(["hi"]), purpose="batch-api")
+        body = {"endpoint": CHAT, "input_file_id": file["id"]}
+        for test, said in ((self.one, b"for one"), (self.other, b"choices")):
+            job = self.ask("POST", "/v1/batches", body, {**KEY, **test.headers}).json["job"]
+            self.climb(f"/v1/batches/{job['id']}")
+            done = self.json("GET", f"/v1/batches/{job['id']}")
+            content = self.ask("GET", f"/v1/files/{done['output_file_id']}/content").raw
+            self.assertIn(said, content)
+            self.assertEqual([call.batch for call in test.requests], ["", job["id"]])
+        self.assertNotIn(b"for one", content)
 
     def test_ids_of_any_length(self):
         name = "x" * 4000

@@ -8044,6 +8044,8 @@ def run_line(
         error.message = f"Line {number}: {error.message}"
         return id, error.as_reply()
     headers = {"authorization": f"Bearer {DEFAULT_KEY}", "content-type": "application/json"}
+    if server.batch_tests.get(job["id"]):
+        headers["x-test-id"] = server.batch_tests[job["id"]]
     request = Request("POST", endpoint, ENCODE(row["body"]).encode(), headers=headers)
     request.batch = job["id"]
     reply = server.answer(request)
@@ -8151,6 +8153,7 @@ def create_batch(server: TogetherAiServer, request: Request) -> Any:
     kept = ("endpoint", "input_file_id", "model_id", "metadata")
     given = {name: request.body.get(name) for name in kept}
     job = server._store("batches", {**given, "file_size_bytes": file["bytes"]})
+    server.batch_tests[job["id"]] = request.headers.get("x-test-id", "")
     job = BATCH_JOBS.start(server, request, job)
     view = batch_view(server, request, job)
     return view if "object" in view else {"job": view}
@@ -12688,8 +12691,12 @@ def take_words(*known: str) -> Callable[[Verb], Verb]:
 
 
 def explain_call(call: Call) -> str:
-    """Say why a call failed, or else which fixtures were passed over, and why."""
-    misses = [f"{miss['fixture']}: {miss['reason']}" for miss in call.near_misses]
+    """Say why a call failed, or else which fixtures for its kind were passed over, and why."""
+    misses = [
+        f"{miss['fixture']}: {miss['reason']}"
+        for miss in call.near_misses
+        if miss["differs"] != "response"
+    ]
     reasons = [call.error] if call.error else misses
     return "".join("\n    " + reason.rstrip().replace("\n", "\n    ") for reason in reasons)
 
@@ -12773,14 +12780,9 @@ class Scripting:
     def explain(self) -> str:
         """Tell of calls that no fixture answered, fixtures never served, warnings; or nothing."""
         calls = self.requests[-MAX_NEAR_MISSES:]
-        is_scripted = len(self.script) > 0
+        missed = [(call, explain_call(call)) for call in calls if not call.fixture]
         parts = {
-            "answered by no fixture": [
-                f"{call!r}{explain_call(call)}"
-                for call in calls
-                if not call.fixture
-                and (call.error or (is_scripted and find_kind(call) not in ("", "job")))
-            ],
+            "answered by no fixture": [f"{call!r}{reason}" for call, reason in missed if reason],
             "never served": self._list_unused(),
             "warnings": [
                 *self.script.warnings,
@@ -13054,6 +13056,7 @@ class TogetherAiServer(Scripting):
             self.contents: dict[str, bytes] = {}  # by file id; parts by "file id/number"
             self.uploads: dict[str, str] = BoundedDict(MAX_OBJECTS)  # files of open uploads
             self.outcomes: dict[str, str] = BoundedDict(MAX_OBJECTS)  # how each job shall end
+            self.batch_tests: dict[str, str] = BoundedDict(MAX_OBJECTS)  # whose each batch is
             self._counts: dict[str, int] = {}  # of ids, by their prefix
 
     @property
