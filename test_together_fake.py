@@ -2281,7 +2281,8 @@ class PathTests(FakeCase):
         self.assertApiError(
             got, 404, "invalid_request_error", None, message, code="model_not_available"
         )
-        self.assertEqual(self.answer("POST", "/v1/v1/chat/completions", HELLO).status, 404)
+        self.assertEqual(self.answer("POST", "/v1/v1/chat/completions", HELLO).status, 200)
+        self.assertEqual(self.answer("POST", "/chat/completions", HELLO).status, 404)
         self.assertIsInstance(self.answer("GET", "/v1/models", headers=OPENAI).json, list)
         for model, apart in ((LLAMA, False), ("google/gemma-4-31B-it", True)):
             body = {**HELLO, "model": model, "stream": True}
@@ -2293,6 +2294,55 @@ class PathTests(FakeCase):
         ):
             error = self.answer("POST", CHAT, body).json["error"]
             self.assertEqual((error["message"], error["param"]), (said, None))
+
+    def test_what_strict_refuses(self):
+        self.server = TogetherAiServer(port=0, strict=True)
+        unknown, image = {"model": "no/such"}, {"prompt": "x", "width": 64, "height": 64}
+        flux, loras = "black-forest-labs/FLUX.", {"image_loras": [{"path": "x", "scale": 1}]}
+        tool, sound = {"tools": [WEATHER]}, {"file": "https://sounds.test/a.wav"}
+        scale = {"min_replicas": 1, "max_replicas": 1}
+        hearing, images = "/v1/audio/transcriptions", "/v1/images/generations"
+        missing, closed = "model_not_available", "endpoints_v1_create_access_disabled"
+        for path, body, status, code in (
+            (CHAT, {**HELLO, "model": "acme/llama-Lora"}, 400, missing),
+            (CHAT, {**HELLO, "model": "meta-llama/Llama-3.1-405B-Instruct"}, 400, missing),
+            (CHAT, {**HELLO, **tool, "tool_choice": "get_weather"}, 400, None),
+            (CHAT, {**HELLO, **tool, "tool_choice": "perhaps"}, 400, None),
+            (CHAT, {**HELLO, **tool, "tool_choice": "required"}, 200, None),
+            ("/v1/embeddings", {**unknown, "input": "x"}, 404, missing),
+            ("/v1/rerank", {**unknown, "query": "x", "documents": ["y"]}, 404, missing),
+            ("/v1/audio/speech", {**unknown, "input": "x", "voice": "v"}, 404, missing),
+            ("/v2/videos", {**unknown, "prompt": "x"}, 404, missing),
+            (images, {**unknown, **image}, 404, missing),
+            (images, {**image, "model": flux + "2-pro", "steps": 4}, 400, None),
+            (images, {**image, "model": flux + "2-dev", "steps": 4}, 200, None),
+            (images, {**image, "model": flux + "2-dev", **loras}, 400, None),
+            (images, {**image, "model": flux + "1-dev-lora", **loras}, 200, None),
+            (hearing, {**unknown, **sound}, 404, missing),
+            ("/v1/audio/translations", {**unknown, **sound}, 404, missing),
+            (hearing, {**sound, "model": "nvidia/nemotron-3-asr-streaming-0.6b"}, 400, None),
+            (hearing, sound, 200, None),
+            ("/v1/endpoints", {"model": LLAMA, "hardware": "h", "autoscaling": scale}, 403, closed),
+        ):
+            with self.subTest(path=path, body=body):
+                got = self.answer("POST", path, body)
+                self.assertEqual(got.status, status)
+                self.assertEqual(got.json["error"]["code"] if status != 200 else None, code)
+        self.assertEqual(self.answer("GET", f"/v1/hardware?model={LLAMA}").status, 200)
+        self.assertEqual(self.answer("GET", "/v1/hardware?model=no/such").status, 404)
+
+    def test_a_tool_choice_of_a_wrong_form_is_refused(self):
+        for choice in (
+            {"type": "function", "function": "get_weather"},
+            {"type": "function"},
+            {"type": "allowed_tools", "allowed_tools": {"tools": ["get_weather"]}},
+            {"type": "allowed_tools", "allowed_tools": {"mode": 1, "tools": [{}]}},
+            {"allowed_tools": []},
+            7,
+        ):
+            with self.subTest(choice=choice):
+                body = {**HELLO, "tools": [WEATHER], "tool_choice": choice}
+                self.assertEqual(self.answer("POST", CHAT, body).status, 400)
 
 
 # === Inference endpoints ===
@@ -3056,6 +3106,18 @@ class FormTests(FakeCase):
         (call,) = fragment["choices"][0]["delta"]["tool_calls"]
         self.assertEqual((call["id"], call["function"]["name"]), (None, None))
 
+    def test_a_message_without_content_is_refused_by_gpt_oss_where_strict(self):
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        talk = [*say("x"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+        talk.append({"role": "tool", "tool_call_id": "c", "content": "1"})
+        for engine, status in (("gpt-oss-120b", 400), ("gpt-oss-20b", 400), ("A", 200), ("C", 200)):
+            body = {"model": self.MODELS[engine], "messages": talk}
+            self.assertEqual(self.ask("POST", CHAT, body).status, 200)
+            self.server.strict = True
+            self.addCleanup(setattr, self.server, "strict", False)
+            self.assertEqual(self.ask("POST", CHAT, body).status, status, engine)
+            self.server.strict = False
+
     def test_the_end_of_a_stream(self):
         for options in ({}, {"stream_options": {"include_usage": True}}):
             last = self.stream(**options)[-1]
@@ -3266,6 +3328,13 @@ class CompletionTests(FakeCase):
         self.assertEqual("".join(part["tokens"]), choice["text"])
         self.assertEqual(len(part["top_logprobs"][0]), 2)
         self.assertEqual(part["text_offset"][:2], [0, len(part["tokens"][0])])
+
+    def test_nothing_is_written_where_max_tokens_is_0(self):
+        whole = self.complete(max_tokens=0)
+        body = {"model": "mistralai/Mixtral-8x7B-v0.1", "prompt": "Once upon", "max_tokens": 0}
+        events = self.post("/v1/completions", {**body, "stream": True}).events
+        self.assertEqual(fold_choices(events), flatten_whole(whole))
+        self.assertEqual(whole["choices"][0]["finish_reason"], "length")
 
 
 class EmbeddingTests(FakeCase):
@@ -3872,11 +3941,13 @@ class FileTests(StoreCase):
         self.json("DELETE", f"/v1/files/{id}")
         self.assertEqual(self.upload({"purpose": "eval"}, TRAIN).status, 200)
 
-    def test_purpose_is_one_that_the_client_knows(self):
+    def test_purposes_are_those_of_production_whoever_asks(self):
         self.server.seed("files", [{"id": "f", "purpose": "batch-generated"}])
-        rows = ((OPENAI, "batch_output"), (PY1, "batch-api"), (KEY, "batch-generated"))
-        for headers, purpose in rows:
-            self.assertEqual(self.json("GET", "/v1/files/f", headers=headers)["purpose"], purpose)
+        for headers in (OPENAI, PY1, KEY):
+            got = self.json("GET", "/v1/files/f", headers=headers)["purpose"]
+            self.assertEqual(got, "batch-generated")
+        listed = self.json("GET", "/v1/files?purpose=batch_output", headers=OPENAI)["data"]
+        self.assertEqual([file["id"] for file in listed], ["f"])
 
     def test_list_and_delete(self):
         ids = [self.server.add_file(TRAIN)["id"] for _ in range(3)]
@@ -3927,7 +3998,7 @@ class BatchTests(StoreCase):
         for line, row in zip(read_lines(lines), output):
             direct = self.ask("POST", CHAT, line["body"]).raw
             self.assertIn(b'"body":' + direct + b"}", row)
-        self.assertEqual(seen[-1]["error_file_id"], "")
+        self.assertIsNone(seen[-1]["error_file_id"])
 
     def test_a_line_under_latency_does_not_wait_and_ends(self):
         self.server.instant_jobs = True
@@ -3971,16 +4042,24 @@ class BatchTests(StoreCase):
         id = self.create("")["job"]["id"]
         self.assertEqual(self.json("GET", f"/v1/batches/{id}")["status"], "FAILED")
 
-    def test_forms(self):
-        job = self.create(batch_lines(["a", "b"]), OPENAI)
-        self.assertEqual((job["object"], job["status"]), ("batch", "validating"))
-        for status in ("in_progress", "completed"):
-            job = self.json("GET", f"/v1/batches/{job['id']}", headers=OPENAI)
-            self.assertEqual(job["status"], status)
-        self.assertEqual(job["request_counts"], {"total": 2, "completed": 2, "failed": 0})
-        self.assertEqual(job["completed_at"], 1767607200)
-        self.assertEqual(self.json("GET", "/v1/batches", headers=OPENAI)["data"], [job])
-        self.assertIs(type(self.json("GET", "/v1/batches")), list)
+    def test_every_client_gets_the_form_of_production(self):
+        for headers in (OPENAI, PY1, PY3, KEY):
+            created = self.create(batch_lines(["a", "b"]), headers)["job"]
+            for status in ("IN_PROGRESS", "COMPLETED"):
+                job = self.json("GET", f"/v1/batches/{created['id']}", headers=headers)
+                self.assertEqual((job["status"], list(job)), (status, list(created)))
+                self.assertEqual(job["created_at"], "2026-01-05T10:00:00.000Z")
+
+    def test_a_list_for_openais_clients_says_whether_there_are_more(self):
+        ids = [self.create(batch_lines(["a"]))["job"]["id"] for _ in range(3)]
+        self.assertEqual([job["id"] for job in self.json("GET", "/v1/batches")], ids[::-1])
+        seen, after = [], ""
+        for more in (True, True, False):
+            page = self.json("GET", f"/v1/batches?limit=1{after}", headers=OPENAI)
+            self.assertIs(page["has_more"], more)
+            seen += [job["id"] for job in page["data"]]
+            after = f"&after={seen[-1]}"
+        self.assertEqual(seen, ids[::-1])
 
 
 class FineTuningTests(StoreCase):
@@ -4228,7 +4307,7 @@ class JobScriptTests(FakeCase):
         id = self.ask("POST", "/v1/batches", VALID["POST /v1/batches"]).json["job"]["id"]
         for _ in range(3):
             job = self.ask("GET", f"/v1/batches/{id}").json
-        self.assertEqual((job["status"], job["output_file_id"]), ("COMPLETED", ""))
+        self.assertEqual((job["status"], job["output_file_id"]), ("COMPLETED", None))
         line = self.ask("GET", f"/v1/files/{job['error_file_id']}/content").json
         self.assertEqual(line["custom_id"], "q0")
 
@@ -9406,7 +9485,6 @@ class StoreScenarioCase(ClientCase):
 
     batch_purpose = "batch-api"
     batch_line: Mapping[str, str] = MappingProxyType({})  # what each line of a batch has besides
-    batch_states = ("VALIDATING", ["IN_PROGRESS", "COMPLETED"])
 
     def upload(self, call, data, purpose="fine-tune"):
         """Upload a file named lines.jsonl."""
@@ -9444,6 +9522,8 @@ class StoreScenarioCase(ClientCase):
 
     @each_client
     def test_files(self, call):
+        if call.picky:  # production's files lack what OpenAI's types require
+            return
         file = self.upload(call, TRAINING)
         self.assertEqual((file.filename, file.bytes), ("lines.jsonl", len(TRAINING)))
         self.assertEqual(getattr(file.purpose, "value", file.purpose), "fine-tune")
@@ -9465,13 +9545,14 @@ class StoreScenarioCase(ClientCase):
 
     @each_client
     def test_a_batch_answers_as_chat_does(self, call):
+        if call.picky:
+            return
         file = self.upload(call, self.batch_input(), self.batch_purpose)
         job = self.start_batch(call, file.id)
-        first, rest = self.batch_states
-        self.assertEqual(getattr(job.status, "value", job.status), first)
+        self.assertEqual(getattr(job.status, "value", job.status), "VALIDATING")
         self.assertEqual(job.input_file_id, file.id)
         done, seen = self.climb(lambda: self.fetch_batch(call, job.id))
-        self.assertEqual(seen, rest)
+        self.assertEqual(seen, ["IN_PROGRESS", "COMPLETED"])
         self.assertEqual([each.id for each in self.list_batches(call)], [job.id])
         rows = read_lines(self.download(call, done.output_file_id))
         replies = {row["custom_id"]: row["response"]["body"] for row in rows}
@@ -9634,7 +9715,6 @@ class OpenAiStoreClientTests(StoreScenarioCase, unittest.TestCase):
     maker = "OpenAI"
     batch_purpose = "batch"
     batch_line = MappingProxyType({"method": "POST", "url": CHAT})
-    batch_states = ("validating", ["in_progress", "completed"])
 
     def upload(self, call, data, purpose="fine-tune"):
         return call("files.create", file=("lines.jsonl", data), purpose=purpose)
@@ -9650,22 +9730,11 @@ class OpenAiStoreClientTests(StoreScenarioCase, unittest.TestCase):
 
     def start_batch(self, call, id):
         window = {"endpoint": CHAT, "completion_window": "24h"}
-        return call("batches.create", input_file_id=id, metadata={"run": "7"}, **window)
+        created = call("batches.create", input_file_id=id, metadata={"run": "7"}, **window)
+        return types.SimpleNamespace(**created.job)  # production's form, not OpenAI's
 
     def fetch_batch(self, call, id):
         return call("batches.retrieve", batch_id=id)
-
-    @each_client
-    def test_batch_counts(self, call):
-        file = self.upload(call, self.batch_input(), "batch")
-        self.assertEqual((file.object, file.purpose, file.status), ("file", "batch", "processed"))
-        job = self.start_batch(call, file.id)
-        self.assertEqual((job.object, job.metadata), ("batch", {"run": "7"}))
-        done, _ = self.climb(lambda: self.fetch_batch(call, job.id))
-        counts = done.request_counts
-        self.assertEqual((counts.total, counts.completed, counts.failed), (4, 3, 1))
-        stopped = call("batches.cancel", batch_id=self.start_batch(call, file.id).id)
-        self.assertIn(stopped.status, ("cancelling", "cancelled"))
 
     @each_client
     def test_speech(self, call):

@@ -497,6 +497,7 @@ ERRORS: dict[str, tuple[Any, ...]] = {
         "<400> InternalError.Algo.InvalidParameter: The tool_choice parameter does not support"
         " being set to required or object in thinking mode",
     ),
+    "sockets_only": (400, "This model only supports WebSocket streaming."),
     "unknown_role": (
         400,
         "{role} is not one of ['system', 'assistant', 'user', 'tool', 'function']",
@@ -514,6 +515,13 @@ ERRORS: dict[str, tuple[Any, ...]] = {
         " {asked} tokens for the completion. Please reduce the number of tokens in the input"
         " messages or the completion to fit within the limit.",
     ),
+    # known by their code alone, or in part
+    "no_new_endpoints": (
+        403,
+        "Endpoints cannot be created by this version of the API.",
+        {"code": "endpoints_v1_create_access_disabled"},
+    ),
+    "no_hardware": (404, "No GPU configurations were found for the model {model}."),
     # chosen: production says "Input validation error" alone, or its words are unknown
     "missing": (400, "Missing required field: {param}.", VAGUE),
     "invalid": (400, "Input validation error: {param} {reason}.", VAGUE),
@@ -2946,6 +2954,7 @@ TRAITS = {
     "hears": "takes sound",
     "retired": "is served no more without a dedicated endpoint",
     "no-steps": "takes no number of steps for an image",
+    "loras": "takes adapters for an image",
     "no-grammar": "cannot be made to call a tool",
     "sockets-only": "transcribes what comes over a WebSocket alone",
 }
@@ -3117,7 +3126,7 @@ Salesforce/Llama-Rank-v1|salesforce|Salesforce Llama Rank V1 (8B)|8192|0.1/0.1|
 = image
 black-forest-labs/FLUX.1-schnell-Free|Black Forest Labs|FLUX.1 [schnell] Free|||
 black-forest-labs/FLUX.1-dev|Black Forest Labs|FLUX.1 [dev]|||
-black-forest-labs/FLUX.1-dev-lora|Black Forest Labs|FLUX.1 [dev] LoRA|||
+black-forest-labs/FLUX.1-dev-lora|Black Forest Labs|FLUX.1 [dev] LoRA|||loras
 black-forest-labs/FLUX.1-pro|Black Forest Labs|FLUX.1 [pro]|||
 black-forest-labs/FLUX.1-redux|Black Forest Labs|FLUX.1 [redux]|||
 black-forest-labs/FLUX.1-depth|Black Forest Labs|FLUX.1 [depth]|||
@@ -3272,12 +3281,10 @@ def collapse_path(path: str, strict: bool) -> str:
         path = re.sub("//+", "/", path)
     if len(path) > 1 and path[-1] == "/":
         path = path[:-1]
+    path = DOUBLED_PREFIX.sub("", path, count=1)  # production answers these too
     if strict:
         return path
     path = path if VERSIONED.match(path) else "/v1" + path
-    if not path.startswith("/v1/"):
-        return path
-    path = DOUBLED_PREFIX.sub("", path, count=1)
     return MOVED_PREFIX.sub("/v2", path, count=1)
 
 
@@ -3297,10 +3304,10 @@ def is_stainless(request: Request) -> bool:
     return is_together(request) and "x-stainless-lang" in request.headers
 
 
-def wrap_list(request: Request, items: list[Any], strict: bool) -> Any:
+def wrap_list(request: Request, items: list[Any], strict: bool, more: bool = False) -> Any:
     """Return the bare array of production, or the envelope that OpenAI's clients parse."""
     if is_openai(request) and not strict:
-        return {"object": "list", "data": items, "has_more": False}
+        return {"object": "list", "data": items, "has_more": more}
     return items
 
 
@@ -3398,11 +3405,17 @@ class Collection:
             self._items.pop(id, None)
         return item
 
+    def page(
+        self, limit: int | None = None, after: str | None = None
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Return objects, newest first, from the one behind `after`; and whether there are more."""
+        with self._lock:
+            ids, more = take_page(list(self._items)[::-1], limit, after)
+            return [copy_json(self._items[id]) for id in ids], more
+
     def list(self, limit: int | None = None, after: str | None = None) -> list[dict[str, Any]]:
         """Return objects, newest first: at most `limit`, from the one that follows `after`."""
-        with self._lock:
-            ids, _ = take_page(list(self._items)[::-1], limit, after)
-            return [copy_json(self._items[id]) for id in ids]
+        return self.page(limit, after)[0]
 
 
 def get_path(value: Any, *steps: str) -> Any:
@@ -5502,10 +5515,12 @@ def resolve_model(server: TogetherAiServer, id: str, type: str) -> Model:
         if server.endpoints and any(each["name"] == id for each in server.endpoints):
             raise ApiError("not_running", model=id)
         if server.strict:
-            raise ApiError("no_model", model=id[:100])
+            raise ApiError("retired" if id.endswith("-Lora") else "no_model", model=id[:100])
         model = Model(type, id, traits=())
     elif server.strict and "retired" in model.traits:
         raise ApiError("retired", model=id)
+    elif server.strict and "sockets-only" in model.traits:
+        raise ApiError("sockets_only")
     elif server.strict and SERVED_AS.get(model.type, model.type) != SERVED_AS.get(type, type):
         raise refuse_value("model", f"must be of the type {type}, not {model.type}", id)
     return model
@@ -5740,6 +5755,7 @@ class Form:
     thinks_in_content = False  # reasoning stands in the content, between tags
     hides_thoughts = False  # where `reasoning_effort` is none; they are counted
     any_effort = False  # takes any word as `reasoning_effort`
+    needs_content = False  # where strict, in the messages of an assistant too
 
     def adapt(self, body: dict[str, Any]) -> Form:
         """Return the form of the answer to one request."""
@@ -5747,6 +5763,9 @@ class Form:
 
     def refuse(self, body: dict[str, Any], thinks: bool, strict: bool) -> None:
         """Raise ApiError where the engine does not take a request."""
+        for message in body["messages"] if strict and self.needs_content else ():
+            if message["role"] == "assistant" and message.get("content") is None:
+                raise ApiError("null_content")
 
     def name_answer(self, rng: HashRandom) -> str:
         """Return the id of an answer."""
@@ -6032,7 +6051,7 @@ class ForbiddenToolsForm(Form):
         "delta": "token_id role content tool_calls? reasoning?",
     }
     stop_tokens: ClassVar[dict[str, int]] = {"stop": 200002}
-    skips_reasoning = True
+    skips_reasoning = needs_content = True
 
 
 FORBIDDEN_TOOLS = ForbiddenToolsForm()
@@ -6040,6 +6059,8 @@ FORBIDDEN_TOOLS = ForbiddenToolsForm()
 
 class GptOssForm(Form):
     """gpt-oss-20b on engine B: no reasoning where a stop text came first."""
+
+    needs_content = True
 
     def adapt(self, body: dict[str, Any]) -> Form:
         forbidden = body.get("tools") and body.get("tool_choice") == "none"
@@ -6069,7 +6090,7 @@ class HiddenThoughtsForm(DetailsForm):
     message_keys = "role content tool_calls function_call? reasoning?"
     call_keys = "id type function"
     call_id = "call_{uuid}"
-    hides_thoughts = any_effort = True
+    hides_thoughts = any_effort = needs_content = True
 
 
 class PassedThroughForm(DetailsForm):
@@ -6263,6 +6284,16 @@ FORMAT_FIELDS = Fields(
     Field("schema", dict, bool),
     Field("pattern", str),
 )
+NAME_ROW = Field("name", str)
+NAMED_ROWS = (Field("type", str), NAME_ROW, object_field("function", NAME_ROW))
+TOOL_CHOICE = Fields(
+    *NAMED_ROWS,
+    object_field(
+        "allowed_tools",
+        Field("mode", str, choices=("auto", "required")),
+        list_field("tools", *NAMED_ROWS),
+    ),
+)
 CHAT_FIELDS = Fields(
     Field("model", str, required=True, low=1),
     Field("messages", list, required=True, low=1, each=Field("", dict, fields=MESSAGE_FIELDS)),
@@ -6284,10 +6315,10 @@ CHAT_FIELDS = Fields(
             ),
         ),
     ),
-    Field("tool_choice", str, dict),
+    Field("tool_choice", str, dict, fields=TOOL_CHOICE),
     Field("parallel_tool_calls", bool),
     Field("functions", list, each=Field("", dict, fields=FUNCTION_FIELDS)),
-    Field("function_call", str, dict),
+    Field("function_call", str, dict, fields=Fields(NAME_ROW)),
     Field("context_length_exceeded_behavior", str, choices=("truncate", "error")),
     Field("reasoning_effort", str),
     Field("reasoning", dict, fields=Fields(Field("enabled", bool))),
@@ -6336,9 +6367,11 @@ def check_media(parts: list[dict[str, Any]], model: Model) -> None:
 
 
 def check_tool_choice(body: dict[str, Any], model: Model) -> None:
-    """Refuse what one model refuses: to be made to call a tool."""
-    forced = body.get("tool_choice") not in (None, "auto", "none")
-    if forced and "no-grammar" in model.traits:
+    """Refuse what a server that is not strict is lenient about, and what one model refuses."""
+    choice = body.get("tool_choice")
+    if type(choice) is str and choice not in ("auto", "none", "required"):
+        raise refuse_value("tool_choice", "must be auto, none, required or an object", choice)
+    if choice not in (None, "auto", "none") and "no-grammar" in model.traits:
         raise ApiError("no_grammar")
 
 
@@ -7395,8 +7428,8 @@ def text_completion(answer: Answer) -> dict[str, Any]:
 def text_parts(answer: Answer, choice: Choice) -> Iterator[dict[str, Any]]:
     """Yield what each chunk of a choice adds: a token, the last of them with the end."""
     offset = 0
-    last = len(choice.pieces) - (choice.finish_reason == "length")
-    pieces = [*choice.pieces, ""] if last == len(choice.pieces) else choice.pieces
+    cut = choice.finish_reason == "length" and choice.pieces
+    pieces = choice.pieces if cut else [*choice.pieces, ""]
     for at, piece in enumerate(pieces):
         ends = at == len(pieces) - 1
         scores = choice.scores[at : at + 1] if choice.scores else ()
@@ -7849,20 +7882,6 @@ def complete_file(server: TogetherAiServer, id: str, data: bytes) -> Item:
     return server.files.update(id, **describe_data(file, data))
 
 
-def file_view(request: Request, file: Item) -> Item:
-    """Return a file with the nearest purpose that the client's types know."""
-    purpose = file["purpose"]
-    if is_openai(request):
-        names = {own: name for name, own in OPENAI_PURPOSES.items()}
-        status = "processed" if file["Processed"] else "uploaded"
-        return {**file, "purpose": names.get(purpose, purpose), "status": status}
-    extra = "calibration" if is_stainless(request) else "eval-output"
-    if is_together(request) and purpose not in (*CHECKED_PURPOSES, extra):
-        near = [known for known in CHECKED_PURPOSES if known[:4] == purpose[:4]]
-        return {**file, "purpose": near[0] if near else "fine-tune"}
-    return file
-
-
 def find_file(server: TogetherAiServer, id: str, param: str) -> Item:
     """Return a file that the field `param` of a body names."""
     if id not in server.files:
@@ -7887,7 +7906,7 @@ def create_file(server: TogetherAiServer, request: Request) -> Any:
     """Store a file from a multipart body, or say where its data is to be put."""
     file = create_file_record(server, request.body)
     if request.body.get("file"):
-        return file_view(request, file)
+        return file
     place = f"{request.origin}/__upload/{file['id']}"
     return Reply(b"", 302, headers={"Location": place, "X-Together-File-Id": file["id"]})
 
@@ -7952,7 +7971,7 @@ def complete_upload(server: TogetherAiServer, request: Request) -> Any:
         raise ApiError("invalid", param="parts", reason="must be the parts that were put")
     server._drop(*parts)
     server.uploads.pop(request.body["upload_id"], None)
-    return {"file": file_view(request, complete_file(server, id, b"".join(parts.values())))}
+    return {"file": complete_file(server, id, b"".join(parts.values()))}
 
 
 @route("POST", "/v1/files/multipart/abort", body=Fields(*ENDING_ROWS))
@@ -7968,18 +7987,18 @@ def abort_upload(server: TogetherAiServer, request: Request) -> Any:
 @route("GET", "/v1/files", query=LIST_FIELDS)
 def list_files(server: TogetherAiServer, request: Request) -> Any:
     """List the stored files, newest first."""
-    limit, purpose = request.args.get("limit") or 10000, request.args.get("purpose")
+    limit, purpose = request.args.get("limit") or 10000, request.args.get("purpose", "")
     files = server.files.list(after=request.args.get("after"))
-    views = [file_view(request, file) for file in files]
-    views = [view for view in views if purpose in (None, view["purpose"])]
-    return {"object": "list", "data": views[:limit], "has_more": len(views) > limit}
+    wanted = OPENAI_PURPOSES.get(purpose, purpose)
+    files = [file for file in files if wanted in ("", file["purpose"])]
+    return {"object": "list", "data": files[:limit], "has_more": len(files) > limit}
 
 
 @route("GET", "/v1/files/{id}")
 @route("POST", "/v1/files/{id}/preprocess")
 def get_file(server: TogetherAiServer, request: Request) -> Any:
     """Describe a file."""
-    return file_view(request, server.files.get(request.params["id"]))
+    return server.files.get(request.params["id"])
 
 
 @route("GET", "/v1/files/{id}/content")
@@ -8003,7 +8022,6 @@ def delete_file(server: TogetherAiServer, request: Request) -> Any:
 
 MAX_BATCH_LINES = 50_000  # documented
 
-BATCH_ENDS = ("completed", "failed", "cancelled", "expired")
 BATCH_ENDPOINTS = (
     "/v1/chat/completions", "/v1/responses", "/v1/completions", "/v1/embeddings",
     "/v1/audio/transcriptions", "/v1/audio/translations",
@@ -8015,8 +8033,8 @@ BATCH_FIELDS = Fields(
 )  # fmt: skip
 BATCH: Item = {
     "user_id": USER_ID, "status": "VALIDATING", "endpoint": BATCH_ENDPOINTS[0], "progress": 0.0,
-    "input_file_id": "", "file_size_bytes": 0, "model_id": "", "output_file_id": "",
-    "error_file_id": "", "error": "", "completed_at": None,
+    "input_file_id": "", "file_size_bytes": 0, "model_id": "", "output_file_id": None,
+    "error_file_id": None, "error": "", "completed_at": None,
 }  # fmt: skip
 
 
@@ -8108,31 +8126,7 @@ def on_enter_batch(server: TogetherAiServer, job: Item, status: str) -> Item:
     return {**ended, "status": "FAILED", "error": error}
 
 
-def batch_view(server: TogetherAiServer, request: Request, job: Item) -> Item:
-    """Return a batch, in OpenAI's form to its clients."""
-    if not is_openai(request) or server.strict:
-        return job
-    status, done = job["status"].lower(), job["completed_at"] and parse_time(job["completed_at"])
-    ids: Item = {
-        name: job[name] or None for name in ("input_file_id", "output_file_id", "error_file_id")
-    }
-    sizes = [server.files.get(id)["LineCount"] if id in server.files else 0 for id in ids.values()]
-    error = [{"message": job["error"]}] if job["error"] else []
-    return {
-        "id": job["id"], "object": "batch", "endpoint": job["endpoint"], "status": status,
-        **ids, "input_file_id": job["input_file_id"], "metadata": job.get("metadata"),
-        "errors": {"object": "list", "data": error} if error else None, "completion_window": "24h",
-        "created_at": parse_time(job["created_at"]), "expires_at": parse_time(job["job_deadline"]),
-        **{f"{end}_at": done if end == status else None for end in BATCH_ENDS},
-        "request_counts": {
-            "total": max(sizes[0], sizes[1] + sizes[2]), "completed": sizes[1], "failed": sizes[2]
-        },
-    }  # fmt: skip
-
-
-BATCH_JOBS = JobKind(
-    "batches", ("VALIDATING", "IN_PROGRESS", "COMPLETED"), on_enter_batch, batch_view
-)
+BATCH_JOBS = JobKind("batches", ("VALIDATING", "IN_PROGRESS", "COMPLETED"), on_enter_batch)
 
 
 SCRIPTED_STATUS = Fields(Field("status", str, required=True), closed=True)
@@ -8154,16 +8148,14 @@ def create_batch(server: TogetherAiServer, request: Request) -> Any:
     given = {name: request.body.get(name) for name in kept}
     job = server._store("batches", {**given, "file_size_bytes": file["bytes"]})
     server.batch_tests[job["id"]] = request.headers.get("x-test-id", "")
-    job = BATCH_JOBS.start(server, request, job)
-    view = batch_view(server, request, job)
-    return view if "object" in view else {"job": view}
+    return {"job": BATCH_JOBS.start(server, request, job)}
 
 
 @route("GET", "/v1/batches", query=LIST_FIELDS)
 def list_batches(server: TogetherAiServer, request: Request) -> Any:
     """List the batch jobs, newest first; they do not move."""
-    jobs = server.batches.list(request.args.get("limit"), request.args.get("after"))
-    return wrap_list(request, [batch_view(server, request, job) for job in jobs], server.strict)
+    jobs, more = server.batches.page(request.args.get("limit"), request.args.get("after"))
+    return wrap_list(request, jobs, server.strict, more)
 
 
 @route("GET", "/v1/batches/{id}")
@@ -8176,8 +8168,7 @@ def get_batch(server: TogetherAiServer, request: Request) -> Any:
 def cancel_batch(server: TogetherAiServer, request: Request) -> Any:
     """Cancel a batch job."""
     changes = {"status": "CANCELLED", "completed_at": format_time(server._now())}
-    job = BATCH_JOBS.cancel(server, request.params["id"], **changes)
-    return batch_view(server, request, job)
+    return BATCH_JOBS.cancel(server, request.params["id"], **changes)
 
 
 # --- Fine-tuning
@@ -8861,6 +8852,8 @@ def list_endpoints(server: TogetherAiServer, request: Request) -> Any:
 @route("POST", "/v1/endpoints", body=ENDPOINT_FIELDS, kind="job", response=SCRIPTED_END)
 def create_endpoint(server: TogetherAiServer, request: Request) -> Any:
     """Create an endpoint; it is pending, then starting, then started."""
+    if server.strict:
+        raise ApiError("no_new_endpoints")
     resolve_model(server, request.body["model"], "chat")
     item = pick_given(request.body, ("model", "hardware", *CHANGE_FIELDS))
     item["state"] = "STOPPED" if item.get("state") == "STOPPED" else ENDPOINT_LADDER[0]
@@ -8938,7 +8931,10 @@ def remove_adapter(server: TogetherAiServer, request: Request) -> Any:
 @route("GET", "/v1/hardware", query=Fields(Field("model", str)))
 def list_hardware(server: TogetherAiServer, request: Request) -> Any:
     """List what endpoints run on; for a given model, whether it is available too."""
-    more = {"availability": {"status": "available"}} if request.args.get("model") else {}
+    model = request.args.get("model")
+    if server.strict and model and model not in server.models:
+        raise ApiError("no_hardware", model=model[:100])
+    more = {"availability": {"status": "available"}} if model else {}
     items = [
         {"object": "hardware", "id": f"{count}x_nvidia_{gpu}_{memory}gb_{link}",
          "pricing": {"cents_per_minute": round(cents * count, 2)},
@@ -9115,8 +9111,12 @@ def create_images(server: TogetherAiServer, request: Request) -> Any:
     if not body["prompt"]:
         raise ApiError("empty_prompt", param="prompt")
     model = resolve_model(server, body["model"], "image")
-    if server.strict and body.get("steps") and "no-steps" in model.traits:
-        raise ApiError("no_parameter", parameter="steps")
+    for name, refused in (
+        ("steps", "no-steps" in model.traits),
+        ("image_loras", "loras" not in model.traits),
+    ):
+        if server.strict and body.get(name) and refused:
+            raise ApiError("no_parameter", parameter=name)
     size = read_image_size(body)
     rng = HashRandom.of("image", pick_facts(body, IMAGE_FACTS))
     request.id = random_id(rng) + IMAGE_PLACE
@@ -9283,6 +9283,7 @@ def make_segments(words: list[str], seconds: float, speakers: int) -> list[dict[
 def create_transcript(server: TogetherAiServer, request: Request) -> Any:
     """Write down what an audio file says, or a translation: words drawn from its bytes."""
     body, script = request.body, request.script or {}  # a fixture says all or some of it
+    resolve_model(server, body.get("model") or "openai/whisper-large-v3", "transcribe")
     task = "translate" if "translations" in request.path else "transcribe"
     words, seconds = transcribe(body, task)
     words = script["text"].split() or [""] if script else words
