@@ -94,6 +94,12 @@ PY1 = {**KEY, "User-Agent": "Together/v1 PythonBindings/1.5.35"}
 PY3 = {**KEY, "User-Agent": "Together/Python 3.1.1", "X-Stainless-Lang": "python"}
 FORM = {**KEY, "Content-Type": "multipart/form-data; boundary=b"}
 CHAT = "/v1/chat/completions"
+REALTIME = "/v1/realtime?model=openai/whisper-large-v3"
+VOICE = "/v1/audio/speech/websocket"
+UPGRADE = {  # the handshake of RFC 6455, 1.3
+    **KEY, "Host": "127.0.0.1", "Connection": "keep-alive, Upgrade", "Upgrade": "websocket",
+    "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ==",
+}  # fmt: skip
 FIXTURES = "/__parlel/fixtures"
 LLAMA = "meta-llama/Llama-3.3-70B-Instruct-Turbo"
 THINKER = "openai/gpt-oss-20b"
@@ -828,11 +834,11 @@ RESPONSES = read_pairs(r"""
 {"images": [{"url": "u"}, {"url": "v"}]}
     image | image | {"images": [{"url": "u"}, {"url": "v"}]}
 {"audio": "UklGRg=="}
-    audio | speech | {"audio": "RIFF", "content_type": null, "format": null}
+    audio | speech voice | {"audio": "RIFF", "content_type": null, "format": null}
 {"audio": {"b64Json": "UklGRg==", "contentType": "audio/wav"}}
-    audio | speech | {"audio": "RIFF", "content_type": "audio/wav", "format": null}
+    audio | speech voice | {"audio": "RIFF", "content_type": "audio/wav", "format": null}
 {"transcription": {"text": "t", "language": "en", "duration": 1.5, "words": [{}], "segments": []}}
-    transcription | transcription translation | the same
+    transcription | transcription translation realtime | the same
 {"video": {"id": "v", "status": "failed", "url": "u", "error": "e"}}
     video | video | the same
 {"scores": [0.5, -1]}
@@ -950,6 +956,181 @@ BAD_ENTRIES = read_pairs(r"""
 {"shouldRetry": "no"}
     fixtures[0].shouldRetry: must be a boolean, not "no"
 """)
+
+
+def mask(kind, data=b"", last=True, size=None, key=b"\x37\xfa\x21\x3d"):
+    """Return the frame of a client; `size` tells how its length is written."""
+    code, count = size or ((len(data), 0) if len(data) < 126 else (126, 2))
+    if len(data) > 65535:
+        code, count = 127, 8
+    head = bytes([kind | 128 * last, 128 | code]) + (
+        len(data).to_bytes(count, "big") if count else b""
+    )
+    masked = bytes(map(operator.xor, data, key * (len(data) // 4 + 1)))
+    return head + key + masked
+
+
+class FrameTests(unittest.TestCase):
+    """What a client may send over a socket: cases of the Autobahn test suite, as bytes."""
+
+    def read(self, data, step):
+        """Return what a reader yields, and the code with which it gives up."""
+        reader, found = fake.FrameReader(), []
+        try:
+            for at in range(0, len(data), step):
+                found += reader.read(data[at : at + step])
+        except fake.Closed as closed:
+            return [*found, closed.args[0]]
+        return found
+
+    def check(self, *cases):
+        for name, data, *wanted in cases:
+            for step in (len(data), 1, 3) if len(data) < 9000 else (len(data), 65536):
+                with self.subTest(case=name, step=step):
+                    self.assertEqual(self.read(data, step), wanted)
+
+    def test_sizes(self):
+        for size in (0, 1, 125, 126, 127, 128, 65535, 65536, 65537):
+            text = ("*" * size).encode()
+            self.check((f"1.1 {size}", mask(1, text), (1, text)))
+            self.check((f"1.2 {size}", mask(2, b"\xfe" * size), (2, b"\xfe" * size)))
+        long = mask(1, b"abc", size=(127, 8))
+        self.check(("a size that takes more bytes than it needs", long, (1, b"abc")))
+
+    def test_pings_and_pongs(self):
+        self.check(
+            ("2.1", mask(9), (9, b"")),
+            ("2.3", mask(9, b"\0\xff\xfe"), (9, b"\0\xff\xfe")),
+            ("2.4", mask(9, b"x" * 125), (9, b"x" * 125)),
+            ("2.5", mask(9, b"x" * 126), 1002),
+            ("2.7", mask(10), (10, b"")),
+            ("2.11", mask(9, b"a") * 3, *[(9, b"a")] * 3),
+        )
+
+    def test_reserved_bits_and_kinds(self):
+        for bits in (0x10, 0x20, 0x30, 0x40, 0x70):
+            data = mask(1, b"a")
+            self.check((f"3 {bits:x}", mask(1, b"b") + bytes([data[0] | bits]) + data[1:],
+                        (1, b"b"), 1002))  # fmt: skip
+        for kind in (3, 4, 5, 6, 7, 11, 12, 13, 14, 15):
+            self.check((f"4 {kind}", mask(1, b"a") + mask(kind), (1, b"a"), 1002))
+        self.check(("no mask", b"\x81\x01a", 1002))
+
+    def test_fragments(self):
+        one, two = mask(1, b"frag", last=False), mask(0, b"ment")
+        part = mask(0, b"..", last=False)
+        self.check(
+            ("5.1", mask(9, b"a", last=False), 1002),
+            ("5.3", one + two, (1, b"fragment")),
+            ("5.6", one + mask(9, b"p") + two, (9, b"p"), (1, b"fragment")),
+            ("5.9", mask(0, b"a"), 1002),
+            ("5.12", mask(0, b"a", last=False), 1002),
+            ("5.15", one + two + part + mask(1, b"x"), (1, b"fragment"), 1002),
+            ("5.18", one + mask(1, b"b"), 1002),
+            ("5.19", one + part + mask(9) + part + two, (9, b""), (1, b"frag....ment")),
+            ("6.1", mask(1, b"", last=False) + mask(0, b"", last=False) + mask(0), (1, b"")),
+            ("empty ones do not add up", one + mask(0, last=False) * 999 + two, (1, b"fragment")),
+        )
+
+    def test_text_is_utf8(self):
+        kosme = "κόσμε".encode()
+        good = (kosme, "\U0010ffff\ufffe\0".encode(), b"\xed\x9f\xbf\xee\x80\x80\xef\xbf\xbd")
+        bad = (
+            b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\xaf", b"\xe0\x80\xaf", b"\x80", b"\xfe",
+            b"\xf8\x88\x80\x80\x80", b"\xed\xae\x80\xed\xb0\x80", kosme + b"\xce", b"\xf0\x9f\x98",
+        )  # fmt: skip
+        for text in good:
+            self.check((f"6 {text!r}", mask(1, text), (1, text)))
+            pieces = [
+                mask(0 if at else 1, text[at : at + 1], last=False) for at in range(len(text))
+            ]
+            self.check((f"6.2 {text!r}", b"".join(pieces) + mask(0), (1, text)))
+        for text in bad:
+            self.check((f"6 {text!r}", mask(1, text), 1007))
+            self.check((f"binary {text!r}", mask(2, text), (2, text)))
+        early = mask(1, kosme + b"\xed\xa0", last=False)  # before the message is whole
+        self.check(("6.4.1", early + mask(0, b"\x80edited"), 1007))
+
+    def test_a_close_has_a_code_that_may_be_sent(self):
+        good = (1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 3000, 3999, 4000, 4503, 4999)
+        bad = (0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535)
+        for code in good:
+            self.assertEqual(fake.read_close(struct.pack(">H", code) + b"bye"), code)
+        for data, wanted in (
+            *((struct.pack(">H", code), 1002) for code in bad),
+            (b"\x03", 1002),
+            (b"\x03\xe8\xce\xba\xed\xa0\x80", 1007),
+        ):
+            with self.subTest(data=data), self.assertRaises(fake.Closed) as caught:
+                fake.read_close(data)
+            self.assertEqual(caught.exception.args[0], wanted)
+        self.assertEqual(fake.read_close(b""), 0)
+
+    def test_a_message_has_at_most_4_mb(self):
+        part = mask(2, b"x" * 2**21, last=False)
+        rest = mask(0, b"x" * 2**21)
+        self.check(("9 fragments", part + rest, (2, b"x" * 2**22)))
+        self.check(("9 too many", part + mask(0, b"x" * 2**21, last=False) + mask(0, b"x"), 1009))
+        head = mask(1, b"", size=(127, 8))[:2] + (2**63).to_bytes(8, "big") + b"abcd"
+        self.check(("9 refused before it comes", head, 1009))
+
+
+class HandshakeTests(LocalCase):
+    def refuse(self, path=REALTIME, **changed):
+        """Return the status of a handshake in which some headers are others, or lack."""
+        headers = {**UPGRADE, **{name.replace("_", "-"): text for name, text in changed.items()}}
+        got = self.ask("GET", path, None, {n: text for n, text in headers.items() if text})
+        return got.status
+
+    def test_it_is_accepted_as_the_rfc_wants(self):
+        got = self.ask("GET", REALTIME, None, UPGRADE)
+        self.assertEqual(got.status, 101)
+        self.assertEqual(got.headers["sec-websocket-accept"], "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=")
+        self.assertNotIn("sec-websocket-protocol", got.headers)
+        offer = {"Sec-WebSocket-Extensions": "permessage-deflate"}
+        self.assertNotIn(
+            "sec-websocket-extensions",
+            self.ask("GET", REALTIME, None, {**UPGRADE, **offer}).headers,
+        )
+
+    def test_its_refusals(self):
+        self.assertEqual(self.refuse(Upgrade=""), 426)
+        self.assertEqual(self.refuse(Connection="close"), 426)
+        self.assertEqual(self.refuse(Sec_WebSocket_Version="8"), 426)
+        got = self.ask("GET", REALTIME)
+        self.assertEqual(got.headers["sec-websocket-version"], "13")
+        for key in ("", "short", "dGhlIHNhbXBsZSBub25jZR==", "dGhlIHNhbXBsZSBub25jZQ== x"):
+            self.assertEqual(self.refuse(Sec_WebSocket_Key=key), 400, key)
+        self.assertEqual(self.refuse(Authorization=""), 401)
+        self.assertEqual(self.refuse("/v1/realtime"), 400)
+        self.assertEqual(self.refuse("/v1/realtime?model=no/such"), 404)
+        self.assertEqual(self.refuse(REALTIME + "&input_audio_format=mp3"), 400)
+        self.assertEqual(self.refuse(VOICE + "?model=no/such"), 101)
+        strict = TogetherAiServer(port=0, strict=True)
+        self.server = strict
+        self.assertEqual(self.refuse(VOICE + "?model=no/such"), 404)
+
+    def test_a_page_brings_its_key_where_it_can(self):
+        protocols = "realtime, openai-insecure-api-key.SECRET, openai-beta.realtime-v1"
+        foreign = {"Authorization": "", "Origin": "https://example.com"}
+        self.assertEqual(self.refuse(**foreign), 403)
+        self.assertEqual(self.refuse(**{**foreign, "Origin": "http://127.0.0.1"}), 401)
+        self.assertEqual(self.refuse(Authorization="", Host="example.com"), 403)
+        self.assertEqual(self.refuse(**{**foreign, "Sec_WebSocket_Protocol": "realtime"}), 403)
+        for path, protocol in (
+            (REALTIME + "&api_key=SECRET", ""),
+            (REALTIME + "&authorization=Bearer%20SECRET", ""),
+            (REALTIME, protocols),
+        ):
+            got = self.ask("GET", path, None, {
+                **UPGRADE, "Authorization": "", "Origin": "https://example.com",
+                **({"Sec-WebSocket-Protocol": protocol} if protocol else {}),
+            })  # fmt: skip
+            self.assertEqual(got.status, 101)
+            chosen = "realtime" if protocol else None
+            self.assertEqual(got.headers.get("sec-websocket-protocol"), chosen)
+            self.assertNotIn("SECRET", json.dumps(self.server.requests[-1].as_json()))
+        self.assertEqual(self.refuse(REALTIME + "&api_key=", Authorization=""), 401)
 
 
 class FixtureTests(unittest.TestCase):
@@ -2017,6 +2198,7 @@ VALID = {
 # What stands for the parameters of a path that is not an `id` of SEEDS.
 TOKENIZED = "/v1/fine-tunes/{id}/download-tokenized-dataset"
 PATHS = {
+    "GET /v1/realtime": REALTIME,
     "GET /v1/models/{id...}": "/v1/models/" + LLAMA,
     "GET /v2/supported-models/{id...}": "/v2/supported-models/" + LLAMA,
     "GET /v1/finetune/download": "/v1/finetune/download?ft_id=done",
@@ -2135,7 +2317,8 @@ class RouteTests(FakeCase):
         for route, path, body in self.cases():
             with self.subTest(route=name_of(route)):
                 if name_of(route) not in STEPS:
-                    got = self.ask(route.method, path, body)
+                    headers = UPGRADE if route.status == 101 else KEY
+                    got = self.ask(route.method, path, body, headers)
                     wanted = 302 if name_of(route) == "POST /v1/files" else route.status
                     self.assertEqual(got.status, wanted, got.raw[:300])
 
@@ -4477,6 +4660,540 @@ class AudioTests(LocalCase):
         self.assertIn("tara", [v["id"] for each in voices for v in each["voices"]])
         (one,) = self.json("GET", "/v1/voices?model=cartesia/sonic")["data"]
         self.assertEqual(one["model"], "cartesia/sonic")
+
+
+class Line:
+    """Stands in for a connection that was handed over to a socket.
+
+    is_held  what the turns say is not drawn until `go_on()`
+    """
+
+    def __init__(self, handler, is_held=False):
+        self.handler, self.is_held = handler, is_held
+        self.sent, self.pauses = b"", []
+        self.reply = None
+        self.is_ended = self.is_cut = False
+        handler.on_open(self)
+
+    def write(self, data):
+        self.sent += data
+
+    def end(self):
+        self.is_ended = True
+
+    def stream(self, events):
+        self.reply = events
+        if not self.is_held:
+            self.go_on()
+
+    def go_on(self):
+        try:
+            for piece in self.reply:
+                if isinstance(piece, float):
+                    self.pauses.append(piece)
+                else:
+                    self.sent += piece
+        except fake.Cut:
+            self.is_cut = True
+            self.handler.on_close()
+        else:
+            self.reply = None
+            self.handler.on_sent()
+
+    def take(self):
+        """Return what was sent since: messages, pongs as bytes, the code of a close."""
+        found, data, self.sent = [], self.sent, b""
+        while data:
+            kind, size, start = data[0] & 15, data[1], 2
+            if size > 125:
+                start = 4 if size == 126 else 10
+                size = int.from_bytes(data[2:start], "big")
+            payload, data = data[start : start + size], data[start + size :]
+            if kind == 8:
+                found.append(int.from_bytes(payload[:2], "big"))
+            else:
+                found.append(payload if kind == 10 or payload[-1:] != b"}" else json.loads(payload))
+        return found
+
+
+class TalkCase(LocalCase):
+    """A test that talks over a socket without a connection."""
+
+    path = REALTIME
+
+    def connect(self, query="", is_held=False, **headers):
+        """Open a socket and return what it says first."""
+        path, _, given = self.path.partition("?")
+        query = "&".join(filter(None, (given, query)))
+        request = Request("GET", path, query=query, headers={
+            name.lower(): text for name, text in {**UPGRADE, **headers}.items()
+        })  # fmt: skip
+        reply = self.server.answer(request)
+        self.assertEqual(reply.status, 101, reply.body)
+        self.line = Line(reply.handler, is_held)
+        self.call = request.call
+        return self.line.take()
+
+    def say(self, type, **fields):
+        """Send a message and return the answers."""
+        self.line.handler.on_bytes(mask(1, json.dumps({"type": type, **fields}).encode()))
+        return self.line.take()
+
+    def texts(self, answers, type, key):
+        """Return one member of the messages of a type."""
+        return [
+            each[key] for each in answers if isinstance(each, dict) and each["type"].endswith(type)
+        ]
+
+
+def tone(seconds, rate=16000, pitch=440, level=8000):
+    """Return samples of a tone; level 0 is silence."""
+    turn = 2 * math.pi * pitch / rate
+    samples = [int(level * math.sin(turn * at)) for at in range(int(seconds * rate))]
+    return struct.pack(f"<{len(samples)}h", *samples)
+
+
+TURN = "conversation.item.input_audio_transcription."
+
+
+class RealtimeTests(TalkCase):
+    def append(self, sound, size=6400):
+        answers = []
+        for at in range(0, len(sound), size):
+            piece = base64.b64encode(sound[at : at + size]).decode()
+            answers += self.say("input_audio_buffer.append", audio=piece)
+        return answers
+
+    def hear(self, sound, query="", size=6400, commit=False):
+        """Return what a new session answers to some sound."""
+        self.connect(query)
+        answers = self.append(sound, size)
+        return answers + (self.say("input_audio_buffer.commit") if commit else [])
+
+    def test_a_session_is_told_as_it_was_asked_for(self):
+        (created,) = self.connect()
+        self.assertEqual(created["type"], "session.created")
+        session = created["session"]
+        self.assertEqual(session["object"], "realtime.session")
+        self.assertEqual(session["model"], "openai/whisper-large-v3")
+        self.assertEqual(self.connect(), [created])
+        self.assertNotEqual(self.connect("language=de")[0]["session"]["id"], session["id"])
+
+    def test_two_sentences_and_a_pause_are_two_turns(self):
+        sound = tone(1.2) + tone(0.8, level=0) + tone(2, pitch=300) + tone(0.7, level=0)
+        answers = self.hear(tone(0.5, level=40) + sound)
+        first, second = self.texts(answers, ".completed", "transcript")
+        self.assertEqual([len(text.split()) for text in (first, second)], [3, 5])
+        self.assertEqual(self.texts(answers, ".completed", "start"), [0.25, 2.25])
+        self.assertEqual(self.texts(answers, ".completed", "duration"), [1.7, 2.5])
+        self.assertEqual(self.texts(answers, ".processed", "processed_ms"), [1950, 4750])
+        deltas = self.texts(answers, ".delta", "delta")
+        self.assertTrue(all((first + " ").startswith(text + " ") for text in deltas[:3]), deltas)
+        self.assertEqual(deltas[-1], second)
+        self.assertEqual(len(set(self.texts(answers, ".completed", "item_id"))), 2)
+
+    def test_drafts_come_while_somebody_speaks(self):
+        answers = self.hear(tone(1.5))
+        self.assertEqual({each["type"] for each in answers}, {TURN + "delta"})
+        self.assertGreater(len(answers), 1)
+
+    def test_the_same_sound_has_the_same_words_however_it_is_cut(self):
+        sound = tone(0.3, level=0) + tone(1.7) + tone(1, level=0) + tone(0.9, pitch=200)
+        whole = self.hear(sound, size=len(sound), commit=True)
+        for size in (6400, 1001, 333):
+            self.assertEqual(self.hear(sound, size=size, commit=True), whole)
+        self.assertEqual(len(self.texts(whole, ".completed", "transcript")), 2)
+        other = self.hear(tone(1.7, pitch=441), commit=True)
+        self.assertNotEqual(
+            self.texts(other, ".completed", "transcript"),
+            self.texts(whole, ".completed", "transcript")[:1],
+        )
+
+    def test_formats_differ_in_their_rate(self):
+        for format, rate in (
+            ("pcm_s16le_8000", 8000), ("pcm_s16le_24000", 24000), ("pcm16", 24000),
+            ("pcm_s16", 24000), ("pcm_s16le", 24000),
+        ):  # fmt: skip
+            sound = tone(2, rate) + tone(0.6, rate, level=0)
+            answers = self.hear(sound, f"input_audio_format={format}")
+            self.assertEqual(self.texts(answers, ".completed", "duration"), [2.25])
+
+    def test_turns_are_told_apart_as_asked(self):
+        sound = tone(1) + tone(0.3, level=0) + tone(1) + tone(0.6, level=0)
+
+        def count(query):
+            return len(self.texts(self.hear(sound, query), ".completed", "start"))
+
+        self.assertEqual(count(""), 1)
+        self.assertEqual(count("min_silence_duration_ms=200"), 2)
+        self.assertEqual(count("max_speech_duration_s=0.5"), 4)
+        self.assertEqual(count("min_speech_duration_ms=3000"), 0)
+        self.assertEqual(count("threshold=0.98"), 0)
+        self.assertEqual(count("turn_detection=none"), 0)
+        padded = self.hear(sound, "speech_pad_ms=0")
+        self.assertEqual(self.texts(padded, ".completed", "duration"), [2.3])
+
+    def test_without_turn_detection_a_commit_ends_a_turn(self):
+        self.connect("turn_detection=none")
+        self.assertEqual(self.append(tone(0.5, level=0) + tone(1) + tone(1, level=0)), [])
+        answers = self.say("input_audio_buffer.commit")
+        self.assertEqual(self.texts(answers, ".completed", "start"), [0])
+        self.assertEqual(self.texts(answers, ".completed", "duration"), [2.5])
+        self.append(tone(0.5, level=0))
+        answers = self.say("input_audio_buffer.commit")
+        self.assertEqual(self.texts(answers, ".completed", "transcript"), [""])
+        self.assertEqual(self.texts(answers, ".completed", "start"), [2.5])
+        (answer,) = self.say("input_audio_buffer.commit")
+        self.assertEqual(answer["processed_ms"], 3000)
+
+    def test_a_commit_ends_speech_that_goes_on(self):
+        answers = self.hear(tone(1), commit=True)
+        self.assertEqual(len(self.texts(answers, ".completed", "transcript")), 1)
+        (answer,) = self.hear(tone(1, level=0), commit=True)
+        self.assertEqual(answer, {"type": "input_audio_buffer.processed", "processed_ms": 1000})
+
+    def test_clear_forgets_and_counts_anew(self):
+        self.connect()
+        self.append(tone(1))
+        self.assertEqual(self.say("input_audio_buffer.clear"), [])
+        self.assertEqual(len(self.say("input_audio_buffer.commit")), 1)
+        self.say("input_audio_buffer.clear")
+        self.append(tone(1))
+        answers = self.say("input_audio_buffer.commit")
+        self.assertEqual(self.texts(answers, ".completed", "start"), [0])
+
+    def test_a_session_can_be_changed(self):
+        self.connect()
+        rules = {"type": "server_vad", "min_silence_duration_ms": 100}
+        (answer,) = self.say("transcription_session.updated", session={"turn_detection": rules})
+        self.assertEqual(answer["type"], "transcription_session.updated")
+        self.assertEqual(answer["session"]["turn_detection"], {**fake.DETECTION, **rules})
+        self.assertEqual(
+            len(self.texts(self.append(tone(1) + tone(0.2, level=0)), "ed", "type")), 2
+        )
+        (answer,) = self.say("transcription_session.updated", session={"turn_detection": None})
+        self.assertIsNone(answer["session"]["turn_detection"])
+        self.assertEqual(self.append(tone(1) + tone(1, level=0)), [])
+        self.say("transcription_session.updated", session={"energy_gate_rms": 0.5})
+        self.append(tone(1))
+        answers = self.say("input_audio_buffer.commit")
+        self.assertEqual(len(self.texts(answers, ".completed", "transcript")), 1)
+        self.connect()
+        self.say("transcription_session.updated", session={"energy_gate_rms": 0.5})
+        self.assertEqual(self.append(tone(1) + tone(1, level=0)), [])
+
+    def test_echo_is_answered_at_once(self):
+        self.server.reply(transcription="One two", latency=60_000)
+        self.connect(is_held=True)
+        self.append(tone(1))
+        (answer,) = self.say("echo", echo_id=7, payload={"a": 1})
+        self.assertEqual((answer["type"], answer["echo_id"]), ("echo.response", 7))
+        self.assertEqual(answer["payload"], {"a": 1})
+        self.assertEqual(answer["server_sent_at"], 1700000001)
+
+    def test_what_cannot_be_understood_ends_the_session(self):
+        for frame, reason in (
+            (mask(1, b"{"), "not valid JSON"),
+            (mask(1, b"[]"), "must be a JSON object"),
+            (mask(2, b"{}"), "a message is a text"),
+            (mask(1, b'{"type":"input_audio_buffer.append"}'), "Missing required field: audio"),
+            (mask(1, b'{"type":"input_audio_buffer.append","audio":"?"}'), "must be base64"),
+        ):
+            with self.subTest(frame=frame):
+                self.connect()
+                self.line.handler.on_bytes(frame)
+                failed, code = self.line.take()
+                self.assertEqual((failed["type"], code), (TURN + "failed", 1000))
+                self.assertEqual(failed["error"]["type"], "invalid_request_error")
+                self.assertIn(reason, failed["error"]["message"])
+                self.assertNotIn("event_type", failed)
+                self.assertTrue(self.line.is_ended)
+                self.line.handler.on_bytes(mask(1, b'{"type":"echo"}'))
+                self.assertEqual(self.line.take(), [])
+                self.assertEqual((self.call.outcome, self.call.close_code), ("cut", 1000))
+
+    def test_an_unknown_message_is_told_in_the_record(self):
+        self.connect()
+        self.assertEqual(self.say("transcription_session.update", session={}), [])
+        self.assertEqual(self.call.warnings, ("nothing reads transcription_session.update",))
+        for number in range(50):
+            self.say(f"type {number}")
+        self.assertLess(len(self.call.warnings), 50)
+
+    def test_sound_without_end_is_refused(self):
+        with mock.patch.object(fake, "MAX_WAITING_BYTES", 100_000):
+            self.connect("turn_detection=none")
+            self.assertIn(1000, self.append(tone(4)))
+
+
+class VoiceTests(TalkCase):
+    path = VOICE
+    RECEIVED = "conversation.item.input_text.received"
+
+    def speak(self, *texts, query="", commit=True):
+        """Return what a new session answers to pieces of a text."""
+        self.connect(query)
+        answers = []
+        for text in texts:
+            answers += self.say("input_text_buffer.append", text=text)
+        return answers + (self.say("input_text_buffer.commit") if commit else [])
+
+    def spoken(self, answers):
+        """Return the sound of each item, by its id."""
+        sound = {}
+        for each in answers:
+            if each["type"].endswith("audio_output.delta"):
+                data = base64.b64decode(each["delta"])
+                sound[each["item_id"]] = sound.get(each["item_id"], b"") + data
+        return sound
+
+    def test_a_session_is_told_with_its_voice(self):
+        (created,) = self.connect("model=canopylabs/orpheus-3b-0.1-ft")
+        self.assertEqual(created["session"]["object"], "realtime.tts.session")
+        self.assertEqual(created["session"]["voice"], "tara")
+        session = self.connect()[0]["session"]
+        self.assertEqual((session["model"], session["voice"]), ("hexgrad/Kokoro-82M", "af_alloy"))
+        self.assertEqual(self.connect("voice=leo")[0]["session"]["voice"], "leo")
+
+    def test_a_sentence_is_spoken_once_it_is_complete(self):
+        self.connect()
+        for text, count in (
+            ("Hello", 0), (" there. How", 1), (" are", 0), (" you?", 1), (" Pi is 3.", 0),
+            ("14, or so", 0), ("! And", 1), (" 1, 2, 3. Then", 1), ("... ", 1), ("好。", 1),
+        ):  # fmt: skip
+            answers = self.say("input_text_buffer.append", text=text)
+            self.assertEqual(answers[0], {"type": self.RECEIVED, "text": text})
+            self.assertEqual(len(self.spoken(answers)), count, text)
+        self.assertEqual(self.say("input_text_buffer.commit"), [])
+        said = self.call.body["input"]
+        self.assertEqual(
+            said, "Hello there. How are you? Pi is 3.14, or so! And 1, 2, 3. Then... 好。"
+        )
+
+    def test_the_sound_is_24_khz_and_as_long_as_the_text(self):
+        answers = self.speak("Hello there, friend")
+        (sound,) = self.spoken(answers).values()
+        self.assertEqual(len(sound), 19 * fake.CHARACTER_MS * 24 * 2)
+        whole = self.post("/v1/audio/speech", {
+            "model": "hexgrad/Kokoro-82M", "voice": "af_alloy", "input": "Hello there, friend",
+            "response_format": "raw", "response_encoding": "pcm_s16le",
+        })  # fmt: skip
+        self.assertEqual(sound, whole.raw)
+        self.assertEqual(answers[-1], {
+            "type": "conversation.item.audio_output.done", "item_id": "tts_1",
+        })  # fmt: skip
+        (slow,) = self.spoken(self.speak("Hello there, friend", query="sample_rate=8000")).values()
+        self.assertEqual(3 * len(slow), len(sound))
+        (other,) = self.spoken(self.speak("Hello there, friend", query="voice=am_adam")).values()
+        self.assertNotEqual(other, sound)
+
+    def test_words_have_times_where_asked_for(self):
+        answers = self.speak("Hello big world", query="alignment=word")
+        (times,) = [each for each in answers if each["type"].endswith("word_timestamps")]
+        self.assertEqual(times["words"], ["Hello", "big", "world"])
+        self.assertEqual(times["start_seconds"], [0.0, 0.36, 0.6])
+        self.assertEqual(times["end_seconds"], [0.3, 0.54, 0.9])
+        self.assertEqual(self.texts(self.speak("Hello"), "timestamps", "words"), [])
+
+    def test_text_without_an_end_is_spoken_when_it_is_long(self):
+        text = "word " * 20
+        answers = self.speak(text, query="max_partial_length=32", commit=False)
+        sizes = [len(sound) // (fake.CHARACTER_MS * 48) for sound in self.spoken(answers).values()]
+        self.assertEqual(sizes, [29, 29, 29])
+        self.assertEqual(len(self.spoken(self.speak("x" * 80, query="max_partial_length=32"))), 3)
+
+    def test_segments(self):
+        text = "One. Two."
+        for segment, before, after in (("immediate", 1, 0), ("never", 0, 1), ("sentence", 2, 0)):
+            answers = self.speak(text, query=f"segment={segment}", commit=False)
+            self.assertEqual(len(self.spoken(answers)), before, segment)
+            answers = self.say("input_text_buffer.commit")
+            self.assertEqual(len(self.spoken(answers)), after, segment)
+
+    def test_clear_forgets_what_is_not_spoken(self):
+        self.speak("Hello there", commit=False)
+        self.assertEqual(self.say("input_text_buffer.clear"), [])
+        self.assertEqual(self.say("input_text_buffer.commit"), [])
+
+    def test_a_session_can_be_changed(self):
+        (first,) = self.spoken(self.speak("Hello")).values()
+        (answer,) = self.say("tts_session.updated", session={"voice": "bf_emma", "speed": None})
+        self.assertEqual(answer["type"], "tts_session.updated")
+        self.assertEqual(answer["session"]["voice"], "bf_emma")
+        self.say("input_text_buffer.append", text="Hello")
+        (second,) = self.spoken(self.say("input_text_buffer.commit")).values()
+        self.assertNotEqual(first, second)
+
+    def test_an_error_in_a_message_is_told_and_is_not_the_end(self):
+        self.connect()
+        self.line.handler.on_bytes(mask(1, b"{"))
+        (failed,) = self.line.take()
+        self.assertEqual(failed["type"], "conversation.item.tts.failed")
+        (failed,) = self.say("input_text_buffer.append", text=5)
+        self.assertEqual(failed["error"]["param"], "text")
+        (failed,) = self.say("tts_session.updated", session={"sample_rate": 1})
+        self.assertEqual(failed["error"]["param"], "session.sample_rate")
+        self.assertEqual(len(self.say("input_text_buffer.append", text="Go on.")), 4)
+
+    def test_pings_and_closes(self):
+        self.connect()
+        self.line.handler.on_bytes(mask(9, b"hi") + mask(10, b"x") + mask(8, b"\x0f\xa0bye"))
+        self.assertEqual(self.line.take(), [b"hi", 4000])
+        self.assertTrue(self.line.is_ended)
+        self.line.handler.on_close()
+        self.assertEqual((self.call.outcome, self.call.close_code), ("complete", 4000))
+        self.connect()
+        self.line.handler.on_close()
+        self.assertEqual((self.call.outcome, self.call.close_code), ("left", 0))
+        self.connect()
+        self.line.handler.on_bytes(mask(1, b"\xff"))
+        self.assertEqual(self.line.take(), [1007])
+        self.assertEqual(self.call.error, "a text is not UTF-8")
+
+    def test_who_does_not_take_the_answers_is_closed(self):
+        with mock.patch.object(fake, "MAX_WAITING_BYTES", 1000):
+            self.connect(is_held=True)
+            answers = []
+            for _ in range(20):
+                answers += self.say("input_text_buffer.append", text="Hello. ")
+            self.assertIn(1008, answers)
+            self.connect()
+            for _ in range(20):
+                self.assertNotIn(1008, self.say("input_text_buffer.append", text="Hello. "))
+
+
+class SocketScriptTests(TalkCase):
+    """Fixtures that answer the turns of a socket, and faults on their way."""
+
+    path = VOICE
+
+    def speak(self, text="Hello there.", **headers):
+        self.connect(**headers)
+        return self.say("input_text_buffer.append", text=text)[1:]
+
+    def kinds(self, answers):
+        return [
+            each["type"].rpartition(".")[2] if isinstance(each, dict) else each for each in answers
+        ]
+
+    def test_a_transcription(self):
+        self.path = REALTIME
+        fixture = self.server.reply(transcription="Call me back at five", endpoint="realtime")
+        self.connect("turn_detection=none")
+        sound = base64.b64encode(tone(1)).decode()
+        self.say("input_audio_buffer.append", audio=sound)
+        answers = self.say("input_audio_buffer.commit")
+        deltas = self.texts(answers, ".delta", "delta")
+        self.assertEqual(deltas, ["Call me back", "Call me back at five"])
+        self.assertEqual(self.texts(answers, ".completed", "transcript"), ["Call me back at five"])
+        self.assertEqual((fixture.served, self.call.fixture), (1, fixture.source))
+
+    def test_a_sound(self):
+        self.server.reply(audio=b"\1\2" * 9000, model="hexgrad/Kokoro-82M", input_text="Hello")
+        self.assertEqual(self.kinds(self.speak()), ["delta", "delta", "done"])
+        with io.BytesIO() as file:
+            with wave.open(file, "wb") as sound:
+                sound.setparams((1, 2, 24000, 0, "NONE", ""))
+                sound.writeframes(b"\3\4" * 10)
+            self.server.reply(audio=file.getvalue(), test_id="one")
+        first, _ = self.speak(**{"X-Test-Id": "one"})
+        self.assertEqual(base64.b64decode(first["delta"]), b"\3\4" * 10)
+        self.assertGreater(len(self.speak("Something else.")), 3)
+
+    def test_statuses_refuse_the_handshake_and_nothing_else(self):
+        self.server.fail(503, endpoint="voice", times=1)
+        got = self.ask("GET", VOICE, None, UPGRADE)
+        self.assertEqual((got.status, self.server.requests[-1].kind), (503, "voice"))
+        self.assertEqual(self.kinds(self.speak())[-1], "done")
+
+    def test_close_codes(self):
+        fixture = self.server.fail(4503, times=1)
+        self.assertEqual(self.ask("POST", CHAT, HELLO).status, 200)
+        self.assertEqual(self.connect(), [4503])
+        self.assertEqual((self.call.outcome, self.call.close_code), ("cut", 4503))
+        self.assertEqual(fixture.served, 1)
+        self.server.fail(4503, error_after_chunks=1, times=1)
+        *_, failed, code = self.speak()
+        self.assertEqual((failed["error"]["code"], code), ("no_healthy_workers", 4503))
+        self.assertNotIn("item_id", failed)
+        self.server.fail(1013, error={"message": "Later", "code": "busy"}, error_after_chunks=0)
+        self.assertEqual(self.speak()[0]["error"]["message"], "Later")
+        for code in (1005, 1006, 1500, 2999):
+            with self.assertRaises(ValueError):
+                self.server.fail(code)
+
+    def test_a_late_error_fails_one_item(self):
+        self.server.fail(429, error_after_chunks=1, times=1)
+        answers = self.speak()
+        self.assertEqual(self.kinds(answers), ["delta", "failed"])
+        self.assertEqual(answers[1]["item_id"], "tts_1")
+        self.assertEqual(answers[1]["error"]["type"], "rate_limit")
+        again = self.say("input_text_buffer.append", text="Hello there.")
+        self.assertEqual(self.kinds(again)[-1], "done")
+        self.path = REALTIME
+        self.server.fail(500, error_after_chunks=0)
+        self.connect()
+        sound = base64.b64encode(tone(1)).decode()
+        (failed,) = self.say("input_audio_buffer.append", audio=sound)
+        self.assertEqual((failed["type"], failed["event_type"]), (TURN + "failed", "completed"))
+        self.assertEqual(self.say("input_audio_buffer.commit"), [])
+
+    def test_faults_on_the_way(self):
+        usual = self.kinds(self.speak())
+        self.server.fail(disconnect_after_chunks=2, times=1)
+        self.assertEqual(self.kinds(self.speak()), usual[:2])
+        self.assertTrue(self.line.is_cut)
+        self.assertEqual((self.call.outcome, self.call.close_code), ("cut", 0))
+        self.server.fail(malformed=True, times=1)
+        first, *rest = self.speak()
+        self.assertTrue(first.startswith(b'{"type":"conversation.item.audio_output.delta"'), first)
+        self.assertEqual(len(rest) + 1, len(usual))
+        self.server.fail(empty=True, times=1)
+        self.assertEqual(self.speak(), [])
+        self.server.fail(end_after_chunks=1, times=1)
+        self.assertEqual(self.kinds(self.speak()), usual[:1])
+        self.server.fail(stall_after_chunks=1, times=1)
+        self.assertEqual(self.kinds(self.speak()), usual[:1])
+        self.assertEqual(self.line.pauses[-1], fake.STALL_SECONDS)
+        self.server.fail(chaos={"dropRate": 1}, times=1)
+        self.assertEqual(self.kinds(self.speak()), ["failed"])
+        self.server.reply(audio=b"ab", streaming_profile={"ttft": 500, "tps": 10})
+        self.assertEqual(self.kinds(self.speak()), ["delta", "done"])
+        self.assertEqual([round(pause, 1) for pause in self.line.pauses[:2]], [0.5, 0.6])
+
+    def test_a_miss_is_an_error_of_the_turn(self):
+        self.server = TogetherAiServer(port=0, on_miss={"voice": "error"})
+        self.server.reply(audio=b"ab", input_text="goodbye")
+        (failed,) = self.speak()
+        self.assertIn("No fixture matches", failed["error"]["message"])
+        self.assertEqual(
+            self.kinds(self.say("input_text_buffer.append", text="goodbye."))[1:], ["delta", "done"]
+        )
+
+    def test_files_of_others_are_still_read(self):
+        entries = [
+            {"match": {"endpoint": "realtime"}, "response": {"content": "foreign"}},
+            {"match": {"endpoint": "realtime"}, "response": {"transcription": {"text": "ours"}}},
+        ]
+        found = fake.parse_fixtures({"fixtures": entries}, "a.json")
+        self.assertEqual([each.response.type.name for each in found], ["transcription"])
+
+    def test_the_record_has_one_call_with_its_messages(self):
+        self.speak("Hello there.")
+        self.line.handler.on_bytes(mask(8))
+        (call,) = self.server.calls_to(
+            "voice", input_text="Hello there", model="hexgrad/Kokoro-82M"
+        )
+        self.assertEqual((call.status, call.model), (101, "hexgrad/Kokoro-82M"))
+        senders = [each["from"] for each in call.messages]
+        self.assertEqual(senders[:3], ["server", "client", "server"])
+        self.assertEqual(call.messages[1]["message"]["text"], "Hello there.")
+        self.assertEqual(call.messages[3]["message"]["delta"], {"bytes": 12000})
+        self.assertEqual(call.reply[-1]["type"], "conversation.item.audio_output.done")
+        self.assertEqual(call.events_sent, len(call.reply))
+        row = call.as_json()
+        self.assertEqual((row["close_code"], row["messages"]), (0, call.messages))
+        self.server.assert_called("voice", times=1)
 
 
 class VideoTests(LocalCase):

@@ -36,12 +36,14 @@ The sections, each of which uses only those above it; a star marks what touches 
     Catalogue      the models
     Dialects       where clients need different bodies
     Collections    stored objects, the record of calls
+    WebSocket      the frames of a socket, and how a session travels in them
     Fixtures *     scripted answers; reads the files it is given
     Faults         how a scripted reply goes wrong on its way
     Routes         the table of operations
     Inference endpoints     chat, responses, completions, embeddings, rerank
     File and job endpoints  files, batches, fine-tuning, evaluations, dedicated endpoints
     Media endpoints         images, speech, transcription, videos
+    Realtime endpoints      speech to text, and text to speech, over a socket
     Account endpoints       models, projects
     Recording *    fixtures made from answers; writes the file they are kept in
     Page           what a browser shows of the record
@@ -67,6 +69,7 @@ from __future__ import annotations
 
 import base64
 import calendar
+import codecs
 import contextlib
 import errno
 import functools
@@ -172,6 +175,7 @@ SECRET_END = lazy_regex(  # of names that are written in one word, and of severa
 )
 MIN_KEY_LENGTH = 20  # characters of a real key; "test" and the like may stand in a text
 NAME_WORD = lazy_regex(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+KEY_PROTOCOL = lazy_regex(r"(?<=openai-insecure-api-key\.)[^\s,]+")  # of a page's socket
 FORM_WORDS = ("value", "string", "text", "pem", "header")  # a secret's form, behind its name
 # A JSON schema names what it describes, secrets too, and holds none.
 SCHEMA_WORDS = {"$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
@@ -196,6 +200,7 @@ def hide_in_url(url: str) -> str:
 
 def hide_in_text(text: str) -> str:
     """Hide what the URLs in a text hold of secrets."""
+    text = KEY_PROTOCOL.sub("***", text) if "key." in text else text
     return URL.sub(lambda found: hide_in_url(found[0]), text) if "://" in text else text
 
 
@@ -311,7 +316,7 @@ class Request:
 
     __slots__ = (
         "args", "batch", "body", "call", "chunk_sizes", "client", "form", "headers", "id", "method",
-        "origin", "params", "path", "query", "raw", "route", "script",
+        "origin", "params", "path", "query", "raw", "route", "script", "turn",
     )  # fmt: skip
 
     client: Any  # the socket, where a thread waits for somebody else on this request's behalf
@@ -339,6 +344,7 @@ class Request:
         self.script: dict[str, Any] | None = None  # what a fixture says instead of the generators
         self.form = ""  # of the answer, as the prompt asks for it
         self.batch = ""  # the job whose line this is
+        self.turn: Any = None  # of a socket: its handler, instead of the route's
         self.call: Any = None  # its place in the record
         self.route: Any = None  # once it is found and the body is read
         self.chunk_sizes: list[int] = []  # characters in the chunks of a stream, where scripted
@@ -554,6 +560,7 @@ ERRORS: dict[str, tuple[Any, ...]] = {
         " raise max_stored_bytes.",
         TOO_LARGE,
     ),
+    "no_upgrade": (426, "{path} is a WebSocket: ask for an upgrade, with version 13."),
     "bad_range": (416, "The range lies outside of {size} bytes."),
     "bug": (500, "Internal server error: {reason}"),
     "bad_upstream": (502, "The upstream {url} does not answer: {reason}."),
@@ -590,6 +597,11 @@ ERRORS: dict[str, tuple[Any, ...]] = {
     "status_500": (500, "Internal server error"),
     "status_503": (503, "Service unavailable", {"type": "service_unavailable"}),
     "status_504": (504, "Gateway timeout"),
+    "status_4503": (
+        4503,
+        "No healthy workers can serve this model",
+        {"type": "service_unavailable_error", "code": "no_healthy_workers"},
+    ),
     "status_529": (529, "The service is overloaded"),
     "other_status": (500, "The request failed with status {status}", {"type": "server_error"}),
 }
@@ -3452,6 +3464,14 @@ def read_events(data: bytes) -> list[Any]:
     return events
 
 
+BASE64_SOUND = lazy_regex(rb'("audio"\s*:\s*|audio_output\.delta".*"delta":)"([^"]*)"', re.DOTALL)
+
+
+def shorten_sound(found: re.Match[bytes]) -> bytes:
+    """Return what the record shows of sound in base64."""
+    return b'%b{"bytes": %d}' % (found[1], len(found[2]) * 3 // 4 - found[2].count(b"="))
+
+
 def find_usage(replies: Sequence[Any]) -> dict[str, Any] | None:
     """Return the last usage that one of the replies or events tells of."""
     for reply in reversed(replies):
@@ -3470,7 +3490,8 @@ class Call:
     status = 0  # of the reply; 0 until there is one
     duration = 0.0  # seconds until the reply was there; of a stream, until its end
     outcome = ""  # "complete", "cut" by a fault, "left" by the client; "" while it is running
-    events_sent = 0  # of a stream
+    events_sent = 0  # of a stream or a socket
+    close_code = 0  # of a socket
     first_event = 0.0  # seconds until the first of them was there
     error = ""  # why it failed, where it did
     warnings: tuple[str, ...] = ()  # a path that was read as another, fields that nothing reads
@@ -3511,6 +3532,19 @@ class Call:
         size = self.reply_size if self.revision else 0  # 0: it is in the record no more
         self.kept += size
         return size
+
+    def add_message(self, message: bytes, is_sent: bool) -> None:
+        """Keep a message of a socket; a client's is a comment between the events."""
+        self._raw_reply = self._raw_reply or []
+        line = b"data: %b\n\n" % b" ".join(BASE64_SOUND.sub(shorten_sound, message).splitlines())
+        if self.reply_size + len(line) <= MAX_RECORDED_BODY_BYTES and type(self._raw_reply) is list:
+            self.reply_size += len(line)
+            self._raw_reply.append(line if is_sent else b": " + line)
+        self.events_sent += is_sent
+
+    def set_body(self, body: dict[str, Any]) -> None:
+        """Keep what a socket was asked for, as the body of another call."""
+        self._raw = ENCODE(body).encode()
 
     def watch_events(
         self, events: Iterable[Any], started: float, end: Callable[[Call, str], None]
@@ -3562,6 +3596,14 @@ class Call:
         """The bytes of the reply, the events of a stream one after the other."""
         raw = self._raw_reply
         return b"".join(raw) if isinstance(raw, list) else raw
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """What went over a socket, `from` whom, and the `message`; sound is told by its length."""
+        events = self._raw_reply if isinstance(self._raw_reply, list) else ()
+        senders = ("client" if event.startswith(b":") else "server" for event in events)
+        read = (read_events(event.lstrip(b": "))[0] for event in events)
+        return [{"from": sender, "message": message} for sender, message in zip(senders, read)]
 
     @property
     def reply(self) -> Any:
@@ -3644,12 +3686,254 @@ class Call:
             "headers": self.headers,
             "body": self.body,
             "reply": self.reply,
+            "messages": self.messages,
+            "close_code": self.close_code,
             "events_sent": self.events_sent,
             "first_event_ms": round(self.first_event * 1000, 3),
             "form": self.form,
             "warnings": list(self.warnings),
             "near_misses": self.near_misses,
         }
+
+
+# === WebSocket ===
+
+MAX_MESSAGE_BYTES = 4 * 2**20  # of a message, all of its fragments together
+MAX_WAITING_BYTES = 16 * 2**20  # that a client sends without taking the answers
+CONTINUATION, TEXT_FRAME, BINARY_FRAME, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
+
+
+class Closed(Exception):
+    """Raised to close a socket: the code that says why, and words; a message tells it before."""
+
+    def __init__(self, code: int, reason: str = "", error: Any = None) -> None:
+        super().__init__(code, reason)
+        self.error = error  # its envelope, where there is one
+
+
+def is_close_code(code: int) -> bool:
+    """Tell whether a socket may be closed with a code: a registered one, or a program's own."""
+    return code in (*range(1000, 1004), *range(1007, 1015), *range(3000, 5000))
+
+
+def accept_upgrade(request: Request) -> dict[str, str]:
+    """Return the headers that make a connection a socket; raise ApiError 400 or 426.
+
+    Of the subprotocols offered the first that is no key is taken, of the extensions none.
+    """
+    headers = request.headers
+    asked = (headers.get("upgrade", "") + " " + headers.get("connection", "")).lower()
+    wanted = "websocket" in asked and " upgrade" in asked.replace(",", " ")
+    if not wanted or headers.get("sec-websocket-version") != "13" or request.method != "GET":
+        error = ApiError("no_upgrade", path=request.path)
+        error.headers = {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+        raise error
+    key = headers.get("sec-websocket-key", "")
+    if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", key):
+        raise ApiError("bad_http", reason="Sec-WebSocket-Key is not 16 bytes in base64")
+    digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
+    accepted = {"Upgrade": "websocket", "Sec-WebSocket-Accept": base64.b64encode(digest).decode()}
+    offered = headers.get("sec-websocket-protocol", "").replace(",", " ").split()
+    for name in sorted(offered, key=lambda name: KEY_PROTOCOL.search(name) is not None)[:1]:
+        accepted["Sec-WebSocket-Protocol"] = name
+    return accepted
+
+
+def frame_message(kind: int, data: bytes) -> bytes:
+    """Return a message in one frame, as a server sends it: without a mask."""
+    size = len(data)
+    if size < 126:
+        return struct.pack(">BB", 0x80 | kind, size) + data
+    form, mark = (">BBH", 126) if size < 65536 else (">BBQ", 127)
+    return struct.pack(form, 0x80 | kind, mark, size) + data
+
+
+def frame_close(code: int, reason: str = "") -> bytes:
+    """Return the frame that closes a socket; a code of 0 is not told."""
+    words = reason.encode()[:120].decode("utf-8", "ignore").encode()
+    return frame_message(CLOSE, struct.pack(">H", code) + words if code else b"")
+
+
+def read_close(data: bytes) -> int:
+    """Return the code with which a client closes, 0 where it tells none; raise Closed else."""
+    code = int.from_bytes(data[:2], "big")
+    if data and (len(data) < 2 or not is_close_code(code)):
+        raise Closed(1002, "the code of a close frame is none that may be sent")
+    if not succeeds(bytes.decode, data[2:]):
+        raise Closed(1007, "the reason of a close frame is not UTF-8")
+    return code
+
+
+def unmask(data: bytearray, mask: bytearray) -> bytes:
+    """Return a payload as it was before it was masked."""
+    masks = (mask * (len(data) // 4 + 1))[: len(data)]
+    number = int.from_bytes(data, "big") ^ int.from_bytes(masks, "big")
+    return number.to_bytes(len(data), "big")
+
+
+class FrameReader:
+    """Takes apart what a client sends, however it is cut.
+
+    Raises Closed as soon as something is not allowed: 1002 for a frame, 1007 for a text that is
+    not UTF-8, 1009 for a message that is too large.
+    """
+
+    def __init__(self) -> None:
+        self.unread = bytearray()
+        self.kind = 0  # of the message that has begun; 0: none has
+        self.message = bytearray()
+        self.decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def read(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """Yield the kind and the bytes of each message, ping, pong and close that is whole."""
+        self.unread += data
+        while len(self.unread) >= 2:
+            first, size = self.unread[0], self.unread[1] & 127
+            self.check_head(first, self.unread[1])
+            start = 6 + {126: 2, 127: 8}.get(size, 0)
+            if len(self.unread) < start:
+                return
+            size = int.from_bytes(self.unread[2 : start - 4], "big") if start > 6 else size
+            kind, is_last = first & 15, first > 127
+            if kind < CLOSE and len(self.message) + size > MAX_MESSAGE_BYTES:
+                raise Closed(1009, f"a message has more than {MAX_MESSAGE_BYTES} bytes")
+            if len(self.unread) < start + size:
+                return
+            payload = unmask(self.unread[start : start + size], self.unread[start - 4 : start])
+            del self.unread[: start + size]
+            if kind >= CLOSE:
+                yield kind, payload
+                continue
+            self.kind = self.kind or kind
+            self.message += payload
+            if self.kind == TEXT_FRAME:
+                self.check_text(payload, is_last)
+            if is_last:
+                kind, message = self.kind, bytes(self.message)
+                self.kind, self.message = 0, bytearray()
+                yield kind, message
+
+    def check_head(self, first: int, second: int) -> None:
+        """Raise Closed for a frame whose first two bytes are not allowed."""
+        kind, is_last = first & 15, first > 127
+        if first & 0x70 or kind not in (CONTINUATION, TEXT_FRAME, BINARY_FRAME, CLOSE, PING, PONG):
+            raise Closed(1002, "a frame is of an unknown kind, or extended")
+        if kind >= CLOSE and (not is_last or second & 127 > 125):
+            raise Closed(1002, "a control frame is in fragments, or too long")
+        if kind < CLOSE and (kind == CONTINUATION) != (self.kind > 0):
+            raise Closed(1002, "a fragment is missing, or belongs to no message")
+        if second < 128:
+            raise Closed(1002, "a client's frame has no mask")
+
+    def check_text(self, piece: bytes, ends: bool) -> None:
+        """Raise Closed where a text is not UTF-8, or ends within a character."""
+        try:
+            self.decoder.decode(piece, ends)
+        except UnicodeDecodeError:
+            raise Closed(1007, "a text is not UTF-8") from None
+
+
+class Socket:
+    """Has a session travel over a connection that was handed over.
+
+    session  `open()` and `hear(message, is_text)` yield what to send: an event, at once; or a turn,
+             which yields events and pauses, and waits for the turns before it
+    call     keeps the messages
+    end      is told the call and how it ended
+    """
+
+    connection: Any
+
+    def __init__(self, session: Any, call: Call, end: Callable[[Call, str], None]) -> None:
+        self.session, self.call, self.end = session, call, end
+        self.reader = FrameReader()
+        self.turns: deque[Iterator[Any]] = deque()
+        self.waiting = 0  # bytes received since all turns had been sent
+        self.is_over = False
+
+    def on_open(self, connection: Any) -> None:
+        """Begin; the loop calls this, as the next three."""
+        self.connection = connection
+        self.act(self.session.open())
+
+    def on_bytes(self, data: bytes) -> None:
+        """Take what has come from the client."""
+        self.waiting += len(data)
+        self.act(self.read(data))
+
+    def on_sent(self) -> None:
+        """Begin to send the next turn."""
+        if self.turns:
+            self.connection.stream(self.draw(self.turns.popleft()))
+        else:
+            self.waiting = 0
+
+    def on_close(self) -> None:
+        """Note that the connection is gone."""
+        self.finish("left")
+
+    def read(self, data: bytes) -> Iterator[Any]:
+        """Yield the answers to what the client's frames say."""
+        if self.waiting > MAX_WAITING_BYTES:
+            raise Closed(1008, "too much waits to be answered")
+        for kind, payload in () if self.is_over else self.reader.read(data):
+            if kind == CLOSE:
+                self.close("complete", read_close(payload))
+            elif kind == PING:
+                self.connection.write(frame_message(PONG, payload))
+            elif kind != PONG:
+                self.call.add_message(payload, is_sent=False)
+                yield from self.session.hear(payload, kind == TEXT_FRAME)
+            if self.is_over:
+                return
+
+    def act(self, outputs: Iterator[Any]) -> None:
+        """Send events, and line up turns."""
+        try:
+            for output in outputs:
+                if isinstance(output, dict):
+                    self.connection.write(self.frame(ENCODE(output).encode()))
+                else:
+                    self.turns.append(output)
+        except Closed as closed:
+            self.call.error = closed.args[1]
+            self.close("cut", *closed.args)
+        if self.is_over:
+            self.connection.end()
+        elif self.connection.reply is None:
+            self.on_sent()
+
+    def draw(self, turn: Iterator[Any]) -> Generator[Any, None, None]:
+        """Yield the events of a turn in their frames, and its pauses; a worker may draw them."""
+        try:
+            for event in turn:
+                if self.is_over:
+                    return
+                yield event if type(event) is float else self.frame(event)
+        except Closed as closed:
+            self.finish("cut", closed.args[0])
+            yield frame_close(*closed.args)
+        except Cut:
+            self.finish("cut")
+            raise
+
+    def frame(self, event: bytes) -> bytes:
+        """Return the frame of an event, which is recorded."""
+        self.call.add_message(event, is_sent=True)
+        return frame_message(TEXT_FRAME, event)
+
+    def close(self, outcome: str, code: int, reason: str = "") -> None:
+        """Close the socket, and the connection once that is sent."""
+        self.connection.write(frame_close(code, reason))
+        self.finish(outcome, code)
+
+    def finish(self, outcome: str, code: int = 0) -> None:
+        """End the call; what is said first counts."""
+        if not self.is_over:
+            self.is_over, self.call.close_code = True, code
+            self.call.duration = time.perf_counter() - self.call.started
+            self.turns.clear()
+            self.end(self.call, outcome)
 
 
 # === Fixtures ===
@@ -3847,6 +4131,9 @@ class MatchFacts(dict):  # type: ignore[type-arg]
             for tool in list_objects(body.get("tools"))
         ]
         format = body.get("response_format") or get_path(body, "text", "format")
+        # Of a socket a status refuses the handshake; everything else happens in its turns.
+        is_socket = request.route is not None and request.route.status == 101
+        self.is_handshake = request.turn is None if is_socket else None
         self.request, self.kind = request, kind
         self.time = 0  # which time the fixture that answers is served to its test
         self.test = headers.get("x-test-id", "")
@@ -4101,7 +4388,7 @@ OWN_STATUS = Field("status", int, low=200, high=999)
 GENERATED = ResponseType("generated", Fields(closed=True), told_by=(), everywhere=True)
 STATUS = ResponseType(
     "status",
-    Fields(Field("status", int, low=400, high=999), *WAIT, closed=True),
+    Fields(Field("status", int, low=400, high=4999), *WAIT, closed=True),
     normalise_error,
     everywhere=True,
 )
@@ -4137,7 +4424,7 @@ ERROR = ResponseType(  # aimock's recorder writes status 200 where it did not un
     Fields(
         Field("error", dict, fields=ENVELOPE),
         Field("id", str),
-        OWN_STATUS,
+        Field("status", int, low=200, high=4999),
         *WAIT,
         closed=True,
         ignored="fallthrough",
@@ -4243,6 +4530,9 @@ def check_response(response: dict[str, Any], place: str) -> None:
     for name, count in response.get("usage", {}).items():
         if name.endswith("_tokens") and isinstance(count, dict):
             raise ValueError(f"{place}.usage.{name}: must be a number, not {preview(count)}")
+    status = response.get("status", 200)
+    if status > 999 and not is_close_code(status):
+        raise ValueError(f"{place}.status: {status} is neither a status nor the code of a close")
     for index, block in enumerate(response.get("blocks", ())):
         for key in ("text",) if block["type"] == "text" else ("name", "arguments"):
             if key not in block:
@@ -4375,9 +4665,12 @@ class Response:
         self.type, self.said = type, said
         self._quotes = type is TEXT and "{{" in ENCODE(said)
         self.normal: dict[str, Any] = type.normalise(said)
+        self.closes = type in (ERROR, STATUS) and self.normal["status"] > 999  # a socket
 
     def fits(self, kind: str) -> bool:
         """Tell whether it answers operations of a kind; a completion cannot be tool calls alone."""
+        if self.closes:
+            return kind in OPERATIONS and OPERATIONS[kind].status == 101
         is_calls = self.type is TEXT and self.normal["content"] is None
         return self.type.fits(kind) and not (is_calls and kind == "completion")
 
@@ -4400,6 +4693,13 @@ class Response:
         said = json.loads(TEMPLATE.sub(quote_fact, ENCODE(self.said)))
         normal: dict[str, Any] = self.type.normalise(said)
         return normal
+
+
+def is_whole(response: Response, options: Mapping[str, Any]) -> bool:
+    """Tell whether a response is the reply, whatever the operation; a late error is not."""
+    late = not options.keys().isdisjoint(("errorAfterChunks", *STRIKE_PLACES))
+    is_error = response.type in (ERROR, STATUS)
+    return response.type in (JSON_BODY, RAW_BODY) or (is_error and not late)
 
 
 class Fixture:
@@ -4463,6 +4763,8 @@ class Fixture:
         """Return the first reason why it does not answer a request, whatever was served before."""
         if not self.response.fits(facts.kind):
             return "response", [each for each in OPERATIONS if self.response.fits(each)], facts.kind
+        if facts.is_handshake not in (None, is_whole(self.response, self.options)):
+            return "response", "a handshake", "a turn"
         key = find_mismatch(self.wanted, facts)
         if key is not None:
             return f"match.{key}", None, None
@@ -4568,7 +4870,9 @@ def parse_fixtures(
     for index, entry in enumerate(entries):
         at = f"fixtures[{index}]"
         source = f"file {place}[{index}]" if place else "run time"
-        if FOREIGN_ENDPOINTS.match(str(get_path(entry, "match", "endpoint"))):
+        name = str(get_path(entry, "match", "endpoint"))
+        said = find_response_type(get_path(entry, "response") or ())
+        if FOREIGN_ENDPOINTS.match(name) and (name != "realtime" or said is TEXT):
             ignored.append(at)
             continue
         try:
@@ -5137,19 +5441,18 @@ def status_reply(
     return refusal.as_reply(id=id)
 
 
+def scripted_close(status: int, **said: Any) -> Closed:
+    """Return what closes a socket: the code, the reason, and what a message says of it before."""
+    error = json.loads(status_reply(status, **said).body)["error"]
+    return Closed(status, error["code"] or error["message"], error)
+
+
 def raw_reply(data: bytes, content_type: str, status: int, headers: dict[str, str]) -> Reply:
     """Build the reply of a body that was given as it is; the events of a stream are its chunks."""
     reply = Reply(data, status, content_type, headers)
     if content_type.startswith(EVENT_STREAM):
         reply.events = (event for event in split_events(data))
     return reply
-
-
-def is_whole(response: Response, options: Mapping[str, Any]) -> bool:
-    """Tell whether a response is the reply, whatever the operation; a late error is not."""
-    late = not options.keys().isdisjoint(("errorAfterChunks", *STRIKE_PLACES))
-    is_error = response.type in (ERROR, STATUS)
-    return response.type in (JSON_BODY, RAW_BODY) or (is_error and not late)
 
 
 def whole_reply(response: Response, options: Mapping[str, Any], request: Request) -> Reply:
@@ -5285,6 +5588,8 @@ class Fault:
                 yield b""  # so that the head leaves
                 yield float(max(0, min(end - clock(), STALL_SECONDS)))
                 raise Cut
+            if "errorAfterChunks" in hits and self.error["status"] > 999:
+                raise scripted_close(**self.error)
             if "errorAfterChunks" in hits:
                 yield b"data: %b\n\n" % status_reply(**self.error).body
             if hits & {"errorAfterChunks", "endAfterChunks"}:
@@ -9443,6 +9748,428 @@ def get_video_file(server: TogetherAiServer, request: Request) -> Any:
     return serve_bytes(request, make_video(rng, *facts), "video/mp4")
 
 
+# === Realtime endpoints ===
+
+AUDIO_RATES = {  # samples a second; a bare name means 24 kHz
+    "pcm_s16le_8000": 8000, "pcm_s16le_16000": 16000,
+    **dict.fromkeys(("pcm_s16le_24000", "pcm_s16le", "pcm_s16", "pcm16"), 24000),
+}  # fmt: skip
+FRAMES_A_SECOND = 50  # of sound; each is loud or silent as a whole
+LOUDNESS = 330  # of samples that are speech with a probability of 0.5
+DELTA_WORDS = 3  # told at once when a turn ends
+DEFAULT_FORMAT = "pcm_s16le_16000"
+DEFAULT_VOICE_MODEL = "hexgrad/Kokoro-82M"  # documented
+PARTIAL_LENGTH = 250  # characters; documented
+DETECTION: dict[str, Any] = {  # of turns: the defaults, documented
+    "type": "server_vad", "threshold": 0.3, "min_silence_duration_ms": 500,
+    "min_speech_duration_ms": 250, "max_speech_duration_s": 5.0, "speech_pad_ms": 250,
+}  # fmt: skip
+DETECTION_ROWS = (
+    *rows_of("min_silence_duration_ms min_speech_duration_ms speech_pad_ms", float, low=0),
+    Field("threshold", float, low=0, high=0.99), Field("max_speech_duration_s", float, high=300),
+)  # fmt: skip
+DETECTOR = ("server_vad", "none")
+REALTIME_FIELDS = Fields(
+    MODEL_ROW, Field("turn_detection", str, choices=DETECTOR), *DETECTION_ROWS,
+    Field("input_audio_format", str, choices=tuple(AUDIO_RATES)), *rows_of("language prompt", str),
+)  # fmt: skip
+PCM = ("pcm", "raw")
+VOICE_FIELDS = Fields(
+    *rows_of("model voice language", str), Field("speed", float, low=0.25, high=4),
+    Field("max_partial_length", int, low=1, high=MAX_SPEECH_CHARACTERS),
+    Field("sample_rate", int, low=8000, high=48000), Field("response_format", str, choices=PCM),
+    Field("segment", str, choices=("sentence", "immediate", "never")),
+    Field("alignment", str, choices=("word", "none")), Field("extra_params", dict),
+)  # fmt: skip
+# What a client may say, and its fields; the method that answers is called as the type ends.
+HEARD_MESSAGES = {
+    "input_audio_buffer.append": Fields(Field("audio", str, required=True, test=BASE64)),
+    "transcription_session.updated": Fields(object_field(
+        "session", *rows_of("language prompt", str), Field("energy_gate_rms", float, low=0),
+        object_field("turn_detection", Field("type", str, choices=DETECTOR), *DETECTION_ROWS),
+        required=True,
+    )),
+    **dict.fromkeys(("input_audio_buffer.commit", "input_audio_buffer.clear", "echo"), NO_FIELDS),
+}  # fmt: skip
+SPOKEN_MESSAGES = {
+    "input_text_buffer.append": Fields(
+        Field("text", str, required=True, high=10 * MAX_SPEECH_CHARACTERS)
+    ),
+    "tts_session.updated": Fields(Field("session", dict, required=True, fields=VOICE_FIELDS)),
+    **dict.fromkeys(("input_text_buffer.commit", "input_text_buffer.clear"), NO_FIELDS),
+}
+SENTENCE_END = lazy_regex(  # a full stop behind a digit may be a decimal point
+    r"""(?:(?<![0-9])\.|[!?…])[.!?…]*["')\]]*(?=\s|\Z)|\.["')\]]*(?=\s)|[。\uff01\uff1f]+|\n"""
+)
+
+
+def take_event(events: Iterator[Any]) -> Iterator[Any]:
+    """Yield the next event, behind the pause before it."""
+    for event in events:
+        yield event
+        if type(event) is bytes:
+            return
+
+
+class Session:
+    """What is said over one socket and answered; `Socket` has it travel.
+
+    kind       what fixtures and the record call it
+    failure    the type of the message that tells of an error
+    is_strict  whether an error in a message ends it
+    messages   that a client may send, by type: their fields
+    """
+
+    kind = failure = ""
+    is_strict = False
+    messages: Mapping[str, Fields] = {}
+
+    def __init__(self, server: TogetherAiServer, request: Request, fields: Fields) -> None:
+        self.server, self.request = server, request
+        self.settings = pick_given(request.args, fields)
+        self.told: dict[str, Any] = {}  # to the client when it begins
+        self.count = 0  # of turns
+
+    def open(self) -> Iterator[Any]:
+        """Tell the client that it is heard; a fixture may have the socket closed instead."""
+        self.request.call.set_body(self.settings)
+        if self.request.script is not None:
+            raise scripted_close(**self.request.script)
+        self.rng = HashRandom.of(self.kind, self.settings)
+        session = {"id": random_uuid(self.rng.child("session")), **self.told}
+        session.update(pick_given(self.settings, ("model", "voice")))
+        event_id = random_uuid(self.rng.child("event"))
+        yield {"event_id": event_id, "type": "session.created", "session": session}
+
+    def hear(self, payload: bytes, is_text: bool) -> Iterator[Any]:
+        """Answer a message."""
+        try:
+            if not is_text:
+                raise ApiError("bad_body", reason="a message is a text")
+            message = parse_body(payload, "", NO_FIELDS)
+            kind = str(message.get("type"))
+            if kind in self.messages:
+                self.messages[kind].check(message)
+                yield from getattr(self, kind.rpartition(".")[2])(message)
+            else:
+                warnings = self.request.call.warnings[:MAX_NEAR_MISSES]
+                self.request.call.warnings = (*warnings, f"nothing reads {kind[:100]}")
+        except ApiError as error:
+            yield {"type": self.failure, "error": error.envelope()}
+            if self.is_strict:
+                raise Closed(1000, error.message) from None
+
+    def answer(self, item_id: str, say: Any, **body: Any) -> Iterator[Any]:
+        """Have a turn go the way of a request; yield its events and pauses.
+
+        say  the handler: its events are the turn's messages
+        """
+        asked = self.request
+        turn = Request(asked.method, asked.path, headers=asked.headers)
+        turn.call, turn.route, turn.turn = asked.call, asked.route, say
+        turn.body = {**self.settings, **body}
+        turn.call.fixture = ""
+        reply = self.server._settle(turn, turn.call)
+        events: Iterable[Any] = reply.events or ()
+        if reply.status >= 400:  # at once, whatever pauses it would have
+            events = [reply.read()]
+        failed = {"type": self.failure, "item_id": item_id}
+        if self.is_strict:  # without this it would be the end of the session
+            failed["event_type"] = "completed"
+        try:
+            for event in events:
+                if type(event) is float:
+                    yield event
+                elif event.startswith(b'data: {"type"'):
+                    yield event[6:-2]
+                elif event not in (DONE, b""):
+                    error = json.loads(event.replace(b"data: ", b"", 1))["error"]
+                    yield ENCODE({**failed, "error": error}).encode()
+        except Closed as closed:
+            yield ENCODE({"type": self.failure, "error": closed.error}).encode()
+            raise
+
+
+class HearingSession(Session):
+    """Speech to text: turns are told apart by silence, words are drawn from what is loud.
+
+    All of it follows from the sound alone, not from the pieces in which it comes.
+    """
+
+    kind = "realtime"
+    prefix = "conversation.item.input_audio_transcription."
+    failure = prefix + "failed"
+    is_strict = True
+    messages = HEARD_MESSAGES
+
+    def __init__(self, server: TogetherAiServer, request: Request) -> None:
+        super().__init__(server, request, REALTIME_FIELDS)
+        self.told = {"object": "realtime.session", "modalities": ["audio"]}
+        self.second = 2 * AUDIO_RATES[self.settings.get("input_audio_format", DEFAULT_FORMAT)]
+        self.detect({**self.settings, "type": self.settings.get("turn_detection")})
+        self.clear({})
+
+    def detect(self, given: dict[str, Any]) -> None:
+        """Set by what turns are told apart; without rules a commit ends them."""
+        rules = {**DETECTION, **pick_given(given, DETECTION)}
+        self.rules = rules if rules["type"] == "server_vad" else None
+        milliseconds = (name for name in DETECTION if name.endswith("_ms"))
+        self.limits = {name[:-3]: int(rules[name] * self.second / 1000) for name in milliseconds}
+
+    def clear(self, message: dict[str, Any]) -> Iterator[Any]:
+        """Begin the stream of sound, and forget what was heard."""
+        self.unheard = bytearray()  # less than a frame
+        self.heard = 0  # bytes of the stream
+        self.done = 0  # of them
+        self.begin()
+        return iter(())
+
+    def begin(self) -> None:
+        """Wait for the next turn."""
+        self.first = self.last = -1  # where its speech begins and ends
+        self.sound = bytearray()  # from there on
+        self.words: list[str] = []
+        self.told_count = 0  # of these
+        self.drafts: deque[Any] = deque()  # the words so far, with the times once it has ended
+        self.events: Any = None
+
+    def append(self, message: dict[str, Any]) -> Iterator[Any]:
+        """Hear some sound, a frame after the other."""
+        self.unheard += DECODE_BASE64(message["audio"])
+        size = self.second // FRAMES_A_SECOND
+        for _ in range(len(self.unheard) // size):
+            frame = bytes(self.unheard[:size])
+            del self.unheard[:size]
+            yield from self.hear_frame(frame)
+        if len(self.sound) > MAX_WAITING_BYTES:
+            raise refuse_value("audio", "must be committed at times", len(self.sound))
+
+    def is_loud(self, frame: bytes) -> bool:
+        """Tell speech from silence, by the energy of the samples."""
+        threshold: float = (self.rules or DETECTION)["threshold"]
+        gate: float = 32768 * self.settings.get("energy_gate_rms", 0)
+        level = max(LOUDNESS * threshold / (1 - threshold), gate)
+        samples = struct.unpack(f"<{len(frame) // 2}h", frame[: len(frame) // 2 * 2])
+        energy: int = sum(map(operator.mul, samples, samples))
+        return bool(energy > level * level * len(samples))
+
+    def hear_frame(self, frame: bytes) -> Iterator[Any]:
+        """Hear a frame, and tell of the turn that it continues or ends."""
+        self.heard += len(frame)
+        if self.is_loud(frame):
+            self.first = self.heard - len(frame) if self.first < 0 else self.first
+            self.last = self.heard
+        if self.first < 0:
+            return
+        self.sound += frame
+        if self.rules is None:
+            return
+        rules, quiet = self.rules, self.heard - self.last
+        is_speech = self.last - self.first >= self.limits["min_speech_duration"]
+        too_long = len(self.sound) >= rules["max_speech_duration_s"] * self.second
+        if too_long or (quiet and quiet >= self.limits["min_silence_duration"]):
+            yield from self.end_turn() if is_speech else ()
+            self.begin()
+        elif is_speech and len(self.sound) % (self.second // 2) == 0:
+            yield from self.draft()
+
+    def end_turn(self) -> Iterator[Any]:
+        """Tell of all that was said, and when: with some sound around what is loud."""
+        start, end = self.done, self.heard
+        if self.rules is not None:
+            pad = self.limits["speech_pad"]
+            start, end = max(start, self.first - pad), min(end, self.last + pad)
+        self.done = end
+        yield from self.draft(
+            {"start": start / self.second, "duration": (end - start) / self.second}
+        )
+        self.begin()
+
+    def draft(self, times: dict[str, float] | None = None) -> Iterator[Any]:
+        """Tell of the words so far, in the place of those told before; with times of all."""
+        speech = self.sound[: self.last - self.first]
+        count = round(len(speech) / self.second * WORDS_A_SECOND) or bool(speech)
+        if times is None and count <= self.told_count:
+            return
+        facts = pick_given(self.settings, ("model", "language", "prompt"))
+        rng = HashRandom.of("transcribe", [facts, hashlib.sha256(speech).hexdigest()])
+        while len(self.words) < count:
+            self.words += make_text(rng.child(len(self.words)), 1).split()
+        self.told_count = count
+        self.drafts.append((self.words[:count], times))
+        if self.events is None:
+            self.count += 1
+            item_id = "item_" + random_letters(self.rng.child("item", self.count), 21)
+            tell = functools.partial(self.tell, item_id, self.drafts)
+            self.events = self.answer(item_id, lambda _, turn: Events(tell(turn.script)))
+        yield take_event(self.events) if times is None else self.events
+
+    def tell(self, item_id: str, drafts: deque[Any], script: Any) -> Iterator[Any]:
+        """Yield the messages of a turn, one for each draft, and the last ones."""
+        given = None if script is None else script["text"].split()
+        head, told = {"type": self.prefix + "delta", "item_id": item_id}, 0
+        words, times = drafts.popleft()
+        while times is None:
+            told = len(words)
+            yield {**head, "delta": " ".join((words if given is None else given)[:told])}
+            words, times = drafts.popleft()
+        words = words if given is None else given
+        for end in (*range(told + DELTA_WORDS, len(words), DELTA_WORDS), len(words)):
+            if end > told:
+                yield {**head, "delta": " ".join(words[:end])}
+        yield {**head, "type": self.prefix + "completed", "transcript": " ".join(words), **times}
+        yield self.note_progress(times["start"] + times["duration"])
+
+    def note_progress(self, seconds: float) -> dict[str, Any]:
+        """Return the message that tells how much of the sound is done with."""
+        return {"type": "input_audio_buffer.processed", "processed_ms": round(1000 * seconds)}
+
+    def commit(self, message: dict[str, Any]) -> Iterator[Any]:
+        """End the turn; without turn detection it is all that was heard."""
+        if self.unheard:
+            frame = bytes(self.unheard)
+            self.unheard.clear()
+            yield from self.hear_frame(frame)
+        if self.first >= 0 or (self.rules is None and self.heard > self.done):
+            yield from self.end_turn()
+        else:
+            self.done = self.heard
+            event = self.note_progress(self.heard / self.second)
+            yield iter((ENCODE(event).encode(),))
+
+    def updated(self, message: dict[str, Any]) -> Iterator[Any]:
+        """Change by what turns are told apart, or what words are drawn from."""
+        session = message["session"]
+        if "turn_detection" in session:
+            self.detect(session["turn_detection"] or {"type": "none"})
+        self.settings.update(pick_given(session, ("language", "prompt", "energy_gate_rms")))
+        session = {**session, "turn_detection": self.rules}
+        yield {"type": "transcription_session.updated", "session": session}
+
+    def echo(self, message: dict[str, Any]) -> Iterator[Any]:
+        """Say that somebody is there; the time is that of the sound."""
+        given = pick_given(message, ("echo_id", "client_sent_at", "payload"))
+        now = CREATED + self.heard / self.second
+        yield {**given, "type": "echo.response", "server_received_at": now, "server_sent_at": now}
+
+
+class VoiceSession(Session):
+    """Text to speech: each sentence is spoken as an item of its own, once it is complete."""
+
+    kind = "voice"
+    prefix = "conversation.item."
+    failure = prefix + "tts.failed"
+    messages = SPOKEN_MESSAGES
+
+    def __init__(self, server: TogetherAiServer, request: Request) -> None:
+        super().__init__(server, request, VOICE_FIELDS)
+        self.told = {"object": "realtime.tts.session", "modalities": ["text", "audio"]}
+        model = self.settings.setdefault("model", DEFAULT_VOICE_MODEL)
+        voices = SPEECH_VOICES.get(model.partition("/")[0], ("default",))
+        self.settings.setdefault("voice", voices[0])
+        self.text = ""  # not spoken yet
+        self.spoken = ""
+
+    def append(self, message: dict[str, Any]) -> Iterator[Any]:
+        """Take some text, and speak what is complete."""
+        self.text += message["text"]
+        yield {"type": self.prefix + "input_text.received", "text": message["text"]}
+        yield from self.speak()
+
+    def commit(self, message: dict[str, Any]) -> Iterator[Any]:
+        """Speak the rest of the text."""
+        yield from self.speak(ends=True)
+
+    def clear(self, message: dict[str, Any]) -> Iterator[Any]:
+        """Forget the text that is not spoken yet."""
+        self.text = ""
+        return iter(())
+
+    def updated(self, message: dict[str, Any]) -> Iterator[Any]:
+        """Change how the next sentences are spoken."""
+        session = message["session"]
+        if "model" in session:
+            resolve_model(self.server, session["model"], "audio")
+        self.settings.update(pick_given(session, VOICE_FIELDS))
+        yield {"type": "tts_session.updated", "session": session}
+
+    def speak(self, ends: bool = False) -> Iterator[Any]:
+        """Yield a turn for each sentence that is complete, or as long as it may be."""
+        segment = self.settings.get("segment", "sentence")
+        longest = self.settings.get("max_partial_length", PARTIAL_LENGTH)
+        longest = MAX_SPEECH_CHARACTERS if segment == "never" else longest
+        while self.text:
+            found = SENTENCE_END.search(self.text) if segment == "sentence" else None
+            end = found.end() if found else len(self.text)
+            if end > (MAX_SPEECH_CHARACTERS if found else longest):
+                end = self.text.rfind(" ", 1, longest + 1) + 1 or longest
+            elif not (found or ends or segment == "immediate"):
+                return
+            text, self.text = self.text[:end].strip(), self.text[end:]
+            if text:
+                yield self.say(text)
+
+    def say(self, text: str) -> Iterator[Any]:
+        """Return the turn that speaks a text."""
+        self.count += 1
+        facts = {
+            **pick_given(self.settings, (*SPEECH_FACTS, "alignment", "sample_rate")),
+            "input": text,
+        }
+        self.spoken = f"{self.spoken} {text}".lstrip()[:MAX_SHOWN]
+        self.request.call.set_body({**self.settings, "input": self.spoken})
+        item_id = f"tts_{self.count}"
+        utter = functools.partial(self.utter, item_id, facts)
+        return self.answer(item_id, lambda _, turn: Events(utter(turn.script or {})), input=text)
+
+    def utter(self, item_id: str, facts: dict[str, Any], script: dict[str, Any]) -> Iterator[Any]:
+        """Yield a text's sound in pieces, the times of its words where asked for, and the end."""
+        rate, text = facts.pop("sample_rate", 24000), facts["input"]
+        alignment = facts.pop("alignment", "none")
+        sound = script.get("audio")
+        if sound is None:
+            sound = make_speech(HashRandom.of("speech", facts), text, rate, "pcm_s16le")
+        elif sound[:4] == b"RIFF":
+            sound = sound[sound.find(b"data") + 8 :]
+        size = rate * SPEECH_EVENT_MS // 1000 * 2
+        for at in range(0, len(sound), size):
+            delta = base64.b64encode(sound[at : at + size]).decode()
+            yield {"type": SPEECH_EVENT["type"], "item_id": item_id, "delta": delta}
+        if alignment == "word":
+            words = list(re.finditer(r"\S+", text))
+            yield {
+                "type": self.prefix + "word_timestamps", "item_id": item_id,
+                "words": [word[0] for word in words],
+                "start_seconds": [word.start() * CHARACTER_MS / 1000 for word in words],
+                "end_seconds": [word.end() * CHARACTER_MS / 1000 for word in words],
+            }  # fmt: skip
+        yield {"type": self.prefix + "audio_output.done", "item_id": item_id}
+
+
+@route(
+    "GET", "/v1/realtime", query=REALTIME_FIELDS, kind="realtime", input="prompt",
+    response=HEARING["response"], status=101, slow=False,
+)  # fmt: skip
+def open_realtime(server: TogetherAiServer, request: Request) -> Any:
+    """Write down over a WebSocket what is said, turn by turn."""
+    model = request.args["model"]
+    if model not in server.models:
+        raise ApiError("no_model", model=model[:100])
+    resolve_model(server, model, "transcribe")
+    return HearingSession(server, request)
+
+
+@route(
+    "GET", "/v1/audio/speech/websocket", query=VOICE_FIELDS, kind="voice", prompt="input",
+    response=SCRIPTED_SPEECH, status=101, slow=False,
+)  # fmt: skip
+def open_voice(server: TogetherAiServer, request: Request) -> Any:
+    """Speak over a WebSocket what is written, sentence by sentence."""
+    session = VoiceSession(server, request)
+    resolve_model(server, session.settings["model"], "audio")
+    return session
+
+
 # === Account endpoints ===
 
 
@@ -11542,10 +12269,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Send a piece of the reply, or pause as long as it says; None: that was all."""
         if piece is None:
             self.end_reply()
+            if self.handler is not None:
+                self.handler.on_sent()
         elif type(piece) is float:
             self.busy = "pause"
             self.server.call_later(piece, self.end_pause)
-        else:
+        elif self.handler is None or not self.is_refused:  # nothing follows the frame of a close
             self.unsent = self.unsent + piece if self.unsent else piece
 
     def end_pause(self) -> None:
@@ -11677,6 +12406,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if unused:
             handler.on_bytes(unused)
 
+    def stream(self, events: Generator[Any, None, None]) -> None:
+        """Send events and pause between them, drawn by workers; then `on_sent()` is called."""
+        self.reply, self.pieces = Reply(events=events), events
+        self.reply.waits = True
+
     def write(self, data: bytes) -> None:
         """Send something, before long; a client that does not read loses its connection."""
         self.unsent += data
@@ -11685,8 +12419,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.close()
 
     def end(self) -> None:
-        """Close the connection when all is sent."""
-        self.closes = True
+        """Close the connection when all is sent, and the client has had time to read it."""
+        self.closes = self.is_refused = True
+        if self.busy == "pause":
+            self.busy = ""
+            self.end_reply()
         self.server.held.append(self)
 
     def call_later(self, seconds: float, act: Callable[[], None]) -> None:
@@ -12329,6 +13066,14 @@ def check_origin(request: Request, loopback: bool) -> None:
         raise ApiError("foreign_host", host=host[:100])
 
 
+def brings_key(request: Request) -> bool:
+    """Tell whether a socket's key is where a page can put it: in the query, or a subprotocol."""
+    query = parse_form(request.query.encode())
+    offered = request.headers.get("sec-websocket-protocol", "")
+    found = query.get("api_key") or query.get("authorization") or KEY_PROTOCOL.search(offered)
+    return found is not None
+
+
 def allow_origin(request: Request) -> Reply:
     """Answer a browser that asks what another page may send here: everything."""
     asked = request.headers.get("access-control-request-headers")
@@ -12447,6 +13192,9 @@ def as_reply(value: Any, request: Request, status: int) -> Reply:
     """Make a handler's result a reply; a stream's first event is drawn before the head is sent."""
     if type(value) is Reply:
         reply = value
+    elif isinstance(value, Session):
+        reply = Reply(b"", status, headers=accept_upgrade(request))
+        reply.handler = Socket(value, request.call, value.server._end_call)
     elif type(value) is Events:
         chunks = iter(value.chunks)
         events = chunks if value.encoded else encode_events(chunks)
@@ -13202,7 +13950,7 @@ class TogetherAiServer(Scripting):
 
     def answer(self, request: Request) -> Reply:
         """Answer a request; this is all there is behind the sockets, and it never raises."""
-        call = request.call or self._record(request)
+        call = request.call = request.call or self._record(request)
         reply = self._settle(request, call)
         call.duration = time.perf_counter() - call.started
         call.keep_reply(reply)
@@ -13281,7 +14029,10 @@ class TogetherAiServer(Scripting):
             check_origin(request, is_loopback(self.host))
         route = EXACT.get((request.method, request.path)) or self._find_route(request, call)
         call.kind = route.recorded_kind
-        if self.require_auth and not route.open and not request.headers.has_key:
+        has_key = request.headers.has_key or (route.status == 101 and brings_key(request))
+        if route.status == 101 and not has_key:
+            check_origin(request, is_loopback(self.host))
+        if self.require_auth and not route.open and not has_key:
             raise ApiError("unauthorized" if route.path == "/v1/models" else "bad_key")
         if route.query and (request.query or route.query.required):
             request.args = parse_form(request.query.encode())
@@ -13315,17 +14066,19 @@ class TogetherAiServer(Scripting):
 
     def _handle(self, route: Route, request: Request, call: Call) -> Reply:
         """Check the fields and let the handler answer, or the upstream where no fixture does."""
-        if self._upstream is not None and not call.fixture and not route.open:
+        is_socket = route.status == 101  # which no upstream is asked for
+        if self._upstream is not None and not (call.fixture or route.open or is_socket):
             call.fixture = "upstream"
             return self._upstream.pass_on(route.kind, request)
         if route.handler is None:
             find_route(request.method, route.path)  # which raises
-        if route.kind in self._refused and not call.fixture:
+        asks = request.turn is not None or not is_socket
+        if asks and route.kind in self._refused and not call.fixture:
             misses = explain_misses(call.misses, MatchFacts(route.kind, request))
             raise self.script.miss_error(request, misses)
         if route.body:
             route.body.check(request.body)
-        handler: Any = route.handler
+        handler: Any = request.turn or route.handler
         reply = as_reply(handler(self, request), request, route.status)
         call.form = request.form
         return reply if route.open else name_reply(reply, request)
@@ -13340,6 +14093,9 @@ class TogetherAiServer(Scripting):
             return self._handle(route, request, call)
         call.fixture, request.chunk_sizes = fixture.source, fixture.chunk_sizes
         response = answer_with(fixture, facts.time, request)
+        if response.closes and is_whole(response, fixture.options):
+            request.script = response.normal
+            return self._handle(route, request, call)
         if is_whole(response, fixture.options):
             reply = name_reply(whole_reply(response, fixture.options, request), request)
         else:
