@@ -5482,7 +5482,8 @@ class OrderTests(ScriptingCase):
         self.assertEqual([self.talk(turn) for turn in (0, 1, 2)], ["zero", "zero", "two"])
         warning = "file a.json[0] is for turn 0, and this is turn 1"
         warnings = [call.warnings for call in self.server.requests]
-        self.assertEqual(warnings, [(), (warning,), ()])
+        unlisted = "the model 'm' is listed nowhere"
+        self.assertEqual(warnings, [(unlisted,), (unlisted, warning), (unlisted,)])
 
     def test_a_miss_that_is_an_error_does_not_change_how_turns_of_files_match(self):
         with TogetherAiServer(port=0, on_miss="error") as self.server:
@@ -5696,6 +5697,231 @@ class AnswerTests(ScriptingCase):
                 self.assertEqual(self.server.requests[0].fixture, "file b.json[0]")
 
 
+CITY_FORMAT = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
+CALL = {"name": "get_weather", "arguments": {"city": "Rome"}}
+
+
+class MistakeTests(ScriptingCase):
+    """What production would never take or say is served, and told; or refused, where asked for."""
+
+    # what is wrong: what is scripted, what is asked beside a chat's usual, the warning
+    MISTAKES = (
+        (
+            {"tool_calls": [{**CALL, "name": "get_wether"}]},
+            {"tools": [WEATHER]},
+            "it calls get_wether, a tool that the request does not offer, did you mean get_weat",
+        ),
+        (
+            {"tool_calls": [{**CALL, "arguments": {"town": "Rome"}}]},
+            {"tools": [WEATHER]},
+            "it calls get_weather with arguments that miss its schema: city is missing",
+        ),
+        (
+            {"tool_calls": [{**CALL, "arguments": {"city": 7}}]},
+            {"tools": [WEATHER]},
+            "it calls get_weather with arguments that miss its schema: city is 7, wanted string",
+        ),
+        (
+            {"tool_calls": [{**CALL, "arguments": "{city"}]},
+            {"tools": [WEATHER]},
+            'it calls get_weather with arguments that miss its schema: "{city" is no JSON',
+        ),
+        ({"tool_calls": [CALL]}, {}, "it calls get_weather, and the request offers no tools"),
+        (
+            {"tool_calls": [CALL]},
+            {"tools": [WEATHER], "tool_choice": "none"},
+            'it calls get_weather, and tool_choice is "none"',
+        ),
+        (
+            {"tool_calls": [CALL]},
+            {"tools": [WEATHER, FINAL], "tool_choice": tool("final_result")},
+            "it calls get_weather, and tool_choice is {",
+        ),
+        (
+            {"tool_calls": [CALL, CALL]},
+            {"tools": [WEATHER], "parallel_tool_calls": False},
+            "it makes 2 calls, and parallel_tool_calls is false",
+        ),
+        (
+            {"content": "It is warm."},
+            {"tools": [WEATHER], "tool_choice": "required"},
+            'it calls no tool, and tool_choice is "required"',
+        ),
+        (
+            {"content": {"town": "Rome"}},
+            {"response_format": CITY_FORMAT},
+            "its content misses the json_schema of response_format: city is missing",
+        ),
+        (
+            {"content": "Rome"},
+            {"response_format": {"type": "json_object"}},
+            'its content misses the json_object of response_format: "Rome" is no JSON',
+        ),
+        (
+            {"content": "Rome"},
+            {"response_format": {"type": "regex", "pattern": "[0-9]+"}},
+            'its content "Rome" does not match the regex of response_format',
+        ),
+        (
+            {"content": "x", "usage": {"prompt_token": 3}},
+            {},
+            "its usage has prompt_token, did you mean prompt_tokens?",
+        ),
+        (
+            {"content": "x", "finish_reason": "stopped"},
+            {},
+            'its finish_reason is "stopped", did you mean stop?',
+        ),
+        ({"content": "x", "role": "tutor"}, {}, 'its role is "tutor", not assistant'),
+        (
+            {"content": "", "chunk_size": 2},
+            {"stream": True},
+            "chunkSize had no effect without a text",
+        ),
+        (
+            {"content": "x", "should_retry": True},
+            {},
+            "shouldRetry had no effect on a good reply",
+        ),
+    )  # fmt: skip
+
+    def test_a_scripted_text_that_could_never_come(self):
+        for said, asked, sentence in self.MISTAKES:
+            with self.subTest(sentence=sentence):
+                self.server.reset()
+                fixture = self.server.reply(**said)
+                self.post(CHAT, {**HELLO, **asked})
+                (call,) = self.server.requests
+                (warning,) = call.warnings
+                self.assertTrue(warning.startswith(f"{fixture.source}: {sentence}"), warning)
+
+    def test_the_same_is_told_in_the_responses_api_and_of_completions(self):
+        self.server.reply(tool_calls=[CALL])
+        self.post("/v1/responses", {"model": LLAMA, "input": "hi"})
+        self.server.reply("x", finish_reason="stopped")
+        self.post("/v1/completions", {"model": LLAMA, "prompt": "hi"})
+        one, two = (call.warnings for call in self.server.requests)
+        self.assertIn("it calls get_weather, and the request offers no tools", one[0])
+        self.assertIn("did you mean stop?", two[0])
+
+    def test_a_scripted_answer_of_another_kind(self):
+        model = "intfloat/multilingual-e5-large-instruct"
+        size = fake.MODELS[model].dimensions
+        for said, path, body, sentence in (
+            (
+                {"embedding": [0.1] * 3},
+                "/v1/embeddings",
+                {"model": model, "input": "x"},
+                f"its embedding has 3 numbers; {model} makes {size}",
+            ),
+            (
+                {"embedding": [[0.1] * size] * 2},
+                "/v1/embeddings",
+                {"model": model, "input": ["x"] * 3},
+                "it has 2 embeddings, and the request asks for 3",
+            ),
+            (
+                {"scores": [0.5]},
+                "/v1/rerank",
+                RERANK,
+                "it has 1 scores, and the request asks for 3",
+            ),
+            (
+                {"images": [{"url": "u"}] * 3},
+                "/v1/images/generations",
+                {"model": FLUX, "prompt": "x", "n": 2},
+                "it has 3 images, and the request asks for 2",
+            ),
+        ):
+            with self.subTest(sentence=sentence):
+                self.server.reset()
+                fixture = self.server.reply(**said)
+                self.post(path, body)
+                self.assertEqual(
+                    self.server.requests[0].warnings, (f"{fixture.source}: {sentence}",)
+                )
+
+    def test_what_only_the_request_shows(self):
+        near = LLAMA[:-5] + "Trubo"
+        for path, body, warning in (
+            (
+                CHAT,
+                {**HELLO, "model": near},
+                f"the model {near!r} is listed nowhere, did you mean {LLAMA}?",
+            ),
+            (CHAT, {**HELLO, "max_token": 5}, "nothing reads max_token, did you mean max_tokens?"),
+            (
+                CHAT,
+                {**HELLO, "messages": [{**say("x")[0], "nam": "y"}]},
+                "nothing reads messages[0].nam, did you mean name?",
+            ),
+            (
+                CHAT,
+                {**HELLO, "tools": [tool("f", parametres={})]},
+                "nothing reads tools[0].function.parametres, did you mean parameters?",
+            ),
+            (
+                "/v1/embeddings",
+                {"model": LLAMA, "input": "x"},
+                f"{LLAMA} is a model of type chat, which does not serve embedding",
+            ),
+        ):
+            with self.subTest(warning=warning):
+                self.server.reset()
+                self.post(path, body)
+                self.assertEqual(self.server.requests[0].warnings, (warning,))
+
+    def test_what_production_says_is_not_warned_about(self):
+        message = self.chat(tools=[WEATHER], tool_choice="required")["choices"][0]["message"]
+        from_sdk = {"refusal": None, "annotations": None, "audio": None, "function_call": None}
+        result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"], "content": "1"}
+        self.chat(messages=[*say("x"), {**message, **from_sdk}, result], tools=[WEATHER])
+        city = {"content": {"city": "Rome"}, "finish_reason": "eos"}
+        usage = {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}
+        for said, asked in (
+            (city, {"response_format": CITY_FORMAT}),
+            ({"content": "Hi", "usage": usage}, {"stream": True}),
+            ({"tool_calls": [CALL]}, {"tools": [WEATHER], "tool_choice": "required"}),
+            ({"content": '{"ci', "finish_reason": "length"}, {"response_format": CITY_FORMAT}),
+            ({"content": "So:", "chunk_size": 2}, {"stream": True}),
+            ({"status": 500, "should_retry": False}, {}),
+        ):
+            self.server.reply(**said)
+            self.ask("POST", CHAT, {**HELLO, **asked})
+        self.server.fail(disconnect_after_chunks=2)
+        self.ask("POST", CHAT, {**HELLO, "stream": True})
+        self.ask("POST", "/v1" + CHAT, HELLO)
+        self.assertEqual([call.warnings for call in self.server.requests if call.warnings], [])
+
+    def test_a_warning_can_be_an_error_that_no_client_repeats(self):
+        with TogetherAiServer(port=0, warnings="error") as self.server:
+            fixture = self.server.reply("x", finish_reason="stopped")
+            for stream in (False, True):
+                got = self.ask("POST", CHAT, {**HELLO, "stream": stream})
+                self.assertEqual((got.status, got.headers["x-should-retry"]), (500, "false"))
+                message = got.json["error"]["message"]
+                self.assertIn(f'{fixture.source}: its finish_reason is "stopped"', message)
+            fixture.remove()
+            self.post(CHAT, HELLO)
+            self.assertEqual(self.ask("POST", CHAT, {**HELLO, "max_token": 5}).status, 500)
+        with self.assertRaisesRegex(ValueError, "warnings must be"):
+            TogetherAiServer(warnings="eror")
+
+    def test_a_model_given_to_a_forced_tool_becomes_its_call(self):
+        named = {"tools": [WEATHER, FINAL], "tool_choice": tool("get_weather")}
+        for asked in (named, {"tools": [WEATHER], "tool_choice": "required"}):
+            for content in (Dumped(city="Rome"), lambda request: Dumped(city="Rome")):
+                self.server.reply(content)
+                (call,) = self.chat(**asked)["choices"][0]["message"]["tool_calls"]
+                said = json.loads(call["function"]["arguments"])
+                self.assertEqual((call["function"]["name"], said["city"]), ("get_weather", "Rome"))
+        self.assertEqual(json.loads(self.text())["city"], "Rome")
+        flat = {"type": "function", "name": "get_weather", "parameters": CITY}
+        body = {"model": LLAMA, "input": "hi", "tools": [flat], "tool_choice": "required"}
+        (item,) = self.post("/v1/responses", body).json["output"]
+        self.assertEqual((item["type"], item["name"]), ("function_call", "get_weather"))
+
+
 class DifferenceTests(ScriptingCase):
     """Where two long texts differ, the part that does is shown."""
 
@@ -5867,8 +6093,9 @@ class CallTests(ScriptingCase):
         self.chat()
         self.ask("POST", CHAT, {**HELLO, "stream": True})
         whole, stream = [" ".join(call.warnings) for call in self.server.requests]
-        idle = "the fixture's chunkSize, truncateAfterChunks had no effect on a whole reply"
-        self.assertIn(idle, whole)
+        self.assertRegex(
+            whole, r"reply\(\) at .*: chunkSize, truncateAfterChunks had no effect on a whole reply"
+        )
         self.assertNotIn("no effect", stream)
 
     def test_batch_lines_are_recorded_and_marked(self):

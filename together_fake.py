@@ -51,6 +51,7 @@ The sections, each of which uses only those above it; a star marks what touches 
     HTTP *         the grammar of requests; reads from and writes to one client's socket
     Sockets *      listens, and the threads that answer
     Upstream *     another server that answers what no fixture does
+    Warnings       what production would never take or say
     Server *       TogetherAiServer: options, state, the pipeline, life cycle
     Command line * main(): standard output, standard error, signals, the command of --run
     Test runners   pytest's fixtures, unittest's TestCase: each imported when it asks
@@ -568,6 +569,7 @@ ERRORS: dict[str, tuple[Any, ...]] = {
     "bad_version": (505, "The HTTP version is not known; HTTP/1.1 and HTTP/1.0 are."),
     "bad_fixture": (400, "The fixture was refused: {reason}"),
     "no_fixture": (404, "No fixture matches {method} {path}.{reason}"),
+    "warned": (500, "This call has warnings, which are errors here: {reason}."),
     # what a scripted status sends: recorded (400, 429, 500, 503), reported by users (402), chosen
     "status_400": (400, "Input validation error"),
     "status_402": (
@@ -3494,7 +3496,8 @@ class Call:
     close_code = 0  # of a socket
     first_event = 0.0  # seconds until the first of them was there
     error = ""  # why it failed, where it did
-    warnings: tuple[str, ...] = ()  # a path that was read as another, fields that nothing reads
+    warnings: tuple[str, ...] = ()  # fields that nothing reads, what production would never say
+    notes: tuple[str, ...] = ()  # a path that was read as another, a fault
     fixture = ""  # the source of the one that answered
     form = ""  # of the answer, as the prompt asks for it, and the message that says so
     reply_type = ""  # the content type of the reply
@@ -3692,6 +3695,7 @@ class Call:
             "first_event_ms": round(self.first_event * 1000, 3),
             "form": self.form,
             "warnings": list(self.warnings),
+            "notes": list(self.notes),
             "near_misses": self.near_misses,
         }
 
@@ -4663,6 +4667,7 @@ class Response:
 
     def __init__(self, type: ResponseType, said: dict[str, Any]) -> None:
         self.type, self.said = type, said
+        self.is_model = False  # what it says is a model of pydantic
         self._quotes = type is TEXT and "{{" in ENCODE(said)
         self.normal: dict[str, Any] = type.normalise(said)
         self.closes = type in (ERROR, STATUS) and self.normal["status"] > 999  # a socket
@@ -5004,9 +5009,12 @@ def answer_with(fixture: Fixture, time: int, request: Request) -> Response:
     """
     if fixture.answers is None:
         return fixture.response
-    value = as_json(fixture.answers.take(time, request))
+    given = fixture.answers.take(time, request)
+    value = as_json(given)
     said = value if says_response(value) else {"content": value}
-    return Response(*parse_response(said, "reply()", to_camel, []))
+    response = Response(*parse_response(said, fixture.source, to_camel, []))
+    response.is_model = value is not given
+    return response
 
 
 def select_turn(fixtures: list[Fixture], turn: int) -> Fixture | None:
@@ -6537,7 +6545,13 @@ SAMPLING_FIELDS = (
     Field("max_tokens", int, low=0),
     Field("stop", str, list, each=Field("", str)),
     Field("stream", bool),
-    Field("stream_options", dict, fields=Fields(Field("include_usage", bool))),
+    Field(
+        "stream_options",
+        dict,
+        fields=Fields(
+            Field("include_usage", bool), ignored="include_obfuscation continuous_usage_stats"
+        ),
+    ),
     Field("echo", bool),
     Field("safety_model", str),
 )
@@ -6545,9 +6559,13 @@ FUNCTION_FIELDS = Fields(
     Field("name", str, required=True, low=1),
     Field("description", str),
     Field("parameters", dict),
+    ignored="strict",
 )
-CALL_FIELDS = Fields(Field("name", str, required=True), Field("arguments", str))
-URL_FIELDS = Fields(Field("url", str, required=True))
+# What SDKs send back of a message is ignored by name, as production does.
+CALL_FIELDS = Fields(
+    Field("name", str, required=True), Field("arguments", str), ignored="parsed_arguments"
+)
+URL_FIELDS = Fields(Field("url", str, required=True), ignored="detail format")
 PART_TYPES = (
     "text", "image_url", "video_url", "audio_url", "input_audio", "file", "refusal", "reasoning",
     "thinking",
@@ -6558,7 +6576,8 @@ PART_FIELDS = Fields(
     Field("image_url", dict, fields=URL_FIELDS),
     Field("video_url", dict, fields=URL_FIELDS),
     Field("audio_url", dict, fields=URL_FIELDS),
-    Field("input_audio", dict, fields=Fields(Field("data", str, required=True))),
+    Field("input_audio", dict, fields=Fields(Field("data", str, required=True), ignored="format")),
+    ignored="file refusal reasoning thinking signature annotations cache_control",
 )
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MESSAGE_FIELDS = Fields(
@@ -6569,11 +6588,18 @@ MESSAGE_FIELDS = Fields(
     Field(
         "tool_calls",
         list,
-        each=Field("", dict, fields=Fields(Field("function", dict, fields=CALL_FIELDS))),
+        each=Field(
+            "",
+            dict,
+            fields=Fields(
+                Field("function", dict, fields=CALL_FIELDS), ignored="id type index custom"
+            ),
+        ),
     ),
     Field("function_call", dict, fields=CALL_FIELDS),
     Field("reasoning", str),
     Field("reasoning_content", str),
+    ignored="refusal annotations audio parsed reasoning_details cache_control",
 )
 RESPONSE_FORMATS = ("text", "json_object", "json_schema", "regex")
 TEXT_FORMAT = {"type": "text"}
@@ -6583,7 +6609,10 @@ FORMAT_FIELDS = Fields(
         "json_schema",
         dict,
         fields=Fields(
-            Field("name", str, high=64), Field("strict", bool), Field("schema", dict, bool)
+            Field("name", str, high=64),
+            Field("strict", bool),
+            Field("schema", dict, bool),
+            ignored="description",
         ),
     ),
     Field("schema", dict, bool),
@@ -6791,6 +6820,18 @@ def read_tool_choice(body: dict[str, Any]) -> tuple[str, list[str]]:
             rule = f"must name one of the tools, which offer {offered}"
             raise refuse_value("tool_choice", rule, name)
     return (allowed.get("mode", "auto") if type(allowed) is dict else "named"), limited
+
+
+def fill_forced_tool(body: dict[str, Any], script: dict[str, Any] | None) -> Any:
+    """Return what a fixture says; the model of a form becomes the call of the tool it is for."""
+    if script is None or not script.get("is_model"):
+        return script
+    mode, names = read_tool_choice(body)
+    names = names or [tool["name"] for tool in find_tools(body)]
+    if mode not in ("named", "required") or len(names) != 1:
+        return script
+    call = {"type": "tool_call", "id": None, "name": names[0], "arguments": script["content"]}
+    return {**script, "content": None, "blocks": [call], "tool_calls": [call]}
 
 
 def topic_words(text: str) -> set[bytes]:
@@ -7109,7 +7150,7 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
     for name in () if TOOL_FIELDS.isdisjoint(body) else ("tools", "functions"):
         prompt_tokens += count_tokens(ENCODE(body[name])) if body.get(name) else 0
     budget, prompt_tokens = find_budget(body, model, prompt_tokens)
-    script = request.script
+    script = request.script = fill_forced_tool(body, request.script)
     wanted = read_prompt(server, request, body["messages"])
     choices = []
     for index in range(body.get("n") or 1):
@@ -13018,6 +13059,226 @@ def open_upstream(url: Any, record: Any, stopping: Any) -> Upstream | None:
     return Upstream(url, Recorder(os.fspath(record)) if record is not None else None, stopping)
 
 
+# === Warnings ===
+
+MODEL_TYPES = {  # by kind of operation, where these are called otherwise
+    "response": "chat", "completion": "chat", "speech": "audio", "transcription": "transcribe",
+    "translation": "transcribe",
+}  # fmt: skip
+FINISH_REASONS = ("stop", "eos", "length", "tool_calls", "function_call")
+USAGE_KEYS = (
+    "prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens", "reasoning_tokens",
+    "prompt_tokens_details", "completion_tokens_details", "input_tokens", "output_tokens",
+    "input_tokens_details", "output_tokens_details",
+)  # fmt: skip
+STREAM_OPTIONS = (  # that a whole reply does not know
+    "chunkSize", "chunkSizes", "streamingProfile", "recordedTimings", "truncateAfterChunks",
+    "malformedAfterChunks", "endAfterChunks", "insert", *STRIKE_PLACES,
+)  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def suggest_near(name: str, names: Iterable[str]) -> str:
+    """Write the nearest of some names as the end of a sentence; nothing where none is near."""
+    near = suggest(name, names)
+    return near if near.endswith("?") else ""
+
+
+def list_unread(values: dict[str, Any], fields: Fields, place: str = "") -> Iterator[str]:
+    """Yield the places of a body that no row of its table reads, nested ones too."""
+    for name, value in values.items():
+        field = fields.get(name)
+        if field is None:
+            if name not in fields.ignored:
+                yield f"{place}{name}{suggest_near(name, tuple(fields))}"
+            continue
+        inner = field.fields if type(value) is dict else field.each and field.each.fields
+        if type(inner) is Fields and type(value) is dict:
+            yield from list_unread(value, inner, f"{place}{name}.")
+        elif type(inner) is Fields and type(value) is list:
+            for index, item in enumerate(value):
+                if type(item) is dict:
+                    yield from list_unread(item, inner, f"{place}{name}[{index}].")
+
+
+def warn_of_request(server: TogetherAiServer, route: Route, request: Request) -> Iterator[str]:
+    """Yield what production would not understand of a request, or not answer."""
+    unread = ", ".join(list_unread(request.body, route.body))
+    if unread:
+        yield f"nothing reads {unread}"
+    id, kind = request.body.get("model"), route.kind
+    if kind in ("", "job") or not isinstance(id, str):
+        return
+    model = server.models.get(id)
+    if model is None:
+        if all(each["name"] != id for each in server.endpoints):
+            near = suggest_near(id[:100], tuple(server.models))
+            yield f"the model {id[:100]!r} is listed nowhere{near}"
+    elif SERVED_AS.get(model.type, model.type) != MODEL_TYPES.get(kind, kind):
+        yield f"{id} is a model of type {model.type}, which does not serve {kind}"
+
+
+def find_violation(reader: SchemaReader, schema: Any, value: Any, place: str = "it") -> str:
+    """Say where a value misses a schema, and how."""
+    if isinstance(schema, bool):
+        return f"{place} is not allowed"
+    start = "" if place == "it" else f"{place}."
+    for keyword, argument in schema.items():
+        _, spoken_of, check = VOCABULARY[keyword]
+        if spoken_of not in ("", KINDS[type(value)]) or check(reader, argument, value, schema):
+            continue
+        if keyword == "$ref":
+            return find_violation(reader, reader.resolve(argument), value, place)
+        if keyword == "properties":
+            names = (name for name in argument if name in value)
+            name = next(each for each in names if not reader.accepts(argument[each], value[each]))
+            return find_violation(reader, argument[name], value[name], f"{start}{name}")
+        if keyword == "required":
+            return f"{start}{next(name for name in argument if name not in value)} is missing"
+        wanted = " or ".join(argument) if keyword == "type" else f"{keyword} {preview(argument)}"
+        return f"{place} is {preview(value)}, wanted {wanted}"
+    return f"{place} is {preview(value)}"
+
+
+def explain_violation(schema: Any, text: str) -> str:
+    """Say how a text is not JSON that a schema accepts; nothing where it is, or nobody can tell."""
+    try:
+        value = parse_json(text.encode("utf-8", "replace"))
+        reader = SchemaReader(schema)
+        is_valid = reader.accepts(reader.root, value)
+        return "" if is_valid else find_violation(reader, reader.root, value)
+    except ApiError:
+        return f"{preview(text)} is no JSON"
+    except (Unsatisfiable, OutOfSteps, RecursionError):
+        return ""
+
+
+def warn_of_calls(body: dict[str, Any], said: dict[str, Any], model: Model | None) -> Iterator[str]:
+    """Yield how the tool calls of an answer are none that the request can get."""
+    calls, tools = said["tool_calls"], {tool["name"]: tool for tool in find_tools(body)}
+    mode, names = read_tool_choice(body)
+    if len(calls) > 1 and body.get("parallel_tool_calls") is False:
+        yield f"it makes {len(calls)} calls, and parallel_tool_calls is false"
+    if not calls and tools and mode in ("required", "named"):
+        yield f"it calls no tool, and tool_choice is {preview(body.get('tool_choice'))}"
+    for call in calls:
+        name = call["name"]
+        if not tools:
+            yield f"it calls {name}, and the request offers no tools"
+        elif name not in tools:
+            offered = suggest(name, tools)
+            yield f"it calls {name}, a tool that the request does not offer{offered}"
+        elif mode == "none" or (names and name not in names):
+            yield f"it calls {name}, and tool_choice is {preview(body.get('tool_choice'))}"
+        else:
+            schema = {"type": "object", **(tools[name].get("parameters") or {})}
+            problem = explain_violation(schema, call["arguments"])
+            if problem:
+                yield f"it calls {name} with arguments that miss its schema: {problem}"
+
+
+def warn_of_content(
+    body: dict[str, Any], said: dict[str, Any], model: Model | None
+) -> Iterator[str]:
+    """Yield how the text of an answer is not of the form that was asked for."""
+    format, text = body.get("response_format"), said["content"]
+    if format is None or text is None or said.get("finish_reason") == "length":
+        return
+    if format["type"] in ("json_schema", "json_object"):
+        schema = (format.get("json_schema") or format).get("schema", {"type": "object"})
+        problem = explain_violation(schema, text)
+        if problem:
+            yield f"its content misses the {format['type']} of response_format: {problem}"
+    elif format["type"] == "regex":
+        pattern = Pattern(f"^(?:{format['pattern']})$", make_budget(MAX_STEPS + len(text)))
+        if not pattern.is_in(text):
+            yield f"its content {preview(text)} does not match the regex of response_format"
+
+
+def warn_of_facts(body: dict[str, Any], said: dict[str, Any], model: Model | None) -> Iterator[str]:
+    """Yield what stands around the text of an answer and is never there."""
+    usage = said.get("usage") or {}
+    for key in usage:
+        if key not in USAGE_KEYS:
+            yield f"its usage has {key}{suggest(key, USAGE_KEYS)}"
+    asked, written, total = (usage.get(key) for key in USAGE_KEYS[:3])
+    if asked is not None and written is not None and total not in (None, asked + written):
+        yield f"its usage counts {asked} and {written} tokens, and {total} in all"
+    reason = said.get("finish_reason")
+    if reason is not None and reason not in FINISH_REASONS:
+        yield f"its finish_reason is {preview(reason)}{suggest(reason, FINISH_REASONS)}"
+    if said.get("role") not in (None, "assistant"):
+        yield f"its role is {preview(said['role'])}, not assistant"
+
+
+def warn_of_count(name: str, given: Sequence[Any], wanted: int) -> Iterator[str]:
+    if len(given) != wanted:
+        yield f"it has {len(given)} {name}, and the request asks for {wanted}"
+
+
+def warn_of_vectors(
+    body: dict[str, Any], said: dict[str, Any], model: Model | None
+) -> Iterator[str]:
+    """Yield how embeddings are not those of the model, or not one for each input."""
+    length = body.get("dimensions") or (model.dimensions if model is not None else None)
+    lengths = {len(vector) for vector in said["vectors"]}
+    if length is not None and lengths - {length}:
+        shown = ", ".join(map(str, sorted(lengths)))
+        yield f"its embedding has {shown} numbers; {body['model']} makes {length}"
+    inputs = body["input"]
+    is_list = isinstance(inputs, list) and not isinstance(next(iter(inputs), ""), int)
+    if len(said["vectors"]) > 1:
+        yield from warn_of_count("embeddings", said["vectors"], len(inputs) if is_list else 1)
+
+
+def warn_of_scores(
+    body: dict[str, Any], said: dict[str, Any], model: Model | None
+) -> Iterator[str]:
+    """Yield that there is not one score for each document."""
+    yield from warn_of_count("scores", said["scores"], len(body["documents"]))
+
+
+def warn_of_images(
+    body: dict[str, Any], said: dict[str, Any], model: Model | None
+) -> Iterator[str]:
+    """Yield that there are other images than were asked for; a single one stands for all."""
+    if len(said["images"]) > 1:
+        yield from warn_of_count("images", said["images"], body.get("n") or 1)
+
+
+# type of response: what asks whether production could ever say so
+DOUBTS: dict[ResponseType, tuple[Callable[..., Iterator[str]], ...]] = {
+    TEXT: (warn_of_calls, warn_of_content, warn_of_facts),
+    SCRIPTED_VECTORS: (warn_of_vectors,),
+    SCRIPTED_SCORES: (warn_of_scores,),
+    SCRIPTED_IMAGES: (warn_of_images,),
+}
+
+
+def warn_of_response(
+    server: TogetherAiServer, response: Response, request: Request
+) -> Iterator[str]:
+    """Yield what a fixture says that production could never answer to this request."""
+    body, said = request.body, request.script or {}
+    model = server.models.get(body.get("model", ""))
+    for ask in DOUBTS.get(response.type, ()):
+        yield from ask(body, said, model)
+
+
+def list_idle_options(fixture: Fixture, response: Response, reply: Reply) -> Iterator[str]:
+    """Yield which options of a fixture change nothing about a reply, and why."""
+    if reply.events is None:
+        idle = ", ".join(name for name in STREAM_OPTIONS if name in fixture.options)
+        if idle:
+            yield f"{idle} had no effect on a whole reply"
+    elif fixture.chunk_sizes and response.type is TEXT:
+        said = response.normal
+        if not (said["content"] or said["reasoning"] or said["tool_calls"]):
+            yield "chunkSize had no effect without a text"
+    if "shouldRetry" in fixture.options and reply.status < 400:
+        yield "shouldRetry had no effect on a good reply"
+
+
 # === Server ===
 
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where to reach a server bound to all
@@ -13089,18 +13350,6 @@ def allow_origin(request: Request) -> Reply:
         if request.headers.get("access-control-request-private-network") == "true":
             headers["Access-Control-Allow-Private-Network"] = "true"
     return Reply(b"", 204, headers=headers)
-
-
-STREAM_OPTIONS = (  # that a whole reply does not know
-    "chunkSize", "chunkSizes", "streamingProfile", "recordedTimings", "truncateAfterChunks",
-    "malformedAfterChunks", "endAfterChunks", "insert", *STRIKE_PLACES,
-)  # fmt: skip
-
-
-def list_idle_options(fixture: Fixture, reply: Reply) -> str:
-    """Return the options of a fixture that only a stream would have shown."""
-    names = STREAM_OPTIONS if reply.events is None else ()
-    return ", ".join(name for name in names if name in fixture.options)
 
 
 class CallLog:
@@ -13332,6 +13581,7 @@ def fixture_from_keywords(verb: str, keywords: Mapping[str, Any]) -> Fixture:
     place, source = f"{verb}()", f"{verb}() at {find_caller()}"
     fixture = Fixture(*parse_entry(entry, place, to_camel), source, when, place=place)
     fixture.answers, fixture.spell = answers, to_snake
+    fixture.response.is_model = as_json(content) is not content
     return fixture
 
 
@@ -13672,6 +13922,7 @@ class TogetherAiServer(Scripting):
     on_miss       where no fixture matches: "generate" an answer, or an "error" for texts (chats,
                   responses, completions); or what for each kind, as {"embedding": "error"}
     exact_turns   turns of fixture files hold exactly, too
+    warnings      "record" them with their calls, or answer such a call with an "error" 500
     upstream      the URL of a server that answers instead where no fixture matches
     record        the fixture file to which the upstream's answers are added; it is loaded first
     record_limit  how many calls `.requests` keeps
@@ -13692,6 +13943,7 @@ class TogetherAiServer(Scripting):
         read_prompts: bool = True,
         on_miss: str | Mapping[str, str] = "generate",
         exact_turns: bool = False,
+        warnings: str = "record",
         upstream: str | None = None,
         record: str | os.PathLike[str] | None = None,
         record_limit: int = DEFAULT_RECORD_LIMIT,
@@ -13702,6 +13954,9 @@ class TogetherAiServer(Scripting):
         self.require_auth = require_auth
         self.strict = strict
         self.on_miss = on_miss
+        if warnings not in ("record", "error"):
+            raise ValueError(f'warnings must be "record" or "error", not {warnings!r}')
+        self.warnings = warnings
         self.read_prompts = read_prompts
         self.instant_jobs = instant_jobs
         self.max_stored_bytes = max_stored_bytes
@@ -14020,8 +14275,14 @@ class TogetherAiServer(Scripting):
         if self.script.watched:
             self.script.follow_files()
         if route.open or (self.script.empty and "x-parlel-fixture" not in request.headers):
-            return self._handle(route, request, call)
-        return self._follow_script(route, request, call)
+            reply = self._handle(route, request, call)
+        else:
+            reply = self._follow_script(route, request, call)
+        if call.warnings and self.warnings == "error" and not route.open:
+            error = ApiError("warned", reason="; ".join(call.warnings))
+            error.headers["x-should-retry"] = "false"
+            raise error
+        return reply
 
     def _open(self, request: Request, call: Call) -> Route:
         """Return the route, with the key checked and query and body read."""
@@ -14040,10 +14301,9 @@ class TogetherAiServer(Scripting):
             route.query.check(request.args)
         if route.body:
             kind = request.headers.get("content-type", "")
-            body = request.body = parse_body(request.raw, kind, route.body)
-            if not body.keys() <= route.body.keys():
-                names = ", ".join(name for name in body if name not in route.body)
-                call.warnings += (f"nothing reads {names}",)
+            request.body = parse_body(request.raw, kind, route.body)
+        if route.body and not route.open:
+            call.warnings = tuple(warn_of_request(self, route, request))
         request.route = route
         return route
 
@@ -14051,7 +14311,7 @@ class TogetherAiServer(Scripting):
         """Find the route of a path that is not written as it was declared."""
         path = collapse_path(request.path, self.strict)
         if path != request.path:
-            call.warnings += (f"the path was read as {path}",)
+            call.notes += (f"the path was read as {path}",)
         call.kind = read_family(path)
         request.path = path
         try:
@@ -14100,19 +14360,22 @@ class TogetherAiServer(Scripting):
             reply = name_reply(whole_reply(response, fixture.options, request), request)
         else:
             if response.type not in (GENERATED, ERROR, STATUS):
-                request.script = response.render(route.kind, request)
+                said = response.render(route.kind, request)
+                request.script = {**said, "is_model": response.is_model}
             try:
                 reply = self._handle(route, request, call)
             except ApiError:
                 self.script.give_back(fixture, facts)
                 raise
-        idle = list_idle_options(fixture, reply)
-        call.warnings += (f"the fixture's {idle} had no effect on a whole reply",) if idle else ()
+        doubts = list_idle_options(fixture, response, reply)
+        if request.script is not None:
+            doubts = itertools.chain(warn_of_response(self, response, request), doubts)
+        call.warnings += tuple(f"{fixture.source}: {doubt}" for doubt in doubts)
         fault = draw_fault(self.script, fixture, response)
         if fault is None:
             return reply
         if fault.describe():
-            call.warnings += (fault.describe(),)
+            call.notes += (fault.describe(),)
         return apply_fault(reply, fault, time.monotonic)
 
     def _shape_error(self, error: ApiError, request: Request) -> Reply:
@@ -14219,6 +14482,7 @@ def read_options(args: Sequence[str] | None) -> Any:
     add("no-read-prompts", False, "answer in prose, whatever form a prompt asks for")
     add("on-miss", "generate", "without a fixture: generate, error, or kinds: chat,embedding")
     add("exact-turns", False, "turns of fixture files hold exactly, too")
+    add("strict-scripts", False, "a call with a warning is a 500 that tells it")
     add("upstream", "", "where to send what no fixture answers", metavar="URL")
     add("record", "", "fixture file to which its answers are added", metavar="PATH")
     add("instant-jobs", False, "jobs finish when they are created")
@@ -14307,6 +14571,7 @@ def build_server(options: Any) -> TogetherAiServer:
         read_prompts=not options.no_read_prompts,
         on_miss=options.on_miss,
         exact_turns=options.exact_turns,
+        warnings="error" if options.strict_scripts else "record",
         upstream=options.upstream or None,
         record=options.record or None,
         record_limit=options.record_limit,
