@@ -9123,6 +9123,414 @@ class SaveTests(RecordingCase):
         self.assertRaises(OSError, self.service.save, os.devnull)
 
 
+# === Verdicts ===
+
+
+class VerdictTests(LocalCase):
+    """What a client is told to have done wrong: a clock that the test sets says when it came."""
+
+    def setUp(self):
+        self.now = 1000.0
+        super().setUp()
+        clocks = {"perf_counter": lambda: self.now, "time": lambda: 1e9 + self.now}
+        patch = mock.patch.multiple(time, **clocks)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def send(self, body=None, after=0.0, leave=None, path=CHAT, **headers):
+        """Ask after so many seconds; read the reply, or leave after so many events."""
+        self.now += after
+        fields = {
+            "authorization": "Bearer x",
+            **{k.replace("_", "-"): v for k, v in headers.items()},
+        }
+        reply = self.server.answer(Request("POST", path, body or HELLO, headers=fields))
+        try:
+            for count, event in enumerate(reply.events or ()):
+                self.now += event if type(event) is float else 0
+                if count == leave:
+                    reply.events.close()
+                    break
+        except fake.Cut:
+            pass
+        return self.server.requests[-1]
+
+    def names(self, **options):
+        return [finding.name for finding in self.server.verdict(**options)]
+
+    def break_next(self, status=None, times=1, **words):
+        self.server.fail(status, times=times, **words)
+
+    def test_who_does_well_is_told_nothing(self):
+        self.break_next(429, retry_after=2)
+        self.break_next(503)
+        self.break_next(disconnect_after_chunks=3)
+        for after in (0, 2, 1, 4, 9):
+            self.send({**HELLO, "stream": True}, after)
+        call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        asked = [*say("hi"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+        result = {"role": "tool", "tool_call_id": "call_1", "content": "1"}
+        self.send({"model": "m", "messages": [*asked, result]})
+        self.send({"model": "m", "messages": asked})  # which goes on itself
+        self.send({"model": "m", "messages": "no list"})
+        for body in (HELLO, HELLO):
+            self.send(body, 0.1)
+        self.assertEqual(self.names(), [])
+        self.server.assert_resilient()
+
+    def test_retry_after_is_ignored(self):
+        for words, wait, late in (
+            ({"retry_after": 2}, 1, 2),
+            ({"retry_after": 2}, 1.8, 1.95),
+            ({"retry_after": 0.5}, 0.1, 0.6),
+        ):
+            for after, wanted in ((wait, ["retry_after_ignored"]), (late, [])):
+                with self.subTest(words=words, after=after):
+                    self.server.reset()
+                    self.break_next(429, **words)
+                    first, second = self.send(), self.send(after=after)
+                    self.assertEqual(self.names(), wanted)
+                    for finding in self.server.verdict():
+                        self.assertEqual(finding.calls, (first, second))
+
+    def test_a_date_is_a_time_to_wait_too(self):
+        for after, wanted in ((3, ["retry_after_ignored"]), (11.1, [])):
+            self.server.reset()
+            self.break_next(503, retry_after=10, retry_after_date=True)
+            self.send()
+            self.send(after=after)
+            self.assertEqual(self.names(), wanted, after)
+
+    def test_a_clock_that_is_set_counts_as_well(self):
+        at = [0.0]
+        self.server = TogetherAiServer(0, clock=lambda: at[0])
+        self.break_next(429, retry_after=60)
+        self.send()
+        at[0] += 60
+        self.send()
+        self.assertEqual(self.names(), [])
+
+    def test_refusals_are_repeated(self):
+        for status in (400, 401, 402, 404, 422):
+            with self.subTest(status):
+                self.server.reset()
+                self.break_next(status)
+                self.send()
+                self.assertEqual(self.names(), [])
+                self.send(after=5)
+                self.assertEqual(self.names(), ["retried_refusal"])
+
+    def test_a_storm(self):
+        for status, pauses, wanted in (
+            (500, [1, 2, 4, 8], []),
+            (500, [1, 2, 4, 8, 16, 32], ["retry_storm"]),
+            (500, [0, 0, 0], ["retry_storm"]),
+            (500, [1, 1, 1], ["retry_storm"]),
+            (500, [1, 1], []),  # too few to tell
+            (429, [1, 1, 1], []),  # as it was told
+        ):
+            with self.subTest(status=status, pauses=pauses):
+                self.server.reset()
+                self.break_next(status, times=len(pauses))
+                for after in (0, *pauses):
+                    self.send(after=after)
+                self.assertEqual(self.names(), wanted)
+        self.assertEqual(self.names(most_attempts=3), ["retry_storm"])
+
+    def test_giving_up(self):
+        for words, stream, wanted in (
+            ({"status": 429}, False, True),
+            ({"status": 500}, False, True),
+            ({"status": 503}, False, True),
+            ({"status": 503, "should_retry": False}, False, False),
+            ({"status": 400}, False, False),
+            ({"disconnect_after_chunks": 0}, False, True),
+            ({"disconnect_after_chunks": 2}, True, True),
+        ):
+            with self.subTest(words):
+                self.server.reset()
+                self.break_next(times=None, **words)
+                self.send({**HELLO, "stream": stream})
+                self.assertEqual(self.names(), ["no_retry"] if wanted else [])
+                self.send({**HELLO, "stream": stream}, 1)
+                if wanted:
+                    self.assertEqual(self.names(), ["gave_up"])
+
+    def test_half_an_answer_is_quoted(self):
+        text = "The quick brown fox jumps."
+        half = text[:15]
+        stream = {**HELLO, "stream": True}
+
+        def quote(said):
+            turn = {"role": "assistant", "content": said}
+            return {"model": "m", "messages": [*say("hello"), turn, *say("go on")]}
+
+        for words in (
+            {"disconnect_after_chunks": 3},
+            {"end_after_chunks": 3},
+            {"error_after_chunks": 3},
+        ):
+            for said, again, wanted in (
+                (half, False, True),
+                (f"\n{half} ", False, True),
+                (text, False, False),
+                ("The", False, False),
+                (half, True, False),
+            ):
+                with self.subTest(words, said=said, again=again):
+                    self.server.reset()
+                    self.server.reply(text, chunk_size=5, times=1, **words)
+                    self.send(stream)
+                    if again:  # it has asked again, and was given just that
+                        self.server.reply(half)
+                        self.send(stream, 1)
+                    self.send(quote(said), 1)
+                    self.assertEqual("half_answer_taken" in self.names(), wanted, self.names())
+
+    def test_half_a_call_is_answered(self):
+        for path in (CHAT, "/v1/responses"):
+            with self.subTest(path):
+                self.server.reset()
+                called = {"name": "get_weather", "arguments": '{"city": "Rome"}', "id": "call_7"}
+                self.server.reply(tool_calls=[called], in_="arguments", times=1)
+                asked = {"messages": say("hi")} if path == CHAT else {"input": "hi"}
+                self.send({"model": THINKER, **asked, "stream": True}, path=path)
+                function = {"name": "get_weather", "arguments": '{"city'}
+                call = {"id": "call_7", "type": "function", "function": function}
+                turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+                result = {"role": "tool", "tool_call_id": "call_7", "content": "1"}
+                body = {"messages": [*say("hi"), turn, result]}
+                if path != CHAT:
+                    item = {"type": "function_call", "call_id": "call_7", **function}
+                    output = {"type": "function_call_output", "call_id": "call_7", "output": "1"}
+                    body = {"input": [{"role": "user", "content": "hi"}, item, output]}
+                self.send({"model": THINKER, **body}, 1, path=path)
+                self.assertEqual(set(self.names()), {"no_retry", "half_answer_taken"})
+
+    def test_results_without_calls_and_calls_without_results(self):
+        def turns(*calls, results=()):
+            made = [
+                {"id": id, "type": "function", "function": {"name": "f", "arguments": "{}"}}
+                for id in calls
+            ]
+            said = {"role": "assistant", "content": None, "tool_calls": made}
+            told = [{"role": "tool", "tool_call_id": id, "content": "1"} for id in results]
+            return [*say("hi"), *([said] if made else []), *told]
+
+        for messages, wanted in (
+            (turns("a", "b", results=("b", "a")), 0),
+            (turns("a", "b", results=("a",)), 0),  # more may come
+            (turns("a", "b", results=("a",)) + say("go on"), 1),
+            (turns("a", results=("x",)), 1),
+            (turns(results=("x",)), 1),
+        ):
+            with self.subTest(messages=messages):
+                self.server.reset()
+                for _ in range(2):  # told once
+                    self.send({"model": "m", "messages": messages})
+                self.assertEqual(self.names(), ["tool_call_invented"] * wanted)
+
+    def test_a_stream_is_left(self):
+        for words, wanted in (
+            ({}, ["stream_left"]),
+            ({"latency": 5}, []),
+            ({"stall_after_chunks": 1}, []),
+        ):
+            with self.subTest(words):
+                self.server.reset()
+                self.server.reply("One two three four five.", **words)
+                self.send({**HELLO, "stream": True}, leave=2)
+                self.assertEqual(self.names(), wanted)
+
+    def test_equal_requests_at_once_are_no_attempts(self):
+        for first, second, wanted in (
+            ({}, {}, []),  # cannot be told
+            ({"x_stainless_retry_count": "0"}, {"x_stainless_retry_count": "0"}, ["no_retry"] * 2),
+        ):
+            with self.subTest(first):
+                self.server.reset()
+                self.break_next(503, latency=1, times=None)
+                running = self.server.answer(
+                    Request("POST", CHAT, HELLO, headers=self.fields(first))
+                )
+                self.send(**second)
+                self.now += 1
+                list(running.events or ())
+                self.assertEqual(self.names(), wanted)
+
+    def fields(self, more):
+        return {"authorization": "Bearer x", **{k.replace("_", "-"): v for k, v in more.items()}}
+
+    def test_counts_of_sdks_tell_attempts_apart(self):
+        self.break_next(503, latency=1, times=2)
+        both = [
+            self.server.answer(
+                Request("POST", CHAT, HELLO, headers=self.fields({"x_stainless_retry_count": "0"}))
+            )
+            for _ in range(2)
+        ]
+        self.now += 1
+        for reply in both:
+            list(reply.events or ())
+        for _ in range(2):
+            self.send(after=1, x_stainless_retry_count="1")
+        self.assertEqual(self.names(), [])
+
+    def test_marks_and_tests(self):
+        self.break_next(400, times=None)
+        self.send()
+        mark = self.server.mark()
+        self.send()
+        self.assertEqual(self.names(), [])
+        self.send(x_test_id="one")
+        self.send(x_test_id="one")
+        self.assertEqual([f.name for f in self.server.test("one").verdict()], ["retried_refusal"])
+        self.assertEqual(self.server.test("two").verdict(), [])
+        self.assertEqual(self.names(since=mark + 2), [])
+
+    def test_the_text_says_what_happened_in_order_and_when(self):
+        self.break_next(429, retry_after=2)
+        self.send()
+        self.send(after=0.5)
+        with self.assertRaises(AssertionError) as caught:
+            self.server.assert_resilient()
+        said = str(caught.exception)
+        self.assertIn("after 0.500 of 2 seconds", said)
+        self.assertRegex(
+            said, r"(?is)0\.000 s .*call 1: POST /v1/chat/completions -> 429.*0\.500 s .*call 2"
+        )
+        self.server.assert_resilient(allow="retry_after_ignored")
+        self.server.assert_resilient(allow=["retry_after_ignored", "gave_up"])
+        with self.assertRaisesRegex(ValueError, "did you mean gave_up"):
+            self.server.assert_resilient(allow=["give_up"])
+
+    def test_budgets(self):
+        usage = {"prompt_tokens": 20, "completion_tokens": 30, "total_tokens": 50}
+        self.server.reply("x", usage=usage)
+        self.server.assert_budget(total_tokens=0, calls=0, at_once=0)
+        for _ in range(3):
+            self.send()
+        self.server.assert_budget(total_tokens=150, calls=3, at_once=1)
+        for words, said in (
+            ({"total_tokens": 149}, "150 tokens, of 149 allowed"),
+            ({"calls": 2}, "3 calls, of 2 allowed"),
+            ({"at_once": 0}, "1 calls at once, of 0 allowed"),
+        ):
+            with self.subTest(words), self.assertRaisesRegex(AssertionError, said):
+                self.server.assert_budget(**words)
+        self.now += 1
+        running = [
+            self.server.answer(
+                Request("POST", CHAT, {**HELLO, "stream": True}, headers=self.fields({}))
+            )
+            for _ in range(2)
+        ]
+        self.assertRaises(AssertionError, self.server.assert_budget, at_once=1)
+        self.server.assert_budget(at_once=2)
+        for reply in running:
+            list(reply.events)
+
+
+class KnownFaultTests(FakeCase):
+    """The table of faults, and limits of a rate."""
+
+    def test_each_is_met_once_and_gone_with_its_block(self):
+        for name in fake.FAULTS:
+            with self.subTest(name):
+                self.server.reset()
+                body = {**HELLO, "tools": [WEATHER], "stream": True}
+                wanted = self.chat_of(body)
+                with self.server.fault(name):
+                    if name in ("refused", "stall", "slow_first_token"):
+                        continue
+                    self.assertNotEqual(self.chat_of(body), wanted)
+                    self.assertEqual(self.chat_of(body), wanted)
+                with self.server.fault(name):
+                    pass
+                self.assertEqual(self.chat_of(body), wanted)
+
+    def chat_of(self, body):
+        try:
+            got = self.ask("POST", CHAT, body)
+        except (OSError, http.client.HTTPException) as error:
+            return repr(error)
+        return got.status, got.raw, got.is_cut
+
+    def test_nobody_listens_for_a_while(self):
+        with TogetherAiServer(port=0) as self.server:
+            port = self.server.port
+            with self.server.fault("refused"):
+                self.assertRaises(ConnectionRefusedError, self.ask, "POST", CHAT, HELLO)
+            self.assertEqual(self.server.port, port)
+            self.chat()
+
+    def test_faults_are_words_of_fail(self):
+        self.server.fail(fake.FAULTS["rate_limit"], times=1)
+        self.assertEqual(self.ask("POST", CHAT, HELLO).status, 429)
+        self.chat()
+        with self.assertRaisesRegex(ValueError, "did you mean stall"), self.server.fault("stal"):
+            pass
+
+    def test_wrong_types_are_wrong_for_the_schema(self):
+        schema = {
+            "type": "object",
+            "properties": {"a": {"type": "string"}, "b": {"type": "integer"}},
+        }
+        with self.server.fault("wrong_types"):
+            got = self.chat(tools=[tool("f", parameters=schema)])
+        (call,) = got["choices"][0]["message"]["tool_calls"]
+        self.assertEqual(call["function"]["name"], "f")
+        self.assertEqual(json.loads(call["function"]["arguments"]), {"a": 1, "b": "one"})
+
+
+class LimitTests(LocalCase):
+    def setUp(self):
+        self.now = 1_000_000.0
+
+    def start(self, **options):
+        self.server = TogetherAiServer(0, clock=lambda: self.now, **options)
+
+    def statuses(self, count, model=LLAMA, path=CHAT):
+        return [self.ask("POST", path, {**HELLO, "model": model}).status for _ in range(count)]
+
+    def test_requests_come_back_with_the_time(self):
+        self.start(rpm=3)
+        self.assertEqual(self.statuses(4), [200, 200, 200, 429])
+        got = self.ask("POST", CHAT, HELLO)
+        self.assertEqual(
+            (got.headers["retry-after"], got.json["error"]["type"]), ("20", "rate_limit")
+        )
+        self.assertIn("Your rate limits are 3 RPM (0.05 QPS)", got.json["error"]["message"])
+        self.now += 19
+        self.assertEqual(self.statuses(1), [429])
+        self.now += 1
+        self.assertEqual(self.statuses(2), [200, 429])
+        self.now += 3600
+        self.assertEqual(self.statuses(4), [200, 200, 200, 429])
+        self.assertEqual(self.ask("GET", "/v1/models").status, 200)
+        self.server.reset()
+        self.assertEqual(self.statuses(1), [200])
+
+    def test_tokens_count_when_they_are_written(self):
+        self.start(tpm=100)
+        usage = {"prompt_tokens": 20, "completion_tokens": 100, "total_tokens": 120}
+        self.server.reply("x", usage=usage)
+        self.assertEqual(self.statuses(2), [200, 429])
+        self.assertEqual(self.ask("POST", CHAT, HELLO).headers["retry-after"], "13")
+        self.now += 13
+        self.assertEqual(self.statuses(1), [200])
+
+    def test_a_model_has_a_limit_of_its_own(self):
+        self.start(rpm={LLAMA: 1})
+        self.assertEqual(self.statuses(2), [200, 429])
+        self.assertEqual(self.statuses(2, THINKER), [200, 200])
+        error = self.ask("POST", CHAT, HELLO).json["error"]
+        self.assertEqual(error["type"], "model_rate_limit")
+        self.assertIn(
+            f"this model {LLAMA}. The maximum rate limit for this model is 1.0", error["message"]
+        )
+
+
 class WatchTests(UpstreamCase):
     """`--watch` and `--check`."""
 

@@ -46,6 +46,7 @@ The sections, each of which uses only those above it; a star marks what touches 
     Realtime endpoints      speech to text, and text to speech, over a socket
     Account endpoints       models, projects
     Recording *    fixtures made from answers; writes the file they are kept in
+    Verdict        what a client did wrong, told from the record
     Page           what a browser shows of the record
     Control        routes that look after the server
     HTTP *         the grammar of requests; reads from and writes to one client's socket
@@ -116,7 +117,7 @@ if TYPE_CHECKING:
     Verb = TypeVar("Verb", bound=Callable[..., Any])
     TextMatch = Union[str, re.Pattern[str], Mapping[str, str]]  # a text, or a pattern
 
-__all__ = ["ApiError", "Call", "TogetherAiServer", "main"]
+__all__ = ["FAULTS", "ApiError", "Call", "TogetherAiServer", "main"]
 __version__ = "0.4.0"
 RELEASED = ""  # pragma: allowlist secret - the digest of this file without it; .ci/stamp.py
 
@@ -586,14 +587,15 @@ ERRORS: dict[str, tuple[Any, ...]] = {
     "status_422": (422, "The parameters are malformed"),
     "status_429": (
         429,
-        "Request was rejected due to request rate limiting. Your rate limits are 60 RPM (1 QPS) and"
-        " 60000 TPM (1000 TPS). See details: https://docs.together.ai/docs/rate-limits",
+        "Request was rejected due to request rate limiting. Your rate limits are {rpm:g} RPM"
+        " ({qps:g} QPS) and {tpm} TPM ({tps:g} TPS). See details:"
+        " https://docs.together.ai/docs/rate-limits",
         {"type": "rate_limit"},
     ),
     "model_rate_limit": (
         429,
         "You have reached the rate limit specific to this model {model}. The maximum rate limit for"
-        " this model is 10.0 queries and 60000 tokens per minute.",
+        " this model is {rpm:.1f} queries and {tpm} tokens per minute.",
         {"type": "model_rate_limit"},
     ),
     "status_500": (500, "Internal server error"),
@@ -3505,6 +3507,8 @@ class Call:
     reply_size = 0  # bytes of it that are kept
     revision = 0  # rises whenever something about the call changes
     identity: Any = None  # what a fixture would match, where the body is not kept
+    excused = False  # a client that leaves: the stream was slow, or the server stopped
+    episode = 0  # of the record: a request that comes again in another one is another request
     _raw_reply: bytes | list[bytes] = b""
     misses: Sequence[Any] = ()  # the fixtures that did not answer, and why
     explain_misses: Any = None  # says so
@@ -3593,6 +3597,12 @@ class Call:
         except ApiError:
             return None
         return redact(body)
+
+    @property
+    def body_key(self) -> Any:
+        """What is equal where bodies are; a form has another boundary each time."""
+        is_form = "multipart/" in self.headers.get("content-type", "")
+        return self.identity or (self.body if is_form else self._raw)
 
     @property
     def raw_reply(self) -> bytes:
@@ -5423,11 +5433,16 @@ def status_reply(
     retry_after_date: bool = False,
     model: Any = None,
     id: str = "",
+    name: str = "",
+    rpm: float = 60,
+    tpm: float = 60_000,
 ) -> Reply:
     """Build an error reply; without `error` with that status's real body.
 
     retry_after       seconds; a 429 always has some (1)
     retry_after_date  they are told as the date when they are over
+    name              of the error, where the status does not tell it
+    rpm, tpm          the limits that a 429 tells
     """
     seconds = 1 if retry_after is None and status == 429 else retry_after
     names = () if seconds is None else RATE_LIMIT_HEADERS if status == 429 else ("retry-after",)
@@ -5438,11 +5453,13 @@ def status_reply(
         headers["retry-after"] = formatdate(time.time() + seconds + 1, usegmt=True)
     if status in PROXY_STATUSES and error is None:
         return Reply(b"error code: %d" % status, status, "text/plain; charset=UTF-8", headers)
-    name = STATUS_ERRORS.get(status, f"status_{status}")
+    name = name or STATUS_ERRORS.get(status, f"status_{status}")
     if status == 429 and str(model).endswith("-Free"):
-        name = "model_rate_limit"
+        name, rpm = "model_rate_limit", 10
     name = name if name in ERRORS else "other_status"
-    refusal = ApiError(name, model=model, status=status)
+    refusal = ApiError(
+        name, model=model, status=status, rpm=rpm, tpm=tpm, qps=rpm / 60, tps=tpm / 60
+    )
     refusal.status, refusal.headers = status, headers
     if error is not None:
         refusal.unusual = {"type": "server_error", "code": None, **error}
@@ -5479,6 +5496,9 @@ def whole_reply(response: Response, options: Mapping[str, Any], request: Request
     return reply
 
 
+SLOW_OPTIONS = frozenset(
+    ("latency", "streamingProfile", "recordedTimings", "stallAfterChunks", "disconnectAfterMs")
+)
 STALL_SECONDS = 600.0  # after which a stalled stream is cut
 TEXT_DELTA, ARGUMENTS_DELTA = "response.output_text.delta", "response.function_call_arguments.delta"
 RESPONSE_ENDS = ("response.completed", "response.incomplete")
@@ -5671,7 +5691,7 @@ def apply_fault(reply: Reply, fault: Fault, clock: Clock) -> Reply:
     if reply.events is not None:
         reply.events = fault.pace(reply.events, True, clock)
         return reply
-    if options.get("malformed"):
+    if options.keys() & {"malformed", "malformedAfterChunks"}:
         reply.body = halve(reply.body)
     timed = {"latency", "disconnectAfterMs", "disconnectAfterChunks", "stallAfterChunks"}
     if options.keys() & timed or fault.latency:
@@ -5679,6 +5699,77 @@ def apply_fault(reply: Reply, fault: Fault, clock: Clock) -> Reply:
         half = halve(reply.body)
         reply.events = fault.pace((half, reply.body[len(half) :]), False, clock)
     return reply
+
+
+def call_wrongly(request: Request) -> dict[str, Any]:
+    """Return a call of the first tool whose arguments are all of a wrong type."""
+    tool = next(iter(list_objects(request.body.get("tools"))), {})
+    function = tool.get("function") or tool
+    rows = get_path(function, "parameters", "properties") or {"value": {"type": "string"}}
+    wrong = {name: 1 if get_path(rows[name], "type") == "string" else "one" for name in rows}
+    return {"tool_calls": [{"name": str(function.get("name")), "arguments": wrong}]}
+
+
+FIRST_TOOL = "{{body.tools.0.function.name}}{{body.tools.0.name}}"  # a chat's, a response's
+CALLS_TOOLS: dict[str, Any] = {"body": {"tools": [{}]}}
+HTML = "<html><head><title>524: A timeout occurred</title></head><body></body></html>"
+BLANK_CHUNK = {"id": "1", "object": "chat.completion.chunk", "created": CREATED, "choices": []}
+# What production and the ways to it are known for, as keywords of `reply()`.
+FAULTS: dict[str, dict[str, Any]] = {
+    "rate_limit": {"status": 429, "retry_after": 1},
+    "rate_limit_date": {"status": 429, "retry_after": 1, "retry_after_date": True},
+    "model_rate_limit": {
+        "status": 429,
+        "retry_after": 1,
+        "error": {"message": "The rate limit of this model is reached", "type": "model_rate_limit"},
+    },
+    "no_credit": {"status": 402},
+    "server_error": {"status": 500},
+    "unavailable": {"status": 503, "empty": True},
+    "proxy_timeout": {"raw": {"text": HTML, "contentType": "text/html"}, "status": 524},
+    "engine_error": {
+        "status": 400,
+        "error": {"message": {"message": "Bad tool.", "type": "BadRequestError", "code": 400}},
+    },
+    "refused": {},  # nobody listens: for `server.fault()` alone
+    "reset": {"disconnect_after_chunks": 0},
+    "reset_in_stream": {"disconnect_after_chunks": 3},
+    "silent_end": {"end_after_chunks": 3},
+    "half_event": {"malformed_after_chunks": 3, "disconnect_after_chunks": 3},
+    "broken_json": {"malformed_after_chunks": 3},
+    "error_event": {"error_after_chunks": 3},
+    "slow_first_token": {"streaming_profile": {"ttft": 1000}},
+    "stall": {"stall_after_chunks": 3, "disconnect_after_ms": 30_000},
+    "empty_choices": {"insert": f"data: {ENCODE(BLANK_CHUNK)}\n\n"},
+    "keepalive": {"insert": ": keepalive\n\n"},
+    "arguments_cut": {
+        "tool_calls": [{"name": FIRST_TOOL, "arguments": '{"a'}],
+        "finish_reason": "length",
+        **CALLS_TOOLS,
+    },
+    "unknown_tool": {"tool_calls": [{"name": "no_such_tool", "arguments": {}}], **CALLS_TOOLS},
+    "wrong_types": {"content": call_wrongly, **CALLS_TOOLS},
+    "call_in_reasoning": {
+        "content": "",
+        "reasoning": "We call the tool.",
+        "finish_reason": "tool_calls",
+        **CALLS_TOOLS,
+    },
+    "blanks_lost": {"content": "Thewordscomewithoutblanks.", "chunk_size": 5},
+}
+
+
+class RateLimit:
+    """Requests or tokens that come back evenly: so many a minute, and no more at once."""
+
+    def __init__(self, per_minute: float, now: float) -> None:
+        self.per_minute, self.left, self.at = per_minute, per_minute, now
+
+    def find_wait(self, now: float) -> float:
+        """Return the seconds until one more is there."""
+        self.left += max(0.0, now - self.at) * self.per_minute / 60
+        self.left, self.at = min(self.per_minute, self.left), now
+        return max(0.0, (1 - self.left) * 60 / self.per_minute)
 
 
 # === Routes ===
@@ -10890,6 +10981,288 @@ class Recorder:
         self._told = text
 
 
+# === Verdict ===
+
+# What a client may have done wrong; what cannot be told from the record is not claimed.
+WRONGS = {
+    "retry_after_ignored": "came back sooner than it was told",
+    "retried_refusal": "repeated a request that was refused",
+    "retry_storm": "repeated a request too often, or without growing pauses",
+    "no_retry": "gave up at the first failure that another try might have mended",
+    "gave_up": "gave up after tries that all failed",
+    "half_answer_taken": "took half an answer for a whole one",
+    "tool_call_invented": "answered a tool call that was not made, or left one unanswered",
+    "stream_left": "closed a stream before its end",
+    "over_budget": "used more than it was allowed",
+}
+MAX_ATTEMPTS = 5  # of one request
+REFUSED = frozenset((400, 401, 402, 403, 404, 405, 413, 415, 422))
+TEMPORARY = frozenset((408, 409, 429, *range(500, 600)))
+MIN_QUOTE = 8  # characters of half an answer, so that nobody says them by chance
+EARLY_SHARE, EARLY_SECONDS = 0.05, 0.01  # that a client may come too early: clocks differ
+
+
+class Finding:
+    """One thing that a client did wrong.
+
+    name   a key of `WRONGS`
+    text   what happened
+    calls  those that show it, in their order
+    """
+
+    def __init__(self, name: str, text: str, *calls: Call) -> None:
+        self.name = name
+        self.text = text
+        self.calls = calls
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {self.text}>"
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}: the client {WRONGS[self.name]}: {self.text}"]
+        for call in self.calls:
+            seconds, ended = call.started - self.calls[0].started, call.outcome
+            told = f", {ended}" if ended not in ("", "complete") else ""
+            lines.append(f"{seconds:9.3f} s  {call!r}{told}")
+        return "\n    ".join(lines)
+
+
+def is_inference(call: Call) -> bool:
+    """Tell whether a client asked a model; lines of batches and sockets are not judged."""
+    return call.kind in OPERATIONS and call.method == "POST" and not call.batch
+
+
+def find_end(call: Call) -> float:
+    """Return when a call ended, by the clock of its start; infinity while it is running."""
+    return call.started + call.duration if call.outcome else math.inf
+
+
+def find_half(call: Call) -> tuple[str, list[str]] | None:
+    """Return the text and the ids of tool calls of a stream that had no end; else None."""
+    events = call.reply
+    if call.kind not in ("chat", "completion", "response") or not isinstance(events, list):
+        return None
+    told = [tell_event(event) for event in split_events(call.raw_reply)]
+    if call.outcome == "left" or any("finish" in each for each in told):
+        return None
+    if call.reply_size == 0 and call.events_sent:  # it was too large to be kept
+        return None
+    ids = (
+        get_path(event, "choices", "0", "delta", "tool_calls", "0", "id")
+        or get_path(event, "item", "call_id")
+        for event in events
+    )
+    return "".join(each.get("text", "") for each in told), [id for id in ids if id]
+
+
+def has_failed(call: Call) -> bool:
+    """Tell whether a call has ended without a whole answer."""
+    is_json = call.reply_type.startswith("application/json")
+    broken = is_json and call.method != "HEAD" and not isinstance(call.reply, (dict, list))
+    left = call.outcome == "left" and call.excused
+    failed = call.status >= 400 or call.outcome == "cut" or left or broken
+    return call.outcome != "" and (failed or find_half(call) is not None)
+
+
+def lower_headers(call: Call) -> dict[str, str]:
+    """Return the headers of a reply by their names in lower case."""
+    return {name.lower(): text for name, text in call.reply_headers.items()}
+
+
+def is_temporary(call: Call) -> bool:
+    """Tell whether a call failed so that another try may mend it, as far as its client knows."""
+    may_retry = lower_headers(call).get("x-should-retry") != "false"
+    return may_retry and (call.outcome == "cut" or call.status in TEMPORARY)
+
+
+def find_wait(call: Call) -> float:
+    """Return how many seconds, at least, a client was told to wait."""
+    told = lower_headers(call)
+    text = told.get("retry-after", "0")
+    try:
+        return float(told["retry-after-ms"]) / 1000 if "retry-after-ms" in told else float(text)
+    except ValueError:
+        from email.utils import parsedate_to_datetime  # only here
+
+        with contextlib.suppress(ValueError, TypeError):
+            ended = time.time() - time.perf_counter() + find_end(call)
+            return parsedate_to_datetime(text).timestamp() - ended
+    return 0.0
+
+
+def measure_pause(call: Call, following: Call) -> float:
+    """Return the seconds between two calls, by the clock that saw more of them."""
+    by_server = following.at - call.at - call.duration  # whose clock a test may set
+    return max(following.started - find_end(call), by_server)
+
+
+def group_attempts(calls: Iterable[Call]) -> list[list[Call]]:
+    """Return calls in the attempts of one request each: equal ones, of which each one failed.
+
+    Equal requests at the same time are told apart by the counts that SDKs send, or left out.
+    """
+    groups: dict[str, list[list[Call]]] = {}
+    unclear = set()
+    for call in calls:
+        agent = call.headers.get("user-agent")
+        key = repr((call.episode, call.operation, call.query, call.test, agent, call.body_key))
+        chains = groups.setdefault(key, [])
+        open = [chain for chain in chains if find_end(chain[-1]) > call.started]
+        failed = [chain for chain in chains if chain not in open and has_failed(chain[-1])]
+        count = call.headers.get("x-stainless-retry-count", "")
+        if open or len(failed) > 1:
+            before = str(int(count) - 1) if re.fullmatch("[0-9]{1,3}", count) else None
+            failed = [c for c in failed if c[-1].headers.get("x-stainless-retry-count") == before]
+            if before is None or (before != "-1" and len(failed) != 1):
+                unclear.add(key)
+        if len(failed) == 1:
+            failed[0].append(call)
+        else:
+            chains.append([call])
+    return [chain for key in groups for chain in groups[key] if key not in unclear]
+
+
+def judge_retries(attempts: list[Call], most: int) -> Iterator[Finding]:
+    """Yield what was wrong about the attempts of one request."""
+    first, last = attempts[0], attempts[-1]
+    pauses = []
+    for call, following in zip(attempts, attempts[1:]):
+        pause, wait = measure_pause(call, following), find_wait(call)
+        if call.status in REFUSED and lower_headers(call).get("x-should-retry") != "true":
+            yield Finding("retried_refusal", f"a {call.status}", call, following)
+        elif pause < wait * (1 - EARLY_SHARE) - EARLY_SECONDS:
+            text = f"after {pause:.3f} of {wait:g} seconds"
+            yield Finding("retry_after_ignored", text, call, following)
+        elif wait <= 0:
+            pauses.append(pause)
+    if len(attempts) > most:
+        yield Finding("retry_storm", f"{len(attempts)} attempts", *attempts)
+    elif len(pauses) > 2 and max(pauses) < min(pauses) * 1.25 + 0.05:
+        text = f"{len(attempts)} attempts with pauses of {min(pauses):.3f} s to {max(pauses):.3f} s"
+        yield Finding("retry_storm", text, *attempts)
+    if is_temporary(last):
+        reason = "a connection that was cut" if last.outcome == "cut" else f"a {last.status}"
+        if len(attempts) > 1:
+            yield Finding(
+                "gave_up", f"{len(attempts)} attempts, the last of them {reason}", *attempts
+            )
+        else:
+            yield Finding("no_retry", reason, first)
+
+
+def list_messages(call: Call) -> list[dict[str, Any]]:
+    """Return the conversation that a call sends, as the messages of a chat."""
+    body = call.body if isinstance(call.body, dict) else {}
+    return read_items(body) if call.kind == "response" else list_objects(body.get("messages"))
+
+
+def find_text(call: Call) -> Any:
+    """Return the text of a whole reply."""
+    reply = call.reply
+    items = [
+        reply,
+        *list_objects(get_path(reply, "choices")),
+        *list_objects(get_path(reply, "output")),
+    ]
+    places = (("message", "content"), ("text",), ("content", "0", "text"))
+    return next(filter(None, (get_path(item, *place) for item in items for place in places)), None)
+
+
+def judge_halves(calls: Sequence[Call]) -> Iterator[Finding]:
+    """Yield where half an answer was quoted later on, as if it were whole."""
+    answered = [call for call in calls if call.status == 200 and call.outcome]
+    halves = {call: half for call in answered if (half := find_half(call)) is not None}
+    whole = [call for call in answered if call not in halves]
+    for call, (text, ids) in halves.items():
+        ids = [id for id in ids if not any(id.encode() in each.raw_reply for each in whole)]
+        if len(text) < MIN_QUOTE or any(find_text(each) == text for each in whole):
+            text = ""
+        for following in calls:
+            said = [m for m in list_messages(following) if m.get("role") == "assistant"]
+            called = [
+                get_path(one, "id") for m in said for one in list_objects(m.get("tool_calls"))
+            ]
+            texts = [str(join_text(message.get("content"))).strip() for message in said]
+            if following.started < find_end(call):
+                continue
+            if (text and text.strip() in texts) or not set(ids).isdisjoint(called):
+                quoted = f"{preview(text)} is quoted" if text else f"the call {ids[0]} is answered"
+                yield Finding(
+                    "half_answer_taken", f"{quoted}, from a stream without an end", call, following
+                )
+                break
+
+
+def find_wrong_results(messages: list[dict[str, Any]]) -> Iterator[str]:
+    """Say which tool results answer no call, and which calls are left without one."""
+    made: set[Any] = set()
+    waiting: list[Any] = []
+    for message in messages:
+        if message.get("role") == "tool":
+            id = message.get("tool_call_id")
+            if id is not None and id not in made:
+                yield f"a result for {preview(id)}, which no message before it calls"
+            waiting = [each for each in waiting if each != id]
+            continue
+        yield from (f"no result for {preview(id)}" for id in waiting)
+        calls = (
+            list_objects(message.get("tool_calls")) if message.get("role") == "assistant" else []
+        )
+        waiting = [call["id"] for call in calls if isinstance(call.get("id"), str)]
+        made.update(waiting)
+
+
+def judge_tools(calls: Iterable[Call]) -> Iterator[Finding]:
+    """Yield each wrong result of a tool, where it first stands in a conversation."""
+    told = set()
+    for call in calls:
+        refers = any(
+            get_path(item, "type") == "item_reference"
+            for item in list_objects(get_path(call.body, "input"))
+        )
+        for text in () if refers else find_wrong_results(list_messages(call)):
+            if text not in told:
+                told.add(text)
+                yield Finding("tool_call_invented", text, call)
+
+
+def find_crowd(calls: Sequence[Call]) -> list[Call]:
+    """Return the most calls that were running at once."""
+    crowds = [
+        [each for each in calls if each is call or each.started <= call.started < find_end(each)]
+        for call in calls
+    ]
+    return max(crowds, key=len, default=[])
+
+
+def judge_budget(
+    calls: Sequence[Call], total_tokens: float | None, most: int | None, at_once: int | None
+) -> Iterator[Finding]:
+    """Yield what was used of what was allowed, where that is more."""
+    spent, crowd = 0, find_crowd(calls)
+    paid = [call for call in calls if call.usage]
+    spent = sum((call.usage or {}).get("total_tokens") or 0 for call in paid)
+    for what, used, allowed, shown in (
+        ("tokens", spent, total_tokens, paid),
+        ("calls", len(calls), most, calls),
+        ("calls at once", len(crowd), at_once, crowd),
+    ):
+        if allowed is not None and used > allowed:
+            yield Finding("over_budget", f"{used} {what}, of {allowed} allowed", *shown)
+
+
+def judge(calls: Iterable[Call], most_attempts: int) -> list[Finding]:
+    """Return what the client of these calls did wrong, in the order in which it began."""
+    asked = list(filter(is_inference, calls))
+    found = [*judge_halves(asked), *judge_tools(asked)]
+    for attempts in group_attempts(asked):
+        found += judge_retries(attempts, most_attempts)
+    for call in asked:
+        if call.outcome == "left" and isinstance(call.reply, list) and not call.excused:
+            found.append(Finding("stream_left", f"after {call.events_sent} events", call))
+    return sorted(found, key=lambda finding: finding.calls[0].number)
+
+
 # === Page ===
 
 # What a browser shows of the record; it asks `GET /__parlel/requests?view=rows` for what is new.
@@ -13073,7 +13446,7 @@ USAGE_KEYS = (
 )  # fmt: skip
 STREAM_OPTIONS = (  # that a whole reply does not know
     "chunkSize", "chunkSizes", "streamingProfile", "recordedTimings", "truncateAfterChunks",
-    "malformedAfterChunks", "endAfterChunks", "insert", *STRIKE_PLACES,
+    "endAfterChunks", "insert", *STRIKE_PLACES,
 )  # fmt: skip
 
 
@@ -13726,13 +14099,84 @@ class Scripting:
         return self._add_fixture("reply", {"content": content, **words})
 
     @take_words(*FAIL_WORDS)
-    def fail(self, status: int | None = None, **words: Unpack[FailWords]) -> Fixture:
+    def fail(
+        self, status: int | Mapping[str, Any] | None = None, **words: Unpack[FailWords]
+    ) -> Fixture:
         """Script a fault: a status with its real body, or a reply that goes wrong on its way.
 
-        `fail(429, retry_after=1, times=2)`, `fail(disconnect_after_chunks=3)`. The keywords:
+        `fail(429, retry_after=1, times=2)`, `fail(disconnect_after_chunks=3)`,
+        `fail(FAULTS["stall"])`. The keywords:
 
         """
-        return self._add_fixture("fail", {"status": status, **words})
+        given = status if isinstance(status, dict) else {"status": status}
+        return self._add_fixture("fail", {**given, **words})
+
+    @contextlib.contextmanager
+    def fault(self, fault: str | Mapping[str, Any], times: int | None = 1) -> Iterator[None]:
+        """Have the next request meet a fault: `for name in FAULTS: with server.fault(name): ...`.
+
+        fault  a name in `FAULTS`, or the keywords of one
+        times  how many requests meet it (default: the first; None: all)
+        """
+        if isinstance(fault, str) and fault not in FAULTS:
+            raise ValueError(f"no fault is called {fault!r}{suggest(fault, FAULTS)}")
+        words = FAULTS[fault] if isinstance(fault, str) else fault
+        self.mark()
+        if words == FAULTS["refused"]:
+            with self._refuse_clients():
+                yield
+        else:
+            fixture = self._add_fixture("fault", {"times": times, **words})
+            try:
+                yield
+            finally:
+                fixture.remove()
+        self.mark()
+
+    def mark(self) -> int:
+        """Begin another part of the record; return the number of the last call before it.
+
+        A request that comes again behind a mark is another request.
+        """
+        raise NotImplementedError
+
+    def _refuse_clients(self) -> contextlib.AbstractContextManager[None]:
+        raise NotImplementedError
+
+    def verdict(self, since: int = 0, most_attempts: int = MAX_ATTEMPTS) -> list[Finding]:
+        """Return what the client did wrong, each with the calls that show it; see `WRONGS`.
+
+        since          the number of the last call that does not count, as `mark()` returns it
+        most_attempts  how often one request may be sent
+        """
+        return judge([call for call in self.requests if call.number > since], most_attempts)
+
+    def assert_resilient(
+        self, allow: str | Iterable[str] = (), since: int = 0, most_attempts: int = MAX_ATTEMPTS
+    ) -> None:
+        """Raise AssertionError telling what the client did wrong, in order and with times.
+
+        allow  names in `WRONGS` that are no wrongs here
+        """
+        allowed = {allow} if isinstance(allow, str) else set(allow)
+        for name in allowed - WRONGS.keys():
+            raise ValueError(f"no wrong is called {name!r}{suggest(name, WRONGS)}")
+        found = [each for each in self.verdict(since, most_attempts) if each.name not in allowed]
+        if found:
+            raise AssertionError("\n".join(map(str, found)))
+
+    def assert_budget(
+        self,
+        total_tokens: float | None = None,
+        calls: int | None = None,
+        at_once: int | None = None,
+        since: int = 0,
+    ) -> None:
+        """Raise AssertionError where there were more tokens, calls, or calls at once."""
+        asked = [call for call in self.requests if call.number > since and is_inference(call)]
+        found = list(judge_budget(asked, total_tokens, calls, at_once))
+        if found:
+            raise AssertionError("\n".join(map(str, found)))
 
     def _add_fixture(self, verb: str, words: Mapping[str, Any]) -> Fixture:
         own = {"test_id": self.test_id} if self.test_id else {}
@@ -13859,6 +14303,12 @@ class OneTest(Scripting):
         """The recorded calls of this test, newest last."""
         return [call for call in self.server.requests if call.test == self.test_id]
 
+    def mark(self) -> int:
+        return self.server.mark()
+
+    def _refuse_clients(self) -> contextlib.AbstractContextManager[None]:
+        return self.server._refuse_clients()
+
     def reset(self) -> None:
         """Forget the calls, counts and fixtures of this test."""
         self.server.reset(test=self.test_id)
@@ -13923,11 +14373,12 @@ class TogetherAiServer(Scripting):
                   responses, completions); or what for each kind, as {"embedding": "error"}
     exact_turns   turns of fixture files hold exactly, too
     warnings      "record" them with their calls, or answer such a call with an "error" 500
+    rpm, tpm      requests and tokens a minute, of all or {model: number}; more is a 429
     upstream      the URL of a server that answers instead where no fixture matches
     record        the fixture file to which the upstream's answers are added; it is loaded first
     record_limit  how many calls `.requests` keeps
     log           called with one line for every request (default: silence)
-    clock         where the time of stored objects comes from, in Unix seconds
+    clock         where the time of stored objects and limits comes from, in Unix seconds
     """
 
     def __init__(
@@ -13944,6 +14395,8 @@ class TogetherAiServer(Scripting):
         on_miss: str | Mapping[str, str] = "generate",
         exact_turns: bool = False,
         warnings: str = "record",
+        rpm: float | Mapping[str, float] | None = None,
+        tpm: float | Mapping[str, float] | None = None,
         upstream: str | None = None,
         record: str | os.PathLike[str] | None = None,
         record_limit: int = DEFAULT_RECORD_LIMIT,
@@ -13960,6 +14413,7 @@ class TogetherAiServer(Scripting):
         self.read_prompts = read_prompts
         self.instant_jobs = instant_jobs
         self.max_stored_bytes = max_stored_bytes
+        self.rpm, self.tpm = rpm, tpm
         self.script = Fixtures(seed, exact_turns)
         self.record_limit = record_limit
         self.log = log
@@ -14047,6 +14501,8 @@ class TogetherAiServer(Scripting):
             self.secrets: dict[str, None] = BoundedDict(MAX_OBJECTS)
             self.epoch += 1
             self._recorded_bytes = 0
+            self._episode = 0
+            self._limits: dict[tuple[str, str], RateLimit] = {}
             self._numbers = itertools.count(1)
             self._revisions = itertools.count(1)
             self.files = Collection("File")
@@ -14078,6 +14534,22 @@ class TogetherAiServer(Scripting):
         """The record, newest last: a list of its own each time, safe while clients call."""
         with self._lock:
             return list(self._calls)
+
+    def mark(self) -> int:
+        with self._lock:
+            self._episode += 1
+            return self._calls[-1].number if self._calls else 0
+
+    @contextlib.contextmanager
+    def _refuse_clients(self) -> Iterator[None]:
+        """Do not listen for a while, and then on the same port again."""
+        wanted, self._wanted_port = self._wanted_port, self.port
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+            self._wanted_port = wanted
 
     def __repr__(self) -> str:
         calls, fixtures = len(self._calls), len(self.script)
@@ -14244,6 +14716,7 @@ class TogetherAiServer(Scripting):
         with self._lock:
             call = Call(next(self._numbers), request, self.clock())
             call.revision = next(self._revisions)
+            call.episode = self._episode
             self._calls.append(call)
             for key in request.headers.secrets:
                 self.secrets[key] = None
@@ -14260,6 +14733,9 @@ class TogetherAiServer(Scripting):
 
     def _end_call(self, call: Call, outcome: str) -> None:
         """Note how a call ended."""
+        call.excused = call.excused or self.stopping.is_set()
+        for _, limit in self._list_limits("tpm", call.model) if self.tpm else ():
+            limit.left -= (call.usage or {}).get("total_tokens") or 0
         call.outcome = outcome
         if call.revision:  # it is in the record
             call.revision = next(self._revisions)
@@ -14272,6 +14748,9 @@ class TogetherAiServer(Scripting):
         if request.method == "OPTIONS":
             return allow_origin(request)
         route = request.route or self._open(request, call)
+        limited = self._find_limit(route, request) if self.rpm or self.tpm else None
+        if limited is not None:
+            return limited
         if self.script.watched:
             self.script.follow_files()
         if route.open or (self.script.empty and "x-parlel-fixture" not in request.headers):
@@ -14283,6 +14762,40 @@ class TogetherAiServer(Scripting):
             error.headers["x-should-retry"] = "false"
             raise error
         return reply
+
+    def _list_limits(self, unit: str, model: Any) -> Iterator[tuple[str, RateLimit]]:
+        """Yield the limits that a model's requests or tokens count to, each by whose it is."""
+        given: Any = self.rpm if unit == "rpm" else self.tpm
+        model = model if isinstance(given, dict) else ""
+        per_minute = given.get(model) if isinstance(given, dict) else given
+        if per_minute:
+            limit = RateLimit(per_minute, self.clock())
+            yield model, self._limits.setdefault((unit, model), limit)
+
+    def _find_limit(self, route: Route, request: Request) -> Reply | None:
+        """Count a request of inference to the limits; return the 429 where one is reached."""
+        if route.kind in ("", "job"):
+            return None
+        model = request.body.get("model")
+        with self._lock:
+            now = self.clock()
+            limits = [each for unit in ("rpm", "tpm") for each in self._list_limits(unit, model)]
+            wait, whose = max(
+                ((limit.find_wait(now), whose) for whose, limit in limits), default=(0, "")
+            )
+            for _, limit in () if wait else self._list_limits("rpm", model):
+                limit.left -= 1
+        if not wait:
+            return None
+        told: dict[str, Any] = {
+            unit: limit.per_minute
+            for unit in ("rpm", "tpm")
+            for _, limit in self._list_limits(unit, model)
+        }
+        told["name"] = "model_rate_limit" if whose else "status_429"
+        id = name_request(request)
+        reply = status_reply(429, None, math.ceil(wait), model=model, id=id, **told)
+        return name_reply(reply, request)
 
     def _open(self, request: Request, call: Call) -> Route:
         """Return the route, with the key checked and query and body read."""
@@ -14374,6 +14887,7 @@ class TogetherAiServer(Scripting):
         fault = draw_fault(self.script, fixture, response)
         if fault is None:
             return reply
+        call.excused = not SLOW_OPTIONS.isdisjoint(fault.options) or fault.latency > 0
         if fault.describe():
             call.notes += (fault.describe(),)
         return apply_fault(reply, fault, time.monotonic)
@@ -14709,10 +15223,16 @@ def make_pytest_plugin() -> Any:
         if told:
             report.sections.append(("together_fake", told))
 
+    def together_fault(request: Any, together_fake: TogetherAiServer) -> Iterator[str]:
+        """The name of a fault that the first request of the test meets; one test for each."""
+        with together_fake.fault(request.param):
+            yield request.param
+
     # A module, since pytest takes no session's fixtures from an object.
     plugin: Any = types.ModuleType("together_fake_fixtures")
     plugin.together_fake_server = pytest.fixture(scope="session")(together_fake_server)
     plugin.together_fake = pytest.fixture(together_fake)
+    plugin.together_fault = pytest.fixture(params=list(FAULTS))(together_fault)
     hook = pytest.hookimpl(hookwrapper=True)
     plugin.pytest_runtest_makereport = hook(pytest_runtest_makereport)
     return plugin
