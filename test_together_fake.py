@@ -3122,6 +3122,7 @@ class FormTests(FakeCase):
 
     def test_each_engine_has_a_model_here(self):
         self.assertEqual(set(fake.FORMS), set(self.MODELS))
+        self.assertEqual(tuple(fake.FORMS), fake.ENGINE_NAMES)
         for engine, model in self.MODELS.items():
             self.assertEqual(fake.MODELS[model].engine, engine)
 
@@ -5237,6 +5238,71 @@ class VideoTests(LocalCase):
 
 
 # === Account endpoints ===
+
+
+class OwnModelTests(LocalCase):
+    """Models that the catalogue lacks, described by a test or a file."""
+
+    ROW = MappingProxyType(
+        {
+            "engine": "GLM",
+            "context_length": 100,
+            "traits": ["sees"],
+            "price": {"input": 1, "output": 2, "cached_input": 0.5},
+        }
+    )
+
+    def chat_with(self, model, **fields):
+        return self.ask("POST", CHAT, {**HELLO, "model": model, **fields})
+
+    def test_a_server_has_them(self):
+        own = {"acme/llama": dict(self.ROW), "acme/e": {"type": "embedding", "dimensions": 8}}
+        self.server = TogetherAiServer(strict=True, models={**own, LLAMA: {"engine": "B"}})
+        for _ in range(2):
+            got = self.chat_with("acme/llama").json
+            self.assertIn("matched_stop", got["choices"][0])
+            self.assertIn("metadata", self.chat_with(LLAMA).json)
+            self.assertEqual(self.chat_with("acme/llama", max_tokens=99).status, 400)
+            listed = {each["id"]: each for each in self.ask("GET", "/v1/models").json}
+            model = listed["acme/llama"]
+            self.assertEqual((model["type"], model["context_length"]), ("chat", 100))
+            prices = {key: model["pricing"][key] for key in ("input", "output", "cached_input")}
+            self.assertEqual(prices, self.ROW["price"])
+            got = self.ask("POST", "/v1/embeddings", {"model": "acme/e", "input": "x"}).json
+            self.assertEqual(len(got["data"][0]["embedding"]), 8)
+            self.server.reset()
+
+    def test_files_have_them(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "models.json")
+            row = {"engine": "C", "contextLength": 50, "price": {"input": 1, "cachedInput": 2}}
+            path.write_text(json.dumps({"models": {"acme/llama": row}}), "utf-8")
+            self.server = TogetherAiServer(strict=True)
+            self.server.load(path)
+            for _ in range(2):
+                id = self.chat_with("acme/llama").json["id"]
+                self.assertTrue(id.startswith("chatcmpl-"), id)
+                self.server.reset()
+            path.write_text(json.dumps({"models": {"acme/llama": {"engin": "C"}}}), "utf-8")
+            with self.assertRaisesRegex(ValueError, "engin: unknown key, did you mean engine"):
+                fake.load_fixtures(str(path))
+
+    def test_what_is_wrong_is_named(self):
+        for row, said in (
+            ({"engine": "Z"}, "models['m'].engine: must be one of A, B"),
+            ({"contextlength": 5}, "did you mean contextLength"),
+            ({"context_length": 0}, "models['m'].context"),
+            ({"traits": ["sings"]}, "models['m'].traits[0]"),
+            ({"price": {"input": -1}}, "models['m'].price.input"),
+            (7, "models['m']"),
+        ):
+            with self.subTest(row=row), self.assertRaises(ValueError) as caught:
+                TogetherAiServer(models={"m": row})
+            self.assertIn(said, str(caught.exception))
+        body = {"fixtures": [], "models": {"m": {}}}
+        got = self.ask("POST", "/__parlel/fixtures", body)
+        self.assertEqual(got.status, 400)
+        self.assertIn("models", got.json["error"]["message"])
 
 
 class ModelTests(FakeCase):

@@ -2976,6 +2976,13 @@ TRAITS = {
 }
 
 
+MAX_DIMENSIONS = 16384  # of an embedding
+# What serves a model in production; `FORMS` has the form of each one's answers.
+ENGINE_NAMES = (
+    "A", "B", "Scout", "gpt-oss-20b", "gpt-oss-120b", "K2.7", "C", "DeepSeek", "GLM", "Qwen"
+)  # fmt: skip
+
+
 def guess_engine(id: str) -> str:
     """Return the engine that serves a model in production, by what recordings show of ids."""
     return "A" if re.search(r"-Turbo(-Free)?$", id) else "B"
@@ -2984,7 +2991,7 @@ def guess_engine(id: str) -> str:
 class Model:
     """One row of the catalogue; prices are USD for a million tokens.
 
-    engine   what serves it in production, a key of `FORMS`; guessed from the id where it is unknown
+    engine   one of ENGINE_NAMES; guessed from the id where it is unknown
     traits   words that tell what it can do, of `TRAITS`
     """
 
@@ -3203,6 +3210,7 @@ def read_models(table: str) -> dict[str, Model]:
 
 
 MODELS = read_models(MODEL_TABLE)
+LISTED_TYPES = tuple(dict.fromkeys(model.type for model in MODELS.values()))
 
 # What a model's chat template ends a turn with, by the start of its id (recorded).
 STOP_TOKENS = {
@@ -4274,9 +4282,21 @@ ENTRY = Fields(
 )
 FIXTURE_FILE = Fields(
     Field("fixtures", list, required=True),
+    Field("models", dict),
     Field("exactTurns", bool),
     closed=True,
     ignored="$schema $comment meta",
+)
+
+OWN_MODEL = Fields(  # one that the catalogue lacks, or has otherwise
+    Field("type", str, choices=LISTED_TYPES),
+    Field("engine", str, choices=ENGINE_NAMES),
+    Field("contextLength", int, low=1),
+    Field("dimensions", int, low=1, high=MAX_DIMENSIONS),
+    Field("traits", list, each=Field("", str, choices=tuple(TRAITS))),
+    object_field("price", *number_rows("input output cachedInput", 0)),
+    *rows_of("organization displayName", str),
+    closed=True,
 )
 
 JSON_TEXT = (str, dict, list)  # of an object or a list, the JSON is meant
@@ -4853,12 +4873,34 @@ class BadFixtures(ValueError):
         self.problems = problems
 
 
+def parse_models(rows: Mapping[str, Any], spell: Callable[[str], str] = str) -> dict[str, Model]:
+    """Return the models that a file or a test describes; raise ValueError naming what is wrong."""
+    models = {}
+    for id, row in rows.items():
+        told = check_clean(row, OWN_MODEL, f"models[{id!r}]", spell)
+        price = told.get("price", {})
+        models[id] = Model(
+            told.get("type", "chat"),
+            id,
+            told.get("organization", ""),
+            told.get("displayName", ""),
+            told.get("contextLength"),
+            [price.get(key, 0) for key in ("input", "output", "cachedInput")],
+            engine=told.get("engine", ""),
+            traits=["known", *told["traits"]] if "traits" in told else [],
+            dimensions=told.get("dimensions", 768),
+        )
+    return models
+
+
 def list_entries(data: Any) -> list[Any]:
     """Return the entries of a file's JSON: an object with `fixtures`, a list, or a single entry."""
     if isinstance(data, list):
         return data
     if isinstance(data, dict) and "fixtures" not in data and data.keys() & {"match", "response"}:
         return [data]
+    if isinstance(data, dict) and "models" in data:
+        data = {"fixtures": [], **data}
     is_file = isinstance(data, dict) and isinstance(data.get("fixtures"), list)
     check_clean({**data, "fixtures": []} if is_file else data, FIXTURE_FILE, "file")
     entries: list[Any] = data["fixtures"]
@@ -4866,9 +4908,13 @@ def list_entries(data: Any) -> list[Any]:
 
 
 def parse_fixtures(
-    data: Any, place: str = "", warnings: list[str] | None = None, trusted: bool = True
+    data: Any,
+    place: str = "",
+    warnings: list[str] | None = None,
+    trusted: bool = True,
+    models: dict[str, Model] | None = None,
 ) -> list[Fixture]:
-    """Build the fixtures of a file's JSON, all of them or none.
+    """Build the fixtures of a file's JSON, all of them or none; its models are added to `models`.
 
     Raises BadFixtures naming what is wrong. What only other providers have is left out, and named
     in one sentence added to `warnings`. Patterns that are not trusted, as they come over HTTP, are
@@ -4880,6 +4926,9 @@ def parse_fixtures(
     fixtures = []
     try:
         entries = list_entries(data)
+        own = parse_models(get_path(data, "models") or {})
+        if own and models is None:
+            raise ValueError("models: are for files and TogetherAiServer(models=...) alone")
     except ValueError as error:
         raise BadFixtures([f"{prefix}{error}"]) from None
     for index, entry in enumerate(entries):
@@ -4898,12 +4947,16 @@ def parse_fixtures(
             problems.append(f"{prefix}{error}")
     if problems:
         raise BadFixtures(problems)
+    if models is not None:
+        models.update(own)
     if ignored and warnings is not None:
         warnings.append(f"{prefix}ignored, for other providers only: {', '.join(ignored)}")
     return fixtures
 
 
-def load_fixtures(path: str, warnings: list[str] | None = None) -> list[Fixture]:
+def load_fixtures(
+    path: str, warnings: list[str] | None = None, models: dict[str, Model] | None = None
+) -> list[Fixture]:
     """Load a file, or every *.json of a folder: by name, its files before its sub-folders.
 
     Raises BadFixtures naming all that is wrong in all of them.
@@ -4915,6 +4968,7 @@ def load_fixtures(path: str, warnings: list[str] | None = None) -> list[Fixture]
         tree = sorted(os.walk(path), key=lambda row: row[0].split(os.sep))
         names = [os.path.join(folder, name) for folder, _, files in tree for name in sorted(files)]
         names = list(filter(os.path.isfile, names))  # no FIFO, no link to nowhere
+    models = {} if models is None else models
     fixtures: list[Fixture] = []
     problems: list[str] = []
     for full in (name for name in names if name == path or name.endswith(".json")):
@@ -4922,7 +4976,7 @@ def load_fixtures(path: str, warnings: list[str] | None = None) -> list[Fixture]
         name = name.replace(os.sep, "/")
         with open(full, encoding="utf-8-sig") as file:
             try:
-                fixtures += parse_fixtures(json.load(file), name, warnings)
+                fixtures += parse_fixtures(json.load(file), name, warnings, models=models)
             except BadFixtures as error:
                 problems += error.problems
             except (ValueError, RecursionError) as error:
@@ -5176,6 +5230,7 @@ class Fixtures:
         self.seed = seed
         self.exact_turns = exact_turns  # in files, too
         self.warnings: list[str] = []
+        self.models: dict[str, Model] = {}  # of files
         self.list_calls: Callable[[], list[Call]] = list
         self._lock = threading.RLock()
         self._files: list[Fixture] = []
@@ -5262,7 +5317,7 @@ class Fixtures:
 
     def load(self, path: str) -> list[Fixture]:
         """Append the fixtures of a file or folder, or none if one is wrong (ValueError)."""
-        fixtures = load_fixtures(path, self.warnings)
+        fixtures = load_fixtures(path, self.warnings, self.models)
         self.replace_files([*self._files, *fixtures])
         return fixtures
 
@@ -5287,7 +5342,9 @@ class Fixtures:
                 return
             self._seen = stamps
             try:
-                fixtures = [each for path in self.watched for each in load_fixtures(path)]
+                fixtures = [
+                    each for path in self.watched for each in load_fixtures(path, None, self.models)
+                ]
             except (OSError, ValueError) as error:
                 complain(f"cannot load fixtures: {error}\n")
                 return
@@ -7915,8 +7972,6 @@ def create_completion(server: TogetherAiServer, request: Request) -> Any:
 
 
 # --- Embeddings
-
-MAX_DIMENSIONS = 16384  # of an embedding
 
 EMBEDDING_FIELDS = Fields(
     Field("model", str, required=True, low=1),
@@ -14369,6 +14424,7 @@ class TogetherAiServer(Scripting):
     max_stored_bytes  of all files together; what would go over it answers 413
     seed          what the chances in faults are drawn from
     read_prompts  answer in the form that a prompt asks for (JSON, one of a list, ...)
+    models        more models: {"acme/llama": {"engine": "B", "context_length": 8192}}
     on_miss       where no fixture matches: "generate" an answer, or an "error" for texts (chats,
                   responses, completions); or what for each kind, as {"embedding": "error"}
     exact_turns   turns of fixture files hold exactly, too
@@ -14392,6 +14448,7 @@ class TogetherAiServer(Scripting):
         max_stored_bytes: int = MAX_STORED_BYTES,
         seed: int = 0,
         read_prompts: bool = True,
+        models: Mapping[str, Mapping[str, Any]] | None = None,
         on_miss: str | Mapping[str, str] = "generate",
         exact_turns: bool = False,
         warnings: str = "record",
@@ -14415,6 +14472,8 @@ class TogetherAiServer(Scripting):
         self.max_stored_bytes = max_stored_bytes
         self.rpm, self.tpm = rpm, tpm
         self.script = Fixtures(seed, exact_turns)
+        self._own_models = parse_models(models or {}, to_camel)
+        self.models: dict[str, Model] = {}
         self.record_limit = record_limit
         self.log = log
         self.clock = clock
@@ -14494,7 +14553,7 @@ class TogetherAiServer(Scripting):
             return
         with self._lock:
             self.script.reset()
-            self.models = dict(MODELS)
+            self.models = {**MODELS, **self.script.models, **self._own_models}
             self._calls = deque()
             self._ended: deque[Call] = deque()  # whose replies are not counted yet
             # Keys of the calls, which nothing that is written of them shall hold.
@@ -14618,11 +14677,16 @@ class TogetherAiServer(Scripting):
     def load(self, path: str | os.PathLike[str]) -> None:
         """Load a fixture file, or a folder of them; ValueError names the place that is wrong."""
         known = len(self.script.warnings)
-        self.script.load(os.fspath(path))
+        self._load(os.fspath(path))
         for warning in self.script.warnings[known:]:
             import warnings  # rare
 
             warnings.warn(warning, stacklevel=2)
+
+    def _load(self, path: str) -> None:
+        """Load a fixture file, with its models."""
+        self.script.load(path)
+        self.models.update({**self.script.models, **self._own_models})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a fixture file that answers every recorded call as it was answered."""
@@ -14753,6 +14817,7 @@ class TogetherAiServer(Scripting):
             return limited
         if self.script.watched:
             self.script.follow_files()
+            self.models.update(self.script.models)
         if route.open or (self.script.empty and "x-parlel-fixture" not in request.headers):
             reply = self._handle(route, request, call)
         else:
@@ -15092,7 +15157,7 @@ def build_server(options: Any) -> TogetherAiServer:
         log=None if options.quiet or options.run else print_line,
     )
     for path in options.fixtures:
-        server.script.load(path)
+        server._load(path)
     if options.watch:
         server.script.watch(options.fixtures)
     for warning in server.script.warnings:
