@@ -4620,11 +4620,11 @@ def compile_pattern(wanted: Any, place: str, trusted: bool) -> Any:
         return wanted
     source = wanted["pattern"]
     try:
-        pattern = re.compile(source)
+        re.compile(source)
         return SearchPattern(source)
     except (Unsatisfiable, OutOfSteps) as error:
         if trusted:
-            return pattern
+            return re.compile(source)
         reason = f"cannot be matched with bounded work, so it is taken from files alone: {error}"
     except (re.error, ValueError, RecursionError, OverflowError) as error:
         reason = f"must be a regular expression that compiles, not {preview(source)}: {error}"
