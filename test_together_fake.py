@@ -14,6 +14,7 @@ import asyncio
 import base64
 import concurrent.futures
 import contextlib
+import datetime
 import email.utils
 import errno
 import functools
@@ -24,6 +25,7 @@ import importlib
 import importlib.metadata
 import inspect
 import io
+import ipaddress
 import itertools
 import json
 import math
@@ -51,6 +53,7 @@ import unittest
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 import warnings
 import wave
 import zlib
@@ -654,6 +657,217 @@ class MediaTests(unittest.TestCase):
             size = struct.unpack_from(">I", boxes[b"moov"], sizes + 16 + 4 * frame)[0]
             start = struct.unpack_from(">I", boxes[b"moov"], places + 12 + 4 * frame)[0]
             self.assertEqual(read_png(video[start : start + size])[:2], (64, 36))
+
+
+# === Schemas ===
+
+TEXT, WHOLE = {"type": "string"}, {"type": "integer"}
+A_WHOLE = {"properties": {"a": WHOLE}}
+NODE = {"$anchor": "n", "type": "array", "items": {"$ref": "#n"}}
+# A schema, values that meet it, values that miss it: one row a keyword, limits at both sides.
+KEYWORDS = (
+    (TEXT, ["", "a"], [1, None]),
+    (WHOLE, [1, 2.0, -3], [1.5, True, "1"]),
+    ({"type": ["number", "null"]}, [1, 1.5, None], [True, "1", []]),
+    ({"enum": [1, "a", [2], {"b": 1}]}, [1, 1.0, "a", [2], {"b": 1.0}], [True, 2, [3], {"b": 2}]),
+    ({"const": False}, [False], [0, None]),
+    ({"minimum": 2}, [2, 3, "a"], [1.9]),
+    ({"maximum": 2}, [2, 1], [2.1]),
+    ({"exclusiveMinimum": 2}, [2.1], [2]),
+    ({"exclusiveMaximum": 2}, [1.9], [2]),
+    ({"minimum": 2, "exclusiveMinimum": True}, [3], [2]),
+    ({"maximum": 2, "exclusiveMaximum": False}, [2], [3]),
+    ({"multipleOf": 0.5}, [1, 1.5, 0], [1.2]),
+    ({"minLength": 2}, ["ab", 1], ["a"]),
+    ({"maxLength": 2}, ["ab", ""], ["abc"]),
+    ({"pattern": "^a|b$"}, ["ac", "cb", 1], ["ca", "bc"]),
+    ({"minItems": 1}, [[1], 1], [[]]),
+    ({"maxItems": 1}, [[1], []], [[1, 2]]),
+    ({"uniqueItems": True}, [[1, True, "1", [1]], []], [[1, 1.0], [{"a": 1}, {"a": 1}]]),
+    ({"uniqueItems": False}, [[1, 1]], []),
+    ({"items": WHOLE}, [[1, 2], [], {}], [[1, "a"]]),
+    ({"prefixItems": [WHOLE], "items": TEXT}, [[1, "a"], [1], []], [["a"], [1, 2]]),
+    ({"items": [WHOLE], "additionalItems": TEXT}, [[1, "a"]], [[1, 2]]),
+    ({"contains": WHOLE}, [["a", 1]], [["a"], []]),
+    ({"contains": WHOLE, "minContains": 2}, [[1, 2]], [[1, "a"]]),
+    ({"contains": WHOLE, "maxContains": 1}, [[1, "a"]], [[1, 2], []]),
+    ({"prefixItems": [WHOLE], "unevaluatedItems": False}, [[1]], [[1, 2]]),
+    ({"allOf": [{"prefixItems": [WHOLE]}], "unevaluatedItems": TEXT}, [[1, "a"]], [[1, 2]]),
+    ({"contains": WHOLE, "unevaluatedItems": TEXT}, [[1, "a"]], [[1, None]]),
+    ({"minProperties": 1}, [{"a": 1}], [{}]),
+    ({"maxProperties": 1}, [{"a": 1}], [{"a": 1, "b": 1}]),
+    ({"required": ["a", "b"]}, [{"a": 1, "b": 1}, []], [{"a": 1}]),
+    (A_WHOLE, [{"a": 1}, {"b": "c"}], [{"a": "b"}]),
+    ({"patternProperties": {"^a": WHOLE}}, [{"ab": 1, "b": "c"}], [{"ab": "b"}]),
+    ({**A_WHOLE, "additionalProperties": TEXT}, [{"a": 1, "b": "c"}], [{"a": 1, "b": 1}]),
+    (
+        {"patternProperties": {"^a": {}}, "additionalProperties": False},
+        [{"ab": 1}],
+        [{"ab": 1, "b": 1}],
+    ),
+    ({"propertyNames": {"maxLength": 1}}, [{"a": 1}], [{"ab": 1}]),
+    ({**A_WHOLE, "unevaluatedProperties": False}, [{"a": 1}], [{"a": 1, "b": 1}]),
+    ({"anyOf": [A_WHOLE, {}], "unevaluatedProperties": False}, [{"a": 1}], [{"a": ""}, {"b": 1}]),
+    (
+        {"dependentSchemas": {"a": {"properties": {"b": {}}}}, **A_WHOLE}
+        | {"unevaluatedProperties": False},
+        [{"a": 1, "b": 1}],
+        [{"b": 1}],
+    ),
+    ({"dependentRequired": {"a": ["b"]}}, [{"a": 1, "b": 1}, {"b": 1}], [{"a": 1}]),
+    ({"dependentSchemas": {"a": {"required": ["b"]}}}, [{"a": 1, "b": 1}, {}], [{"a": 1}]),
+    ({"dependencies": {"a": ["b"], "c": {"required": ["d"]}}}, [{}], [{"a": 1}, {"c": 1}]),
+    ({"allOf": [{"minimum": 1}, {"maximum": 2}]}, [1, 2], [0, 3]),
+    ({"anyOf": [{"minimum": 2}, {"maximum": 0}]}, [2, 0], [1]),
+    ({"oneOf": [{"minimum": 1}, {"maximum": 2}]}, [0, 3], [1, 2]),
+    ({"not": WHOLE}, ["a"], [1]),
+    ({"if": WHOLE, "then": {"minimum": 5}, "else": TEXT}, [5, "a"], [4, None]),
+    ({"if": WHOLE, "then": {"minimum": 5}}, [5, None], [4]),
+    ({"if": WHOLE, "else": TEXT}, [4, "a"], [None]),
+    ({"$ref": "#/$defs/a~1b", "$defs": {"a/b": WHOLE}}, [1], ["a"]),
+    ({"$ref": "#/x/0", "x": [WHOLE]}, [1], ["a"]),
+    (NODE, [[], [[], [[]]]], [[1], [[[1]]]]),
+    ({"$dynamicAnchor": "n", "type": "array", "items": {"$dynamicRef": "#n"}}, [[[]]], [[1]]),
+    (
+        {"$id": "http://e.org/a", "$ref": "b#/$defs/c"}
+        | {"$defs": {"b": {"$id": "b", "$defs": {"c": WHOLE}}}},
+        [1],
+        ["a"],
+    ),
+)
+# What used to be refused, or asks for much at once.
+ENTANGLED = (
+    {
+        "type": "object",
+        "required": ["kind"],
+        "properties": {"kind": {"enum": list("abcdefgh")}},
+        "allOf": [
+            {
+                "if": {"properties": {"kind": {"const": kind}}, "required": ["kind"]},
+                "then": {"required": [kind], "properties": {kind: {"const": at}}},
+            }
+            for at, kind in enumerate("abcdefgh")
+        ],
+    },
+    {**WHOLE, "not": {"allOf": [{"minimum": -999}, {"maximum": 999}]}},
+    {**TEXT, "allOf": [{"pattern": "^ab"}, {"pattern": "-mid-"}, {"pattern": "yz$"}]},
+    {**TEXT, "pattern": "^[ab]{3}$", "not": {"pattern": "^a"}},
+    {"type": "object", "oneOf": [{"required": [name]} for name in "abcdefgh"]},
+    {**WHOLE, "minimum": 1, "maximum": 9, "oneOf": [{"minimum": 5}, {"maximum": 5}]},
+    {"type": "object", "propertyNames": {"enum": ["a", "b", "c"]}, "minProperties": 3},
+    {"type": "object", "not": {"anyOf": [{"required": [f"a{n}"]} for n in range(60)]}},
+    {"type": "array", "items": {"enum": [1, 2]}, "contains": {"const": 1}, "minItems": 5}
+    | {"minContains": 2, "maxContains": 2},
+    {
+        "required": ["a"],
+        "properties": {"a": {"type": "boolean"}, "b": TEXT},
+        "if": {"properties": {"a": {"const": True}}},
+        "then": {"required": ["c"], "properties": {"b": False, "c": WHOLE}},
+        "unevaluatedProperties": False,
+    },
+    {
+        "properties": {f"p{n}": TEXT for n in range(20)},
+        "dependentRequired": {f"p{n}": [f"q{n}"] for n in range(19)},
+        "additionalProperties": False,
+        "minProperties": 1,
+        "type": "object",
+    },
+)
+IMPOSSIBLE = (
+    False,
+    {**WHOLE, "not": WHOLE},
+    {"allOf": [{"const": 1}, {"const": 2}]},
+    {"required": ["a"], "properties": {"b": False}, "dependentRequired": {"a": ["b"]}}
+    | {"type": "object"},
+    {"type": "object", "required": ["z"], "unevaluatedProperties": False},
+    {"type": "array", "items": WHOLE, "contains": TEXT},
+    {"type": "array", "items": {"const": 1}, "contains": {"const": 1}, "maxContains": 1}
+    | {"minItems": 2},
+    {"type": "array", "items": {"enum": [1, 1.0]}, "uniqueItems": True, "minItems": 2},
+    {"$ref": "#/$defs/none"},
+    {"$ref": "http://e.org/elsewhere"},
+    {"properties": {"a": {"type": "strin"}}},
+    {"dependencies": {"a": 1}},
+)
+HEAVY = (
+    {"allOf": [{"anyOf": [{"const": n}, {"const": -n}]} for n in range(1, 60)]},
+    {"allOf": [{"const": ["x" * 100] * 5000}] * 50},
+    {**TEXT, "pattern": "".join(rf"[^\x00-\u0{100 + n}]" for n in range(300))},
+    {"properties": {f"p{n}": TEXT for n in range(200)}, "required": ["p0"], "type": "object"}
+    | {"dependentRequired": {f"p{n}": [f"p{m}" for m in range(200)] for n in range(200)}},
+    {"type": "array", "minItems": 400, "items": {"type": "array", "minItems": 400}},
+)
+
+
+def make_instance(schema, number=0):
+    return fake.make_instance(fake.HashRandom.of("schema", number), schema)
+
+
+class SchemaTests(unittest.TestCase):
+    """Instances are valid, and what is valid is told keyword by keyword."""
+
+    def test_keywords(self):
+        for schema, met, missed in KEYWORDS:
+            reader = fake.SchemaReader(schema)
+            for number, value in enumerate(met + missed):
+                with self.subTest(schema=schema, value=value):
+                    self.assertIs(reader.accepts(reader.root, value), number < len(met))
+
+    def test_instances(self):
+        for schema in (*(row[0] for row in KEYWORDS), *ENTANGLED):
+            reader = fake.SchemaReader(schema)
+            for number in range(4):
+                with self.subTest(schema=schema, number=number):
+                    value = make_instance(schema, number)
+                    self.assertTrue(reader.accepts(reader.root, value), value)
+                    self.assertEqual(value, make_instance(schema, number))
+
+    def test_what_fails_a_keyword_is_found(self):
+        refused = []
+        for schema, _, missed in KEYWORDS:
+            if missed and "$" not in str(schema):
+                with self.subTest(schema=schema):
+                    reader = fake.SchemaReader(schema)
+                    try:
+                        value = make_instance({"not": schema})
+                    except fake.Unsatisfiable:
+                        refused.append(schema)
+                    else:
+                        self.assertFalse(reader.accepts(reader.root, value), value)
+        self.assertLess(len(refused), 9, refused)
+
+    def test_impossible(self):
+        for schema in IMPOSSIBLE:
+            with self.subTest(schema=schema), self.assertRaises(fake.Unsatisfiable):
+                make_instance(schema)
+
+    def test_the_work_is_bounded(self):
+        for schema in HEAVY:
+            with self.subTest(schema=str(schema)[:100]):
+                started = time.process_time()
+                with contextlib.suppress(fake.Unsatisfiable):
+                    make_instance(schema)
+                self.assertLess(time.process_time() - started, 1)
+
+    def test_formats(self):
+        readers = {
+            "ipv4network": ipaddress.IPv4Network,
+            "ipv6network": ipaddress.IPv6Network,
+            "ipvanyaddress": ipaddress.ip_address,
+            "ipv6interface": ipaddress.IPv6Interface,
+            "base64url": lambda text: base64.b64decode(text, b"-_", validate=True),
+            "json-string": json.loads,
+            "date": datetime.date.fromisoformat,
+            "uuid": uuid.UUID,
+        }
+        for format, read in readers.items():
+            with self.subTest(format=format):
+                read(make_instance({**TEXT, "format": format}))
+        for version in (1, 3, 4, 5, 6, 7):
+            text = make_instance({**TEXT, "format": f"uuid{version}"})
+            self.assertEqual(uuid.UUID(text).version, version)
+        email = make_instance({**TEXT, "format": "name-email"})
+        self.assertRegex(email, r"\A\w+ \w+ <\S+@\S+>\Z")
 
 
 # === Fixtures ===

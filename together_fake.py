@@ -99,7 +99,7 @@ import time
 import zlib
 from collections import deque
 from email.utils import formatdate
-from urllib.parse import parse_qsl, quote, unquote
+from urllib.parse import parse_qsl, quote, unquote, urljoin
 
 TYPE_CHECKING = False  # as in typing, whose import would cost a cold start 4 ms
 if TYPE_CHECKING:
@@ -1872,7 +1872,7 @@ def make_video(rng: HashRandom, width: int, height: int, seconds: float, fps: in
 
 # === Schemas ===
 
-MAX_STEPS = 60_000  # of work for one schema, about half a second
+MAX_STEPS = 40_000  # of work for one schema, at most a quarter of a second
 MAX_TEXT = 10_000  # characters that a schema may ask of one string
 MAX_ITEMS = 500  # items or properties that a schema may ask of one value
 MAX_MORE_DEPTH = 30  # levels that a schema may need beyond the depth it is meant to have
@@ -2007,7 +2007,7 @@ class Pattern:
             return (kind, expression)
         members = expression.findall(PRINTABLE)
         if not members:
-            self.spend(1000)
+            self.spend(4000)
             members = expression.findall("\t\n\r" + "".join(map(chr, range(161, 0xD800))))[:64]
         if not members:
             raise self._refusal(f"{text[:60]} has no characters that can be written")
@@ -2102,6 +2102,10 @@ class Pattern:
             missing = max(0, low - least)
             self._spare = missing + again.randbelow(max(1, min(high - least - missing + 1, 16)))
             text = self._write(again, self.tree, attempt < 2)
+            if others and attempt % 2:  # one after the other: from a start to an end
+                parts = [(p.source, p._write(again, p.tree, attempt < 9)) for p in (self, *others)]
+                parts.sort(key=lambda part: part[0].endswith("$") - part[0].startswith("^"))
+                text = "".join([part for _, part in parts])
             padding = random_letters(again, max(0, low - len(text)), LOWER36)
             text = padding + text if attempt % 2 else text + padding
             if low <= len(text) <= high and all(p.is_in(text) for p in (self, *others)):
@@ -2171,14 +2175,25 @@ date-time at timestamp datetime date_time: 202{d}-0{c}-1{d}T1{d}:{s}{d}:{s}{d}Z
 duration: PT{c}{d}M
 email idn-email email_address mail: {user}.{noun}@{site}
 hostname idn-hostname host domain: {noun}.{site}
-ipv4 ip: 10.{c}{d}.{d}.{c}{d}
+name-email: {first} {last} <{user}.{noun}@{site}>
+ipv4 ip ipvanyaddress: 10.{c}{d}.{d}.{c}{d}
+ipv4interface ipvanyinterface: 10.{c}{d}.{d}.{c}{d}/24
+ipv4network ipvanynetwork cidrv4: 10.{c}{d}.{d}.0/24
 ipv6: 2001:db8::{x4}:{x4}
+ipv6interface: 2001:db8::{x4}:{x4}/64
+ipv6network cidrv6: 2001:db8:{x4}::/48
+mac: 02:{x2}:{x2}:{x2}:{x2}:{x2}
 uri url iri uri-template website link href homepage: https://{site}/{noun}/{adjective}
 uri-reference iri-reference json-pointer path directory folder: /{noun}/{adjective}
 uuid: {x8}-{x4}-4{x3}-a{x3}-{x12}
 regex: ^{noun}[a-z]+$
-byte base64: {x16}
+byte base64 base64url: {x16}
+json-string: ["{noun}", {c}]
+relative-json-pointer: {c}/{noun}
+multi-host-uri: postgresql://{user}@{noun}.{site}/{noun}
+zoneinfo: UTC
 """)
+FORMATS.update((f"uuid{n}", FORMATS["uuid"].replace("-4", f"-{n}")) for n in range(1, 9))
 # By the words of a property's name: the longest end of the name first, then single words.
 TEXTS = FORMATS | read_table("""\
 *: {adjective} {noun}
@@ -2311,7 +2326,6 @@ def is_of_type(value: Any, types: Sequence[str]) -> bool:
 SHAPES: dict[str, Callable[[Any], bool]] = {
     "any": lambda a: True,
     "text": lambda a: isinstance(a, str),
-    "anchor": lambda a: isinstance(a, str) and a[:1].isalpha(),
     "list": lambda a: isinstance(a, list),
     "switch": lambda a: isinstance(a, bool),
     "types": lambda a: a in TYPES or (a and isinstance(a, list) and all(n in TYPES for n in a)),
@@ -2325,18 +2339,11 @@ SHAPES: dict[str, Callable[[Any], bool]] = {
     "items": lambda a: isinstance(a, (dict, bool, list)),  # a list until draft 2019-09
     "map": lambda a: isinstance(a, dict),
     "names map": lambda a: isinstance(a, dict) and all(map(SHAPES["names"], a.values())),
+    "dependents": lambda a: (
+        isinstance(a, dict)
+        and all(SHAPES["names"](part) or SHAPES["schema"](part) for part in a.values())
+    ),
 }
-
-
-def for_items(schema: Any, count: int) -> list[Any]:
-    """Return what a schema asks of each of so many items."""
-    fixed = schema.get("prefixItems", [])[:count]
-    return [*fixed, *[schema.get("items", True)] * (count - len(fixed))]
-
-
-def accepts_properties(reader: Any, declared: Any, value: Any, schema: Any) -> bool:
-    """Tell whether each property is what all that is said of its name asks for."""
-    return all(reader.accepts_all(reader.for_property(schema, n), value[n]) for n in value)
 
 
 def accepts_branch(reader: Any, condition: Any, value: Any, schema: Any) -> bool:
@@ -2345,14 +2352,27 @@ def accepts_branch(reader: Any, condition: Any, value: Any, schema: Any) -> bool
     return bool(reader.accepts(schema.get(branch, True), value))
 
 
-def has_dependents(reader: Any, dependents: Any, value: Any, schema: Any) -> bool:
-    """Tell whether each property that is there comes with those it depends on."""
-    return all(name in value for key in dependents if key in value for name in dependents[key])
+def contains_enough(reader: Any, wanted: Any, value: Any, schema: Any) -> bool:
+    """Tell whether as many items are as wanted as minContains and maxContains say."""
+    count = sum(reader.accepts(wanted, item) for item in value)
+    return bool(schema.get("minContains", 1) <= count <= schema.get("maxContains", count))
 
 
-def accepts_dependents(reader: Any, schemas: Any, value: Any, schema: Any) -> bool:
-    """Tell whether the value is valid for the schema of each property that is there."""
-    return all(reader.accepts(schemas[key], value) for key in schemas if key in value)
+def accepts_additional(reader: Any, other: Any, value: Any, schema: Any) -> bool:
+    """Tell whether each property is valid that no name and no pattern of the schema covers."""
+    names, patterns = schema.get("properties", ()), schema.get("patternProperties", ())
+    return all(
+        name in names or reader.find_by_pattern(patterns, name) or reader.accepts(other, item)
+        for name, item in value.items()
+    )
+
+
+def accepts_unevaluated(reader: Any, other: Any, value: Any, schema: Any) -> bool:
+    """Tell whether each property or item is valid that nothing else in the schema covers."""
+    rest = {key: part for key, part in schema.items() if not key.startswith("unevaluated")}
+    covered = reader.find_covered(rest, value)
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    return all(reader.accepts(other, item) for key, item in inner if key not in covered)
 
 
 # keyword: (the shape of its argument, the kind of value it speaks of, or "" for all, whether
@@ -2366,6 +2386,7 @@ VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
     "anyOf": ("schemas", "", lambda r, a, v, s: any(r.accepts(part, v) for part in a)),
     "oneOf": ("schemas", "", lambda r, a, v, s: sum(r.accepts(part, v) for part in a) == 1),
     "not": ("schema", "", lambda r, a, v, s: not r.accepts(a, v)),
+    "if": ("schema", "", accepts_branch),
     "minimum": ("number", "number", lambda r, a, v, s: v >= a),
     "maximum": ("number", "number", lambda r, a, v, s: v <= a),
     "exclusiveMinimum": ("limit", "number", lambda r, a, v, s: v > a),
@@ -2373,71 +2394,85 @@ VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
     "multipleOf": ("step", "number", lambda r, a, v, s: is_multiple(v, a)),
     "minLength": ("count", "string", lambda r, a, v, s: len(v) >= a),
     "maxLength": ("count", "string", lambda r, a, v, s: len(v) <= a),
+    "pattern": ("text", "string", lambda r, a, v, s: r.matches(a, v)),
     "minItems": ("count", "array", lambda r, a, v, s: len(v) >= a),
     "maxItems": ("count", "array", lambda r, a, v, s: len(v) <= a),
+    "uniqueItems": ("switch", "array", lambda r, a, v, s: len({*map(canonical, v)}) >= len(v) * a),
+    "prefixItems": ("schemas", "array", lambda r, a, v, s: all(map(r.accepts, a, v))),
+    "items": ("items", "array", lambda r, a, v, s: all(
+        r.accepts(a, item) for item in v[len(s.get("prefixItems", ())) :])),
+    "contains": ("schema", "array", contains_enough),
+    "unevaluatedItems": ("schema", "array", accepts_unevaluated),
     "minProperties": ("count", "object", lambda r, a, v, s: len(v) >= a),
     "maxProperties": ("count", "object", lambda r, a, v, s: len(v) <= a),
-    "pattern": ("text", "string", lambda r, a, v, s: r.pattern(a).is_in(v)),
-    "uniqueItems": ("switch", "array", lambda r, a, v, s: len({*map(canonical, v)}) >= len(v) * a),
-    "items": ("items", "array", lambda r, a, v, s: all(map(r.accepts, for_items(s, len(v)), v))),
-    "contains": ("schema", "array", lambda r, a, v, s: any(r.accepts(a, item) for item in v)),
     "required": ("names", "object", lambda r, a, v, s: all(name in v for name in a)),
     "propertyNames": ("schema", "object", lambda r, a, v, s: all(r.accepts(a, key) for key in v)),
-    "properties": ("map", "object", accepts_properties),
-    "if": ("schema", "", accepts_branch),
-    "dependentRequired": ("names map", "object", has_dependents),
-    "dependentSchemas": ("map", "object", accepts_dependents),
-}
+    "properties": ("map", "object", lambda r, a, v, s: all(
+        r.accepts(a[name], v[name]) for name in v if name in a)),
+    "patternProperties": ("map", "object", lambda r, a, v, s: all(
+        r.accepts(part, v[name]) for name in v for part in r.find_by_pattern(a, name))),
+    "additionalProperties": ("schema", "object", accepts_additional),
+    "unevaluatedProperties": ("schema", "object", accepts_unevaluated),
+    "dependentRequired": ("names map", "object", lambda r, a, v, s: all(
+        name in v for key in a if key in v for name in a[key])),
+    "dependentSchemas": ("map", "object", lambda r, a, v, s: all(
+        r.accepts(a[key], v) for key in a if key in v)),
+}  # fmt: skip
 # Keywords that others look at: the shape of the argument.
 LOOKED_AT = {
-    "default": "any",
-    "examples": "any",
-    "format": "text",
-    "$anchor": "anchor",
-    "additionalItems": "schema",
-    "additionalProperties": "schema",
-    "then": "schema",
-    "else": "schema",
-    "prefixItems": "schemas",
-    "patternProperties": "map",
-    "$defs": "map",
-    "definitions": "map",
-}
+    "default": "any", "examples": "any", "format": "text", "then": "schema",
+    "else": "schema", "minContains": "count", "maxContains": "count", "additionalItems": "schema",
+    "dependencies": "dependents",
+}  # fmt: skip
 VOCABULARY.update(
     (keyword, (shape, "no kind", lambda r, a, v, s: True)) for keyword, shape in LOOKED_AT.items()
 )
-UNSUPPORTED = {
-    "$dynamicRef",
-    "$recursiveRef",
-    "dependencies",
-    "minContains",
-    "maxContains",
-    "unevaluatedItems",
-    "unevaluatedProperties",
-}
-# The keywords that `rewrite` looks for.
-REWRITTEN = {
-    "exclusiveMinimum",
-    "exclusiveMaximum",
-    "items",
-    "prefixItems",
-    "patternProperties",
-    "additionalProperties",
-}
+RENAMED = {"$dynamicRef": "$ref", "$recursiveRef": "$ref"}
+META_SCHEMA = lazy_regex(r"https?://json-schema\.org/draft[^#]*#")
+# What fails a keyword that compares: the keyword that is met then, and by how much it differs.
+OPPOSITES = {
+    "minimum": ("exclusiveMaximum", 0), "maximum": ("exclusiveMinimum", 0),
+    "exclusiveMinimum": ("maximum", 0), "exclusiveMaximum": ("minimum", 0),
+    **{f"min{what}": (f"max{what}", -1) for what in ("Length", "Items", "Properties")},
+    **{f"max{what}": (f"min{what}", 1) for what in ("Length", "Items", "Properties")},
+}  # fmt: skip
 
 
 def rewrite(schema: dict[str, Any]) -> None:
-    """Put old keywords into those of draft 2020-12, and add those that the others depend on."""
+    """Put old keywords into those of draft 2020-12, and types into a tuple."""
     for side, strict in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
         if isinstance(schema.get(strict), bool) and schema.pop(strict) and side in schema:
             schema[strict] = schema.pop(side)
     if isinstance(schema.get("items"), list):
         schema["prefixItems"] = schema["items"]
         schema["items"] = schema.get("additionalItems", True)
-    if "prefixItems" in schema:
-        schema.setdefault("items", True)
-    if "patternProperties" in schema or "additionalProperties" in schema:
-        schema.setdefault("properties", {})
+    for key, part in schema.pop("dependencies", {}).items():
+        keyword = "dependentRequired" if isinstance(part, list) else "dependentSchemas"
+        schema[keyword] = {**schema.get(keyword, {}), key: part}
+    if "type" in schema:  # integers are among the numbers
+        names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+        schema["type"] = (*names, "integer") if "number" in names else tuple(names)
+
+
+def list_types(schemas: Sequence[Any]) -> list[str]:
+    """Return the types that all schemas allow; without any, first those the keywords speak of."""
+    given = [schema["type"] for schema in schemas if "type" in schema]
+    if len(given) == 1:
+        return list(given[0])
+    if given:
+        return [name for name in given[0] if all(name in other for other in given[1:])]
+    spoken_of = [VOCABULARY[keyword][1] for schema in schemas for keyword in schema]
+    return [kind for kind in dict.fromkeys([*spoken_of, *TYPES]) if kind in TYPES]
+
+
+def list_named(schemas: Sequence[Any]) -> list[Any] | None:
+    """Return the values of the first const or enum; None where there is none."""
+    for schema in schemas:
+        if "const" in schema:
+            return [schema["const"]]
+        if "enum" in schema:
+            return list(schema["enum"])
+    return None
 
 
 class SchemaReader:
@@ -2448,9 +2483,14 @@ class SchemaReader:
 
     def __init__(self, document: Any) -> None:
         self.steps = MAX_STEPS
-        self._targets: dict[str, Any] = {}  # what a $ref can name
-        self.pattern = functools.cache(lambda source: Pattern(source, self.spend))
-        self.root = self.read(document, "#")
+        self._patterns: dict[str, Pattern] = {}
+        self._matches: dict[tuple[str, str], bool] = {}  # whether a pattern is in a text
+        self._named: dict[str, Any] = {"#": (document, "")}  # parts by URI, and where they stand
+        self._resolved: dict[str, Any] = {}  # what a $ref has named, by URI
+        if isinstance(document, dict):  # "id" is what draft 4 has
+            document = {"$id": document.get("id"), **document}
+            self._list_named(document, "")
+        self.root = self.read(document, "#", "")
 
     def spend(self, count: int = 1) -> None:
         """Use up some steps of work, so that no schema keeps a thread busy."""
@@ -2458,52 +2498,93 @@ class SchemaReader:
         if self.steps < 0:
             raise OutOfSteps
 
-    def read(self, schema: Any, place: str) -> Any:
-        """Return the schema as it is used, or raise `Unsatisfiable` where it is malformed."""
+    def pattern(self, source: str) -> Pattern:
+        """Return a pattern, which is read once."""
+        if source not in self._patterns:
+            self._patterns[source] = Pattern(source, self.spend)
+        return self._patterns[source]
+
+    def matches(self, source: str, text: str) -> bool:
+        """Tell whether a pattern is in a text, which is asked often."""
+        if (source, text) not in self._matches:
+            self._matches[source, text] = self.pattern(source).is_in(text)
+        return self._matches[source, text]
+
+    def is_late(self) -> bool:
+        """Tell whether so much work is done that only what must be there is made."""
+        return self.steps < MAX_STEPS - MANY_STEPS
+
+    def _list_named(self, part: Any, base: str) -> None:
+        """Note all parts that have a name of their own."""
+        self.spend(len(part) // 16)
+        if type(part) is dict:
+            for keyword in ("$id", "$anchor", "$dynamicAnchor"):
+                if isinstance(part.get(keyword), str):
+                    name = part[keyword]
+                    uri = urljoin(base, name) if keyword == "$id" else f"{base}#{name}"
+                    self._named[uri if "#" in uri else f"{uri}#"] = (part, base)
+                    base = uri.partition("#")[0]
+        for inner in part.values() if type(part) is dict else part:
+            if type(inner) in (dict, list):
+                self._list_named(inner, base)
+
+    def read(self, schema: Any, place: str, base: str) -> Any:
+        """Return the schema as it is used, or raise `Unsatisfiable` where it is malformed.
+
+        base  the URI that its references start from
+        """
         self.spend(1 + len(place) // 100)
         if isinstance(schema, bool):
-            self._targets[place] = schema
             return schema
-        if not isinstance(schema, dict) or ("$id" in schema and place != "#"):
-            reason = "a schema is an object or a boolean, and has no $id unless at the top"
-            raise Unsatisfiable(f"{place[:200]}: {reason}")
+        if not isinstance(schema, dict):
+            raise Unsatisfiable(f"{place[:200]}: a schema is an object or a boolean")
+        if isinstance(schema.get("$id"), str):
+            base = urljoin(base, schema["$id"]).partition("#")[0]
         read: dict[str, Any] = {}
         for keyword, argument in schema.items():
-            if keyword not in VOCABULARY:
-                if keyword in UNSUPPORTED:
-                    raise Unsatisfiable(f"{place[:200]}: {keyword} is not supported")
+            name = RENAMED.get(keyword, keyword)
+            if name not in VOCABULARY:
                 continue
-            shape = VOCABULARY[keyword][0]
+            shape = VOCABULARY[name][0]
             if not SHAPES[shape](argument):
                 raise Unsatisfiable(f"{place[:200]}: {keyword} cannot be {str(argument)[:60]}")
-            if shape in ("schema", "schemas", "items", "map"):
-                read[keyword] = self._read_inner(argument, f"{place}/{keyword}", shape)
-            else:
-                read[keyword] = argument
-        if "type" in read:  # as a tuple, with integers among the numbers
-            names = [read["type"]] if isinstance(read["type"], str) else read["type"]
-            read["type"] = (*names, "integer") if "number" in names else tuple(names)
-        if not REWRITTEN.isdisjoint(read):
-            rewrite(read)
-        self._targets[place] = read
-        if "$anchor" in read:
-            self._targets[f"#{read['$anchor']}"] = read
+            read[name] = argument
+            if name == "$ref":
+                uri = base + argument if argument.startswith("#") else urljoin(base, argument)
+                read[name] = unquote(uri if "#" in uri else f"{uri}#")
+            elif shape in ("schema", "schemas", "items", "map", "dependents"):
+                read[name] = self._read_inner(argument, f"{place}/{keyword}", base, shape)
+        rewrite(read)
         return read
 
-    def _read_inner(self, argument: Any, place: str, shape: str) -> Any:
+    def _read_inner(self, argument: Any, place: str, base: str, shape: str) -> Any:
         if isinstance(argument, list):
-            return [self.read(part, f"{place}/{number}") for number, part in enumerate(argument)]
-        if shape != "map":
-            return self.read(argument, place)
-        keys = {name: name.replace("~", "~0").replace("/", "~1") for name in argument}
-        return {name: self.read(argument[name], f"{place}/{keys[name]}") for name in argument}
+            return [self.read(p, f"{place}/{number}", base) for number, p in enumerate(argument)]
+        if shape in ("schema", "items"):
+            return self.read(argument, place, base)
+        return {
+            name: part if isinstance(part, list) and shape == "dependents"
+            else self.read(part, f"{place}/{name}", base)
+            for name, part in argument.items()
+        }  # fmt: skip
 
-    def resolve(self, ref: str) -> Any:
+    def resolve(self, uri: str) -> Any:
         """Return the read schema that a reference names, in this document."""
-        target = unquote(ref)
-        if target not in self._targets:
-            raise Unsatisfiable(f"$ref {ref[:200]!r}: names nothing in this schema")
-        return self._targets[target]
+        if META_SCHEMA.fullmatch(uri):
+            return {"const": {}}  # the simplest schema
+        if uri not in self._resolved:
+            start, _, pointer = uri.partition("#")
+            keys = [] if uri in self._named else pointer.split("/")[1:]
+            found: Any = self._named.get(uri) or self._named.get(f"{start}#") or (None, "")
+            part, base = found
+            try:
+                for key in keys:
+                    name = key.replace("~1", "/").replace("~0", "~")
+                    part = part[int(key) if isinstance(part, list) else name]
+                self._resolved[uri] = self.read(part, uri, start if keys else base)
+            except (LookupError, ValueError, TypeError):
+                raise Unsatisfiable(f"$ref {uri[:200]!r}: names nothing in this schema") from None
+        return self._resolved[uri]
 
     def accepts(self, schema: Any, value: Any) -> bool:
         """Tell whether the value is valid; `format` is not tested, as in most validators."""
@@ -2528,35 +2609,121 @@ class SchemaReader:
 
     def is_among(self, value: Any, choices: Any) -> bool:
         """Tell whether the value equals one of the choices."""
-        self.spend(len(choices) // 16)
-        return any(canonical(value) == canonical(choice) for choice in choices if choice == value)
+        own = canonical(value)
+        self.spend((len(choices) + len(own)) // 16)
+        return any(own == canonical(choice) for choice in choices if choice == value)
+
+    def find_by_pattern(self, parts: Any, name: str) -> list[Any]:
+        """Return what patternProperties asks of a property."""
+        return [parts[source] for source in parts if self.matches(source, name)]
 
     def for_property(self, schema: Any, name: str) -> list[Any]:
         """Return all that a schema asks of a property."""
         declared = schema.get("properties", {})
         parts = [declared[name]] if name in declared else []
         if "patternProperties" in schema:
-            for source, part in schema["patternProperties"].items():
-                if self.pattern(source).is_in(name):
-                    parts.append(part)
-        return parts or [schema.get("additionalProperties", True)]
+            parts += self.find_by_pattern(schema["patternProperties"], name)
+        if not parts and "additionalProperties" in schema:
+            return [schema["additionalProperties"]]
+        return parts
+
+    def for_item(self, schema: Any, index: int) -> list[Any]:
+        """Return all that a schema asks of an item."""
+        fixed = schema.get("prefixItems", ())
+        if index < len(fixed):
+            return [fixed[index]]
+        return [schema["items"]] if "items" in schema else []
+
+    def find_covered(self, schema: Any, value: Any) -> set[Any]:
+        """Return the properties or items of a value that a schema, which it meets, speaks of."""
+        if isinstance(schema, bool):
+            return set()
+        self.spend(len(value))
+        if isinstance(value, dict):
+            rest = "unevaluatedProperties" in schema
+            covered: set[Any] = {name for name in value if rest or self.for_property(schema, name)}
+        else:
+            rest, wanted = "unevaluatedItems" in schema, schema.get("contains", False)
+            covered = {
+                index
+                for index, item in enumerate(value)
+                if rest or self.for_item(schema, index) or self.accepts(wanted, item)
+            }
+        parts = [*schema.get("allOf", ()), *schema.get("anyOf", ()), *schema.get("oneOf", ())]
+        parts += [self.resolve(schema["$ref"])] if "$ref" in schema else []
+        if "if" in schema:
+            branch = "then" if self.accepts(schema["if"], value) else "else"
+            parts += [schema["if"], schema.get(branch, True)]
+        dependents = schema.get("dependentSchemas", {})
+        parts += [dependents[key] for key in dependents if key in value]
+        met = [part for part in parts if self.accepts(part, value)]
+        return covered.union(*[self.find_covered(part, value) for part in met])
+
+    def negate(self, schema: Any) -> list[list[Any]]:
+        """Return the ways to fail a schema, each as schemas to meet; none where tests must do."""
+        if isinstance(schema, bool):
+            return [] if schema else [[]]
+        ways: list[list[Any]] = []
+        for keyword in sorted(schema, key="required".__eq__):  # a name is left out last
+            ways += self._negate_keyword(keyword, schema[keyword], schema)
+        return ways
+
+    def _negate_keyword(self, keyword: str, argument: Any, schema: Any) -> list[list[Any]]:
+        self.spend()
+        kind = VOCABULARY[keyword][1]
+        if keyword in OPPOSITES:
+            opposite, more = OPPOSITES[keyword]
+            return [[{"type": (kind, "integer"), opposite: argument + more}]]
+        if keyword == "type":
+            return [[{"type": tuple(name for name in TYPES if name not in argument)}]]
+        if keyword == "required":
+            return [[{"type": (kind,), "properties": {name: False}}] for name in argument]
+        if keyword == "properties":
+            fails = {name: {name: {"not": part}} for name, part in argument.items()}
+            return [[{"type": (kind,), "required": [n], "properties": fails[n]}] for n in fails]
+        if keyword == "items":
+            least = 1 + len(schema.get("prefixItems", ()))
+            return [[{"type": (kind,), "minItems": least, "contains": {"not": argument}}]]
+        if keyword == "contains":
+            return [[{"type": (kind,), "items": {"not": argument}}]]
+        if keyword == "allOf":
+            return [[{"not": part}] for part in argument]
+        if keyword == "anyOf":
+            return [[{"not": part} for part in argument]]
+        if keyword == "$ref":
+            return [[{"not": self.resolve(argument)}]]
+        if keyword == "not":
+            return [[argument]]
+        return [] if keyword in LOOKED_AT else [[]]
+
+    def is_hopeless(self, schemas: Sequence[Any], within: bool = True) -> bool:
+        """Tell whether a short look shows that the schemas cannot be met together.
+
+        within  look at what must be inside, too
+        """
+        self.spend(2 + len(schemas))
+        if any(schema is False for schema in schemas):
+            return True
+        schemas = [schema for schema in schemas if schema is not True]
+        named = list_named(schemas)
+        if named is not None:
+            return not any(self.accepts_all(schemas, value) for value in named)
+        if not list_types(schemas):
+            return True
+        required = {name for schema in schemas for name in schema.get("required", ())}
+        return within and any(
+            self.is_hopeless([r for s in schemas for r in self.for_property(s, name)], False)
+            for name in required
+        )
 
 
+COMBINING = {"$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas"}  # add parts
 # What a made value does not meet by the way it is made, and is therefore tested for.
-COMBINING = {"$ref", "allOf", "anyOf", "oneOf"}  # keywords that add parts to be met
-TESTED = {"oneOf", "not", "contains", "if", "dependentRequired", "dependentSchemas"}
+TESTED = {
+    "oneOf", "not", "contains", "if", "dependentSchemas", "unevaluatedItems",
+    "unevaluatedProperties",
+}  # fmt: skip
 NAMING = {"const", "enum", "examples", "default"}  # keywords with values
-
-
-def list_types(schemas: list[Any]) -> list[str]:
-    """Return the types that all schemas allow; without any, first those the keywords speak of."""
-    given = [schema["type"] for schema in schemas if "type" in schema]
-    if len(given) == 1:
-        return list(given[0])
-    if given:
-        return [name for name in given[0] if all(name in other for other in given[1:])]
-    spoken_of = [VOCABULARY[keyword][1] for schema in schemas for keyword in schema]
-    return [kind for kind in dict.fromkeys([*spoken_of, *TYPES]) if kind in TYPES]
 
 
 class ValueMaker:
@@ -2617,12 +2784,12 @@ class ValueMaker:
         """Return a value by the first way that is not blocked."""
         if self.depth < -MAX_MORE_DEPTH:
             raise Unsatisfiable(f"{self.path}: nests too deep")
-        minimal = self.minimal = self.minimal or self.reader.steps < MAX_STEPS - MANY_STEPS
+        minimal = self.minimal = self.minimal or self.reader.is_late()
         for schema in self.schemas:
             if isinstance(schema, bool) or not COMBINING.isdisjoint(schema):
                 break
         else:  # there is one way
-            self.reader.spend(2 * len(self.schemas))
+            self.reader.spend(1 + 2 * len(self.schemas))
             return self._fill(self.schemas)
         problem, trail = None, self.trail
         for schemas, refs in itertools.islice(self._ways(self.schemas, [], []), MAX_BRANCHES):
@@ -2640,6 +2807,7 @@ class ValueMaker:
         """Yield all parts to be met together and their references, for each way of choosing."""
         todo, schemas, choices = list(todo), list(schemas), list(choices)
         refs = [schema["$ref"] for schema in schemas if "$ref" in schema]
+        chosen = bool(schemas)
         for schema in todo:  # grows on the way
             if schema is False:
                 return
@@ -2651,25 +2819,52 @@ class ValueMaker:
             if "$ref" in schema and schema["$ref"] not in refs:
                 refs.append(schema["$ref"])
                 todo.append(self.reader.resolve(schema["$ref"]))
-            choices += [schema[keyword] for keyword in ("anyOf", "oneOf") if keyword in schema]
+            for ways, last in self._list_choices(schema):
+                if ways or len(last) != 1:
+                    choices.append((ways, last))
+                else:  # no choice
+                    todo += last[0]
+        if (chosen or choices) and self.reader.is_hopeless(schemas):
+            return
         if not choices:
             yield schemas, refs
-        elif list_types(schemas):
-            minimal = self.minimal or not set(refs).isdisjoint(self.trail)
-            for option in self._in_order(choices[0], minimal):
-                yield from self._ways([option], schemas, choices[1:])
+            return
+        minimal = self.minimal or not set(refs).isdisjoint(self.trail)
+        ways, last = choices[0]
+        for way in [*self._in_order(ways, minimal), *last]:
+            yield from self._ways(way, schemas, choices[1:])
 
-    def _in_order(self, options: list[Any], minimal: bool) -> list[Any]:
-        """Return options as they are tried: drawn, null last; the simplest first when deep."""
-        start = self.rng.randbelow(len(options)) if options else 0
-        drawn = options[start:] + options[:start]
-        null = {"type": ("null",)}
-        return sorted(drawn, key=self._count_refs if minimal else lambda option: option == null)
+    def _list_choices(self, schema: Any) -> Iterator[tuple[list[Any], list[Any]]]:
+        """Yield the choices that a schema leaves: ways to draw from, and those to try last.
 
-    def _count_refs(self, schema: Any) -> int:
-        """Return how often a schema, or else the one that it names, refers to others."""
-        ref = schema.get("$ref") if isinstance(schema, dict) else None
-        text = str(self.reader.resolve(ref) if ref else schema)
+        A way is a list of schemas to be met.
+        """
+        if "anyOf" in schema:
+            yield [[part] for part in schema["anyOf"]], []
+        if "oneOf" in schema:
+            parts = schema["oneOf"]
+            failed = [[{"not": other} for other in parts if other is not part] for part in parts]
+            yield [[part] for part in parts], [[p, *others] for p, others in zip(parts, failed)]
+        if "if" in schema:
+            met, then = schema["if"], schema.get("then", True)
+            shown = {"required": list(met.get("properties", ())) if isinstance(met, dict) else []}
+            yield [[met, shown, then], [{"not": met}, schema.get("else", True)]], [[met, then]]
+        if "not" in schema:
+            yield [], self.reader.negate(schema["not"])
+        for key, part in schema.get("dependentSchemas", {}).items():
+            yield [], [[part], [{"properties": {key: False}}]]
+
+    def _in_order(self, ways: list[Any], minimal: bool) -> list[Any]:
+        """Return ways as they are tried: drawn, null last; the simplest first when deep."""
+        start = self.rng.randbelow(len(ways)) if ways else 0
+        drawn = ways[start:] + ways[:start]
+        null = [{"type": ("null",)}]
+        return sorted(drawn, key=self._count_refs if minimal else lambda way: way == null)
+
+    def _count_refs(self, way: list[Any]) -> int:
+        """Return how often schemas, or those that they name, refer to others."""
+        refs = [schema["$ref"] for schema in way if isinstance(schema, dict) and "$ref" in schema]
+        text = str(list(map(self.reader.resolve, refs)) or way)
         self.reader.spend(len(text) // 100)
         return text.count("'$ref'")
 
@@ -2737,7 +2932,8 @@ class ValueMaker:
         if formats and (not patterns or formats[0] in NARROW_FORMATS):
             rule = f"has {low} to {high} characters" + " and the pattern" * bool(patterns)
             raise Unsatisfiable(f"{self.path}: no {formats[0]} {rule}")
-        return patterns[0].make(self.rng, low, high, patterns[1:])
+        rng = self.rng.child(attempt) if attempt else self.rng
+        return patterns[0].make(rng, low, high, patterns[1:])
 
     def make_integer(self, attempt: int) -> Any:
         """Return a whole number."""
@@ -2755,7 +2951,8 @@ class ValueMaker:
         value: Any = round((first + chosen % count) * step, 10)
         if self.reader.accepts_all(self.schemas, value):  # as mostly
             return value
-        tried = (first + (chosen + more) % count for more in range(min(count, MAX_ITEMS)))
+        within = (first + (chosen + more) % count for more in range(min(count, MAX_ITEMS)))
+        tried = itertools.chain(within, range(first + count, first + count + MAX_ITEMS))
         values = (value for times in tried for value in (round(times * step, 10), times * step))
         for value in itertools.chain(values, (start + (end - start) / 2, start, end)):
             if self.reader.accepts_all(self.schemas, value):
@@ -2777,15 +2974,22 @@ class ValueMaker:
         """Return a list; items beyond the least number end where they cannot be made."""
         low, high = self.count_range("Items", MAX_ITEMS)
         fixed = max(map(len, self.arguments("prefixItems")), default=0)
-        contained = self.arguments("contains")
-        low = max(low, min(fixed + 1, high) if contained else 0)
+        contained: list[Any] = []  # what the last of the least items are to be
+        full: list[Any] = []  # and what no other is to be
+        for schema in self.schemas:
+            if "contains" in schema:
+                contained += [schema["contains"]] * int(min(schema.get("minContains", 1), high))
+                full += [{"not": schema["contains"]}] if "maxContains" in schema else []
+        low = max(low, min(fixed + len(contained), high))
         some = 0 if self.minimal or attempt else 1 + self.rng.randbelow(3)
         count = min(high, max(low, fixed, some))
-        asked = [for_items(schema, count) for schema in self.schemas]
         items: list[Any] = []
         for index in range(count):
-            schemas = [schemas[index] for schemas in asked]
-            schemas += contained if index == low - 1 else []
+            schemas = [rule for s in self.schemas for rule in self.reader.for_item(s, index)]
+            if 0 <= index - (low - len(contained)) < len(contained):
+                schemas.append(contained[index - low])
+            else:
+                schemas += [*([] if schemas else self.arguments("unevaluatedItems")), *full]
             if True in self.arguments("uniqueItems"):
                 schemas.append({"not": {"enum": list(items)}})
             try:
@@ -2800,37 +3004,56 @@ class ValueMaker:
         """Return an object with what is required, most of what is declared, and extras."""
         low, high = self.count_range("Properties", MAX_ITEMS)
         declared = dict.fromkeys(name for schema in self.arguments("properties") for name in schema)
-        required = dict.fromkeys(name for names in self.arguments("required") for name in names)
-        made = {name: self._make_property(name, attempt) for name in required}
+        required = [name for names in self.arguments("required") for name in names]
+        made = {name: self._make_property(name, attempt) for name in self._list_needed(required)}
         skipped = self.rng.child("skip", attempt).randbytes(len(declared) * (attempt > 0))
         if not self.minimal:
             wanted = [name for n, name in enumerate(declared) if not attempt or skipped[n] % 2]
-            self._add(made, wanted, high, attempt)
-        self._add(made, declared, low, attempt)
-        is_map = any(self.arguments("additionalProperties") + self.arguments("patternProperties"))
+            in_time = (name for name in wanted if name not in made and not self.reader.is_late())
+            self._add(made, in_time, high, high, attempt)
+        self._add(made, declared, low, high, attempt)
+        maps = ("additionalProperties", "patternProperties", "unevaluatedProperties")
+        is_map = any(any(self.arguments(keyword)) for keyword in maps)
         if is_map and not (declared or required or self.minimal or attempt):
             low = max(low, min(2, high))
         tries = 4 * low + TRIES if len(made) < low else 0
-        self._add(made, (self._random_name(n, attempt) for n in range(tries)), low, attempt)
+        self._add(made, (self._random_name(n, attempt) for n in range(tries)), low, high, attempt)
         return {name: made[name] for name in (*declared, *made) if name in made}
 
-    def _add(self, made: dict[str, Any], names: Iterable[str], most: int, attempt: int) -> None:
-        """Add properties until there are so many, without those that cannot be made."""
+    def _list_needed(self, names: Iterable[str]) -> list[str]:
+        """Return the names with those that have to come with them."""
+        needed, todo = dict.fromkeys(names), list(names)
+        if "dependentRequired" not in self.keywords:
+            return list(needed)
+        for name in todo:  # grows on the way
+            for dependents in self.arguments("dependentRequired"):
+                others = [n for n in dependents.get(name, ()) if n not in needed]
+                self.reader.spend(len(dependents.get(name, ())))
+                needed.update(dict.fromkeys(others))
+                todo += others
+        return list(needed)
+
+    def _add(
+        self, made: dict[str, Any], names: Iterable[str], enough: int, most: int, attempt: int
+    ) -> None:
+        """Add properties until there are enough, without those that cannot be made."""
         for name in names:
-            if len(made) >= most:
+            if len(made) >= enough:
                 return
-            try:
-                made[name] = made[name] if name in made else self._make_property(name, attempt)
-            except Unsatisfiable:
+            if name in made:
                 continue
+            needed = [n for n in self._list_needed([name]) if n not in made]
+            if len(made) + len(needed) > most:
+                continue
+            with contextlib.suppress(Unsatisfiable):
+                made.update({other: self._make_property(other, attempt) for other in needed})
 
     def _make_property(self, name: str, attempt: int) -> Any:
         rules = self.arguments("propertyNames")
         if rules and not self.reader.accepts_all(rules, name):
             raise Unsatisfiable(f"{self.path}: propertyNames forbids the name {name[:60]!r}")
-        schemas: list[Any] = []
-        for schema in self.schemas:
-            schemas += self.reader.for_property(schema, name)
+        schemas = [rule for s in self.schemas for rule in self.reader.for_property(s, name)]
+        schemas = schemas or self.arguments("unevaluatedProperties")
         return self.make_inside(name, schemas, name, attempt)
 
     def _random_name(self, number: int, attempt: int) -> str:
