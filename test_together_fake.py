@@ -7520,6 +7520,74 @@ class HandOverTests(SocketCase):
         self.assertTrue(handler.left.is_set())
 
 
+class LiveSocketTests(FakeCase):
+    """Realtime sockets over real connections."""
+
+    options = MappingProxyType({})
+
+    def setUp(self):
+        super().setUp()
+        self.ended = threading.Event()
+        end_call = self.server._end_call
+
+        def note_end(*args):
+            end_call(*args)
+            self.ended.set()
+
+        self.server._end_call = note_end
+
+    def connect(self, path=VOICE, behind=b"", until=b"}}"):
+        """Return a connection on which the server's first message has come."""
+        client = socket.create_connection(("127.0.0.1", self.server.port), PATIENCE)
+        self.addCleanup(client.close)
+        lines = [f"GET {path} HTTP/1.1", *(f"{name}: {UPGRADE[name]}" for name in UPGRADE), "", ""]
+        client.sendall("\r\n".join(lines).encode() + behind)
+        receive_until(client, until)
+        return client
+
+    def wait_for_end(self):
+        """Return the last call, once it has ended."""
+        self.assertTrue(self.ended.wait(PATIENCE))
+        return self.server.requests[-1]
+
+    def test_a_frame_may_come_with_the_head(self):
+        text = mask(1, b'{"type":"input_text_buffer.append","text":"Hi."}')
+        client = self.connect(behind=text, until=b'audio_output.done","item_id":"tts_1"}')
+        client.sendall(mask(8, b"\x03\xe8"))
+        self.assertEqual(receive_all(client), b"\x88\x02\x03\xe8")
+        self.assertEqual(self.wait_for_end().outcome, "complete")
+
+    def test_a_turn_that_pauses_keeps_nobody_waiting(self):
+        self.server.reply(audio=b"ab", latency=60_000)
+        client = self.connect()
+        client.sendall(mask(1, b'{"type":"input_text_buffer.append","text":"Hi."}'))
+        receive_until(client, b'"Hi."}')
+        client.sendall(mask(9, b"ping"))
+        receive_until(client, b"\x8a\x04ping")
+        client.sendall(mask(8))
+        self.assertEqual(receive_all(client), b"\x88\0")
+        self.assertEqual(self.wait_for_end().outcome, "complete")
+
+    def test_who_goes_on_sending_hears_why_the_socket_is_closed(self):
+        self.server.fail(4503, error_after_chunks=0)
+        client = self.connect()
+        text = mask(1, b'{"type":"input_text_buffer.append","text":"Hello there."}')
+        client.sendall(text)
+        with contextlib.suppress(OSError):
+            for _ in range(2000):
+                client.sendall(text)
+        self.assertTrue(receive_all(client).endswith(b"\x11\x97no_healthy_workers"))
+        self.assertEqual(self.wait_for_end().close_code, 4503)
+
+    def test_stop_and_a_lost_connection_end_the_call(self):
+        self.connect().close()
+        self.assertEqual(self.wait_for_end().outcome, "left")
+        client = self.connect(REALTIME)
+        self.server.stop()
+        self.assertEqual(self.server.requests[-1].outcome, "left")
+        self.assertEqual(receive_all(client), b"")
+
+
 class LifeCycleTests(SocketCase):
     """From the taking of a port to stop(), which ends everything."""
 

@@ -3976,7 +3976,8 @@ def accept_upgrade(request: Request) -> dict[str, str]:
     key = headers.get("sec-websocket-key", "")
     if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", key):
         raise ApiError("bad_http", reason="Sec-WebSocket-Key is not 16 bytes in base64")
-    digest = hashlib.sha1((key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()).digest()
+    data = (key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()
+    digest = hashlib.sha1(data, usedforsecurity=False).digest()
     accepted = {"Upgrade": "websocket", "Sec-WebSocket-Accept": base64.b64encode(digest).decode()}
     offered = headers.get("sec-websocket-protocol", "").replace(",", " ").split()
     for name in sorted(offered, key=lambda name: KEY_PROTOCOL.search(name) is not None)[:1]:
@@ -4094,6 +4095,7 @@ class Socket:
         self.reader = FrameReader()
         self.turns: deque[Iterator[Any]] = deque()
         self.waiting = 0  # bytes received since all turns had been sent
+        self.closed: Closed | None = None  # by us, as soon as may be
         self.is_over = False
 
     def on_open(self, connection: Any) -> None:
@@ -4107,8 +4109,12 @@ class Socket:
         self.act(self.read(data))
 
     def on_sent(self) -> None:
-        """Begin to send the next turn."""
-        if self.turns:
+        """Begin to send the next turn, or close the connection behind the last word."""
+        if self.closed is not None:
+            self.close("cut", *self.closed.args)
+        if self.is_over:
+            self.connection.end()
+        elif self.turns:
             self.connection.stream(self.draw(self.turns.popleft()))
         else:
             self.waiting = 0
@@ -4141,11 +4147,8 @@ class Socket:
                 else:
                     self.turns.append(output)
         except Closed as closed:
-            self.call.error = closed.args[1]
-            self.close("cut", *closed.args)
-        if self.is_over:
-            self.connection.end()
-        elif self.connection.reply is None:
+            self.closed = closed
+        if self.closed or self.is_over or self.connection.reply is None:
             self.on_sent()
 
     def draw(self, turn: Iterator[Any]) -> Generator[Any, None, None]:
@@ -4156,8 +4159,7 @@ class Socket:
                     return
                 yield event if type(event) is float else self.frame(event)
         except Closed as closed:
-            self.finish("cut", closed.args[0])
-            yield frame_close(*closed.args)
+            self.closed = closed
         except Cut:
             self.finish("cut")
             raise
@@ -4168,9 +4170,11 @@ class Socket:
         return frame_message(TEXT_FRAME, event)
 
     def close(self, outcome: str, code: int, reason: str = "") -> None:
-        """Close the socket, and the connection once that is sent."""
-        self.connection.write(frame_close(code, reason))
-        self.finish(outcome, code)
+        """Close the socket; only the first close counts."""
+        if not self.is_over:
+            self.connection.write(frame_close(code, reason))
+            self.call.error = self.call.error or ("" if outcome == "complete" else reason)
+            self.finish(outcome, code)
 
     def finish(self, outcome: str, code: int = 0) -> None:
         """End the call; what is said first counts."""
