@@ -1,6 +1,6 @@
-// Programs that use the Responses API, unmodified, against together_fake.py.
+// Programs that use responses and chats, unmodified, against together_fake.py.
 //
-//     node agents.mjs        needs openai, @openai/agents, ai, @ai-sdk/openai and zod beside this file
+//     node agents.mjs        needs openai, @openai/agents, ai, @ai-sdk/* and zod beside this file
 //
 // PYTHON is the interpreter (python3), TOGETHER_FAKE the file to serve (together_fake.py).
 
@@ -10,6 +10,7 @@ import { createInterface } from 'node:readline';
 import { describe, test } from 'node:test';
 
 import { createOpenAI } from '@ai-sdk/openai';
+import { createTogetherAI } from '@ai-sdk/togetherai';
 import { Agent, OpenAIResponsesModel, Runner, setTracingDisabled, tool as agentTool } from '@openai/agents';
 import * as ai from 'ai';
 import OpenAI from 'openai';
@@ -244,4 +245,57 @@ describe('@openai/agents', () => {
     const result = await runner.run(clerk, 'Who is that?');
     Person.parse(result.finalOutput);
   });
+});
+
+describe('chats of each engine', () => {
+  const models = [
+    MODEL,
+    'google/gemma-4-31B-it',
+    THINKER,
+    'openai/gpt-oss-120b',
+    'moonshotai/Kimi-K2.7-Code',
+    'moonshotai/Kimi-K3',
+    'deepseek-ai/DeepSeek-V4.1-Flash',
+    'zai-org/GLM-5.3',
+    'Qwen/Qwen3.7-Plus', // which only streams
+  ];
+  const asked = { getWeather: 'How is the weather?', findCity: 'And the largest city of Chile?' };
+  const providers = {
+    '@ai-sdk/openai': createOpenAI(settings).chat,
+    '@ai-sdk/togetherai': createTogetherAI(settings),
+  };
+  test('the numbers that Qwen has as logprobs break @ai-sdk/openai, as in production', async () => {
+    const result = ai.streamText({ model: providers['@ai-sdk/openai'](models.at(-1)), prompt: QUESTION, onError() {} });
+    assert.ok((await collect(result.fullStream)).some(({ type }) => type === 'error'));
+  });
+
+  for (const [name, provider] of Object.entries(providers)) {
+    for (const id of models) {
+      for (const ask of [ai.generateText, ai.streamText]) {
+        if (id.startsWith('Qwen/') && (ask === ai.generateText || name === '@ai-sdk/openai')) continue;
+        test(`${name}, ${ask.name}, ${id}: two rounds of tools`, async () => {
+          const called = [];
+          const tool = (name, description, key) =>
+            ai.tool({
+              description,
+              inputSchema: z.object({ [key]: z.string() }),
+              execute: async () => called.push(name),
+            });
+          const tools = {
+            findCity: tool('findCity', 'Find the largest city of a country', 'country'),
+            getWeather: tool('getWeather', 'Get the weather of a place', 'city'),
+          };
+          const messages = [];
+          for (const content of Object.values(asked)) {
+            messages.push({ role: 'user', content });
+            const result = await ask({ model: provider(id), messages, tools, stopWhen: ai.stepCountIs(4) });
+            assert.ok((await result.text).length > 0);
+            assert.ok((await result.totalUsage).totalTokens > 0);
+            messages.push(...(await result.response).messages);
+          }
+          assert.deepEqual(called, Object.keys(asked));
+        });
+      }
+    }
+  }
 });

@@ -1,4 +1,4 @@
-"""Run programs that use the Responses API, unmodified, against together_fake.py.
+"""Run programs that use responses and chats, unmodified, against together_fake.py.
 
 Run as `python .ci/agents.py` where openai is installed, and openai-agents, pydantic-ai-slim,
 langchain-openai or litellm for their classes of tests: those that are missing are skipped, unless
@@ -8,6 +8,7 @@ REQUIRE_CLIENTS names them, separated by blanks. TOGETHER_FAKE is the file to se
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import importlib.metadata
 import json
@@ -26,6 +27,17 @@ sys.path = [path for path in sys.path if path != str(HERE)]  # openai-agents is 
 FAKE = os.environ.get("TOGETHER_FAKE") or str(HERE.parent / "together_fake.py")
 MODEL = "meta-llama/Llama-3.3-70B-Instruct-Turbo"
 THINKER = "openai/gpt-oss-20b"
+ENGINES = {  # a model of each; the last one only streams
+    "A": MODEL,
+    "B": "google/gemma-4-31B-it",
+    "gpt-oss-20b": THINKER,
+    "gpt-oss-120b": "openai/gpt-oss-120b",
+    "K2.7": "moonshotai/Kimi-K2.7-Code",
+    "C": "moonshotai/Kimi-K3",
+    "DeepSeek": "deepseek-ai/DeepSeek-V4.1-Flash",
+    "GLM": "zai-org/GLM-5.3",
+    "Qwen": "Qwen/Qwen3.7-Plus",
+}
 VIEWER = "meta-llama/Llama-4-Maverick-17B-128E-Instruct-FP8"
 PIXEL = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGA"
@@ -539,6 +551,200 @@ class LitellmTests(ClientCase):
             model=f"openai/responses/{MODEL}", messages=messages, api_base=SERVER.base_url
         )
         self.assertTrue(bridged.choices[0].message.content)
+
+
+ASKED = {"get_weather": "How is the weather?", "find_city": "And the largest city of Chile?"}
+CHAT_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": about,
+            "parameters": {
+                "type": "object",
+                "properties": {key: {"type": "string"}},
+                "required": [key],
+            },
+        },
+    }
+    for name, about, key in (
+        ("find_city", "Find the largest city of a country.", "country"),
+        ("get_weather", "Get the weather of a place.", "city"),
+    )
+]
+
+
+def read_message(message: Any) -> tuple[str, list[Any]]:
+    """Return the text and the calls of a message in OpenAI's form."""
+    calls = [
+        (call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()
+    ]
+    return message.content, calls
+
+
+class EngineTests(ClientCase):
+    """Chats of each engine: a text and two rounds of tools, whole and streamed."""
+
+    def try_each(self, check: Any) -> None:
+        """Call `check(model, stream)` for each engine, whole and streamed."""
+        for engine, model in ENGINES.items():
+            for stream in (False, True):
+                if stream or engine != "Qwen":
+                    with self.subTest(engine=engine, stream=stream):
+                        check(model, stream)
+
+    def hold(self, ask: Any) -> None:
+        """Hold a conversation by `ask(messages, tools)`, which returns a text and calls."""
+        text, calls = ask([{"role": "user", "content": QUESTION}], None)
+        self.assertTrue(text and not calls)
+        said: list[Any] = []
+        for name, question in ASKED.items():
+            said.append({"role": "user", "content": question})
+            text, calls = ask(said, CHAT_TOOLS)
+            ((id, called, arguments),) = calls
+            self.assertEqual(called, name)
+            self.assertTrue(all(json.loads(arguments).values()))
+            function = {"name": called, "arguments": arguments}
+            call = {"id": id, "type": "function", "function": function}
+            said.append({"role": "assistant", "content": text or None, "tool_calls": [call]})
+            said.append({"role": "tool", "tool_call_id": id, "content": "21"})
+            text, calls = ask(said, CHAT_TOOLS)
+            self.assertTrue(text and not calls)
+            said.append({"role": "assistant", "content": text})
+
+    def test_openai(self) -> None:
+        client = need("openai", "openai").OpenAI(max_retries=0)
+        self.addCleanup(client.close)
+
+        def check(model: str, stream: bool) -> None:
+            def ask(messages: Any, tools: Any) -> Any:
+                more = {"tools": tools} if tools else {}
+                fields = {"model": model, "messages": messages, **more}
+                if not stream:
+                    whole = client.chat.completions.create(**fields)
+                    self.assertEqual(whole._request_id, whole.id)
+                else:
+                    with client.chat.completions.stream(**fields) as events:
+                        whole = events.get_final_completion()
+                counts = whole.usage
+                total = counts.prompt_tokens + counts.completion_tokens
+                self.assertEqual(counts.total_tokens, total)
+                return read_message(whole.choices[0].message)
+
+            with self.stumbles(model):
+                self.hold(ask)
+
+        self.try_each(check)
+
+    def stumbles(self, model: str) -> Any:
+        """Expect that the numbers which Qwen has as logprobs break a client, as in production."""
+        if model != ENGINES["Qwen"]:
+            return contextlib.nullcontext()
+        return self.assertRaisesRegex(AttributeError, "no attribute 'content'")
+
+    def test_litellm(self) -> None:
+        os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+        litellm = need("litellm", "litellm")
+        where = {"api_base": SERVER.base_url, "api_key": "x"}
+
+        def check(model: str, stream: bool) -> None:
+            def ask(messages: Any, tools: Any) -> Any:
+                fields = {"messages": messages, **({"tools": tools} if tools else {}), **where}
+                got = litellm.completion(model=f"together_ai/{model}", **fields, stream=stream)
+                if stream:
+                    got = litellm.stream_chunk_builder(list(got), messages=messages)
+                return read_message(got.choices[0].message)
+
+            self.hold(ask)
+
+        self.try_each(check)
+
+    def test_langchain(self) -> None:
+        module = need("langchain_openai", "langchain-openai")
+
+        def check(model: str, stream: bool) -> None:
+            def ask(messages: Any, tools: Any) -> Any:
+                chat = module.ChatOpenAI(model=model, use_responses_api=False)
+                chat = chat.bind_tools(tools) if tools else chat
+                got = None if stream else chat.invoke(messages)
+                for chunk in chat.stream(messages) if stream else ():
+                    got = chunk if got is None else got + chunk
+                self.assertTrue(got.usage_metadata["total_tokens"])
+                calls = [
+                    (call["id"], call["name"], json.dumps(call["args"])) for call in got.tool_calls
+                ]
+                return got.text, calls
+
+            self.hold(ask)
+
+        self.try_each(check)
+
+    def run_agent(self, ask: Any) -> None:
+        """Let an agent answer both questions by `await ask(question, history, tools)`."""
+        called: list[str] = []
+
+        def find_city(country: str) -> str:
+            """Find the largest city of a country."""
+            called.append("find_city")
+            return "Lisbon"
+
+        def get_weather(city: str) -> str:
+            """Get the weather of a place."""
+            called.append("get_weather")
+            return "21 degrees"
+
+        async def converse() -> None:
+            history = None
+            for question in ASKED.values():
+                text, history = await ask(question, history, [find_city, get_weather])
+                self.assertTrue(text)
+
+        asyncio.run(converse())
+        self.assertEqual(called, list(ASKED))
+
+    def test_pydantic_ai(self) -> None:
+        ai = need("pydantic_ai", "pydantic-ai-slim")
+        models = need("pydantic_ai.models.openai", "pydantic-ai-slim")
+
+        def check(model: str, stream: bool) -> None:
+            async def ask(question: str, history: Any, tools: Any) -> Any:
+                agent = ai.Agent(models.OpenAIChatModel(model), tools=tools)
+                if not stream:
+                    result = await agent.run(question, message_history=history)
+                    return result.output, result.all_messages()
+                async with agent.run_stream(question, message_history=history) as result:
+                    texts = [text async for text in result.stream_text(delta=True)]
+                    return "".join(texts), result.all_messages()
+
+            with self.stumbles(model):
+                self.run_agent(ask)
+
+        self.try_each(check)
+
+    def test_openai_agents(self) -> None:
+        agents = need("agents", "openai-agents")
+        agents.set_tracing_disabled(True)
+
+        def check(model: str, stream: bool) -> None:
+            client = importlib.import_module("openai").AsyncOpenAI()
+            chat = agents.OpenAIChatCompletionsModel(model, client)
+
+            async def ask(question: str, history: Any, tools: Any) -> Any:
+                offered = [agents.function_tool(tool) for tool in tools]
+                agent = agents.Agent("Guide", model=chat, tools=offered)
+                items = [*(history or ()), {"role": "user", "content": question}]
+                if not stream:
+                    result = await agents.Runner.run(agent, items)
+                else:
+                    result = agents.Runner.run_streamed(agent, items)
+                    async for _ in result.stream_events():
+                        pass
+                return result.final_output, result.to_input_list()
+
+            with self.stumbles(model):
+                self.run_agent(ask)
+
+        self.try_each(check)
 
 
 if __name__ == "__main__":
