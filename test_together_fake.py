@@ -4890,6 +4890,10 @@ class Line:
         self.is_ended = self.is_cut = False
         handler.on_open(self)
 
+    @property
+    def is_streaming(self):
+        return self.reply is not None
+
     def write(self, data):
         self.sent += data
 

@@ -4148,7 +4148,7 @@ class Socket:
                     self.turns.append(output)
         except Closed as closed:
             self.closed = closed
-        if self.closed or self.is_over or self.connection.reply is None:
+        if self.closed or self.is_over or not self.connection.is_streaming:
             self.on_sent()
 
     def draw(self, turn: Iterator[Any]) -> Generator[Any, None, None]:
@@ -12418,9 +12418,8 @@ def remove_fixture(server: TogetherAiServer, request: Request) -> Any:
 MAX_HEADER_BYTES = 64 * 2**10  # request line and header lines together
 MAX_HEADERS = 100  # header lines, and trailer lines of a chunked body
 MAX_CHUNK_LINE_BYTES = 4096  # a chunk's size with its extensions, or one trailer line
-MAX_GATHERED_BYTES = 16 * 2**10  # of events that are at hand, sent at once
 SEND_BUFFER_BYTES = 128 * 2**10  # of the kernel, which would keep 4 MB for who does not read
-MAX_JOIN_BYTES = 64 * 2**10  # a larger body is sent after its head, not copied behind it
+MAX_GATHERED_BYTES = 64 * 2**10  # of replies or events that are at hand, sent at once
 RECEIVE_SECONDS = 30.0  # from a request's first byte to its last
 SEND_SECONDS = 30.0  # for a client to take what is sent to it
 LINGER_SECONDS = 1.0  # for a refused client to read why, before the connection closes
@@ -12431,6 +12430,7 @@ POSIX = sys.platform != "win32"
 RECEIVE_BYTES = 64 * 2**10  # taken at once
 MAX_RECEIVE_BYTES = 2**20  # likewise, of a body whose length is known
 LAST_CHUNK = b"0\r\n\r\n"
+IDLE, PARTIAL = "idle", "partial"  # a new request is to come, or the rest of one
 SINGLE = {"content-length", "host", "transfer-encoding"}  # refused when repeated
 OWN = {  # response headers that a reply cannot set, because this section does
     "access-control-allow-origin",
@@ -12583,20 +12583,23 @@ class NoHead:
 class RequestReader:
     """Takes requests out of the bytes that one client sends; `feed()` gives it those.
 
-    `requests` yields each request when it is whole, bytes for a client that waits for a word
-    before it sends its body, and None when more has to come. It raises ApiError where the bytes
-    are no request: where the next one begins is then unknown.
+    The methods that read yield IDLE or PARTIAL when more has to come, and raise ApiError where the
+    bytes are no request: where the next one begins is then unknown.
     """
 
-    def __init__(self, heads: Heads, limit_body: Callable[[Request], int]) -> None:
+    def __init__(
+        self,
+        heads: Heads,
+        limit_body: Callable[[Request], int],
+        say: Callable[[bytes], None],
+    ) -> None:
         self.heads = heads
-        self.limit_body = limit_body
+        self.limit_body = limit_body  # how many bytes it may have
+        self.say = say  # tells the client something before its request is whole
         self.data = b""  # what has come
         self.at = 0  # what stands before has been used
         self.head: Any = NoHead  # of the latest request
-        self.is_inside = False  # of a body
         self.wanted = RECEIVE_BYTES  # to be received at once
-        self.requests = self.read_requests()
 
     def feed(self, data: bytes) -> None:
         """Take what has come."""
@@ -12606,37 +12609,33 @@ class RequestReader:
         """Return how many bytes wait to be read."""
         return len(self.data) - self.at
 
-    def read_requests(self) -> Generator[Request | bytes | None, None, None]:
-        """Yield requests, as the class says."""
-        while True:
-            while self.at == len(self.data):
-                yield None
-            end = self.data.find(b"\r\n\r\n", self.at)
-            if end < 0:
-                self.head = NoHead
-                end = yield from self.wait_for_head()
-            if end - self.at > MAX_HEADER_BYTES:
-                raise ApiError("headers_too_large", bytes=MAX_HEADER_BYTES, count=MAX_HEADERS)
-            data, self.at = self.data[self.at : end + 2], end + 4
-            self.head = NoHead
-            self.head = head = self.heads[data]
-            end = self.at + head.size
-            if head.coding is None and end <= len(self.data):
-                body, self.at = self.data[self.at : end], end
-            else:
-                self.is_inside = True
-                body = yield from self.read_body(head)
-                self.is_inside = False
-            yield Request(
-                head.method,
-                head.path,
-                body,
-                query=head.query,
-                headers=head.fields,
-                origin=head.origin,
-            )
+    def read_request(self) -> Generator[str, None, Request]:
+        """Return the next request, whole."""
+        while self.at == len(self.data):
+            yield IDLE
+        self.head = NoHead
+        end = self.data.find(b"\r\n\r\n", self.at)
+        if end < 0:
+            end = yield from self.wait_for_head()
+        if end - self.at > MAX_HEADER_BYTES:
+            raise ApiError("headers_too_large", bytes=MAX_HEADER_BYTES, count=MAX_HEADERS)
+        self.head = head = self.heads[self.data[self.at : end + 2]]
+        start, self.at = end + 4, end + 4 + head.size
+        if head.coding is None and self.at <= len(self.data):
+            body = self.data[start : self.at]
+        else:
+            self.at = start
+            body = yield from self.read_body(head)
+        return Request(
+            head.method,
+            head.path,
+            body,
+            query=head.query,
+            headers=head.fields,
+            origin=head.origin,
+        )
 
-    def wait_for_head(self) -> Generator[None, None, int]:
+    def wait_for_head(self) -> Generator[str, None, int]:
         """Return where a head ends, once it does; raise ApiError when it never will."""
         self.feed(b"")
         seen = 0
@@ -12646,15 +12645,15 @@ class RequestReader:
             if HOPELESS.search(self.data, max(0, seen - 1)):
                 raise explain_refusal(self.data.decode("latin-1"))
             seen = len(self.data)
-            yield
+            yield PARTIAL
         return end
 
-    def read_body(self, head: Head) -> Generator[bytes | None, None, bytes]:
+    def read_body(self, head: Head) -> Generator[str, None, bytes]:
         """Return a body by its length or its chunks, after a wished-for 100 Continue."""
         self.check_size(head.size)
         waits = head.fields.get("expect", "").lower() == "100-continue" and head.minor != "0"
         if waits and not self.count_unused():
-            yield b"HTTP/1.1 100 Continue\r\n\r\n"
+            self.say(b"HTTP/1.1 100 Continue\r\n\r\n")
         return (yield from self.read_chunks() if head.coding else self.read_exactly(head.size))
 
     def check_size(self, size: int) -> None:
@@ -12663,21 +12662,19 @@ class RequestReader:
         if size > limit:
             raise ApiError("too_large", size=size, limit=limit)
 
-    def read_exactly(self, size: int) -> Generator[None, None, bytes]:
+    def read_exactly(self, size: int) -> Generator[str, None, bytes]:
         """Return the next `size` bytes."""
-        pieces: list[bytes] = []
-        while True:
-            piece = self.data[self.at : self.at + size]
-            pieces.append(piece)
-            size -= len(piece)
-            self.at += len(piece)
-            if not size:
-                self.wanted = RECEIVE_BYTES
-                return b"".join(pieces)  # one piece is returned as it is
+        pieces = [self.data[self.at : self.at + size]]
+        while missing := size - len(pieces[-1]):
+            size, self.at = missing, len(self.data)
             self.wanted = max(RECEIVE_BYTES, min(size, MAX_RECEIVE_BYTES))
-            yield
+            yield PARTIAL
+            pieces.append(self.data[:size])
+        self.at += len(pieces[-1])
+        self.wanted = RECEIVE_BYTES
+        return b"".join(pieces)  # one piece is returned as it is
 
-    def read_chunks(self) -> Generator[None, None, bytes]:
+    def read_chunks(self) -> Generator[str, None, bytes]:
         """Return a body that comes in chunks; its trailers are read and dropped."""
         body = bytearray()
         while size := int((yield from self.read_line(CHUNK_LINE))[1], 16):
@@ -12690,12 +12687,12 @@ class RequestReader:
                 return bytes(body)
         raise ApiError("headers_too_large", bytes=MAX_HEADER_BYTES, count=MAX_HEADERS)
 
-    def read_line(self, pattern: re.Pattern[bytes]) -> Generator[None, None, re.Match[bytes]]:
+    def read_line(self, pattern: re.Pattern[bytes]) -> Generator[str, None, re.Match[bytes]]:
         """Return a line between the chunks of a body, as `pattern` takes it apart."""
         while not (match := pattern.match(self.data, self.at)):
             if b"\n" in self.data[self.at :] or self.count_unused() > MAX_CHUNK_LINE_BYTES:
                 raise ApiError("bad_http", reason="a chunk does not end or begin as it should")
-            yield
+            yield PARTIAL
         self.at = match.end()
         return match
 
@@ -12714,54 +12711,50 @@ class ReplyWriter:
         self.common = ""
         self.api_times = ""  # those of answers
 
-    def write_whole(self, reply: Reply, head: Any, closes: bool) -> bytes:
-        """Return all the bytes of a reply that is no stream."""
+    def write_whole(self, reply: Reply, head: Any, closes: bool) -> tuple[bytes, bytes]:
+        """Return the head and the body of a reply that is no stream."""
         start = self.write_head(reply, head, closes, f"Content-Length: {len(reply.body)}\r\n")
-        return start if head.method == "HEAD" or reply.status in BODILESS else start + reply.body
+        ends = head.method == "HEAD" or reply.status in BODILESS
+        return start, b"" if ends else reply.body
 
-    def write_pieces(self, reply: Reply, head: Any, closes: bool) -> Iterator[Any]:
-        """Yield the bytes of any reply, as many as are at hand, and seconds to pause between."""
-        if reply.events is None:
-            yield self.write_head(reply, head, closes, f"Content-Length: {len(reply.body)}\r\n")
-            if head.method != "HEAD" and reply.status not in BODILESS:
-                yield memoryview(reply.body)
-            return
+    def write_events(self, reply: Reply, head: Any, closes: bool) -> Iterator[Any]:
+        """Yield the bytes of a stream, as many as are at hand, and seconds to pause between.
+
+        The first events leave with the head, the last ones with the end.
+        """
+        events: Iterable[Any] = reply.events or ()
         size = reply.headers.get("Content-Length")
-        framing = "" if head.minor == "0" else CHUNKED
+        framing = CHUNKED if head.minor != "0" else ""
         if size is None:
             reply.headers = {**UNCACHED, **reply.headers}
         else:
             framing = f"Content-Length: {size}\r\n"
         start = self.write_head(reply, head, closes, framing)
+        frame: Callable[[Any], bytes] = frame_chunk if framing is CHUNKED else bytes
+        last = LAST_CHUNK if framing is CHUNKED else b""
         if head.method == "HEAD":
-            yield start
-            return
-        yield from self.write_events(start, reply, framing is CHUNKED)
-
-    def write_events(self, start: bytes, reply: Reply, chunked: bool) -> Iterator[Any]:
-        """Yield the first events with the head, the last ones with the end."""
-        frame = frame_chunk if chunked else bytes
-        gathered = 1 if reply.waits else MAX_GATHERED_BYTES
-        drawn: list[bytes] = []
-        size = 0
+            events, last = (), b""
+        drawn = bytearray()
+        most = 1 if reply.waits else MAX_GATHERED_BYTES
+        has_begun = False
         try:
-            for event in reply.events or ():
+            for event in events:
                 pauses = type(event) is float
                 if not pauses:
-                    drawn.append(event)
-                    size += len(event)
-                    if size < gathered:
+                    drawn += event
+                    has_begun = True  # if only with b"", so that the head leaves
+                    if len(drawn) < most:
                         continue
-                if drawn:  # if only b"", with which the head leaves
-                    yield start + frame(b"".join(drawn))
-                    start, drawn, size = b"", [], 0
+                if drawn or (start and has_begun):
+                    yield start + frame(drawn)
+                    start, drawn = b"", bytearray()
                 if pauses:
                     yield event
         except Exception:  # what was drawn before is sent
-            if size:
-                yield start + frame(b"".join(drawn))
+            if drawn:
+                yield start + frame(drawn)
             raise
-        yield start + frame(b"".join(drawn)) + (LAST_CHUNK if chunked else b"")
+        yield start + frame(drawn) + last
 
     def write_head(self, reply: Reply, head: Any, closes: bool, framing: str) -> bytes:
         """Return the status line and the headers; `framing` tells where the reply ends."""
@@ -12816,24 +12809,32 @@ MAX_HELD = 8  # replies that are sent at once
 MAX_ACCEPTED = 64  # clients in a row, before the others are served
 MAX_HEAVY = 3  # requests that take long, at once
 MAX_IDLE_WORKERS = 16
+LOOK_SECONDS = 0.25  # between two looks at who keeps us waiting
 MAX_UNREAD_BYTES = 4 * 2**20  # of what has taken a connection over
 STOP_SECONDS = 0.25  # for workers to end what they do; a test's function may sleep for longer
 
-QUICK, HEAVY, WAITING = "quick", "heavy", "waiting"  # how long a request takes
-
-# What a connection waits for: the attribute of the server that says for how many seconds.
+QUICK, HEAVY, WAITING = "quick", "heavy", "waiting"  # who answers, see `HttpServer`
+ROOM, END, SOCKET = "room", "end", "socket"  # what a connection waits for beside those of HTTP
+BYTES = (IDLE, PARTIAL, END, SOCKET)  # those that end when something comes
+# How long it waits at most: the attribute of the server that has the seconds.
 PATIENCE = {
-    "request": "idle_seconds",
-    "rest": "receive_seconds",  # of a request that has begun
-    "room": "send_seconds",  # for more of a reply
-    "end": "linger_seconds",  # of what a refused client sends
+    IDLE: "idle_seconds",
+    PARTIAL: "receive_seconds",
+    ROOM: "send_seconds",
+    END: "linger_seconds",
 }
 
 
 class Connection(http.server.BaseHTTPRequestHandler):
-    """One client: what it sent, what it is to get, and what that waits for.
+    """One client; the loop alone calls its methods.
 
-    Only the loop calls these methods.
+    `converse()` tells its life. It yields what has to happen before it goes on:
+
+    IDLE, PARTIAL     bytes of a new request come, more of one that has begun
+    ROOM           what is to be sent has been
+    END, SOCKET    a refused client sends no more, one that was handed over does
+    0.5            so many seconds have passed
+    (kind, work)   a worker has done this work; it goes on with the result
     """
 
     server: Any  # the HttpServer below
@@ -12841,20 +12842,19 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Begin to wait for a request."""
         self.socket: socket.socket = self.request
-        self.reader = RequestReader(self.server.heads, self.server.app._limit_body)
-        self.reply: Reply | None = None  # under way
-        self.pieces: Any = None  # what is still to come of it
-        self.unsent: Any = b""  # bytes to be sent before anything else
-        self.handler: Any = None  # that has taken the connection over
-        self.closes = False  # when they are
-        self.is_refused = False  # and may still be sending
-        self.has_ended = False  # its side of the connection
-        self.is_starved = False  # nothing more can be answered until it sends more
-        self.busy = ""  # with a "worker" or a "pause", which comes back
+        server = self.server
+        self.reader = RequestReader(server.heads, server.app._limit_body, self.write)
+        self.unsent: Any = b""
+        self.awaited: Any = None
+        self.since = server.now  # when it began to wait for that
+        self.closes = False  # after this reply
+        self.is_over = False  # nothing follows what is still to be sent
+        self.has_ended = False  # the client sends no more
         self.is_closed = False
+        self.is_streaming = False  # for a handler
         self.interest = 0  # what the selector watches
-        self.state = ""  # what is waited for, see PATIENCE
-        self.since = 0.0  # when that began
+        self.life: Any = self.converse()
+        self.awaited = next(self.life)
 
     def handle(self) -> None:
         """Do nothing: the loop calls `act()` whenever something can be done."""
@@ -12862,150 +12862,144 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def finish(self) -> None:
         """Do nothing: the loop writes replies and closes the socket."""
 
-    def act(self, mask: int) -> None:
-        """Receive what has come, or send on, as far as that goes without waiting."""
-        if mask & selectors.EVENT_READ:
-            self.receive()
-        elif not self.is_closed:
-            self.flush()
+    # Its life
 
-    def receive(self) -> None:
-        """Take what has come, and answer it."""
+    def converse(self) -> Generator[Any, Any, None]:
+        """Answer one request after the other."""
+        app, reader = self.server.app, self.reader
+        try:
+            while not self.closes:
+                request = yield from reader.read_request()
+                kind = app._begin(request)
+                if kind is QUICK:
+                    reply = app.answer(request)
+                else:
+                    request.client = self.socket
+                    reply = yield kind, functools.partial(app.answer, request)
+                yield from self.send_reply(reply)
+        except ApiError as error:
+            reply = app._refuse(error, reader.head.method, reader.head.path)
+            self.unsent += b"".join(self.server.writer.write_whole(reply, reader.head, True))
+            yield from self.linger()
+
+    def linger(self) -> Generator[Any, Any, None]:
+        """Let the client read what was sent last: closing before it ends would reset that away."""
+        yield ROOM
+        self.socket.shutdown(socket.SHUT_WR)
+        while not self.has_ended:
+            yield END
+            self.reader.data = b""
+
+    def send_reply(self, reply: Reply) -> Generator[Any, Any, None]:
+        """Send the reply to the latest request."""
+        head, writer = self.reader.head, self.server.writer
+        self.closes = closes = must_close(reply, head)
+        if reply.events is not None:
+            yield from self.send_events(reply, writer.write_events(reply, head, closes))
+            return
+        start, body = writer.write_whole(reply, head, closes)
+        if len(body) <= MAX_GATHERED_BYTES:
+            self.unsent += start + body
+        else:  # it is not copied behind its head
+            self.unsent += start
+            yield ROOM
+            self.unsent = memoryview(body)
+            yield ROOM
+        if reply.handler is not None:
+            yield from self.hand_over(reply.handler)
+        if len(self.unsent) > MAX_GATHERED_BYTES:
+            yield ROOM
+
+    def send_events(self, reply: Any, pieces: Iterator[Any]) -> Generator[Any, Any, None]:
+        """Send the pieces of a stream, which pauses where it says so."""
+        draw = functools.partial(next, pieces, None)
+        try:
+            while True:
+                piece = (yield WAITING, draw) if reply.waits else draw()
+                if piece is None:
+                    return
+                if type(piece) is float:
+                    yield piece
+                else:
+                    self.unsent += piece
+                    if len(self.unsent) >= MAX_GATHERED_BYTES:
+                        yield ROOM
+        finally:
+            reply.events.close()
+
+    def hand_over(self, handler: Any) -> Generator[Any, Any, None]:
+        """Let a handler take the connection over.
+
+        `on_open(connection)` is called once, `on_bytes(data)` whenever something has come,
+        `on_sent()` after each `stream()`, and `on_close()` once. They have to be quick.
+        """
+        self.handler, self.closes = handler, False
+        try:
+            handler.on_open(self)
+            while not self.closes:
+                data = self.reader.data[self.reader.at :]
+                self.reader.data, self.reader.at = b"", 0
+                if data:
+                    handler.on_bytes(data)
+                if not self.closes:
+                    yield SOCKET
+            yield from self.linger()
+        finally:
+            handler.on_close()
+
+    # What the loop does with it
+
+    def go_on(self, result: Any = None, error: BaseException | None = None) -> None:
+        """Go on with its life until something has to happen first."""
+        before = self.awaited
+        try:
+            self.awaited = self.life.send(result) if error is None else self.life.throw(error)
+        except BaseException as end:
+            self.is_over, self.awaited = True, ROOM
+            if not isinstance(end, (StopIteration, Cut, OSError)):
+                self.server.handle_error(self.socket, self.client_address)
+        if self.awaited != before:
+            self.since = self.server.now
+            if type(self.awaited) is tuple:
+                self.server.run(*self.awaited, self.end_work)
+            elif type(self.awaited) is float:
+                self.server.call_later(self.awaited, self.end_pause)
+        self.server.held.append(self)
+
+    def end_pause(self) -> None:
+        """Go on after a pause."""
+        if not self.is_closed:
+            self.go_on()
+
+    def end_work(self, result: Any, error: BaseException | None) -> None:
+        """Go on with what a worker returned or raised."""
+        self.awaited = None
+        if self.is_closed:
+            self.close()
+        else:
+            self.go_on(result, error)
+
+    def act(self, mask: int) -> None:
+        """Receive what has come, or send on, as far as there is something."""
+        if not mask & selectors.EVENT_READ:
+            self.flush()
+            return
         try:
             data = self.socket.recv(self.reader.wanted)
         except BlockingIOError:
-            data = None
+            return
         except OSError:
             self.close()
             return
-        if data == b"":
-            self.has_ended = True
-            if self.busy == "pause" or self.state == "end":
-                self.close()
-                return
-        elif data and self.handler is not None:
-            self.advance(functools.partial(self.handler.on_bytes, data))
-            return
-        elif data and not self.is_refused:
-            self.reader.feed(data)
-            self.is_starved = False
-        self.advance()
-
-    def advance(self, first: Callable[[], None] | None = None) -> None:
-        """Answer one request after the other until something has to be waited for."""
-        if self.is_closed:
-            return
-        try:
-            if first is not None:
-                first()
-            while not self.busy and self.step():
-                pass
-        except BaseException as error:
-            if not isinstance(error, Cut):
-                self.server.handle_error(self.socket, self.client_address)
-            self.end_reply()
-            self.closes = True
-        self.server.held.append(self)
-
-    def step(self) -> bool:
-        """Go on with the reply under way or the next request; tell whether there may be more."""
-        if self.reply is not None:
-            most = 0 if self.reply.events is None else MAX_GATHERED_BYTES
-            if len(self.unsent) > most:
-                return False
-            if self.reply.waits:
-                self.run_apart(WAITING, functools.partial(next, self.pieces, None), self.take_piece)
-            else:
-                self.take_piece(next(self.pieces, None))
-            return True
-        stops = self.closes or self.is_starved or self.handler is not None
-        if stops or len(self.unsent) > MAX_JOIN_BYTES:
-            return False
-        return self.take_request()
-
-    def take_request(self) -> bool:
-        """Answer the next request, or have it answered; tell whether there was one."""
-        try:
-            request = next(self.reader.requests)
-        except ApiError as error:
-            self.refuse(error)
-            return False
-        if request is None:
-            self.is_starved = True
-        elif isinstance(request, bytes):
-            self.unsent += request
+        self.reader.feed(data)
+        self.has_ended = not data
+        if data and self.awaited in BYTES:
+            self.go_on()
         else:
-            app = self.server.app
-            kind = app._begin(request)
-            if kind is QUICK:
-                self.begin_reply(app.answer(request))
-            else:
-                request.client = self.socket
-                self.run_apart(kind, functools.partial(app.answer, request), self.begin_reply)
-        return not self.is_starved
-
-    def refuse(self, error: ApiError) -> None:
-        """Say why what the client sends is no request, and answer no more."""
-        head = self.reader.head
-        self.is_refused = True
-        self.begin_reply(self.server.app._refuse(error, head.method, head.path), closes=True)
-
-    def begin_reply(self, reply: Reply, closes: bool = False) -> None:
-        """Send a reply; one that is short is written at once."""
-        head, writer = self.reader.head, self.server.writer
-        self.closes = closes = closes or must_close(reply, head)
-        if reply.events is None and len(reply.body) <= MAX_JOIN_BYTES:
-            self.unsent += writer.write_whole(reply, head, closes)
-            if reply.handler is not None:
-                self.hand_over(reply.handler)
-        else:
-            self.reply, self.pieces = reply, writer.write_pieces(reply, head, closes)
-
-    def take_piece(self, piece: Any) -> None:
-        """Send a piece of the reply, or pause as long as it says; None: that was all."""
-        if piece is None:
-            self.end_reply()
-            if self.handler is not None:
-                self.handler.on_sent()
-        elif type(piece) is float:
-            self.busy = "pause"
-            self.server.call_later(piece, self.end_pause)
-        elif self.handler is None or not self.is_refused:  # nothing follows the frame of a close
-            self.unsent = self.unsent + piece if self.unsent else piece
-
-    def end_pause(self) -> None:
-        """Go on with a reply that paused."""
-        self.busy = ""
-        self.advance()
-
-    def end_reply(self) -> None:
-        """Forget the reply; events that were not drawn to their end notice."""
-        reply, self.reply, self.pieces = self.reply, None, None
-        if reply is not None and reply.events is not None:
-            reply.events.close()
-
-    def run_apart(self, kind: str, work: Callable[[], Any], take: Callable[[Any], None]) -> None:
-        """Have a worker do something, and the loop take its result."""
-        self.busy = "worker"
-        self.server.run(kind, work, functools.partial(self.end_work, take))
-
-    def end_work(self, take: Callable[[Any], None], result: Any, error: Any) -> None:
-        """Take what a worker returned or raised."""
-        self.busy = ""
-        if self.is_closed:
-            self.reply = result if type(result) is Reply else self.reply
-            self.close()
-            return
-
-        def act() -> None:
-            if error is not None:
-                raise error
-            take(result)
-
-        self.advance(act)
+            self.server.held.append(self)
 
     def flush(self) -> None:
-        """Send what is to be sent; go on, or wait for what is missing."""
+        """Send what is to be sent; go on where that was waited for."""
         if self.unsent:
             try:
                 sent = self.socket.send(self.unsent)
@@ -13017,118 +13011,102 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if sent:
                 self.since = self.server.now
                 self.unsent = self.unsent[sent:] if sent < len(self.unsent) else b""
-        if self.unsent or self.busy:
-            self.wait()
-        elif self.reply is not None or not (self.is_starved or self.closes or self.handler):
-            self.advance()
-        elif not self.closes and not self.has_ended:
-            self.wait()
-        elif self.is_refused and not self.has_ended and self.state != "end":
-            self.linger()
-        elif self.state != "end":
+        usual = self.awaited is IDLE and self.interest == selectors.EVENT_READ
+        if usual and not (self.unsent or self.has_ended):
+            return
+        if self.has_ended and (self.awaited in BYTES or type(self.awaited) is float):
+            self.is_over, self.awaited = True, ROOM  # it has left, or has all it asked for
+        if self.unsent or self.awaited is not ROOM:
+            self.watch()
+        elif self.is_over:
             self.close()
-
-    def linger(self) -> None:
-        """Take what a refused client still sends: closing before would reset the reply away."""
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_WR)
-        self.wait()
-
-    def wait(self) -> None:
-        """Note what is waited for, and have the selector watch for it."""
-        unused = self.reader.count_unused()
-        if self.unsent:
-            state = "room"
-        elif self.busy:
-            state = self.busy
-        elif self.is_refused:
-            state = "end"
-        elif self.handler is not None:
-            state = "socket"
         else:
-            state = "rest" if unused or self.reader.is_inside else "request"
-        if state != self.state:
-            self.state, self.since = state, self.server.now
-            self.server.look_after(self.server.find_patience(state))
-        full = unused > RECEIVE_BYTES and not self.is_starved
-        read = 0 if self.has_ended or full else selectors.EVENT_READ
-        self.watch(read | (selectors.EVENT_WRITE if self.unsent else 0))
+            self.go_on()
 
-    def watch(self, interest: int) -> None:
-        """Have the selector watch for what is given, and for nothing else."""
+    def watch(self) -> None:
+        """Have the selector watch for what can be done next."""
+        full = self.reader.count_unused() > RECEIVE_BYTES and self.awaited not in BYTES
+        interest = 0 if self.has_ended or full or self.is_closed else selectors.EVENT_READ
+        interest |= selectors.EVENT_WRITE if self.unsent else 0
         if interest == self.interest:
             return
-        selector: selectors.BaseSelector = self.server.selector
         before, self.interest = self.interest, interest
         try:
             if before:
-                selector.unregister(self.socket)
+                self.server.selector.unregister(self.socket)
             if interest:
-                selector.register(self.socket, interest, self.act)
+                self.server.selector.register(self.socket, interest, self.act)
         except (OSError, ValueError, KeyError):  # no memory for one more, say
             self.interest = 0
             self.close()
 
-    def give_up(self) -> None:
-        """End a wait that took too long."""
-        if self.state == "rest":
-            error = ApiError("slow_request", seconds=self.server.receive_seconds)
-            self.advance(functools.partial(self.refuse, error))
-        else:
-            self.close()
-
     def close(self) -> None:
-        """Close the connection; a worker that still works for it has to come back first."""
-        self.is_closed = self.closes = True
-        self.watch(0)
-        if self.busy != "worker":
-            self.end_reply()
-            self.server.forget(self)
-        handler, self.handler = self.handler, None
-        if handler is not None:
-            handler.on_close()
+        """End its life and close the socket; a worker has to come back before."""
+        self.is_closed = self.is_over = True
+        self.unsent = b""
+        self.watch()
+        if type(self.awaited) is tuple or self.life.gi_running:
+            return
+        try:
+            self.life.close()
+        except Exception:
+            self.server.handle_error(self.socket, self.client_address)
+        self.server.forget(self)
 
-    # For what has taken the connection over
-
-    def hand_over(self, handler: Any) -> None:
-        """Have a handler take the connection over, once a reply of 101 has been written.
-
-        The loop calls `on_open(connection)`, `on_bytes(data)` whenever something has come, and
-        `on_close()` once. What they do has to be quick: `run()` is for the rest.
-        """
-        self.handler = handler
-        handler.on_open(self)
-        unused = self.reader.data[self.reader.at :]
-        if unused:
-            handler.on_bytes(unused)
-
-    def stream(self, events: Generator[Any, None, None]) -> None:
-        """Send events and pause between them, drawn by workers; then `on_sent()` is called."""
-        self.reply, self.pieces = Reply(events=events), events
-        self.reply.waits = True
+    # What a handler may do
 
     def write(self, data: bytes) -> None:
-        """Send something, before long; a client that does not read loses its connection."""
+        """Send something before long; who does not read loses the connection."""
         self.unsent += data
         self.server.held.append(self)
         if len(self.unsent) > MAX_UNREAD_BYTES:
             self.close()
 
+    def stream(self, events: Generator[Any, None, None]) -> None:
+        """Send events and pause between them, drawn by workers; then `on_sent()` is called."""
+        self.is_streaming = True
+        draw = functools.partial(next, events, None)
+        take = functools.partial(self.take_event, events)
+        self.server.run(WAITING, draw, functools.partial(self.call, take))
+
+    def take_event(self, events: Generator[Any, None, None], event: Any, error: Any) -> None:
+        """Send one event of such a stream, or pause; nothing follows `end()`."""
+        if error is not None:
+            raise error
+        if event is None or self.closes:
+            self.is_streaming = False
+            self.handler.on_sent()
+            return
+        pause = event if type(event) is float else 0
+        if not pause:
+            self.write(event)
+            pause = LOOK_SECONDS if len(self.unsent) > MAX_GATHERED_BYTES else 0
+        self.call_later(pause, functools.partial(self.stream, events))
+
     def end(self) -> None:
         """Close the connection when all is sent, and the client has had time to read it."""
-        self.closes = self.is_refused = True
-        if self.busy == "pause":
-            self.busy = ""
-            self.end_reply()
-        self.server.held.append(self)
+        self.closes = True
+        if self.awaited is SOCKET and not self.life.gi_running:
+            self.go_on()
 
     def call_later(self, seconds: float, act: Callable[[], None]) -> None:
         """Call something after so many seconds, unless the connection is closed by then."""
-        self.server.call_later(seconds, lambda: self.advance(act))
+        self.server.call_later(seconds, functools.partial(self.call, act))
 
     def run(self, work: Callable[[], Any], take: Callable[[Any, Any], None]) -> None:
-        """Have a worker do something heavy; `take(result, error)` unless it is closed by then."""
-        self.server.run(HEAVY, work, lambda *result: self.advance(functools.partial(take, *result)))
+        """Have a worker do something heavy; then `take(result, error)`, likewise."""
+        self.server.run(HEAVY, work, functools.partial(self.call, take))
+
+    def call(self, act: Callable[..., None], *values: Any) -> None:
+        """Call something of a handler; what it raises ends the connection."""
+        if not self.is_closed:
+            try:
+                act(*values)
+            except Exception as error:
+                self.is_over, self.awaited = True, ROOM
+                self.server.held.append(self)
+                if not isinstance(error, Cut):
+                    self.server.handle_error(self.socket, self.client_address)
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
@@ -13171,7 +13149,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.held: list[Connection] = []  # that may have something to be sent
         self.timers: list[tuple[float, int, Callable[[], None]]] = []  # a heap
         self.timer_numbers = itertools.count()
-        self.next_look = math.inf  # at clients that may have waited too long
+        self.looks = False  # now and then at who keeps us waiting
         self.soon: deque[Callable[[], None]] = deque()  # what workers want to be called
         self.threads: list[threading.Thread] = []
         self.tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()  # for workers
@@ -13228,7 +13206,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
                 self.stopping.wait(0.01)
         for connection in list(self.clients):
             connection.close()
-            self.forget(connection)  # no worker will be heard any more
+            self.forget(connection)  # whose worker will not be heard any more
 
     def serve_round(self) -> None:
         """Wait until something can be done, and do all of it."""
@@ -13240,16 +13218,13 @@ class HttpServer(http.server.ThreadingHTTPServer):
                 self.send_held()
         while self.timers and self.timers[0][0] <= self.now:
             heapq.heappop(self.timers)[2]()
-        if self.now >= self.next_look:
-            self.look()
         self.send_held()
 
     def find_pause(self) -> float | None:
         """Return the seconds until something is due; None where nothing is."""
         if self.held:
             return 0
-        due = min(self.next_look, self.timers[0][0] if self.timers else math.inf)
-        return None if due == math.inf else max(0, due - time.monotonic())
+        return max(0, self.timers[0][0] - time.monotonic()) if self.timers else None
 
     def send_held(self) -> None:
         """Send the replies held back; who has more to be sent comes again in the next round."""
@@ -13290,13 +13265,17 @@ class HttpServer(http.server.ThreadingHTTPServer):
             except OSError:  # too many open files, say
                 self.places = len(self.clients)
                 self.accept_or_not()
-                self.call_later(CROWDED_SECONDS / 4, self.accept_or_not)
+                self.call_later(LOOK_SECONDS, self.accept_or_not)
                 return
             connection = Connection(client, address, self)
             self.clients.add(connection)
             self.places = MAX_CONNECTIONS
             self.accept_or_not()
-            connection.receive()  # it mostly has asked already
+            self.held.append(connection)
+            connection.act(selectors.EVENT_READ)  # it mostly has asked already
+            if not self.looks:
+                self.looks = True
+                self.call_later(LOOK_SECONDS, self.look)
             if len(self.held) >= MAX_HELD:
                 self.send_held()
 
@@ -13307,7 +13286,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
             self.selector.register(self.socket, selectors.EVENT_READ, self.accept_clients)
         elif self.accepting and not room:
             self.selector.unregister(self.socket)
-            self.look_after(CROWDED_SECONDS)
         self.accepting = room
 
     def forget(self, connection: Connection) -> None:
@@ -13317,25 +13295,21 @@ class HttpServer(http.server.ThreadingHTTPServer):
         if not self.stopping.is_set():
             self.accept_or_not()
 
-    def find_patience(self, state: str) -> float:
-        """Return for how many seconds a connection may be in a state."""
-        return getattr(self, PATIENCE[state]) if state in PATIENCE else math.inf
-
-    def look_after(self, seconds: float) -> None:
-        """Look at all clients after so many seconds at the latest."""
-        self.next_look = min(self.next_look, self.now + seconds)
-
     def look(self) -> None:
-        """Give up who has kept us waiting too long; where others wait for a place, that is soon."""
+        """Give up who keeps us waiting; where others wait for a place, that is soon."""
         crowded = not self.accepting and bool(self.door.select(0))
         most = CROWDED_SECONDS if crowded else math.inf
-        self.next_look = math.inf if self.accepting else self.now + CROWDED_SECONDS / 4
         for connection in list(self.clients):
-            patience = min(self.find_patience(connection.state), most)
-            if connection.since + patience <= self.now and connection.state in PATIENCE:
-                connection.give_up()
-            elif connection.state in PATIENCE:
-                self.next_look = min(self.next_look, connection.since + patience)
+            name = PATIENCE.get(connection.awaited)
+            if name is None or self.now < connection.since + min(getattr(self, name), most):
+                continue
+            if connection.awaited is PARTIAL:
+                connection.go_on(error=ApiError("slow_request", seconds=self.receive_seconds))
+            else:
+                connection.close()
+        self.looks = bool(self.clients)
+        if self.looks:
+            self.call_later(LOOK_SECONDS, self.look)
 
     # Workers
 
@@ -15190,7 +15164,7 @@ class TogetherAiServer(Scripting):
         return name_reply(error.as_reply(self.strict, name), request)
 
     def _begin(self, request: Request) -> str:
-        """Record a request and read it; return how long it takes to answer: see `HttpServer`."""
+        """Record a request and read it; return who shall answer it: see `HttpServer`."""
         call = request.call = self._record(request)
         if len(request.raw) > MAX_QUICK_BYTES:
             return HEAVY
@@ -15198,10 +15172,8 @@ class TogetherAiServer(Scripting):
             route = self._open(request, call)
         except Exception:  # answer() meets it again, and tells
             return QUICK
-        return self._choose_worker(route, request)
-
-    def _choose_worker(self, route: Route, request: Request) -> str:
-        """Return how long a request takes, by what it asks for."""
+        if route.open and not route.slow:
+            return QUICK
         script = self.script
         waits = script.slow or script.watched or "x-parlel-fixture" in request.headers
         if self._upstream is not None or waits:
