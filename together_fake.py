@@ -70,7 +70,6 @@ PYTEST_DONT_REWRITE: nothing here is an assertion of a test.
 from __future__ import annotations
 
 import base64
-import calendar
 import codecs
 import contextlib
 import errno
@@ -254,11 +253,6 @@ def complain(text: str) -> None:
 def format_time(at: float) -> str:
     """Write Unix seconds as `2026-01-05T10:00:00.000Z`."""
     return f"{time.strftime(TIME_FORMAT, time.gmtime(at))}.{int(at % 1 * 1000):03}Z"
-
-
-def parse_time(text: str) -> int:
-    """Return the Unix seconds of such a time."""
-    return calendar.timegm(time.strptime(text[:19], TIME_FORMAT))
 
 
 def mask(value: str) -> str:
@@ -860,14 +854,17 @@ def rows_of(names: str, *kinds: type, **rules: Any) -> list[Field]:
     return [Field(name, *kinds, **rules) for name in names.split()]
 
 
-def object_field(name: str, *inner: Field, required: bool = False) -> Field:
+def object_field(name: str, *inner: Field, required: bool = False, ignored: str = "") -> Field:
     """Return the row of an object with rows of its own."""
-    return Field(name, dict, required=required, fields=Fields(*inner))
+    return Field(name, dict, required=required, fields=Fields(*inner, ignored=ignored))
 
 
-def list_field(name: str, *inner: Field, required: bool = False) -> Field:
+def list_field(
+    name: str, *inner: Field, required: bool = False, low: int = 1, ignored: str = ""
+) -> Field:
     """Return the row of an array of such objects, at least one."""
-    return Field(name, list, required=required, low=1, each=object_field("", *inner))
+    each = object_field("", *inner, ignored=ignored)
+    return Field(name, list, required=required, low=low, each=each)
 
 
 def read_texts(values: dict[str, Any], fields: Fields) -> dict[str, Any]:
@@ -3546,11 +3543,6 @@ def is_openai(request: Request) -> bool:
     return named or ("x-stainless-lang" in request.headers and not is_together(request))
 
 
-def is_stainless(request: Request) -> bool:
-    """Say whether a generated Together client asks: Python 2.x and 3.x, and npm's."""
-    return is_together(request) and "x-stainless-lang" in request.headers
-
-
 def wrap_list(request: Request, items: list[Any], strict: bool, more: bool = False) -> Any:
     """Return the bare array of production, or the envelope that OpenAI's clients parse."""
     if is_openai(request) and not strict:
@@ -3558,14 +3550,10 @@ def wrap_list(request: Request, items: list[Any], strict: bool, more: bool = Fal
     return items
 
 
-def is_sdk(request: Request) -> bool:
-    """Say whether an official client asks."""
-    return is_openai(request) or is_together(request) or "x-stainless-lang" in request.headers
-
-
 def completion_object(request: Request, name: str, strict: bool) -> str:
     """Return `object` of a text completion; who is no SDK gets the original's, unless strict."""
-    return name if strict or is_sdk(request) else "text_completion"
+    known = strict or is_openai(request) or is_together(request)
+    return name if known else "text_completion"
 
 
 # === Collections ===
@@ -6334,7 +6322,6 @@ def token_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> Any:
     return part
 
 
-USAGE_COUNTS = ("prompt_tokens", "completion_tokens", "total_tokens")
 # What stands for a piece of text and its number in a chunk that is encoded once; no text that comes
 # in has such characters.
 SLOT, SLOT_NUMBER = "\udc00", "\udc01"
@@ -6360,26 +6347,16 @@ def interleave(streams: list[Iterator[Any]]) -> Iterator[Any]:
                 streams.remove(stream)
 
 
-def list_logprobs(
-    pieces: Sequence[str],
-    scores: Sequence[Any],
-    keys: Sequence[str] = ("token", "logprob", "bytes"),
-) -> list[dict[str, Any]]:
-    """Return logprobs in OpenAI's form: one object a token, with its keys in this order."""
+def list_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> list[dict[str, Any]]:
+    """Return logprobs in OpenAI's form, one object a token, with the keys in recorded order."""
 
     def entry(piece: str, logprob: float) -> dict[str, Any]:
-        values = {"token": piece, "logprob": logprob, "bytes": list(piece.encode())}
-        return {key: values[key] for key in keys}
+        return {"token": piece, "bytes": list(piece.encode()), "logprob": logprob}
 
     return [
         {**entry(piece, logprob), "top_logprobs": [entry(*top) for top in tops]}
         for piece, (logprob, tops) in zip(pieces, scores)
     ]
-
-
-def content_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> dict[str, Any]:
-    """Return logprobs as OpenAI's chats have them, with the keys in the recorded order."""
-    return {"content": list_logprobs(pieces, scores, ("token", "bytes", "logprob"))}
 
 
 @functools.lru_cache(maxsize=256)
@@ -6540,7 +6517,8 @@ class Form:
 
     def logprobs(self, answer: Answer, choice: Choice) -> Any:
         """Return the logprobs of a whole choice."""
-        return content_logprobs(choice.pieces, choice.scores) if choice.scores else None
+        content = list_logprobs(choice.pieces, choice.scores)
+        return {"content": content} if content else None
 
     # The stream
 
@@ -6807,7 +6785,7 @@ class PassedThroughForm(DetailsForm):
     empty_content = None
 
     def chunk_logprobs(self, piece: str, logprob: float, tops: Sequence[Any]) -> Any:
-        return content_logprobs([piece], [(logprob, tops)])
+        return {"content": list_logprobs([piece], [(logprob, tops)])}
 
 
 class DeepSeekForm(PassedThroughForm):
@@ -6920,12 +6898,10 @@ SAMPLING_FIELDS = (
     Field("max_tokens", int, low=0),
     Field("stop", str, list, each=Field("", str)),
     Field("stream", bool),
-    Field(
+    object_field(
         "stream_options",
-        dict,
-        fields=Fields(
-            Field("include_usage", bool), ignored="include_obfuscation continuous_usage_stats"
-        ),
+        Field("include_usage", bool),
+        ignored="include_obfuscation continuous_usage_stats",
     ),
     Field("echo", bool),
     Field("safety_model", str),
@@ -6948,50 +6924,40 @@ PART_TYPES = (
 PART_FIELDS = Fields(
     Field("type", str, required=True, choices=PART_TYPES),
     Field("text", str),
-    Field("image_url", dict, fields=URL_FIELDS),
-    Field("video_url", dict, fields=URL_FIELDS),
-    Field("audio_url", dict, fields=URL_FIELDS),
-    Field("input_audio", dict, fields=Fields(Field("data", str, required=True), ignored="format")),
+    *rows_of("image_url video_url audio_url", dict, fields=URL_FIELDS),
+    object_field("input_audio", Field("data", str, required=True), ignored="format"),
     ignored="file refusal reasoning thinking signature annotations cache_control",
 )
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MESSAGE_FIELDS = Fields(
     Field("role", str, required=True, choices=ROLES),
     Field("content", str, list, each=Field("", dict, fields=PART_FIELDS)),
-    Field("name", str),
-    Field("tool_call_id", str),
-    Field(
+    *rows_of("name tool_call_id reasoning reasoning_content", str),
+    list_field(
         "tool_calls",
-        list,
-        each=Field(
-            "",
-            dict,
-            fields=Fields(
-                Field("function", dict, fields=CALL_FIELDS), ignored="id type index custom"
-            ),
-        ),
+        Field("function", dict, fields=CALL_FIELDS),
+        low=0,
+        ignored="id type index custom",
     ),
     Field("function_call", dict, fields=CALL_FIELDS),
-    Field("reasoning", str),
-    Field("reasoning_content", str),
     ignored="refusal annotations audio parsed reasoning_details cache_control",
 )
 RESPONSE_FORMATS = ("text", "json_object", "json_schema", "regex")
 TEXT_FORMAT = {"type": "text"}
 FORMAT_FIELDS = Fields(
     Field("type", str, required=True, choices=RESPONSE_FORMATS),
-    Field(
+    object_field(
         "json_schema",
-        dict,
-        fields=Fields(
-            Field("name", str, high=64),
-            Field("strict", bool),
-            Field("schema", dict, bool),
-            ignored="description",
-        ),
+        Field("name", str, high=64),
+        Field("strict", bool),
+        Field("schema", dict, bool),
+        ignored="description",
     ),
     Field("schema", dict, bool),
     Field("pattern", str),
+)
+TOOL_FIELDS = Fields(
+    Field("type", str), Field("function", dict, required=True, fields=FUNCTION_FIELDS)
 )
 NAME_ROW = Field("name", str)
 NAMED_ROWS = (Field("type", str), NAME_ROW, object_field("function", NAME_ROW))
@@ -7011,19 +6977,7 @@ CHAT_FIELDS = Fields(
     Field("logprobs", int, bool, low=0, high=20),
     Field("top_logprobs", int, low=0, high=20),
     Field("response_format", dict, fields=FORMAT_FIELDS),
-    Field(
-        "tools",
-        list,
-        high=MAX_TOOLS,
-        each=Field(
-            "",
-            dict,
-            fields=Fields(
-                Field("type", str),
-                Field("function", dict, required=True, fields=FUNCTION_FIELDS),
-            ),
-        ),
-    ),
+    Field("tools", list, high=MAX_TOOLS, each=Field("", dict, fields=TOOL_FIELDS)),
     Field("tool_choice", str, dict, fields=TOOL_CHOICE),
     Field("parallel_tool_calls", bool),
     Field("functions", list, each=Field("", dict, fields=FUNCTION_FIELDS)),
@@ -7059,9 +7013,7 @@ def pick_facts(body: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
     return facts
 
 
-TOOL_FIELDS = {"tools", "functions", "tool_choice", "function_call"}
-
-
+TOOL_KEYS = {"tools", "functions", "tool_choice", "function_call"}
 MEDIA_TRAITS = {"image_url": "sees", "video_url": "watches", "audio_url": "hears"}
 MEDIA_TRAITS["input_audio"] = "hears"
 
@@ -7215,17 +7167,10 @@ def topic_words(text: str) -> set[bytes]:
     return {word.rstrip(b"s") for word in find_words(text)}
 
 
-def find_calls_in(text: str, names: Sequence[str]) -> set[str]:
-    """Return the tools whose calls an assistant wrote down as text, as smolagents has them."""
-    return {
-        name for name in names if re.search(rf"""["']name["']: ["']{re.escape(name)}["']""", text)
-    }
-
-
 def read_turn(messages: list[dict[str, Any]], names: Sequence[str] = ()) -> tuple[str, set[str]]:
     """Return the last user message, and the names of the tools called since.
 
-    What the user says behind a call that was written as text is its result.
+    A call may be written as text, as smolagents has it; what the user says next is its result.
     """
     asked, written = "", False
     done: set[str] = set()
@@ -7236,7 +7181,11 @@ def read_turn(messages: list[dict[str, Any]], names: Sequence[str] = ()) -> tupl
         for call in message.get("tool_calls") or ():
             done.add((call.get("function") or {}).get("name", ""))
         if message["role"] == "assistant":
-            found = find_calls_in(text, names) if "name" in text else set()
+            found = {
+                name
+                for name in (names if "name" in text else ())
+                if re.search(rf"""["']name["']: ["']{re.escape(name)}["']""", text)
+            }
             written = bool(found)
             done |= found
     return asked, done
@@ -7403,12 +7352,6 @@ def find_effort(body: dict[str, Any], model: Model) -> str:
     return "none" if off else effort
 
 
-def make_reasoning(rng: HashRandom, effort: str, model: Model) -> str:
-    """Return what a reasoning model thinks before it answers; empty where that is switched off."""
-    length = EFFORT_THOUGHTS.get(effort, 1) or int("always-thinks" in model.traits)
-    return " ".join([make_thought(rng.child(index)) for index in range(length)])
-
-
 def compose_choice(
     rng: HashRandom,
     body: dict[str, Any],
@@ -7418,11 +7361,13 @@ def compose_choice(
     index: int,
 ) -> Choice:
     """Write one choice of a chat answer."""
-    functions = [] if TOOL_FIELDS.isdisjoint(body) else choose_tools(body)
+    functions = [] if TOOL_KEYS.isdisjoint(body) else choose_tools(body)
     choice, form, thoughts = Choice(index), FORMS[model.engine].adapt(body), ""
     if model.thinks and not form.skips_reasoning:
         effort = find_effort(body, model)
-        thoughts = make_reasoning(rng.child("reasoning", index), effort, model)
+        length = EFFORT_THOUGHTS.get(effort, 1) or int("always-thinks" in model.traits)
+        own = rng.child("reasoning", index)
+        thoughts = " ".join([make_thought(own.child(number)) for number in range(length)])
         if not form.thinks_in_content:
             hidden = form.hides_thoughts and effort == "none"
             budget -= choice.think(thoughts, budget, hidden)
@@ -7489,19 +7434,15 @@ def apply_script(answer: Answer, script: dict[str, Any]) -> None:
         choice.finish_reason = script.get("finish_reason") or choice.finish_reason
 
 
-def score_choices(rng: HashRandom, choices: list[Choice], count: int) -> None:
-    """Give every token of the choices its logprob and `count` alternatives."""
-    for choice in choices:
-        choice.scores = make_scores(rng.child("logprobs", choice.index), choice.pieces, count)
-
-
 def finish_answer(answer: Answer, rng: HashRandom, prompt: str) -> None:
     """Add the echo and the logprobs that a request asked for."""
     body = answer.request.body
     asked = body.get("logprobs")
     if asked is not None and asked is not False:
         count = (body.get("top_logprobs") or 0) if asked is True else asked
-        score_choices(rng, answer.choices, count)
+        for choice in answer.choices:
+            own = rng.child("logprobs", choice.index)
+            choice.scores = make_scores(own, choice.pieces, count)
     if body.get("echo"):
         part: dict[str, Any] = {"text": prompt}
         if asked:
@@ -7522,7 +7463,7 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
     form.refuse(body, find_effort(body, model) != "none", server.strict)
     rng = HashRandom.of("chat", pick_facts(body, CHAT_FACTS))
     request.id = form.name_answer(rng)
-    for name in () if TOOL_FIELDS.isdisjoint(body) else ("tools", "functions"):
+    for name in () if TOOL_KEYS.isdisjoint(body) else ("tools", "functions"):
         prompt_tokens += count_tokens(ENCODE(body[name])) if body.get(name) else 0
     budget, prompt_tokens = find_budget(body, model, prompt_tokens)
     script = request.script = fill_forced_tool(body, request.script)
@@ -8054,11 +7995,6 @@ def read_inputs(value: Any, place: str) -> list[Any]:
     raise refuse_value(place, "must be a string, or an array of strings or token ids", value)
 
 
-def count_input(value: Any) -> int:
-    """Count the tokens of a text, or of a list that holds them."""
-    return count_tokens(value) if type(value) is str else len(value)
-
-
 def input_text(value: Any) -> str:
     """Return a text, or the words that stand for token ids."""
     return value if type(value) is str else " ".join([f"token{id}" for id in value])
@@ -8078,7 +8014,8 @@ def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
     choices: list[Choice] = []
     prompt_tokens = 0
     for prompt in prompts:
-        budget, read = find_budget(body, model, count_input(prompt))
+        length = count_tokens(prompt) if type(prompt) is str else len(prompt)
+        budget, read = find_budget(body, model, length)
         prompt_tokens += read
         own = HashRandom.of("prompt", [facts, prompt])
         wanted = read_prompt(server, request, [{"role": "user", "content": input_text(prompt)}])
@@ -8114,18 +8051,10 @@ def text_logprobs(pieces: Sequence[str], scores: Sequence[Any], offset: int) -> 
     return part
 
 
-def completion_seed(answer: Answer) -> dict[str, Any]:
-    """Return the seed that only engine A tells."""
-    return {"seed": answer.form.seed(answer)} if answer.form.tells_seed else {}
-
-
-def completion_usage(answer: Answer) -> dict[str, Any]:
-    """Return the usage, with the cached tokens that only engine A tells."""
-    return answer.form.usage(answer) if answer.form.tells_seed else answer.usage
-
-
 def text_completion(answer: Answer) -> dict[str, Any]:
-    """Return a whole text completion."""
+    """Return a whole text completion; only engine A tells a seed and what was cached."""
+    form = answer.form
+    seed = {"seed": form.seed(answer)} if form.tells_seed else {}
     return {
         "id": answer.id,
         "object": completion_object(answer.request, "text.completion", answer.strict),
@@ -8136,13 +8065,13 @@ def text_completion(answer: Answer) -> dict[str, Any]:
             {
                 "text": choice.text,
                 "finish_reason": choice.finish_reason,
-                **completion_seed(answer),
+                **seed,
                 "logprobs": text_logprobs(choice.pieces, choice.scores, 0),
                 "index": choice.index,
             }
             for choice in answer.choices
         ],
-        "usage": completion_usage(answer),
+        "usage": form.usage(answer) if form.tells_seed else answer.usage,
     }
 
 
@@ -8161,7 +8090,7 @@ def text_parts(answer: Answer, choice: Choice) -> Iterator[dict[str, Any]]:
             "text": piece,
             "logprobs": logprobs,
             "finish_reason": choice.finish_reason if ends else None,
-            "seed": completion_seed(answer).get("seed") if ends else None,
+            "seed": answer.form.seed(answer) if ends else None,
             "delta": {"token_id": token_id(piece), "role": "assistant", "content": piece},
         }
 
@@ -8169,7 +8098,8 @@ def text_parts(answer: Answer, choice: Choice) -> Iterator[dict[str, Any]]:
 def text_chunks(answer: Answer) -> Iterator[dict[str, Any]]:
     """Yield a text completion as chunks; the last one has the usage."""
     name = completion_object(answer.request, "completion.chunk", answer.strict)
-    left = len(answer.choices)
+    left, form = len(answer.choices), answer.form
+    usage = form.usage(answer) if form.tells_seed else answer.usage
     for part in interleave([text_parts(answer, choice) for choice in answer.choices]):
         left -= part["finish_reason"] is not None
         yield {
@@ -8178,7 +8108,7 @@ def text_chunks(answer: Answer) -> Iterator[dict[str, Any]]:
             "created": answer.created,
             "choices": [part],
             "model": answer.model,
-            "usage": None if left else completion_usage(answer),
+            "usage": None if left else usage,
         }
 
 
@@ -9442,7 +9372,8 @@ def on_enter_evaluation(
 def show_evaluation(server: TogetherAiServer, request: Request, job: dict[str, Any]) -> Item:
     """Return a job; the generated clients want the counts of labels as JSON text."""
     results = job["results"] or {}
-    if is_stainless(request) and "label_counts" in results:
+    generated = is_together(request) and "x-stainless-lang" in request.headers
+    if generated and "label_counts" in results:
         results["label_counts"] = ENCODE(results["label_counts"])
     return job
 
