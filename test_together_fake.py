@@ -4885,7 +4885,7 @@ class Line:
 
     def __init__(self, handler, is_held=False):
         self.handler, self.is_held = handler, is_held
-        self.sent, self.pauses = b"", []
+        self.sent, self.pauses, self.later = b"", [], []
         self.reply = None
         self.is_ended = self.is_cut = False
         handler.on_open(self)
@@ -4899,6 +4899,9 @@ class Line:
 
     def end(self):
         self.is_ended = True
+
+    def call_later(self, seconds, act):
+        self.later.append(act)
 
     def stream(self, events):
         self.reply = events
@@ -4956,6 +4959,8 @@ class TalkCase(LocalCase):
     def say(self, type, **fields):
         """Send a message and return the answers."""
         self.line.handler.on_bytes(mask(1, json.dumps({"type": type, **fields}).encode()))
+        while self.line.later:
+            self.line.later.pop()()
         return self.line.take()
 
     def texts(self, answers, type, key):
@@ -5138,6 +5143,22 @@ class RealtimeTests(TalkCase):
         for number in range(50):
             self.say(f"type {number}")
         self.assertLess(len(self.call.warnings), 50)
+
+    def test_much_sound_is_heard_bit_by_bit(self):
+        self.connect("turn_detection=none")
+        sound = base64.b64encode(tone(3)).decode()
+        for message in (
+            {"type": "input_audio_buffer.append", "audio": sound},
+            {"type": "input_audio_buffer.commit"},
+        ):
+            self.line.handler.on_bytes(mask(1, json.dumps(message).encode()))
+        steps = 0
+        while self.line.later:
+            self.assertEqual(self.line.take(), [])
+            self.line.later.pop()()
+            steps += 1
+        self.assertEqual(steps, 3)
+        self.assertEqual(self.texts(self.line.take(), ".completed", "duration"), [3])
 
     def test_sound_without_end_is_refused(self):
         with mock.patch.object(fake, "MAX_WAITING_BYTES", 100_000):

@@ -3998,11 +3998,17 @@ def read_close(data: bytes) -> int:
     return code
 
 
-def unmask(data: bytearray, mask: bytearray) -> bytes:
-    """Return a payload as it was before it was masked."""
-    masks = (mask * (len(data) // 4 + 1))[: len(data)]
-    number = int.from_bytes(data, "big") ^ int.from_bytes(masks, "big")
-    return number.to_bytes(len(data), "big")
+@functools.lru_cache(maxsize=256)
+def write_xor_table(byte: int) -> bytes:
+    """Return what each byte becomes that is masked with this one."""
+    return bytes(byte ^ each for each in range(256))
+
+
+def unmask(data: bytearray, mask: bytearray) -> bytearray:
+    """Take the mask from a payload, in place."""
+    for place, byte in enumerate(mask):
+        data[place::4] = data[place::4].translate(write_xor_table(byte))
+    return data
 
 
 class FrameReader:
@@ -4036,7 +4042,7 @@ class FrameReader:
             payload = unmask(self.unread[start : start + size], self.unread[start - 4 : start])
             del self.unread[: start + size]
             if kind >= CLOSE:
-                yield kind, payload
+                yield kind, bytes(payload)
                 continue
             self.kind = self.kind or kind
             self.message += payload
@@ -4059,7 +4065,7 @@ class FrameReader:
         if second < 128:
             raise Closed(1002, "a client's frame has no mask")
 
-    def check_text(self, piece: bytes, ends: bool) -> None:
+    def check_text(self, piece: bytearray, ends: bool) -> None:
         """Raise Closed where a text is not UTF-8, or ends within a character."""
         try:
             self.decoder.decode(piece, ends)
@@ -4071,7 +4077,8 @@ class Socket:
     """Has a session travel over a connection that was handed over.
 
     session  `open()` and `hear(message, is_text)` yield what to send: an event, at once; or a turn,
-             which yields events and pauses, and waits for the turns before it
+             which yields events and pauses, and waits for the turns before it. Where they take
+             long, they yield None at times, so that others are served in between.
     call     keeps the messages
     end      is told the call and how it ended
     """
@@ -4083,6 +4090,8 @@ class Socket:
         self.reader = FrameReader()
         self.turns: deque[Iterator[Any]] = deque()
         self.waiting = 0  # bytes received since all turns had been sent
+        self.unread = b""  # of them, while something takes long
+        self.is_busy = False
         self.closed: Closed | None = None  # by us, as soon as may be
         self.is_over = False
 
@@ -4094,7 +4103,10 @@ class Socket:
     def on_bytes(self, data: bytes) -> None:
         """Take what has come from the client."""
         self.waiting += len(data)
-        self.act(self.read(data))
+        self.unread += data
+        if not self.is_busy:
+            data, self.unread = self.unread, b""
+            self.act(self.read(data))
 
     def on_sent(self) -> None:
         """Begin to send the next turn, or close the connection behind the last word."""
@@ -4128,16 +4140,23 @@ class Socket:
 
     def act(self, outputs: Iterator[Any]) -> None:
         """Send events, and line up turns."""
+        self.is_busy = True
         try:
             for output in outputs:
+                if output is None:
+                    self.connection.call_later(0, functools.partial(self.act, outputs))
+                    return
                 if isinstance(output, dict):
                     self.connection.write(self.frame(ENCODE(output).encode()))
                 else:
                     self.turns.append(output)
         except Closed as closed:
             self.closed = closed
+        self.is_busy = False
         if self.closed or self.is_over or not self.connection.is_streaming:
             self.on_sent()
+        if self.unread and not self.is_over:
+            self.on_bytes(b"")
 
     def draw(self, turn: Iterator[Any]) -> Generator[Any, None, None]:
         """Yield the events of a turn in their frames, and its pauses; a worker may draw them."""
@@ -10282,10 +10301,12 @@ class HearingSession(Session):
         """Hear some sound, a frame after the other."""
         self.unheard += DECODE_BASE64(message["audio"])
         size = self.second // FRAMES_A_SECOND
-        for _ in range(len(self.unheard) // size):
+        for count in range(1, len(self.unheard) // size + 1):
             frame = bytes(self.unheard[:size])
             del self.unheard[:size]
             yield from self.hear_frame(frame)
+            if count % FRAMES_A_SECOND == 0:  # which took some milliseconds
+                yield None
         if len(self.sound) > MAX_WAITING_BYTES:
             raise refuse_value("audio", "must be committed at times", len(self.sound))
 
