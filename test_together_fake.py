@@ -1188,14 +1188,24 @@ class FrameTests(unittest.TestCase):
     """What a client may send over a socket: cases of the Autobahn test suite, as bytes."""
 
     def read(self, data, step):
-        """Return what a reader yields, and the code with which it gives up."""
-        reader, found = fake.FrameReader(), []
-        try:
-            for at in range(0, len(data), step):
-                found += reader.read(data[at : at + step])
-        except fake.Closed as closed:
-            return [*found, closed.args[0]]
+        """Return the messages and pings that a socket hears, and the code with which it closes."""
+        found = []
+
+        def hear(message):
+            found.extend((9, pong) for pong in line.take())
+            found.append((1, message))
+            return iter(())
+
+        session = types.SimpleNamespace(open=lambda: iter(()), hear=hear)
+        socket = fake.Socket(session, fake.Call(0, Request("GET", "/"), 0), self.note_end)
+        line = Line(socket)
+        for at in range(0, len(data), step):
+            socket.on_bytes(data[at : at + step])
+            found += [(9, each) if isinstance(each, bytes) else each for each in line.take()]
         return found
+
+    def note_end(self, call, outcome):
+        call.outcome = outcome
 
     def check(self, *cases):
         for name, data, *wanted in cases:
@@ -1207,7 +1217,7 @@ class FrameTests(unittest.TestCase):
         for size in (0, 1, 125, 126, 127, 128, 65535, 65536, 65537):
             text = ("*" * size).encode()
             self.check((f"1.1 {size}", mask(1, text), (1, text)))
-            self.check((f"1.2 {size}", mask(2, b"\xfe" * size), (2, b"\xfe" * size)))
+            self.check((f"1.2 {size}", mask(2, b"\xfe" * size), 1003))  # only texts are known
         long = mask(1, b"abc", size=(127, 8))
         self.check(("a size that takes more bytes than it needs", long, (1, b"abc")))
 
@@ -1217,7 +1227,7 @@ class FrameTests(unittest.TestCase):
             ("2.3", mask(9, b"\0\xff\xfe"), (9, b"\0\xff\xfe")),
             ("2.4", mask(9, b"x" * 125), (9, b"x" * 125)),
             ("2.5", mask(9, b"x" * 126), 1002),
-            ("2.7", mask(10), (10, b"")),
+            ("2.7", mask(10)),
             ("2.11", mask(9, b"a") * 3, *[(9, b"a")] * 3),
         )
 
@@ -1261,29 +1271,27 @@ class FrameTests(unittest.TestCase):
             self.check((f"6.2 {text!r}", b"".join(pieces) + mask(0), (1, text)))
         for text in bad:
             self.check((f"6 {text!r}", mask(1, text), 1007))
-            self.check((f"binary {text!r}", mask(2, text), (2, text)))
-        early = mask(1, kosme + b"\xed\xa0", last=False)  # before the message is whole
-        self.check(("6.4.1", early + mask(0, b"\x80edited"), 1007))
 
     def test_a_close_has_a_code_that_may_be_sent(self):
         good = (1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 3000, 3999, 4000, 4503, 4999)
         bad = (0, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535)
         for code in good:
-            self.assertEqual(fake.read_close(struct.pack(">H", code) + b"bye"), code)
-        for data, wanted in (
-            *((struct.pack(">H", code), 1002) for code in bad),
-            (b"\x03", 1002),
-            (b"\x03\xe8\xce\xba\xed\xa0\x80", 1007),
-        ):
-            with self.subTest(data=data), self.assertRaises(fake.Closed) as caught:
-                fake.read_close(data)
-            self.assertEqual(caught.exception.args[0], wanted)
-        self.assertEqual(fake.read_close(b""), 0)
+            data = struct.pack(">H", code)
+            self.check((f"7.7 {code}", mask(8, data + b"bye") + mask(1, b"x"), code))
+        for code in bad:
+            self.check((f"7.9 {code}", mask(8, struct.pack(">H", code)), 1002))
+        self.check(
+            ("7.3.1", mask(8), 0),
+            ("7.3.2", mask(8, b"\x03"), 1002),
+            ("7.5.1", mask(8, b"\x03\xe8\xce\xba\xed\xa0\x80"), 1007),
+            ("7.1.2", mask(8, b"\x03\xe8") + mask(8, b"\x03\xe9"), 1000),
+            ("7.1.3", mask(8, b"\x03\xe8") + mask(9, b"ping"), 1000),
+        )
 
     def test_a_message_has_at_most_4_mb(self):
-        part = mask(2, b"x" * 2**21, last=False)
+        part = mask(1, b"x" * 2**21, last=False)
         rest = mask(0, b"x" * 2**21)
-        self.check(("9 fragments", part + rest, (2, b"x" * 2**22)))
+        self.check(("9 fragments", part + rest, (1, b"x" * 2**22)))
         self.check(("9 too many", part + mask(0, b"x" * 2**21, last=False) + mask(0, b"x"), 1009))
         head = mask(1, b"", size=(127, 8))[:2] + (2**63).to_bytes(8, "big") + b"abcd"
         self.check(("9 refused before it comes", head, 1009))
@@ -4885,7 +4893,7 @@ class Line:
 
     def __init__(self, handler, is_held=False):
         self.handler, self.is_held = handler, is_held
-        self.sent, self.pauses, self.later = b"", [], []
+        self.sent, self.pauses = b"", []
         self.reply = None
         self.is_ended = self.is_cut = False
         handler.on_open(self)
@@ -4899,9 +4907,6 @@ class Line:
 
     def end(self):
         self.is_ended = True
-
-    def call_later(self, seconds, act):
-        self.later.append(act)
 
     def stream(self, events):
         self.reply = events
@@ -4959,8 +4964,6 @@ class TalkCase(LocalCase):
     def say(self, type, **fields):
         """Send a message and return the answers."""
         self.line.handler.on_bytes(mask(1, json.dumps({"type": type, **fields}).encode()))
-        while self.line.later:
-            self.line.later.pop()()
         return self.line.take()
 
     def texts(self, answers, type, key):
@@ -5067,21 +5070,19 @@ class RealtimeTests(TalkCase):
         answers = self.say("input_audio_buffer.commit")
         self.assertEqual(self.texts(answers, ".completed", "transcript"), [""])
         self.assertEqual(self.texts(answers, ".completed", "start"), [2.5])
-        (answer,) = self.say("input_audio_buffer.commit")
-        self.assertEqual(answer["processed_ms"], 3000)
+        self.assertEqual(self.texts(answers, "processed", "processed_ms"), [3000])
+        self.assertEqual(self.say("input_audio_buffer.commit"), [])
 
     def test_a_commit_ends_speech_that_goes_on(self):
         answers = self.hear(tone(1), commit=True)
         self.assertEqual(len(self.texts(answers, ".completed", "transcript")), 1)
-        (answer,) = self.hear(tone(1, level=0), commit=True)
-        self.assertEqual(answer, {"type": "input_audio_buffer.processed", "processed_ms": 1000})
+        self.assertEqual(self.hear(tone(1, level=0), commit=True), [])
 
     def test_clear_forgets_and_counts_anew(self):
         self.connect()
         self.append(tone(1))
         self.assertEqual(self.say("input_audio_buffer.clear"), [])
-        self.assertEqual(len(self.say("input_audio_buffer.commit")), 1)
-        self.say("input_audio_buffer.clear")
+        self.assertEqual(self.say("input_audio_buffer.commit"), [])
         self.append(tone(1))
         answers = self.say("input_audio_buffer.commit")
         self.assertEqual(self.texts(answers, ".completed", "start"), [0])
@@ -5119,7 +5120,6 @@ class RealtimeTests(TalkCase):
         for frame, reason in (
             (mask(1, b"{"), "not valid JSON"),
             (mask(1, b"[]"), "must be a JSON object"),
-            (mask(2, b"{}"), "a message is a text"),
             (mask(1, b'{"type":"input_audio_buffer.append"}'), "Missing required field: audio"),
             (mask(1, b'{"type":"input_audio_buffer.append","audio":"?"}'), "must be base64"),
         ):
@@ -5143,22 +5143,6 @@ class RealtimeTests(TalkCase):
         for number in range(50):
             self.say(f"type {number}")
         self.assertLess(len(self.call.warnings), 50)
-
-    def test_much_sound_is_heard_bit_by_bit(self):
-        self.connect("turn_detection=none")
-        sound = base64.b64encode(tone(3)).decode()
-        for message in (
-            {"type": "input_audio_buffer.append", "audio": sound},
-            {"type": "input_audio_buffer.commit"},
-        ):
-            self.line.handler.on_bytes(mask(1, json.dumps(message).encode()))
-        steps = 0
-        while self.line.later:
-            self.assertEqual(self.line.take(), [])
-            self.line.later.pop()()
-            steps += 1
-        self.assertEqual(steps, 3)
-        self.assertEqual(self.texts(self.line.take(), ".completed", "duration"), [3])
 
     def test_sound_without_end_is_refused(self):
         with mock.patch.object(fake, "MAX_WAITING_BYTES", 100_000):
@@ -5241,14 +5225,6 @@ class VoiceTests(TalkCase):
         sizes = [len(sound) // (fake.CHARACTER_MS * 48) for sound in self.spoken(answers).values()]
         self.assertEqual(sizes, [29, 29, 29])
         self.assertEqual(len(self.spoken(self.speak("x" * 80, query="max_partial_length=32"))), 3)
-
-    def test_segments(self):
-        text = "One. Two."
-        for segment, before, after in (("immediate", 1, 0), ("never", 0, 1), ("sentence", 2, 0)):
-            answers = self.speak(text, query=f"segment={segment}", commit=False)
-            self.assertEqual(len(self.spoken(answers)), before, segment)
-            answers = self.say("input_text_buffer.commit")
-            self.assertEqual(len(self.spoken(answers)), after, segment)
 
     def test_clear_forgets_what_is_not_spoken(self):
         self.speak("Hello there", commit=False)

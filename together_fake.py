@@ -70,7 +70,6 @@ PYTEST_DONT_REWRITE: nothing here is an assertion of a test.
 from __future__ import annotations
 
 import base64
-import codecs
 import contextlib
 import errno
 import functools
@@ -3933,15 +3932,15 @@ class Call:
 
 MAX_MESSAGE_BYTES = 4 * 2**20  # of a message, all of its fragments together
 MAX_WAITING_BYTES = 16 * 2**20  # that a client sends without taking the answers
-CONTINUATION, TEXT_FRAME, BINARY_FRAME, CLOSE, PING, PONG = 0, 1, 2, 8, 9, 10
+TEXT_FRAME, BINARY_FRAME, CLOSE, PING, PONG = 1, 2, 8, 9, 10  # 0 goes on with a message
 
 
 class Closed(Exception):
-    """Raised to close a socket: the code that says why, and words; a message tells it before."""
+    """Raised to close a socket: a code, words, the call's outcome, and a message's error before."""
 
-    def __init__(self, code: int, reason: str = "", error: Any = None) -> None:
+    def __init__(self, code: int, reason: str, outcome: str = "cut", error: Any = None) -> None:
         super().__init__(code, reason)
-        self.error = error  # its envelope, where there is one
+        self.outcome, self.error = outcome, error
 
 
 def is_close_code(code: int) -> bool:
@@ -3955,14 +3954,14 @@ def accept_upgrade(request: Request) -> dict[str, str]:
     Of the subprotocols offered the first that is no key is taken, of the extensions none.
     """
     headers = request.headers
-    asked = (headers.get("upgrade", "") + " " + headers.get("connection", "")).lower()
-    wanted = "websocket" in asked and " upgrade" in asked.replace(",", " ")
-    if not wanted or headers.get("sec-websocket-version") != "13" or request.method != "GET":
+    asked = f"{headers.get('upgrade')} {headers.get('connection')}".lower()
+    wanted = re.match("websocket .*upgrade", asked) and request.method == "GET"
+    if not wanted or headers.get("sec-websocket-version") != "13":
         error = ApiError("no_upgrade", path=request.path)
         error.headers = {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
         raise error
     key = headers.get("sec-websocket-key", "")
-    if not re.fullmatch(r"[A-Za-z0-9+/]{21}[AQgw]==", key):
+    if not re.fullmatch("[A-Za-z0-9+/]{21}[AQgw]==", key):
         raise ApiError("bad_http", reason="Sec-WebSocket-Key is not 16 bytes in base64")
     data = (key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11").encode()
     digest = hashlib.sha1(data, usedforsecurity=False).digest()
@@ -3973,146 +3972,83 @@ def accept_upgrade(request: Request) -> dict[str, str]:
     return accepted
 
 
-def frame_message(kind: int, data: bytes) -> bytes:
+def write_frame(kind: int, data: bytes) -> bytes:
     """Return a message in one frame, as a server sends it: without a mask."""
     size = len(data)
-    if size < 126:
-        return struct.pack(">BB", 0x80 | kind, size) + data
-    form, mark = (">BBH", 126) if size < 65536 else (">BBQ", 127)
-    return struct.pack(form, 0x80 | kind, mark, size) + data
+    mark, count = (size, 0) if size < 126 else (126, 2) if size < 65536 else (127, 8)
+    return bytes((0x80 | kind, mark)) + size.to_bytes(8, "big")[8 - count :] + data
 
 
-def frame_close(code: int, reason: str = "") -> bytes:
-    """Return the frame that closes a socket; a code of 0 is not told."""
-    words = reason.encode()[:120].decode("utf-8", "ignore").encode()
-    return frame_message(CLOSE, struct.pack(">H", code) + words if code else b"")
+def take_frame(data: bytearray) -> tuple[bool, int, bytes] | None:
+    """Take a client's next frame, once it is whole: if it ends its message, its kind, its bytes."""
+    if len(data) < 2:
+        return None
+    is_last, kind, size = data[0] > 127, data[0] & 15, data[1] & 127
+    if data[0] & 0x70 or kind not in (0, 1, 2, CLOSE, PING, PONG) or data[1] < 128:
+        raise Closed(1002, "a frame is extended, of an unknown kind or not masked")
+    if kind >= CLOSE and (size > 125 or not is_last):
+        raise Closed(1002, "a control frame is too long, or in fragments")
+    start = 6 + {126: 2, 127: 8}.get(size, 0)
+    size = int.from_bytes(data[2 : start - 4], "big") if start > 6 else size
+    if len(data) >= start and size > MAX_MESSAGE_BYTES:
+        raise Closed(1009, f"a message has more than {MAX_MESSAGE_BYTES} bytes")
+    if len(data) < start + size:
+        return None
+    mask, payload = data[start - 4 : start] * (size // 4 + 1), data[start : start + size]
+    number = int.from_bytes(payload, "big") ^ int.from_bytes(mask[:size], "big")
+    del data[: start + size]
+    return is_last, kind, number.to_bytes(size, "big")
 
 
-def read_close(data: bytes) -> int:
-    """Return the code with which a client closes, 0 where it tells none; raise Closed else."""
+def read_close(data: bytes) -> Closed:
+    """Return what a client closes a socket with, or what is wrong with that."""
     code = int.from_bytes(data[:2], "big")
     if data and (len(data) < 2 or not is_close_code(code)):
-        raise Closed(1002, "the code of a close frame is none that may be sent")
+        return Closed(1002, "the code of a close frame is none that may be sent")
     if not succeeds(bytes.decode, data[2:]):
-        raise Closed(1007, "the reason of a close frame is not UTF-8")
-    return code
-
-
-@functools.lru_cache(maxsize=256)
-def write_xor_table(byte: int) -> bytes:
-    """Return what each byte becomes that is masked with this one."""
-    return bytes(byte ^ each for each in range(256))
-
-
-def unmask(data: bytearray, mask: bytearray) -> bytearray:
-    """Take the mask from a payload, in place."""
-    for place, byte in enumerate(mask):
-        data[place::4] = data[place::4].translate(write_xor_table(byte))
-    return data
-
-
-class FrameReader:
-    """Takes apart what a client sends, however it is cut.
-
-    Raises Closed as soon as something is not allowed: 1002 for a frame, 1007 for a text that is
-    not UTF-8, 1009 for a message that is too large.
-    """
-
-    def __init__(self) -> None:
-        self.unread = bytearray()
-        self.kind = 0  # of the message that has begun; 0: none has
-        self.message = bytearray()
-        self.decoder = codecs.getincrementaldecoder("utf-8")()
-
-    def read(self, data: bytes) -> Iterator[tuple[int, bytes]]:
-        """Yield the kind and the bytes of each message, ping, pong and close that is whole."""
-        self.unread += data
-        while len(self.unread) >= 2:
-            first, size = self.unread[0], self.unread[1] & 127
-            self.check_head(first, self.unread[1])
-            start = 6 + {126: 2, 127: 8}.get(size, 0)
-            if len(self.unread) < start:
-                return
-            size = int.from_bytes(self.unread[2 : start - 4], "big") if start > 6 else size
-            kind, is_last = first & 15, first > 127
-            if kind < CLOSE and len(self.message) + size > MAX_MESSAGE_BYTES:
-                raise Closed(1009, f"a message has more than {MAX_MESSAGE_BYTES} bytes")
-            if len(self.unread) < start + size:
-                return
-            payload = unmask(self.unread[start : start + size], self.unread[start - 4 : start])
-            del self.unread[: start + size]
-            if kind >= CLOSE:
-                yield kind, bytes(payload)
-                continue
-            self.kind = self.kind or kind
-            self.message += payload
-            if self.kind == TEXT_FRAME:
-                self.check_text(payload, is_last)
-            if is_last:
-                kind, message = self.kind, bytes(self.message)
-                self.kind, self.message = 0, bytearray()
-                yield kind, message
-
-    def check_head(self, first: int, second: int) -> None:
-        """Raise Closed for a frame whose first two bytes are not allowed."""
-        kind, is_last = first & 15, first > 127
-        if first & 0x70 or kind not in (CONTINUATION, TEXT_FRAME, BINARY_FRAME, CLOSE, PING, PONG):
-            raise Closed(1002, "a frame is of an unknown kind, or extended")
-        if kind >= CLOSE and (not is_last or second & 127 > 125):
-            raise Closed(1002, "a control frame is in fragments, or too long")
-        if kind < CLOSE and (kind == CONTINUATION) != (self.kind > 0):
-            raise Closed(1002, "a fragment is missing, or belongs to no message")
-        if second < 128:
-            raise Closed(1002, "a client's frame has no mask")
-
-    def check_text(self, piece: bytearray, ends: bool) -> None:
-        """Raise Closed where a text is not UTF-8, or ends within a character."""
-        try:
-            self.decoder.decode(piece, ends)
-        except UnicodeDecodeError:
-            raise Closed(1007, "a text is not UTF-8") from None
+        return Closed(1007, "the reason of a close frame is not UTF-8")
+    return Closed(code, "", "complete")
 
 
 class Socket:
-    """Has a session travel over a connection that was handed over.
+    """Has a session travel over a connection, as `Connection.hand_over()` wants it.
 
-    session  `open()` and `hear(message, is_text)` yield what to send: an event, at once; or a turn,
-             which yields events and pauses, and waits for the turns before it. Where they take
-             long, they yield None at times, so that others are served in between.
-    call     keeps the messages
-    end      is told the call and how it ended
+    session  `open()` and `hear(message)` yield what to send: an event, at once; or a turn, which
+             yields events and pauses, and waits for the turns before it
     """
 
     connection: Any
 
     def __init__(self, session: Any, call: Call, end: Callable[[Call, str], None]) -> None:
         self.session, self.call, self.end = session, call, end
-        self.reader = FrameReader()
+        self.unread = bytearray()
+        self.message, self.kind = b"", 0  # as far as its fragments have come
         self.turns: deque[Iterator[Any]] = deque()
         self.waiting = 0  # bytes received since all turns had been sent
-        self.unread = b""  # of them, while something takes long
-        self.is_busy = False
-        self.closed: Closed | None = None  # by us, as soon as may be
-        self.is_over = False
+        self.closed: Closed | None = None
 
     def on_open(self, connection: Any) -> None:
-        """Begin; the loop calls this, as the next three."""
+        """Begin."""
         self.connection = connection
         self.act(self.session.open())
 
     def on_bytes(self, data: bytes) -> None:
         """Take what has come from the client."""
-        self.waiting += len(data)
         self.unread += data
-        if not self.is_busy:
-            data, self.unread = self.unread, b""
-            self.act(self.read(data))
+        self.waiting += len(data)
+        self.act(self.read())
 
     def on_sent(self) -> None:
-        """Begin to send the next turn, or close the connection behind the last word."""
+        """Send the next turn, or close the socket behind the last word."""
+        if self.closed is not None and not self.call.outcome:
+            code, reason = self.closed.args
+            data = (
+                struct.pack(">H", code) + reason.encode("ascii", "replace")[:120] if code else b""
+            )
+            self.connection.write(write_frame(CLOSE, data))
+            self.call.close_code, self.call.error = code, self.call.error or reason
+            self.finish(self.closed.outcome)
         if self.closed is not None:
-            self.close("cut", *self.closed.args)
-        if self.is_over:
             self.connection.end()
         elif self.turns:
             self.connection.stream(self.draw(self.turns.popleft()))
@@ -4123,50 +4059,58 @@ class Socket:
         """Note that the connection is gone."""
         self.finish("left")
 
-    def read(self, data: bytes) -> Iterator[Any]:
-        """Yield the answers to what the client's frames say."""
+    def finish(self, outcome: str) -> None:
+        """End the call; what is said first counts."""
+        if not self.call.outcome:
+            self.call.duration = time.perf_counter() - self.call.started
+            self.end(self.call, outcome)
+
+    def read(self) -> Iterator[Any]:
+        """Yield the answers to the frames that have come."""
         if self.waiting > MAX_WAITING_BYTES:
             raise Closed(1008, "too much waits to be answered")
-        for kind, payload in () if self.is_over else self.reader.read(data):
+        while self.closed is None and (frame := take_frame(self.unread)):
+            is_last, kind, data = frame
             if kind == CLOSE:
-                self.close("complete", read_close(payload))
-            elif kind == PING:
-                self.connection.write(frame_message(PONG, payload))
-            elif kind != PONG:
-                self.call.add_message(payload, is_sent=False)
-                yield from self.session.hear(payload, kind == TEXT_FRAME)
-            if self.is_over:
-                return
+                raise read_close(data)
+            if kind == PING:
+                self.connection.write(write_frame(PONG, data))
+            if kind > BINARY_FRAME:
+                continue
+            if (kind == 0) != (self.kind > 0):
+                raise Closed(1002, "a fragment is missing, or belongs to no message")
+            self.message, self.kind = self.message + data, self.kind or kind
+            if len(self.message) > MAX_MESSAGE_BYTES:
+                raise Closed(1009, f"a message has more than {MAX_MESSAGE_BYTES} bytes")
+            if is_last:
+                message, kind, self.message, self.kind = self.message, self.kind, b"", 0
+                if kind == BINARY_FRAME:
+                    raise Closed(1003, "a message is a text")
+                if not succeeds(bytes.decode, message):
+                    raise Closed(1007, "a text is not UTF-8")
+                self.call.add_message(message, is_sent=False)
+                yield from self.session.hear(message)
 
     def act(self, outputs: Iterator[Any]) -> None:
         """Send events, and line up turns."""
-        self.is_busy = True
         try:
             for output in outputs:
-                if output is None:
-                    self.connection.call_later(0, functools.partial(self.act, outputs))
-                    return
                 if isinstance(output, dict):
                     self.connection.write(self.frame(ENCODE(output).encode()))
                 else:
                     self.turns.append(output)
         except Closed as closed:
-            self.closed = closed
-        self.is_busy = False
-        if self.closed or self.is_over or not self.connection.is_streaming:
+            self.closed = self.closed or closed
+        if self.closed or not self.connection.is_streaming:
             self.on_sent()
-        if self.unread and not self.is_over:
-            self.on_bytes(b"")
 
     def draw(self, turn: Iterator[Any]) -> Generator[Any, None, None]:
-        """Yield the events of a turn in their frames, and its pauses; a worker may draw them."""
+        """Yield the events of a turn in their frames, and its pauses; a worker draws them."""
         try:
             for event in turn:
-                if self.is_over:
-                    return
                 yield event if type(event) is float else self.frame(event)
         except Closed as closed:
-            self.closed = closed
+            self.closed = self.closed or closed
         except Cut:
             self.finish("cut")
             raise
@@ -4174,22 +4118,7 @@ class Socket:
     def frame(self, event: bytes) -> bytes:
         """Return the frame of an event, which is recorded."""
         self.call.add_message(event, is_sent=True)
-        return frame_message(TEXT_FRAME, event)
-
-    def close(self, outcome: str, code: int, reason: str = "") -> None:
-        """Close the socket; only the first close counts."""
-        if not self.is_over:
-            self.connection.write(frame_close(code, reason))
-            self.call.error = self.call.error or ("" if outcome == "complete" else reason)
-            self.finish(outcome, code)
-
-    def finish(self, outcome: str, code: int = 0) -> None:
-        """End the call; what is said first counts."""
-        if not self.is_over:
-            self.is_over, self.call.close_code = True, code
-            self.call.duration = time.perf_counter() - self.call.started
-            self.turns.clear()
-            self.end(self.call, outcome)
+        return write_frame(TEXT_FRAME, event)
 
 
 # === Fixtures ===
@@ -5760,7 +5689,7 @@ def status_reply(
 def scripted_close(status: int, **said: Any) -> Closed:
     """Return what closes a socket: the code, the reason, and what a message says of it before."""
     error = json.loads(status_reply(status, **said).body)["error"]
-    return Closed(status, error["code"] or error["message"], error)
+    return Closed(status, error["code"] or error["message"], error=error)
 
 
 def raw_reply(data: bytes, content_type: str, status: int, headers: dict[str, str]) -> Reply:
@@ -10121,58 +10050,37 @@ AUDIO_RATES = {  # samples a second; a bare name means 24 kHz
 FRAMES_A_SECOND = 50  # of sound; each is loud or silent as a whole
 LOUDNESS = 330  # of samples that are speech with a probability of 0.5
 DELTA_WORDS = 3  # told at once when a turn ends
-DEFAULT_FORMAT = "pcm_s16le_16000"
-DEFAULT_VOICE_MODEL = "hexgrad/Kokoro-82M"  # documented
-PARTIAL_LENGTH = 250  # characters; documented
-DETECTION: dict[str, Any] = {  # of turns: the defaults, documented
+PARTIAL_LENGTH = 250  # characters; documented, as are the next ones
+DETECTION: dict[str, Any] = {  # of turns
     "type": "server_vad", "threshold": 0.3, "min_silence_duration_ms": 500,
     "min_speech_duration_ms": 250, "max_speech_duration_s": 5.0, "speech_pad_ms": 250,
 }  # fmt: skip
-DETECTION_ROWS = (
-    *rows_of("min_silence_duration_ms min_speech_duration_ms speech_pad_ms", float, low=0),
-    Field("threshold", float, low=0, high=0.99), Field("max_speech_duration_s", float, high=300),
-)  # fmt: skip
+DETECTION_ROWS = rows_of(" ".join(list(DETECTION)[1:]), float, low=0)
 DETECTOR = ("server_vad", "none")
 REALTIME_FIELDS = Fields(
     MODEL_ROW, Field("turn_detection", str, choices=DETECTOR), *DETECTION_ROWS,
     Field("input_audio_format", str, choices=tuple(AUDIO_RATES)), *rows_of("language prompt", str),
 )  # fmt: skip
-PCM = ("pcm", "raw")
-VOICE_FIELDS = Fields(
-    *rows_of("model voice language", str), Field("speed", float, low=0.25, high=4),
-    Field("max_partial_length", int, low=1, high=MAX_SPEECH_CHARACTERS),
-    Field("sample_rate", int, low=8000, high=48000), Field("response_format", str, choices=PCM),
-    Field("segment", str, choices=("sentence", "immediate", "never")),
-    Field("alignment", str, choices=("word", "none")), Field("extra_params", dict),
-)  # fmt: skip
-# What a client may say, and its fields; the method that answers is called as the type ends.
-HEARD_MESSAGES = {
-    "input_audio_buffer.append": Fields(Field("audio", str, required=True, test=BASE64)),
-    "transcription_session.updated": Fields(object_field(
+HEARD_FIELDS = Fields(
+    Field("audio", str, test=BASE64),
+    object_field(
         "session", *rows_of("language prompt", str), Field("energy_gate_rms", float, low=0),
         object_field("turn_detection", Field("type", str, choices=DETECTOR), *DETECTION_ROWS),
-        required=True,
-    )),
-    **dict.fromkeys(("input_audio_buffer.commit", "input_audio_buffer.clear", "echo"), NO_FIELDS),
-}  # fmt: skip
-SPOKEN_MESSAGES = {
-    "input_text_buffer.append": Fields(
-        Field("text", str, required=True, high=10 * MAX_SPEECH_CHARACTERS)
     ),
-    "tts_session.updated": Fields(Field("session", dict, required=True, fields=VOICE_FIELDS)),
-    **dict.fromkeys(("input_text_buffer.commit", "input_text_buffer.clear"), NO_FIELDS),
-}
+)  # fmt: skip
+VOICE_FIELDS = Fields(
+    *rows_of("model voice language", str), Field("speed", float),
+    Field("max_partial_length", int, low=1, high=MAX_SPEECH_CHARACTERS),
+    Field("sample_rate", int, low=8000, high=48000), Field("segment", str, choices=("sentence",)),
+    Field("response_format", str, choices=("pcm", "raw")),
+    Field("alignment", str, choices=("word", "none")),
+)  # fmt: skip
+SPOKEN_FIELDS = Fields(
+    Field("text", str, high=MAX_SPEECH_CHARACTERS), Field("session", dict, fields=VOICE_FIELDS)
+)
 SENTENCE_END = lazy_regex(  # a full stop behind a digit may be a decimal point
     r"""(?:(?<![0-9])\.|[!?…])[.!?…]*["')\]]*(?=\s|\Z)|\.["')\]]*(?=\s)|[。\uff01\uff1f]+|\n"""
 )
-
-
-def take_event(events: Iterator[Any]) -> Iterator[Any]:
-    """Yield the next event, behind the pause before it."""
-    for event in events:
-        yield event
-        if type(event) is bytes:
-            return
 
 
 class Session:
@@ -10181,77 +10089,86 @@ class Session:
     kind       what fixtures and the record call it
     failure    the type of the message that tells of an error
     is_strict  whether an error in a message ends it
-    messages   that a client may send, by type: their fields
+    messages   that a client may send, and the field each needs; the method that answers is called
+               as the type ends
     """
 
     kind = failure = ""
     is_strict = False
-    messages: Mapping[str, Fields] = {}
+    messages: Mapping[str, str] = {}
+    fields = NO_FIELDS  # of the messages
 
-    def __init__(self, server: TogetherAiServer, request: Request, fields: Fields) -> None:
-        self.server, self.request = server, request
-        self.settings = pick_given(request.args, fields)
-        self.told: dict[str, Any] = {}  # to the client when it begins
+    def __init__(self, server: TogetherAiServer, request: Request, **told: Any) -> None:
+        self.server, self.request, self.told = server, request, told
+        self.settings = pick_given(request.args, request.route.query)
         self.count = 0  # of turns
 
     def open(self) -> Iterator[Any]:
         """Tell the client that it is heard; a fixture may have the socket closed instead."""
-        self.request.call.set_body(self.settings)
         if self.request.script is not None:
             raise scripted_close(**self.request.script)
-        self.rng = HashRandom.of(self.kind, self.settings)
-        session = {"id": random_uuid(self.rng.child("session")), **self.told}
-        session.update(pick_given(self.settings, ("model", "voice")))
-        event_id = random_uuid(self.rng.child("event"))
-        yield {"event_id": event_id, "type": "session.created", "session": session}
+        self.request.call.set_body(self.settings)
+        rng = HashRandom.of(self.kind, self.settings)
+        known = pick_given(self.settings, ("model", "voice"))
+        session = {"id": random_uuid(rng), **self.told, **known}
+        yield {"event_id": random_uuid(rng), "type": "session.created", "session": session}
 
-    def hear(self, payload: bytes, is_text: bool) -> Iterator[Any]:
+    def hear(self, data: bytes) -> Iterator[Any]:
         """Answer a message."""
         try:
-            if not is_text:
-                raise ApiError("bad_body", reason="a message is a text")
-            message = parse_body(payload, "", NO_FIELDS)
+            message = parse_body(data, "", NO_FIELDS)
             kind = str(message.get("type"))
-            if kind in self.messages:
-                self.messages[kind].check(message)
-                yield from getattr(self, kind.rpartition(".")[2])(message)
-            else:
+            need = self.messages.get(kind)
+            if need is None:
                 warnings = self.request.call.warnings[:MAX_NEAR_MISSES]
                 self.request.call.warnings = (*warnings, f"nothing reads {kind[:100]}")
+                return
+            if need and message.get(need) is None:
+                raise ApiError("missing", param=need)
+            self.fields.check(message)
+            answer = getattr(self, kind.rpartition(".")[2])
+            yield from answer(message[need] if need else message)
         except ApiError as error:
             yield {"type": self.failure, "error": error.envelope()}
             if self.is_strict:
                 raise Closed(1000, error.message) from None
 
-    def answer(self, item_id: str, say: Any, **body: Any) -> Iterator[Any]:
+    def answer(
+        self, item_id: str, say: Callable[[Any], Iterator[Any]], **body: Any
+    ) -> Iterator[Any]:
         """Have a turn go the way of a request; yield its events and pauses.
 
-        say  the handler: its events are the turn's messages
+        say  yields its messages, given what a fixture says
         """
-        asked = self.request
+        asked, call = self.request, self.request.call
         turn = Request(asked.method, asked.path, headers=asked.headers)
-        turn.call, turn.route, turn.turn = asked.call, asked.route, say
+        turn.call, turn.route, call.fixture = call, asked.route, ""
         turn.body = {**self.settings, **body}
-        turn.call.fixture = ""
-        reply = self.server._settle(turn, turn.call)
-        events: Iterable[Any] = reply.events or ()
-        if reply.status >= 400:  # at once, whatever pauses it would have
-            events = [reply.read()]
+        turn.turn = lambda _, request: Events(say(request.script))
+        reply = self.server._settle(turn, call)
         failed = {"type": self.failure, "item_id": item_id}
         if self.is_strict:  # without this it would be the end of the session
             failed["event_type"] = "completed"
         try:
-            for event in events:
+            for event in [reply.read()] if reply.status >= 400 else reply.events or ():
                 if type(event) is float:
                     yield event
                 elif event.startswith(b'data: {"type"'):
                     yield event[6:-2]
-                elif event not in (DONE, b""):
+                elif b'"error"' in event:
                     error = json.loads(event.replace(b"data: ", b"", 1))["error"]
                     yield ENCODE({**failed, "error": error}).encode()
         except Closed as closed:
             yield ENCODE({"type": self.failure, "error": closed.error}).encode()
             raise
+
+
+def take_event(events: Iterator[Any]) -> Iterator[Any]:
+    """Yield the next event, behind the pause before it."""
+    for event in events:
+        yield event
+        if type(event) is bytes:
+            return
 
 
 class HearingSession(Session):
@@ -10264,76 +10181,69 @@ class HearingSession(Session):
     prefix = "conversation.item.input_audio_transcription."
     failure = prefix + "failed"
     is_strict = True
-    messages = HEARD_MESSAGES
+    fields = HEARD_FIELDS
+    messages: Mapping[str, str] = {
+        "input_audio_buffer.append": "audio", "input_audio_buffer.commit": "",
+        "input_audio_buffer.clear": "", "transcription_session.updated": "session", "echo": "",
+    }  # fmt: skip
 
     def __init__(self, server: TogetherAiServer, request: Request) -> None:
-        super().__init__(server, request, REALTIME_FIELDS)
-        self.told = {"object": "realtime.session", "modalities": ["audio"]}
-        self.second = 2 * AUDIO_RATES[self.settings.get("input_audio_format", DEFAULT_FORMAT)]
+        super().__init__(server, request, object="realtime.session", modalities=["audio"])
+        self.second = 2 * AUDIO_RATES[self.settings.get("input_audio_format", "pcm_s16le_16000")]
         self.detect({**self.settings, "type": self.settings.get("turn_detection")})
         self.clear({})
 
     def detect(self, given: dict[str, Any]) -> None:
-        """Set by what turns are told apart; without rules a commit ends them."""
-        rules = {**DETECTION, **pick_given(given, DETECTION)}
-        self.rules = rules if rules["type"] == "server_vad" else None
-        milliseconds = (name for name in DETECTION if name.endswith("_ms"))
-        self.limits = {name[:-3]: int(rules[name] * self.second / 1000) for name in milliseconds}
+        """Set by what turns are told apart; of the type "none" only commits end them."""
+        self.rules = {**DETECTION, **pick_given(given, DETECTION)}
+        self.is_manual = self.rules["type"] == "none"
+
+    def count_bytes(self, rule: str) -> int:
+        """Return how much sound a rule's milliseconds are."""
+        return int(self.rules[rule] * self.second / 1000)
 
     def clear(self, message: dict[str, Any]) -> Iterator[Any]:
-        """Begin the stream of sound, and forget what was heard."""
+        """Begin the stream of sound anew."""
         self.unheard = bytearray()  # less than a frame
-        self.heard = 0  # bytes of the stream
-        self.done = 0  # of them
+        self.heard = self.done = 0  # bytes of the stream, and of its turns
         self.begin()
         return iter(())
 
     def begin(self) -> None:
         """Wait for the next turn."""
-        self.first = self.last = -1  # where its speech begins and ends
-        self.sound = bytearray()  # from there on
+        self.sound, self.speech = bytearray(), 0  # from its first loud frame on; to its last
         self.words: list[str] = []
         self.told_count = 0  # of these
         self.drafts: deque[Any] = deque()  # the words so far, with the times once it has ended
         self.events: Any = None
 
-    def append(self, message: dict[str, Any]) -> Iterator[Any]:
+    def append(self, audio: str) -> Iterator[Any]:
         """Hear some sound, a frame after the other."""
-        self.unheard += DECODE_BASE64(message["audio"])
+        self.unheard += DECODE_BASE64(audio)
         size = self.second // FRAMES_A_SECOND
-        for count in range(1, len(self.unheard) // size + 1):
+        while len(self.unheard) >= size:
             frame = bytes(self.unheard[:size])
             del self.unheard[:size]
             yield from self.hear_frame(frame)
-            if count % FRAMES_A_SECOND == 0:  # which took some milliseconds
-                yield None
         if len(self.sound) > MAX_WAITING_BYTES:
             raise refuse_value("audio", "must be committed at times", len(self.sound))
-
-    def is_loud(self, frame: bytes) -> bool:
-        """Tell speech from silence, by the energy of the samples."""
-        threshold: float = (self.rules or DETECTION)["threshold"]
-        gate: float = 32768 * self.settings.get("energy_gate_rms", 0)
-        level = max(LOUDNESS * threshold / (1 - threshold), gate)
-        samples = struct.unpack(f"<{len(frame) // 2}h", frame[: len(frame) // 2 * 2])
-        energy: int = sum(map(operator.mul, samples, samples))
-        return bool(energy > level * level * len(samples))
 
     def hear_frame(self, frame: bytes) -> Iterator[Any]:
         """Hear a frame, and tell of the turn that it continues or ends."""
         self.heard += len(frame)
-        if self.is_loud(frame):
-            self.first = self.heard - len(frame) if self.first < 0 else self.first
-            self.last = self.heard
-        if self.first < 0:
+        threshold = min(self.rules["threshold"], 0.99)
+        gate = 32768 * self.settings.get("energy_gate_rms", 0)
+        level = max(LOUDNESS * threshold / (1 - threshold), gate)
+        samples = struct.unpack(f"<{len(frame) // 2}h", frame[: len(frame) // 2 * 2])
+        is_loud = sum(map(operator.mul, samples, samples)) > level * level * len(samples)
+        self.sound += frame if is_loud or self.sound else b""
+        self.speech = len(self.sound) if is_loud else self.speech
+        if self.is_manual or not self.sound:
             return
-        self.sound += frame
-        if self.rules is None:
-            return
-        rules, quiet = self.rules, self.heard - self.last
-        is_speech = self.last - self.first >= self.limits["min_speech_duration"]
-        too_long = len(self.sound) >= rules["max_speech_duration_s"] * self.second
-        if too_long or (quiet and quiet >= self.limits["min_silence_duration"]):
+        quiet = len(self.sound) - self.speech
+        is_long = len(self.sound) >= self.rules["max_speech_duration_s"] * self.second
+        is_speech = self.speech >= self.count_bytes("min_speech_duration_ms")
+        if is_long or (quiet and quiet >= self.count_bytes("min_silence_duration_ms")):
             yield from self.end_turn() if is_speech else ()
             self.begin()
         elif is_speech and len(self.sound) % (self.second // 2) == 0:
@@ -10341,19 +10251,18 @@ class HearingSession(Session):
 
     def end_turn(self) -> Iterator[Any]:
         """Tell of all that was said, and when: with some sound around what is loud."""
-        start, end = self.done, self.heard
-        if self.rules is not None:
-            pad = self.limits["speech_pad"]
-            start, end = max(start, self.first - pad), min(end, self.last + pad)
+        start, end, pad = self.done, self.heard, self.count_bytes("speech_pad_ms")
+        if not self.is_manual:
+            first = end - len(self.sound)
+            start, end = max(start, first - pad), min(end, first + self.speech + pad)
         self.done = end
-        yield from self.draft(
-            {"start": start / self.second, "duration": (end - start) / self.second}
-        )
+        times = {"start": start / self.second, "duration": (end - start) / self.second}
+        yield from self.draft(times)
         self.begin()
 
     def draft(self, times: dict[str, float] | None = None) -> Iterator[Any]:
-        """Tell of the words so far, in the place of those told before; with times of all."""
-        speech = self.sound[: self.last - self.first]
+        """Tell the words so far, in the place of those told before; with times, all of them."""
+        speech = self.sound[: self.speech]
         count = round(len(speech) / self.second * WORDS_A_SECOND) or bool(speech)
         if times is None and count <= self.told_count:
             return
@@ -10365,9 +10274,9 @@ class HearingSession(Session):
         self.drafts.append((self.words[:count], times))
         if self.events is None:
             self.count += 1
-            item_id = "item_" + random_letters(self.rng.child("item", self.count), 21)
-            tell = functools.partial(self.tell, item_id, self.drafts)
-            self.events = self.answer(item_id, lambda _, turn: Events(tell(turn.script)))
+            rng = HashRandom.of("item", [self.settings, self.count])
+            item_id = "item_" + random_letters(rng, 21)
+            self.events = self.answer(item_id, functools.partial(self.tell, item_id, self.drafts))
         yield take_event(self.events) if times is None else self.events
 
     def tell(self, item_id: str, drafts: deque[Any], script: Any) -> Iterator[Any]:
@@ -10384,32 +10293,23 @@ class HearingSession(Session):
             if end > told:
                 yield {**head, "delta": " ".join(words[:end])}
         yield {**head, "type": self.prefix + "completed", "transcript": " ".join(words), **times}
-        yield self.note_progress(times["start"] + times["duration"])
-
-    def note_progress(self, seconds: float) -> dict[str, Any]:
-        """Return the message that tells how much of the sound is done with."""
-        return {"type": "input_audio_buffer.processed", "processed_ms": round(1000 * seconds)}
+        milliseconds = round(1000 * sum(times.values()))
+        yield {"type": "input_audio_buffer.processed", "processed_ms": milliseconds}
 
     def commit(self, message: dict[str, Any]) -> Iterator[Any]:
         """End the turn; without turn detection it is all that was heard."""
-        if self.unheard:
-            frame = bytes(self.unheard)
-            self.unheard.clear()
-            yield from self.hear_frame(frame)
-        if self.first >= 0 or (self.rules is None and self.heard > self.done):
+        frame = bytes(self.unheard)
+        self.unheard.clear()
+        yield from self.hear_frame(frame)
+        if self.sound or (self.is_manual and self.heard > self.done):
             yield from self.end_turn()
-        else:
-            self.done = self.heard
-            event = self.note_progress(self.heard / self.second)
-            yield iter((ENCODE(event).encode(),))
 
-    def updated(self, message: dict[str, Any]) -> Iterator[Any]:
+    def updated(self, session: dict[str, Any]) -> Iterator[Any]:
         """Change by what turns are told apart, or what words are drawn from."""
-        session = message["session"]
         if "turn_detection" in session:
             self.detect(session["turn_detection"] or {"type": "none"})
         self.settings.update(pick_given(session, ("language", "prompt", "energy_gate_rms")))
-        session = {**session, "turn_detection": self.rules}
+        session = {**session, "turn_detection": None if self.is_manual else self.rules}
         yield {"type": "transcription_session.updated", "session": session}
 
     def echo(self, message: dict[str, Any]) -> Iterator[Any]:
@@ -10423,53 +10323,52 @@ class VoiceSession(Session):
     """Text to speech: each sentence is spoken as an item of its own, once it is complete."""
 
     kind = "voice"
-    prefix = "conversation.item."
-    failure = prefix + "tts.failed"
-    messages = SPOKEN_MESSAGES
+    failure = "conversation.item.tts.failed"
+    fields = SPOKEN_FIELDS
+    messages: Mapping[str, str] = {
+        "input_text_buffer.append": "text", "input_text_buffer.commit": "",
+        "input_text_buffer.clear": "", "tts_session.updated": "session",
+    }  # fmt: skip
 
     def __init__(self, server: TogetherAiServer, request: Request) -> None:
-        super().__init__(server, request, VOICE_FIELDS)
-        self.told = {"object": "realtime.tts.session", "modalities": ["text", "audio"]}
-        model = self.settings.setdefault("model", DEFAULT_VOICE_MODEL)
-        voices = SPEECH_VOICES.get(model.partition("/")[0], ("default",))
-        self.settings.setdefault("voice", voices[0])
+        told = {"object": "realtime.tts.session", "modalities": ["text", "audio"]}
+        super().__init__(server, request, **told)
+        model = self.settings.setdefault("model", "hexgrad/Kokoro-82M")
+        self.settings.setdefault(
+            "voice", SPEECH_VOICES.get(model.partition("/")[0], ("default",))[0]
+        )
         self.text = ""  # not spoken yet
         self.spoken = ""
 
-    def append(self, message: dict[str, Any]) -> Iterator[Any]:
+    def append(self, text: str) -> Iterator[Any]:
         """Take some text, and speak what is complete."""
-        self.text += message["text"]
-        yield {"type": self.prefix + "input_text.received", "text": message["text"]}
-        yield from self.speak()
+        self.text += text
+        yield {"type": "conversation.item.input_text.received", "text": text}
+        yield from self.speak(PARTIAL_LENGTH)
 
     def commit(self, message: dict[str, Any]) -> Iterator[Any]:
         """Speak the rest of the text."""
-        yield from self.speak(ends=True)
+        yield from self.speak(PARTIAL_LENGTH, ends=True)
 
     def clear(self, message: dict[str, Any]) -> Iterator[Any]:
         """Forget the text that is not spoken yet."""
         self.text = ""
         return iter(())
 
-    def updated(self, message: dict[str, Any]) -> Iterator[Any]:
+    def updated(self, session: dict[str, Any]) -> Iterator[Any]:
         """Change how the next sentences are spoken."""
-        session = message["session"]
-        if "model" in session:
-            resolve_model(self.server, session["model"], "audio")
         self.settings.update(pick_given(session, VOICE_FIELDS))
         yield {"type": "tts_session.updated", "session": session}
 
-    def speak(self, ends: bool = False) -> Iterator[Any]:
+    def speak(self, longest: int, ends: bool = False) -> Iterator[Any]:
         """Yield a turn for each sentence that is complete, or as long as it may be."""
-        segment = self.settings.get("segment", "sentence")
-        longest = self.settings.get("max_partial_length", PARTIAL_LENGTH)
-        longest = MAX_SPEECH_CHARACTERS if segment == "never" else longest
+        longest = self.settings.get("max_partial_length", longest)
         while self.text:
-            found = SENTENCE_END.search(self.text) if segment == "sentence" else None
+            found = SENTENCE_END.search(self.text)
             end = found.end() if found else len(self.text)
-            if end > (MAX_SPEECH_CHARACTERS if found else longest):
+            if not found and end > longest:
                 end = self.text.rfind(" ", 1, longest + 1) + 1 or longest
-            elif not (found or ends or segment == "immediate"):
+            elif not (found or ends):
                 return
             text, self.text = self.text[:end].strip(), self.text[end:]
             if text:
@@ -10478,38 +10377,30 @@ class VoiceSession(Session):
     def say(self, text: str) -> Iterator[Any]:
         """Return the turn that speaks a text."""
         self.count += 1
-        facts = {
-            **pick_given(self.settings, (*SPEECH_FACTS, "alignment", "sample_rate")),
-            "input": text,
-        }
+        settings, item_id = {**self.settings, "input": text}, f"tts_{self.count}"
         self.spoken = f"{self.spoken} {text}".lstrip()[:MAX_SHOWN]
-        self.request.call.set_body({**self.settings, "input": self.spoken})
-        item_id = f"tts_{self.count}"
-        utter = functools.partial(self.utter, item_id, facts)
-        return self.answer(item_id, lambda _, turn: Events(utter(turn.script or {})), input=text)
+        self.request.call.set_body({**settings, "input": self.spoken})
+        return self.answer(item_id, functools.partial(self.utter, item_id, settings), input=text)
 
-    def utter(self, item_id: str, facts: dict[str, Any], script: dict[str, Any]) -> Iterator[Any]:
+    def utter(self, item_id: str, settings: dict[str, Any], script: Any) -> Iterator[Any]:
         """Yield a text's sound in pieces, the times of its words where asked for, and the end."""
-        rate, text = facts.pop("sample_rate", 24000), facts["input"]
-        alignment = facts.pop("alignment", "none")
-        sound = script.get("audio")
-        if sound is None:
-            sound = make_speech(HashRandom.of("speech", facts), text, rate, "pcm_s16le")
-        elif sound[:4] == b"RIFF":
-            sound = sound[sound.find(b"data") + 8 :]
+        rate, text = settings.get("sample_rate", 24000), settings["input"]
+        rng = HashRandom.of("speech", pick_given(settings, SPEECH_FACTS))
+        sound = script["audio"] if script else make_speech(rng, text, rate, "pcm_s16le")
+        sound = sound[sound.find(b"data") + 8 :] if sound[:4] == b"RIFF" else sound
         size = rate * SPEECH_EVENT_MS // 1000 * 2
         for at in range(0, len(sound), size):
             delta = base64.b64encode(sound[at : at + size]).decode()
             yield {"type": SPEECH_EVENT["type"], "item_id": item_id, "delta": delta}
-        if alignment == "word":
+        if settings.get("alignment") == "word":
             words = list(re.finditer(r"\S+", text))
             yield {
-                "type": self.prefix + "word_timestamps", "item_id": item_id,
+                "type": "conversation.item.word_timestamps", "item_id": item_id,
                 "words": [word[0] for word in words],
                 "start_seconds": [word.start() * CHARACTER_MS / 1000 for word in words],
                 "end_seconds": [word.end() * CHARACTER_MS / 1000 for word in words],
             }  # fmt: skip
-        yield {"type": self.prefix + "audio_output.done", "item_id": item_id}
+        yield {"type": "conversation.item.audio_output.done", "item_id": item_id}
 
 
 @route(
@@ -10518,10 +10409,8 @@ class VoiceSession(Session):
 )  # fmt: skip
 def open_realtime(server: TogetherAiServer, request: Request) -> Any:
     """Write down over a WebSocket what is said, turn by turn."""
-    model = request.args["model"]
-    if model not in server.models:
-        raise ApiError("no_model", model=model[:100])
-    resolve_model(server, model, "transcribe")
+    if request.args["model"] not in server.models:
+        raise ApiError("no_model", model=request.args["model"][:100])
     return HearingSession(server, request)
 
 
