@@ -2121,9 +2121,16 @@ class PlaceTests(LocalCase):
         for piece in pieces:
             for name, what in fake.tell_event(piece).items():
                 if name == "arguments":
-                    what = "".join(holder[key] for holder, key in what)
+                    what = self.read_arguments(piece)
                 told[name] = told[name] + what if name in ("text", "arguments") else what
         return told
+
+    def read_arguments(self, piece):
+        value = json.loads(piece.partition(b"data: ")[2])
+        calls = [
+            c for part in value.get("choices", ()) for c in part["delta"].get("tool_calls", ())
+        ]
+        return "".join(c["function"]["arguments"] for c in calls) or value.get("delta", "")
 
     FORMS = ((LLAMA, CHAT), (THINKER, CHAT), (KIMI, CHAT), (R1, CHAT), (THINKER, "/v1/responses"))
 
@@ -2209,8 +2216,8 @@ class PlaceTests(LocalCase):
             with self.subTest(model=model, path=path):
                 fixture = {**self.CALL, "reasoning": "Hm, well.", "chunkSizes": [4, 5, 3, 13]}
                 told = self.follow(fixture, model, path)
-                pieces = [fake.tell_event(piece).get("arguments") for piece in told["pieces"]]
-                pieces = [holder[key] for piece in filter(None, pieces) for holder, key in piece]
+                pieces = [p for p in told["pieces"] if "arguments" in fake.tell_event(p)]
+                pieces = list(map(self.read_arguments, pieces))
                 self.assertEqual(pieces, ['{"c', 'ity": "Rome"}'])
                 sent = b"".join(told["pieces"]).decode()
                 self.assertIn('"Hm, "', sent)
@@ -9359,6 +9366,106 @@ for number in range(int(first), 10_000):
                 self.assertEqual(self.file.read_bytes(), before)
 
 
+class NormaliseTests(RecordingCase):
+    """Recordings of prompts that hold what is another each day."""
+
+    UUIDS = ("0b9a3c1e-7d52-4f0c-9d7e-1f2a3b4c5d6e", "F47AC10B-58CC-4372-A567-0E02B2C3D479")
+
+    def record(self, *texts, **options):
+        """Return what was answered to these texts, which are then recorded."""
+        self.stand_before(record=self.file, **options)
+        answers = [self.text(text) for text in texts]
+        self.server.stop()
+        return answers
+
+    def test_dates_times_and_uuids_are_compared_as_such(self):
+        one, other = self.UUIDS
+        for before, after, alike in (
+            ("Report of 2026-11-28.", "Report of 2026-11-29.", True),
+            ("At 2026-11-28T10:00:00.123Z go", "At 2027-01-01T09:30:59+01:00 go", True),
+            ("Now it is 09:15", "Now it is 23:59:01", True),
+            (f"Session {one}: hi", f"Session {other}: hi", True),
+            ("Report of 2026-11-28.", "Reports of 2026-11-29.", False),
+            ("Report of 2026-11-28.", "The report of 2026-11-29. Now.", False),
+            ("Report of 2026-11-28.", f"Report of {one}.", False),
+            ("Add 10 and 20", "Add 10 and 21", False),
+        ):
+            with self.subTest(before=before, after=after):
+                self.file.unlink(missing_ok=True)
+                (said,) = self.record(before)
+                self.replay()
+                got = self.ask("POST", CHAT, {"model": LLAMA, "messages": say(after)})
+                self.assertEqual(got.status, 200 if alike else 404)
+                call = self.server.requests[0]
+                self.assertEqual(len(call.warnings), alike, call.warnings)
+                if alike:
+                    self.assertEqual(got.json["choices"][0]["message"]["content"], said)
+                    self.assertIn("another date, time or uuid", call.warnings[0])
+                self.server.reset()
+                self.assertEqual(self.text(before), said)
+                self.assertEqual(self.server.requests[0].warnings, ())
+
+    def test_bodies_are_compared_so_too(self):
+        system = [{"role": "system", "content": "Today is 2026-11-28."}]
+        later = [{"role": "system", "content": "Today is 2026-12-01."}]
+        said = []
+        self.stand_before(record=self.file)
+        for first in ([], system):  # named alike
+            said.append(self.chat("hi", messages=first + say("hi")))
+        self.replay()
+        self.assertEqual(self.chat("hi", messages=later + say("hi")), said[1])
+
+    def test_scripts_of_a_test_mean_the_day_they_name(self):
+        self.server.reply("Holiday.", user_message="2026-12-25")
+        self.assertNotEqual(self.text("2026-12-26"), "Holiday.")
+
+    def test_patterns_are_left_out(self):
+        for normalise in (r"/tmp/\w+", [re.compile(r"/tmp/\w+"), "never"]):
+            with self.subTest(normalise):
+                self.file.unlink(missing_ok=True)
+                said = self.record("Read /tmp/abc now", "Read /tmp/abc later")
+                self.replay(normalise=normalise)
+                self.assertEqual(self.text("Read /tmp/xyz later"), said[1])
+                self.assertEqual(self.text("Read /tmp/xyz now"), said[0])
+                self.assertEqual(self.server.requests[0].warnings, ())
+                self.assertEqual(self.ask("POST", CHAT, HELLO).status, 404)
+        self.replay()
+        got = self.ask("POST", CHAT, {"model": LLAMA, "messages": say("Read /tmp/xyz now")})
+        self.assertEqual(got.status, 404)
+
+    def test_a_file_names_patterns(self):
+        self.file.write_text('{"normalise": ["run [0-9]+"], "fixtures": []}')
+        said = self.record("This is run 7 of it")
+        self.assertEqual(json.loads(self.file.read_text())["normalise"], ["run [0-9]+"])
+        self.replay()
+        self.assertEqual(self.text("This is run 12 of it"), said[0])
+
+    def test_a_function_says_what_is_compared(self):
+        def change(body):
+            body["messages"] = [
+                {**m, "content": m["content"].rpartition(":")[2]} for m in body["messages"]
+            ]
+            body.pop("seed", None)
+            return body
+
+        self.stand_before(record=self.file, normalise=change)
+        said = [self.text(f"id 1: {text}", seed=1) for text in ("red", "red", "blue")]
+        self.assertEqual(
+            [len(call.body["messages"][0]["content"]) for call in self.service.requests], [9, 9, 10]
+        )
+        self.replay(normalise=change)
+        self.assertEqual(self.text("id 77: blue", seed=2), said[2])
+        self.assertEqual(self.text("id 78: red"), said[0])
+
+    def test_what_is_no_pattern(self):
+        for normalise in ("(", ["a", "["], [7]):
+            with self.subTest(normalise), self.assertRaisesRegex(ValueError, "^normalise: "):
+                TogetherAiServer(0, normalise=normalise)
+        self.file.write_text('{"normalise": ["("], "fixtures": []}')
+        with self.assertRaisesRegex(ValueError, "regular expression"):
+            fake.load_fixtures(str(self.file))
+
+
 class SaveTests(RecordingCase):
     """Answers that were generated, kept as fixtures."""
 
@@ -10493,6 +10600,12 @@ def test_an_option_of_the_start(together_fake):
 
 def test_environment():
     assert "OPENAI_CUSTOM_HEADERS" not in os.environ
+
+def test_each_fault(together_fake, together_fault):
+    if together_fault == "server_error":
+        with pytest.raises(urllib.error.HTTPError):
+            ask(b"hello")
+        assert ask(b"hello") and not together_fake.verdict()
 """
 
     def test_a_session(self):
@@ -10510,7 +10623,8 @@ def test_environment():
                 text=True,
                 timeout=60,
             )
-        self.assertIn("1 failed, 3 passed, 2 errors", done.stdout)
+        passed = 3 + len(fake.FAULTS)
+        self.assertIn(f"1 failed, {passed} passed, 2 errors", done.stdout)
         self.assertIn(
             "Did you mean 'on_miss'" if sys.version_info >= (3, 12) else "on_mis", done.stdout
         )

@@ -4237,6 +4237,45 @@ def holds_text(key: str, wanted: Any, got: Any) -> bool:
     return TEXT_KEYS[key](got, wanted)
 
 
+# What is as good as another one of its kind where a request differs from a fixture in it alone.
+VOLATILE = {
+    "<uuid>": r"(?i)\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b",
+    "<date>": r"\b[0-9]{4}-[01][0-9]-[0-3][0-9](?=T|\b)",
+    "<time>": r"(?:T|\b)[0-2][0-9]:[0-5][0-9](?::[0-5][0-9](?:\.[0-9]+)?)?"
+    r"(?:Z|[+-][0-2][0-9]:?[0-5][0-9])?\b",
+}
+
+
+class Normaliser:
+    """Takes out of requests and fixtures what is not compared.
+
+    patterns    and what stands in the place of their matches
+    change      a function of a request's body, which returns the one to be compared
+    only_equal  texts must be equal then, not only hold what is wanted
+    """
+
+    def __init__(self, patterns: Any = (), change: Any = None, only_equal: bool = False) -> None:
+        """Raise ValueError for what is no pattern."""
+        self.change, self.only_equal = change, only_equal
+        try:
+            self.patterns = [(re.compile(pattern), mark) for pattern, mark in patterns]
+        except (re.error, TypeError) as error:
+            raise ValueError(f"normalise: {patterns!r:.100} has no pattern: {error}") from None
+
+    def __call__(self, value: Any) -> Any:
+        """Return JSON without what is not compared; anything else is left as it is."""
+        if isinstance(value, dict):
+            return {name: self(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return list(map(self, value))
+        for pattern, mark in self.patterns if isinstance(value, str) else ():
+            value = pattern.sub(mark, value)
+        return value
+
+
+COMPARES_ALL = Normaliser()
+
+
 def contains_json(got: Any, wanted: Any) -> bool:
     """Compare JSON where `wanted` may leave out keys and the end of lists.
 
@@ -4258,6 +4297,10 @@ def holds_key(key: str, wanted: Any, facts: MatchFacts) -> bool:
     """Tell whether a request is what one key of a match wants."""
     if key == "not":
         return not all(holds_key(inner, wanted[inner], facts) for inner in wanted)
+    if facts.normaliser is not COMPARES_ALL:
+        wanted = facts.normaliser(wanted)
+        if facts.normaliser.only_equal and key in TEXT_KEYS and isinstance(wanted, str):
+            return bool(facts[key] == wanted)
     if key == "headers":
         sent = facts[key]
         return all(holds_text("context", text, sent.get(name)) for name, text in wanted.items())
@@ -4298,8 +4341,11 @@ class MatchFacts(dict):  # type: ignore[type-arg]
     A prompt counts as one user message.
     """
 
-    def __init__(self, kind: str, request: Request) -> None:
+    def __init__(self, kind: str, request: Request, normaliser: Normaliser = COMPARES_ALL) -> None:
         body, headers = request.body, request.headers
+        if normaliser is not COMPARES_ALL:
+            body = normaliser(normaliser.change(copy_json(body)) if normaliser.change else body)
+        self.normaliser = normaliser
         known = OPERATIONS.get(kind)
         asked = body.get(known.prompt or known.input) if known is not None else None
         asked = " ".join(map(str, asked)) if isinstance(asked, list) else asked
@@ -4447,6 +4493,7 @@ FIXTURE_FILE = Fields(
     Field("fixtures", list, required=True),
     Field("models", dict),
     Field("exactTurns", bool),
+    Field("normalise", list, each=Field("", str, test=("a regular expression", re.compile))),
     closed=True,
     ignored="$schema $comment meta",
 )
@@ -4927,6 +4974,7 @@ class Fixture:
         self.source = source
         self.number = -1  # among those added at run time
         self.relaxed = False  # a turn near its own will do, as aimock has it in files
+        self.normalise: Sequence[str] = ()  # patterns of what its file does not compare
         self.exact = False  # none but its own will do, not in a file either
         self.owner: Fixtures | None = None
         self.served = 0
@@ -4939,6 +4987,8 @@ class Fixture:
         self.options = {key: entry[key] for key in OPTIONS if key in entry}
         self.times: int | None = self.options.get("times")
         size = self.options.get("chunkSize")
+        if "in" in self.options:  # engines that send all arguments at once cut them, too
+            size = size or 1
         self.chunk_sizes: list[int] = self.options.get("chunkSizes") or ([size] if size else [])
         self.faulty = not self.options.keys() <= set(QUIET_OPTIONS) - {"chaos"}
         self.match: dict[str, Any] = entry["match"]
@@ -5106,6 +5156,7 @@ def parse_fixtures(
             type, clean_entry = parse_entry(entry, at, str, ignored)
             fixtures.append(Fixture(type, clean_entry, source, trusted=trusted, place=at))
             fixtures[-1].exact = get_path(data, "exactTurns") is True
+            fixtures[-1].normalise = get_path(data, "normalise") or ()
         except ValueError as error:
             problems.append(f"{prefix}{error}")
     if problems:
@@ -5389,14 +5440,16 @@ class Fixtures:
     those of files. Of the fixtures of one step or of all files that match, `select_turn` takes one.
     """
 
-    def __init__(self, seed: int = 0, exact_turns: bool = False) -> None:
+    def __init__(self, seed: int = 0, exact_turns: bool = False, normalise: Any = ()) -> None:
         self.seed = seed
         self.exact_turns = exact_turns  # in files, too
+        self.normalise = normalise  # patterns, or a function of the body
         self.warnings: list[str] = []
         self.models: dict[str, Model] = {}  # of files
         self.list_calls: Callable[[], list[Call]] = list
         self._lock = threading.RLock()
         self._files: list[Fixture] = []
+        self.normaliser = self.make_normaliser()
         self.watched: Sequence[str] = ()
         self._seen: list[tuple[str, int, int]] = []
         self.reset()
@@ -5488,9 +5541,25 @@ class Fixtures:
         """Take these in the place of all that came from files."""
         with self._lock:
             self._files, self._groups = list(fixtures), None
+            self.normaliser = self.make_normaliser()
             for fixture in self._files:
                 fixture.owner, exact = self, self.exact_turns or fixture.exact
                 fixture.relaxed = not exact
+
+    @property
+    def has_files(self) -> bool:
+        """Whether there are fixtures of files."""
+        return bool(self._files)
+
+    def make_normaliser(self, volatile: bool = False) -> Normaliser:
+        """Return what takes out what is not compared, if asked for also what is volatile."""
+        change = self.normalise if callable(self.normalise) else None
+        single = isinstance(self.normalise, (str, re.Pattern))
+        given = () if change else [self.normalise] if single else self.normalise
+        named = dict.fromkeys([*given, *(text for each in self._files for text in each.normalise)])
+        patterns = [(text, "") for text in named]
+        patterns += [(VOLATILE[mark], mark) for mark in VOLATILE] if volatile else []
+        return Normaliser(patterns, change, volatile) if patterns or change else COMPARES_ALL
 
     def watch(self, paths: Sequence[str]) -> None:
         """Follow changes of these files and folders from now on."""
@@ -5535,9 +5604,12 @@ class Fixtures:
         """
         with self._lock:
             groups = self._list_groups(facts.request)
+            if facts.normaliser.only_equal:  # as recordings are compared, which are in files
+                groups = [self._files]
         texts = {key: join_fact(facts[key]) for key in TEXT_KEYS}
         texts[""] = ""
-        likely = [[f for f in group if f.needle in texts[f.needle_key]] for group in groups]
+        cut = facts.normaliser
+        likely = [[f for f in group if cut(f.needle) in texts[f.needle_key]] for group in groups]
         # Patterns, functions and iterators may take their time: they are asked without the lock.
         found = {each: each.find_obstacle(facts) for group in likely for each in group}
         others = (each for group in groups for each in group if each not in found)
@@ -5720,7 +5792,6 @@ SLOW_OPTIONS = frozenset(
     ("latency", "streamingProfile", "recordedTimings", "stallAfterChunks", "disconnectAfterMs")
 )
 STALL_SECONDS = 600.0  # after which a stalled stream is cut
-TEXT_DELTA, ARGUMENTS_DELTA = "response.output_text.delta", "response.function_call_arguments.delta"
 RESPONSE_ENDS = ("response.completed", "response.incomplete")
 
 
@@ -5729,48 +5800,75 @@ def halve(text: bytes) -> bytes:
     return text[: (len(text) + 1) // 2]
 
 
-def find_arguments(value: Any) -> list[tuple[dict[str, Any], str]]:
-    """Return where an event has arguments of tool calls: objects and keys."""
-    choices = list_objects(get_path(value, "choices"))
-    deltas = [choice.get("delta") or {} for choice in choices]
-    calls = [call for delta in deltas for call in list_objects(delta.get("tool_calls"))]
-    found = [(call["function"], "arguments") for call in calls if call.get("function")]
-    found += [(value, "delta")] if get_path(value, "type") == ARGUMENTS_DELTA else []
-    return [(holder, key) for holder, key in found if holder.get(key)]
+TOLD_OF_MESSAGES = {"role", "content", "reasoning", "reasoning_content", "tool_calls", "token_id"}
+
+
+def add_call_delta(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
+    """Add what a chunk says of a tool call."""
+    index = delta.get("index")
+    call = next((each for each in calls if each["index"] == index), None)
+    if call is None or (index is None and delta.get("id")):
+        call = {"index": index, "id": None, "function": {"name": "", "arguments": ""}}
+        calls.append(call)
+    made = delta.get("function") or {}
+    call["id"] = call["id"] or delta.get("id")
+    call["function"]["name"] = call["function"]["name"] or made.get("name") or ""
+    call["function"]["arguments"] += made.get("arguments") or ""
+
+
+def add_delta(message: dict[str, Any], delta: dict[str, Any]) -> None:
+    """Add what a chunk says of a message."""
+    message["role"] = delta.get("role") or message.get("role")
+    if delta.get("content") and message["tool_calls"]:
+        message["order"] = "a text after a tool call"  # as no fixture's words can say it
+    message["content"] += delta.get("content") or ""
+    message["reasoning"] += delta.get("reasoning") or delta.get("reasoning_content") or ""
+    for call in list_objects(delta.get("tool_calls")):
+        add_call_delta(message["tool_calls"], call)
+    for name in delta.keys() - TOLD_OF_MESSAGES:
+        message[name] = message.get(name) or delta[name]
+
+
+def read_item_event(event: dict[str, Any]) -> dict[str, Any]:
+    """Return what an event of POST /v1/responses adds, as a part of a chunk."""
+    type, item, index = event.get("type"), event.get("item") or {}, event.get("output_index")
+    function, call = {"arguments": event.get("delta")}, {"index": index}
+    if type == "response.output_text.delta":
+        return {"delta": {"content": event.get("delta")}}
+    if type == "response.function_call_arguments.delta":
+        return {"delta": {"tool_calls": [{**call, "function": function}]}}
+    if type == "response.output_item.added" and item.get("type") == "function_call":
+        function, call["id"] = {"name": item.get("name")}, item.get("call_id")
+        return {"delta": {"tool_calls": [{**call, "function": function}]}}
+    return {"finish_reason": "stop"} if type in RESPONSE_ENDS else {}
+
+
+def fold_stream(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages that the events of a stream have told, cut or not."""
+    choices: dict[Any, dict[str, Any]] = {}
+    for event in events:
+        for part in list_objects(event.get("choices")) or [read_item_event(event)]:
+            blank: dict[str, Any] = {"content": "", "reasoning": "", "tool_calls": []}
+            message = choices.setdefault(part.get("index"), blank) if part else blank
+            add_delta(message, part.get("delta") or {"content": part.get("text")})
+            message["finish_reason"] = part.get("finish_reason") or message.get("finish_reason")
+    return [{**each, "role": each.get("role") or "assistant"} for each in choices.values()]
 
 
 def tell_event(event: bytes) -> dict[str, Any]:
     """Return what an event of any stream tells: text, toolName, arguments, finish, usage, done."""
-    if event == DONE:
-        return {"done": True}
-    value = next(iter(read_events(event)), None)
-    choices, type = list_objects(get_path(value, "choices")), get_path(value, "type")
-    deltas = [choice.get("delta") or {} for choice in choices]
-    texts = [delta.get("content") or choice.get("text") for delta, choice in zip(deltas, choices)]
-    names = [get_path(delta, "tool_calls", "0", "function", "name") for delta in deltas]
+    values = list_objects(read_events(event))
+    said = fold_stream(values)
+    calls = [call["function"] for message in said for call in message["tool_calls"]]
     told = {
-        "text": "".join(filter(None, texts)) or (type == TEXT_DELTA and get_path(value, "delta")),
-        "toolName": any(names) or get_path(value, "item", "type") == "function_call",
-        "arguments": find_arguments(value),
-        "finish": type in RESPONSE_ENDS or any(choice.get("finish_reason") for choice in choices),
-        "usage": find_usage([value]),
+        "text": "".join(message["content"] for message in said),
+        "toolName": any(call["name"] for call in calls),
+        "arguments": any(call["arguments"] for call in calls),
+        "finish": any(message["finish_reason"] for message in said),
+        "usage": find_usage(values),
+        "done": event == DONE,
     }
     return {name: what for name, what in told.items() if what}
-
-
-def split_arguments(event: bytes) -> tuple[bytes, bytes]:
-    """Return an event as two, of which each has one half of the arguments."""
-    head, mark, data = event.partition(b"data: ")
-    halves = []
-    for part in range(2):
-        value = json.loads(data)
-        for holder, key in find_arguments(value):
-            middle = (len(holder[key]) + 1) // 2
-            holder[key] = holder[key][middle:] if part else holder[key][:middle]
-        for choice in list_objects(get_path(value, "choices")) if not part else ():
-            choice["finish_reason"] = None
-        halves.append(head + mark + ENCODE(value).encode() + b"\n\n")
-    return halves[0], halves[1]
 
 
 class Fault:
@@ -5876,15 +5974,11 @@ class Fault:
         wanted = "toolName" if wanted == "tool_name" else wanted
         for event in events:
             told = tell_event(event) if since < 0 else {}
-            if place == "in" and wanted in told:
-                first, event = split_arguments(event)
-                yield first, -1
-            if place in ("in", "before") and wanted in told:
-                since = 0
-            yield event, since
             text += told.get("text", "")
             met = wanted in told or (wanted[:5] == "text:" and wanted[5:] in text)
-            since += since >= 0 or (place == "after" and met)
+            since += place == "before" and met
+            yield event, since
+            since += since >= 0 or met
 
 
 def draw_fault(script: Fixtures, fixture: Fixture, response: Response) -> Fault | None:
@@ -5979,17 +6073,21 @@ FAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-class RateLimit:
-    """Requests or tokens that come back evenly: so many a minute, and no more at once."""
+class RateLimits:
+    """Requests and tokens that come back evenly: so many a minute, and no more at once."""
 
-    def __init__(self, per_minute: float, now: float) -> None:
-        self.per_minute, self.left, self.at = per_minute, per_minute, now
+    def __init__(self) -> None:
+        self.left: dict[Any, tuple[float, float]] = {}  # how many at what time
 
-    def find_wait(self, now: float) -> float:
-        """Return the seconds until one more is there."""
-        self.left += max(0.0, now - self.at) * self.per_minute / 60
-        self.left, self.at = min(self.per_minute, self.left), now
-        return max(0.0, (1 - self.left) * 60 / self.per_minute)
+    def take(self, limit: float | None, key: Any, count: float, now: float) -> float:
+        """Take so many, however few are left; where none is, return the seconds until one is."""
+        if not limit:
+            return 0.0
+        left, at = self.left.get(key, (limit, now))
+        left = min(limit, left + max(0.0, now - at) * limit / 60)
+        wait = max(0.0, (1 - left) * 60 / limit)
+        self.left[key] = left - (count if wait == 0 else 0), now
+        return wait
 
 
 # === Routes ===
@@ -10619,60 +10717,16 @@ def find_timings(data: bytes, times: Iterable[tuple[int, float]]) -> dict[str, A
 
 # --- From an answer to what a fixture says: a chat in words, all else as it came
 
-TOLD_OF_MESSAGES = {"role", "content", "reasoning", "reasoning_content", "tool_calls", "token_id"}
-
-
-def add_call_delta(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
-    """Add what a chunk says of a tool call."""
-    index = delta.get("index")
-    call = next((each for each in calls if each["index"] == index), None)
-    if call is None or (index is None and delta.get("id")):
-        call = {"index": index, "id": None, "function": {"name": "", "arguments": ""}}
-        calls.append(call)
-    made = delta.get("function") or {}
-    call["id"] = call["id"] or delta.get("id")
-    call["function"]["name"] = call["function"]["name"] or made.get("name") or ""
-    call["function"]["arguments"] += made.get("arguments") or ""
-
-
-def add_delta(message: dict[str, Any], delta: dict[str, Any]) -> None:
-    """Add what a chunk says of a message."""
-    message["role"] = delta.get("role") or message.get("role")
-    if delta.get("content") and message["tool_calls"]:
-        message["order"] = "a text after a tool call"  # as no fixture's words can say it
-    message["content"] += delta.get("content") or ""
-    message["reasoning"] += delta.get("reasoning") or delta.get("reasoning_content") or ""
-    for call in list_objects(delta.get("tool_calls")):
-        add_call_delta(message["tool_calls"], call)
-    for name in delta.keys() - TOLD_OF_MESSAGES:
-        message[name] = message.get(name) or delta[name]
-
 
 def join_chunks(chunks: list[Any]) -> dict[str, Any] | None:
     """Join the chunks of a chat into the whole reply; None where one is none, or the end lacks."""
-    message: dict[str, Any] = {"content": "", "reasoning": "", "tool_calls": []}
-    choice: dict[str, Any] = {"message": message, "finish_reason": None}
-    whole: dict[str, Any] = {"choices": [choice]}
-    for chunk in chunks:
-        parts = list_objects(get_path(chunk, "choices"))
-        if not isinstance(chunk, dict) or "choices" not in chunk or len(parts) > 1:
-            return None
-        for name in ("id", "created", "model"):
-            whole.setdefault(name, chunk.get(name))
-        whole["usage"] = chunk.get("usage") or whole.get("usage")
-        for part in parts:
-            if part.get("index") or part.get("logprobs"):
-                return None
-            add_delta(message, part.get("delta") or {})
-            choice["finish_reason"] = part.get("finish_reason") or choice["finish_reason"]
-    return whole if choice["finish_reason"] else None
-
-
-def drop_nulls(value: Any) -> Any:
-    """Return JSON without the keys whose values are null, which no fixture can hold."""
-    if not isinstance(value, dict):
-        return value
-    return {name: drop_nulls(inner) for name, inner in value.items() if inner is not None}
+    said = fold_stream(list_objects(chunks))
+    told = [get_path(chunk, "choices", "0", "logprobs") for chunk in chunks]
+    are_chunks = all("choices" in chunk for chunk in chunks)
+    if not are_chunks or any(told) or len(said) != 1 or not said[0]["finish_reason"]:
+        return None
+    choice = {"message": said[0], "finish_reason": said[0].pop("finish_reason")}
+    return {**chunks[0], "usage": find_usage(chunks), "choices": [choice]}
 
 
 def put_call(call: dict[str, Any]) -> dict[str, Any]:
@@ -10698,7 +10752,7 @@ def put_chat(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
         "id": reply.get("id"),
         "created": reply.get("created"),
         "model": model if model != request.body.get("model") else None,
-        "usage": drop_nulls(reply.get("usage")),
+        "usage": reply.get("usage"),
         "finishReason": choices[0].get("finish_reason"),
         "role": role if role != "assistant" else None,
     }
@@ -10785,19 +10839,6 @@ def put_match(kind: str, facts: MatchFacts) -> dict[str, Any]:
     return match
 
 
-def keep_shown(value: Any, shown: Any) -> Any:
-    """Return JSON without what `redact` has hidden of it: no request would match stars."""
-    if isinstance(shown, dict) and isinstance(value, dict):
-        pairs = [(name, value[name], shown[name]) for name in value]
-        return {
-            n: keep_shown(v, s) for n, v, s in pairs if type(v) in (dict, list, Upload) or v == s
-        }
-    if isinstance(shown, list):
-        ends = [at for at, (v, s) in enumerate(zip(value, shown)) if type(v) is str and v != s]
-        return list(map(keep_shown, value, shown))[: ends[0] if ends else None]
-    return shown
-
-
 def is_named(match: dict[str, Any]) -> bool:
     """Tell whether a match has a text of its request."""
     return "userMessage" in match or "inputText" in match
@@ -10806,15 +10847,16 @@ def is_named(match: dict[str, Any]) -> bool:
 def identify(kind: str, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the match that names a request, and the body that tells it from its namesakes.
 
-    A body that is too large to be kept, or to be told from others, is known by its digest.
+    A body that is too large to be kept, that holds a secret or a file, or nothing, is known by its
+    digest.
     """
     name, body = put_match(kind, MatchFacts(kind, request)), say_body(kind, request.body)
     large = len(request.raw) > MAX_RECORDED_BODY_BYTES
-    if large or (not body and not is_named(name) and kind in OPERATIONS):
-        for key in [key for key in name if type(name[key]) is str]:
-            name[key] = name[key][:MAX_SHOWN]
-        return {**name, "bodyDigest": digest_body(kind, request.body)}, {}
-    return name, keep_shown(body, redact(body))
+    if body == redact(body) and not large and (body or is_named(name) or kind not in OPERATIONS):
+        return name, body
+    for key in [key for key in name if type(name[key]) is str and large]:
+        name[key] = name[key][:MAX_SHOWN]
+    return {**name, "bodyDigest": digest_body(kind, request.body)}, {}
 
 
 def write_entry(entry: dict[str, Any], secrets: Iterable[str] = ()) -> str:
@@ -10993,9 +11035,14 @@ class Recorder:
     the program waits for it. A file that is there already is continued, also by several programs.
     """
 
-    def __init__(self, path: str) -> None:
-        """Read the file if there is one; raise ValueError or OSError where it cannot be."""
+    def __init__(self, path: str, change: Any = None) -> None:
+        """Read the file if there is one; raise ValueError or OSError where it cannot be.
+
+        change  returns what is compared of a request's body
+        """
         import tempfile
+
+        self._change = change
 
         try:
             self.path = check_target(path)
@@ -11058,13 +11105,10 @@ class Recorder:
         try:
             read_loosely(request)
             answer = put_answer(kind, request, reply, times)
+            request.body = self._change(request.body) if self._change else request.body
             self._recording.add(identify(kind, request), answer, request.headers.secrets)
-        except ValueError as error:
-            self._tell(f"cannot record {request.method} {request.path}: {error}")
-        except Exception:
-            import traceback  # only for a bug
-
-            complain(traceback.format_exc())
+        except Exception as error:  # a bug, too, must not end the thread
+            self._tell(f"cannot record {request.method} {request.path}: {error!r}")
 
     def _read(self) -> None:
         """Read what others have written into the file."""
@@ -11074,8 +11118,11 @@ class Recorder:
             return
         load_fixtures(self.path)  # names what is wrong
         with open(self.path, encoding="utf-8-sig") as file:
-            self._more = json.load(file)
-        entries = {write_entry(entry): entry for entry in self._more.pop("fixtures")}
+            data = json.load(file)
+        self._more = (
+            {name: data[name] for name in data if name != "fixtures"} if "fixtures" in data else {}
+        )
+        entries = {write_entry(entry): entry for entry in list_entries(data)}
         self._others = {
             text: self._others.get(text) or rank_match(entry["match"])
             for text, entry in entries.items()
@@ -11100,8 +11147,8 @@ class Recorder:
     def _tell(self, text: str) -> None:
         """Say what goes wrong, once."""
         if text != self._told:
+            self._told = text
             complain(text + "\n")
-        self._told = text
 
 
 # === Verdict ===
@@ -11160,28 +11207,38 @@ def find_end(call: Call) -> float:
     return call.started + call.duration if call.outcome else math.inf
 
 
-def find_half(call: Call) -> tuple[str, list[str]] | None:
+def list_asked(call: Call) -> list[dict[str, Any]]:
+    """Return what a call asks."""
+    body = call.body if isinstance(call.body, dict) else {}
+    if call.kind == "response":
+        return read_items(body)
+    prompts = [name for name in ("prompt", "input", "documents", "query") if body.get(name)]
+    asked = [
+        {"role": name, "content": text}
+        for name in prompts
+        for text in (body[name] if isinstance(body[name], list) else [body[name]])
+    ]
+    return asked + list_objects(body.get("messages"))
+
+
+def find_half(call: Call) -> tuple[str, set[Any]] | None:
     """Return the text and the ids of tool calls of a stream that had no end; else None."""
-    events = call.reply
-    if call.kind not in ("chat", "completion", "response") or not isinstance(events, list):
+    events = list_objects(call.reply)
+    if call.kind not in ("chat", "completion", "response") or call.outcome == "left":
         return None
-    told = [tell_event(event) for event in split_events(call.raw_reply)]
-    if call.outcome == "left" or any("finish" in each for each in told):
+    said = fold_stream(events)
+    ended = any(each["finish_reason"] for each in said)
+    too_long = call.reply_size > MAX_RECORDED_BODY_BYTES / 2  # its end may not be kept
+    if not events or ended or too_long or not call.events_sent:
         return None
-    if call.reply_size == 0 and call.events_sent:  # it was too large to be kept
-        return None
-    ids = (
-        get_path(event, "choices", "0", "delta", "tool_calls", "0", "id")
-        or get_path(event, "item", "call_id")
-        for event in events
-    )
-    return "".join(each.get("text", "") for each in told), [id for id in ids if id]
+    ids = {call["id"] for each in said for call in each["tool_calls"]} - {None}
+    return "".join(each["content"] for each in said).strip(), ids
 
 
 def has_failed(call: Call) -> bool:
     """Tell whether a call has ended without a whole answer."""
     is_json = call.reply_type.startswith("application/json")
-    broken = is_json and call.method != "HEAD" and not isinstance(call.reply, (dict, list))
+    broken = is_json and call.reply_size > 0 and not isinstance(call.reply, (dict, list))
     left = call.outcome == "left" and call.excused
     failed = call.status >= 400 or call.outcome == "cut" or left or broken
     return call.outcome != "" and (failed or find_half(call) is not None)
@@ -11213,12 +11270,6 @@ def find_wait(call: Call) -> float:
     return 0.0
 
 
-def measure_pause(call: Call, following: Call) -> float:
-    """Return the seconds between two calls, by the clock that saw more of them."""
-    by_server = following.at - call.at - call.duration  # whose clock a test may set
-    return max(following.started - find_end(call), by_server)
-
-
 def group_attempts(calls: Iterable[Call]) -> list[list[Call]]:
     """Return calls in the attempts of one request each: equal ones, of which each one failed.
 
@@ -11247,10 +11298,10 @@ def group_attempts(calls: Iterable[Call]) -> list[list[Call]]:
 
 def judge_retries(attempts: list[Call], most: int) -> Iterator[Finding]:
     """Yield what was wrong about the attempts of one request."""
-    first, last = attempts[0], attempts[-1]
-    pauses = []
+    last, pauses = attempts[-1], []
     for call, following in zip(attempts, attempts[1:]):
-        pause, wait = measure_pause(call, following), find_wait(call)
+        by_server = following.at - call.at - call.duration  # whose clock a test may set
+        pause, wait = max(following.started - find_end(call), by_server), find_wait(call)
         if call.status in REFUSED and lower_headers(call).get("x-should-retry") != "true":
             yield Finding("retried_refusal", f"a {call.status}", call, following)
         elif pause < wait * (1 - EARLY_SHARE) - EARLY_SECONDS:
@@ -11265,54 +11316,25 @@ def judge_retries(attempts: list[Call], most: int) -> Iterator[Finding]:
         yield Finding("retry_storm", text, *attempts)
     if is_temporary(last):
         reason = "a connection that was cut" if last.outcome == "cut" else f"a {last.status}"
-        if len(attempts) > 1:
-            yield Finding(
-                "gave_up", f"{len(attempts)} attempts, the last of them {reason}", *attempts
-            )
-        else:
-            yield Finding("no_retry", reason, first)
-
-
-def list_messages(call: Call) -> list[dict[str, Any]]:
-    """Return the conversation that a call sends, as the messages of a chat."""
-    body = call.body if isinstance(call.body, dict) else {}
-    return read_items(body) if call.kind == "response" else list_objects(body.get("messages"))
-
-
-def find_text(call: Call) -> Any:
-    """Return the text of a whole reply."""
-    reply = call.reply
-    items = [
-        reply,
-        *list_objects(get_path(reply, "choices")),
-        *list_objects(get_path(reply, "output")),
-    ]
-    places = (("message", "content"), ("text",), ("content", "0", "text"))
-    return next(filter(None, (get_path(item, *place) for item in items for place in places)), None)
+        name = "gave_up" if len(attempts) > 1 else "no_retry"
+        yield Finding(name, f"attempt {len(attempts)} ended with {reason}", *attempts)
 
 
 def judge_halves(calls: Sequence[Call]) -> Iterator[Finding]:
-    """Yield where half an answer was quoted later on, as if it were whole."""
-    answered = [call for call in calls if call.status == 200 and call.outcome]
-    halves = {call: half for call in answered if (half := find_half(call)) is not None}
-    whole = [call for call in answered if call not in halves]
-    for call, (text, ids) in halves.items():
-        ids = [id for id in ids if not any(id.encode() in each.raw_reply for each in whole)]
-        if len(text) < MIN_QUOTE or any(find_text(each) == text for each in whole):
-            text = ""
-        for following in calls:
-            said = [m for m in list_messages(following) if m.get("role") == "assistant"]
-            called = [
+    """Yield where half an answer was quoted later on, though it was never given whole."""
+    whole = {repr(call.body_key) for call in calls if call.outcome and not has_failed(call)}
+    for call in calls:
+        text, ids = find_half(call) or ("", set())
+        text = text if len(text) >= MIN_QUOTE else ""
+        for following in calls if repr(call.body_key) not in whole and (text or ids) else ():
+            said = [each for each in list_asked(following) if each.get("role") == "assistant"]
+            texts = [str(join_text(each.get("content"))).strip() for each in said]
+            called = {
                 get_path(one, "id") for m in said for one in list_objects(m.get("tool_calls"))
-            ]
-            texts = [str(join_text(message.get("content"))).strip() for message in said]
-            if following.started < find_end(call):
-                continue
-            if (text and text.strip() in texts) or not set(ids).isdisjoint(called):
-                quoted = f"{preview(text)} is quoted" if text else f"the call {ids[0]} is answered"
-                yield Finding(
-                    "half_answer_taken", f"{quoted}, from a stream without an end", call, following
-                )
+            }
+            if following.started >= find_end(call) and (text in texts if text else ids & called):
+                quoted = preview(text) if text else "a tool call"
+                yield Finding("half_answer_taken", f"{quoted} is quoted", call, following)
                 break
 
 
@@ -11328,9 +11350,7 @@ def find_wrong_results(messages: list[dict[str, Any]]) -> Iterator[str]:
             waiting = [each for each in waiting if each != id]
             continue
         yield from (f"no result for {preview(id)}" for id in waiting)
-        calls = (
-            list_objects(message.get("tool_calls")) if message.get("role") == "assistant" else []
-        )
+        calls = list_objects(message.get("tool_calls"))
         waiting = [call["id"] for call in calls if isinstance(call.get("id"), str)]
         made.update(waiting)
 
@@ -11339,30 +11359,22 @@ def judge_tools(calls: Iterable[Call]) -> Iterator[Finding]:
     """Yield each wrong result of a tool, where it first stands in a conversation."""
     told = set()
     for call in calls:
-        refers = any(
-            get_path(item, "type") == "item_reference"
-            for item in list_objects(get_path(call.body, "input"))
-        )
-        for text in () if refers else find_wrong_results(list_messages(call)):
+        refers = "item_reference" in ENCODE(call.body)  # to what is not here
+        for text in () if refers else find_wrong_results(list_asked(call)):
             if text not in told:
                 told.add(text)
                 yield Finding("tool_call_invented", text, call)
-
-
-def find_crowd(calls: Sequence[Call]) -> list[Call]:
-    """Return the most calls that were running at once."""
-    crowds = [
-        [each for each in calls if each is call or each.started <= call.started < find_end(each)]
-        for call in calls
-    ]
-    return max(crowds, key=len, default=[])
 
 
 def judge_budget(
     calls: Sequence[Call], total_tokens: float | None, most: int | None, at_once: int | None
 ) -> Iterator[Finding]:
     """Yield what was used of what was allowed, where that is more."""
-    spent, crowd = 0, find_crowd(calls)
+    crowds = [
+        [each for each in calls if each is call or each.started <= call.started < find_end(each)]
+        for call in calls
+    ]
+    crowd = max(crowds, key=len, default=[])
     paid = [call for call in calls if call.usage]
     spent = sum((call.usage or {}).get("total_tokens") or 0 for call in paid)
     for what, used, allowed, shown in (
@@ -11950,35 +11962,6 @@ MAX_SHOWN = 200  # characters of a text in the list of calls
 MAX_THUMBNAIL = 50_000  # characters of an image's base64
 
 
-def list_asked(call: Call) -> list[dict[str, Any]]:
-    """Return what a call asks."""
-    body = call.body if isinstance(call.body, dict) else {}
-    if call.kind == "response":
-        return read_items(body)
-    prompts = [name for name in ("prompt", "input", "documents", "query") if body.get(name)]
-    asked = [
-        {"role": name, "content": text}
-        for name in prompts
-        for text in (body[name] if isinstance(body[name], list) else [body[name]])
-    ]
-    return asked + list_objects(body.get("messages"))
-
-
-def fold_stream(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages that the events of a stream have told, cut or not."""
-    choices: dict[Any, dict[str, Any]] = {}
-    for event in events:
-        for part in list_objects(event.get("choices")):
-            blank = {"content": "", "reasoning": "", "tool_calls": []}
-            message = choices.setdefault(part.get("index"), blank)
-            add_delta(message, part.get("delta") or {"content": part.get("text")})
-            message["finish_reason"] = part.get("finish_reason") or message.get("finish_reason")
-        if event.get("type") == "response.output_text.delta":
-            message = choices.setdefault(event.get("output_index"), {"content": ""})
-            message["content"] += event.get("delta") or ""
-    return [{**message, "role": "assistant"} for message in choices.values()]
-
-
 def list_said(call: Call) -> list[dict[str, Any]]:
     """Return what came back."""
     reply = call.reply
@@ -12077,27 +12060,24 @@ CONNECTION_HEADERS = {  # that concern one connection alone
 }  # fmt: skip
 
 
-def quote_for_shell(text: str) -> str:
-    """Return a text as one word of a shell's command."""
-    return "'" + text.replace("'", "'\\''") + "'"
-
-
 def list_body_words(call: Call) -> list[str]:
     """Return the options by which curl sends the body of a call; files by their names."""
+    import shlex  # only where somebody copies
+
     kind, body = call.headers.get("content-type", ""), call.body or {}
     is_multipart = kind.startswith("multipart/")
     if not is_multipart and not kind.startswith("application/x-www-form-urlencoded"):
-        return [f"--data-raw {quote_for_shell(ENCODE(body))}"] if body else []
+        return [f"--data-raw {shlex.quote(ENCODE(body))}"] if body else []
     words = []
     pairs = [(n, v) for n in body for v in (body[n] if type(body[n]) is list else [body[n]])]
     for name, value in pairs:
         if type(value) is dict and "filename" in value:
             file = re.sub(r'(["\\])', r"\\\1", value["filename"].rpartition("/")[2])
             field = f'{name}=@"{file}";type={value["content_type"]}'
-            words.append(f"-F {quote_for_shell(field)}")
+            words.append(f"-F {shlex.quote(field)}")
         else:
             option = "--form-string" if is_multipart else "--data-urlencode"
-            words.append(f"{option} {quote_for_shell(f'{name}={dump_json(value)}')}")
+            words.append(f"{option} {shlex.quote(f'{name}={dump_json(value)}')}")
     return words
 
 
@@ -12106,15 +12086,17 @@ def write_curl(call: Call, origin: str) -> str:
 
     All that a client sent is quoted: the command is for a shell.
     """
-    method = "-I" if call.method == "HEAD" else f"-X {quote_for_shell(call.method)}"
+    import shlex
+
+    method = "-I" if call.method == "HEAD" else f"-X {shlex.quote(call.method)}"
     url = f"{origin}{call.path}?{call.query}" if call.query else origin + call.path
-    lines = [f"curl -gsS --path-as-is {method} {quote_for_shell(url)}"]
+    lines = [f"curl -gsS --path-as-is {method} {shlex.quote(url)}"]
     for name, value in call.headers.items():
         made_anew = name in CONNECTION_HEADERS or value.startswith("multipart/")
         if not made_anew and not is_secret_header(name):
             field = f"{name}: {value}" if value else f"{name};"
-            lines.append(f"-H {quote_for_shell(field)}")
-    lines.append(f"-H {quote_for_shell(f'authorization: Bearer {DEFAULT_KEY}')}")
+            lines.append(f"-H {shlex.quote(field)}")
+    lines.append(f"-H {shlex.quote(f'authorization: Bearer {DEFAULT_KEY}')}")
     return " \\\n  ".join(lines + list_body_words(call))
 
 
@@ -13517,7 +13499,7 @@ class Upstream:
             self.recorder.add(kind, request, whole, times)
 
 
-def open_upstream(url: Any, record: Any, stopping: Any) -> Upstream | None:
+def open_upstream(url: Any, record: Any, stopping: Any, change: Any) -> Upstream | None:
     """Return the upstream that a server's options ask for, if they do.
 
     Raises ValueError naming what is wrong with them.
@@ -13526,7 +13508,9 @@ def open_upstream(url: Any, record: Any, stopping: Any) -> Upstream | None:
         if record is not None:
             raise ValueError("record needs an upstream, whose answers it records")
         return None
-    return Upstream(url, Recorder(os.fspath(record)) if record is not None else None, stopping)
+    return Upstream(
+        url, Recorder(os.fspath(record), change) if record is not None else None, stopping
+    )
 
 
 # === Warnings ===
@@ -14471,6 +14455,7 @@ class TogetherAiServer(Scripting):
                   responses, completions); or what for each kind, as {"embedding": "error"}
     exact_turns   turns of fixture files hold exactly, too
     warnings      "record" them with their calls, or answer such a call with an "error" 500
+    normalise     patterns of what fixtures do not compare, or a function of the body
     rpm, tpm      requests and tokens a minute, of all or {model: number}; more is a 429
     upstream      the URL of a server that answers instead where no fixture matches
     record        the fixture file to which the upstream's answers are added; it is loaded first
@@ -14494,6 +14479,7 @@ class TogetherAiServer(Scripting):
         on_miss: str | Mapping[str, str] = "generate",
         exact_turns: bool = False,
         warnings: str = "record",
+        normalise: Any = (),
         rpm: float | Mapping[str, float] | None = None,
         tpm: float | Mapping[str, float] | None = None,
         upstream: str | None = None,
@@ -14513,14 +14499,15 @@ class TogetherAiServer(Scripting):
         self.instant_jobs = instant_jobs
         self.max_stored_bytes = max_stored_bytes
         self.rpm, self.tpm = rpm, tpm
-        self.script = Fixtures(seed, exact_turns)
+        self.script = Fixtures(seed, exact_turns, normalise)
         self._own_models = parse_models(models or {}, to_camel)
         self.models: dict[str, Model] = {}
         self.record_limit = record_limit
         self.log = log
         self.clock = clock
         self.stopping = threading.Event()
-        self._upstream = open_upstream(upstream, record, self.stopping)
+        change = self.script.normaliser.change
+        self._upstream = open_upstream(upstream, record, self.stopping, change)
         self._wanted_port = port
         self._http: HttpServer | None = None
         self._ending: HttpServer | None = None
@@ -14603,7 +14590,7 @@ class TogetherAiServer(Scripting):
             self.epoch += 1
             self._recorded_bytes = 0
             self._episode = 0
-            self._limits: dict[tuple[str, str], RateLimit] = {}
+            self._limits = RateLimits()
             self._numbers = itertools.count(1)
             self._revisions = itertools.count(1)
             self.files = Collection("File")
@@ -14840,8 +14827,8 @@ class TogetherAiServer(Scripting):
     def _end_call(self, call: Call, outcome: str) -> None:
         """Note how a call ended."""
         call.excused = call.excused or self.stopping.is_set()
-        for _, limit in self._list_limits("tpm", call.model) if self.tpm else ():
-            limit.left -= (call.usage or {}).get("total_tokens") or 0
+        if self.tpm:
+            self._take("tpm", call.model, (call.usage or {}).get("total_tokens") or 0)
         call.outcome = outcome
         if call.revision:  # it is in the record
             call.revision = next(self._revisions)
@@ -14854,7 +14841,7 @@ class TogetherAiServer(Scripting):
         if request.method == "OPTIONS":
             return allow_origin(request)
         route = request.route or self._open(request, call)
-        limited = self._find_limit(route, request) if self.rpm or self.tpm else None
+        limited = self._limit(request) if route.kind not in ("", "job") else None
         if limited is not None:
             return limited
         if self.script.watched:
@@ -14870,39 +14857,29 @@ class TogetherAiServer(Scripting):
             raise error
         return reply
 
-    def _list_limits(self, unit: str, model: Any) -> Iterator[tuple[str, RateLimit]]:
-        """Yield the limits that a model's requests or tokens count to, each by whose it is."""
+    def _take(self, unit: str, model: Any, count: float) -> float:
+        """Count requests or tokens to a limit; return the seconds to wait where it is reached."""
         given: Any = self.rpm if unit == "rpm" else self.tpm
-        model = model if isinstance(given, dict) else ""
-        per_minute = given.get(model) if isinstance(given, dict) else given
-        if per_minute:
-            limit = RateLimit(per_minute, self.clock())
-            yield model, self._limits.setdefault((unit, model), limit)
-
-    def _find_limit(self, route: Route, request: Request) -> Reply | None:
-        """Count a request of inference to the limits; return the 429 where one is reached."""
-        if route.kind in ("", "job"):
-            return None
-        model = request.body.get("model")
+        key, limit = (unit, model), given.get(model) if isinstance(given, dict) else given
         with self._lock:
-            now = self.clock()
-            limits = [each for unit in ("rpm", "tpm") for each in self._list_limits(unit, model)]
-            wait, whose = max(
-                ((limit.find_wait(now), whose) for whose, limit in limits), default=(0, "")
+            return self._limits.take(
+                limit, key if given is not limit else unit, count, self.clock()
             )
-            for _, limit in () if wait else self._list_limits("rpm", model):
-                limit.left -= 1
+
+    def _limit(self, request: Request) -> Reply | None:
+        """Count a request to the limits; return the 429 where one is reached."""
+        model = request.body.get("model")
+        wait = self._take("tpm", model, 0) or self._take("rpm", model, 1)
         if not wait:
             return None
-        told: dict[str, Any] = {
-            unit: limit.per_minute
-            for unit in ("rpm", "tpm")
-            for _, limit in self._list_limits(unit, model)
-        }
-        told["name"] = "model_rate_limit" if whose else "status_429"
+        limits = {"rpm": self.rpm, "tpm": self.tpm}
+        told = {n: v.get(model) if isinstance(v, dict) else v for n, v in limits.items()}
+        whose = "model_rate_limit" if dict in map(type, limits.values()) else "status_429"
+        facts: dict[str, Any] = {"name": whose, **{n: v for n, v in told.items() if v}}
         id = name_request(request)
-        reply = status_reply(429, None, math.ceil(wait), model=model, id=id, **told)
-        return name_reply(reply, request)
+        return name_reply(
+            status_reply(429, None, math.ceil(wait), model=model, id=id, **facts), request
+        )
 
     def _open(self, request: Request, call: Call) -> Route:
         """Return the route, with the key checked and query and body read."""
@@ -14965,12 +14942,16 @@ class TogetherAiServer(Scripting):
 
     def _follow_script(self, route: Route, request: Request, call: Call) -> Reply:
         """Answer by the fixture that matches, if there is one."""
-        facts = MatchFacts(route.kind, request)
+        facts = MatchFacts(route.kind, request, self.script.normaliser)
         fixture, warning, call.misses = self.script.find(facts)
+        if fixture is None and self.script.has_files:
+            facts = MatchFacts(route.kind, request, self.script.make_normaliser(True))
+            fixture, warning, _ = self.script.find(facts)
+            warning = warning or f"{fixture and fixture.source} has another date, time or uuid"
         call.explain_misses = explain_call_misses
-        call.warnings += (warning,) if warning else ()
         if fixture is None:
             return self._handle(route, request, call)
+        call.warnings += (warning,) if warning else ()
         call.fixture, request.chunk_sizes = fixture.source, fixture.chunk_sizes
         response = answer_with(fixture, facts.time, request)
         if response.closes and is_whole(response, fixture.options):
