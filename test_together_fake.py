@@ -4069,7 +4069,7 @@ class ResponseTests(ResponseCase):
             ({"input": []}, "input"),
             ({"input": [message]}, "input[0].content"),
             ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id"),
-            ({"input": [{"type": "letter"}]}, "input[0].type"),
+            ({"input": [{"type": 7}]}, "input[0].type"),
             ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].name"),
             ({"tool_choice": "perhaps"}, "tool_choice"),
             ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),

@@ -6406,18 +6406,20 @@ def list_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> list[dict[str
 
 
 @functools.lru_cache(maxsize=256)
-def split_keys(keys: str) -> list[tuple[str, bool]]:
-    """Return each of some keys, and whether it ends in `?`: it is left out without a value."""
-    return [(key.rstrip("?"), key.endswith("?")) for key in keys.split()]
+def split_keys(keys: str) -> tuple[list[str], list[str]]:
+    """Return some keys, and those that end in `?`: they are left out without a value."""
+    names = keys.replace("?", "").split()
+    return names, [key[:-1] for key in keys.split() if key.endswith("?")]
 
 
 def arrange(keys: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values under these keys, in their order."""
-    return {
-        key: values.get(key)
-        for key, optional in split_keys(keys)
-        if not (optional and values.get(key) in (None, []))
-    }
+    names, optional = split_keys(keys)
+    chosen = {name: values.get(name) for name in names}
+    for name in optional:
+        if chosen[name] in (None, []):
+            del chosen[name]
+    return chosen
 
 
 class Form:
@@ -7402,6 +7404,7 @@ def compose_choice(
     rng: HashRandom,
     body: dict[str, Any],
     model: Model,
+    effort: str,
     wanted: WantedForm | None,
     budget: int,
     index: int,
@@ -7410,7 +7413,6 @@ def compose_choice(
     functions = [] if TOOL_KEYS.isdisjoint(body) else choose_tools(body)
     choice, form, thoughts = Choice(index), FORMS[model.engine].adapt(body), ""
     if model.thinks and not form.skips_reasoning:
-        effort = find_effort(body, model)
         length = EFFORT_THOUGHTS.get(effort, 1) or int("always-thinks" in model.traits)
         own = rng.child("reasoning", index)
         thoughts = " ".join([make_thought(own.child(number)) for number in range(length)])
@@ -7506,7 +7508,8 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
     if server.strict:
         check_tool_choice(body, model)
     form = FORMS[model.engine].adapt(body)
-    form.refuse(body, find_effort(body, model) != "none", server.strict)
+    effort = find_effort(body, model)
+    form.refuse(body, effort != "none", server.strict)
     rng = HashRandom.of("chat", pick_facts(body, CHAT_FACTS))
     request.id = form.name_answer(rng)
     for name in () if TOOL_KEYS.isdisjoint(body) else ("tools", "functions"):
@@ -7519,7 +7522,7 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
         if script:
             choices.append(script_choice(rng, form, body, script, budget, index))
         else:
-            choices.append(compose_choice(rng, body, model, wanted, budget, index))
+            choices.append(compose_choice(rng, body, model, effort, wanted, budget, index))
             if choices[-1].finish_reason == "tool_calls":
                 request.form = ""
     answer = Answer(request, form, choices, count_usage(prompt_tokens, choices))
@@ -7546,19 +7549,6 @@ def create_chat_completion(server: TogetherAiServer, request: Request) -> Any:
 INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 LOGPROBS_INCLUDED = "message.output_text.logprobs"
 ITEM_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
-UNREAD_ITEMS = (  # that clients send back and a model without these tools does not read
-    "item_reference mcp_list_tools mcp_call mcp_approval_request mcp_approval_response"
-    " web_search_call file_search_call code_interpreter_call image_generation_call computer_call"
-    " computer_call_output custom_tool_call custom_tool_call_output local_shell_call"
-    " local_shell_call_output shell_call shell_call_output apply_patch_call apply_patch_call_output"
-    " tool_search_call tool_search_output additional_tools configuration_update compaction"
-    " compaction_trigger program program_output"
-)
-UNREAD_TOOLS = (  # that are echoed and never called
-    "mcp web_search web_search_2025_08_26 web_search_preview web_search_preview_2025_03_11"
-    " file_search code_interpreter image_generation computer computer_use_preview custom"
-    " local_shell shell apply_patch namespace tool_search programmatic_tool_calling"
-)
 ECHO: dict[str, Any] = {  # what a response repeats of its request, and the defaults
     "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "temperature": 1.0,
     "top_p": 1.0, "max_output_tokens": None, "max_tool_calls": None,
@@ -7569,25 +7559,20 @@ ECHO: dict[str, Any] = {  # what a response repeats of its request, and the defa
 
 
 class Variants(Fields):
-    """A table of fields for each `type` that an object may have.
+    """A table of fields for each `type` that an object may have; of others nothing is read.
 
     default  the type of an object that names none
-    unread   types of which nothing is read, separated by blanks
     """
 
-    def __init__(self, tables: dict[str, Fields], default: str = "", unread: str = "") -> None:
-        self.tables = {**tables, **dict.fromkeys(unread.split(), NO_FIELDS)}
+    def __init__(self, tables: dict[str, Fields], default: str = "") -> None:
+        self.tables = tables
         self.default = default
-        super().__init__(Field("type", str, required=True, choices=tuple(self.tables)))
+        super().__init__(Field("type", str, required=not default))
 
     def check(self, values: dict[str, Any], place: str = "") -> None:
         """Check what the type calls for."""
-        kind = values.get("type") or self.default
-        table = self.tables.get(kind) if type(kind) is str else None
-        if table is None:
-            super().check(values, place)  # tells what is wrong with the type
-        else:
-            table.check(values, place)
+        super().check(values, place)
+        self.tables.get(values.get("type") or self.default, NO_FIELDS).check(values, place)
 
 
 TEXT_FIELDS = Fields(Field("text", str, required=True))
@@ -7619,7 +7604,7 @@ ITEMS = {
 }
 FUNCTION_TOOL = Fields(*FUNCTION_FIELDS.values(), Field("strict", bool))
 TOOL_CHOICES = {"function": Fields(Field("name", str, required=True))}
-CHOSEN_TOOL = Field("", dict, fields=Variants(TOOL_CHOICES, unread=UNREAD_TOOLS))
+CHOSEN_TOOL = Field("", dict, fields=Variants(TOOL_CHOICES))
 ALLOWED_TOOLS = Fields(
     Field("mode", str, required=True, choices=("auto", "required")),
     Field("tools", list, required=True, each=CHOSEN_TOOL),
@@ -7634,36 +7619,31 @@ TEXT_FORMATS = {
         Field("description", str),
     ),
 }
+# What a chat asks in the same words.
+SAME_IN_CHAT = ("model", "temperature", "top_p", "parallel_tool_calls")
 RESPONSE_FIELDS = Fields(
-    Field("model", str, required=True, low=1),
+    *[CHAT_FIELDS[name] for name in (*SAME_IN_CHAT, "stream", "top_logprobs")],
     Field(
         "input",
         str,
         list,
         required=True,
-        each=Field("", dict, fields=Variants(ITEMS, "message", UNREAD_ITEMS)),
+        each=Field("", dict, fields=Variants(ITEMS, "message")),
     ),
-    Field("instructions", str),
-    Field("stream", bool),
     Field("stream_options", dict),
     Field(
         "tools",
         list,
         high=MAX_TOOLS,
-        each=Field(
-            "",
-            dict,
-            fields=Variants({"function": FUNCTION_TOOL}, unread=UNREAD_TOOLS),
-        ),
+        each=Field("", dict, fields=Variants({"function": FUNCTION_TOOL})),
     ),
     Field(
         "tool_choice",
         str,
         dict,
         choices=("none", "auto", "required"),
-        fields=Variants({**TOOL_CHOICES, "allowed_tools": ALLOWED_TOOLS}, unread=UNREAD_TOOLS),
+        fields=Variants({**TOOL_CHOICES, "allowed_tools": ALLOWED_TOOLS}),
     ),
-    Field("parallel_tool_calls", bool),
     object_field(
         "text",
         Field("format", dict, fields=Variants(TEXT_FORMATS)),
@@ -7676,9 +7656,6 @@ RESPONSE_FIELDS = Fields(
     ),
     Field("max_output_tokens", int, low=0),
     Field("max_tool_calls", int, low=1),
-    Field("temperature", float, low=0, high=2),
-    Field("top_p", float, low=0, high=1),
-    Field("top_logprobs", int, low=0, high=20),
     Field("truncation", str, choices=("auto", "disabled")),
     Field("include", list, each=Field("", str)),
     *rows_of("store background", bool),
@@ -7686,12 +7663,11 @@ RESPONSE_FIELDS = Fields(
     Field("conversation", str, dict),
     *rows_of(
         "previous_response_id service_tier prompt_cache_key prompt_cache_retention"
-        " safety_identifier user",
+        " safety_identifier user instructions",
         str,
     ),
 )
-# What a chat asks in the same words, or in others; those are also the names in its errors.
-SAME_IN_CHAT = ("model", "temperature", "top_p", "parallel_tool_calls")
+# What a chat asks in other words; those are also the names in its errors.
 OTHER_IN_CHAT = {
     "max_tokens": "max_output_tokens", "messages": "input", "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
@@ -7712,26 +7688,20 @@ def refuse_unstored(body: dict[str, Any]) -> None:
             raise ApiError("invalid", param=place, reason="must be null: nothing is encrypted")
 
 
-def chat_function(name: str, description: Any = None, schema: Any = None) -> dict[str, Any]:
+def chat_tool(tool: dict[str, Any]) -> dict[str, Any]:
     """Return a tool as a chat offers it."""
-    function = {"name": name, "description": description, "parameters": schema}
-    given = {key: value for key, value in function.items() if value is not None}
+    given = pick_given(tool, ("name", "description", "parameters"))
     return {"type": "function", "function": given}
 
 
-def chosen_names(choice: dict[str, Any]) -> list[str]:
-    """Return the names of the functions that a choice names; hosted tools are never called."""
-    if choice["type"] == "allowed_tools":
-        return [name for tool in choice["tools"] for name in chosen_names(tool)]
-    return [choice["name"]] if choice["type"] == "function" else []
-
-
 def chat_choice(choice: Any) -> Any:
-    """Return `tool_choice` as a chat has it."""
+    """Return `tool_choice` as a chat has it; hosted tools are never called."""
     if type(choice) is str:
         return choice
-    tools = [chat_function(name) for name in chosen_names(choice)]
-    if choice["type"] == "allowed_tools" and tools:
+    limited = choice["type"] == "allowed_tools"
+    chosen = choice["tools"] if limited else [choice]
+    tools = [chat_tool({"name": tool["name"]}) for tool in chosen if tool["type"] == "function"]
+    if limited and tools:
         allowed = {"mode": choice["mode"], "tools": tools}
         return {"type": "allowed_tools", "allowed_tools": allowed}
     return tools[0] if tools else "none"
@@ -7757,11 +7727,7 @@ def chat_body(body: dict[str, Any]) -> dict[str, Any]:
         chat["reasoning_effort"] = body["reasoning"].get("effort")
     if body.get("text") and body["text"].get("format"):
         chat["response_format"] = chat_format(body["text"]["format"])
-    tools = [
-        chat_function(tool["name"], tool.get("description"), tool.get("parameters"))
-        for tool in body.get("tools") or ()
-        if tool["type"] == "function"
-    ]
+    tools = [chat_tool(tool) for tool in body.get("tools") or () if tool["type"] == "function"]
     if tools:
         chat["tools"] = tools
     choice = body.get("tool_choice")
@@ -7783,55 +7749,30 @@ def ask_chat(server: TogetherAiServer, request: Request) -> Answer:
         raise ApiError(error.name, param=param, **error.facts) from None
 
 
-def message_item(choice: Choice, status: str) -> dict[str, Any]:
-    """Return the text of an answer as an item."""
-    logprobs = list_logprobs(choice.pieces, choice.scores)
-    part = {"type": "output_text", "text": choice.text, "annotations": [], "logprobs": logprobs}
-    return {
-        "id": "",
-        "type": "message",
-        "status": status,
-        "role": "assistant",
-        "content": [part],
-    }
-
-
-def reasoning_item(thoughts: str, status: str, summarised: bool) -> dict[str, Any]:
-    """Return the reasoning of an answer as an item; what asks for a summary gets it as one."""
-    return {
-        "id": "",
-        "type": "reasoning",
-        "status": status,
-        "summary": [{"type": "summary_text", "text": thoughts}] if summarised else [],
-        "content": [] if summarised else [{"type": "reasoning_text", "text": thoughts}],
-        "encrypted_content": None,
-    }
-
-
-def call_item(call: dict[str, Any], status: str) -> dict[str, Any]:
-    """Return a call of a function as an item."""
-    return {
-        "id": "",
-        "type": "function_call",
-        "status": status,
-        "call_id": call["id"],
-        **call["function"],
-    }
-
-
 def list_items(choice: Choice, summarised: bool) -> list[dict[str, Any]]:
-    """Return what an answer says as items: reasoning, text, calls; the last one may be cut."""
-    last = "incomplete" if choice.finish_reason in INCOMPLETE else "completed"
-    items = []
-    cut_thinking = choice.thoughts and last == "incomplete"
-    says = choice.text or not (choice.tool_calls or cut_thinking)
+    """Return what an answer says as items: reasoning, text, calls; the last one may be cut.
+
+    Reasoning is a summary where one was asked for.
+    """
+    items: list[dict[str, Any]] = []
     if choice.thoughts:
-        status = "completed" if says or choice.tool_calls else last
-        items.append(reasoning_item("".join(choice.thoughts), status, summarised))
-    if says:
-        items.append(message_item(choice, "completed" if choice.tool_calls else last))
+        thoughts = "".join(choice.thoughts)
+        item: dict[str, Any] = {"summary": [], "content": [], "encrypted_content": None}
+        place = "summary" if summarised else "content"
+        item[place] = [
+            {"type": "summary_text" if summarised else "reasoning_text", "text": thoughts}
+        ]
+        items.append({"id": "", "type": "reasoning", "status": "completed", **item})
+    cut = choice.finish_reason in INCOMPLETE
+    if choice.text or not (choice.tool_calls or (choice.thoughts and cut)):
+        logprobs = list_logprobs(choice.pieces, choice.scores)
+        part = {"type": "output_text", "text": choice.text, "annotations": [], "logprobs": logprobs}
+        item = {"role": "assistant", "content": [part]}
+        items.append({"id": "", "type": "message", "status": "completed", **item})
     for call in choice.tool_calls:
-        items.append(call_item(call, last if call is choice.tool_calls[-1] else "completed"))
+        item = {"call_id": call["id"], **call["function"]}
+        items.append({"id": "", "type": "function_call", "status": "completed", **item})
+    items[-1]["status"] = "incomplete" if cut else "completed"
     return items
 
 
@@ -7909,31 +7850,24 @@ if TYPE_CHECKING:
     ResponseEvent = tuple[str, dict[str, Any], Sequence[str]]
 
 
-def text_events(place: dict[str, Any], item: dict[str, Any], choice: Choice) -> Iterator[Any]:
-    """Yield the text of a message, a piece each."""
-    place = {**place, "content_index": 0}
-    part = item["content"][0]
-    yield "content_part.added", {**place, "part": {**part, "text": "", "logprobs": []}}
-    if not choice.scores:
-        yield "output_text.delta", {**place, "delta": SLOT, "logprobs": []}, choice.pieces
-    for piece, logprobs in zip(choice.pieces, part["logprobs"]):
-        yield "output_text.delta", {**place, "delta": piece, "logprobs": [logprobs]}
-    yield "output_text.done", {**place, "text": part["text"], "logprobs": part["logprobs"]}
-    yield "content_part.done", {**place, "part": part}
-
-
-def thought_events(place: dict[str, Any], item: dict[str, Any], choice: Choice) -> Iterator[Any]:
-    """Yield reasoning, or the summary of it that was asked for, a token each."""
-    part_name, name, index = "content_part", "reasoning_text", "content_index"
-    if item["summary"]:
-        part_name, name = "reasoning_summary_part", "reasoning_summary_text"
-        index = "summary_index"
+def part_events(place: dict[str, Any], item: dict[str, Any], choice: Choice) -> Iterator[Any]:
+    """Yield a text, reasoning, or the summary of it that was asked for, a piece each."""
+    stem, name, index = "content_part", "output_text", "content_index"
+    pieces: Sequence[str] = choice.pieces
+    more: dict[str, Any] = {"logprobs": []}
+    if item["type"] == "reasoning":
+        name, pieces, more = "reasoning_text", choice.thoughts, {}
+    if item.get("summary"):
+        stem, name, index = "reasoning_summary_part", "reasoning_summary_text", "summary_index"
     place = {**place, index: 0}
-    part = (item["summary"] or item["content"])[0]
-    yield f"{part_name}.added", {**place, "part": {**part, "text": ""}}
-    yield f"{name}.delta", {**place, "delta": SLOT}, choice.thoughts
-    yield f"{name}.done", {**place, "text": part["text"]}
-    yield f"{part_name}.done", {**place, "part": part}
+    part = (item.get("summary") or item["content"])[0]
+    yield f"{stem}.added", {**place, "part": {**part, "text": "", **more}}
+    if not part.get("logprobs"):
+        yield f"{name}.delta", {**place, "delta": SLOT, **more}, pieces
+    for piece, logprobs in zip(pieces, part.get("logprobs", ())):
+        yield f"{name}.delta", {**place, "delta": piece, "logprobs": [logprobs]}
+    yield f"{name}.done", {**place, **{key: part[key] for key in ("text", *more)}}
+    yield f"{stem}.done", {**place, "part": part}
 
 
 def call_events(place: dict[str, Any], item: dict[str, Any], choice: Choice) -> Iterator[Any]:
@@ -7947,8 +7881,8 @@ def call_events(place: dict[str, Any], item: dict[str, Any], choice: Choice) -> 
 
 # type of an item: (what it lacks when it is added, the events that bring it)
 ITEM_EVENTS: dict[str, tuple[dict[str, Any], Callable[..., Iterator[Any]]]] = {
-    "message": ({"status": "in_progress", "content": []}, text_events),
-    "reasoning": ({"status": "in_progress", "summary": [], "content": []}, thought_events),
+    "message": ({"status": "in_progress", "content": []}, part_events),
+    "reasoning": ({"status": "in_progress", "summary": [], "content": []}, part_events),
     "function_call": ({"status": "in_progress", "arguments": ""}, call_events),
 }
 
