@@ -8388,10 +8388,10 @@ def ask_openly(text):
 class TestCaseTests(unittest.TestCase):
     """TogetherTestCase."""
 
-    def run_case(self, *bases, **members):
+    def run_case(self, *bases, options=MappingProxyType({}), **members):
         """Run the tests of a class; return the texts of its failures, and how many tests ran."""
         members["__module__"] = "elsewhere"  # which has no fixtures of a module
-        case = type("Case", (fake.TogetherTestCase, *bases), members)
+        case = type("Case", (fake.TogetherTestCase, *bases), members, **options)
         result = unittest.defaultTestLoader.loadTestsFromTestCase(case).run(unittest.TestResult())
         return [text for _, text in result.failures + result.errors], result.testsRun
 

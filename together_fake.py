@@ -9265,7 +9265,7 @@ PARAMETER_ROWS = (
 LABELS = rows_of("labels pass_labels", list, required=True, low=1, each=TEXT_ROW)
 SCORES = rows_of("min_score max_score pass_threshold", float, required=True, low=-1e9, high=1e9)
 EVALUATIONS: dict[str, tuple[Fields, Callable[[Any], Sequence[Any]]]] = {
-    # type: its parameters, and the verdicts that a row may get
+    # by type: its parameters, and the verdicts that a row may get
     "classify": (Fields(*PARAMETER_ROWS, *LABELS), lambda p: p["labels"]),
     "compare": (Fields(*PARAMETER_ROWS), lambda p: ("A", "A", "B", "B", "Tie")),
     "score": (Fields(*PARAMETER_ROWS, *SCORES), lambda p: [
@@ -15306,12 +15306,15 @@ def make_test_case() -> Any:
     class TogetherTestCase(unittest.TestCase):
         """A test with a server in a fresh state, which clients that are built in the test find.
 
-        options  of TogetherAiServer, for the class
-        server   the one that is started for the class
+        The options of the class's server: `class MyTest(TogetherTestCase, on_miss="error")`.
         """
 
         options: Mapping[str, Any] = {}
         server: TogetherAiServer
+
+        def __init_subclass__(cls, **options: Any) -> None:
+            super().__init_subclass__()
+            cls.options = {**cls.options, **options}
 
         @classmethod
         def setUpClass(cls) -> None:
@@ -15333,13 +15336,13 @@ def make_test_case() -> Any:
 
 if TYPE_CHECKING:
     import unittest
-    from typing import ClassVar
 
     class TogetherTestCase(unittest.TestCase):
         """A test with a server of its own; see make_test_case()."""
 
-        options: ClassVar[Mapping[str, Any]]
-        server: ClassVar[TogetherAiServer]
+        server: TogetherAiServer
+
+        def __init_subclass__(cls, **options: Any) -> None: ...
 
 else:
 

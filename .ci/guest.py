@@ -23,7 +23,7 @@ TEST = '''"""Tests of this repository."""
 from together_fake import TogetherAiServer, TogetherTestCase
 
 
-class GreetingTest(TogetherTestCase):
+class GreetingTest(TogetherTestCase, on_miss="error"):
     """Greetings."""
 
     def test_greeting(self) -> None:

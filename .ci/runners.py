@@ -1,6 +1,6 @@
 """What the README shows for test runners, tried on the small application in .ci/app.
 
-    runners.py pytest PYTHON   an interpreter that has pytest, pytest-xdist, pytest-asyncio, openai
+    runners.py pytest PYTHON   one with pytest, pytest-xdist, pytest-asyncio, openai and together
     runners.py node FOLDER     in which vitest, jest, openai and together-ai are installed
 
 The set-up is taken from the README, word for word. TOGETHER_FAKE is the file (together_fake.py).

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 from openai import AsyncOpenAI, OpenAI
+from together import Together
 
 CHAT_MODEL = "openai/gpt-oss-20b"
 EMBEDDING_MODEL = "intfloat/multilingual-e5-large-instruct"
@@ -82,25 +85,24 @@ async def stream_endpoint(question: str) -> AsyncIterator[bytes]:
 
 def answer_in_batch(questions: list[str]) -> dict[str, str]:
     """Answer many questions by a batch; return the answers by question."""
-    client = OpenAI()
+    client = Together()
     lines = [
         {
             "custom_id": str(number),
-            "method": "POST",
-            "url": "/v1/chat/completions",
             "body": {"model": CHAT_MODEL, "messages": [{"role": "user", "content": question}]},
         }
         for number, question in enumerate(questions)
     ]
-    data = "".join(json.dumps(line) + "\n" for line in lines).encode()
-    file = client.files.create(file=("questions.jsonl", data), purpose="batch")
-    batch = client.batches.create(
-        input_file_id=file.id, endpoint="/v1/chat/completions", completion_window="24h"
-    )
-    while batch.status.lower() not in ("completed", "failed", "expired", "cancelled"):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "questions.jsonl")
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        file = client.files.upload(path, purpose="batch-api", check=False)
+    created = client.batches.create(input_file_id=file.id, endpoint="/v1/chat/completions")
+    job = created.job
+    while job.status not in ("COMPLETED", "FAILED", "EXPIRED", "CANCELLED"):
         time.sleep(0.01)
-        batch = client.batches.retrieve(batch.id)
-    output = client.files.content(batch.output_file_id).text
+        job = client.batches.retrieve(job.id)
+    output = client.files.content(job.output_file_id).text()
     answers = {}
     for line in map(json.loads, output.splitlines()):
         message = line["response"]["body"]["choices"][0]["message"]

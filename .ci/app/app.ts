@@ -1,5 +1,6 @@
 // A small application: it finds passages, calls tools, streams, and runs a batch.
 import OpenAI, { toFile } from 'openai';
+import Together from 'together-ai';
 
 export const PASSAGES = [
   'Herons eat fish, frogs and sometimes small mammals.',
@@ -65,25 +66,20 @@ export function streamEndpoint(question: string): ReadableStream<Uint8Array> {
 }
 
 export async function answerInBatch(questions: string[]): Promise<Map<string, string>> {
-  const client = new OpenAI();
+  const client = new Together();
   const lines = questions.map((content, number) =>
     JSON.stringify({
       custom_id: String(number),
-      method: 'POST',
-      url: '/v1/chat/completions',
       body: { model: CHAT_MODEL, messages: [{ role: 'user', content }] },
     }),
   );
+  // together-ai 0.52's own upload fails in ES modules.
   const data = await toFile(Buffer.from(lines.join('\n')), 'questions.jsonl');
-  const file = await client.files.create({ file: data, purpose: 'batch' });
-  let batch = await client.batches.create({
-    input_file_id: file.id,
-    endpoint: '/v1/chat/completions',
-    completion_window: '24h',
-  });
-  while (!['completed', 'failed', 'expired', 'cancelled'].includes(batch.status.toLowerCase()))
-    batch = await client.batches.retrieve(batch.id);
-  const output = await (await client.files.content(batch.output_file_id!)).text();
+  const file = await new OpenAI().files.create({ file: data, purpose: 'batch' });
+  let { job } = await client.batches.create({ input_file_id: file.id, endpoint: '/v1/chat/completions' });
+  while (!['COMPLETED', 'FAILED', 'EXPIRED', 'CANCELLED'].includes(job!.status!))
+    job = await client.batches.retrieve(job!.id!);
+  const output = await (await client.files.content(job!.output_file_id!)).text();
   return new Map(
     output
       .trim()

@@ -1,16 +1,13 @@
 """The application, tested with unittest alone."""
 
 import unittest
-from types import MappingProxyType
 
 import app
 
 from together_fake import TogetherTestCase
 
 
-class AppTest(TogetherTestCase):
-    options = MappingProxyType({"instant_jobs": True})
-
+class AppTest(TogetherTestCase, instant_jobs=True):
     def test_retrieval(self):
         self.server.reply("Fish.", system_message="Herons eat", user_message="herons")
         self.assertEqual(app.answer_from_passage("What do herons eat?"), "Fish.")
