@@ -14971,22 +14971,24 @@ def print_lines(lines: Iterable[str]) -> None:
         sys.stdout = None  # the interpreter would flush it again
 
 
-def read_environment(name: str, default: Any) -> Any:
-    """Return the default of an option, which `TOGETHER_FAKE_...` may give."""
-    value = os.environ.get("TOGETHER_FAKE_" + name.upper().replace("-", "_"))
-    if value is None:
-        return default
-    if isinstance(default, bool):
-        return value.lower() not in ("", "0", "false", "no", "off")
-    return value.split(os.pathsep) if name == "fixtures" else value
-
-
-def warn_of_unread(known: Iterable[str]) -> None:
-    """Name the variables that look like options and are none."""
-    variables = ["TOGETHER_FAKE_" + name.upper().replace("-", "_") for name in known]
-    for name in sorted(os.environ):
-        if name.startswith("TOGETHER_FAKE_") and name not in variables:
-            print_line(f"nothing reads the variable {name}{suggest(name, variables)}")
+COMMAND_OPTIONS = (  # each with its type and default; a switch has no type
+    ("host", str, "127.0.0.1", "address to listen on"),
+    ("port", int, None, f"0 takes any free one ({DEFAULT_PORT}; with --run 0)"),
+    ("strict", None, False, "be no more helpful than production"),
+    ("no-auth", None, False, "answer without a key too"),
+    ("no-read-prompts", None, False, "answer in prose, whatever form a prompt asks for"),
+    ("on-miss", str, "generate", "without a fixture: generate, error, or kinds: chat,embedding"),
+    ("exact-turns", None, False, "turns of fixture files hold exactly, too"),
+    ("strict-scripts", None, False, "a call with a warning is a 500 that tells it"),
+    ("upstream", str, None, "the URL where to send what no fixture answers"),
+    ("record", str, None, "fixture file to which its answers are added"),
+    ("instant-jobs", None, False, "jobs finish when they are created"),
+    ("max-stored-bytes", int, MAX_STORED_BYTES, "of files"),
+    ("record-limit", int, DEFAULT_RECORD_LIMIT, "calls to keep"),
+    ("seed", int, 0, "of the chances in faults"),
+    ("quiet", None, False, "no line for each request"),
+    ("watch", None, False, "follow changes of the fixture files"),
+)
 
 
 def read_options(args: Sequence[str] | None) -> Any:
@@ -14998,47 +15000,37 @@ def read_options(args: Sequence[str] | None) -> Any:
         description="A local, repeatable stand-in for the Together AI API.",
         epilog="Every option may be a variable, too: TOGETHER_FAKE_PORT, TOGETHER_FAKE_STRICT=1.",
     )
+    variables = []
 
-    known = ["fixtures"]
+    def read_variable(option: str, default: Any) -> Any:
+        """Return the default of an option, which a variable may give."""
+        variables.append("TOGETHER_FAKE_" + option.upper().replace("-", "_"))
+        return os.environ.get(variables[-1], default)
 
-    def add(name: str, default: Any, help: str, **more: Any) -> None:
-        """Add an option; a default that is true or false makes it a switch."""
-        known.append(name)
-        if isinstance(default, bool):
-            more["action"] = "store_true"
-        parser.add_argument(f"--{name}", default=read_environment(name, default), help=help, **more)
-
-    add("host", "127.0.0.1", "address to listen on (%(default)s)")
-    add("port", None, f"0 takes any free one ({DEFAULT_PORT}; with --run 0)", type=int)
-    add("strict", False, "be no more helpful than production")
-    add("no-auth", False, "answer without a key too")
+    for name, kind, default, help in COMMAND_OPTIONS:
+        value = read_variable(name, default)
+        if kind is None:
+            on = value is not False and value.lower() not in ("", "0", "false", "no", "off")
+            parser.add_argument(f"--{name}", action="store_true", default=on, help=help)
+        else:
+            help += f" ({default})" if default else ""
+            parser.add_argument(f"--{name}", type=kind, default=value, help=help)
+    fixtures = [path for path in read_variable("fixtures", "").split(os.pathsep) if path]
     parser.add_argument("--fixtures", action="append", metavar="PATH", help="file or folder")
-    add("no-read-prompts", False, "answer in prose, whatever form a prompt asks for")
-    add("on-miss", "generate", "without a fixture: generate, error, or kinds: chat,embedding")
-    add("exact-turns", False, "turns of fixture files hold exactly, too")
-    add("strict-scripts", False, "a call with a warning is a 500 that tells it")
-    add("upstream", "", "where to send what no fixture answers", metavar="URL")
-    add("record", "", "fixture file to which its answers are added", metavar="PATH")
-    add("instant-jobs", False, "jobs finish when they are created")
-    add("max-stored-bytes", str(MAX_STORED_BYTES), "of files (%(default)s)", type=int)
-    add("record-limit", str(DEFAULT_RECORD_LIMIT), "calls to keep (%(default)s)", type=int)
-    add("seed", "0", "of the chances in faults (%(default)s)", type=int)
-    add("quiet", False, "no line for each request")
-    add("watch", False, "follow changes of the fixture files")
     parser.add_argument("--check", metavar="PATH", help="say what is wrong in fixtures and exit")
     parser.add_argument("--routes", action="store_true", help="print the routes and exit")
     parser.add_argument("--version", action="store_true", help="print version and digest and exit")
     help = "run this, which finds the server by its environment, and exit with its status"
     parser.add_argument("--run", nargs=argparse.REMAINDER, metavar="COMMAND", help=help)
     options = parser.parse_args(args)
-    warn_of_unread(known)
-    options.fixtures = options.fixtures or read_environment("fixtures", [])
-    if options.port is None:
-        options.port = DEFAULT_PORT if options.run is None else 0
+    for name in sorted(set(os.environ) - set(variables)):
+        if name.startswith("TOGETHER_FAKE_"):
+            print_line(f"nothing reads the variable {name}{suggest(name, variables)}")
+    options.fixtures = options.fixtures or fixtures
     if options.run == []:
-        parser.error("--run needs a command: --run npx vitest run")
-    if not 0 <= options.port <= 65535:
-        parser.error(f"--port must be between 0 and 65535, not {options.port}")
+        parser.error("--run needs a command, as in --run npx vitest run")
+    if options.port is None:
+        options.port = 0 if options.run else DEFAULT_PORT
     if options.on_miss not in ("generate", "error"):
         options.on_miss = dict.fromkeys(options.on_miss.split(","), "error")
     return options
@@ -15058,7 +15050,17 @@ def check_fixtures(path: str) -> int:
     return 0
 
 
-def serve(server: TogetherAiServer) -> None:
+def catch_signals(handler: Callable[[int, Any], None]) -> None:
+    """Have a function called for the signals that end a program."""
+    import signal
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, handler)
+
+
+def serve(server: TogetherAiServer) -> int:
     """Start a server, say where it listens, and stop it at Ctrl-C or SIGTERM."""
     import gc
     import signal
@@ -15067,20 +15069,15 @@ def serve(server: TogetherAiServer) -> None:
     writer.setblocking(False)
     # A signal is written here at once, whatever the main thread does.
     signal.set_wakeup_fd(writer.fileno())
-    ends = [signal.SIGINT, signal.SIGTERM]
-    hang_up = getattr(signal, "SIGHUP", None)
-    if hang_up and signal.getsignal(hang_up) != signal.SIG_IGN:  # as nohup sets it
-        ends.append(hang_up)
-    for name in ends:
-        signal.signal(name, lambda *_: None)
+    catch_signals(lambda *_: None)
     server.start()
     exports = [f"export {variable}={value}" for variable, value in server.env.items()]
-    place = f"[{server.host}]" if ":" in server.host else server.host
-    bound = f"is bound to {place}:{server.port} and listens on {server.url}"
+    bound = f"is bound to {server.host} and listens on {server.url}"
     print_lines([f"together_fake {__version__} {bound}", *exports])
     gc.freeze()  # what lives until the end need not be looked at again and again
     reader.recv(1)
     server.stop()
+    return 0
 
 
 def reserve_streams() -> None:
@@ -15092,24 +15089,21 @@ def reserve_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
+SERVER_OPTIONS = (
+    *("host", "strict", "on_miss", "exact_turns", "upstream", "record"),
+    *("instant_jobs", "max_stored_bytes", "record_limit", "seed"),
+)
+
+
 def build_server(options: Any) -> TogetherAiServer:
     """Return the server that a command line asks for, with its fixtures."""
     server = TogetherAiServer(
         options.port,
-        host=options.host,
         require_auth=not options.no_auth,
-        strict=options.strict,
-        instant_jobs=options.instant_jobs,
-        max_stored_bytes=options.max_stored_bytes,
-        seed=options.seed,
         read_prompts=not options.no_read_prompts,
-        on_miss=options.on_miss,
-        exact_turns=options.exact_turns,
         warnings="error" if options.strict_scripts else "record",
-        upstream=options.upstream or None,
-        record=options.record or None,
-        record_limit=options.record_limit,
         log=None if options.quiet or options.run else print_line,
+        **{name: getattr(options, name) for name in SERVER_OPTIONS},
     )
     for path in options.fixtures:
         server._load(path)
@@ -15126,23 +15120,17 @@ def run_command(server: TogetherAiServer, command: Sequence[str]) -> int:
     import signal
     import subprocess
 
-    server.start()
-    program = shutil.which(command[0]) or command[0]
-    try:
-        process = subprocess.Popen([program, *command[1:]], env={**os.environ, **server.env})
-    except OSError as error:
-        print_line(f"cannot run {command[0]}: {error.strerror}")
-        return 127
-
     def pass_on(number: int, frame: Any) -> None:
-        """Pass a signal on, but for Ctrl-C, which a terminal sends to the command as well."""
-        if number != signal.SIGINT or not os.isatty(0):
+        if number != signal.SIGINT or not os.isatty(0):  # a terminal sends Ctrl-C to both
             process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, pass_on)
-    status = process.wait()
-    server.stop()
+    program = shutil.which(command[0]) or command[0]
+    with (
+        server,
+        subprocess.Popen([program, *command[1:]], env={**os.environ, **server.env}) as process,
+    ):
+        catch_signals(pass_on)
+        status = process.wait()
     told = server.explain()
     if told:
         print_line(told)
@@ -15151,60 +15139,34 @@ def run_command(server: TogetherAiServer, command: Sequence[str]) -> int:
 
 def describe_version() -> str:
     """Return the version and the digest of this file, and whether it is as it was released."""
-    name = f"together_fake {__version__}"
-    try:
-        with open(__file__, encoding="utf-8") as file:
-            source = file.read()
-    except OSError:
-        return name
+    with open(__file__, encoding="utf-8") as file:
+        source = file.read()
     digest = hashlib.sha256(source.replace(f'"{RELEASED}"', '""', 1).encode()).hexdigest()
     state = "as released" if digest == RELEASED else "modified"
-    return f"{name}, {state}, sha256 {hashlib.sha256(source.encode()).hexdigest()}"
+    whole = hashlib.sha256(source.encode()).hexdigest()
+    return f"together_fake {__version__}, {state}, sha256 {whole}"
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the server until Ctrl-C or SIGTERM, or a command with it; return the exit status."""
     reserve_streams()
     options = read_options(args)
-    if options.version:
-        print_lines([describe_version()])
-        return 0
-    if options.routes:
-        print_lines(list_route_lines())
-        return 0
     if options.check:
         return check_fixtures(options.check)
+    if options.version or options.routes:
+        print_lines([describe_version()] if options.version else list_route_lines())
+        return 0
     try:
         server = build_server(options)
-    except (OSError, ValueError) as error:
-        print_line(f"cannot begin: {error}")
+        return run_command(server, options.run) if options.run else serve(server)
+    except (OSError, ValueError, OverflowError, RuntimeError) as error:
+        taken = getattr(error, "errno", 0) == errno.EADDRINUSE
+        hint = f": {options.host}:{options.port}; --port 0 takes any free port" if taken else ""
+        print_line(f"cannot begin: {error}{hint}")
         return 1
-    try:
-        if options.run:
-            return run_command(server, options.run)
-        serve(server)
-    except OSError as error:
-        taken = error.errno in (errno.EADDRINUSE, errno.EACCES)
-        hint = "; --port 0 takes any free port" if taken else ""
-        print_line(f"cannot listen on {options.host}:{options.port}: {error}{hint}")
-        return 1
-    except RuntimeError as error:
-        print_line(f"cannot start: {error}")
-        return 1
-    return 0
 
 
 # === Test runners ===
-
-
-def set_options(server: TogetherAiServer, options: Mapping[str, Any], patch: Any) -> None:
-    """Give a running server other options, by pytest's monkeypatch."""
-    other = TogetherAiServer(0, **options)  # raises for a word or value that is wrong
-    wanted = {**vars(other), "on_miss": other.on_miss}
-    for name in options:
-        if name not in wanted:
-            raise ValueError(f"{name} is read at the start: override together_fake_server")
-        patch.setattr(server, name, wanted[name])
 
 
 def make_pytest_plugin() -> Any:
@@ -15216,8 +15178,7 @@ def make_pytest_plugin() -> Any:
 
     def together_fake_server(pytestconfig: Any) -> Iterator[TogetherAiServer]:
         """The server of the session; a fixture of this name in a conftest.py goes before it."""
-        args = ["--port", "0", "--quiet", *pytestconfig.getini("together_fake")]
-        options = read_options(args)
+        options = read_options(["--port=0", "--quiet", *pytestconfig.getini("together_fake")])
         options.fixtures = [os.path.join(pytestconfig.rootpath, path) for path in options.fixtures]
         with build_server(options) as server:
             yield server
@@ -15229,7 +15190,8 @@ def make_pytest_plugin() -> Any:
         server = together_fake_server
         server.reset()
         for mark in reversed(list(request.node.iter_markers("together_fake"))):
-            set_options(server, mark.kwargs, monkeypatch)
+            for name, value in mark.kwargs.items():
+                monkeypatch.setattr(server, name, value)
         for name, value in server.test(request.node.nodeid).env.items():
             monkeypatch.setenv(name, value)
         return server
@@ -15283,19 +15245,12 @@ class ExplainedResult:
             return found
 
         def add(test: Any, *args: Any) -> None:
-            if args[-1]:  # what was raised: its type, itself and where
-                self.explain(args[-1][1])
+            told = self.server.explain()
+            if args[-1] and told:  # what was raised: its type, itself and where
+                args[-1][1].args = (f"{args[-1][1]}\n{told}",)
             found(test, *args)
 
         return add
-
-    def explain(self, error: BaseException) -> None:
-        """Add to an error's text."""
-        told = self.server.explain()
-        if told and sys.version_info >= (3, 11):
-            error.add_note(told)
-        elif told:
-            error.args = (f"{error}\n{told}",)
 
 
 def make_test_case() -> Any:
@@ -15347,7 +15302,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        """Return TogetherTestCase, which needs unittest, once somebody asks for it."""
+        """Make TogetherTestCase, which needs unittest, when somebody asks for it."""
         if name != "TogetherTestCase":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         globals()[name] = make_test_case()
