@@ -563,6 +563,7 @@ ERRORS: dict[str, tuple[Any, ...]] = {
     "bad_version": (505, "The HTTP version is not known; HTTP/1.1 and HTTP/1.0 are."),
     "bad_fixture": (400, "The fixture was refused: {reason}"),
     "no_fixture": (404, "No fixture matches {method} {path}.{reason}"),
+    "script_failed": (500, "The script of this test failed: {reason}"),
     "warned": (500, "This call has warnings, which are errors here: {reason}."),
     # what a scripted status sends: recorded (400, 429, 500, 503), reported by users (402), chosen
     "status_400": (400, "Input validation error"),
@@ -3626,14 +3627,12 @@ class Collection:
         return item
 
     def update(self, id: str, **changes: Any) -> dict[str, Any]:
-        """Change some keys of one object and return the whole."""
         with self._lock:
             if id in self._items:
                 self._items[id].update(copy_json(changes))
         return self.get(id)
 
     def remove(self, id: str) -> dict[str, Any]:
-        """Take one object out and return it."""
         item = self.get(id)
         with self._lock:
             self._items.pop(id, None)
@@ -3705,6 +3704,17 @@ def find_usage(replies: Sequence[Any]) -> dict[str, Any] | None:
     return None
 
 
+# What a list of calls shows of each, and what is shown of one.
+ROW = (
+    "kind", "operation", "method", "path", "model", "status", "usage", "fixture", "outcome", "test",
+    "batch", "error",
+)  # fmt: skip
+ROW_MORE = (
+    "query", "headers", "body", "reply", "messages", "close_code", "events_sent", "form",
+    "warnings", "notes", "near_misses",
+)  # fmt: skip
+
+
 class Call:
     """One recorded request and what came of it, as users read it in their assertions."""
 
@@ -3730,6 +3740,7 @@ class Call:
     _raw_reply: bytes | list[bytes] = b""
     misses: Sequence[Any] = ()  # the fixtures that did not answer, and why
     explain_misses: Any = None  # says so
+    answered_by: Any = None  # the fixture
 
     def __init__(self, number: int, request: Request, at: float) -> None:
         self.number = number
@@ -3768,7 +3779,6 @@ class Call:
         self.events_sent += is_sent
 
     def set_body(self, body: dict[str, Any]) -> None:
-        """Keep what a socket was asked for, as the body of another call."""
         self._raw = ENCODE(body).encode()
 
     def watch_events(
@@ -3824,7 +3834,6 @@ class Call:
 
     @property
     def raw_reply(self) -> bytes:
-        """The bytes of the reply, the events of a stream one after the other."""
         raw = self._raw_reply
         return b"".join(raw) if isinstance(raw, list) else raw
 
@@ -3851,8 +3860,11 @@ class Call:
                 return text
         return {"content_type": self.reply_type, "bytes": len(self._raw_reply)}
 
+    @property
+    def has_ended(self) -> bool:
+        return self.outcome not in ("", "running")
+
     def holds(self, text: bytes) -> bool:
-        """Tell whether the body or the reply has a text, in either case."""
         text = text.lower()
         return not text or text in self._raw.lower() or text in self.raw_reply.lower()
 
@@ -3876,7 +3888,6 @@ class Call:
 
     @property
     def model(self) -> str | None:
-        """The model that the body names."""
         body = self.body
         return body.get("model") if type(body) is dict else None
 
@@ -3892,40 +3903,17 @@ class Call:
         """Return what a list of calls shows."""
         return {
             "n": self.number,
-            "kind": self.kind,
-            "operation": self.operation,
             "at": format_time(self.at),
-            "method": self.method,
-            "path": self.path,
-            "model": self.model,
-            "status": self.status,
             "duration_ms": round(self.duration * 1000, 3),
-            "usage": self.usage,
-            "fixture": self.fixture,
-            "outcome": self.outcome,
-            "test": self.test,
-            "batch": self.batch,
-            "error": self.error,
+            **{name: getattr(self, name) for name in ROW},
             "warnings": len(self.warnings),
         }
 
     def as_json(self) -> dict[str, Any]:
         """Return the call as the control route lists it."""
-        return {
-            **self.as_row(),
-            "query": self.query,
-            "headers": self.headers,
-            "body": self.body,
-            "reply": self.reply,
-            "messages": self.messages,
-            "close_code": self.close_code,
-            "events_sent": self.events_sent,
-            "first_event_ms": round(self.first_event * 1000, 3),
-            "form": self.form,
-            "warnings": list(self.warnings),
-            "notes": list(self.notes),
-            "near_misses": self.near_misses,
-        }
+        first = round(self.first_event * 1000, 3)
+        more = {name: getattr(self, name) for name in ROW_MORE}
+        return {**self.as_row(), "first_event_ms": first, **more}
 
 
 # === WebSocket ===
@@ -4128,11 +4116,10 @@ MAX_FIXTURES = 10_000  # added at run time
 MAX_TESTS = 10_000  # whose calls are counted apart
 MAX_COMPARED = 4000  # characters of two texts that are compared
 MAX_DIFFS = 3  # of the nearest misses of one call
-MAX_SHOWN = 400  # characters of a text of which a difference is shown
+MAX_SHOWN = 200  # characters of each text where they differ
 
 
 def list_objects(value: Any) -> list[dict[str, Any]]:
-    """Return the objects of a list; none when it is no list."""
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
@@ -4149,20 +4136,19 @@ OPERATIONS: dict[str, Route] = {}  # what fixtures call an operation, and its fi
 
 def read_part(part: dict[str, Any]) -> dict[str, Any]:
     """Return a part of an item's content as that of a chat message."""
-    kind = part.get("type")
-    if kind in ("input_text", "output_text"):
-        return {"type": "text", "text": part.get("text")}
-    if kind == "refusal":
-        return {"type": "text", "text": part.get("refusal")}
+    kind = str(part.get("type"))
+    if kind in ("input_text", "output_text", "refusal"):
+        return {"type": "text", "text": part.get("refusal" if kind == "refusal" else "text")}
     if kind == "input_image" and part.get("image_url"):
         return {"type": "image_url", "image_url": {"url": part["image_url"]}}
-    if kind == "input_audio":
-        return {"type": kind, kind: part.get(kind)}
-    return {"type": "file", "file": part}
+    return (
+        {"type": kind, kind: part.get(kind)}
+        if kind == "input_audio"
+        else {"type": "file", "file": part}
+    )
 
 
 def read_parts(content: Any) -> Any:
-    """Return the content of an item as that of a chat message."""
     return list(map(read_part, list_objects(content))) if isinstance(content, list) else content
 
 
@@ -4310,7 +4296,6 @@ def holds_key(key: str, wanted: Any, facts: MatchFacts) -> bool:
 
 
 def find_mismatch(wanted: dict[str, Any], facts: MatchFacts) -> str | None:
-    """Return the first key of a match that does not hold, or None."""
     return next((key for key in wanted if not holds_key(key, wanted[key], facts)), None)
 
 
@@ -4366,7 +4351,7 @@ class MatchFacts(dict):  # type: ignore[type-arg]
         is_socket = request.route is not None and request.route.status == 101
         self.is_handshake = request.turn is None if is_socket else None
         self.request, self.kind = request, kind
-        self.time = 0  # which time the fixture that answers is served to its test
+        self.answer: Any = None  # an iterator's, for this request
         self.test = headers.get("x-test-id", "")
         super().__init__(
             endpoint=(kind, f"{request.method} {request.path}"),
@@ -4399,12 +4384,10 @@ PATTERN = Fields(Field("pattern", str, required=True), closed=True)
 
 # Numbers of fixtures stay as they were written: 5 is not made 5.0.
 def number_rows(names: str, low: float = -1e300, high: float = 1e300) -> list[Field]:
-    """Return a row of a number for each of the names."""
     return rows_of(names, int, float, low=low, high=high)
 
 
 def text_row(name: str, **more: Any) -> Field:
-    """Return the row of a text that is wanted, or of a pattern that shall be found."""
     return Field(name, str, dict, *more.pop("kinds", ()), fields=PATTERN, **more)
 
 
@@ -4552,12 +4535,10 @@ def snake_keys(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def dump_json(value: Any) -> str:
-    """Write JSON compactly; a string is taken as it is."""
     return value if isinstance(value, str) else ENCODE(value)
 
 
 def normalise_block(block: dict[str, Any]) -> dict[str, Any]:
-    """Normalise one piece of an answer: a text, or a tool call with its arguments as text."""
     if block.get("type") == "text":
         return {"type": "text", "text": dump_json(block["text"])}
     call = {"type": "tool_call", "name": block["name"], "id": block.get("id")}
@@ -4581,7 +4562,6 @@ def normalise_message(said: dict[str, Any]) -> dict[str, Any]:
 
 
 def normalise_error(said: dict[str, Any]) -> dict[str, Any]:
-    """Normalise an error: its status, its envelope if it was given, and the seconds to wait."""
     return {"status": 500, "error": None, "retry_after": None, **snake_keys(said)}
 
 
@@ -4622,7 +4602,6 @@ class ResponseType:
         RESPONSE_TYPES.append(self)
 
     def fits(self, kind: str) -> bool:
-        """Tell whether it answers operations of a kind, "" for those without one."""
         return self.everywhere or (kind in OPERATIONS and OPERATIONS[kind].response is self)
 
 
@@ -4679,7 +4658,6 @@ ERROR = ResponseType(  # aimock's recorder writes status 200 where it did not un
 
 
 def find_response_type(keys: Container[str]) -> ResponseType | None:
-    """Return the type of response that some keys tell of."""
     types = reversed(RESPONSE_TYPES)
     return next((type for type in types if any(key in keys for key in type.told_by)), None)
 
@@ -4692,6 +4670,12 @@ def list_response_rows() -> Fields:
     return Fields(*rows, *TEXT.fields.values(), closed=True, ignored=foreign)
 
 
+def suggest_operation(name: str) -> str:
+    path = re.sub(r"^/?(?:v[0-9]/)?", "", name.lower()).replace(".", "/").rstrip("/")
+    paths = {known.path[4:]: kind for kind, known in OPERATIONS.items()}
+    return f", did you mean {paths[path]}?" if path in paths else suggest(name, OPERATIONS)
+
+
 def check_match(match: dict[str, Any], type: ResponseType, place: str) -> None:
     """Refuse a match that could never hold for a response of this type."""
     for key in ("not", "systemMessage"):
@@ -4701,20 +4685,18 @@ def check_match(match: dict[str, Any], type: ResponseType, place: str) -> None:
     if isinstance(name, dict) or " " in name:  # a pattern, or as in "POST /v1/files"
         return
     if name not in OPERATIONS:
-        near = suggest(name, OPERATIONS)
+        near = suggest_operation(name)
         raise ValueError(f"{place}.endpoint: {preview(name)} is unknown{near}")
     if not type.fits(name):
         raise ValueError(f"{place}.endpoint: {name} cannot serve a response of type {type.name}")
 
 
 def write_pattern(pattern: re.Pattern[str]) -> dict[str, str]:
-    """Write a compiled pattern as JSON, its flags inline."""
     flags = "".join(letter for letter in "aimsx" if pattern.flags & re.RegexFlag[letter.upper()])
     return {"pattern": f"(?{flags}){pattern.pattern}" if flags else pattern.pattern}
 
 
 def as_json(value: Any) -> Any:
-    """Return what a model of pydantic, or anything else with `model_dump`, stands for."""
     dump = None if isinstance(value, type) else getattr(value, "model_dump", None)
     return dump(mode="json") if callable(dump) else value
 
@@ -4861,41 +4843,73 @@ QUOTABLE = {key: key for key in ("model", "systemMessage", "inputText", "body", 
 QUOTABLE["lastUserMessage"] = "userMessage"
 
 
-class AnswerSource:
-    """Answers that a test's own code gives: those of an iterator in turn, or of a function.
+def shorten_path(path: str) -> str:
+    with contextlib.suppress(ValueError, OSError):  # another drive, no working directory
+        near = os.path.relpath(path)
+        return path if near.startswith("..") else near
+    return path
 
-    An iterator is asked when an answer is needed, and its answers are kept: each test has them all.
-    """
 
-    def __init__(self, source: Any) -> None:
-        self._rest = None if callable(source) else iter(source)
-        self.ask = source if callable(source) else None
+async def settle(value: Any) -> Any:
+    return await value
+
+
+def run_code(source: str, code: Callable[..., Any], *args: Any) -> Any:
+    """Call the code of a test; what it raises is told by its place, and no client asks again."""
+    try:
+        value = code(*args)
+        if hasattr(value, "__await__"):
+            import asyncio  # where a function is `async`
+
+            value = asyncio.run(settle(value))
+        return value
+    except (ApiError, StopIteration):
+        raise
+    except BaseException as error:  # SystemExit, too
+        import traceback  # only for a bug
+
+        own = run_code.__code__.co_filename
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != own]
+        place = "".join(f", at {shorten_path(f.filename)}:{f.lineno}" for f in frames[-1:])
+        reason = f"{source} raised {type(error).__name__}: {error}{place}"
+    failure = ApiError("script_failed", reason=reason)
+    failure.headers["x-should-retry"] = "false"
+    raise failure
+
+
+class SharedIterator:
+    """An iterator whose answers each test has in turn; it is asked when one is needed."""
+
+    def __init__(self, iterator: Iterator[Any], source: str) -> None:
+        self.source = source  # of the fixture
+        self._iterator = iterator
         self._lock = threading.Lock()  # of this iterator alone: its code may take its time
-        self._drawn: dict[int, Any] = BoundedDict(MAX_FIXTURES)
-        self.count = 0  # of those drawn
-        self.ended = False
+        self._drawn: list[Any] = []
+        self._positions: dict[str, int] = BoundedDict(MAX_TESTS)  # by test
+        self._returned: dict[str, list[Any]] = BoundedDict(MAX_TESTS)  # for refused requests
+        self.length: int | None = None  # once it has ended
 
-    def lacks(self, index: int) -> bool:
-        """Tell whether an answer has to be drawn first."""
-        return self._rest is not None and not self.ended and index >= self.count
+    def is_over(self, test: str) -> bool:
+        return self._positions.get(test, 0) == self.length and not self._returned.get(test)
 
-    def draw(self, index: int) -> None:
-        """Ask the iterator for its answers up to this one."""
+    def take(self, test: str) -> Any:
+        """Return a test's next answer; raise StopIteration where there is none."""
         with self._lock:
-            while self.lacks(index):
+            if self._returned.get(test):
+                return self._returned[test].pop()
+            position = self._positions.get(test, 0)
+            if position == len(self._drawn):
                 try:
-                    self._drawn[self.count] = next(self._rest)  # type: ignore[arg-type]
-                    self.count += 1
+                    self._drawn.append(run_code(self.source, next, self._iterator))
                 except StopIteration:
-                    self.ended = True
+                    self.length = position
+                    raise
+            self._positions[test] = position + 1
+            return self._drawn[position]
 
-    def has(self, index: int) -> bool:
-        """Tell whether there is such an answer, as far as is known."""
-        return self._rest is None or index in self._drawn or self.lacks(index)
-
-    def take(self, index: int, request: Request) -> Any:
-        """Return an answer that was drawn, or the answer to a request."""
-        return self._drawn[index] if self.ask is None else self.ask(request)
+    def give_back(self, test: str, answer: Any) -> None:
+        with self._lock:
+            self._returned.setdefault(test, []).append(answer)
 
 
 class Response:
@@ -4913,7 +4927,6 @@ class Response:
         self.closes = type in (ERROR, STATUS) and self.normal["status"] > 999  # a socket
 
     def fits(self, kind: str) -> bool:
-        """Tell whether it answers operations of a kind; a completion cannot be tool calls alone."""
         if self.closes:
             return kind in OPERATIONS and OPERATIONS[kind].status == 101
         is_calls = self.type is TEXT and self.normal["content"] is None
@@ -4950,14 +4963,10 @@ def is_whole(response: Response, options: Mapping[str, Any]) -> bool:
 class Fixture:
     """One scripted answer: when it is served, what it says, and how it travels.
 
-    entry     its JSON, checked and clean
-    options   delays, faults, `times`
     source    "reply() at FILE:LINE", "run time[3]" (of a POST), "header" or "file NAME[3]"
-    served    how often it was
     when      is asked with the request
     place     where the entry stands, for errors
-    answers   what further answers come from, one for each time it is served
-    spell     how its author writes the keys
+    answers   a function of the request, or an iterator, that gives the content
     """
 
     def __init__(
@@ -4975,14 +4984,12 @@ class Fixture:
         self.number = -1  # among those added at run time
         self.relaxed = False  # a turn near its own will do, as aimock has it in files
         self.normalise: Sequence[str] = ()  # patterns of what its file does not compare
-        self.exact = False  # none but its own will do, not in a file either
         self.owner: Fixtures | None = None
-        self.served = 0
-        self._served_in: dict[str, int] = BoundedDict(MAX_TESTS)  # how often, by test
-        self._returned: dict[str, list[int]] = BoundedDict(MAX_TESTS)  # times that were for nothing
+        self.counts: dict[str, int] = BoundedDict(MAX_TESTS)  # how often it was served, by test
+        self.group_counts: dict[str, int] = self.counts  # of all fixtures of its sequence
         self.when = when
-        self.answers: AnswerSource | None = None
-        self.spell: Callable[[str], str] = str
+        self.answers: Any = None
+        self.spell: Callable[[str], str] = str  # as its author writes keys
         self.response = Response(type, entry.get("response", {}))
         self.options = {key: entry[key] for key in OPTIONS if key in entry}
         self.times: int | None = self.options.get("times")
@@ -5004,13 +5011,13 @@ class Fixture:
 
     @property
     def asks(self) -> bool:
-        """Whether it asks a pattern or the test's own code, which may take their time."""
         return bool(self.when or self.answers or '"pattern"' in self.group[0])
 
     def find_obstacle(self, facts: MatchFacts) -> Obstacle | None:
         """Return the first reason why it does not answer a request, whatever was served before."""
         if not self.response.fits(facts.kind):
-            return "response", [each for each in OPERATIONS if self.response.fits(each)], facts.kind
+            kinds = ", ".join(filter(self.response.fits, OPERATIONS))
+            return "response", kinds, facts.kind or "another operation"
         if facts.is_handshake not in (None, is_whole(self.response, self.options)):
             return "response", "a handshake", "a turn"
         key = find_mismatch(self.wanted, facts)
@@ -5018,72 +5025,43 @@ class Fixture:
             return f"match.{key}", None, None
         if not self.relaxed and self.turn not in (None, facts["turnIndex"]):
             return "match.turnIndex", self.turn, facts["turnIndex"]
-        if self.when is not None and not self.when(facts.request):
+        if self.when is not None and not run_code(self.source, self.when, facts.request):
             return "when", True, False
         return None
 
+    @property
+    def calls(self) -> list[Call]:
+        """The recorded calls that it answered."""
+        calls = self.owner.list_calls() if self.owner is not None else []
+        return [call for call in calls if call.answered_by is self]
+
     def count_holding(self, facts: MatchFacts) -> int:
-        """Return how many of its keys hold for a request, none where its kind is another."""
         if not self.response.fits(facts.kind):
             return -1
         return sum(holds_key(key, wanted, facts) for key, wanted in self.wanted.items())
 
     def remove(self) -> None:
-        """Answer no further request."""
         if self.owner is not None:
             self.owner.remove(self)
 
-    # How often it was served, to each test
+    @property
+    def served(self) -> int:
+        return sum(self.counts.values())
 
-    def served_to(self, test: str) -> int:
-        """Return how often it was served to a test."""
-        return self._served_in.get(test, 0) - len(self._returned.get(test, ()))
-
-    def next_time(self, test: str) -> int:
-        """Return which time the next one for a test is, counted from 0."""
-        returned = self._returned.get(test)
-        return returned[0] if returned else self._served_in.get(test, 0)
-
-    def take_time(self, test: str) -> int:
-        """Count that it is served to a test; return which time that is."""
-        time = self.next_time(test)
-        if self._returned.get(test):
-            self._returned[test].pop(0)
-        else:
-            self._served_in[test] = time + 1
-        self.served += 1
-        return time
-
-    def return_time(self, test: str, time: int) -> None:
-        """Count that it was served for nothing."""
-        self._returned.setdefault(test, []).append(time)
-        self._returned[test].sort()
-        self.served -= 1
-
-    def forget(self, test: str | None = None) -> None:
-        """Count from zero again, for one test or for all."""
-        self.served -= self.served if test is None else self.served_to(test)
-        for counts in (self._served_in, self._returned):
-            counts.clear() if test is None else counts.pop(test, None)
+    def count(self, test: str, change: int) -> None:
+        self.counts[test] = self.counts.get(test, 0) + change
+        if self.group_counts is not self.counts:
+            self.group_counts[test] = self.group_counts.get(test, 0) + change
 
     def __repr__(self) -> str:
         return f"<Fixture {self.source}: {self.response.type.name}, served {self.served} times>"
 
     def describe(self) -> dict[str, Any]:
-        """Return the fixture's JSON with its source and how often it was served."""
         number = {} if self.number < 0 else {"number": self.number}
         return {**self.entry, **number, "source": self.source, "served": self.served}
 
 
 FOREIGN_ENDPOINTS = lazy_regex(r"(audio-gen|elevenlabs-.+|fal|fal-audio|openai-live|realtime.*)\Z")
-
-
-class BadFixtures(ValueError):
-    """What is wrong in a file of fixtures; the text is the first sentence of them."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__(problems[0])
-        self.problems = problems
 
 
 def parse_models(rows: Mapping[str, Any], spell: Callable[[str], str] = str) -> dict[str, Model]:
@@ -5129,21 +5107,23 @@ def parse_fixtures(
 ) -> list[Fixture]:
     """Build the fixtures of a file's JSON, all of them or none; its models are added to `models`.
 
-    Raises BadFixtures naming what is wrong. What only other providers have is left out, and named
-    in one sentence added to `warnings`. Patterns that are not trusted, as they come over HTTP, are
-    never given to `re`.
+    Raises ValueError with a line for all that is wrong. What only other providers have is left
+    out, and named in one sentence added to `warnings`. Patterns that are not trusted, as they come
+    over HTTP, are never given to `re`.
     """
     prefix = f"{place}: " if place else ""
     ignored: list[str] = []
     problems: list[str] = []
     fixtures = []
+    own: dict[str, Model] = {}
+    entries: list[Any] = []
     try:
         entries = list_entries(data)
         own = parse_models(get_path(data, "models") or {})
         if own and models is None:
             raise ValueError("models: are for files and TogetherAiServer(models=...) alone")
     except ValueError as error:
-        raise BadFixtures([f"{prefix}{error}"]) from None
+        problems.append(f"{prefix}{error}")
     for index, entry in enumerate(entries):
         at = f"fixtures[{index}]"
         source = f"file {place}[{index}]" if place else "run time"
@@ -5155,12 +5135,13 @@ def parse_fixtures(
         try:
             type, clean_entry = parse_entry(entry, at, str, ignored)
             fixtures.append(Fixture(type, clean_entry, source, trusted=trusted, place=at))
-            fixtures[-1].exact = get_path(data, "exactTurns") is True
+            together = bool(place) or len(entries) > 1
+            fixtures[-1].relaxed = together and not get_path(data, "exactTurns")
             fixtures[-1].normalise = get_path(data, "normalise") or ()
         except ValueError as error:
             problems.append(f"{prefix}{error}")
     if problems:
-        raise BadFixtures(problems)
+        raise ValueError("\n".join(problems))
     if models is not None:
         models.update(own)
     if ignored and warnings is not None:
@@ -5173,7 +5154,7 @@ def load_fixtures(
 ) -> list[Fixture]:
     """Load a file, or every *.json of a folder: by name, its files before its sub-folders.
 
-    Raises BadFixtures naming all that is wrong in all of them.
+    Raises ValueError with a line for all that is wrong in all of them.
     """
     names = [path]
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
@@ -5188,15 +5169,18 @@ def load_fixtures(
     for full in (name for name in names if name == path or name.endswith(".json")):
         name = os.path.basename(path) if full == path else os.path.relpath(full, path)
         name = name.replace(os.sep, "/")
-        with open(full, encoding="utf-8-sig") as file:
-            try:
-                fixtures += parse_fixtures(json.load(file), name, warnings, models=models)
-            except BadFixtures as error:
-                problems += error.problems
-            except (ValueError, RecursionError) as error:
-                problems.append(f"{name}: is not JSON: {error}")
+        try:
+            with open(full, encoding="utf-8-sig") as file:
+                data = json.load(file)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{name}: is not JSON: {error}")
+            continue
+        try:
+            fixtures += parse_fixtures(data, name, warnings, models=models)
+        except ValueError as error:
+            problems.append(f"{error}")
     if problems:
-        raise BadFixtures(problems)
+        raise ValueError("\n".join(problems))
     return fixtures
 
 
@@ -5205,15 +5189,14 @@ def find_unreachable(fixtures: Sequence[Fixture]) -> list[str]:
     found = []
     first: dict[Any, Fixture] = {}
     for fixture in fixtures:
+        if fixture.sequence is not None:
+            continue
         endpoint = {"endpoint": fixture.match.get("endpoint")}
         wider = [] if fixture.turn is not None else [CANONICAL({}), CANONICAL(endpoint)]
         type = fixture.response.type
-        is_calls = type is TEXT and not fixture.response.fits("completion")
-        own = "everything" if type.everywhere else "tool calls" if is_calls else type.name
-        keys = itertools.product(("everything", type.name, own), (fixture.group[0], *wider))
+        own = type.name if fixture.response.fits("completion") else f"{type.name} without content"
+        keys = itertools.product((type.name, own), (fixture.group[0], *wider))
         other = next((first[key] for key in keys if key in first), None)
-        if fixture.sequence is not None:
-            continue
         if other is not None:
             same = "the same match" if other.match == fixture.match else "a wider match"
             found.append(f"{fixture.source}: never answers, since {other.source} has {same}")
@@ -5265,32 +5248,29 @@ def parse_header(text: str) -> Fixture:
 
 def says_response(value: Any) -> bool:
     """Tell whether what a function gives is a response in a fixture's keys, rather than JSON."""
-    if not isinstance(value, dict):
-        return False
-    said = {to_camel(key): value[key] for key in value if isinstance(key, str)}
+    said = {to_camel(key): value[key] for key in value} if isinstance(value, dict) else {}
     type = find_response_type(said)
-    if type is None or len(said) < len(value):
+    if type is None or not said.keys() <= type.fields.keys() | type.fields.ignored:
         return False
-    fields = type.fields
-    is_typed = all(
-        said[key] is None or isinstance(said[key], fields[key].kinds)
-        for key in type.told_by
-        if key in said
-    )
-    return is_typed and all(name in fields or name in fields.ignored for name in said)
+    told = [said[key] for key in type.told_by if said.get(key) is not None]
+    kinds = tuple(kind for key in type.told_by for kind in type.fields[key].kinds)
+    return all(isinstance(each, kinds) for each in told)
 
 
-def answer_with(fixture: Fixture, time: int, request: Request) -> Response:
+def answer_with(fixture: Fixture, facts: MatchFacts) -> Response:
     """Return what a fixture says this time, or what its iterator or function does.
 
     A text, a model or other JSON is the content; a dict of the keys of a response is that response.
     """
     if fixture.answers is None:
         return fixture.response
-    given = fixture.answers.take(time, request)
+    given = facts.answer
+    if not isinstance(fixture.answers, SharedIterator):
+        given = run_code(fixture.source, fixture.answers, facts.request)
     value = as_json(given)
     said = value if says_response(value) else {"content": value}
-    response = Response(*parse_response(said, fixture.source, to_camel, []))
+    parsed = run_code(fixture.source, parse_response, said, "the answer", to_camel, [])
+    response = Response(*parsed)
     response.is_model = value is not given
     return response
 
@@ -5309,37 +5289,19 @@ def select_turn(fixtures: list[Fixture], turn: int) -> Fixture | None:
     return best or plain or min(fixtures, key=lambda each: each.turn or 0, default=None)
 
 
-def split_lines(text: str) -> list[str]:
-    """Return the lines of a text, long ones in pieces of some words."""
-    return [
-        piece.rstrip()
-        for line in text.splitlines()
-        for piece in re.findall(r"\S.{0,59}(?:\s|\Z)|\S{1,60}|\s+", line) or [""]
-    ]
-
-
 def show_difference(wanted: Any, got: Any) -> str:
-    """Return a unified diff of the part in which two values differ; nothing where both are short.
+    """Return the parts in which two values differ; nothing where both are short.
 
-    A wanted text may stand anywhere in a longer one, so it is compared with what it is most like.
+    A wanted text may stand anywhere in a longer one, so it is looked for by its first letters.
     """
-    import difflib  # only where somebody looks
-
     one, other = (v if isinstance(v, str) else preview(v, MAX_COMPARED) for v in (wanted, got))
     if len(one) <= 60 and len(other) <= 60:
         return ""
-    if len(other) > 1.5 * len(one):
-        sample, whole = one[:100], other[:MAX_COMPARED]
-        matcher = difflib.SequenceMatcher(None, sample, whole, autojunk=False)
-        match = matcher.find_longest_match(0, len(sample), 0, len(whole))
-        other = other[max(0, match.b - match.a) :][: len(one) + 60]
+    other = other[max(0, other.find(one[:20])) :]
     same = (at for at, pair in enumerate(zip(one, other)) if pair[0] != pair[1])
-    start = max(0, next(same, min(len(one), len(other))) - 30)
-    wanted_lines, got_lines = (
-        split_lines(text[start : start + MAX_SHOWN]) for text in (one, other)
-    )
-    diff = difflib.unified_diff(wanted_lines, got_lines, "wanted", "got", lineterm="", n=1)
-    return "\n".join(itertools.islice(diff, 40))
+    start = max(0, next(same, min(len(one), len(other))) - 40)
+    parts = (text[start : start + MAX_SHOWN].replace("\n", "\\n") for text in (one, other))
+    return "\n".join(map("{} {}".format, "-+", parts))
 
 
 def explain_text(name: str, wanted: Any, got: Any, contains: bool) -> str:
@@ -5350,29 +5312,20 @@ def explain_text(name: str, wanted: Any, got: Any, contains: bool) -> str:
         return f"{name} {preview(got)} does not match the pattern {preview(wanted['pattern'])}"
     if not contains:
         return f"{name} is {preview(got)}, wanted {preview(wanted)}"
-    if isinstance(wanted, list):
-        wanted = next((each for each in wanted if each not in got), "")
-    hint = ", but it does where case is ignored" if wanted.lower() in got.lower() else ""
+    is_near = isinstance(wanted, str) and wanted.lower() in got.lower()
+    hint = ", but it does where case is ignored" if is_near else ""
     return f"{name} {preview(got)} does not contain {preview(wanted)}{hint}"
 
 
-def explain_obstacle(key: str, wanted: Any, got: Any, spell: Callable[[str], str]) -> str:
-    """Say in a sentence why a fixture does not answer a request."""
-    name = spell(key[6:] if key.startswith("match.") else key)
-    if key == "response":
-        kinds = ", ".join(kind for kind in wanted if kind)
-        return f"it answers {kinds}, and this is {got or 'another operation'}"
-    if key == "shadowed":
-        return f"it matched, but {got}{wanted} was served"
-    if key == "times":
-        return f"it is used up: served {got} of {wanted}"
-    if key == "answers":
-        return f"it is used up: its iterator ended after {got}"
-    if key in ("when", "match.not"):
-        return f"{name} says no"
-    if key[6:] in TEXT_KEYS:
-        return explain_text(name, wanted, got, TEXT_KEYS[key[6:]] is operator.contains)
-    return f"{name} is {preview(got)}, wanted {preview(wanted)}"
+# Why a fixture did not answer, where it is no key of its match.
+OBSTACLES = {
+    "response": "it answers {wanted}, and this is {got}",
+    "when": "its function says no",
+    "match.not": "what it excludes holds",
+    "times": "it is used up: served {got} of {wanted}",
+    "answers": "it is used up: its iterator ended after {got}",
+    "shadowed": "it matched, but {got}{wanted} was served",
+}
 
 
 def explain_miss(
@@ -5380,7 +5333,7 @@ def explain_miss(
 ) -> dict[str, Any]:
     """Return why a fixture did not answer a request: what differs, and that in a sentence."""
     differs, wanted, got = obstacle
-    key = differs[6:]
+    key, name = differs[6:], fixture.spell(differs[6:])
     if differs.startswith("match.") and wanted is None:
         wanted, got = fixture.match[key], facts.get(key, "it holds")
         if key == "headers":  # only those asked about, and no secret
@@ -5388,16 +5341,18 @@ def explain_miss(
             got = {name: got.get(name) for name in names}
         elif key == "body":  # likewise
             got = redact({name: got[name] for name in wanted if name in got})
-    reason = explain_obstacle(differs, wanted, got, fixture.spell)
-    diff = (
-        show_difference(wanted, got) if with_diff and key in (*TEXT_KEYS, "body", "headers") else ""
-    )
-    miss = {"fixture": fixture.source, "differs": differs, "wanted": wanted, "got": got}
-    if differs == "shadowed":
-        miss = {"fixture": fixture.source, "differs": None, "shadowed_by": got}
+    has_diff = with_diff and key in (*TEXT_KEYS, "body", "headers")
+    diff = show_difference(wanted, got) if has_diff else ""
     if diff:
-        miss, reason = {**miss, "diff": diff}, f"{fixture.spell(key)} differs:\n{diff}\n"
-    return {**miss, "reason": reason}
+        reason = f"{name} differs:\n{diff}\n"
+    elif differs in OBSTACLES:
+        reason = OBSTACLES[differs].format(wanted=wanted, got=got)
+    elif key in TEXT_KEYS:
+        reason = explain_text(name, wanted, got, TEXT_KEYS[key] is operator.contains)
+    else:
+        reason = f"{name} is {preview(got)}, wanted {preview(wanted)}"
+    told = {"differs": differs, "wanted": wanted, "got": got, "reason": reason}
+    return {"fixture": fixture.source, **told}
 
 
 def explain_misses(
@@ -5435,9 +5390,9 @@ def join_fact(fact: Any) -> str:
 class Fixtures:
     """The fixtures of one server: which is served next, counted under one lock.
 
-    They are asked in this order: the one of the request's own header; of those added at run time
-    the limited ones, in the order added, then the step (a `reply()`, a POST) that was added last;
-    those of files. Of the fixtures of one step or of all files that match, `select_turn` takes one.
+    In this order: the request's own header; of those added at run time the limited ones as they
+    were added, then the step (a `reply()`, a POST) that was added last; files. Of the fixtures of
+    one step, or of the files, that match, `select_turn` takes one.
     """
 
     def __init__(self, seed: int = 0, exact_turns: bool = False, normalise: Any = ()) -> None:
@@ -5447,6 +5402,7 @@ class Fixtures:
         self.warnings: list[str] = []
         self.models: dict[str, Model] = {}  # of files
         self.list_calls: Callable[[], list[Call]] = list
+        self.is_copy = False  # in a child process, whose requests another one answers
         self._lock = threading.RLock()
         self._files: list[Fixture] = []
         self.normaliser = self.make_normaliser()
@@ -5459,17 +5415,14 @@ class Fixtures:
 
     @property
     def every(self) -> list[Fixture]:
-        """All fixtures, in the order in which they were added; those of files last."""
         return [*itertools.chain(*self._steps), *self._files]
 
     @property
     def slow(self) -> bool:
-        """Whether finding one may take long, because a function or a pattern is asked."""
         return any(fixture.asks for fixture in self.every)
 
     @property
     def empty(self) -> bool:
-        """Whether there is no fixture at all."""
         return not (self._steps or self._files)
 
     def reset(self) -> None:
@@ -5478,45 +5431,37 @@ class Fixtures:
             self._steps: list[list[Fixture]] = []
             self._groups: list[list[Fixture]] | None = None  # the steps, as they are asked
             self._numbers = itertools.count()
-            self._sequences: dict[Any, int] = BoundedDict(MAX_TESTS)
+            self._sequences: dict[Any, dict[str, int]] = {}  # how often each was served, by test
             self._calls = 0  # with a fault, for its draws
             self.forget()
 
     def forget(self, test: str | None = None) -> None:
-        """Count from zero again, for one test or for all."""
         with self._lock:
-            for fixture in self.every:
-                fixture.forget(test)
-            for key in [key for key in self._sequences if test in (None, key[0])]:
-                del self._sequences[key]
+            for counts in (*(each.counts for each in self.every), *self._sequences.values()):
+                counts.clear() if test is None else counts.pop(test, None)
 
     def covers(self, operation: str) -> bool:
-        """Tell whether a fixture is for this very method and path."""
         return any(fixture.match.get("endpoint") == operation for fixture in self.every)
 
     def remove_run_time(self) -> None:
         """Remove the fixtures that were added at run time; those of files stay."""
         with self._lock:
-            groups = {fixture.group for fixture in itertools.chain(*self._steps)}
-            for key in [key for key in self._sequences if key[1] in groups]:
-                del self._sequences[key]
+            for fixture in itertools.chain(*self._steps):
+                fixture.group_counts.clear()
             self._steps, self._groups = [], None
 
     def remove_test(self, test: str) -> None:
-        """Forget one test: its counts, and the fixtures that were added for it."""
         with self._lock:
             self.forget(test)
             self.remove(*[each for each in self.every if each.match.get("testId") == test])
 
     def remove(self, *fixtures: Fixture) -> None:
-        """Remove fixtures that were added at run time; those that are gone stay so."""
         gone = set(fixtures)
         with self._lock:
             kept = ([each for each in step if each not in gone] for step in self._steps)
             self._steps, self._groups = [step for step in kept if step], None
 
     def get(self, number: int) -> Fixture | None:
-        """Return the fixture of a number, as `run time[3]` tells it."""
         return next((each for each in self.every if each.number == number), None)
 
     def add(self, fixtures: Sequence[Fixture]) -> None:
@@ -5525,10 +5470,10 @@ class Fixtures:
             if sum(map(len, self._steps)) + len(fixtures) > MAX_FIXTURES:
                 raise ValueError(f"there may be at most {MAX_FIXTURES} fixtures; remove some")
             for fixture in fixtures:
-                fixture.owner, fixture.number = self, next(self._numbers)
-                fixture.relaxed = len(fixtures) > 1 and not self.exact_turns
+                fixture.number = next(self._numbers)
                 if fixture.source == "run time":
                     fixture.source = f"run time[{fixture.number}]"
+                self._adopt(fixture)
             self._steps, self._groups = [*self._steps, list(fixtures)], None
 
     def load(self, path: str) -> list[Fixture]:
@@ -5543,8 +5488,15 @@ class Fixtures:
             self._files, self._groups = list(fixtures), None
             self.normaliser = self.make_normaliser()
             for fixture in self._files:
-                fixture.owner, exact = self, self.exact_turns or fixture.exact
-                fixture.relaxed = not exact
+                self._adopt(fixture)
+
+    def _adopt(self, fixture: Fixture) -> None:
+        """Take a fixture in; those of one sequence count together."""
+        fixture.owner = self
+        fixture.relaxed = fixture.relaxed and not self.exact_turns
+        if fixture.sequence is not None:
+            own: dict[str, int] = BoundedDict(MAX_TESTS)
+            fixture.group_counts = self._sequences.setdefault(fixture.group, own)
 
     @property
     def has_files(self) -> bool:
@@ -5562,7 +5514,6 @@ class Fixtures:
         return Normaliser(patterns, change, volatile) if patterns or change else COMPARES_ALL
 
     def watch(self, paths: Sequence[str]) -> None:
-        """Follow changes of these files and folders from now on."""
         self.watched = paths
         self._seen = stamp_files(paths)
 
@@ -5598,10 +5549,7 @@ class Fixtures:
         return [[parse_header(text)], *self._groups] if text else self._groups
 
     def find(self, facts: MatchFacts) -> tuple[Fixture | None, str, list[tuple[Fixture, Obstacle]]]:
-        """Return the fixture that answers a request, counted as served, a warning, and the others.
-
-        Of the others, at most `MAX_NEAR_MISSES`, it is told why they do not answer.
-        """
+        """Return the fixture that answers, counted as served, a warning, and the other ones."""
         with self._lock:
             groups = self._list_groups(facts.request)
             if facts.normaliser.only_equal:  # as recordings are compared, which are in files
@@ -5610,7 +5558,7 @@ class Fixtures:
         texts[""] = ""
         cut = facts.normaliser
         likely = [[f for f in group if cut(f.needle) in texts[f.needle_key]] for group in groups]
-        # Patterns, functions and iterators may take their time: they are asked without the lock.
+        # Patterns and functions may take their time: they are asked without the lock.
         found = {each: each.find_obstacle(facts) for group in likely for each in group}
         others = (each for group in groups for each in group if each not in found)
         for each in itertools.islice(others, max(0, MAX_NEAR_MISSES - len(found))):
@@ -5619,30 +5567,31 @@ class Fixtures:
             with self._lock:
                 reasons = {each: found[each] or self._find_use(each, facts.test) for each in found}
                 chosen = self._choose(likely, reasons, facts["turnIndex"])
-                answers = chosen.answers if chosen is not None else None
-                time = chosen.next_time(facts.test) if chosen is not None else 0
-                if answers is None or not answers.lacks(time):
-                    misses = list_misses(reasons, chosen, facts["turnIndex"])
-                    if chosen is not None:
-                        self._count(chosen, facts)
-                    break
-            answers.draw(time)
-        warning = ""
-        if chosen is not None and chosen.turn not in (None, facts["turnIndex"]):
-            place = f"for turn {chosen.turn}, and this is turn {facts['turnIndex']}"
-            warning = f"{chosen.source} is {place}"
-        return chosen, warning, misses
+                if chosen is not None:
+                    chosen.count(facts.test, 1)
+            if chosen is None or not isinstance(chosen.answers, SharedIterator):
+                break
+            try:
+                facts.answer = chosen.answers.take(facts.test)
+                break
+            except StopIteration:  # it has ended; another one may answer
+                self._uncount(chosen, facts)
+        misses = list_misses(reasons, chosen, facts["turnIndex"])
+        if chosen is None or chosen.turn in (None, facts["turnIndex"]):
+            return chosen, "", misses
+        place = f"for turn {chosen.turn}, and this is turn {facts['turnIndex']}"
+        return chosen, f"{chosen.source} is {place}", misses
 
     def _find_use(self, fixture: Fixture, test: str) -> Obstacle | None:
         """Return the reason why it does not answer once more, for what was served before."""
-        count = self._sequences.get((test, fixture.group), 0)
+        count = fixture.group_counts.get(test, 0)
         if fixture.sequence not in (None, count):
             return "match.sequenceIndex", fixture.sequence, count
-        served = fixture.served_to(test)
+        served = fixture.counts.get(test, 0)
         if fixture.times is not None and served >= fixture.times:
             return "times", fixture.times, served
-        if fixture.answers is not None and not fixture.answers.has(fixture.next_time(test)):
-            return "answers", "one more", fixture.answers.count
+        if isinstance(fixture.answers, SharedIterator) and fixture.answers.is_over(test):
+            return "answers", "one more", fixture.answers.length
         return None
 
     def _choose(
@@ -5657,19 +5606,14 @@ class Fixtures:
             last_resort = last_resort or chosen
         return last_resort
 
-    def _count(self, fixture: Fixture, facts: MatchFacts) -> None:
-        facts.time = fixture.take_time(facts.test)
-        if fixture.sequence is not None:
-            key = (facts.test, fixture.group)
-            self._sequences[key] = self._sequences.get(key, 0) + 1
+    def _uncount(self, fixture: Fixture, facts: MatchFacts) -> None:
+        with self._lock:
+            fixture.count(facts.test, -1)
 
     def give_back(self, fixture: Fixture, facts: MatchFacts) -> None:
-        """Count a fixture as not served, because the request was refused after all."""
-        with self._lock:
-            fixture.return_time(facts.test, facts.time)
-            if fixture.sequence is not None:
-                key = (facts.test, fixture.group)
-                self._sequences[key] = max(0, self._sequences.get(key, 0) - 1)
+        self._uncount(fixture, facts)
+        if isinstance(fixture.answers, SharedIterator):
+            fixture.answers.give_back(facts.test, facts.answer)
 
     def miss_error(self, request: Request, misses: list[dict[str, Any]]) -> ApiError:
         """Build the 404 that says, of each fixture, why it does not answer this request."""
@@ -5680,18 +5624,15 @@ class Fixtures:
         return ApiError("no_fixture", method=request.method, path=request.path, reason=reason)
 
     def count_fault(self) -> int:
-        """Count one more call whose reply goes wrong; return how many there are."""
         with self._lock:
             self._calls += 1
             return self._calls
 
     def unused(self, test: str = "") -> list[Fixture]:
-        """Return the fixtures that were never served, of one test or of all."""
         mine = (each for each in self.every if not test or each.match.get("testId") == test)
         return [each for each in mine if not each.served]
 
     def describe(self) -> dict[str, Any]:
-        """Return the fixtures as JSON, in the order in which they were added."""
         every = [each.describe() for each in self.every]
         return {"fixtures": every, "count": len(every)}
 
@@ -6205,7 +6146,8 @@ def refuse_path(method: str, path: str, allowed: list[str]) -> ApiError:
         return error
     from difflib import get_close_matches  # only for this message
 
-    paths = list(dict.fromkeys(known.path for known in ROUTES if not known.open))
+    own = path.startswith("/__")
+    paths = list(dict.fromkeys(known.path for known in ROUTES if known.open == own))
     near = get_close_matches(path[:100], paths, n=3, cutoff=0.3) or paths[:3]
     return ApiError(
         "no_route", path=path[:100], reason=f" This emulator has {', '.join(near)}, among others."
@@ -9705,7 +9647,7 @@ def image_item(
     token = write_token(random_letters(rng, 12), *size, format)
     item: dict[str, Any] = {"index": index}
     if asked in (None, "url"):
-        item["url"] = f"{request.origin or server.url}/shrt/{token}"
+        item["url"] = f"{request.origin or server.origin}/shrt/{token}"
     if asked not in (None, "url") or (asked is None and not server.strict):
         item["b64_json"] = base64.b64encode(render_image(token)[0]).decode()
     item["timings"] = draw_timings(rng)
@@ -9988,7 +9930,7 @@ def video_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, An
     id = item.get("id") or server._next_id("video-")
     name = random_letters(HashRandom.of("video", item.pop("facts", id)), 16)
     name = f"{name}-{item['size']}-{item['seconds']}s{item.pop('fps')}.mp4"
-    url, now = f"{item.pop('origin', server.url)}/shrt/videos/{name}", server._now()
+    url, now = f"{item.pop('origin', server.origin)}/shrt/videos/{name}", server._now()
     template: Item = {
         "id": id,
         "object": "video",
@@ -10046,7 +9988,7 @@ def create_video(server: TogetherAiServer, request: Request) -> Any:
     item = {
         "model": resolve_model(server, body["model"], "video").id, "size": read_video_size(body),
         "seconds": body.get("seconds"), "fps": body.get("fps") or DEFAULT_FPS,
-        "origin": request.origin or server.url, "facts": pick_given(body, VIDEO_FIELDS),
+        "origin": request.origin or server.origin, "facts": pick_given(body, VIDEO_FIELDS),
         **pick_given(script, ("id", "url")),
     }  # fmt: skip
     if script.get("error"):
@@ -11529,7 +11471,7 @@ function drawCall(call) {
         makeCard("settings", "", makePre(settings))),
       make("section", "", make("h3", "", "Reply"), call.said.map(readMessage))),
     ...(call.status === 404 ? call.near_misses : []).map((miss) => makeCard(miss.fixture,
-      miss.differs, makePre(miss.diff || "wanted " + miss.wanted + "\ngot " + miss.got))),
+      miss.differs, makePre(miss.reason))),
     make("details", "", make("summary", "", "As JSON"), makePre(call)));
 }
 
@@ -13454,20 +13396,19 @@ MODEL_TYPES = {  # by kind of operation, where these are called otherwise
     "translation": "transcribe",
 }  # fmt: skip
 FINISH_REASONS = ("stop", "eos", "length", "tool_calls", "function_call")
-USAGE_KEYS = (
-    "prompt_tokens", "completion_tokens", "total_tokens", "cached_tokens", "reasoning_tokens",
-    "prompt_tokens_details", "completion_tokens_details", "input_tokens", "output_tokens",
-    "input_tokens_details", "output_tokens_details",
-)  # fmt: skip
+USAGE_KEYS = [
+    f"{name}_tokens{more}"
+    for name in ("prompt", "completion", "total", "cached", "reasoning", "input", "output")
+    for more in ("", "_details")
+]
 STREAM_OPTIONS = (  # that a whole reply does not know
     "chunkSize", "chunkSizes", "streamingProfile", "recordedTimings", "truncateAfterChunks",
-    "endAfterChunks", "insert", *STRIKE_PLACES,
+    "malformedAfterChunks", "endAfterChunks", "insert", *STRIKE_PLACES,
 )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)
-def suggest_near(name: str, names: Iterable[str]) -> str:
-    """Write the nearest of some names as the end of a sentence; nothing where none is near."""
+def suggest_near(name: str, names: tuple[str, ...]) -> str:
     near = suggest(name, names)
     return near if near.endswith("?") else ""
 
@@ -13480,13 +13421,12 @@ def list_unread(values: dict[str, Any], fields: Fields, place: str = "") -> Iter
             if name not in fields.ignored:
                 yield f"{place}{name}{suggest_near(name, tuple(fields))}"
             continue
-        inner = field.fields if type(value) is dict else field.each and field.each.fields
-        if type(inner) is Fields and type(value) is dict:
-            yield from list_unread(value, inner, f"{place}{name}.")
-        elif type(inner) is Fields and type(value) is list:
-            for index, item in enumerate(value):
-                if type(item) is dict:
-                    yield from list_unread(item, inner, f"{place}{name}[{index}].")
+        each = field.each or field
+        inner = field.fields if type(value) is dict else each.fields
+        for index, item in enumerate(value if type(value) is list else [value]):
+            if type(inner) is Fields and type(item) is dict:
+                at = f"[{index}]" if item is not value else ""
+                yield from list_unread(item, inner, f"{place}{name}{at}.")
 
 
 def warn_of_request(server: TogetherAiServer, route: Route, request: Request) -> Iterator[str]:
@@ -13506,12 +13446,9 @@ def warn_of_request(server: TogetherAiServer, route: Route, request: Request) ->
         yield f"{id} is a model of type {model.type}, which does not serve {kind}"
 
 
-def find_violation(reader: SchemaReader, schema: Any, value: Any, place: str = "it") -> str:
+def find_violation(reader: SchemaReader, schema: Any, value: Any, place: str = "") -> str:
     """Say where a value misses a schema, and how."""
-    if isinstance(schema, bool):
-        return f"{place} is not allowed"
-    start = "" if place == "it" else f"{place}."
-    for keyword, argument in schema.items():
+    for keyword, argument in () if isinstance(schema, bool) else schema.items():
         _, spoken_of, check = VOCABULARY[keyword]
         if spoken_of not in ("", KINDS[type(value)]) or check(reader, argument, value, schema):
             continue
@@ -13520,12 +13457,12 @@ def find_violation(reader: SchemaReader, schema: Any, value: Any, place: str = "
         if keyword == "properties":
             names = (name for name in argument if name in value)
             name = next(each for each in names if not reader.accepts(argument[each], value[each]))
-            return find_violation(reader, argument[name], value[name], f"{start}{name}")
+            return find_violation(reader, argument[name], value[name], f"{place}{name}.")
         if keyword == "required":
-            return f"{start}{next(name for name in argument if name not in value)} is missing"
+            return f"{place}{next(name for name in argument if name not in value)} is missing"
         wanted = " or ".join(argument) if keyword == "type" else f"{keyword} {preview(argument)}"
-        return f"{place} is {preview(value)}, wanted {wanted}"
-    return f"{place} is {preview(value)}"
+        return f"{place[:-1] or 'it'} is {preview(value)}, wanted {wanted}"
+    return f"{place[:-1] or 'it'} is not allowed"
 
 
 def explain_violation(schema: Any, text: str) -> str:
@@ -13541,23 +13478,21 @@ def explain_violation(schema: Any, text: str) -> str:
         return ""
 
 
-def warn_of_calls(body: dict[str, Any], said: dict[str, Any], model: Model | None) -> Iterator[str]:
+def warn_of_calls(body: dict[str, Any], said: dict[str, Any]) -> Iterator[str]:
     """Yield how the tool calls of an answer are none that the request can get."""
-    calls, tools = said["tool_calls"], {tool["name"]: tool for tool in find_tools(body)}
+    tools = {tool["name"]: tool for tool in find_tools(body)}
     mode, names = read_tool_choice(body)
-    if len(calls) > 1 and body.get("parallel_tool_calls") is False:
-        yield f"it makes {len(calls)} calls, and parallel_tool_calls is false"
-    if not calls and tools and mode in ("required", "named"):
-        yield f"it calls no tool, and tool_choice is {preview(body.get('tool_choice'))}"
-    for call in calls:
+    choice = f"and tool_choice is {preview(body.get('tool_choice'))}"
+    if tools and not said["tool_calls"] and mode in ("required", "named"):
+        yield f"it calls no tool, {choice}"
+    for call in said["tool_calls"]:
         name = call["name"]
         if not tools:
             yield f"it calls {name}, and the request offers no tools"
         elif name not in tools:
-            offered = suggest(name, tools)
-            yield f"it calls {name}, a tool that the request does not offer{offered}"
+            yield f"it calls {name}, a tool that the request does not offer{suggest(name, tools)}"
         elif mode == "none" or (names and name not in names):
-            yield f"it calls {name}, and tool_choice is {preview(body.get('tool_choice'))}"
+            yield f"it calls {name}, {choice}"
         else:
             schema = {"type": "object", **(tools[name].get("parameters") or {})}
             problem = explain_violation(schema, call["arguments"])
@@ -13565,100 +13500,63 @@ def warn_of_calls(body: dict[str, Any], said: dict[str, Any], model: Model | Non
                 yield f"it calls {name} with arguments that miss its schema: {problem}"
 
 
-def warn_of_content(
-    body: dict[str, Any], said: dict[str, Any], model: Model | None
-) -> Iterator[str]:
-    """Yield how the text of an answer is not of the form that was asked for."""
+def warn_of_text(body: dict[str, Any], said: dict[str, Any], model: Model | None) -> Iterator[str]:
+    """Yield what a fixture's text, calls and usage are that production's never are."""
+    yield from warn_of_calls(body, said)
     format, text = body.get("response_format"), said["content"]
-    if format is None or text is None or said.get("finish_reason") == "length":
-        return
-    if format["type"] in ("json_schema", "json_object"):
-        schema = (format.get("json_schema") or format).get("schema", {"type": "object"})
-        problem = explain_violation(schema, text)
+    reason = said.get("finish_reason")
+    if format is not None and text is not None and reason != "length":
+        problem = ""
+        if format["type"] in ("json_schema", "json_object"):
+            schema = (format.get("json_schema") or format).get("schema", {"type": "object"})
+            problem = explain_violation(schema, text)
+        elif format["type"] == "regex":
+            pattern = Pattern(f"^(?:{format['pattern']})$", make_budget(MAX_STEPS + len(text)))
+            problem = "" if pattern.is_in(text) else f"it is {preview(text)}"
         if problem:
             yield f"its content misses the {format['type']} of response_format: {problem}"
-    elif format["type"] == "regex":
-        pattern = Pattern(f"^(?:{format['pattern']})$", make_budget(MAX_STEPS + len(text)))
-        if not pattern.is_in(text):
-            yield f"its content {preview(text)} does not match the regex of response_format"
-
-
-def warn_of_facts(body: dict[str, Any], said: dict[str, Any], model: Model | None) -> Iterator[str]:
-    """Yield what stands around the text of an answer and is never there."""
-    usage = said.get("usage") or {}
-    for key in usage:
+    for key in said.get("usage") or ():
         if key not in USAGE_KEYS:
             yield f"its usage has {key}{suggest(key, USAGE_KEYS)}"
-    asked, written, total = (usage.get(key) for key in USAGE_KEYS[:3])
-    if asked is not None and written is not None and total not in (None, asked + written):
-        yield f"its usage counts {asked} and {written} tokens, and {total} in all"
-    reason = said.get("finish_reason")
     if reason is not None and reason not in FINISH_REASONS:
         yield f"its finish_reason is {preview(reason)}{suggest(reason, FINISH_REASONS)}"
-    if said.get("role") not in (None, "assistant"):
-        yield f"its role is {preview(said['role'])}, not assistant"
-
-
-def warn_of_count(name: str, given: Sequence[Any], wanted: int) -> Iterator[str]:
-    if len(given) != wanted:
-        yield f"it has {len(given)} {name}, and the request asks for {wanted}"
 
 
 def warn_of_vectors(
     body: dict[str, Any], said: dict[str, Any], model: Model | None
 ) -> Iterator[str]:
-    """Yield how embeddings are not those of the model, or not one for each input."""
     length = body.get("dimensions") or (model.dimensions if model is not None else None)
-    lengths = {len(vector) for vector in said["vectors"]}
-    if length is not None and lengths - {length}:
-        shown = ", ".join(map(str, sorted(lengths)))
-        yield f"its embedding has {shown} numbers; {body['model']} makes {length}"
-    inputs = body["input"]
-    is_list = isinstance(inputs, list) and not isinstance(next(iter(inputs), ""), int)
-    if len(said["vectors"]) > 1:
-        yield from warn_of_count("embeddings", said["vectors"], len(inputs) if is_list else 1)
+    for given in {len(vector) for vector in said["vectors"]} - {length}:
+        if length is not None:
+            yield f"its embedding has {given} numbers; {body['model']} makes {length}"
 
 
 def warn_of_scores(
     body: dict[str, Any], said: dict[str, Any], model: Model | None
 ) -> Iterator[str]:
-    """Yield that there is not one score for each document."""
-    yield from warn_of_count("scores", said["scores"], len(body["documents"]))
-
-
-def warn_of_images(
-    body: dict[str, Any], said: dict[str, Any], model: Model | None
-) -> Iterator[str]:
-    """Yield that there are other images than were asked for; a single one stands for all."""
-    if len(said["images"]) > 1:
-        yield from warn_of_count("images", said["images"], body.get("n") or 1)
+    given, wanted = len(said["scores"]), len(body["documents"])
+    if given != wanted:
+        yield f"it has {given} scores, and the request has {wanted} documents"
 
 
 # type of response: what asks whether production could ever say so
-DOUBTS: dict[ResponseType, tuple[Callable[..., Iterator[str]], ...]] = {
-    TEXT: (warn_of_calls, warn_of_content, warn_of_facts),
-    SCRIPTED_VECTORS: (warn_of_vectors,),
-    SCRIPTED_SCORES: (warn_of_scores,),
-    SCRIPTED_IMAGES: (warn_of_images,),
+DOUBTS: dict[ResponseType, Callable[..., Iterator[str]]] = {
+    TEXT: warn_of_text,
+    SCRIPTED_VECTORS: warn_of_vectors,
+    SCRIPTED_SCORES: warn_of_scores,
 }
 
 
 def warn_of_response(
-    server: TogetherAiServer, response: Response, request: Request
+    server: TogetherAiServer, fixture: Fixture, response: Response, request: Request, reply: Reply
 ) -> Iterator[str]:
-    """Yield what a fixture says that production could never answer to this request."""
-    body, said = request.body, request.script or {}
-    model = server.models.get(body.get("model", ""))
-    for ask in DOUBTS.get(response.type, ()):
-        yield from ask(body, said, model)
-
-
-def list_idle_options(fixture: Fixture, response: Response, reply: Reply) -> Iterator[str]:
-    """Yield which options of a fixture change nothing about a reply, and why."""
-    if reply.events is None:
-        idle = ", ".join(name for name in STREAM_OPTIONS if name in fixture.options)
-        if idle:
-            yield f"{idle} had no effect on a whole reply"
+    """Yield what a fixture says or does that production could not, or that changes nothing."""
+    model = server.models.get(request.body.get("model", ""))
+    if request.script is not None and response.type in DOUBTS:
+        yield from DOUBTS[response.type](request.body, request.script, model)
+    idle = [name for name in STREAM_OPTIONS if name in fixture.options]
+    if reply.events is None and idle:
+        yield f"{', '.join(idle)} had no effect on a whole reply"
     elif fixture.chunk_sizes and response.type is TEXT:
         said = response.normal
         if not (said["content"] or said["reasoning"] or said["tool_calls"]):
@@ -13681,7 +13579,6 @@ CORS_METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
 
 
 def is_control(path: str) -> bool:
-    """Tell whether a path is one that reads or changes what the server has recorded."""
     return CONTROL_PATH.match(path) is not None
 
 
@@ -13814,13 +13711,11 @@ def encode_events(chunks: Iterator[Any]) -> Iterator[bytes]:
 
 
 def prepend(first: bytes, events: Iterator[bytes]) -> Generator[bytes, None, None]:
-    """Yield an event that was drawn before, then the others."""
     yield first
     yield from events
 
 
 def name_reply(reply: Reply, request: Request) -> Reply:
-    """Give a reply the id of its answer."""
     reply.id = name_request(request)
     return reply
 
@@ -13850,21 +13745,20 @@ def as_reply(value: Any, request: Request, status: int) -> Reply:
 
 def check_operation(operation: str) -> None:
     """Raise ValueError for an operation that no call can have."""
-    kinds = {known.recorded_kind for known in ROUTES if known.recorded_kind}
+    kinds = {known.recorded_kind for known in ROUTES} - {""}
     method, blank, path = operation.partition(" ")
-    if operation in kinds or (blank and method.isalpha() and path.startswith("/")):
-        try:
-            if blank:
-                find_route(method, path)
+    if operation in kinds:
+        return
+    if path.startswith("/"):
+        with contextlib.suppress(ApiError):  # the nearest one is told below
+            find_route(method, path)
             return
-        except ApiError:
-            pass  # the nearest one is told below
     names = [*kinds, *(f"{known.method} {known.path}" for known in ROUTES)]
-    raise ValueError(f"no operation is called {operation!r}{suggest(operation, sorted(names))}")
+    near = suggest(operation, sorted(names)) if blank else suggest_operation(operation)
+    raise ValueError(f"no operation is called {operation!r}{near}")
 
 
 def find_kind(call: Call) -> str:
-    """Return the kind that fixtures know a call by: `job`, or "" for routes that have none."""
     try:
         return find_route(call.method, collapse_path(call.path, False))[0].kind
     except ApiError:
@@ -13873,26 +13767,21 @@ def find_kind(call: Call) -> str:
 
 def list_refused_kinds(on_miss: Any) -> list[str]:
     """Return the kinds of operation that are an error where no fixture matches."""
-    if on_miss in ("generate", "error"):
+    if isinstance(on_miss, str):  # of texts
         texts = [kind for kind in OPERATIONS if OPERATIONS[kind].response is TEXT]
-        return texts if on_miss == "error" else []
-    if not isinstance(on_miss, dict) or not set(on_miss.values()) <= {"generate", "error"}:
+        on_miss = dict.fromkeys(texts, on_miss)
+    is_told = isinstance(on_miss, dict) and {"generate", "error"}.issuperset(on_miss.values())
+    if not is_told:
         either = '"generate", "error" or what for each kind, as {"embedding": "error"}'
         raise ValueError(f"on_miss must be {either}, not {on_miss!r}")
     for kind in on_miss:
         if kind not in OPERATIONS:
-            raise ValueError(f"on_miss: {kind!r} is no kind{suggest(str(kind), OPERATIONS)}")
+            raise ValueError(f"on_miss: {kind!r} is no kind{suggest_operation(kind)}")
     return [kind for kind in on_miss if on_miss[kind] == "error"]
 
 
 def list_facts(call: Call) -> MatchFacts:
-    """Return what fixtures ask about a recorded call."""
     return MatchFacts(find_kind(call), call.as_request())
-
-
-def explain_call_misses(call: Call) -> list[dict[str, Any]]:
-    """Return why each fixture did not answer a call, the nearest one first."""
-    return explain_misses(call.misses, list_facts(call))
 
 
 def explain_mismatch(fixture: Fixture, call: Call) -> str:
@@ -13913,7 +13802,7 @@ KEYWORD_TYPES = {
     word: " or ".join(KIND_NAMES[kind] for kind in KEYWORD_ROWS[part][key].kinds)
     for word, (part, key) in KEYWORDS.items()
 }
-KEYWORD_TYPES.update(when="a function of the request", times="how often (default: always)")
+KEYWORD_TYPES.update(when="a function of the request", times="how often", timeout="seconds")
 
 
 def as_response(word: str, value: Any) -> Any:
@@ -13928,45 +13817,34 @@ def as_response(word: str, value: Any) -> Any:
     return value
 
 
-def is_source(value: Any) -> bool:
-    """Tell whether a content gives further answers: an iterator, or a function of the request."""
-    return hasattr(value, "__next__") or (callable(value) and not hasattr(value, "model_dump"))
-
-
 def find_caller() -> str:
     """Return the place from which this file was called, as `tests/test_bot.py:47`."""
     frame = sys._getframe()
-    own = frame.f_code.co_filename
-    while frame.f_code.co_filename in (own, functools.__file__) and frame.f_back is not None:
+    while frame.f_globals.get("__name__") in (__name__, "functools") and frame.f_back is not None:
         frame = frame.f_back
-    path = frame.f_code.co_filename
-    with contextlib.suppress(ValueError, OSError):  # another drive, no working directory
-        near = os.path.relpath(path)
-        path = path if near.startswith("..") else near
-    return f"{path}:{frame.f_lineno}"
+    return f"{shorten_path(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
 def fixture_from_keywords(verb: str, keywords: Mapping[str, Any]) -> Fixture:
-    """Build the fixture of `server.reply(...)` and `server.fail(...)`; None counts as absent.
-
-    Raises TypeError for a `when` that is no function and ValueError for a wrong value.
-    """
+    """Build the fixture of `server.reply(...)` and `server.fail(...)`; None counts as absent."""
     words = dict(keywords)
     when = words.pop("when", None)
-    if when is not None and not callable(when):
-        raise TypeError(f"{verb}() needs a function as `when`, not {when!r}")
     entry: dict[str, Any] = {"match": {}, "response": {}}
     for word, value in words.items():
         part, key = KEYWORDS[word]
         if value is not None:
             (entry[part] if part else entry)[key] = as_response(word, value)
     content = entry["response"].get("content")
-    answers = AnswerSource(content) if is_source(content) else None
+    place, source = f"{verb}()", f"{verb}() at {find_caller()}"
+    answers = None
+    if hasattr(content, "__next__"):
+        answers = SharedIterator(content, source)
+    elif callable(content) and not hasattr(content, "model_dump"):
+        answers = content
     if answers is not None:
         entry["response"]["content"] = ""
     if not entry["response"]:
         del entry["response"]
-    place, source = f"{verb}()", f"{verb}() at {find_caller()}"
     fixture = Fixture(*parse_entry(entry, place, to_camel), source, when, place=place)
     fixture.answers, fixture.spell = answers, to_snake
     fixture.response.is_model = as_json(content) is not content
@@ -13985,76 +13863,76 @@ if TYPE_CHECKING:
     from typing_extensions import TypedDict, Unpack
 
     class CallWords(TypedDict, total=False):
-        user_message: TextMatch | None
-        system_message: TextMatch | Sequence[str] | None
-        input_text: TextMatch | None
-        tool_call_id: TextMatch | None
-        tool_result_contains: TextMatch | None
-        tool_name: TextMatch | None
-        model: TextMatch | None
-        response_format: TextMatch | None
-        context: TextMatch | None
-        test_id: TextMatch | None
-        has_tool_result: bool | None
-        turn_index: int | None
-        body: Mapping[str, Any] | None
-        body_digest: str | None
-        headers: Mapping[str, TextMatch] | None
-        not_: Mapping[str, Any] | None
+        user_message: TextMatch
+        system_message: TextMatch | Sequence[str]
+        input_text: TextMatch
+        tool_call_id: TextMatch
+        tool_result_contains: TextMatch
+        tool_name: TextMatch
+        model: TextMatch
+        response_format: TextMatch
+        context: TextMatch
+        test_id: TextMatch
+        has_tool_result: bool
+        turn_index: int
+        body: Mapping[str, Any]
+        body_digest: str
+        headers: Mapping[str, TextMatch]
+        not_: Mapping[str, Any]
 
     class FailWords(CallWords, total=False):
-        endpoint: TextMatch | None
-        sequence_index: int | None
-        when: Callable[[Request], Any] | None
-        times: int | None
-        latency: float | None
-        chunk_size: int | None
-        chunk_sizes: Sequence[int] | None
-        streaming_profile: Mapping[str, float] | None
-        recorded_timings: Mapping[str, Any] | None
-        replay_speed: float | None
-        should_retry: bool | None
-        malformed: bool | None
-        empty: bool | None
-        truncate_after_chunks: int | None
-        disconnect_after_ms: float | None
-        disconnect_after_chunks: int | None
-        error_after_chunks: int | None
-        chaos: Mapping[str, float] | None
-        error: Mapping[str, Any] | None
-        retry_after: float | None
-        retry_after_date: bool | None
-        malformed_after_chunks: int | None
-        stall_after_chunks: int | None
-        end_after_chunks: int | None
-        after: str | None
-        in_: str | None
-        before: str | None
-        insert: str | None
+        endpoint: TextMatch
+        sequence_index: int
+        when: Callable[[Request], Any]
+        times: int
+        latency: float
+        chunk_size: int
+        chunk_sizes: Sequence[int]
+        streaming_profile: Mapping[str, float]
+        recorded_timings: Mapping[str, Any]
+        replay_speed: float
+        should_retry: bool
+        malformed: bool
+        empty: bool
+        truncate_after_chunks: int
+        disconnect_after_ms: float
+        disconnect_after_chunks: int
+        error_after_chunks: int
+        chaos: Mapping[str, float]
+        error: Mapping[str, Any]
+        retry_after: float
+        retry_after_date: bool
+        malformed_after_chunks: int
+        stall_after_chunks: int
+        end_after_chunks: int
+        after: str
+        in_: str
+        before: str
+        insert: str
 
     class ReplyWords(FailWords, total=False):
-        reasoning: str | None
-        tool_calls: Sequence[Mapping[str, Any]] | None
-        blocks: Sequence[Mapping[str, Any]] | None
-        embedding: Sequence[Any] | None
+        reasoning: str
+        tool_calls: Sequence[Mapping[str, Any]]
+        blocks: Sequence[Mapping[str, Any]]
+        embedding: Sequence[Any]
         image: Any
-        images: Sequence[Any] | None
+        images: Sequence[Any]
         audio: Any
-        format: str | None
+        format: str
         transcription: Any
-        video: Mapping[str, Any] | None
-        scores: Sequence[float] | None
+        video: Mapping[str, Any]
+        scores: Sequence[float]
         json: Any
-        raw: Mapping[str, str] | None
-        job: Mapping[str, Any] | None
-        status: int | None
-        id: str | None
-        created: int | None
-        response_model: str | None
-        response_headers: Mapping[str, str] | None
-        usage: Mapping[str, Any] | None
-        finish_reason: str | None
-        role: str | None
+        raw: Mapping[str, str]
+        job: Mapping[str, Any]
+        status: int
+        id: str
+        created: int
+        response_model: str
+        response_headers: Mapping[str, str]
+        usage: Mapping[str, Any]
+        finish_reason: str
+        role: str
 
 
 def take_words(*known: str) -> Callable[[Verb], Verb]:
@@ -14088,16 +13966,59 @@ def explain_call(call: Call) -> str:
     return "".join("\n    " + reason.rstrip().replace("\n", "\n    ") for reason in reasons)
 
 
+def list_tool_calls(call: Call) -> Iterator[tuple[Any, Any]]:
+    """Yield the tool calls, name and arguments, in the conversation that a call sent."""
+    body = call.as_request().body
+    chat = read_items(body) if call.kind == "response" else list_objects(body.get("messages"))
+    for message in chat:
+        for made in list_objects(message.get("tool_calls")):
+            arguments = get_path(made, "function", "arguments")
+            with contextlib.suppress(ValueError, TypeError):
+                arguments = json.loads(arguments)
+            yield get_path(made, "function", "name"), arguments
+
+
+def name_fault(name: str) -> Mapping[str, Any]:
+    faults = {**FAULTS, "timeout": {"latency": MAX_MS}}
+    if name not in faults:
+        raise ValueError(f"no fault is called {name!r}{suggest(name, faults)}")
+    return faults[name]
+
+
+POLL_SECONDS = 0.005
+# What other libraries call it.
+OTHER_VERBS = {
+    "respond": "reply()", "respond_with": "reply()", "on_message": "reply(user_message=...)",
+    "add_fixture": "reply() or load()", "add_fixtures": "load()", "calls": "requests",
+    "journal": "requests", "clear": "reset()",
+}  # fmt: skip
+
+
+def wait_until(condition: Callable[[], bool], timeout: float) -> None:
+    end = time.monotonic() + timeout
+    while not condition() and time.monotonic() < end:
+        threading.Event().wait(POLL_SECONDS)
+
+
+def refuse_lines(title: str, lines: Iterable[str]) -> None:
+    told = "\n  ".join(lines)
+    if told:
+        raise AssertionError(f"{title}:\n  {told}")
+
+
 class Scripting:
     """Scripts answers and looks at what was asked: on a whole server, or for one test on it."""
 
+    server: TogetherAiServer
     script: Fixtures
     test_id = ""  # the test whose answers and calls these are; "" for all
 
     @property
     def requests(self) -> list[Call]:
-        """The recorded calls, newest last."""
-        raise NotImplementedError
+        """The recorded calls, newest last: a list of its own each time."""
+        with self.server._lock:
+            every = list(self.server._calls)
+        return [call for call in every if call.test == self.test_id] if self.test_id else every
 
     @take_words(*REPLY_WORDS)
     def reply(self, content: Any = None, **words: Unpack[ReplyWords]) -> Fixture:
@@ -14111,19 +14032,25 @@ class Scripting:
         wrong.
 
         """
+        if isinstance(content, list) and content and all(isinstance(it, str) for it in content):
+            import warnings  # rare
+
+            sentence = "a list of texts is sent as JSON; a sequence of answers is iter([...])"
+            warnings.warn(sentence, stacklevel=3)
         return self._add_fixture("reply", {"content": content, **words})
 
     @take_words(*FAIL_WORDS)
     def fail(
-        self, status: int | Mapping[str, Any] | None = None, **words: Unpack[FailWords]
+        self, status: int | str | Mapping[str, Any] | None = None, **words: Unpack[FailWords]
     ) -> Fixture:
         """Script a fault: a status with its real body, or a reply that goes wrong on its way.
 
-        `fail(429, retry_after=1, times=2)`, `fail(disconnect_after_chunks=3)`,
-        `fail(FAULTS["stall"])`. The keywords:
+        `fail(429, retry_after=1, times=2)`, `fail(disconnect_after_chunks=3)`, `fail("stall")` or
+        another name in `FAULTS`; `fail("timeout")` never answers. The keywords:
 
         """
-        given = status if isinstance(status, dict) else {"status": status}
+        given = name_fault(status) if isinstance(status, str) else status
+        given = given if isinstance(given, dict) else {"status": given}
         return self._add_fixture("fail", {**given, **words})
 
     @contextlib.contextmanager
@@ -14133,9 +14060,7 @@ class Scripting:
         fault  a name in `FAULTS`, or the keywords of one
         times  how many requests meet it (default: the first; None: all)
         """
-        if isinstance(fault, str) and fault not in FAULTS:
-            raise ValueError(f"no fault is called {fault!r}{suggest(fault, FAULTS)}")
-        words = FAULTS[fault] if isinstance(fault, str) else fault
+        words = name_fault(fault) if isinstance(fault, str) else fault
         self.mark()
         if words == FAULTS["refused"]:
             with self._refuse_clients():
@@ -14153,10 +14078,22 @@ class Scripting:
 
         A request that comes again behind a mark is another request.
         """
-        raise NotImplementedError
+        with self.server._lock:
+            self.server._episode += 1
+            calls = self.server._calls
+            return calls[-1].number if calls else 0
 
-    def _refuse_clients(self) -> contextlib.AbstractContextManager[None]:
-        raise NotImplementedError
+    @contextlib.contextmanager
+    def _refuse_clients(self) -> Iterator[None]:
+        """Do not listen for a while, and then on the same port again."""
+        server = self.server
+        wanted, server._wanted_port = server._wanted_port, server.port
+        server.stop()
+        try:
+            yield
+        finally:
+            server.start()
+            server._wanted_port = wanted
 
     def verdict(self, since: int = 0, most_attempts: int = MAX_ATTEMPTS) -> list[Finding]:
         """Return what the client did wrong, each with the calls that show it; see `WRONGS`.
@@ -14193,7 +14130,24 @@ class Scripting:
         if found:
             raise AssertionError("\n".join(map(str, found)))
 
+    if not TYPE_CHECKING:  # mypy finds it by itself
+
+        def __getattr__(self, name: str) -> Any:
+            """Name the verb that is meant by what other libraries call it, or nearly."""
+            if name.startswith("_"):
+                raise AttributeError(name)
+            meant = OTHER_VERBS.get(name)
+            hint = f": {meant} does that here" if meant else suggest(name, dir(type(self)))
+            raise AttributeError(f"{type(self).__name__} has no {name!r}{hint}")
+
     def _add_fixture(self, verb: str, words: Mapping[str, Any]) -> Fixture:
+        processes = sys.modules.get("multiprocessing")
+        is_spawned = processes is not None and processes.parent_process() is not None
+        if self.server._http is None and (self.script.is_copy or is_spawned):
+            raise RuntimeError(
+                "nobody would see this script: the server runs in another process; script there,"
+                " or POST to /__parlel/fixtures"
+            )
         own = {"test_id": self.test_id} if self.test_id else {}
         fixture = fixture_from_keywords(verb, {**words, **own})
         self.script.add([fixture])
@@ -14206,7 +14160,7 @@ class Scripting:
         The keywords mean what they mean in `reply()`; `body` is contained in the request's.
 
         """
-        return self._find_calls("calls_to", operation, words)
+        return self._find_calls(operation, words)
 
     @take_words("times", *CALL_WORDS)
     def assert_called(
@@ -14217,78 +14171,132 @@ class Scripting:
         times  how many there have to be (default: at least one)
 
         """
-        calls = self._find_calls("assert_called", operation, words)
+        calls = self._find_calls(operation, words)
         if (len(calls) != times) if times is not None else not calls:
-            wanted = f"{times} calls" if times is not None else "a call"
-            given = [f"{name}={value!r}" for name, value in words.items() if value is not None]
-            given = [each if len(each) <= 160 else each[:157] + "..." for each in given]
-            detail = " with " + ", ".join(given) if given else ""
-            listing = "\n  ".join(self._show_nearest(operation, words)) or "no call at all"
-            raise AssertionError(
-                f"wanted {wanted} to {operation}{detail}, saw {len(calls)}; nearest:\n  {listing}"
-            )
-        return calls[-1] if calls else Call(0, Request("", ""), 0)
+            raise self._miscounted(operation, times, words, len(calls))
+        nothing: Any = None
+        return calls[-1] if calls else nothing
+
+    def assert_called_once(self, operation: str, **words: Unpack[CallWords]) -> Call:
+        """Return the only such call; raise AssertionError where there are none or several."""
+        return self.assert_called(operation, times=1, **words)
+
+    def assert_not_called(self, operation: str, **words: Unpack[CallWords]) -> None:
+        """Raise AssertionError where there was such a call."""
+        self.assert_called(operation, times=0, **words)
+
+    @take_words("times", "timeout", *CALL_WORDS)
+    def wait_for(
+        self, operation: str, *, times: int = 1, timeout: float = 5, **words: Unpack[CallWords]
+    ) -> list[Call]:
+        """Wait `timeout` seconds at most for so many calls to have ended, and return them."""
+
+        def list_ended() -> list[Call]:
+            found = self._find_calls(operation, words)
+            return [call for call in found if call.has_ended]
+
+        wait_until(lambda: len(list_ended()) >= times, timeout)
+        calls = list_ended()
+        if len(calls) < times:
+            raise self._miscounted(operation, times, words, len(calls))
+        return calls
+
+    def wait_idle(self, timeout: float = 5) -> None:
+        """Wait until every call has ended; raise AssertionError after `timeout` seconds."""
+        wait_until(lambda: all(call.has_ended for call in self.requests), timeout)
+        running = [call for call in self.requests if not call.has_ended]
+        refuse_lines("still running", map(repr, running))
+
+    def assert_all_matched(self) -> None:
+        """Raise AssertionError listing the calls of texts that no fixture answered, and why.
+
+        Or those of the kinds of operation that `on_miss` refuses.
+        """
+        kinds = self.server._refused or list_refused_kinds("error")
+        missed = [each for each in self.requests if each.kind in kinds and not each.fixture]
+        refuse_lines("answered by no fixture", (f"{call!r}{explain_call(call)}" for call in missed))
+
+    def assert_no_warnings(self) -> None:
+        """Raise AssertionError listing the calls with warnings."""
+        lines = (f"{call!r}: {text}" for call in self.requests for text in call.warnings)
+        refuse_lines("there are warnings", lines)
+
+    def assert_tool_called(self, name: str, /, **arguments: Any) -> Call:
+        """Return the last call whose conversation has a call of a tool, with these arguments."""
+        seen = []
+        for call in reversed(self.requests):
+            for made, given in list_tool_calls(call):
+                if made == name and contains_json(given, arguments):
+                    return call
+                seen.append(f"{made}({preview(given, 200)})")
+        told = dict.fromkeys(seen or ["no tool call came back to the service"])
+        refuse_lines(f"wanted a call of {name}({preview(arguments, 200)}), saw", told)
+        raise AssertionError  # for mypy
+
+    def assert_usage(self, **counts: int) -> None:
+        """Raise AssertionError where the usage of all calls adds up to other counts of tokens."""
+        usages = [call.usage or {} for call in self.requests]
+        for name, wanted in counts.items():
+            each = [usage.get(name) or 0 for usage in usages]
+            if sum(each) != wanted:
+                raise AssertionError(f"wanted {wanted} {name} in all, saw {sum(each)}: {each}")
+
+    def _miscounted(
+        self, operation: str, times: int | None, words: Mapping[str, Any], seen: int
+    ) -> AssertionError:
+        wanted = "a call" if times is None else f"{times} calls"
+        given = "".join(f" {name}={value!r:.160}" for name, value in words.items() if value)
+        listing = "\n  ".join(self._show_nearest(operation, words)) or (
+            f"nothing reached {self.server.origin}; was the client built before the variables were"
+            " set?"
+        )
+        return AssertionError(
+            f"wanted {wanted} to {operation}{given}, saw {seen}; nearest:\n  {listing}"
+        )
 
     def assert_all_used(self) -> None:
         """Raise AssertionError listing the fixtures that were never served, and why not."""
-        unused = self._list_unused()
-        if unused:
-            raise AssertionError("never served:\n  " + "\n  ".join(unused))
+        refuse_lines("never served", self._list_unused())
 
     def explain(self) -> str:
         """Tell of calls that no fixture answered, fixtures never served, warnings; or nothing."""
         calls = self.requests[-MAX_NEAR_MISSES:]
         missed = [(call, explain_call(call)) for call in calls if not call.fixture]
+        told = [f"{call!r}: {warning}" for call in calls for warning in call.warnings]
         parts = {
             "answered by no fixture": [f"{call!r}{reason}" for call, reason in missed if reason],
             "never served": self._list_unused(),
-            "warnings": [
-                *self.script.warnings,
-                *(f"{call!r}: {warning}" for call in calls for warning in call.warnings),
-            ],
+            "warnings": [*self.script.warnings, *told],
         }
         shown = [f"{title}:\n  " + "\n  ".join(lines) for title, lines in parts.items() if lines]
         return "\n".join(shown)
 
     def _list_unused(self) -> list[str]:
-        """Return the fixtures that were never served, and why not."""
-        calls = self.requests[-MAX_NEAR_MISSES:]
-        unused = self.script.unused(self.test_id)
-        return [json.dumps(each.describe()) + self._explain_unused(each, calls) for each in unused]
+        """Return the fixtures that were never served, each with the call that came nearest."""
+        calls, lines = self.requests[-MAX_NEAR_MISSES:], []
+        for fixture in self.script.unused(self.test_id):
+            lines.append(json.dumps(fixture.describe()))
+            ranks = [(fixture.count_holding(list_facts(call)), call.number) for call in calls]
+            if ranks:
+                call = calls[ranks.index(max(ranks))]
+                lines[-1] += f"\n    nearest: {call!r}: {explain_mismatch(fixture, call)}"
+        return lines
 
-    def _find_calls(self, verb: str, operation: str, words: Mapping[str, Any]) -> list[Call]:
+    def _find_calls(self, operation: str, words: Mapping[str, Any]) -> list[Call]:
         """Return the calls of an operation that match; raise ValueError for an unknown one."""
         check_operation(operation)
-        probe = self._make_probe(verb, words)
-        return [
-            call
-            for call in self.requests
-            if operation in (call.kind, call.operation)
-            and probe.find_obstacle(list_facts(call)) is None
-        ]
-
-    def _make_probe(self, verb: str, words: Mapping[str, Any]) -> Fixture:
-        return fixture_from_keywords(verb, {**words, "latency": 0})
+        probe = fixture_from_keywords("assert_called", {**words, "latency": 0})
+        asked = [call for call in self.requests if operation in (call.kind, call.operation)]
+        return [call for call in asked if probe.find_obstacle(list_facts(call)) is None]
 
     def _show_nearest(self, operation: str, words: Mapping[str, Any]) -> list[str]:
         """Return a few calls, those of the operation first, each with what differs."""
-        probe = self._make_probe("assert_called", words)
-        calls = sorted(
-            self.requests, key=lambda call: (operation in (call.kind, call.operation), call.number)
-        )
-        return [
-            f"{call!r}: {explain_mismatch(probe, call)}"
-            if operation in (call.kind, call.operation)
-            else f"{call!r}: another operation, {call.kind or call.operation}"
-            for call in calls[:-6:-1]
-        ]
-
-    def _explain_unused(self, fixture: Fixture, calls: Sequence[Call]) -> str:
-        """Return which of the last calls came nearest to a fixture, and what differed."""
-        if not calls:
-            return ""
-        call = max(calls, key=lambda call: (fixture.count_holding(list_facts(call)), call.number))
-        return f"\n    nearest: {call!r}: {explain_mismatch(fixture, call)}"
+        probe = fixture_from_keywords("assert_called", {**words, "latency": 0})
+        same = [call for call in self.requests if operation in (call.kind, call.operation)]
+        lines = [f"{call!r}: {explain_mismatch(probe, call)}" for call in same[:-6:-1]]
+        rest = [call for call in self.requests if call not in same]
+        others = [f"{call!r}: another operation, {call.kind or call.path}" for call in rest[:-6:-1]]
+        return (lines + others)[:5]
 
 
 class OneTest(Scripting):
@@ -14313,17 +14321,6 @@ class OneTest(Scripting):
         variables = ("TOGETHER_CUSTOM_HEADERS", "OPENAI_CUSTOM_HEADERS")
         return {**self.server.env, **dict.fromkeys(variables, header)}
 
-    @property
-    def requests(self) -> list[Call]:
-        """The recorded calls of this test, newest last."""
-        return [call for call in self.server.requests if call.test == self.test_id]
-
-    def mark(self) -> int:
-        return self.server.mark()
-
-    def _refuse_clients(self) -> contextlib.AbstractContextManager[None]:
-        return self.server._refuse_clients()
-
     def reset(self) -> None:
         """Forget the calls, counts and fixtures of this test."""
         self.server.reset(test=self.test_id)
@@ -14337,7 +14334,6 @@ FORK_WATCHERS: list[Any] = []  # a set of the servers that have been started, on
 
 
 def leave_parents(servers: Iterable[TogetherAiServer]) -> None:
-    """Have the servers of a child process let go of what belongs to its parent."""
     for server in list(servers):
         server._leave_parent()
 
@@ -14422,6 +14418,7 @@ class TogetherAiServer(Scripting):
         log: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self.server = self  # for what it shares with `test()`
         self.host = host
         self.require_auth = require_auth
         self.strict = strict
@@ -14436,6 +14433,7 @@ class TogetherAiServer(Scripting):
         self.script = Fixtures(seed, exact_turns, normalise)
         self._own_models = parse_models(models or {}, to_camel)
         self.models: dict[str, Model] = {}
+        self.script.list_calls = lambda: self.requests
         self.record_limit = record_limit
         self.log = log
         self.clock = clock
@@ -14469,7 +14467,14 @@ class TogetherAiServer(Scripting):
                 if self._ending is not None:  # the port may be the same
                     self._ending.ended.wait(END_SECONDS)
                 self.stopping.clear()
-                http_server = HttpServer((self.host, self._wanted_port), self)
+                try:
+                    http_server = HttpServer((self.host, self._wanted_port), self)
+                except OSError as error:
+                    if error.errno != errno.EADDRINUSE:
+                        raise
+                    reason = f"port {self._wanted_port} is taken; port=0 takes any free one"
+                    raise OSError(error.errno, reason) from None
+                self.script.is_copy = False
                 http_server.start()
                 with self._lock:
                     self._http = http_server
@@ -14494,12 +14499,19 @@ class TogetherAiServer(Scripting):
         http_server, self._http = self._http, None
         if http_server is not None:
             http_server.close_sockets()
+            self.script.is_copy = True
         self._make_locks()
 
     def __enter__(self) -> TogetherAiServer:
         return self.start()
 
     def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    async def __aenter__(self) -> TogetherAiServer:
+        return self.start()
+
+    async def __aexit__(self, *error: object) -> None:
         self.stop()
 
     def reset(self, test: str | None = None) -> None:
@@ -14551,28 +14563,6 @@ class TogetherAiServer(Scripting):
         self._refused = list_refused_kinds(value)
         self._on_miss = value
 
-    @property
-    def requests(self) -> list[Call]:
-        """The record, newest last: a list of its own each time, safe while clients call."""
-        with self._lock:
-            return list(self._calls)
-
-    def mark(self) -> int:
-        with self._lock:
-            self._episode += 1
-            return self._calls[-1].number if self._calls else 0
-
-    @contextlib.contextmanager
-    def _refuse_clients(self) -> Iterator[None]:
-        """Do not listen for a while, and then on the same port again."""
-        wanted, self._wanted_port = self._wanted_port, self.port
-        self.stop()
-        try:
-            yield
-        finally:
-            self.start()
-            self._wanted_port = wanted
-
     def __repr__(self) -> str:
         calls, fixtures = len(self._calls), len(self.script)
         state = self.url if self._http else "stopped"
@@ -14586,10 +14576,17 @@ class TogetherAiServer(Scripting):
         return self._http.server_address[1] if self._http else self._wanted_port
 
     @property
-    def url(self) -> str:
-        """`http://127.0.0.1:PORT`, for clients that add the version themselves."""
+    def origin(self) -> str:
+        """The address at which it is found once it is started."""
         host = LOOPBACK.get(self.host, self.host)
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
+    def url(self) -> str:
+        """`http://127.0.0.1:PORT`, for clients that add the version themselves."""
+        if self._http is None:
+            raise RuntimeError("the server has no address yet: call start() first")
+        return self.origin
 
     @property
     def base_url(self) -> str:
@@ -14613,7 +14610,6 @@ class TogetherAiServer(Scripting):
     # Stored objects
 
     def _now(self) -> int:
-        """The time of stored objects, in Unix seconds."""
         return int(self.clock())
 
     def _next_id(self, prefix: str) -> str:
@@ -14647,7 +14643,6 @@ class TogetherAiServer(Scripting):
             warnings.warn(warning, stacklevel=2)
 
     def _load(self, path: str) -> None:
-        """Load a fixture file, with its models."""
         self.script.load(path)
         self.models.update({**self.script.models, **self._own_models})
 
@@ -14677,26 +14672,22 @@ class TogetherAiServer(Scripting):
         return self._store("files", item)
 
     def _add_model(self, model: Model) -> None:
-        """Put a model that a job made into the catalogue; the oldest of too many goes."""
         with self._lock:
             self.models[model.id] = model
             if len(self.models) > len(MODELS) + MAX_OBJECTS:
                 del self.models[next(id for id in self.models if id not in MODELS)]
 
     def _check_room(self, size: int, instead_of: str = "") -> None:
-        """Raise ApiError 413 where so many more bytes would not fit."""
         others = sum(len(data) for name, data in list(self.contents.items()) if name != instead_of)
         if others + size > self.max_stored_bytes:
             raise ApiError("storage_full", size=others + size, limit=self.max_stored_bytes)
 
     def _keep(self, name: str, data: bytes) -> None:
-        """Store bytes under the id of their file; raise ApiError 413 where they do not fit."""
         with self._lock:
             self._check_room(len(data), name)
             self.contents[name] = data
 
     def _drop(self, *names: str) -> None:
-        """Forget stored bytes."""
         for name in names:
             self.contents.pop(name, None)
 
@@ -14882,12 +14873,13 @@ class TogetherAiServer(Scripting):
             facts = MatchFacts(route.kind, request, self.script.make_normaliser(True))
             fixture, warning, _ = self.script.find(facts)
             warning = warning or f"{fixture and fixture.source} has another date, time or uuid"
-        call.explain_misses = explain_call_misses
+        call.explain_misses = lambda call: explain_misses(call.misses, list_facts(call))
         if fixture is None:
             return self._handle(route, request, call)
         call.warnings += (warning,) if warning else ()
-        call.fixture, request.chunk_sizes = fixture.source, fixture.chunk_sizes
-        response = answer_with(fixture, facts.time, request)
+        call.answered_by, call.fixture = fixture, fixture.source
+        request.chunk_sizes = fixture.chunk_sizes
+        response = answer_with(fixture, facts)
         if response.closes and is_whole(response, fixture.options):
             request.script = response.normal
             return self._handle(route, request, call)
@@ -14902,9 +14894,7 @@ class TogetherAiServer(Scripting):
             except ApiError:
                 self.script.give_back(fixture, facts)
                 raise
-        doubts = list_idle_options(fixture, response, reply)
-        if request.script is not None:
-            doubts = itertools.chain(warn_of_response(self, response, request), doubts)
+        doubts = warn_of_response(self, fixture, response, request, reply)
         call.warnings += tuple(f"{fixture.source}: {doubt}" for doubt in doubts)
         fault = draw_fault(self.script, fixture, response)
         if fault is None:
@@ -14949,7 +14939,6 @@ class TogetherAiServer(Scripting):
         return route.max_bytes or self.max_stored_bytes + MAX_PART_HEAD_BYTES
 
     def _refuse(self, error: ApiError, method: str, path: str) -> Reply:
-        """Return the reply for what could not be read as a request."""
         return self._shape_error(error, Request(method, path))
 
 
@@ -15042,8 +15031,7 @@ def check_fixtures(path: str) -> int:
     try:
         fixtures = load_fixtures(path, warnings)
     except (OSError, ValueError) as error:
-        for problem in getattr(error, "problems", [error]):
-            print_line(f"{problem}")
+        print_line(f"{error}")
         return 1
     warnings += find_unreachable(fixtures)
     print_lines([*warnings, f"{path}: {len(fixtures)} fixtures, nothing wrong"])
