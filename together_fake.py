@@ -6053,57 +6053,33 @@ HEAVY_FIELDS = {"tools", "response_format", "text"}  # what they ask for takes l
 
 
 class Route:
-    """One operation: a method and a path template with their handler.
+    """One operation: a method and a path template with their handler."""
 
-    body, query  the tables of fields
-    kind         of an inference call: what fixtures name it
-    prompt       the field that counts as what a user said
-    input        the field that fixtures look through, where it is no prompt
-    response     what a fixture says in its place
-    status       of a good reply
-    open         needs no key
-    slow         may take longer than some hundred microseconds (default: all but the kinds in
-                 `QUICK_KINDS`)
-    max_bytes    of the body; 0: as much as may be stored
-    admit        `admit(server, params)` raises ApiError before a body is read
-    """
+    body = query = NO_FIELDS  # the tables of fields
+    kind = ""  # of an inference call: what fixtures name it
+    prompt = ""  # the field that counts as what a user said
+    input = ""  # the field that fixtures look through, where it is no prompt
+    response: ResponseType | None = None  # what a fixture says in its place
+    status = 200  # of a good reply
+    open = False  # needs no key
+    slow = True  # may take longer than some hundred microseconds; no kind in QUICK_KINDS does
+    max_bytes = MAX_JSON_BYTES  # of the body; 0: as much as may be stored
+    admit: Callable[[Any, dict[str, str]], Any] | None = None  # raises before a body is read
+    handler: Any = None
 
-    def __init__(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: Fields = NO_FIELDS,
-        query: Fields = NO_FIELDS,
-        kind: str = "",
-        prompt: str = "",
-        input: str = "",
-        response: ResponseType | None = None,
-        status: int = 200,
-        open: bool = False,
-        slow: bool = True,
-        max_bytes: int = MAX_JSON_BYTES,
-        admit: Callable[[Any, dict[str, str]], Any] | None = None,
-    ) -> None:
-        self.admit = admit
+    def __init__(self, method: str, path: str, **facts: Any) -> None:
         self.method = method
         self.path = path
-        self.body = body
-        self.query = query
-        self.kind = kind
-        self.prompt = prompt
-        self.input = input
-        self.response = response
-        self.status = status
-        self.open = open
-        self.slow = slow and kind not in QUICK_KINDS
-        self.max_bytes = max_bytes
+        for name, value in facts.items():
+            getattr(self, name)  # it is one of those above
+            setattr(self, name, value)
+        kind = self.kind
+        self.slow = self.slow and kind not in QUICK_KINDS
         self.recorded_kind = read_family(path) if kind in ("", "job") else kind
         self.names = re.findall(r"{(\w+)(?:\.\.\.)?}", path)
         # Paths with fewer parameters go first, then those with a longer template.
         self.rank = (len(self.names) + path.count("...}"), -len(path))
         self._pattern: re.Pattern[str] | None = None
-        self.handler: Any = None
 
     def __call__(self, handler: Any) -> Any:
         """Declare the handler below this route."""
