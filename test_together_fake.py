@@ -3589,6 +3589,13 @@ class BudgetTests(LocalCase):
         """Return a model of each engine that also answers whole."""
         return {engine: model for engine, model in FormTests.MODELS.items() if engine != "Qwen"}
 
+    def test_as_many_alternatives_as_were_asked_for(self):
+        for count in (1, 2, 20):
+            fields = {"model": OTHER, "logprobs": True, "top_logprobs": count, "max_tokens": 3}
+            (choice,) = self.chat(**fields)["choices"]
+            content = choice["logprobs"]["content"]
+            self.assertEqual([len(token["top_logprobs"]) for token in content], [count] * 3)
+
     def test_a_text_ends_by_itself_at_its_own_length(self):
         for engine, model in self.models().items():
             whole = self.chat(model=model)
@@ -3688,6 +3695,16 @@ class CompletionTests(FakeCase):
         body = {"model": "mistralai/Mixtral-8x7B-v0.1", "prompt": prompt, **fields}
         return self.ask("POST", "/v1/completions", body, headers).json
 
+    def test_a_stream_tells_the_same_logprobs(self):
+        body = {"model": LLAMA, "prompt": "Once upon", "max_tokens": 4, "logprobs": 2}
+        (whole,) = self.post("/v1/completions", body).json["choices"]
+        events = self.post("/v1/completions", {**body, "stream": True}).events
+        for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+            parts = [event["choices"][0]["logprobs"] for event in events]
+            told = [value for part in parts for value in (part or {}).get(name) or ()]
+            self.assertEqual(told, whole["logprobs"].get(name) or [], name)
+        self.assertEqual(len(whole["logprobs"]["tokens"]), 4)
+
     def test_the_seed_comes_with_the_end(self):
         body = {"model": LLAMA, "prompt": "Once upon", "max_tokens": 3, "stream": True}
         *before, last = self.post("/v1/completions", body).events
@@ -3768,6 +3785,12 @@ class EmbeddingTests(FakeCase):
         got = self.post("/v1/embeddings", body).json
         self.assertEqual([item["index"] for item in got["data"]], list(range(len(got["data"]))))
         return [item["embedding"] for item in got["data"]]
+
+    def test_numbers_of_tokens_start_at_zero(self):
+        self.assertEqual(len(self.embed([0, 5])), 1)
+        self.assertEqual(len(self.embed([[0], [5]])), 2)
+        body = {"model": "BAAI/bge-base-en-v1.5", "input": [-1, 5]}
+        self.assertRefused("/v1/embeddings", body, "input")
 
     def test_texts_without_a_topic_differ_too(self):
         the, of, nothing = self.embed(["the", "of", ""])
@@ -5540,6 +5563,15 @@ class OwnModelTests(LocalCase):
 
 
 class ModelTests(FakeCase):
+    def test_clients_made_from_openais_are_known_by_their_own_header(self):
+        for headers, is_list in (
+            ({"User-Agent": "MyApp/1", "X-Stainless-Lang": "js"}, False),
+            ({"User-Agent": "Together/JS 0.52.0", "X-Stainless-Lang": "js"}, True),
+            ({"User-Agent": "MyApp/1"}, True),
+        ):
+            got = self.ask("GET", "/v1/models", headers={**KEY, **headers}).json
+            self.assertEqual(isinstance(got, list), is_list, headers)
+
     def test_lengths_of_context_and_prices_are_told(self):
         models = {model["id"]: model for model in self.json("GET", "/v1/models")}
         self.assertEqual(models[SMALL_MODEL]["context_length"], 32768)
