@@ -3172,16 +3172,6 @@ def read_form(messages: list[dict[str, Any]]) -> WantedForm | None:
 
 # === Catalogue ===
 
-CREATED_AT = {  # recorded; of most models the service says 0
-    "meta-llama/Llama-3.3-70B-Instruct-Turbo": 1733466629,
-    "openai/gpt-oss-120b": 1754414557,
-    "openai/gpt-oss-20b": 1754414613,
-    "Qwen/Qwen2.5-7B-Instruct-Turbo": 1728671048,
-    "intfloat/multilingual-e5-large-instruct": 1745513588,
-    "black-forest-labs/FLUX.1-schnell": 1778115148,
-}
-
-
 TRAITS = {
     "thinks": "writes its reasoning before it answers",
     "always-thinks": "does so also where that is switched off",
@@ -3201,11 +3191,6 @@ MAX_DIMENSIONS = 16384  # of an embedding
 ENGINE_NAMES = (
     "A", "B", "Scout", "gpt-oss-20b", "gpt-oss-120b", "K2.7", "C", "DeepSeek", "GLM", "Qwen"
 )  # fmt: skip
-
-
-def guess_engine(id: str) -> str:
-    """Return the engine that serves a model in production, by what recordings show of ids."""
-    return "A" if re.search(r"-Turbo(-Free)?$", id) else "B"
 
 
 class Model:
@@ -3235,12 +3220,11 @@ class Model:
         self.display_name = display_name or id
         self.context_length = context_length
         self.prices = prices  # input, output and, where it is offered, cached input
-        self.engine = engine or guess_engine(id)
+        self.engine = engine or ("A" if re.search(r"-Turbo(-Free)?$", id) else "B")
         self.traits = frozenset(traits)
         self.thinks = not self.traits.isdisjoint(("thinks", "always-thinks"))
         self.dimensions = dimensions  # of an embedding
         self.pricing = pricing or {}  # what is paid otherwise than by tokens
-        self.created = CREATED_AT.get(id, 0)
 
     def derive(
         self, id: str, owner: str, display_name: str = "", prices: Sequence[float] = (0, 0)
@@ -3351,12 +3335,7 @@ meta-llama/Meta-Llama-3.1-8B-Instruct-Turbo|Meta|Meta Llama 3.1 8B Instruct Turb
 mistralai/Mixtral-8x7B-Instruct-v0.1|mistralai|Mixtral-8x7B Instruct v0.1|32768|0.6/0.6|retired
 Qwen/Qwen2.5-72B-Instruct-Turbo|Qwen|Qwen2.5 72B Instruct Turbo|131072|1.2/1.2|retired
 meta-llama/Llama-3.1-405B-Instruct|Meta|Llama 3.1 405B Instruct|4096|3.5/3.5|retired
-meta-llama/Meta-Llama-3.1-70B-Instruct-Turbo|Meta|Meta Llama 3.1 70B Instruct Turbo|131072\
-|0.88/0.88|retired
-meta-llama/Llama-3.2-3B-Instruct|Meta|Llama 3.2 3B Instruct|131072|0.06/0.06|retired
-deepseek-ai/DeepSeek-V3.1|DeepSeek|DeepSeek V3.1|131072|0.6/1.7|thinks retired
 zai-org/GLM-5.1|Zai Org|GLM 5.1|202752|1.4/4.4/0.26|thinks retired
-Qwen/Qwen3-Next-80B-A3B-Instruct|Qwen|Qwen3 Next 80B A3B Instruct|262144|0.15/1.5|retired
 = embedding
 togethercomputer/m2-bert-80M-8k-retrieval|Together|M2-BERT-Retrieval-8k|8192|0.008/0.008|
 togethercomputer/m2-bert-80M-32k-retrieval|Together|M2-BERT-Retrieval-32K|32768|0.008/0.008|
@@ -3450,7 +3429,7 @@ def model_object(model: Model) -> dict[str, Any]:
         "id": model.id,
         "uuid": "endpoint-" + random_uuid(HashRandom.of("model", model.id)),
         "object": "model",
-        "created": model.created,
+        "created": 0,  # as the service says of most
         "type": model.type,
         "running": False,
         "display_name": model.display_name,
@@ -3485,7 +3464,7 @@ def supported_model(model: Model) -> dict[str, Any]:
     takes, gives = MODALITIES.get(model.type, ("TEXT", "TEXT"))
     features = ["FEATURE_TOOL_CALLING", "FEATURE_STRUCTURED_OUTPUT"]
     features += ["FEATURE_REASONING"] if model.thinks else []
-    day = format_time(model.created or CREATED).replace(".000", "")
+    day = format_time(CREATED).replace(".000", "")
     return {
         "id": "ml_" + HashRandom.of("supported model", model.id).hex(24),
         "name": model.id,
@@ -3550,10 +3529,10 @@ def wrap_list(request: Request, items: list[Any], strict: bool, more: bool = Fal
     return items
 
 
-def completion_object(request: Request, name: str, strict: bool) -> str:
-    """Return `object` of a text completion; who is no SDK gets the original's, unless strict."""
+def completion_objects(request: Request, strict: bool) -> tuple[str, str]:
+    """Return `object` of a completion, whole and in chunks; who is no SDK gets the original's."""
     known = strict or is_openai(request) or is_together(request)
-    return name if known else "text_completion"
+    return ("text.completion", "completion.chunk") if known else ("text_completion",) * 2
 
 
 # === Collections ===
@@ -6244,9 +6223,9 @@ class Answer:
 
     created = CREATED
     role = "assistant"
+    objects = ("chat.completion", "chat.completion.chunk")  # of the whole, of a chunk
     unended = 0  # choices whose stream goes on
     cached_tokens = 0  # of the prompt
-    strict = False  # the server is
     key = b""  # 32 bytes, drawn, for what has ids of another form
 
     def __init__(
@@ -6399,13 +6378,11 @@ class Form:
                 raise ApiError("null_content")
 
     def name_answer(self, rng: HashRandom) -> str:
-        """Return the id of an answer."""
         if not self.answer_id:
             return random_id(rng)
         return self.answer_id.format(hex=rng.key.hex(), uuid=random_uuid(rng.child("id")))
 
     def name_call(self, rng: HashRandom, name: str, index: int) -> str:
-        """Return the id of a tool call."""
         letters = random_letters(rng.child("id"), 24, self.call_alphabet)
         uuid = random_uuid(rng.child("uuid"))
         return self.call_id.format(letters=letters, uuid=uuid, name=name, index=index)
@@ -6444,9 +6421,8 @@ class Form:
     # The whole
 
     def whole(self, answer: Answer) -> dict[str, Any]:
-        """Return a whole answer."""
         values = {
-            "object": "chat.completion",
+            "object": answer.objects[0],
             "metadata": {"weight_version": "default"},
             "prompt": answer.prompt,
             "choices": [self.choice(answer, choice) for choice in answer.choices],
@@ -6455,16 +6431,15 @@ class Form:
         return arrange(self.whole_keys, {**answer.frame, **values})
 
     def choice(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        """Return one choice of a whole answer."""
         values = {
             "index": choice.index,
+            "text": choice.text,
             "message": self.message(answer, choice),
             "logprobs": self.logprobs(answer, choice),
         }
         return arrange(self.choice_keys, {**values, **self.ending(answer, choice)})
 
     def message(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        """Return the message of a choice."""
         thoughts = "".join(choice.thoughts) or None
         content = choice.text or self.empty_content if choice.tool_calls else choice.text
         calls = [
@@ -6482,7 +6457,6 @@ class Form:
         return arrange(self.message_keys, values)
 
     def logprobs(self, answer: Answer, choice: Choice) -> Any:
-        """Return the logprobs of a whole choice."""
         content = list_logprobs(choice.pieces, choice.scores)
         return {"content": content} if content else None
 
@@ -6523,8 +6497,7 @@ class Form:
         return self.stream_keys.get(f"{kind} {level}", self.stream_keys[level])
 
     def frame(self, answer: Answer, kind: str, choices: list[Any], usage: Any) -> dict[str, Any]:
-        """Return a chunk with these choices."""
-        values = {"object": "chat.completion.chunk", "choices": choices, "usage": usage}
+        values = {"object": answer.objects[1], "choices": choices, "usage": usage}
         return arrange(self.keys(kind, "chunk"), {**answer.frame, **values})
 
     def chunk(
@@ -6538,7 +6511,6 @@ class Form:
         return self.frame(answer, kind, [arrange(self.keys(kind, "part"), part)], usage)
 
     def thought(self, answer: Answer, choice: Choice, piece: str) -> dict[str, Any]:
-        """Return the chunk of a piece of the reasoning."""
         delta = {"reasoning": piece, "reasoning_content": piece}
         return self.chunk(answer, choice, "thought", delta)
 
@@ -6554,16 +6526,19 @@ class Form:
         pieces = self.pieces(choice)
         if not choice.scores:
             yield from repeat_json(ENCODE(self.text(answer, choice, SLOT, SLOT_NUMBER)), pieces)
+        offset = 0
         for piece, score in zip(pieces, choice.scores):
-            logprobs = self.chunk_logprobs(piece, *score)
+            logprobs = self.chunk_logprobs(piece, score, offset)
             yield self.text(answer, choice, piece, token_id(piece), logprobs=logprobs)
+            offset += len(piece)
 
     def pieces(self, choice: Choice) -> list[str]:
         """Return the tokens that have a chunk of their own."""
         return choice.pieces
 
-    def chunk_logprobs(self, piece: str, logprob: float, tops: Sequence[Any]) -> Any:
-        """Return the logprobs of one token in a stream."""
+    def chunk_logprobs(self, piece: str, score: Any, offset: int) -> Any:
+        """Return the logprobs of one token in a stream, and where in the text it begins."""
+        logprob, tops = score
         return {
             "tokens": [piece],
             "token_logprobs": [logprob],
@@ -6604,7 +6579,6 @@ class Form:
         return self.chunk(answer, choice, kind, delta, **more)
 
     def end(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        """Return the chunk that says why a choice ended."""
         return self.chunk(answer, choice, "end", {}, **self.stream_ending(answer, choice))
 
     def stream_ending(self, answer: Answer, choice: Choice) -> dict[str, Any]:
@@ -6644,8 +6618,8 @@ class TurboForm(Form):
             return token_logprobs(choice.pieces, choice.scores)
         return super().logprobs(answer, choice)
 
-    def chunk_logprobs(self, piece: str, logprob: float, tops: Sequence[Any]) -> Any:
-        return logprob
+    def chunk_logprobs(self, piece: str, score: Any, offset: int) -> Any:
+        return score[0]
 
     def pieces(self, choice: Choice) -> list[str]:
         return choice.pieces[:-1] if self.ends_with_text(choice) else choice.pieces
@@ -6659,10 +6633,39 @@ class TurboForm(Form):
         ending = self.stream_ending(answer, choice)
         if self.ends_with_text(choice):
             piece = choice.pieces[-1]
-            ending["logprobs"] = choice.scores[-1][0] if choice.scores else None
+            if choice.scores:
+                offset = len(choice.text) - len(piece)
+                ending["logprobs"] = self.chunk_logprobs(piece, choice.scores[-1], offset)
             return self.text(answer, choice, piece, token_id(piece), **ending)
         starts = (number for start, number in END_TOKENS.items() if answer.model.startswith(start))
         return self.chunk(answer, choice, "end", {"token_id": next(starts, 1)}, **ending)
+
+
+class CompletionForm(TurboForm):
+    """Text completions, whose streams are those of engine A."""
+
+    choice_keys = "text finish_reason logprobs index"
+    usage_keys = "prompt_tokens completion_tokens total_tokens"
+    tells_seed = False
+
+    def logprobs(self, answer: Answer, choice: Choice) -> Any:
+        return self.list_logprobs(choice.pieces, choice.scores, 0) if choice.scores else None
+
+    def chunk_logprobs(self, piece: str, score: Any, offset: int) -> Any:
+        return self.list_logprobs([piece], [score], offset)
+
+    def list_logprobs(self, pieces: Sequence[str], scores: Sequence[Any], offset: int) -> Any:
+        """Return the logprobs of some tokens, with where each begins."""
+        offsets = itertools.accumulate(map(len, pieces), initial=offset)
+        return {**token_logprobs(pieces, scores), "text_offset": list(offsets)[:-1]}
+
+
+class TurboCompletionForm(CompletionForm):
+    """Those of engine A itself, which tells a seed and what was cached."""
+
+    choice_keys = "text finish_reason seed logprobs index"
+    usage_keys = TurboForm.usage_keys
+    tells_seed = True
 
 
 class ScoutForm(Form):
@@ -6750,8 +6753,8 @@ class PassedThroughForm(DetailsForm):
     closes_thoughts = comments = True
     empty_content = None
 
-    def chunk_logprobs(self, piece: str, logprob: float, tops: Sequence[Any]) -> Any:
-        return {"content": list_logprobs([piece], [(logprob, tops)])}
+    def chunk_logprobs(self, piece: str, score: Any, offset: int) -> Any:
+        return {"content": list_logprobs([piece], [score])}
 
 
 class DeepSeekForm(PassedThroughForm):
@@ -7061,21 +7064,15 @@ def find_budget(body: dict[str, Any], model: Model, prompt_tokens: int) -> tuple
     )
 
 
-def count_call(function: dict[str, Any]) -> int:
-    """Count the tokens of a function call."""
-    return count_tokens(function["name"]) + count_tokens(function["arguments"])
-
-
 def count_usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, Any]:
     """Add up the tokens of an answer."""
     written = thought = 0
     for choice in choices:
         thought += len(choice.thoughts) + choice.hidden_thoughts
         written += choice.token_count
-        for call in choice.tool_calls:
-            written += count_call(call["function"])
-        if choice.function_call:
-            written += count_call(choice.function_call)
+        for function in [call["function"] for call in choice.tool_calls] or [choice.function_call]:
+            for text in (function or {}).values():
+                written += count_tokens(text)
     written += thought
     usage = {
         "prompt_tokens": prompt_tokens,
@@ -7599,15 +7596,9 @@ def refuse_unstored(body: dict[str, Any]) -> None:
     for name in ("background", "conversation", "prompt"):
         if body.get(name):
             raise ApiError("invalid", param=name, reason="is not supported: nothing is stored")
-    given = body["input"]
-    for number, item in enumerate(given if type(given) is list else ()):
-        if item.get("encrypted_content"):
-            place = f"input[{number}].encrypted_content"
-            raise ApiError("invalid", param=place, reason="must be null: nothing is encrypted")
 
 
 def chat_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool as a chat offers it."""
     given = pick_given(tool, ("name", "description", "parameters"))
     return {"type": "function", "function": given}
 
@@ -7869,6 +7860,7 @@ COMPLETION_FIELDS = Fields(
     Field("logprobs", int, low=0, high=20),
     Field("user", str),
 )
+TEXT_FORMS = {False: CompletionForm(), True: TurboCompletionForm()}  # by whether a seed is told
 COMPLETION_FACTS = frozenset((
     "model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
     "presence_penalty", "frequency_penalty", "logit_bias", "seed", "n", "suffix", "safety_model",
@@ -7908,7 +7900,7 @@ def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
     facts = pick_facts(body, COMPLETION_FACTS)
     rng = HashRandom.of("completion", [facts, prompts])
     request.id = random_id(rng)
-    script = request.script
+    script, form = request.script, TEXT_FORMS[FORMS[model.engine].tells_seed]
     choices: list[Choice] = []
     prompt_tokens = 0
     for prompt in prompts:
@@ -7919,95 +7911,18 @@ def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
         wanted = read_prompt(server, request, [{"role": "user", "content": input_text(prompt)}])
         for index in range(body.get("n") or 1):
             if script:
-                text = script["content"] or ""
-                count = count_tokens(text)
+                choices.append(script_choice(rng, form, body, script, budget, len(choices)))
             else:
+                choices.append(Choice(len(choices)))
                 text, count = make_answer(own.child("text", index), wanted)
-            ended = script is not None and "finish_reason" in script
-            stop, most = (None, sys.maxsize) if ended else (body.get("stop"), budget)
-            choices.append(Choice(len(choices)))
-            choices[-1].write(text, count, stop, most)
-    form = FORMS[model.engine]
+                choices[-1].write(text, count, body.get("stop"), budget)
     answer = Answer(request, form, choices, count_usage(prompt_tokens, choices))
-    answer.strict = server.strict
+    answer.objects = completion_objects(request, server.strict)
     if script:
         apply_script(answer, script)
     if "echo" in body or "logprobs" in body:
         finish_answer(answer, rng, "\n".join(map(input_text, prompts)))
     return answer
-
-
-def text_logprobs(pieces: Sequence[str], scores: Sequence[Any], offset: int) -> Any:
-    """Return the logprobs of some tokens of a completion, with where each begins."""
-    if not scores:
-        return None
-    part = token_logprobs(pieces, scores)
-    part["text_offset"] = []
-    for piece in pieces:
-        part["text_offset"].append(offset)
-        offset += len(piece)
-    return part
-
-
-def text_completion(answer: Answer) -> dict[str, Any]:
-    """Return a whole text completion; only engine A tells a seed and what was cached."""
-    form = answer.form
-    seed = {"seed": form.seed(answer)} if form.tells_seed else {}
-    return {
-        "id": answer.id,
-        "object": completion_object(answer.request, "text.completion", answer.strict),
-        "created": answer.created,
-        "model": answer.model,
-        "prompt": answer.prompt,
-        "choices": [
-            {
-                "text": choice.text,
-                "finish_reason": choice.finish_reason,
-                **seed,
-                "logprobs": text_logprobs(choice.pieces, choice.scores, 0),
-                "index": choice.index,
-            }
-            for choice in answer.choices
-        ],
-        "usage": form.usage(answer) if form.tells_seed else answer.usage,
-    }
-
-
-def text_parts(answer: Answer, choice: Choice) -> Iterator[dict[str, Any]]:
-    """Yield what each chunk of a choice adds: a token, the last of them with the end."""
-    offset = 0
-    cut = choice.finish_reason == "length" and choice.pieces
-    pieces = choice.pieces if cut else [*choice.pieces, ""]
-    for at, piece in enumerate(pieces):
-        ends = at == len(pieces) - 1
-        scores = choice.scores[at : at + 1] if choice.scores else ()
-        logprobs = text_logprobs(pieces[at : at + 1], scores, offset)
-        offset += len(piece)
-        yield {
-            "index": choice.index,
-            "text": piece,
-            "logprobs": logprobs,
-            "finish_reason": choice.finish_reason if ends else None,
-            "seed": answer.form.seed(answer) if ends else None,
-            "delta": {"token_id": token_id(piece), "role": "assistant", "content": piece},
-        }
-
-
-def text_chunks(answer: Answer) -> Iterator[dict[str, Any]]:
-    """Yield a text completion as chunks; the last one has the usage."""
-    name = completion_object(answer.request, "completion.chunk", answer.strict)
-    left, form = len(answer.choices), answer.form
-    usage = form.usage(answer) if form.tells_seed else answer.usage
-    for part in interleave([text_parts(answer, choice) for choice in answer.choices]):
-        left -= part["finish_reason"] is not None
-        yield {
-            "id": answer.id,
-            "object": name,
-            "created": answer.created,
-            "choices": [part],
-            "model": answer.model,
-            "usage": None if left else usage,
-        }
 
 
 @route(
@@ -8021,9 +7936,8 @@ def text_chunks(answer: Answer) -> Iterator[dict[str, Any]]:
 def create_completion(server: TogetherAiServer, request: Request) -> Any:
     """Continue a prompt, whole or as a stream."""
     answer = compose_completion(server, request)
-    if request.body.get("stream"):
-        return Events(text_chunks(answer))
-    return text_completion(answer)
+    stream = request.body.get("stream")
+    return Events(answer.form.stream(answer)) if stream else answer.form.whole(answer)
 
 
 # --- Embeddings
