@@ -10215,6 +10215,37 @@ class KnownFaultTests(FakeCase):
         self.assertEqual(json.loads(call["function"]["arguments"]), {"a": 1, "b": "one"})
 
 
+class ConnectionTests(FakeCase):
+    """Whether equal requests are attempts of one depends on their connections."""
+
+    def ask_by(self, connection):
+        connection.request("POST", CHAT, json.dumps(HELLO), KEY)
+        connection.getresponse().read()
+
+    def test_equal_requests_of_clients_at_once(self):
+        with TogetherAiServer(port=0) as self.server, contextlib.ExitStack() as stack:
+            address = ("127.0.0.1", self.server.port)
+            for status, count, wanted in (
+                (400, 2, []),  # what each of two sends once cannot be told from what one repeats
+                (400, 1, ["retried_refusal"]),
+            ):
+                self.server.reset()
+                self.server.fail(status)
+                connections = [
+                    http.client.HTTPConnection(*address, timeout=PATIENCE) for _ in range(count)
+                ]
+                for connection in connections:
+                    stack.callback(connection.close)
+                    connection.connect()
+                for connection in connections * (2 // count):
+                    self.ask_by(connection)
+                found = [each.name for each in self.server.verdict()]
+                self.assertEqual(found, wanted)
+                for connection in connections:
+                    connection.close()
+                wait_until(lambda: not self.server._http.clients)
+
+
 class LimitTests(LocalCase):
     def setUp(self):
         self.now = 1_000_000.0
@@ -10337,6 +10368,12 @@ class WatchTests(UpstreamCase):
                 self.assertEqual(self.text(), "new and longer")
             finally:
                 program.kill()
+
+    def test_what_is_recorded_is_not_watched(self):
+        options = fake.read_options(
+            ["--watch", "--record", str(self.file), "--upstream", self.service.url]
+        )
+        self.assertEqual(fake.build_server(options).script.watched, [])
 
     def test_files_are_checked(self):
         good = {"match": {"userMessage": "x"}, "response": {"content": "y"}}

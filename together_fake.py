@@ -311,7 +311,7 @@ class Request:
 
     __slots__ = (
         "args", "batch", "body", "call", "chunk_sizes", "client", "form", "headers", "id", "method",
-        "origin", "params", "path", "query", "raw", "route", "script", "turn",
+        "origin", "params", "path", "peer", "query", "raw", "route", "script", "turn",
     )  # fmt: skip
 
     client: Any  # the socket, where a thread waits for somebody else on this request's behalf
@@ -342,6 +342,7 @@ class Request:
         self.turn: Any = None  # of a socket: its handler, instead of the route's
         self.call: Any = None  # its place in the record
         self.route: Any = None  # once it is found and the body is read
+        self.peer: Any = (None, 0)  # the client's address, and how many other connections are open
         self.chunk_sizes: list[int] = []  # characters in the chunks of a stream, where scripted
 
 
@@ -3729,6 +3730,7 @@ class Call:
         self.headers = request.headers.masked
         self.test: str = request.headers.get("x-test-id", "")
         self.batch = request.batch  # the job whose line this is
+        self.peer = request.peer
         self.at = at  # Unix seconds
         self.started = time.perf_counter()
         self._raw = request.raw if len(request.raw) <= MAX_RECORDED_BODY_BYTES else b""
@@ -10652,66 +10654,39 @@ def rank_match(match: dict[str, Any]) -> Rank:
 
     A match that holds for another request, too, has a shorter name, or the same and less body.
     """
-    told = ("endpoint", "sequenceIndex", "body")
-    name = {key: match[key] for key in match if key not in told}
+    said = (("endpoint", "chat"), ("sequenceIndex", match.get("sequenceIndex")))
+    name = {key: match[key] for key in match if key != "body" and (key, match[key]) not in said}
     return -len(CANONICAL(name)), -len(CANONICAL(match.get("body", {})))
 
 
-class Recorded:
-    """One request with the answers that it got, in their order: a sequence where there are more."""
-
-    def __init__(self, name: dict[str, Any], body: dict[str, Any]) -> None:
-        self.name = name
-        self.body = body
-        self.rank = rank_match({**name, "body": body})
-        self.answers: list[dict[str, Any]] = []  # responses and options of fixtures
-        self.secrets: set[str] = set()
-        self._written: tuple[Any, list[str]] = (None, [])
-
-    def match(self, alone: bool) -> dict[str, Any]:
-        """Return what its fixtures match: where it is not alone with its name, its body, too."""
-        match = self.name
-        if any(each["response"].keys() & {"json", "raw"} for each in self.answers):
-            match = {"endpoint": "chat", **match}  # where the answer does not say what it is
-        named = alone and is_named(match)
-        return match if named or not self.body else {**match, "body": self.body}
-
-    def write(self, match: dict[str, Any]) -> list[str]:
-        """Return the JSON of its fixtures; the last answers every further time."""
-        state = (match, len(self.answers))
-        if self._written[0] != state:
-            last = len(self.answers) - 1
-            numbers = [{"sequenceIndex": at} if at < last else {} for at in range(last + 1)]
-            pairs = zip(numbers, self.answers)
-            entries = [{"match": {**match, **number}, **answer} for number, answer in pairs]
-            self._written = state, [write_entry(entry, self.secrets) for entry in entries]
-        return self._written[1]
-
-
 class Recording:
-    """The fixtures for recorded calls, in an order in which each call finds its own answers."""
+    """Recorded calls, and the fixtures for them: a sequence where one had several answers."""
 
     def __init__(self) -> None:
-        self._names: dict[str, dict[str, Recorded]] = {}  # by name, then by body
+        # Answers and what is secret in them, by the JSON of a request's name, then of its body.
+        self._names: dict[str, dict[str, list[tuple[dict[str, Any], Iterable[str]]]]] = {}
 
     def add(self, identity: Any, answer: dict[str, Any], secrets: Iterable[str]) -> None:
-        """Add the answer to a request, as the next of its sequence if it was recorded before.
-
-        Raises ValueError for one that no fixture file can hold.
-        """
+        """Add the answer to a request; raise ValueError for one that no fixture can hold."""
         name, body = identity
         parse_entry({"match": {**name, "body": body}, **answer}, "")
         alike = self._names.setdefault(CANONICAL(name), {})
-        recorded = alike.setdefault(CANONICAL(body), Recorded(name, body))
-        recorded.answers.append(answer)
-        recorded.secrets.update(secrets)
+        alike.setdefault(CANONICAL(body), []).append((answer, tuple(secrets)))
 
     def rows(self) -> Iterator[tuple[Rank, str]]:
         """Yield the JSON of the fixtures, each with its rank."""
-        for alike in self._names.values():
-            for recorded in alike.values():
-                for text in recorded.write(recorded.match(len(alike) == 1)):
-                    yield recorded.rank, text
+        for name, alike in self._names.items():
+            for body, answers in alike.items():
+                match = json.loads(name)
+                rank = rank_match({**match, "body": json.loads(body)})
+                if any(answer["response"].keys() & {"json", "raw"} for answer, _ in answers):
+                    match = {"endpoint": "chat", **match}  # the answer does not say what it is
+                if body != "{}" and (len(alike) > 1 or not is_named(match)):
+                    match["body"] = json.loads(body)
+                secrets = {secret for _, found in answers for secret in found}
+                for at, (answer, _) in enumerate(answers):
+                    number = {"sequenceIndex": at} if at < len(answers) - 1 else {}
+                    yield rank, write_entry({"match": {**match, **number}, **answer}, secrets)
 
 
 def write_fixtures(rows: Iterable[tuple[Rank, str]], more: Mapping[str, Any]) -> bytes:
@@ -11036,29 +11011,38 @@ def find_wait(call: Call) -> float:
     return 0.0
 
 
+def follows(call: Call, earlier: Call) -> bool:
+    """Tell whether a call can be another attempt of an equal one that failed.
+
+    That is so by the counts that SDKs send, on the same connection, or where there is no other.
+    """
+    count, before = (c.headers.get("x-stainless-retry-count", "0") for c in (call, earlier))
+    if count != "0":
+        return bool(before.isdecimal() and count == str(int(before) + 1))
+    (address, others), (known, _) = call.peer, earlier.peer
+    return bool(address == known or not others)
+
+
 def group_attempts(calls: Iterable[Call]) -> list[list[Call]]:
     """Return calls in the attempts of one request each: equal ones, of which each one failed.
 
-    Equal requests at the same time are told apart by the counts that SDKs send, or left out.
+    What may be attempts of several requests at once is left out.
     """
     groups: dict[str, list[list[Call]]] = {}
     unclear = set()
     for call in calls:
-        agent = call.headers.get("user-agent")
+        agent, count = (call.headers.get(n) for n in ("user-agent", "x-stainless-retry-count"))
         key = repr((call.episode, call.operation, call.query, call.test, agent, call.body_key))
         chains = groups.setdefault(key, [])
-        open = [chain for chain in chains if find_end(chain[-1]) > call.started]
-        failed = [chain for chain in chains if chain not in open and has_failed(chain[-1])]
-        count = call.headers.get("x-stainless-retry-count", "")
-        if open or len(failed) > 1:
-            before = str(int(count) - 1) if re.fullmatch("[0-9]{1,3}", count) else None
-            failed = [c for c in failed if c[-1].headers.get("x-stainless-retry-count") == before]
-            if before is None or (before != "-1" and len(failed) != 1):
-                unclear.add(key)
-        if len(failed) == 1:
-            failed[0].append(call)
-        else:
-            chains.append([call])
+        running = [chain for chain in chains if find_end(chain[-1]) > call.started]
+        failed = [chain for chain in chains if chain not in running and has_failed(chain[-1])]
+        earlier = [chain for chain in failed if follows(call, chain[-1])]
+        if len(earlier) == 1 and (count or not running):
+            earlier[0].append(call)
+            continue
+        if count != "0" and (failed or running):
+            unclear.add(key)
+        chains.append([call])
     return [chain for key in groups for chain in groups[key] if key not in unclear]
 
 
@@ -12459,6 +12443,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         try:
             while not self.closes:
                 request = yield from reader.read_request()
+                request.peer = self.client_address, len(self.server.clients) - 1
                 kind = app._begin(request)
                 if kind is QUICK:
                     reply = app.answer(request)
