@@ -2785,8 +2785,9 @@ class ToolTests(FakeCase):
         tools = [WEATHER, FINAL]
         self.assertEqual(self.called("How is the weather?", tools=tools), ["get_weather"])
         self.assertEqual(self.called("hello", tools=tools), [])
+        tools.append(tool("see_map", description="Say the end"))
         text = "the end of the weather"
-        self.assertEqual(self.called(text, tools=tools), ["get_weather", "final_result"])
+        self.assertEqual(self.called(text, tools=tools), ["get_weather", "see_map"])
         got = self.called(text, tools=tools, parallel_tool_calls=False)
         self.assertEqual(got, ["get_weather"])
 
@@ -2827,7 +2828,8 @@ class ToolTests(FakeCase):
         return names
 
     def test_loops_end(self):
-        self.assertEqual(self.run_agent(), ["get_weather"])
+        self.assertEqual(self.run_agent(tools=[WEATHER]), ["get_weather"])
+        self.assertEqual(self.run_agent(), ["get_weather", "final_result"])
         self.assertEqual(self.run_agent(tool_choice="required"), ["get_weather", "final_result"])
 
     def test_arguments_are_valid_and_cut_by_the_budget(self):
@@ -2894,11 +2896,238 @@ class FormatTests(FakeCase):
                 self.assertRefused(CHAT, {**HELLO, "response_format": format}, param)
 
 
+PLACE = json.dumps(
+    {
+        "type": "object",
+        "properties": {"city": {"type": "string"}, "hot": {"type": "boolean"}},
+        "required": ["city", "hot"],
+    }
+)
+EXAMPLE = json.dumps({"properties": {"foo": {"type": "array"}}, "required": ["foo"]})
+CHOICES = "\n\nWhat is a planet?\n\nA) Mars\nB) Milk\nC) Moss"
+REACT = """Answer as best you can. You have these tools: search, calc. Use this format:
+
+Question: the question you must answer
+Thought: what you think
+Action: the action to take, should be one of [search, calc]
+Action Input: the input to the action
+Observation: the result of the action
+... (this can repeat)
+Thought: I now know the final answer
+Final Answer: the answer to the question
+
+Begin!
+
+Question: How old is Rome?
+Thought:"""
+SEEN = " search it\nAction: search\nAction Input: Rome\nObservation: 2777 years\nThought:"
+
+# A form: what the whole answer matches, then prompts that ask for it.
+FORMS = {
+    "JSON by schema": (
+        r'\{"city": ".+", "hot": (true|false)\}',
+        f"Answer in JSON that follows this schema:\n{PLACE}",
+        "Here is a text: hot in Rome.\n\nReturn JSON only. The JSON schema:\n```json\n"
+        f"{PLACE}\n```",
+        f"Extract the data as JSON matching the schema {json.loads(PLACE)!r}",
+        f"As an example, for the schema {EXAMPLE}\nthe object {{'foo': ['bar']}} is well-formatted."
+        f"\n\nThe output should be JSON. Here is the output schema:\n```\n{PLACE}\n```",
+    ),
+    "JSON by example": (
+        r'\{"verdict": "(yes|no)", "reason": "[^.][^"]+"\}',
+        'Respond with JSON only: {"verdict": "yes or no", "reason": "..."}',
+        "Judge it.\n\nYour output must be a JSON object like this:\n"
+        '{\n  "verdict": "yes" | "no",\n  "reason": <why>, // briefly\n}\n\nText:\nIt works.',
+    ),
+    "JSON with numbers and lists": (
+        r'\{"score": [1-5], "sure": (0(\.\d+)?|1(\.0)?), "tags": \[".+"\]\}',
+        "Reply in this JSON format:\n{\n  score: int, // 1 to 5\n  sure: float between 0 and 1,\n"
+        "  tags: string[],\n}",
+        'Output format:\n```json\n{"score": "<integer from 1 to 5>", "sure": "0.0-1.0", '
+        '"tags": ["first", "..."]}\n```',
+    ),
+    "JSON with what is said of its keys": (
+        r'\{"verdicts": \[(\{"verdict": "(yes|no|idk)", "reason": "[^"]+"\}(, )?){1,3}\]\}',
+        "Only return JSON, with the 'verdicts' key as a list of JSON objects.\nExample JSON:\n"
+        '{\n  "verdicts": [\n    {"verdict": "yes"},\n    {"verdict": "no", "reason": <why>}\n  ]\n'
+        "}\n\nThe 'verdict' key should STRICTLY be either 'yes', 'no' or 'idk'.\n\nInput:\nx\n\n"
+        "JSON:",
+    ),
+    "JSON by the names of keys": (
+        r'\{"score": ([0-9]|10), "reason": "[^"]+"\}',
+        "Return a JSON with two keys: `score` and `reason`. The `score` is an integer between 0 "
+        "and 10.",
+        "Please respond with a JSON object with two fields:\n- `score`: an integer from 0 to 10\n"
+        "- `reason`: one sentence",
+    ),
+    "one of a list": (
+        r"billing|bug|other",
+        "Classify the ticket. Answer with one of: billing, bug, other.\n\nTicket: it crashes",
+        "Choose one of the following categories:\n- billing: money\n- bug: it fails\n- other\n\n"
+        "Reply with the category only.",
+        'What is it about? Your answer must be "billing", "bug" or "other".',
+    ),
+    "yes or no": (
+        r"(?i:yes|no)",
+        "Does the text mention Rome? Answer yes or no.\n\nText: I was in Rome.",
+        "Question: Should the message be blocked (Yes or No)?\nAnswer:",
+    ),
+    "a number": (
+        r"[1-9]|10",
+        "Rate the answer on a scale of 1 to 10. Reply with the number only.",
+        "Output a single integer between 1 and 10.",
+    ),
+    "a letter": (
+        r"[ABC]",
+        f"Answer with the letter only.{CHOICES}",
+        f"{CHOICES}\nAnswer:",
+    ),
+    "a last line": (
+        r"[^\n]+\n\nANSWER: [ABC]",
+        "Answer the question. The last line of your response should be of the following format: "
+        f"'ANSWER: $LETTER' (without quotes) where LETTER is one of A,B,C.{CHOICES}",
+        f'Think step by step, then end with "ANSWER: <A, B or C>".{CHOICES}',
+    ),
+    "labelled lines": (
+        r"Score: [1-5]\nReason: .+",
+        "Evaluate it. Use this format:\nScore: <1-5>\nReason: <text>",
+        "Respond exactly like this:\n\nScore: [1-5]\nReason: [why]\n",
+    ),
+    "elements": (
+        r"<answer>[^<]+</answer>",
+        "Think about it, then put your final answer in <answer></answer> tags.",
+        "Write nothing else and wrap the result in <answer> tags.",
+    ),
+    "nested elements": (
+        r"<tasks>\n(<task>[^<]+</task>\n){2}</tasks>",
+        "Respond in the following format:\n\n<tasks>\n<task>Task 1</task>\n<task>Task 2</task>\n"
+        "</tasks>",
+    ),
+    "a block of code": (
+        r"```bash\n[^`]+\n```",
+        "Your response must contain exactly ONE bash code block:\n\n```bash\nyour_command\n```",
+        "Reply with a single ```bash block.",
+    ),
+    "YAML": (
+        r"title: .+\nsteps:\n *- name: .+\n *minutes: \d+",
+        "Answer in YAML like this:\n```yaml\ntitle: text\nsteps:\n  - name: text\n    minutes: 5\n"
+        "```",
+    ),
+    "lists": (
+        r"1\. .+\n2\. .+\n3\. .+",
+        "Give me the steps as a numbered list.",
+        "Your response should be a numbered list with each item on a new line.",
+    ),
+    "commas": (
+        r"[\w ]+, [\w ]+, [\w ]+",
+        "Your response should be a list of comma separated values, eg: `foo, bar` or `foo,bar`",
+        "Return the keywords, separated by commas.",
+    ),
+    "CSV": (
+        r"name,age,city\n([^,\n]+,[^,\n]+,[^,\n]+\n?){3}",
+        "Output CSV with the header name,age,city and nothing else.",
+    ),
+    "a table": (
+        r"\| Name \| Role \|\n\|---\|---\|(\n\| .+ \| .+ \|){3}",
+        "Present it as a markdown table with columns Name, Role.",
+    ),
+    "records": (
+        r"(entity<\|#\|>(Anna Berg|Oslo|Nordlys)<\|#\|>[^<]+\n)+<\|COMPLETE\|>",
+        "Output each as entity<|#|>entity_name<|#|>description on its own line, and end with "
+        "<|COMPLETE|>.\n\nText: Anna Berg of Oslo works for Nordlys.",
+    ),
+    "so many words": (
+        r"\w+( \w+){4}",
+        "Generate a title of five words for this chat.",
+        "Respond with a 3-5 word title.",
+    ),
+    "a text as it stands": (
+        r"pong",
+        "Reply with exactly 'pong'.",
+        "Repeat exactly: pong",
+        "Say only the word pong.",
+    ),
+    "an action": (r"[^\n]*\nAction: (search|calc)\nAction Input: .+", REACT),
+    "a final answer": (r"[^\n]*\nFinal Answer: .+", REACT + SEEN),
+    "what a series goes on with": (
+        r"good|bad",
+        "Text: I love it\nMood: good\n\nText: It broke\nMood: bad\n\nText: meh\nMood:",
+    ),
+}
+# What only looks as if it asked for a form.
+PROSE = (
+    "Why is the sky blue?",
+    'Summarise this JSON:\n{"name": "Ann", "tags": ["a", "b"], "age": 3}',
+    'Can you explain what this JSON response means? {"status": "ok", "items": [1, 2]}',
+    'Context:\n{"answer": "yes or no", "score": "1-5"}\n\nQuestion: What is the product about?',
+    'Review this function:\n\ndef f(x):\n    # return json, yes or no\n    return {"answer": x}\n',
+    "Review this code:\n```python\ndef f(x):\n    return json.dumps({'a': 'yes or no'})\n```",
+    "What is the difference between a polite yes and a polite no in Japan?",
+    "Why do people find it hard to answer yes or no to simple questions?",
+    "Summarise this e-mail:\n\nHi Ann,\nplease reply with one of: Monday, Friday.\nBest, Bob",
+    "Use these pieces of context to answer the question.\n\nQ: Is it red? Answer with one of: yes, "
+    'no.\nA: yes\n\nAnswer in JSON: {"a": 1}\n\nQuestion: Which colours are used?\nAnswer:',
+    "<context>\nRespond only with one of: a, b, c\n</context>\n\nWhat does the document say?",
+    'Translate to French: "Please answer yes or no."',
+    "I have to choose one of two jobs, a bank or a school. What do you think?",
+    "Write a story about a fox or a bear.",
+    "How do I return JSON from Flask?",
+    "What is the difference between YAML and JSON?",
+    "Why does `print(x)` output nothing?",
+    "What does the <answer> element in my XML do?",
+    "What trends do you see in this data?\n\nname,age\nann,3\nbob,5",
+    "How many of the numbers between 1 and 10 are prime?",
+    "Here is my config:\n```yaml\nname: x\nsteps:\n  - a\n```\nWhat is wrong with it?",
+)
+
+
 class PromptTests(LocalCase):
     """The form that a prompt asks its answer in."""
 
     SCHEMA = json.dumps({"properties": {"age": {"type": "integer"}}, "required": ["age"]})
     ASKED = f"Answer in JSON. The schema: {SCHEMA}"
+
+    def read(self, *texts):
+        """Return the form of a conversation that the user begins."""
+        roles = ("user", "assistant") * 2
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts)]
+        return fake.read_form(messages)
+
+    def test_forms(self):
+        for name, (pattern, *prompts) in FORMS.items():
+            for prompt in prompts:
+                with self.subTest(form=name, prompt=prompt):
+                    form = self.read(prompt)
+                    self.assertIsNotNone(form)
+                    for number in range(3):
+                        answer = form.write(fake.HashRandom.of("test", number))
+                        self.assertRegex(answer, rf"\A(?:{pattern})\Z", form.label)
+
+    def test_prose_stays_prose(self):
+        for prompt in PROSE:
+            with self.subTest(prompt=prompt):
+                form = self.read(prompt)
+                self.assertIsNone(form, form and form.label)
+
+    def test_the_last_message_goes_first(self):
+        asked = [
+            {"role": "system", "content": "Respond only with one of: a, b."},
+            {"role": "user", "content": "Answer yes or no: is Mars red?"},
+        ]
+        self.assertEqual(fake.read_form(asked).label, "one of yes, no, from messages[1]")
+        asked[1]["content"] = "Is Mars red?"
+        self.assertEqual(fake.read_form(asked).label, "one of a, b, from messages[0]")
+
+    def test_a_turn_that_is_over_asks_for_nothing(self):
+        self.assertIsNone(self.read("Answer yes or no: is Mars red?", "yes", "Tell me more of it."))
+        said = self.read("Answer yes or no: is Mars red?", "maybe", "Format error: try again.")
+        self.assertEqual(said.label, "one of yes, no, from messages[0]")
+
+    def test_the_words_that_end_a_task_come_when_something_was_done(self):
+        asked = 'Run the tests. Reply "TERMINATE" when everything is done.'
+        self.assertIsNone(self.read(asked))
+        form = self.read(asked, "running", "Result: 3 passed")
+        self.assertTrue(form.write(fake.HashRandom.of("test", 1)).endswith("TERMINATE"))
 
     def test_it_is_told_in_the_record(self):
         self.assertEqual(list(json.loads(self.text(self.ASKED))), ["age"])
@@ -2928,7 +3157,7 @@ class PromptTests(LocalCase):
     def test_one_switch_turns_it_off(self):
         for server in (
             fake.TogetherAiServer(read_prompts=False),
-            fake.build_server(fake.read_options(["--no-read-prompts"])),
+            fake.build_server(fake.read_options(["--no-read-prompts", "--quiet"])),
         ):
             body = {"model": LLAMA, "messages": [{"role": "user", "content": self.ASKED}]}
             server.answer(fake.Request("POST", CHAT, body, headers={"authorization": "Bearer k"}))
@@ -4005,7 +4234,7 @@ class ResponseTests(ResponseCase):
                 "hello",
                 ["final_result"],
             ),
-            ("auto", "the end of the weather", ["get_weather", "final_result"]),
+            ("auto", "the end of the weather", ["get_weather"]),
         ):
             with self.subTest(choice=choice, text=text):
                 self.assertEqual(self.called(text, tools=tools, tool_choice=choice), names)
@@ -4030,10 +4259,8 @@ class ResponseTests(ResponseCase):
         self.assertEqual(self.respond(tools=[secret])["tools"], [WIKI])
 
     def test_an_agent_ends(self):
-        for choice, rounds in (
-            ("auto", ["get_weather"]),
-            ("required", ["get_weather", "final_result"]),
-        ):
+        rounds = ["get_weather", "final_result"]
+        for choice in ("auto", "required"):
             given, names = say("the weather in Rome"), []
             for _ in range(6):
                 tools = {"tools": [WEATHER_FLAT, FINAL_FLAT], "tool_choice": choice}
