@@ -5835,6 +5835,7 @@ class Fixture:
         self.entry = entry
         self.source = source
         self.number = -1  # among those added at run time
+        self.rank = -1  # of its group, in the order in which these are asked
         self.relaxed = False  # a turn near its own will do, as aimock has it in files
         self.normalise: Sequence[str] = ()  # patterns of what its file does not compare
         self.owner: Fixtures | None = None
@@ -6255,6 +6256,7 @@ class Fixtures:
         self.warnings: list[str] = []
         self.models: dict[str, Model] = {}  # of files
         self.list_calls: Callable[[], list[Call]] = list
+        self._slow = False  # one of them asks a pattern or a function
         self.is_copy = False  # in a child process, whose requests another one answers
         self._lock = threading.RLock()
         self._files: list[Fixture] = []
@@ -6272,7 +6274,8 @@ class Fixtures:
 
     @property
     def slow(self) -> bool:
-        return any(fixture.asks for fixture in self.every)
+        self._list_order()
+        return self._slow
 
     @property
     def empty(self) -> bool:
@@ -6282,7 +6285,7 @@ class Fixtures:
         """Remove what was added at run time, and count again from zero."""
         with self._lock:
             self._steps: list[list[Fixture]] = []
-            self._groups: list[list[Fixture]] | None = None  # the steps, as they are asked
+            self._order: list[Fixture] | None = None
             self._numbers = itertools.count()
             self._sequences: dict[Any, dict[str, int]] = {}  # how often each was served, by test
             self._calls = 0  # with a fault, for its draws
@@ -6301,7 +6304,7 @@ class Fixtures:
         with self._lock:
             for fixture in itertools.chain(*self._steps):
                 fixture.group_counts.clear()
-            self._steps, self._groups = [], None
+            self._steps, self._order = [], None
 
     def remove_test(self, test: str) -> None:
         with self._lock:
@@ -6312,7 +6315,7 @@ class Fixtures:
         gone = set(fixtures)
         with self._lock:
             kept = ([each for each in step if each not in gone] for step in self._steps)
-            self._steps, self._groups = [step for step in kept if step], None
+            self._steps, self._order = [step for step in kept if step], None
 
     def get(self, number: int) -> Fixture | None:
         return next((each for each in self.every if each.number == number), None)
@@ -6327,7 +6330,7 @@ class Fixtures:
                 if fixture.source == "run time":
                     fixture.source = f"run time[{fixture.number}]"
                 self._adopt(fixture)
-            self._steps, self._groups = [*self._steps, list(fixtures)], None
+            self._steps, self._order = [*self._steps, list(fixtures)], None
 
     def load(self, path: str) -> list[Fixture]:
         """Append the fixtures of a file or folder, or none if one is wrong (ValueError)."""
@@ -6338,7 +6341,7 @@ class Fixtures:
     def replace_files(self, fixtures: Iterable[Fixture]) -> None:
         """Take these in the place of all that came from files."""
         with self._lock:
-            self._files, self._groups = list(fixtures), None
+            self._files, self._order = list(fixtures), None
             self.normaliser = self.make_normaliser()
             for fixture in self._files:
                 self._adopt(fixture)
@@ -6389,31 +6392,38 @@ class Fixtures:
 
     # Which one is served
 
-    def _list_groups(self, request: Request) -> list[list[Fixture]]:
-        """Return the fixtures in groups, in the order in which these are asked."""
-        if self._groups is None:
-            limited, steps = [], []
-            for step in self._steps:
-                lead = list(itertools.takewhile(lambda each: each.times is not None, step))
-                limited += lead
-                steps.append(step[len(lead) :])
-            self._groups = [limited, *reversed(steps), self._files]
-        text = request.headers.get("x-parlel-fixture")
-        return [[parse_header(text)], *self._groups] if text else self._groups
+    def _list_order(self) -> list[Fixture]:
+        """Return the fixtures in the order in which they are asked, and number their groups."""
+        with self._lock:
+            if self._order is None:
+                limited, steps = [], []
+                for step in self._steps:
+                    lead = list(itertools.takewhile(lambda each: each.times is not None, step))
+                    limited += lead
+                    steps.append(step[len(lead) :])
+                self._order = []
+                for rank, group in enumerate([limited, *reversed(steps), self._files]):
+                    for fixture in group:
+                        fixture.rank = rank
+                    self._order += group
+                self._slow = any(fixture.asks for fixture in self._order)
+            return self._order
 
     def find(self, facts: MatchFacts) -> tuple[Fixture | None, str, list[tuple[Fixture, Obstacle]]]:
         """Return the fixture that answers, counted as served, a warning, and the other ones."""
-        with self._lock:
-            groups = self._list_groups(facts.request)
-            if facts.normaliser.only_equal:  # as recordings are compared, which are in files
-                groups = [self._files]
+        order = self._list_order()
+        own = facts.request.headers.get("x-parlel-fixture")
+        if facts.normaliser.only_equal:  # as recordings are compared, which are in files
+            order = self._files
+        elif own:
+            order = [parse_header(own), *order]
         texts = {key: join_fact(facts[key]) for key in TEXT_KEYS}
         texts[""] = ""
-        cut = facts.normaliser
-        likely = [[f for f in group if cut(f.needle) in texts[f.needle_key]] for group in groups]
+        is_plain = facts.normaliser is COMPARES_ALL
+        likely = [f for f in order if f.needle in texts[f.needle_key]] if is_plain else order
         # Patterns and functions may take their time: they are asked without the lock.
-        found = {each: each.find_obstacle(facts) for group in likely for each in group}
-        others = (each for group in groups for each in group if each not in found)
+        found = {each: each.find_obstacle(facts) for each in likely}
+        others = (each for each in order if each not in found)
         for each in itertools.islice(others, max(0, MAX_NEAR_MISSES - len(found))):
             found[each] = each.find_obstacle(facts)
         while True:
@@ -6448,12 +6458,13 @@ class Fixtures:
         return None
 
     def _choose(
-        self, likely: list[list[Fixture]], reasons: dict[Fixture, Obstacle | None], turn: int
+        self, likely: list[Fixture], reasons: dict[Fixture, Obstacle | None], turn: int
     ) -> Fixture | None:
         """Return the fixture that answers, of the first group that has one at its turn."""
+        matching = [each for each in likely if reasons[each] is None]
         last_resort = None
-        for group in likely:
-            chosen = select_turn([each for each in group if reasons[each] is None], turn)
+        for _, group in itertools.groupby(matching, key=lambda each: each.rank):
+            chosen = select_turn(list(group), turn)
             if chosen is not None and (chosen.turn or 0) <= turn:
                 return chosen
             last_resort = last_resort or chosen
