@@ -743,6 +743,7 @@ class Fields(dict):  # type: ignore[type-arg]
                 raise ApiError("invalid", param=place + name, reason=f"unknown key{near}")
 
 
+Keys = functools.partial(Fields, closed=True)  # that refuse names without a row
 NO_FIELDS = Fields()
 
 
@@ -5232,7 +5233,7 @@ class MatchFacts(dict):  # type: ignore[type-arg]
 DECODE_BASE64 = functools.partial(base64.b64decode, validate=True)
 
 
-PATTERN = Fields(Field("pattern", str, required=True), closed=True)
+PATTERN = Keys(Field("pattern", str, required=True))
 
 
 # Numbers of fixtures stay as they were written: 5 is not made 5.0.
@@ -5240,28 +5241,26 @@ def number_rows(names: str, low: float = -1e300, high: float = 1e300) -> list[Fi
     return rows_of(names, int, float, low=low, high=high)
 
 
-def text_row(name: str, **more: Any) -> Field:
-    return Field(name, str, dict, *more.pop("kinds", ()), fields=PATTERN, **more)
+def text_row(name: str) -> Field:
+    return Field(name, str, dict, fields=PATTERN)
 
 
 JSON_KINDS = (str, int, float, bool, list, dict)
 ANYTHING = Field("", *JSON_KINDS)
 MAX_MS = 86_400_000  # a day
 BASE64 = ("base64", DECODE_BASE64)
-PLAIN_MATCH = Fields(
+PLAIN_MATCH = Keys(
     *[text_row(key) for key in TEXT_KEYS if key != "systemMessage"],
-    text_row("systemMessage", kinds=(list,), each=Field("", str)),
+    Field("systemMessage", str, dict, list, fields=PATTERN, each=Field("", str)),
     Field("hasToolResult", bool),
     Field("body", dict),
     Field("bodyDigest", str, low=64, high=64),
     Field("headers", dict, each=text_row("")),
-    closed=True,
 )
-MATCH = Fields(
+MATCH = Keys(
     *PLAIN_MATCH.values(),
     Field("not", dict, fields=PLAIN_MATCH),
     *rows_of("turnIndex sequenceIndex", int, low=0),
-    closed=True,
 )
 CHAOS: dict[str, dict[str, Any]] = {  # what each rate's hit does, as options; the first wins
     "dropRate": {"status": 500},
@@ -5269,16 +5268,14 @@ CHAOS: dict[str, dict[str, Any]] = {  # what each rate's hit does, as options; t
     "rateLimitRate": {"status": 429},
     "disconnectRate": {"disconnectAfterChunks": 0},
 }
-PROFILE = Fields(
+PROFILE = Keys(
     *number_rows("ttft", 0, MAX_MS),
     *number_rows("tps", 0.001),
     *number_rows("jitter", 0, 1),
-    closed=True,
 )
-TIMINGS = Fields(
+TIMINGS = Keys(
     *number_rows("ttftMs totalDurationMs", 0, MAX_MS),
     Field("interChunkDelaysMs", list, each=Field("", int, float, low=0, high=MAX_MS)),
-    closed=True,
 )
 
 
@@ -5295,7 +5292,7 @@ STRIKES = (
 )  # fmt: skip
 QUIET_OPTIONS = ("times", "chunkSize", "chunkSizes", "shouldRetry", "chaos")  # that are no fault
 STRIKE_PLACES = ("after", "in", "before")
-OPTIONS = Fields(
+OPTIONS = Keys(
     *number_rows("latency disconnectAfterMs", 0, MAX_MS),
     *number_rows("replaySpeed", 0.001),
     *rows_of("chunkSize times truncateAfterChunks", int, low=1),
@@ -5311,30 +5308,25 @@ OPTIONS = Fields(
     Field(
         "chaos",
         dict,
-        fields=Fields(
-            *number_rows("latencyMs", 0, MAX_MS), *number_rows(" ".join(CHAOS), 0, 1), closed=True
-        ),
+        fields=Keys(*number_rows("latencyMs", 0, MAX_MS), *number_rows(" ".join(CHAOS), 0, 1)),
     ),
-    closed=True,
     ignored="openRouterProcessing metadata",
 )
-ENTRY = Fields(
+ENTRY = Keys(
     Field("match", dict, required=True, fields=MATCH),
     Field("response", dict),
     *OPTIONS.values(),
-    closed=True,
     ignored="openRouterProcessing metadata",
 )
-FIXTURE_FILE = Fields(
+FIXTURE_FILE = Keys(
     Field("fixtures", list, required=True),
     Field("models", dict),
     Field("exactTurns", bool),
     Field("normalise", list, each=Field("", str, test=("a regular expression", re.compile))),
-    closed=True,
     ignored="$schema $comment meta",
 )
 
-OWN_MODEL = Fields(  # one that the catalogue lacks, or has otherwise
+OWN_MODEL = Keys(  # one that the catalogue lacks, or has otherwise
     Field("type", str, choices=LISTED_TYPES),
     Field("engine", str, choices=ENGINE_NAMES),
     Field("contextLength", int, low=1),
@@ -5342,7 +5334,6 @@ OWN_MODEL = Fields(  # one that the catalogue lacks, or has otherwise
     Field("traits", list, each=Field("", str, choices=tuple(TRAITS))),
     object_field("price", *number_rows("input output cachedInput", 0)),
     *rows_of("organization displayName", str),
-    closed=True,
 )
 
 JSON_TEXT = (str, dict, list)  # of an object or a list, the JSON is meant
@@ -5351,27 +5342,22 @@ OVERRIDES = Fields(
     Field("created", int, low=0),
     Field("usage", dict, each=Field("", int, float, bool, dict, low=0)),
 )
-TOOL_CALL = Fields(
+TOOL_CALL = Keys(
     Field("name", str, required=True),
     Field("arguments", *JSON_TEXT, required=True),
     Field("id", str),
-    closed=True,
 )
-BLOCK = Fields(
+BLOCK = Keys(
     Field("type", str, required=True, choices=("text", "toolCall")),
     *rows_of("text name id", str),
     Field("arguments", *JSON_TEXT),
-    closed=True,
 )
-ENVELOPE = Fields(
+ENVELOPE = Keys(
     Field("message", str, dict, required=True),  # an engine's own error is an object
     *rows_of("type param code", str),
-    closed=True,
     ignored="metadata",
 )
-RAW = Fields(
-    Field("text", str), Field("b64Json", str, test=BASE64), Field("contentType", str), closed=True
-)
+RAW = Keys(Field("text", str), Field("b64Json", str, test=BASE64), Field("contentType", str))
 HEADERS = Field("headers", dict, each=Field("", str))
 
 
@@ -5461,22 +5447,21 @@ class ResponseType:
 WAIT = [*number_rows("retryAfter", 0, MAX_MS), Field("retryAfterDate", bool)]
 OWN_STATUS = Field("status", int, low=200, high=999)
 # The usual answer.
-GENERATED = ResponseType("generated", Fields(closed=True), told_by=(), everywhere=True)
+GENERATED = ResponseType("generated", Keys(), told_by=(), everywhere=True)
 STATUS = ResponseType(
     "status",
-    Fields(Field("status", int, low=400, high=4999), *WAIT, closed=True),
+    Keys(Field("status", int, low=400, high=4999), *WAIT),
     normalise_error,
     everywhere=True,
 )
 TEXT = ResponseType(
     "text",
-    Fields(
+    Keys(
         Field("content", *JSON_TEXT),
         Field("toolCalls", list, each=Field("", dict, fields=TOOL_CALL)),
         Field("blocks", list, each=Field("", dict, fields=BLOCK)),
         Field("reasoning", str),
         *OVERRIDES.values(),
-        closed=True,
         ignored="systemFingerprint provider nativeFinishReason webSearches reasoningSignature"
         " redactedThinking",
     ),
@@ -5485,24 +5470,23 @@ TEXT = ResponseType(
 )
 RAW_BODY = ResponseType(
     "raw",
-    Fields(Field("raw", dict, fields=RAW), OWN_STATUS, HEADERS, closed=True),
+    Keys(Field("raw", dict, fields=RAW), OWN_STATUS, HEADERS),
     normalise_raw,
     everywhere=True,
 )
 JSON_BODY = ResponseType(
     "json",
-    Fields(Field("json", *JSON_KINDS), OWN_STATUS, HEADERS, closed=True, ignored="billableUnits"),
+    Keys(Field("json", *JSON_KINDS), OWN_STATUS, HEADERS, ignored="billableUnits"),
     lambda said: {"status": 200, **said},
     everywhere=True,
 )
 ERROR = ResponseType(  # aimock's recorder writes status 200 where it did not understand an answer
     "error",
-    Fields(
+    Keys(
         Field("error", dict, fields=ENVELOPE),
         Field("id", str),
         Field("status", int, low=200, high=4999),
         *WAIT,
-        closed=True,
         ignored="fallthrough",
     ),
     normalise_error,
@@ -5520,7 +5504,7 @@ def list_response_rows() -> Fields:
     """Return the rows of all keys of responses; those of several types as a text has them."""
     rows = [row for type in RESPONSE_TYPES for row in type.fields.values()]
     foreign = " ".join(" ".join(type.fields.ignored) for type in RESPONSE_TYPES)
-    return Fields(*rows, *TEXT.fields.values(), closed=True, ignored=foreign)
+    return Keys(*rows, *TEXT.fields.values(), ignored=foreign)
 
 
 def suggest_operation(name: str) -> str:
@@ -8914,7 +8898,7 @@ def normalise_vectors(said: dict[str, Any]) -> dict[str, Any]:
 
 FLOAT32 = Field("", int, float, low=-3.4e38, high=3.4e38)
 VECTOR = Field("embedding", list, each=Field("", int, float, list, each=FLOAT32))
-SCRIPTED_VECTORS = ResponseType("embedding", Fields(VECTOR, closed=True), normalise_vectors)
+SCRIPTED_VECTORS = ResponseType("embedding", Keys(VECTOR), normalise_vectors)
 
 
 def embed_inputs(request: Request, model: Model, inputs: list[Any]) -> Iterator[str]:
@@ -8979,7 +8963,7 @@ def document_text(document: Any, names: list[str] | None) -> str:
 
 SCRIPTED_SCORES = ResponseType(
     "rerank",
-    Fields(Field("scores", list, each=Field("", int, float)), closed=True),
+    Keys(Field("scores", list, each=Field("", int, float))),
     told_by=("scores",),
 )
 
@@ -9532,10 +9516,10 @@ def on_enter_batch(server: TogetherAiServer, job: Item, status: str) -> Item:
 BATCH_JOBS = JobKind("batches", ("VALIDATING", "IN_PROGRESS", "COMPLETED"), on_enter_batch)
 
 
-SCRIPTED_STATUS = Fields(Field("status", str, required=True), closed=True)
+SCRIPTED_STATUS = Keys(Field("status", str, required=True))
 SCRIPTED_END = ResponseType(
     "job",
-    Fields(Field("job", dict, fields=SCRIPTED_STATUS), closed=True),
+    Keys(Field("job", dict, fields=SCRIPTED_STATUS)),
     operator.itemgetter("job"),
 )
 
@@ -10486,15 +10470,12 @@ def image_item(
     return item
 
 
-SCRIPTED_IMAGE = Fields(
-    *rows_of("url revisedPrompt", str), Field("b64Json", str, test=BASE64), closed=True
-)
+SCRIPTED_IMAGE = Keys(*rows_of("url revisedPrompt", str), Field("b64Json", str, test=BASE64))
 SCRIPTED_IMAGES = ResponseType(
     "image",
-    Fields(
+    Keys(
         Field("image", dict, fields=SCRIPTED_IMAGE),
         Field("images", list, each=Field("", dict, fields=SCRIPTED_IMAGE)),
-        closed=True,
     ),
     lambda said: {"images": list(map(snake_keys, said.get("images", [said.get("image", {})])))},
     told_by=("image", "images"),
@@ -10588,30 +10569,26 @@ def normalise_audio(said: dict[str, Any]) -> dict[str, Any]:
     return {"audio": data, "content_type": content_type, "format": said.get("format")}
 
 
-SOUND = Fields(
-    Field("b64Json", str, required=True, test=BASE64), Field("contentType", str), closed=True
-)
+SOUND = Keys(Field("b64Json", str, required=True, test=BASE64), Field("contentType", str))
 SCRIPTED_SPEECH = ResponseType(
     "audio",
-    Fields(
+    Keys(
         Field("audio", str, dict, test=BASE64, fields=SOUND),
         Field("format", str),
-        closed=True,
         ignored="content toolCalls reasoning",
     ),
     normalise_audio,
 )
-TRANSCRIPT = Fields(
+TRANSCRIPT = Keys(
     Field("text", str, required=True),
     Field("language", str),
     *number_rows("duration", 0, MAX_MS),
     *rows_of("words segments", list, each=Field("", dict)),
-    closed=True,
     ignored="languages usage",
 )
 HEARING["response"] = ResponseType(
     "transcription",
-    Fields(Field("transcription", dict, fields=TRANSCRIPT), closed=True),
+    Keys(Field("transcription", dict, fields=TRANSCRIPT)),
     lambda said: snake_keys(said["transcription"]),
 )
 
@@ -10792,11 +10769,10 @@ VIDEO_JOBS = JobKind("videos", ("in_progress", "completed"), on_enter_video, sho
 
 
 VIDEO_ENDS = {"completed": "completed", "processing": "completed", "failed": "failed"}
-SCRIPTED_VIDEO = Fields(
+SCRIPTED_VIDEO = Keys(
     Field("id", str, required=True),
     Field("status", str, required=True, choices=tuple(VIDEO_ENDS)),
     *rows_of("url error", str),
-    closed=True,
     ignored="b64 cost duration",
 )
 
@@ -10809,7 +10785,7 @@ SCRIPTED_VIDEO = Fields(
     prompt="prompt",
     response=ResponseType(
         "video",
-        Fields(Field("video", dict, fields=SCRIPTED_VIDEO), closed=True),
+        Keys(Field("video", dict, fields=SCRIPTED_VIDEO)),
         lambda said: {**said["video"], "status": VIDEO_ENDS[said["video"]["status"]]},
     ),
     max_bytes=MAX_AUDIO_BYTES,
@@ -14459,36 +14435,26 @@ class CallLog:
     """
 
     def __init__(self, write: Callable[[str], None]) -> None:
+        from queue import SimpleQueue  # only for this
+
         self.write = write
-        self._calls: deque[Call | None] = deque()
-        self._wake = threading.Event()
+        self._calls: SimpleQueue[Call | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
 
     def put(self, call: Call) -> None:
         """Have a call written."""
-        if len(self._calls) < MAX_LOG_LINES:
-            self._calls.append(call)
-            self._wake.set()
-            if self._thread is None:
-                self._start()
-
-    def _start(self) -> None:
+        if self._calls.qsize() < MAX_LOG_LINES:
+            self._calls.put(call)
         with self._lock, contextlib.suppress(RuntimeError):  # it would be the last thread
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="log", daemon=True)
                 self._thread.start()
 
     def _run(self) -> None:
-        while True:
-            self._wake.wait()
-            self._wake.clear()
-            while self._calls:
-                call = self._calls.popleft()
-                if call is None:
-                    return
-                with contextlib.suppress(BaseException):
-                    self.write(self.format(call))
+        for call in iter(self._calls.get, None):
+            with contextlib.suppress(BaseException):
+                self.write(self.format(call))
 
     def format(self, call: Call) -> str:
         """Return the line of a call: time, request, status, duration, model, tokens, fixture."""
@@ -14507,8 +14473,7 @@ class CallLog:
         """Write what is left, for a moment at most."""
         thread, self._thread = self._thread, None
         if thread is not None:
-            self._calls.append(None)
-            self._wake.set()
+            self._calls.put(None)
             thread.join(LOG_SECONDS)
 
 
