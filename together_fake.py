@@ -4774,6 +4774,7 @@ class Call:
 
 MAX_MESSAGE_BYTES = 4 * 2**20  # of a message, all of its fragments together
 MAX_WAITING_BYTES = 16 * 2**20  # that a client sends without taking the answers
+TOO_LARGE_MESSAGE = f"a message has more than {MAX_MESSAGE_BYTES} bytes"
 TEXT_FRAME, BINARY_FRAME, CLOSE, PING, PONG = 1, 2, 8, 9, 10  # 0 goes on with a message
 
 
@@ -4796,9 +4797,9 @@ def accept_upgrade(request: Request) -> dict[str, str]:
     Of the subprotocols offered the first that is no key is taken, of the extensions none.
     """
     headers = request.headers
-    asked = f"{headers.get('upgrade')} {headers.get('connection')}".lower()
-    wanted = re.match("websocket .*upgrade", asked) and request.method == "GET"
-    if not wanted or headers.get("sec-websocket-version") != "13":
+    names = ("upgrade", "connection", "sec-websocket-version")
+    asked = " ".join([request.method, *(headers.get(name, "") for name in names)])
+    if not re.fullmatch("GET websocket .*upgrade.* 13", asked, re.IGNORECASE):
         error = ApiError("no_upgrade", path=request.path)
         error.headers = {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
         raise error
@@ -4826,14 +4827,13 @@ def take_frame(data: bytearray) -> tuple[bool, int, bytes] | None:
     if len(data) < 2:
         return None
     is_last, kind, size = data[0] > 127, data[0] & 15, data[1] & 127
-    if data[0] & 0x70 or kind not in (0, 1, 2, CLOSE, PING, PONG) or data[1] < 128:
-        raise Closed(1002, "a frame is extended, of an unknown kind or not masked")
-    if kind >= CLOSE and (size > 125 or not is_last):
-        raise Closed(1002, "a control frame is too long, or in fragments")
+    is_known = kind in (0, 1, 2) or (kind in (CLOSE, PING, PONG) and is_last and size < 126)
+    if data[0] & 0x70 or data[1] < 128 or not is_known:
+        raise Closed(1002, "a frame is of no known kind, extended or not masked")
     start = 6 + {126: 2, 127: 8}.get(size, 0)
     size = int.from_bytes(data[2 : start - 4], "big") if start > 6 else size
     if len(data) >= start and size > MAX_MESSAGE_BYTES:
-        raise Closed(1009, f"a message has more than {MAX_MESSAGE_BYTES} bytes")
+        raise Closed(1009, TOO_LARGE_MESSAGE)
     if len(data) < start + size:
         return None
     mask, payload = data[start - 4 : start] * (size // 4 + 1), data[start : start + size]
@@ -4842,109 +4842,119 @@ def take_frame(data: bytearray) -> tuple[bool, int, bytes] | None:
     return is_last, kind, number.to_bytes(size, "big")
 
 
-def read_close(data: bytes) -> Closed:
-    """Return what a client closes a socket with, or what is wrong with that."""
-    code = int.from_bytes(data[:2], "big")
-    if data and (len(data) < 2 or not is_close_code(code)):
-        return Closed(1002, "the code of a close frame is none that may be sent")
-    if not succeeds(bytes.decode, data[2:]):
-        return Closed(1007, "the reason of a close frame is not UTF-8")
-    return Closed(code, "", "complete")
+def check_text(data: bytes) -> None:
+    """Raise Closed for what is not UTF-8."""
+    if not succeeds(bytes.decode, data):
+        raise Closed(1007, "a text is not UTF-8")
 
 
 class Socket:
-    """Has a session travel over a connection, as `Connection.hand_over()` wants it.
+    """One client's socket, as `Connection.hand_over()` wants it; a subclass says what is answered.
 
-    session  `open()` and `hear(message)` yield what to send: an event, at once; or a turn, which
-             yields events and pauses, and waits for the turns before it
+    `open()` and `hear(message)` send events, and add turns: these yield events and pauses, and wait
+    for the turns before them.
     """
 
     connection: Any
 
-    def __init__(self, session: Any, call: Call, end: Callable[[Call, str], None]) -> None:
-        self.session, self.call, self.end = session, call, end
+    def __init__(self, server: TogetherAiServer, request: Request) -> None:
+        self.server, self.request, self.call = server, request, request.call
         self.unread = bytearray()
         self.message, self.kind = b"", 0  # as far as its fragments have come
         self.turns: deque[Iterator[Any]] = deque()
         self.waiting = 0  # bytes received since all turns had been sent
         self.closed: Closed | None = None
 
+    def open(self) -> None:
+        """Begin to talk."""
+
+    def hear(self, message: bytes) -> None:
+        """Answer a message."""
+
+    def send(self, event: dict[str, Any]) -> None:
+        """Send an event at once."""
+        self.connection.write(self.frame(ENCODE(event).encode()))
+
     def on_open(self, connection: Any) -> None:
-        """Begin."""
         self.connection = connection
-        self.act(self.session.open())
+        self.act(self.open)
 
     def on_bytes(self, data: bytes) -> None:
-        """Take what has come from the client."""
         self.unread += data
         self.waiting += len(data)
-        self.act(self.read())
+        self.act(self.read)
 
     def on_sent(self) -> None:
-        """Send the next turn, or close the socket behind the last word."""
-        if self.closed is not None and not self.call.outcome:
+        """Send the next turn, or close the socket behind the last word, once."""
+        if self.call.outcome:
+            return
+        if self.closed is not None:
             code, reason = self.closed.args
-            data = (
-                struct.pack(">H", code) + reason.encode("ascii", "replace")[:120] if code else b""
-            )
-            self.connection.write(write_frame(CLOSE, data))
+            data = struct.pack(">H", code) + reason.encode("ascii", "replace")[:120]
+            self.connection.write(write_frame(CLOSE, data if code else b""))
+            self.connection.end()
             self.call.close_code, self.call.error = code, self.call.error or reason
             self.finish(self.closed.outcome)
-        if self.closed is not None:
-            self.connection.end()
         elif self.turns:
             self.connection.stream(self.draw(self.turns.popleft()))
         else:
             self.waiting = 0
 
     def on_close(self) -> None:
-        """Note that the connection is gone."""
         self.finish("left")
 
     def finish(self, outcome: str) -> None:
         """End the call; what is said first counts."""
         if not self.call.outcome:
             self.call.duration = time.perf_counter() - self.call.started
-            self.end(self.call, outcome)
+            self.server._end_call(self.call, outcome)
 
-    def read(self) -> Iterator[Any]:
-        """Yield the answers to the frames that have come."""
-        if self.waiting > MAX_WAITING_BYTES:
-            raise Closed(1008, "too much waits to be answered")
-        while self.closed is None and (frame := take_frame(self.unread)):
-            is_last, kind, data = frame
-            if kind == CLOSE:
-                raise read_close(data)
-            if kind == PING:
-                self.connection.write(write_frame(PONG, data))
-            if kind > BINARY_FRAME:
-                continue
-            if (kind == 0) != (self.kind > 0):
-                raise Closed(1002, "a fragment is missing, or belongs to no message")
-            self.message, self.kind = self.message + data, self.kind or kind
-            if len(self.message) > MAX_MESSAGE_BYTES:
-                raise Closed(1009, f"a message has more than {MAX_MESSAGE_BYTES} bytes")
-            if is_last:
-                message, kind, self.message, self.kind = self.message, self.kind, b"", 0
-                if kind == BINARY_FRAME:
-                    raise Closed(1003, "a message is a text")
-                if not succeeds(bytes.decode, message):
-                    raise Closed(1007, "a text is not UTF-8")
-                self.call.add_message(message, is_sent=False)
-                yield from self.session.hear(message)
-
-    def act(self, outputs: Iterator[Any]) -> None:
-        """Send events, and line up turns."""
+    def act(self, act: Callable[[], None]) -> None:
+        """Do something, and go on with what is to be sent."""
+        if self.call.outcome:
+            return
         try:
-            for output in outputs:
-                if isinstance(output, dict):
-                    self.connection.write(self.frame(ENCODE(output).encode()))
-                else:
-                    self.turns.append(output)
+            act()
         except Closed as closed:
             self.closed = self.closed or closed
         if self.closed or not self.connection.is_streaming:
             self.on_sent()
+
+    def read(self) -> None:
+        """Read the frames that have come."""
+        if self.waiting > MAX_WAITING_BYTES:
+            raise Closed(1008, "too much waits to be answered")
+        while frame := take_frame(self.unread):
+            is_last, kind, data = frame
+            if kind == CLOSE:
+                self.read_close(data)
+            if kind == PING:
+                self.connection.write(write_frame(PONG, data))
+            if kind <= BINARY_FRAME:
+                self.read_fragment(is_last, kind, data)
+
+    def read_close(self, data: bytes) -> None:
+        """Close as the client does, or because of how it does."""
+        code = int.from_bytes(data[:2], "big")
+        if data and (len(data) < 2 or not is_close_code(code)):
+            raise Closed(1002, "the code of a close is none that may be sent")
+        check_text(data[2:])
+        raise Closed(code, "", "complete")
+
+    def read_fragment(self, is_last: bool, kind: int, data: bytes) -> None:
+        """Add to a message, and answer it once it is whole."""
+        if (kind == 0) != (self.kind > 0):
+            raise Closed(1002, "a fragment is missing, or belongs to no message")
+        message, kind = self.message + data, self.kind or kind
+        if len(message) > MAX_MESSAGE_BYTES:
+            raise Closed(1009, TOO_LARGE_MESSAGE)
+        self.message, self.kind = (b"", 0) if is_last else (message, kind)
+        if is_last and kind == BINARY_FRAME:
+            raise Closed(1003, "a message is a text")
+        if is_last:
+            check_text(message)
+            self.call.add_message(message, is_sent=False)
+            self.hear(message)
 
     def draw(self, turn: Iterator[Any]) -> Generator[Any, None, None]:
         """Yield the events of a turn in their frames, and its pauses; a worker draws them."""
@@ -10832,23 +10842,19 @@ AUDIO_RATES = {  # samples a second; a bare name means 24 kHz
 FRAMES_A_SECOND = 50  # of sound; each is loud or silent as a whole
 LOUDNESS = 330  # of samples that are speech with a probability of 0.5
 DELTA_WORDS = 3  # told at once when a turn ends
-PARTIAL_LENGTH = 250  # characters; documented, as are the next ones
-DETECTION: dict[str, Any] = {  # of turns
+DETECTION: dict[str, Any] = {  # of turns: the defaults, documented
     "type": "server_vad", "threshold": 0.3, "min_silence_duration_ms": 500,
     "min_speech_duration_ms": 250, "max_speech_duration_s": 5.0, "speech_pad_ms": 250,
 }  # fmt: skip
 DETECTION_ROWS = rows_of(" ".join(list(DETECTION)[1:]), float, low=0)
-DETECTOR = ("server_vad", "none")
+DETECTORS = ("server_vad", "none")
+# Of the query, and of `session` in a message.
 REALTIME_FIELDS = Fields(
-    MODEL_ROW, Field("turn_detection", str, choices=DETECTOR), *DETECTION_ROWS,
-    Field("input_audio_format", str, choices=tuple(AUDIO_RATES)), *rows_of("language prompt", str),
-)  # fmt: skip
-HEARD_FIELDS = Fields(
-    Field("audio", str, test=BASE64),
-    object_field(
-        "session", *rows_of("language prompt", str), Field("energy_gate_rms", float, low=0),
-        object_field("turn_detection", Field("type", str, choices=DETECTOR), *DETECTION_ROWS),
-    ),
+    Field(
+        "turn_detection", str, dict, choices=DETECTORS,
+        fields=Fields(Field("type", str, choices=DETECTORS), *DETECTION_ROWS),
+    ), *DETECTION_ROWS, *rows_of("model language prompt", str),
+    Field("input_audio_format", str, choices=tuple(AUDIO_RATES)), Field("energy_gate_rms", float),
 )  # fmt: skip
 VOICE_FIELDS = Fields(
     *rows_of("model voice language", str), Field("speed", float),
@@ -10857,77 +10863,76 @@ VOICE_FIELDS = Fields(
     Field("response_format", str, choices=("pcm", "raw")),
     Field("alignment", str, choices=("word", "none")),
 )  # fmt: skip
-SPOKEN_FIELDS = Fields(
-    Field("text", str, high=MAX_SPEECH_CHARACTERS), Field("session", dict, fields=VOICE_FIELDS)
-)
 SENTENCE_END = lazy_regex(  # a full stop behind a digit may be a decimal point
     r"""(?:(?<![0-9])\.|[!?…])[.!?…]*["')\]]*(?=\s|\Z)|\.["')\]]*(?=\s)|[。\uff01\uff1f]+|\n"""
 )
 
 
-class Session:
-    """What is said over one socket and answered; `Socket` has it travel.
+class Session(Socket):
+    """A client that is heard over a socket, or spoken to.
 
-    kind       what fixtures and the record call it
-    failure    the type of the message that tells of an error
-    is_strict  whether an error in a message ends it
-    messages   that a client may send, and the field each needs; the method that answers is called
-               as the type ends
+    failure   the type of the message that tells of an error
+    messages  that it may send; the method that answers is called as the type ends
     """
 
-    kind = failure = ""
-    is_strict = False
-    messages: Mapping[str, str] = {}
-    fields = NO_FIELDS  # of the messages
+    failure = messages = ""
+    is_strict = False  # an error in a message ends it
 
-    def __init__(self, server: TogetherAiServer, request: Request, **told: Any) -> None:
-        self.server, self.request, self.told = server, request, told
-        self.settings = pick_given(request.args, request.route.query)
+    def __init__(self, server: TogetherAiServer, request: Request, **described: Any) -> None:
+        super().__init__(server, request)
+        self.described = described  # to the client
+        fields = request.route.query
+        self.settings = pick_given(request.args, fields)
+        self.fields = Fields(  # of the messages
+            Field("audio", str, test=BASE64), Field("text", str, high=MAX_SPEECH_CHARACTERS),
+            Field("session", dict, fields=fields),
+        )  # fmt: skip
         self.count = 0  # of turns
 
-    def open(self) -> Iterator[Any]:
+    def open(self) -> None:
         """Tell the client that it is heard; a fixture may have the socket closed instead."""
         if self.request.script is not None:
             raise scripted_close(**self.request.script)
-        self.request.call.set_body(self.settings)
-        rng = HashRandom.of(self.kind, self.settings)
+        self.call.set_body(self.settings)
+        rng = HashRandom.of(self.failure, self.settings)
         known = pick_given(self.settings, ("model", "voice"))
-        session = {"id": random_uuid(rng), **self.told, **known}
-        yield {"event_id": random_uuid(rng), "type": "session.created", "session": session}
+        session = {"id": random_uuid(rng), **self.described, **known}
+        event_id = random_uuid(rng)
+        self.send({"event_id": event_id, "type": "session.created", "session": session})
 
-    def hear(self, data: bytes) -> Iterator[Any]:
+    def hear(self, data: bytes) -> None:
         """Answer a message."""
         try:
             message = parse_body(data, "", NO_FIELDS)
-            kind = str(message.get("type"))
-            need = self.messages.get(kind)
-            if need is None:
-                warnings = self.request.call.warnings[:MAX_NEAR_MISSES]
-                self.request.call.warnings = (*warnings, f"nothing reads {kind[:100]}")
-                return
-            if need and message.get(need) is None:
-                raise ApiError("missing", param=need)
-            self.fields.check(message)
-            answer = getattr(self, kind.rpartition(".")[2])
-            yield from answer(message[need] if need else message)
-        except ApiError as error:
-            yield {"type": self.failure, "error": error.envelope()}
+            type = str(message.get("type"))
+            if type in self.messages.split():
+                self.fields.check(message)
+                getattr(self, type.rpartition(".")[2])(pick_given(message, message))
+            else:
+                earlier = self.call.warnings[:MAX_NEAR_MISSES]
+                self.call.warnings = (*earlier, f"nothing reads {type[:100]}")
+        except (ApiError, KeyError) as error:
+            if isinstance(error, KeyError):
+                error = ApiError("missing", param=error.args[0])
+            self.send({"type": self.failure, "error": error.envelope()})
             if self.is_strict:
                 raise Closed(1000, error.message) from None
 
-    def answer(
-        self, item_id: str, say: Callable[[Any], Iterator[Any]], **body: Any
-    ) -> Iterator[Any]:
+    def updated(self, message: dict[str, Any]) -> None:
+        """Change the settings of what is said from now on."""
+        self.settings.update(message["session"])
+        self.send(pick_given(message, ("type", "session")))
+
+    def answer(self, item_id: str, say: Any, facts: Any, **body: Any) -> Iterator[Any]:
         """Have a turn go the way of a request; yield its events and pauses.
 
-        say  yields its messages, given what a fixture says
+        say  yields its messages, given what a fixture says, the item's id and the facts
         """
-        asked, call = self.request, self.request.call
-        turn = Request(asked.method, asked.path, headers=asked.headers)
-        turn.call, turn.route, call.fixture = call, asked.route, ""
+        turn = Request("GET", self.request.path, headers=self.request.headers)
+        turn.call, turn.route, self.call.fixture = self.call, self.request.route, ""
         turn.body = {**self.settings, **body}
-        turn.turn = lambda _, request: Events(say(request.script))
-        reply = self.server._settle(turn, call)
+        turn.turn = lambda _, request: Events(say(request.script, item_id, facts))
+        reply = self.server._settle(turn, self.call)
         failed = {"type": self.failure, "item_id": item_id}
         if self.is_strict:  # without this it would be the end of the session
             failed["event_type"] = "completed"
@@ -10959,192 +10964,170 @@ class HearingSession(Session):
     All of it follows from the sound alone, not from the pieces in which it comes.
     """
 
-    kind = "realtime"
     prefix = "conversation.item.input_audio_transcription."
     failure = prefix + "failed"
     is_strict = True
-    fields = HEARD_FIELDS
-    messages: Mapping[str, str] = {
-        "input_audio_buffer.append": "audio", "input_audio_buffer.commit": "",
-        "input_audio_buffer.clear": "", "transcription_session.updated": "session", "echo": "",
-    }  # fmt: skip
+    messages = (
+        "input_audio_buffer.append input_audio_buffer.commit input_audio_buffer.clear echo"
+        " transcription_session.updated"
+    )
 
     def __init__(self, server: TogetherAiServer, request: Request) -> None:
         super().__init__(server, request, object="realtime.session", modalities=["audio"])
         self.second = 2 * AUDIO_RATES[self.settings.get("input_audio_format", "pcm_s16le_16000")]
-        self.detect({**self.settings, "type": self.settings.get("turn_detection")})
         self.clear({})
 
-    def detect(self, given: dict[str, Any]) -> None:
-        """Set by what turns are told apart; of the type "none" only commits end them."""
-        self.rules = {**DETECTION, **pick_given(given, DETECTION)}
-        self.is_manual = self.rules["type"] == "none"
+    @property
+    def rules(self) -> dict[str, Any]:
+        """By what turns are told apart; of the type "none" only commits end them."""
+        asked = self.settings.get("turn_detection", "server_vad") or "none"
+        given = asked if type(asked) is dict else {**self.settings, "type": asked}
+        return {**DETECTION, **pick_given(given, DETECTION)}
 
-    def count_bytes(self, rule: str) -> int:
-        """Return how much sound a rule's milliseconds are."""
-        return int(self.rules[rule] * self.second / 1000)
-
-    def clear(self, message: dict[str, Any]) -> Iterator[Any]:
-        """Begin the stream of sound anew."""
+    def clear(self, message: dict[str, Any]) -> None:
         self.unheard = bytearray()  # less than a frame
         self.heard = self.done = 0  # bytes of the stream, and of its turns
         self.begin()
-        return iter(())
 
     def begin(self) -> None:
-        """Wait for the next turn."""
         self.sound, self.speech = bytearray(), 0  # from its first loud frame on; to its last
-        self.words: list[str] = []
-        self.told_count = 0  # of these
-        self.drafts: deque[Any] = deque()  # the words so far, with the times once it has ended
+        self.told = 0  # words
+        self.drafts: deque[Any] = deque()  # how many words of which sound, and its times at the end
         self.events: Any = None
 
-    def append(self, audio: str) -> Iterator[Any]:
+    def append(self, message: dict[str, Any]) -> None:
         """Hear some sound, a frame after the other."""
-        self.unheard += DECODE_BASE64(audio)
-        size = self.second // FRAMES_A_SECOND
+        self.unheard += DECODE_BASE64(message["audio"])
+        size, rules = self.second // FRAMES_A_SECOND, self.rules
         while len(self.unheard) >= size:
             frame = bytes(self.unheard[:size])
             del self.unheard[:size]
-            yield from self.hear_frame(frame)
+            self.hear_frame(frame, rules)
         if len(self.sound) > MAX_WAITING_BYTES:
             raise refuse_value("audio", "must be committed at times", len(self.sound))
 
-    def hear_frame(self, frame: bytes) -> Iterator[Any]:
+    def hear_frame(self, frame: bytes, rules: dict[str, Any]) -> None:
         """Hear a frame, and tell of the turn that it continues or ends."""
         self.heard += len(frame)
-        threshold = min(self.rules["threshold"], 0.99)
+        threshold = min(rules["threshold"], 0.99)
         gate = 32768 * self.settings.get("energy_gate_rms", 0)
         level = max(LOUDNESS * threshold / (1 - threshold), gate)
         samples = struct.unpack(f"<{len(frame) // 2}h", frame[: len(frame) // 2 * 2])
         is_loud = sum(map(operator.mul, samples, samples)) > level * level * len(samples)
         self.sound += frame if is_loud or self.sound else b""
         self.speech = len(self.sound) if is_loud else self.speech
-        if self.is_manual or not self.sound:
+        if not self.sound or rules["type"] == "none":
             return
-        quiet = len(self.sound) - self.speech
-        is_long = len(self.sound) >= self.rules["max_speech_duration_s"] * self.second
-        is_speech = self.speech >= self.count_bytes("min_speech_duration_ms")
-        if is_long or (quiet and quiet >= self.count_bytes("min_silence_duration_ms")):
-            yield from self.end_turn() if is_speech else ()
+        quiet, millisecond = len(self.sound) - self.speech, self.second / 1000
+        is_long = len(self.sound) >= rules["max_speech_duration_s"] * self.second
+        is_speech = self.speech >= rules["min_speech_duration_ms"] * millisecond
+        if is_long or (quiet and quiet >= rules["min_silence_duration_ms"] * millisecond):
+            if is_speech:
+                self.end_turn(rules)
             self.begin()
         elif is_speech and len(self.sound) % (self.second // 2) == 0:
-            yield from self.draft()
+            self.draft()
 
-    def end_turn(self) -> Iterator[Any]:
+    def end_turn(self, rules: dict[str, Any]) -> None:
         """Tell of all that was said, and when: with some sound around what is loud."""
-        start, end, pad = self.done, self.heard, self.count_bytes("speech_pad_ms")
-        if not self.is_manual:
-            first = end - len(self.sound)
+        start, end, first = self.done, self.heard, self.heard - len(self.sound)
+        if rules["type"] != "none":
+            pad = int(rules["speech_pad_ms"] * self.second / 1000)
             start, end = max(start, first - pad), min(end, first + self.speech + pad)
         self.done = end
-        times = {"start": start / self.second, "duration": (end - start) / self.second}
-        yield from self.draft(times)
+        self.draft({"start": start / self.second, "duration": (end - start) / self.second})
         self.begin()
 
-    def draft(self, times: dict[str, float] | None = None) -> Iterator[Any]:
+    def draft(self, times: dict[str, float] | None = None) -> None:
         """Tell the words so far, in the place of those told before; with times, all of them."""
         speech = self.sound[: self.speech]
         count = round(len(speech) / self.second * WORDS_A_SECOND) or bool(speech)
-        if times is None and count <= self.told_count:
+        if times is None and count <= self.told:
             return
-        facts = pick_given(self.settings, ("model", "language", "prompt"))
-        rng = HashRandom.of("transcribe", [facts, hashlib.sha256(speech).hexdigest()])
-        while len(self.words) < count:
-            self.words += make_text(rng.child(len(self.words)), 1).split()
-        self.told_count = count
-        self.drafts.append((self.words[:count], times))
+        self.told = count
+        self.drafts.append((count, hashlib.sha256(speech).hexdigest(), times))
         if self.events is None:
             self.count += 1
             rng = HashRandom.of("item", [self.settings, self.count])
-            item_id = "item_" + random_letters(rng, 21)
-            self.events = self.answer(item_id, functools.partial(self.tell, item_id, self.drafts))
-        yield take_event(self.events) if times is None else self.events
+            self.events = self.answer("item_" + random_letters(rng, 21), self.tell, self.drafts)
+        self.turns.append(take_event(self.events) if times is None else self.events)
 
-    def tell(self, item_id: str, drafts: deque[Any], script: Any) -> Iterator[Any]:
+    def tell(self, script: Any, item_id: str, drafts: deque[Any]) -> Iterator[Any]:
         """Yield the messages of a turn, one for each draft, and the last ones."""
-        given = None if script is None else script["text"].split()
-        head, told = {"type": self.prefix + "delta", "item_id": item_id}, 0
-        words, times = drafts.popleft()
+        facts = pick_given(self.settings, ("model", "language", "prompt"))
+        words: list[str] = script["text"].split() if script else []
+        head, told, times = {"type": self.prefix + "delta", "item_id": item_id}, 0, None
         while times is None:
-            told = len(words)
-            yield {**head, "delta": " ".join((words if given is None else given)[:told])}
-            words, times = drafts.popleft()
-        words = words if given is None else given
-        for end in (*range(told + DELTA_WORDS, len(words), DELTA_WORDS), len(words)):
+            count, sound, times = drafts.popleft()
+            while not script and len(words) < count:
+                rng = HashRandom.of("transcribe", [facts, sound, len(words)])
+                words += make_text(rng, 1).split()
+            if times is None:
+                told = count
+                yield {**head, "delta": " ".join(words[:told])}
+        count = len(words) if script else count
+        for end in (*range(told + DELTA_WORDS, count, DELTA_WORDS), count):
             if end > told:
                 yield {**head, "delta": " ".join(words[:end])}
-        yield {**head, "type": self.prefix + "completed", "transcript": " ".join(words), **times}
+        text = " ".join(words[:count])
+        yield {**head, "type": self.prefix + "completed", "transcript": text, **times}
         milliseconds = round(1000 * sum(times.values()))
         yield {"type": "input_audio_buffer.processed", "processed_ms": milliseconds}
 
-    def commit(self, message: dict[str, Any]) -> Iterator[Any]:
+    def commit(self, message: dict[str, Any]) -> None:
         """End the turn; without turn detection it is all that was heard."""
-        frame = bytes(self.unheard)
+        frame, rules = bytes(self.unheard), self.rules
         self.unheard.clear()
-        yield from self.hear_frame(frame)
-        if self.sound or (self.is_manual and self.heard > self.done):
-            yield from self.end_turn()
+        self.hear_frame(frame, rules)
+        if self.sound or (rules["type"] == "none" and self.heard > self.done):
+            self.end_turn(rules)
 
-    def updated(self, session: dict[str, Any]) -> Iterator[Any]:
+    def updated(self, message: dict[str, Any]) -> None:
         """Change by what turns are told apart, or what words are drawn from."""
-        if "turn_detection" in session:
-            self.detect(session["turn_detection"] or {"type": "none"})
-        self.settings.update(pick_given(session, ("language", "prompt", "energy_gate_rms")))
-        session = {**session, "turn_detection": None if self.is_manual else self.rules}
-        yield {"type": "transcription_session.updated", "session": session}
+        self.settings.update(message["session"])
+        rules = None if self.rules["type"] == "none" else self.rules
+        session = {**message["session"], "turn_detection": rules}
+        self.send({"type": message["type"], "session": session})
 
-    def echo(self, message: dict[str, Any]) -> Iterator[Any]:
-        """Say that somebody is there; the time is that of the sound."""
+    def echo(self, message: dict[str, Any]) -> None:
         given = pick_given(message, ("echo_id", "client_sent_at", "payload"))
         now = CREATED + self.heard / self.second
-        yield {**given, "type": "echo.response", "server_received_at": now, "server_sent_at": now}
+        times = dict.fromkeys(("server_received_at", "server_sent_at"), now)  # those of the sound
+        self.send({**given, "type": "echo.response", **times})
 
 
 class VoiceSession(Session):
     """Text to speech: each sentence is spoken as an item of its own, once it is complete."""
 
-    kind = "voice"
     failure = "conversation.item.tts.failed"
-    fields = SPOKEN_FIELDS
-    messages: Mapping[str, str] = {
-        "input_text_buffer.append": "text", "input_text_buffer.commit": "",
-        "input_text_buffer.clear": "", "tts_session.updated": "session",
-    }  # fmt: skip
+    messages = (
+        "input_text_buffer.append input_text_buffer.commit input_text_buffer.clear"
+        " tts_session.updated"
+    )
 
     def __init__(self, server: TogetherAiServer, request: Request) -> None:
-        told = {"object": "realtime.tts.session", "modalities": ["text", "audio"]}
-        super().__init__(server, request, **told)
+        modalities = ["text", "audio"]
+        super().__init__(server, request, object="realtime.tts.session", modalities=modalities)
         model = self.settings.setdefault("model", "hexgrad/Kokoro-82M")
-        self.settings.setdefault(
-            "voice", SPEECH_VOICES.get(model.partition("/")[0], ("default",))[0]
-        )
+        voices = SPEECH_VOICES.get(model.partition("/")[0], ("default",))
+        self.settings.setdefault("voice", voices[0])
         self.text = ""  # not spoken yet
         self.spoken = ""
 
-    def append(self, text: str) -> Iterator[Any]:
-        """Take some text, and speak what is complete."""
-        self.text += text
-        yield {"type": "conversation.item.input_text.received", "text": text}
-        yield from self.speak(PARTIAL_LENGTH)
+    def append(self, message: dict[str, Any]) -> None:
+        self.text += message["text"]
+        self.send({"type": "conversation.item.input_text.received", "text": message["text"]})
+        self.speak()
 
-    def commit(self, message: dict[str, Any]) -> Iterator[Any]:
-        """Speak the rest of the text."""
-        yield from self.speak(PARTIAL_LENGTH, ends=True)
+    def commit(self, message: dict[str, Any]) -> None:
+        self.speak(ends=True)
 
-    def clear(self, message: dict[str, Any]) -> Iterator[Any]:
-        """Forget the text that is not spoken yet."""
+    def clear(self, message: dict[str, Any]) -> None:
         self.text = ""
-        return iter(())
 
-    def updated(self, session: dict[str, Any]) -> Iterator[Any]:
-        """Change how the next sentences are spoken."""
-        self.settings.update(pick_given(session, VOICE_FIELDS))
-        yield {"type": "tts_session.updated", "session": session}
-
-    def speak(self, longest: int, ends: bool = False) -> Iterator[Any]:
-        """Yield a turn for each sentence that is complete, or as long as it may be."""
-        longest = self.settings.get("max_partial_length", longest)
+    def speak(self, ends: bool = False) -> None:
+        """Add a turn for each sentence that is complete, or as long as it may be."""
+        longest = self.settings.get("max_partial_length") or 250  # documented
         while self.text:
             found = SENTENCE_END.search(self.text)
             end = found.end() if found else len(self.text)
@@ -11154,19 +11137,16 @@ class VoiceSession(Session):
                 return
             text, self.text = self.text[:end].strip(), self.text[end:]
             if text:
-                yield self.say(text)
+                self.count += 1
+                self.spoken = f"{self.spoken} {text}".lstrip()[:MAX_SHOWN]
+                self.call.set_body({**self.settings, "input": self.spoken})
+                settings = {**self.settings, "input": text}
+                item_id = f"tts_{self.count}"
+                self.turns.append(self.answer(item_id, self.utter, settings, input=text))
 
-    def say(self, text: str) -> Iterator[Any]:
-        """Return the turn that speaks a text."""
-        self.count += 1
-        settings, item_id = {**self.settings, "input": text}, f"tts_{self.count}"
-        self.spoken = f"{self.spoken} {text}".lstrip()[:MAX_SHOWN]
-        self.request.call.set_body({**settings, "input": self.spoken})
-        return self.answer(item_id, functools.partial(self.utter, item_id, settings), input=text)
-
-    def utter(self, item_id: str, settings: dict[str, Any], script: Any) -> Iterator[Any]:
+    def utter(self, script: Any, item_id: str, settings: dict[str, Any]) -> Iterator[Any]:
         """Yield a text's sound in pieces, the times of its words where asked for, and the end."""
-        rate, text = settings.get("sample_rate", 24000), settings["input"]
+        rate, text = settings.get("sample_rate") or 24000, settings["input"]
         rng = HashRandom.of("speech", pick_given(settings, SPEECH_FACTS))
         sound = script["audio"] if script else make_speech(rng, text, rate, "pcm_s16le")
         sound = sound[sound.find(b"data") + 8 :] if sound[:4] == b"RIFF" else sound
@@ -11191,8 +11171,11 @@ class VoiceSession(Session):
 )  # fmt: skip
 def open_realtime(server: TogetherAiServer, request: Request) -> Any:
     """Write down over a WebSocket what is said, turn by turn."""
-    if request.args["model"] not in server.models:
-        raise ApiError("no_model", model=request.args["model"][:100])
+    model = request.args.get("model")
+    if model is None:
+        raise ApiError("missing", param="model")
+    if model not in server.models:
+        raise ApiError("no_model", model=model[:100])
     return HearingSession(server, request)
 
 
@@ -14504,9 +14487,9 @@ def as_reply(value: Any, request: Request, status: int) -> Reply:
     """Make a handler's result a reply; a stream's first event is drawn before the head is sent."""
     if type(value) is Reply:
         reply = value
-    elif isinstance(value, Session):
+    elif isinstance(value, Socket):
         reply = Reply(b"", status, headers=accept_upgrade(request))
-        reply.handler = Socket(value, request.call, value.server._end_call)
+        reply.handler = value
     elif type(value) is Events:
         chunks = iter(value.chunks)
         events = chunks if value.encoded else encode_events(chunks)
