@@ -3724,6 +3724,9 @@ class FormTests(FakeCase):
         self.assertEqual(
             fold_choices(self.stream(model=QWEN))["choices"][0]["text"][:8], "<think>\n"
         )
+        for stream, status in ((True, 200), (False, 400)):
+            body = {"model": QWEN, "input": "hello", "stream": stream}
+            self.assertEqual(self.ask("POST", RESPONSES_PATH, body).status, status)
 
     def test_the_seed(self):
         number = self.chat()["choices"][0]["seed"]

@@ -7572,19 +7572,14 @@ FORBIDDEN_TOOLS = ForbiddenToolsForm()
 
 
 class GptOssForm(Form):
-    """gpt-oss-20b on engine B: no reasoning where a stop text came first."""
+    """gpt-oss-20b on engine B, which leaves reasoning out where there is none."""
 
+    message_keys = "role content tool_calls function_call? reasoning?"
     needs_content = True
 
     def adapt(self, body: dict[str, Any]) -> Form:
         forbidden = body.get("tools") and body.get("tool_choice") == "none"
         return FORBIDDEN_TOOLS if forbidden else self
-
-    def message(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        message = super().message(answer, choice)
-        if answer.request.body.get("stop") and not (choice.text or choice.thoughts):
-            del message["reasoning"]
-        return message
 
 
 class DetailsForm(Form):
@@ -7724,12 +7719,10 @@ EFFORT_THOUGHTS = {"none": 0, "minimal": 1, "low": 1, "medium": 1, "high": 2, "x
 
 SAMPLING_FIELDS = (
     Field("temperature", float, low=0, high=2),
-    Field("top_p", float, low=0, high=1),
     Field("top_k", int, low=-1),
-    Field("min_p", float, low=0, high=1),
+    *rows_of("top_p min_p", float, low=0, high=1),
     Field("repetition_penalty", float, low=0),
-    Field("presence_penalty", float, low=-2, high=2),
-    Field("frequency_penalty", float, low=-2, high=2),
+    *rows_of("presence_penalty frequency_penalty", float, low=-2, high=2),
     Field("logit_bias", dict, each=Field("", float)),
     Field("seed", int),
     Field("n", int, low=1, high=128),
@@ -7742,7 +7735,7 @@ SAMPLING_FIELDS = (
         ignored="include_obfuscation continuous_usage_stats",
     ),
     Field("echo", bool),
-    Field("safety_model", str),
+    *rows_of("safety_model user", str),
 )
 FUNCTION_FIELDS = Fields(
     Field("name", str, required=True, low=1),
@@ -7823,10 +7816,8 @@ CHAT_FIELDS = Fields(
     Field("context_length_exceeded_behavior", str, choices=("truncate", "error")),
     Field("reasoning_effort", str),
     Field("reasoning", dict, fields=Fields(Field("enabled", bool))),
-    Field("chat_template_kwargs", dict),
     Field("compliance", str, choices=("hipaa",)),
-    Field("user", str),
-    Field("metadata", dict),
+    *rows_of("chat_template_kwargs metadata", dict),
 )
 # What would change a model's answer; the rest (stream, user, limits on the length) does not.
 CHAT_FACTS = frozenset((
@@ -8172,16 +8163,6 @@ def cut_calls(choice: Choice, budget: int) -> None:
         budget -= len(pieces)
 
 
-def make_pattern_text(rng: HashRandom, pattern: str | None) -> str:
-    """Return text that matches; raise ApiError where nothing can."""
-    if not pattern:
-        raise ApiError("missing", param="response_format.pattern")
-    try:
-        return make_matching(rng, pattern)
-    except Unsatisfiable as error:
-        raise ApiError("invalid", param="response_format.pattern", reason=str(error)) from None
-
-
 def find_schema(format: dict[str, Any]) -> Any:
     """Return the schema of a response format; None where it leaves that to the prompt."""
     inner = format.get("json_schema")
@@ -8223,7 +8204,13 @@ def make_content(
     if kind == "text" and model.type != "moderation":
         return make_answer(rng, form)
     if kind == "regex":
-        text = make_pattern_text(rng, format.get("pattern"))
+        place = "response_format.pattern"
+        if not format.get("pattern"):
+            raise ApiError("missing", param=place)
+        try:
+            text = make_matching(rng, format["pattern"])
+        except Unsatisfiable as error:
+            raise ApiError("invalid", param=place, reason=str(error)) from None
     elif kind == "text":
         text = "safe"
     else:
@@ -8471,9 +8458,9 @@ TEXT_FORMATS = {
     ),
 }
 # What a chat asks in the same words.
-SAME_IN_CHAT = ("model", "temperature", "top_p", "parallel_tool_calls")
+SAME_IN_CHAT = ("model", "temperature", "top_p", "parallel_tool_calls", "stream")
 RESPONSE_FIELDS = Fields(
-    *[CHAT_FIELDS[name] for name in (*SAME_IN_CHAT, "stream", "top_logprobs")],
+    *[CHAT_FIELDS[name] for name in (*SAME_IN_CHAT, "top_logprobs")],
     Field(
         "input",
         str,
@@ -8525,15 +8512,6 @@ OTHER_IN_CHAT = {
 }  # fmt: skip
 
 
-def refuse_unstored(body: dict[str, Any]) -> None:
-    """Refuse what builds on something stored: nothing is."""
-    if body.get("previous_response_id"):
-        raise ApiError("no_response", id=body["previous_response_id"], param="previous_response_id")
-    for name in ("background", "conversation", "prompt"):
-        if body.get(name):
-            raise ApiError("invalid", param=name, reason="is not supported: nothing is stored")
-
-
 def chat_tool(tool: dict[str, Any]) -> dict[str, Any]:
     given = pick_given(tool, ("name", "description", "parameters"))
     return {"type": "function", "function": given}
@@ -8552,14 +8530,6 @@ def chat_choice(choice: Any) -> Any:
     return tools[0] if tools else "none"
 
 
-def chat_format(format: dict[str, Any]) -> dict[str, Any]:
-    """Return `text.format` as a chat's `response_format`."""
-    if format["type"] != "json_schema":
-        return format
-    names = ("name", "schema", "strict")
-    return {"type": "json_schema", "json_schema": {name: format.get(name) for name in names}}
-
-
 def chat_body(body: dict[str, Any]) -> dict[str, Any]:
     """Return the body of a chat that asks the same."""
     chat = {name: body[name] for name in SAME_IN_CHAT if name in body}
@@ -8570,8 +8540,12 @@ def chat_body(body: dict[str, Any]) -> dict[str, Any]:
         chat["max_tokens"] = body["max_output_tokens"]
     if body.get("reasoning"):
         chat["reasoning_effort"] = body["reasoning"].get("effort")
-    if body.get("text") and body["text"].get("format"):
-        chat["response_format"] = chat_format(body["text"]["format"])
+    format = (body.get("text") or {}).get("format")
+    if format:
+        chat["response_format"] = format
+        if format["type"] == "json_schema":
+            schema = {name: format.get(name) for name in ("name", "schema", "strict")}
+            chat["response_format"] = {"type": "json_schema", "json_schema": schema}
     tools = [chat_tool(tool) for tool in body.get("tools") or () if tool["type"] == "function"]
     if tools:
         chat["tools"] = tools
@@ -8583,15 +8557,6 @@ def chat_body(body: dict[str, Any]) -> dict[str, Any]:
     if LOGPROBS_INCLUDED in (body.get("include") or ()):
         chat.update(logprobs=True, top_logprobs=body.get("top_logprobs") or 0)
     return chat
-
-
-def ask_chat(server: TogetherAiServer, request: Request) -> Answer:
-    """Compose the answer of a chat, whose errors name the fields of the Responses API."""
-    try:
-        return compose_chat(server, request)
-    except ApiError as error:
-        param = OTHER_IN_CHAT.get(error.param or "", error.param)
-        raise ApiError(error.name, param=param, **error.facts) from None
 
 
 def list_items(choice: Choice, summarised: bool) -> list[dict[str, Any]]:
@@ -8621,15 +8586,6 @@ def list_items(choice: Choice, summarised: bool) -> list[dict[str, Any]]:
     return items
 
 
-def name_items(answer: Answer, items: list[dict[str, Any]]) -> None:
-    """Give the response and its items their ids, drawn from that of the chat's answer."""
-    request, script, digits = answer.request, answer.request.script, answer.key.hex()
-    if not script or not script.get("id"):
-        answer.id = request.id = "resp_" + digits[:32]
-    for at, item in enumerate(items):
-        item["id"] = f"{ITEM_PREFIXES[item['type']]}_{digits[32:62]}{at:02x}"
-
-
 def response_usage(answer: Answer) -> dict[str, Any]:
     """Return a chat's usage in the words of the Responses API; a fixture may use these too."""
     usage = {"cached_tokens": answer.cached_tokens, **answer.usage}
@@ -8645,24 +8601,18 @@ def response_usage(answer: Answer) -> dict[str, Any]:
     return {name: usage.get(name, value) for name, value in told.items()}
 
 
-def echo_value(name: str, value: Any) -> Any:
-    """Return a field of a request as the response repeats it, without what lets one in."""
-    if name == "tools":
-        return [
-            {key: tool[key] for key in tool if key not in ("authorization", "headers")}
-            if tool["type"] != "function"
-            else {"description": None, "parameters": None, "strict": None, **tool}
-            for tool in value
-        ]
-    return {**ECHO[name], **value} if type(ECHO[name]) is dict else value
-
-
 def echo_request(body: dict[str, Any]) -> dict[str, Any]:
-    """Return what a response repeats of its request."""
+    """Return what a response repeats of its request, without what lets one in."""
     echo = {"instructions": body.get("instructions"), **ECHO}
-    for name in ECHO.keys() & body.keys():
-        if body[name] is not None:
-            echo[name] = echo_value(name, body[name])
+    for name, value in pick_given(body, ECHO).items():
+        echo[name] = {**ECHO[name], **value} if type(ECHO[name]) is dict else value
+    blank = {"description": None, "parameters": None, "strict": None}
+    echo["tools"] = [
+        {**blank, **tool}
+        if tool["type"] == "function"
+        else {key: tool[key] for key in tool if key not in ("authorization", "headers")}
+        for tool in echo["tools"]
+    ]
     return echo
 
 
@@ -8765,12 +8715,23 @@ def number_events(events: Iterable[Any]) -> Iterator[bytes]:
 def create_response(server: TogetherAiServer, request: Request) -> Any:
     """Answer a conversation in items, whole or as a stream of named events."""
     body = request.body
-    refuse_unstored(body)
+    if body.get("previous_response_id"):
+        raise ApiError("no_response", id=body["previous_response_id"], param="previous_response_id")
+    for name in ("background", "conversation", "prompt"):
+        if body.get(name):
+            raise ApiError("invalid", param=name, reason="is not supported: nothing is stored")
     request.body = chat_body(body)
-    answer = ask_chat(server, request)
-    summarised = "reasoning" in body and bool((body["reasoning"] or {}).get("summary"))
-    items = list_items(answer.choices[0], summarised)
-    name_items(answer, items)
+    try:
+        answer = compose_chat(server, request)
+    except ApiError as error:
+        param = OTHER_IN_CHAT.get(error.param or "", error.param)
+        raise ApiError(error.name, param=param, **error.facts) from None
+    items = list_items(answer.choices[0], bool((body.get("reasoning") or {}).get("summary")))
+    digits = answer.key.hex()
+    if not (request.script or {}).get("id"):
+        answer.id = request.id = "resp_" + digits[:32]
+    for at, item in enumerate(items):
+        item["id"] = f"{ITEM_PREFIXES[item['type']]}_{digits[32:62]}{at:02x}"
     echo = echo_request(body)
     if body.get("stream"):
         return Events(number_events(response_events(answer, echo, items)), encoded=True)
@@ -8794,7 +8755,6 @@ COMPLETION_FIELDS = Fields(
     Field("prompt", str, list, required=True),
     *SAMPLING_FIELDS,
     Field("logprobs", int, low=0, high=20),
-    Field("user", str),
 )
 TEXT_FORMS = {False: CompletionForm(), True: TurboCompletionForm()}  # by whether a seed is told
 COMPLETION_FACTS = frozenset((
@@ -8893,11 +8853,8 @@ def embed(model: Model, value: Any, dimensions: int | None) -> list[int]:
     return truncate_vector(vector, dimensions) if dimensions else vector
 
 
-def write_numbers(numbers: bytes | str) -> str:
-    """Return a vector as JSON: packed numbers as base64 text, others as the array they are."""
-    if isinstance(numbers, bytes):
-        return f'"{base64.b64encode(numbers).decode()}"'
-    return f"[{numbers}]"
+def quote_bytes(data: bytes) -> str:
+    return f'"{base64.b64encode(data).decode()}"'
 
 
 def normalise_vectors(said: dict[str, Any]) -> dict[str, Any]:
@@ -8917,13 +8874,13 @@ def embed_inputs(request: Request, model: Model, inputs: list[Any]) -> Iterator[
     if request.script is None:
         for value in inputs:
             vector = embed(model, value, request.body.get("dimensions"))
-            yield write_numbers(pack_floats(vector) if packed else format_floats(vector))
+            yield quote_bytes(pack_floats(vector)) if packed else f"[{format_floats(vector)}]"
         return
-    vectors = request.script["vectors"]
+    vectors = request.script["vectors"] or [[]]
     for index in range(len(inputs)):
-        numbers = vectors[min(index, len(vectors) - 1)] if vectors else []
-        plain = ENCODE(numbers)[1:-1]
-        yield write_numbers(struct.pack(f"<{len(numbers)}f", *numbers) if packed else plain)
+        numbers = vectors[min(index, len(vectors) - 1)]
+        floats = struct.pack(f"<{len(numbers)}f", *numbers)
+        yield quote_bytes(floats) if packed else ENCODE(numbers)
 
 
 @route(
