@@ -3184,7 +3184,8 @@ class ThoughtTests(FakeCase):
             {"chat_template_kwargs": {"enable_thinking": False}},
         ):
             with self.subTest(fields=fields):
-                self.assertIsNone(self.thoughts(**fields))
+                self.assertEqual(self.thoughts(**fields), "absent")
+                self.assertIsNone(self.thoughts("Qwen/Qwen3.5-9B", **fields))
         low, high = (self.thoughts(reasoning_effort=effort) for effort in ("low", "high"))
         self.assertGreater(len(high), len(low))
 
