@@ -1204,7 +1204,7 @@ class FrameTests(unittest.TestCase):
         request = Request("GET", "/")
         request.call = fake.Call(1, request, 0)
         socket = fake.Socket(TogetherAiServer(port=0), request)
-        socket.hear = hear
+        socket.open, socket.hear = bool, hear
         line = Line(socket)
         for at in range(0, len(data), step):
             socket.on_bytes(data[at : at + step])
@@ -5377,6 +5377,8 @@ class RealtimeTests(TalkCase):
         self.connect()
         self.say("transcription_session.updated", session={"energy_gate_rms": 0.5})
         self.assertEqual(self.append(tone(1) + tone(1, level=0)), [])
+        self.say("transcription_session.updated", session={"energy_gate_rms": None})
+        self.assertEqual(len(self.texts(self.append(tone(1) + tone(1, level=0)), "ed", "type")), 2)
 
     def test_echo_is_answered_at_once(self):
         self.server.reply(transcription="One two", latency=60_000)

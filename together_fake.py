@@ -4863,20 +4863,16 @@ class Socket:
     """
 
     connection: Any
+    open: Any
+    hear: Any
 
     def __init__(self, server: TogetherAiServer, request: Request) -> None:
         self.server, self.request, self.call = server, request, request.call
         self.unread = bytearray()
         self.message, self.kind = b"", 0  # as far as its fragments have come
-        self.turns: deque[Iterator[Any]] = deque()
+        self.turns: list[Iterator[Any]] = []
         self.waiting = 0  # bytes received since all turns had been sent
         self.closed: Closed | None = None
-
-    def open(self) -> None:
-        """Begin to talk."""
-
-    def hear(self, message: bytes) -> None:
-        """Answer a message."""
 
     def send(self, event: dict[str, Any]) -> None:
         """Send an event at once."""
@@ -4903,7 +4899,7 @@ class Socket:
             self.call.close_code, self.call.error = code, self.call.error or reason
             self.finish(self.closed.outcome)
         elif self.turns:
-            self.connection.stream(self.draw(self.turns.popleft()))
+            self.connection.stream(self.draw(self.turns.pop(0)))
         else:
             self.waiting = 0
 
@@ -10847,17 +10843,13 @@ class Session(Socket):
     """
 
     failure = messages = ""
+    fields = NO_FIELDS  # of the messages
     is_strict = False  # an error in a message ends it
 
     def __init__(self, server: TogetherAiServer, request: Request, **described: Any) -> None:
         super().__init__(server, request)
         self.described = described  # to the client
-        fields = request.route.query
-        self.settings = pick_given(request.args, fields)
-        self.fields = Fields(  # of the messages
-            Field("audio", str, test=BASE64), Field("text", str, high=MAX_SPEECH_CHARACTERS),
-            Field("session", dict, fields=fields),
-        )  # fmt: skip
+        self.settings = pick_given(request.args, request.route.query)
         self.count = 0  # of turns
 
     def open(self) -> None:
@@ -10937,6 +10929,9 @@ class HearingSession(Session):
 
     prefix = "conversation.item.input_audio_transcription."
     failure = prefix + "failed"
+    fields = Fields(
+        Field("audio", str, test=BASE64), Field("session", dict, fields=REALTIME_FIELDS)
+    )
     is_strict = True
     messages = (
         "input_audio_buffer.append input_audio_buffer.commit input_audio_buffer.clear echo"
@@ -10963,7 +10958,7 @@ class HearingSession(Session):
     def begin(self) -> None:
         self.sound, self.speech = bytearray(), 0  # from its first loud frame on; to its last
         self.told = 0  # words
-        self.drafts: deque[Any] = deque()  # how many words of which sound, and its times at the end
+        self.drafts: list[Any] = []  # how many words of which sound, and its times at the end
         self.events: Any = None
 
     def append(self, message: dict[str, Any]) -> None:
@@ -10981,7 +10976,7 @@ class HearingSession(Session):
         """Hear a frame, and tell of the turn that it continues or ends."""
         self.heard += len(frame)
         threshold = min(rules["threshold"], 0.99)
-        gate = 32768 * self.settings.get("energy_gate_rms", 0)
+        gate = 32768 * (self.settings.get("energy_gate_rms") or 0)
         level = max(LOUDNESS * threshold / (1 - threshold), gate)
         samples = struct.unpack(f"<{len(frame) // 2}h", frame[: len(frame) // 2 * 2])
         is_loud = sum(map(operator.mul, samples, samples)) > level * level * len(samples)
@@ -11023,13 +11018,13 @@ class HearingSession(Session):
             self.events = self.answer("item_" + random_letters(rng, 21), self.tell, self.drafts)
         self.turns.append(take_event(self.events) if times is None else self.events)
 
-    def tell(self, script: Any, item_id: str, drafts: deque[Any]) -> Iterator[Any]:
+    def tell(self, script: Any, item_id: str, drafts: list[Any]) -> Iterator[Any]:
         """Yield the messages of a turn, one for each draft, and the last ones."""
         facts = pick_given(self.settings, ("model", "language", "prompt"))
         words: list[str] = script["text"].split() if script else []
         head, told, times = {"type": self.prefix + "delta", "item_id": item_id}, 0, None
         while times is None:
-            count, sound, times = drafts.popleft()
+            count, sound, times = drafts.pop(0)
             while not script and len(words) < count:
                 rng = HashRandom.of("transcribe", [facts, sound, len(words)])
                 words += make_text(rng, 1).split()
@@ -11061,16 +11056,18 @@ class HearingSession(Session):
         self.send({"type": message["type"], "session": session})
 
     def echo(self, message: dict[str, Any]) -> None:
-        given = pick_given(message, ("echo_id", "client_sent_at", "payload"))
-        now = CREATED + self.heard / self.second
-        times = dict.fromkeys(("server_received_at", "server_sent_at"), now)  # those of the sound
-        self.send({**given, "type": "echo.response", **times})
+        now = CREATED + self.heard / self.second  # the time is that of the sound
+        times = dict.fromkeys(("server_received_at", "server_sent_at"), now)
+        self.send({**message, "type": "echo.response", **times})
 
 
 class VoiceSession(Session):
     """Text to speech: each sentence is spoken as an item of its own, once it is complete."""
 
     failure = "conversation.item.tts.failed"
+    fields = Fields(
+        Field("text", str, high=MAX_SPEECH_CHARACTERS), Field("session", dict, fields=VOICE_FIELDS)
+    )
     messages = (
         "input_text_buffer.append input_text_buffer.commit input_text_buffer.clear"
         " tts_session.updated"
