@@ -14551,12 +14551,10 @@ def fixture_from_keywords(verb: str, keywords: Mapping[str, Any]) -> Fixture:
     return fixture
 
 
-SCRIPT_WORDS = ("endpoint", "sequence_index")  # a call has another name for its operation
-CALL_WORDS = [*filter(lambda w: KEYWORDS[w][0] == "match" and w not in SCRIPT_WORDS, KEYWORDS)]
-MATCH_WORDS = [*CALL_WORDS, *SCRIPT_WORDS, "when"]
-OPTION_WORDS = [word for word in KEYWORDS if KEYWORDS[word][0] == ""]
-FAIL_WORDS = [*MATCH_WORDS, *OPTION_WORDS, "error", "retry_after", "retry_after_date"]
 REPLY_WORDS = [*KEYWORDS, "when"]
+CALL_WORDS = [word for word in KEYWORDS if KEYWORDS[word][0] == "match"]
+for word_of_scripts in ("endpoint", "sequence_index"):
+    CALL_WORDS.remove(word_of_scripts)
 
 if TYPE_CHECKING:
     # The same words for mypy and editors, with their types.
@@ -14739,7 +14737,7 @@ class Scripting:
             warnings.warn(sentence, stacklevel=3)
         return self._add_fixture("reply", {"content": content, **words})
 
-    @take_words(*FAIL_WORDS)
+    @take_words(*REPLY_WORDS)
     def fail(
         self, status: int | str | Mapping[str, Any] | None = None, **words: Unpack[FailWords]
     ) -> Fixture:
@@ -15167,7 +15165,7 @@ class TogetherAiServer(Scripting):
                 except OSError as error:
                     if error.errno != errno.EADDRINUSE:
                         raise
-                    reason = f"port {self._wanted_port} is taken; port=0 takes any free one"
+                    reason = f"port {self._wanted_port} is taken; port 0 takes any free one"
                     raise OSError(error.errno, reason) from None
                 self.script.is_copy = False
                 http_server.start()
@@ -15858,9 +15856,7 @@ def main(args: Sequence[str] | None = None) -> int:
         server = build_server(options)
         return run_command(server, options.run) if options.run else serve(server)
     except (OSError, ValueError, OverflowError, RuntimeError) as error:
-        taken = getattr(error, "errno", 0) == errno.EADDRINUSE
-        hint = f": {options.host}:{options.port}; --port 0 takes any free port" if taken else ""
-        print_line(f"cannot begin: {error}{hint}")
+        print_line(f"cannot begin: {error}")
         return 1
 
 
