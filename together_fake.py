@@ -4537,7 +4537,7 @@ def split_events(data: bytes) -> list[bytes]:
     return [data[start:end] for start, end in zip([0, *ends], ends)]
 
 
-def read_events(data: bytes) -> list[Any]:
+def parse_events(data: bytes) -> list[Any]:
     """Return the data of a stream's events as JSON; what is none, such as `[DONE]`, as text."""
     events: list[Any] = []
     for event in split_events(data):
@@ -4667,7 +4667,8 @@ class Call:
             if kept and kept[-1].endswith(DONE):  # who has this need not wait for the end
                 outcome = "complete"
             self.duration = time.perf_counter() - started
-            getattr(events, "close", bool)()
+            if hasattr(events, "close"):  # a generator, which may hold something
+                events.close()
             self.reply_size = sum(map(len, kept))
             end(self, outcome)
 
@@ -4703,14 +4704,14 @@ class Call:
         """What went over a socket, `from` whom, and the `message`; sound is told by its length."""
         events = self._raw_reply if isinstance(self._raw_reply, list) else ()
         senders = ("client" if event.startswith(b":") else "server" for event in events)
-        read = (read_events(event.lstrip(b": "))[0] for event in events)
+        read = (parse_events(event.lstrip(b": "))[0] for event in events)
         return [{"from": sender, "message": message} for sender, message in zip(senders, read)]
 
     @property
     def reply(self) -> Any:
         """The reply: its JSON, the list of a stream's events, a text, or a file's type and size."""
         if isinstance(self._raw_reply, list):
-            return [event for event in read_events(self.raw_reply) if event != "[DONE]"]
+            return [event for event in parse_events(self.raw_reply) if event != "[DONE]"]
         if not self._raw_reply:
             return None
         if "json" in self.reply_type or "text" in self.reply_type:
@@ -5001,7 +5002,7 @@ def join_text(content: Any) -> Any:
 OPERATIONS: dict[str, Route] = {}  # what fixtures call an operation, and its first route
 
 
-def read_part(part: dict[str, Any]) -> dict[str, Any]:
+def convert_part(part: dict[str, Any]) -> dict[str, Any]:
     """Return a part of an item's content as that of a chat message."""
     kind = str(part.get("type"))
     if kind in ("input_text", "output_text", "refusal"):
@@ -5015,8 +5016,8 @@ def read_part(part: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-def read_parts(content: Any) -> Any:
-    return list(map(read_part, list_objects(content))) if isinstance(content, list) else content
+def convert_parts(content: Any) -> Any:
+    return list(map(convert_part, list_objects(content))) if isinstance(content, list) else content
 
 
 def find_turn(messages: list[dict[str, Any]], key: str = "") -> dict[str, Any]:
@@ -5031,11 +5032,11 @@ def add_item(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
     kind, role = item.get("type") or "message", item.get("role")
     if kind == "message" and role != "assistant":
         role = "system" if role == "developer" else role
-        messages.append({"role": role, "content": read_parts(item.get("content"))})
+        messages.append({"role": role, "content": convert_parts(item.get("content"))})
     elif kind == "message":
-        find_turn(messages, "content")["content"] = join_text(read_parts(item.get("content")))
+        find_turn(messages, "content")["content"] = join_text(convert_parts(item.get("content")))
     elif kind == "function_call_output":
-        result = read_parts(item.get("output"))
+        result = convert_parts(item.get("output"))
         messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": result})
     elif kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
@@ -5048,7 +5049,7 @@ def add_item(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
         turn["reasoning"] = turn.get("reasoning", "") + "".join(texts)
 
 
-def read_items(body: dict[str, Any]) -> list[dict[str, Any]]:
+def convert_items(body: dict[str, Any]) -> list[dict[str, Any]]:
     """Return what a request to the Responses API says as the messages of a chat."""
     given, instructions = body.get("input"), body.get("instructions")
     messages = [{"role": "system", "content": instructions}] if instructions else []
@@ -5202,7 +5203,7 @@ class MatchFacts(dict):  # type: ignore[type-arg]
         asked = body.get(known.prompt or known.input) if known is not None else None
         asked = " ".join(map(str, asked)) if isinstance(asked, list) else asked
         prompt = [{"role": "user", "content": asked}]
-        chat = read_items(body) if kind == "response" else list_objects(body.get("messages"))
+        chat = convert_items(body) if kind == "response" else list_objects(body.get("messages"))
         messages = prompt if known is not None and known.prompt else chat
         said = [(message.get("role"), join_text(message.get("content"))) for message in messages]
         users = [text for role, text in said if role == "user" and isinstance(text, str)]
@@ -5551,10 +5552,10 @@ def as_json(value: Any) -> Any:
     return dump(mode="json") if callable(dump) else value
 
 
-def clean(value: Any, row: Field, spell: Callable[[str], str], ignored: list[str]) -> Any:
+def clean(value: Any, row: Field, key_case: Callable[[str], str], ignored: list[str]) -> Any:
     """Copy JSON without nulls, comments and what its table ignores, whose names are noted.
 
-    Keys that a table knows are written as `spell` does; patterns, tuples and models become JSON.
+    Keys that a table knows are written as `key_case` does; patterns, tuples and models become JSON.
     """
     if isinstance(value, re.Pattern):
         return write_pattern(value)
@@ -5562,31 +5563,31 @@ def clean(value: Any, row: Field, spell: Callable[[str], str], ignored: list[str
         value = as_json(value)
     each = row.each or row
     if isinstance(value, (list, tuple)):
-        return [clean(item, each, spell, ignored) for item in value]
+        return [clean(item, each, key_case, ignored) for item in value]
     if not isinstance(value, dict):
         return value
     if row.fields is None:
-        return {key: clean(item, each, spell, ignored) for key, item in value.items()}
+        return {key: clean(item, each, key_case, ignored) for key, item in value.items()}
     copy = {}
     for given, item in value.items():
-        key = spell(given)
+        key = key_case(given)
         if key in row.fields.ignored:
             ignored.append(f"{row.name}.{key}".lstrip("."))
         elif given.startswith("_"):
             pass  # a comment
         elif item is not None or key == "json":
-            copy[key] = clean(item, row.fields.get(key) or ANYTHING, spell, ignored)
+            copy[key] = clean(item, row.fields.get(key) or ANYTHING, key_case, ignored)
     return copy
 
 
 def check_clean(
-    value: Any, fields: Fields, place: str, spell: Any = str, ignored: Any = None
+    value: Any, fields: Fields, place: str, key_case: Any = str, ignored: Any = None
 ) -> Any:
     """Return a clean copy; raise ValueError naming the first place that its table forbids."""
     notes: list[str] = []
     row = Field("", dict, fields=fields)
     try:
-        copy = row.check(clean(value, row, spell, notes))
+        copy = row.check(clean(value, row, key_case, notes))
     except ApiError as error:
         reason = error.facts.get("reason") or "is missing"
         raise ValueError(f"{place}{error.param}: {reason}") from None
@@ -5616,16 +5617,16 @@ def check_response(response: dict[str, Any], place: str) -> None:
 
 
 def parse_response(
-    given: Any, place: str, spell: Any, ignored: list[str]
+    given: Any, place: str, key_case: Any, ignored: list[str]
 ) -> tuple[ResponseType, Any]:
     """Tell a response's type by its keys, and return it clean."""
-    said = {spell(key): given[key] for key in given if given[key] is not None or key == "json"}
+    said = {key_case(key): given[key] for key in given if given[key] is not None or key == "json"}
     type, every = find_response_type(said), list_response_rows()
     fields = type.fields if type is not None else every
     stray = next((key for key in said if key in every and key not in fields), None)
     if type is not None and stray is not None and stray not in fields.ignored:
         raise ValueError(f"{place}.{stray}: does not go with a response of type {type.name}")
-    response = check_clean(said, fields, place, spell, ignored)
+    response = check_clean(said, fields, place, key_case, ignored)
     if type is None:
         keys = ", ".join(key for each in RESPONSE_TYPES for key in each.told_by)
         raise ValueError(f"{place}: has none of the keys that say what to answer: {keys}")
@@ -5634,14 +5635,14 @@ def parse_response(
 
 
 def parse_entry(
-    given: Any, place: str, spell: Any = str, ignored: list[str] | None = None
+    given: Any, place: str, key_case: Any = str, ignored: list[str] | None = None
 ) -> tuple[ResponseType, dict[str, Any]]:
     """Return the type of a fixture's response, and the fixture's entry, checked and clean."""
     ignored = [] if ignored is None else ignored
-    entry, type = check_clean(given, ENTRY, place, spell, ignored), GENERATED
+    entry, type = check_clean(given, ENTRY, place, key_case, ignored), GENERATED
     if "response" in entry:
         said = given["response"]
-        type, entry["response"] = parse_response(said, place + ".response", spell, ignored)
+        type, entry["response"] = parse_response(said, place + ".response", key_case, ignored)
     elif entry.keys() == {"match"} and not ("response" in given or "endpoint" in entry["match"]):
         raise ValueError(f"{place}: needs a response, or an option such as latency")
     check_match(entry["match"], type, place + ".match")
@@ -5840,7 +5841,7 @@ class Fixture:
         self.group_counts: dict[str, int] = self.counts  # of all fixtures of its sequence
         self.when = when
         self.answers: Any = None
-        self.spell: Callable[[str], str] = str  # as its author writes keys
+        self.key_case: Callable[[str], str] = str  # as its author writes keys
         self.response = Response(type, entry.get("response", {}))
         self.options = {key: entry[key] for key in OPTIONS if key in entry}
         self.times: int | None = self.options.get("times")
@@ -5915,11 +5916,11 @@ class Fixture:
 FOREIGN_ENDPOINTS = lazy_regex(r"(audio-gen|elevenlabs-.+|fal|fal-audio|openai-live|realtime.*)\Z")
 
 
-def parse_models(rows: Mapping[str, Any], spell: Callable[[str], str] = str) -> dict[str, Model]:
+def parse_models(rows: Mapping[str, Any], key_case: Callable[[str], str] = str) -> dict[str, Model]:
     """Return the models that a file or a test describes; raise ValueError naming what is wrong."""
     models = {}
     for id, row in rows.items():
-        told = check_clean(row, OWN_MODEL, f"models[{id!r}]", spell)
+        told = check_clean(row, OWN_MODEL, f"models[{id!r}]", key_case)
         price = told.get("price", {})
         models[id] = Model(
             told.get("type", "chat"),
@@ -6184,7 +6185,7 @@ def explain_miss(
 ) -> dict[str, Any]:
     """Return why a fixture did not answer a request: what differs, and that in a sentence."""
     differs, wanted, got = obstacle
-    key, name = differs[6:], fixture.spell(differs[6:])
+    key, name = differs[6:], fixture.key_case(differs[6:])
     if differs.startswith("match.") and wanted is None:
         wanted, got = fixture.match[key], facts.get(key, "it holds")
         if key == "headers":  # only those asked about, and no secret
@@ -6659,7 +6660,7 @@ def fold_stream(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def tell_event(event: bytes) -> dict[str, Any]:
     """Return what an event of any stream tells: text, toolName, arguments, finish, usage, done."""
-    values = list_objects(read_events(event))
+    values = list_objects(parse_events(event))
     said = fold_stream(values)
     calls = [call["function"] for message in said for call in message["tool_calls"]]
     told = {
@@ -8536,7 +8537,7 @@ def chat_choice(choice: Any) -> Any:
 def chat_body(body: dict[str, Any]) -> dict[str, Any]:
     """Return the body of a chat that asks the same."""
     chat = {name: body[name] for name in SAME_IN_CHAT if name in body}
-    messages = chat["messages"] = read_items(body)
+    messages = chat["messages"] = convert_items(body)
     if len(messages) == bool(body.get("instructions")):
         raise ApiError("missing", param="input")
     if body.get("max_output_tokens") is not None:
@@ -11411,7 +11412,7 @@ def list_chunk_sizes(chunks: list[Any]) -> list[int]:
 
 def put_into_words(request: Request, reply: Reply) -> dict[str, Any] | None:
     """Return a fixture's response and options for the answer of a chat, where words can say it."""
-    chunks = [event for event in read_events(reply.body) if event != "[DONE]"]
+    chunks = [event for event in parse_events(reply.body) if event != "[DONE]"]
     is_stream = reply.content_type.startswith(EVENT_STREAM)
     try:
         whole = join_chunks(chunks) if is_stream else parse_json(reply.body)
@@ -11819,7 +11820,7 @@ def list_asked(call: Call) -> list[dict[str, Any]]:
     """Return what a call asks."""
     body = call.body if isinstance(call.body, dict) else {}
     if call.kind == "response":
-        return read_items(body)
+        return convert_items(body)
     prompts = [name for name in ("prompt", "input", "documents", "query") if body.get(name)]
     asked = [
         {"role": name, "content": text}
@@ -12588,7 +12589,7 @@ def list_said(call: Call) -> list[dict[str, Any]]:
     whole = events[-1] if events else None
     output = get_path(whole, "output") or get_path(whole, "response", "output")
     if output:
-        return read_items({"input": output})
+        return convert_items({"input": output})
     error = next(filter(None, (get_path(event, "error", "message") for event in events)), None)
     failed = [{"role": "error", "content": error}] if error else []
     if call.events_sent:
@@ -14160,7 +14161,10 @@ def warn_of_request(server: TogetherAiServer, route: Route, request: Request) ->
 
 def find_violation(reader: SchemaReader, schema: Any, value: Any, place: str = "") -> str:
     """Say where a value misses a schema, and how."""
-    for keyword, argument in () if isinstance(schema, bool) else schema.items():
+    at = place[:-1] or "it"
+    if isinstance(schema, bool):
+        return f"{at} is not allowed"
+    for keyword, argument in schema.items():
         _, spoken_of, check = VOCABULARY[keyword]
         if spoken_of not in ("", KINDS[type(value)]) or check(reader, argument, value, schema):
             continue
@@ -14173,8 +14177,8 @@ def find_violation(reader: SchemaReader, schema: Any, value: Any, place: str = "
         if keyword == "required":
             return f"{place}{next(name for name in argument if name not in value)} is missing"
         wanted = " or ".join(argument) if keyword == "type" else f"{keyword} {preview(argument)}"
-        return f"{place[:-1] or 'it'} is {preview(value)}, wanted {wanted}"
-    return f"{place[:-1] or 'it'} is not allowed"
+        return f"{at} is {preview(value)}, wanted {wanted}"
+    return f"{at} is {preview(value)}"
 
 
 def explain_violation(schema: Any, text: str) -> str:
@@ -14546,7 +14550,7 @@ def fixture_from_keywords(verb: str, keywords: Mapping[str, Any]) -> Fixture:
     if not entry["response"]:
         del entry["response"]
     fixture = Fixture(*parse_entry(entry, place, to_camel), source, when, place=place)
-    fixture.answers, fixture.spell = answers, to_snake
+    fixture.answers, fixture.key_case = answers, to_snake
     fixture.response.is_model = as_json(content) is not content
     return fixture
 
@@ -14667,7 +14671,7 @@ def explain_call(call: Call) -> str:
 def list_tool_calls(call: Call) -> Iterator[tuple[Any, Any]]:
     """Yield the tool calls, name and arguments, in the conversation that a call sent."""
     body = call.as_request().body
-    chat = read_items(body) if call.kind == "response" else list_objects(body.get("messages"))
+    chat = convert_items(body) if call.kind == "response" else list_objects(body.get("messages"))
     for message in chat:
         for made in list_objects(message.get("tool_calls")):
             arguments = get_path(made, "function", "arguments")
@@ -15575,7 +15579,8 @@ class TogetherAiServer(Scripting):
         call.explain_misses = lambda call: explain_misses(call.misses, list_facts(call))
         if fixture is None:
             return self._handle(route, request, call)
-        call.warnings += (warning,) if warning else ()
+        if warning:
+            call.warnings += (warning,)
         call.answered_by, call.fixture = fixture, fixture.source
         request.chunk_sizes = fixture.chunk_sizes
         response = answer_with(fixture, facts)
