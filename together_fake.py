@@ -13851,29 +13851,25 @@ def explain_failure(error: Exception, host: str, seconds: float) -> str:
     return next((why for kind, why in known if isinstance(error, kind)), f"{plain}")
 
 
-class Patient(io.RawIOBase):
+class UpstreamReader(io.RawIOBase):
     """What an upstream sends, as long as its client stays, this server runs and it is in time.
 
     head_end  when the whole head must be here; 0 once it is, and each byte has its own time
     """
 
     def __init__(self, sock: Any, client: socket.socket | None, stopping: Any, seconds: float):
+        sock.settimeout(min(seconds, WATCH_SECONDS))
         self.sock = sock
         self.client = client
         self.stopping = stopping
         self.seconds = seconds
         self.head_end = time.monotonic() + seconds
         self.begun = False
-        self.reader = io.BufferedReader(self, RECEIVE_BYTES)
-        poll = getattr(selectors, "PollSelector", selectors.SelectSelector)
-        self.selector = poll()
-        self.selector.register(sock, selectors.EVENT_READ)
-        if client is not None:
-            self.selector.register(client, selectors.EVENT_READ)
+        self.buffered = io.BufferedReader(self, RECEIVE_BYTES)
 
     def makefile(self, mode: str) -> Any:
         """Return what `http.client` reads from: the same for each head that comes."""
-        return self.reader
+        return self.buffered
 
     def readable(self) -> bool:
         return True
@@ -13881,43 +13877,25 @@ class Patient(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Receive some bytes; raise `Cut` when nobody wants them any more."""
         end = self.head_end or time.monotonic() + self.seconds
-        while not self.is_ready(end):
-            if self.stopping.is_set():
+        size = None
+        while size is None:
+            with contextlib.suppress(socket.timeout):
+                size = self.sock.recv_into(buffer)
+            if self.stopping.is_set() or (size is None and self.has_left()):
                 raise Cut
-        size = int(self.sock.recv_into(buffer))
+            if time.monotonic() >= end:
+                raise socket.timeout
         if not size and self.head_end and self.begun:
             raise http.client.HTTPException("its head was cut")
         self.begun = True
-        return size
+        return int(size)
 
-    def is_ready(self, end: float) -> bool:
-        """Wait a while; tell whether something has come, and raise once it is too late."""
-        if getattr(self.sock, "pending", bool)():  # TLS has it already
-            return True
-        left = end - time.monotonic()
-        if left <= 0:
-            raise socket.timeout
-        ready = [key.fileobj for key, _ in self.selector.select(min(left, WATCH_SECONDS))]
-        if self.client in ready:
-            self.check_client()
-        return self.sock in ready
-
-    def check_client(self) -> None:
-        """Raise `Cut` when the client, who can be read from, has left."""
-        assert self.client is not None
+    def has_left(self) -> bool:
+        """Tell whether the client, whose socket never blocks, has closed its connection."""
         try:
-            if not self.client.recv(1, socket.MSG_PEEK):
-                raise Cut
-            self.selector.unregister(self.client)  # it has sent its next request already
-        except BlockingIOError:
-            pass
-        except OSError:
-            raise Cut from None
-
-
-def has_end(response: Any) -> bool:
-    """Tell whether an answer says itself where it ends, so that a cut can be told."""
-    return bool(response.chunked) or response.length is not None
+            return self.client is not None and self.client.recv(1, socket.MSG_PEEK) == b""
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
 
 
 def read_pieces(response: Any, connection: Any) -> Generator[bytes, None, None]:
@@ -13997,9 +13975,10 @@ class Upstream:
         except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()
             raise self.refuse(explain_failure(error, self.host, self.seconds)) from None
-        if self.recorder is not None and reply.events is not None and request.method != "HEAD":
-            record = functools.partial(self.record, kind, request, reply)
-            reply.events = self.keep(reply.events, response, started, record)
+        is_packed = "Content-Encoding" in reply.headers  # though nobody asked for that
+        if self.recorder and reply.events and request.method != "HEAD" and not is_packed:
+            record = functools.partial(self.recorder.add, kind, request)
+            reply.events = self.keep(reply.events, reply, response, started, record)
         return reply
 
     def refuse(self, reason: str) -> ApiError:
@@ -14020,12 +13999,10 @@ class Upstream:
     def send(self, connection: Any, request: Request, headers: dict[str, str]) -> Any:
         """Send a request and return the head of the answer, from which its body can be read."""
         connection.connect()
-        sock = connection.sock
-        sock.settimeout(self.seconds)
         target = self.prefix + request.path + (f"?{request.query}" if request.query else "")
         connection.request(request.method, target, request.raw or None, headers)
         client = getattr(request, "client", None)
-        source: Any = Patient(sock, client, self.stopping, self.seconds)
+        source: Any = UpstreamReader(connection.sock, client, self.stopping, self.seconds)
         while True:
             response = http.client.HTTPResponse(source, method=request.method)
             response.begin()
@@ -14055,7 +14032,7 @@ class Upstream:
         return reply
 
     def keep(
-        self, pieces: Iterable[bytes], response: Any, started: float, record: Callable[..., None]
+        self, pieces: Any, reply: Reply, response: Any, started: float, record: Callable[..., None]
     ) -> Generator[bytes, None, None]:
         """Pass pieces on, and have them recorded before the client can tell that these were all.
 
@@ -14063,7 +14040,8 @@ class Upstream:
         """
         kept: list[bytes] = []
         times: list[tuple[int, float]] = []
-        length, ends, size, tail = response.length, has_end(response), 0, b""
+        length, size, tail = response.length, 0, b""
+        ends = bool(response.chunked) or length is not None  # else a cut cannot be told
         try:
             for piece in itertools.chain(pieces, (b"",)):  # the last one: it has ended by itself
                 size += len(piece)
@@ -14074,18 +14052,12 @@ class Upstream:
                     ended = size == length or tail == DONE or (ends and not piece)
                     data = b"" if piece and not ended else b"".join(kept)
                     if ended or (data[:1] in (b"{", b"[") and succeeds(json.loads, data)):
-                        record(data, times)
+                        record(Reply(data, reply.status, reply.content_type, reply.headers), times)
                         size = sys.maxsize  # once is enough
                 if piece:
                     yield piece
         finally:
-            getattr(pieces, "close", bool)()
-
-    def record(self, kind: str, request: Request, reply: Reply, data: bytes, times: Any) -> None:
-        """Have an answer recorded, unless it is packed though nobody asked for that."""
-        if self.recorder is not None and "Content-Encoding" not in reply.headers:
-            whole = Reply(data, reply.status, reply.content_type, reply.headers)
-            self.recorder.add(kind, request, whole, times)
+            pieces.close()
 
 
 def open_upstream(url: Any, record: Any, stopping: Any, change: Any) -> Upstream | None:
