@@ -6876,21 +6876,17 @@ FAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-class RateLimits:
+class RateLimits(dict):  # type: ignore[type-arg]
     """Requests and tokens that come back evenly: so many a minute, and no more at once."""
 
-    def __init__(self) -> None:
-        self.left: dict[Any, tuple[float, float]] = {}  # how many at what time
-
     def take(self, limit: float | None, key: Any, count: float, now: float) -> float:
-        """Take so many, however few are left; where none is, return the seconds until one is."""
+        """Take so many of what is left; return the seconds until there is one again."""
         if not limit:
             return 0.0
-        left, at = self.left.get(key, (limit, now))
-        left = min(limit, left + max(0.0, now - at) * limit / 60)
-        wait = max(0.0, (1 - left) * 60 / limit)
-        self.left[key] = left - (count if wait == 0 else 0), now
-        return wait
+        left, at = self.get(key, (limit, now))
+        left = min(limit, left + max(0.0, now - at) * limit / 60) - count
+        self[key] = left, now
+        return float(max(0.0, (1 - left) * 60 / limit))
 
 
 # === Routes ===
@@ -11763,17 +11759,10 @@ class Recorder:
 # === Verdict ===
 
 # What a client may have done wrong; what cannot be told from the record is not claimed.
-WRONGS = {
-    "retry_after_ignored": "came back sooner than it was told",
-    "retried_refusal": "repeated a request that was refused",
-    "retry_storm": "repeated a request too often, or without growing pauses",
-    "no_retry": "gave up at the first failure that another try might have mended",
-    "gave_up": "gave up after tries that all failed",
-    "half_answer_taken": "took half an answer for a whole one",
-    "tool_call_invented": "answered a tool call that was not made, or left one unanswered",
-    "stream_left": "closed a stream before its end",
-    "over_budget": "used more than it was allowed",
-}
+WRONGS = (
+    "retry_after_ignored", "retried_refusal", "retry_storm", "no_retry", "gave_up",
+    "half_answer_taken", "tool_call_invented", "stream_left", "over_budget",
+)  # fmt: skip
 MAX_ATTEMPTS = 5  # of one request
 REFUSED = frozenset((400, 401, 402, 403, 404, 405, 413, 415, 422))
 TEMPORARY = frozenset((408, 409, 429, *range(500, 600)))
@@ -11782,12 +11771,7 @@ EARLY_SHARE, EARLY_SECONDS = 0.05, 0.01  # that a client may come too early: clo
 
 
 class Finding:
-    """One thing that a client did wrong.
-
-    name   a key of `WRONGS`
-    text   what happened
-    calls  those that show it, in their order
-    """
+    """One thing that a client did wrong: its name, a sentence, the calls that show it."""
 
     def __init__(self, name: str, text: str, *calls: Call) -> None:
         self.name = name
@@ -11798,7 +11782,7 @@ class Finding:
         return f"<{self.name}: {self.text}>"
 
     def __str__(self) -> str:
-        lines = [f"{self.name}: the client {WRONGS[self.name]}: {self.text}"]
+        lines = [f"{self.name}: the client {self.text}"]
         for call in self.calls:
             seconds, ended = call.started - self.calls[0].started, call.outcome
             told = f", {ended}" if ended not in ("", "complete") else ""
@@ -11921,21 +11905,21 @@ def judge_retries(attempts: list[Call], most: int) -> Iterator[Finding]:
         by_server = following.at - call.at - call.duration  # whose clock a test may set
         pause, wait = max(following.started - find_end(call), by_server), find_wait(call)
         if call.status in REFUSED and lower_headers(call).get("x-should-retry") != "true":
-            yield Finding("retried_refusal", f"a {call.status}", call, following)
+            text = f"repeated what was refused by a {call.status}"
+            yield Finding("retried_refusal", text, call, following)
         elif pause < wait * (1 - EARLY_SHARE) - EARLY_SECONDS:
-            text = f"after {pause:.3f} of {wait:g} seconds"
+            text = f"came back after {pause:.3f} of {wait:g} seconds"
             yield Finding("retry_after_ignored", text, call, following)
         elif wait <= 0:
             pauses.append(pause)
-    if len(attempts) > most:
-        yield Finding("retry_storm", f"{len(attempts)} attempts", *attempts)
-    elif len(pauses) > 2 and max(pauses) < min(pauses) * 1.25 + 0.05:
-        text = f"{len(attempts)} attempts with pauses of {min(pauses):.3f} s to {max(pauses):.3f} s"
-        yield Finding("retry_storm", text, *attempts)
+    alike = len(pauses) > 2 and max(pauses) < min(pauses) * 1.25 + 0.05
+    if alike or len(attempts) > most:
+        how = "with pauses that do not grow" if alike else f"where {most} are allowed"
+        yield Finding("retry_storm", f"made {len(attempts)} attempts {how}", *attempts)
     if is_temporary(last):
         reason = "a connection that was cut" if last.outcome == "cut" else f"a {last.status}"
         name = "gave_up" if len(attempts) > 1 else "no_retry"
-        yield Finding(name, f"attempt {len(attempts)} ended with {reason}", *attempts)
+        yield Finding(name, f"gave up at {reason}, attempt {len(attempts)}", *attempts)
 
 
 def judge_halves(calls: Sequence[Call]) -> Iterator[Finding]:
@@ -11953,8 +11937,8 @@ def judge_halves(calls: Sequence[Call]) -> Iterator[Finding]:
                 get_path(one, "id") for m in said for one in list_objects(m.get("tool_calls"))
             }
             if following.started >= find_end(call) and (text in texts if text else ids & called):
-                quoted = preview(text) if text else "a tool call"
-                yield Finding("half_answer_taken", f"{quoted} is quoted", call, following)
+                text = f"took for whole {preview(text) if text else 'a tool call'}"
+                yield Finding("half_answer_taken", text, call, following)
                 break
 
 
@@ -11966,10 +11950,10 @@ def find_wrong_results(messages: list[dict[str, Any]]) -> Iterator[str]:
         if message.get("role") == "tool":
             id = message.get("tool_call_id")
             if id is not None and id not in made:
-                yield f"a result for {preview(id)}, which no message before it calls"
+                yield f"sent a result for {preview(id)}, which no message before it calls"
             waiting = [each for each in waiting if each != id]
             continue
-        yield from (f"no result for {preview(id)}" for id in waiting)
+        yield from (f"sent no result for {preview(id)}" for id in waiting)
         calls = list_objects(message.get("tool_calls"))
         waiting = [call["id"] for call in calls if isinstance(call.get("id"), str)]
         made.update(waiting)
@@ -12003,7 +11987,7 @@ def judge_budget(
         ("calls at once", len(crowd), at_once, crowd),
     ):
         if allowed is not None and used > allowed:
-            yield Finding("over_budget", f"{used} {what}, of {allowed} allowed", *shown)
+            yield Finding("over_budget", f"used {used} {what}, of {allowed} allowed", *shown)
 
 
 def judge(calls: Iterable[Call], most_attempts: int) -> list[Finding]:
@@ -12014,7 +11998,8 @@ def judge(calls: Iterable[Call], most_attempts: int) -> list[Finding]:
         found += judge_retries(attempts, most_attempts)
     for call in asked:
         if call.outcome == "left" and isinstance(call.reply, list) and not call.excused:
-            found.append(Finding("stream_left", f"after {call.events_sent} events", call))
+            text = f"left a stream after {call.events_sent} events"
+            found.append(Finding("stream_left", text, call))
     return sorted(found, key=lambda finding: finding.calls[0].number)
 
 
@@ -14785,7 +14770,7 @@ class Scripting:
         allow  names in `WRONGS` that are no wrongs here
         """
         allowed = {allow} if isinstance(allow, str) else set(allow)
-        for name in allowed - WRONGS.keys():
+        for name in allowed.difference(WRONGS):
             raise ValueError(f"no wrong is called {name!r}{suggest(name, WRONGS)}")
         found = [each for each in self.verdict(since, most_attempts) if each.name not in allowed]
         if found:
@@ -15426,7 +15411,8 @@ class TogetherAiServer(Scripting):
         """Note how a call ended."""
         call.excused = call.excused or self.stopping.is_set()
         if self.tpm:
-            self._take("tpm", call.model, (call.usage or {}).get("total_tokens") or 0)
+            with self._lock:
+                self._take("tpm", call.model, (call.usage or {}).get("total_tokens") or 0)
         call.outcome = outcome
         with self._lock:
             if call.revision:  # it is in the record
@@ -15458,28 +15444,27 @@ class TogetherAiServer(Scripting):
         return reply
 
     def _take(self, unit: str, model: Any, count: float) -> float:
-        """Count requests or tokens to a limit; return the seconds to wait where it is reached."""
+        """Count requests or tokens to a limit; return the seconds until one is left."""
         given: Any = self.rpm if unit == "rpm" else self.tpm
-        key, limit = (unit, model), given.get(model) if isinstance(given, dict) else given
-        with self._lock:
-            return self._limits.take(
-                limit, key if given is not limit else unit, count, self._read_clock()
-            )
+        limit = given.get(model) if isinstance(given, dict) else given
+        key = (unit, model if isinstance(given, dict) else "")
+        return self._limits.take(limit, key, count, self._read_clock())
 
     def _limit(self, request: Request) -> Reply | None:
         """Count a request to the limits; return the 429 where one is reached."""
         model = request.body.get("model")
-        wait = self._take("tpm", model, 0) or self._take("rpm", model, 1)
-        if not wait:
-            return None
+        with self._lock:
+            wait = self._take("tpm", model, 0) or self._take("rpm", model, 0)
+            if not wait:
+                self._take("rpm", model, 1)
+                return None
         limits = {"rpm": self.rpm, "tpm": self.tpm}
         told = {n: v.get(model) if isinstance(v, dict) else v for n, v in limits.items()}
-        whose = "model_rate_limit" if dict in map(type, limits.values()) else "status_429"
-        facts: dict[str, Any] = {"name": whose, **{n: v for n, v in told.items() if v}}
-        id = name_request(request)
-        return name_reply(
-            status_reply(429, None, math.ceil(wait), model=model, id=id, **facts), request
-        )
+        facts: dict[str, Any] = {name: limit for name, limit in told.items() if limit}
+        if dict in map(type, limits.values()):
+            facts["name"] = "model_rate_limit"
+        id, seconds = name_request(request), math.ceil(wait)
+        return name_reply(status_reply(429, None, seconds, model=model, id=id, **facts), request)
 
     def _open(self, request: Request, call: Call) -> Route:
         """Return the route, with the key checked and query and body read."""
