@@ -5282,9 +5282,9 @@ class RealtimeTests(TalkCase):
         answers = self.hear(tone(0.5, level=40) + sound)
         first, second = self.texts(answers, ".completed", "transcript")
         self.assertEqual([len(text.split()) for text in (first, second)], [3, 5])
-        self.assertEqual(self.texts(answers, ".completed", "start"), [0.25, 2.25])
-        self.assertEqual(self.texts(answers, ".completed", "duration"), [1.7, 2.5])
-        self.assertEqual(self.texts(answers, ".processed", "processed_ms"), [1950, 4750])
+        self.assertEqual(self.texts(answers, ".completed", "start"), [0.5, 2.5])
+        self.assertEqual(self.texts(answers, ".completed", "duration"), [1.2, 2.0])
+        self.assertEqual(self.texts(answers, ".processed", "processed_ms"), [1700, 4500])
         deltas = self.texts(answers, ".delta", "delta")
         self.assertTrue(all((first + " ").startswith(text + " ") for text in deltas[:3]), deltas)
         self.assertEqual(deltas[-1], second)
@@ -5314,7 +5314,7 @@ class RealtimeTests(TalkCase):
         ):  # fmt: skip
             sound = tone(2, rate) + tone(0.6, rate, level=0)
             answers = self.hear(sound, f"input_audio_format={format}")
-            self.assertEqual(self.texts(answers, ".completed", "duration"), [2.25])
+            self.assertEqual(self.texts(answers, ".completed", "duration"), [2])
 
     def test_turns_are_told_apart_as_asked(self):
         sound = tone(1) + tone(0.3, level=0) + tone(1) + tone(0.6, level=0)
@@ -5328,8 +5328,6 @@ class RealtimeTests(TalkCase):
         self.assertEqual(count("min_speech_duration_ms=3000"), 0)
         self.assertEqual(count("threshold=0.98"), 0)
         self.assertEqual(count("turn_detection=none"), 0)
-        padded = self.hear(sound, "speech_pad_ms=0")
-        self.assertEqual(self.texts(padded, ".completed", "duration"), [2.3])
 
     def test_without_turn_detection_a_commit_ends_a_turn(self):
         self.connect("turn_detection=none")
@@ -5370,15 +5368,9 @@ class RealtimeTests(TalkCase):
         (answer,) = self.say("transcription_session.updated", session={"turn_detection": None})
         self.assertIsNone(answer["session"]["turn_detection"])
         self.assertEqual(self.append(tone(1) + tone(1, level=0)), [])
-        self.say("transcription_session.updated", session={"energy_gate_rms": 0.5})
         self.append(tone(1))
         answers = self.say("input_audio_buffer.commit")
         self.assertEqual(len(self.texts(answers, ".completed", "transcript")), 1)
-        self.connect()
-        self.say("transcription_session.updated", session={"energy_gate_rms": 0.5})
-        self.assertEqual(self.append(tone(1) + tone(1, level=0)), [])
-        self.say("transcription_session.updated", session={"energy_gate_rms": None})
-        self.assertEqual(len(self.texts(self.append(tone(1) + tone(1, level=0)), "ed", "type")), 2)
 
     def test_echo_is_answered_at_once(self):
         self.server.reply(transcription="One two", latency=60_000)

@@ -4800,10 +4800,7 @@ def is_close_code(code: int) -> bool:
 
 
 def accept_upgrade(request: Request) -> dict[str, str]:
-    """Return the headers that make a connection a socket; raise ApiError 400 or 426.
-
-    Of the subprotocols offered the first that is no key is taken, of the extensions none.
-    """
+    """Return the headers that make a connection a socket; raise ApiError 400 or 426."""
     headers = request.headers
     names = ("upgrade", "connection", "sec-websocket-version")
     asked = " ".join([request.method, *(headers.get(name, "") for name in names)])
@@ -4818,8 +4815,9 @@ def accept_upgrade(request: Request) -> dict[str, str]:
     digest = hashlib.sha1(data, usedforsecurity=False).digest()
     accepted = {"Upgrade": "websocket", "Sec-WebSocket-Accept": base64.b64encode(digest).decode()}
     offered = headers.get("sec-websocket-protocol", "").replace(",", " ").split()
-    for name in sorted(offered, key=lambda name: KEY_PROTOCOL.search(name) is not None)[:1]:
-        accepted["Sec-WebSocket-Protocol"] = name
+    if offered:
+        chosen = "realtime" if "realtime" in offered else offered[0]
+        accepted["Sec-WebSocket-Protocol"] = chosen
     return accepted
 
 
@@ -10812,13 +10810,10 @@ DETECTION: dict[str, Any] = {  # of turns: the defaults, documented
 }  # fmt: skip
 DETECTION_ROWS = rows_of(" ".join(list(DETECTION)[1:]), float, low=0)
 DETECTORS = ("server_vad", "none")
-# Of the query, and of `session` in a message.
-REALTIME_FIELDS = Fields(
-    Field(
-        "turn_detection", str, dict, choices=DETECTORS,
-        fields=Fields(Field("type", str, choices=DETECTORS), *DETECTION_ROWS),
-    ), *DETECTION_ROWS, *rows_of("model language prompt", str),
-    Field("input_audio_format", str, choices=tuple(AUDIO_RATES)), Field("energy_gate_rms", float),
+DETECTION_FIELDS = Fields(Field("type", str, choices=DETECTORS), *DETECTION_ROWS)
+REALTIME_ROWS = (  # of the query, and of `session` in a message
+    Field("turn_detection", str, dict, choices=DETECTORS, fields=DETECTION_FIELDS), *DETECTION_ROWS,
+    Field("input_audio_format", str, choices=tuple(AUDIO_RATES)), *rows_of("language prompt", str),
 )  # fmt: skip
 VOICE_FIELDS = Fields(
     *rows_of("model voice language", str), Field("speed", float),
@@ -10839,13 +10834,13 @@ class Session(Socket):
     messages  that it may send; the method that answers is called as the type ends
     """
 
-    failure = messages = ""
+    failure = messages = object = ""
+    modalities: tuple[str, ...] = ("audio",)
     fields = NO_FIELDS  # of the messages
     is_strict = False  # an error in a message ends it
 
-    def __init__(self, server: TogetherAiServer, request: Request, **described: Any) -> None:
+    def __init__(self, server: TogetherAiServer, request: Request) -> None:
         super().__init__(server, request)
-        self.described = described  # to the client
         self.settings = pick_given(request.args, request.route.query)
         self.count = 0  # of turns
 
@@ -10855,8 +10850,8 @@ class Session(Socket):
             raise scripted_close(**self.request.script)
         self.call.set_body(self.settings)
         rng = HashRandom.of(self.failure, self.settings)
-        known = pick_given(self.settings, ("model", "voice"))
-        session = {"id": random_uuid(rng), **self.described, **known}
+        session = {"id": random_uuid(rng), "object": self.object, "modalities": self.modalities}
+        session.update(pick_given(self.settings, ("model", "voice")))
         event_id = random_uuid(rng)
         self.send({"event_id": event_id, "type": "session.created", "session": session})
 
@@ -10924,11 +10919,10 @@ class HearingSession(Session):
     All of it follows from the sound alone, not from the pieces in which it comes.
     """
 
+    object = "realtime.session"
     prefix = "conversation.item.input_audio_transcription."
     failure = prefix + "failed"
-    fields = Fields(
-        Field("audio", str, test=BASE64), Field("session", dict, fields=REALTIME_FIELDS)
-    )
+    fields = Fields(Field("audio", str, test=BASE64), object_field("session", *REALTIME_ROWS))
     is_strict = True
     messages = (
         "input_audio_buffer.append input_audio_buffer.commit input_audio_buffer.clear echo"
@@ -10936,7 +10930,7 @@ class HearingSession(Session):
     )
 
     def __init__(self, server: TogetherAiServer, request: Request) -> None:
-        super().__init__(server, request, object="realtime.session", modalities=["audio"])
+        super().__init__(server, request)
         self.second = 2 * AUDIO_RATES[self.settings.get("input_audio_format", "pcm_s16le_16000")]
         self.clear({})
 
@@ -10973,8 +10967,7 @@ class HearingSession(Session):
         """Hear a frame, and tell of the turn that it continues or ends."""
         self.heard += len(frame)
         threshold = min(rules["threshold"], 0.99)
-        gate = 32768 * (self.settings.get("energy_gate_rms") or 0)
-        level = max(LOUDNESS * threshold / (1 - threshold), gate)
+        level = LOUDNESS * threshold / (1 - threshold)
         samples = struct.unpack(f"<{len(frame) // 2}h", frame[: len(frame) // 2 * 2])
         is_loud = sum(map(operator.mul, samples, samples)) > level * level * len(samples)
         self.sound += frame if is_loud or self.sound else b""
@@ -10992,13 +10985,12 @@ class HearingSession(Session):
             self.draft()
 
     def end_turn(self, rules: dict[str, Any]) -> None:
-        """Tell of all that was said, and when: with some sound around what is loud."""
-        start, end, first = self.done, self.heard, self.heard - len(self.sound)
-        if rules["type"] != "none":
-            pad = int(rules["speech_pad_ms"] * self.second / 1000)
-            start, end = max(start, first - pad), min(end, first + self.speech + pad)
-        self.done = end
-        self.draft({"start": start / self.second, "duration": (end - start) / self.second})
+        """Tell of all that was said, and when."""
+        start, size = self.heard - len(self.sound), self.speech
+        if rules["type"] == "none":
+            start, size = self.done, self.heard - self.done
+        self.done = start + size
+        self.draft({"start": start / self.second, "duration": size / self.second})
         self.begin()
 
     def draft(self, times: dict[str, float] | None = None) -> None:
@@ -11061,6 +11053,8 @@ class HearingSession(Session):
 class VoiceSession(Session):
     """Text to speech: each sentence is spoken as an item of its own, once it is complete."""
 
+    object = "realtime.tts.session"
+    modalities = ("text", "audio")
     failure = "conversation.item.tts.failed"
     fields = Fields(
         Field("text", str, high=MAX_SPEECH_CHARACTERS), Field("session", dict, fields=VOICE_FIELDS)
@@ -11071,8 +11065,7 @@ class VoiceSession(Session):
     )
 
     def __init__(self, server: TogetherAiServer, request: Request) -> None:
-        modalities = ["text", "audio"]
-        super().__init__(server, request, object="realtime.tts.session", modalities=modalities)
+        super().__init__(server, request)
         model = self.settings.setdefault("model", "hexgrad/Kokoro-82M")
         voices = SPEECH_VOICES.get(model.partition("/")[0], ("default",))
         self.settings.setdefault("voice", voices[0])
@@ -11131,16 +11124,13 @@ class VoiceSession(Session):
 
 
 @route(
-    "GET", "/v1/realtime", query=REALTIME_FIELDS, kind="realtime", input="prompt",
-    response=HEARING["response"], status=101, slow=False,
+    "GET", "/v1/realtime", query=Fields(MODEL_ROW, *REALTIME_ROWS), kind="realtime",
+    input="prompt", response=HEARING["response"], status=101, slow=False,
 )  # fmt: skip
 def open_realtime(server: TogetherAiServer, request: Request) -> Any:
     """Write down over a WebSocket what is said, turn by turn."""
-    model = request.args.get("model")
-    if model is None:
-        raise ApiError("missing", param="model")
-    if model not in server.models:
-        raise ApiError("no_model", model=model[:100])
+    if request.args["model"] not in server.models:
+        raise ApiError("no_model", model=request.args["model"][:100])
     return HearingSession(server, request)
 
 
