@@ -3144,15 +3144,12 @@ def make_matching(rng: HashRandom, pattern: str) -> str:
 # === Prompts ===
 
 PROMPT_WINDOW = 8192  # characters at either end of a message in which a form is looked for
-MAX_HINTED = 1000  # characters at either end in which a word that asks must stand
 MAX_PROMPT_LINES = 300  # that are read, half of them from either end
-MAX_ASKING = 30  # sentences
+MAX_ASKING = 30  # sentences, likewise
 MAX_BRACKETS = 1500  # of the examples in a message
-HINT_MARKS = ("{", "<", "`", "|")
-HINT_WORDS = (
+HINTS = (  # one of them stands in the first or last thousand characters of what is read
     "nswer", "espon", "eply", "eturn", "utput", "ormat", "hoose", "elect", "lassif", "ategor",
-    "abel", "itle", " line", " list", " table", " word", "CSV", "epeat", "core", "ate ", "ay ",
-    "es/no", "es or ",
+    "abel", "itle", " list", " table", "epeat", "core", "ate ", "ay ", "es or ", "{", "<", "`",
 )  # fmt: skip
 JSON_MODE_SCHEMA = {  # what a model answers that shall write JSON and is not told which
     "type": "object",
@@ -3166,8 +3163,6 @@ JSON_MODE_SCHEMA = {  # what a model answers that shall write JSON and is not to
 }
 TEXT_SCHEMA = {"type": "string"}
 FEW = {"minItems": 1, "maxItems": 3}  # entries of a list
-if TYPE_CHECKING:
-    Part = Union[str, tuple[str, Any]]  # a text, or a slot: the name and schema of a value
 
 
 def message_text(message: dict[str, Any]) -> str:
@@ -3178,48 +3173,42 @@ def message_text(message: dict[str, Any]) -> str:
     return content or ""
 
 
-# --- What a few words say about a value
-
-QUOTED = r"""(?:"[^"\n]{1,60}"|'[^'\n]{1,60}'|`[^`\n]{1,60}`|“[^”\n]{1,60}”)"""
+QUOTED = r"""(?:"[^"\n]{1,60}"|'[^'\n]{1,60}'|`[^`\n]{1,60}`)"""
+ONE_WORD = r"[\w'-]{1,30}"
 QUOTED_OFFER = lazy_regex(
     rf"{QUOTED}(?:(?:\s?\([^()\n]{{0,160}}\)|: [^,;\n\"'`]{{0,80}})?"
     rf"(?:\s?[|/,;]\s?(?:or |and )?| or ){QUOTED})+"
 )
 LISTED_OFFER = lazy_regex(  # behind words that say so
     r"\b(?:(?:one|any|some)(?: or more)? of|either|(?:categor(?:y|ies)|labels?|options?|choices|"
-    r"class(?:es)?|values?|answers?)(?= ?:| are))(?: (?:the|these|following|words?|labels?|"
-    r"categor(?:y|ies)|options|values?|are|is|classes|choices|answers?|letters?)\b){0,4}"
-    r"\s?:?\s?[\[({]?([^\n.:?!\])}]{2,400})",
+    r"values?|answers?)(?= ?:| are))(?: (?:the|these|following|words|labels|categories|options|"
+    r"values|are|letters)\b)*\s?:?\s?[\[({]?([^\n.:?!\])}]{2,400})",
     re.IGNORECASE,
 )
-ONE_WORD = r"[\w'-]{1,30}"
 BARE_OFFER = lazy_regex(
-    rf"{ONE_WORD}(?:\s?[/|]\s?{ONE_WORD})+"
-    rf"|(?:{ONE_WORD}, ){{0,20}}{ONE_WORD},? or {ONE_WORD}"
+    rf"{ONE_WORD}(?:\s?[/|]\s?{ONE_WORD})+|(?:{ONE_WORD}, ){{0,20}}{ONE_WORD},? or {ONE_WORD}"
 )
-OFFER_BREAK = lazy_regex(r"\s?[|/;]\s?|\s?,\s?(?:or |and )?|\s(?:or|and)\s", re.IGNORECASE)
-NUMBER_WORD = lazy_regex(r"integer|\bint\b|float|number|scor|rat(?:e|ing)|scale|probab|confidence")
 MANY = lazy_regex(r"(?:an? )?(?:list|array)(?: of |\[)([^\n]{1,60}?)\]?|([^\n]{1,60}?)\[\]", re.I)
-MAP = lazy_regex(r"(?:map|record|dict)[<\[]\w+, ?([^\n]+)[>\]]", re.IGNORECASE)
-NULL = lazy_regex(r"(?:\s?\|\s?|\s+or\s+)(?:null|None|undefined)\b")
 TYPE_WORD = lazy_regex(
-    r"(?:an? |one |<)?\b(?:(str|text)|(int|whole)|(float|num|double|decimal|percent)"
+    r"(?:an? |one |<|single )?(?:(str|text)|(int|whole)|(float|num|double|decimal|percent)"
     r"|(bool|true.false))",
     re.IGNORECASE,
+)
+NUMBER_WORD = lazy_regex(
+    r"integer|\bint\b|float|number|scor|rat(?:e|ing)|scale|probab|confiden", re.I
 )
 
 
 def read_type(text: str) -> str:
     """Return the type whose name some words begin with, or nothing."""
     found = TYPE_WORD.match(text)
-    kinds = ("", "string", "integer", "number", "boolean")
-    return kinds[found.lastindex or 0] if found else ""
+    return ("", "string", "integer", "number", "boolean")[found.lastindex or 0] if found else ""
 
 
 def as_enum(text: str) -> dict[str, Any]:
     """Return the schema of one of the short items of a list in a sentence, or nothing."""
-    parts = OFFER_BREAK.split(IN_BRACKETS.sub("", text))
-    items = list(dict.fromkeys(filter(None, [part.strip(" \"'`*“”[](){}<>$") for part in parts])))
+    parts = re.split(r"\s?[|/;]\s?|\s?,\s?(?:or |and )?|\s(?:or|and)\s", IN_BRACKETS.sub("", text))
+    items = list(dict.fromkeys(filter(None, [part.strip(" \"'`*[](){}<>$") for part in parts])))
     if len(items) == 1 and items[0].isupper() and items[0].isalpha():
         items = list(items[0])  # of ABCD
     if len(items) < 2 or any(len(item) > 40 or item.count(" ") > 3 for item in items):
@@ -3239,86 +3228,61 @@ def read_offer(text: str) -> dict[str, Any]:
     return as_enum(found[1]) if found else {}
 
 
-def read_phrase(text: str) -> dict[str, Any]:
-    """Return the schema of what stands for a value in an example: `yes or no`, `int[]`."""
-    text, note = [*re.split(r" // |\s+# note:", text, maxsplit=1), ""][:2]
-    text, nulls = NULL.subn("", text.strip())
+def read_phrase(text: str, note: str = "") -> dict[str, Any]:
+    """Return the schema of what stands for a value, as `yes or no` or `int[]`, with a note."""
+    text = re.sub(r"(?:\s?\|\s?|\s+or\s+)(?:null|None)\b", "", text.strip())
     plain = text.strip(" <>(){}$*`")
-    many, pairs = MANY.fullmatch(plain if "[" not in plain else text), MAP.fullmatch(text)
+    many = MANY.fullmatch(plain if "[" not in plain else text)
     if many:
-        return {"type": "array", "items": read_phrase(many[1] or many[2]), **FEW}
-    if pairs:
-        return {"type": "object", "additionalProperties": read_phrase(pairs[1])}
+        return {"type": "array", "items": read_phrase(many[1] or many[2], note), **FEW}
     if BARE_OFFER.fullmatch(plain) or QUOTED_OFFER.fullmatch(text):
-        return as_enum(text) or TEXT_SCHEMA
-    noted = re.search(r"\bsingle (\w+)|True or False", note)  # as dspy writes it
-    kind = read_type(plain) or (read_type(noted[1] or "bool") if noted else "")
-    said = f"{plain} {note}"
-    offer = read_offer(plain if LISTED_OFFER.match(plain) else note)
+        return as_enum(text) or {"type": "string"}
+    kind = read_type(plain)
+    offer = read_offer(plain if re.search(r"\bone of\b|^either\b", plain) else note)
     if offer and kind in ("", "string"):
         return offer
     bounds = NUMBER_RANGE.search(plain)
     near = bounds and (NUMBER_WORD.search(plain[: bounds.start() + 8]) or len(plain) < 16)
-    if kind in ("integer", "number") or near or (note and not kind):
-        numbers = read_numbers(said)
+    if kind in ("integer", "number") or near or (not kind and NUMBER_WORD.search(note[:60])):
+        numbers = read_numbers(f"{plain} {note}")
         if numbers or kind:
             return {**({"type": kind} if kind else {}), **numbers}
-    if plain in ("yes", "no", "Yes", "No"):
+    if plain.lower() in ("yes", "no"):
         return {"enum": ["yes", "no"] if plain.islower() else ["Yes", "No"]}
-    if text.isupper() and text.isalpha() and len(text) > 2:
-        return {"enum": [text]}
-    if re.search(r"verbatim|\bexact (?:text|word|span|quote)|as it appears", said, re.I):
-        return {"type": "string", "title": "copied"}
-    if kind or not re.fullmatch(r"[A-Z]\w*", plain):
-        return {"type": kind or "string"}
-    return {"type": "string", "title": plain, "optional": nulls > 0}  # perhaps the name of a type
+    if not kind and re.match(r"[^.:]{0,40}\b(?:list|array) of", note):
+        return {"type": "array", "items": TEXT_SCHEMA, **FEW}
+    return {"enum": [text]} if text.isupper() and text.isalpha() else {"type": kind or "string"}
 
 
-# --- Examples of JSON, and what looks like it
+# --- A prompt, taken apart
 
 EXAMPLE_TOKEN = lazy_regex(
-    r"(?P<break>\s*\n\s*)|\s+|(?P<note>(?://|\#|\\\\)[^\n]*|/\*[^*]*\*/)"
-    r"|(?P<name>[\"']?[\w$<>-]{1,60}[\"']?\??)\s*:(?!//)|(?P<mark>[{}\[\],;])"
-    r"|\"(?P<text>(?:[^\"\\\n]|\\.|\"(?!\s?(?:[,;:}\]\n|]|or\b|\Z)))*)(?:\"|(?=\n)|\Z)"
-    r"(?!\s?(?:\||or\b))|'(?P<plain>(?:[^'\\\n]|\\.|'(?=\w))*)'(?!\s?(?:\||or\b))"
-    r"|(?P<word>(?:\"[^\"\n]*\"|'[^'\n]*'|<[^<>\n]*>|\[[^\[\]\n{]*\]|/(?!/)|[^\s{}\[\],;#/<]"
-    r"| (?!//)|<)+)"
+    r"(?P<note>(?://|\#)[^\n]*)|(?P<dots>(?:\.\.\.|\u2026))|(?P<end>;)"
+    r"|(?P<name>[\"']?[\w$-]{1,60}[\"']?)\??(?=\s*:(?!//))"
+    r"|(?P<text>\"[^\n]*?(?:\"(?=\s*[,;}\]]|\s*(?://|#|\n|\Z))|(?=\n)|\Z)"
+    r"|'[^'\n]*'(?=\s*[,;}\]])|[^\s{}\[\],:;](?:\[\]|<[^<>\n]*>|[^,;\n{}\]/]|/(?!/))*)"
 )
-LITERAL = lazy_regex(rf"true|false|null|{NUMBER}")
 
 
-def rewrite_example(text: str) -> str:
-    """Return as JSON what looks like it: no quotes, comments, unions of types, dots."""
-    written: list[str] = []
-    last, above = -1, ""  # where the last value is; comments above the next one
-    for token in EXAMPLE_TOKEN.finditer(text):
-        kind = token.lastgroup
-        said = token[kind].strip() if kind else ""
-        if kind == "break":
-            last = -1
-        elif kind == "note" and last >= 0 and written[last][:1] == '"':
-            written[last] = written[last][:-1] + " // " + QUOTE(said.strip("/#*\\ "))[1:]
-        elif kind == "note":
-            above += said.strip("/#*\\ ") + " "
-        elif kind == "name":
-            written.append(QUOTE(said.strip("\"'?")) + ":")
-        elif kind == "mark":
-            if said in "}]" and written[-1:] == [","]:
-                written.pop()
-            written.append("," if said == ";" else said)
-        elif kind and (kind, said) not in (("word", "..."), ("word", "…"), ("word", "")):
-            said = {"True": "true", "False": "false", "None": "null"}.get(said, said)
-            literal = kind == "word" and LITERAL.fullmatch(said)
-            written.append(said if literal else QUOTE(f"{said} // {above}" if above else said))
-            last, above = len(written) - 1, ""
-    return re.sub(r",\s*,", ",", "".join(written))
+def rewrite_token(token: re.Match[str]) -> str:
+    """Return as JSON a token of what looks like it."""
+    said = token[0].strip()
+    if token["name"]:
+        return QUOTE(said.strip("\"'?"))
+    if token["text"] is None:
+        return "," if token["end"] else ""
+    if re.fullmatch(rf"(?i:true|false|null|none)|{NUMBER}", said):
+        return said.lower().replace("none", "null")
+    return QUOTE(said if QUOTED_OFFER.fullmatch(said) else said.strip("\"'"))
 
 
 def read_example(text: str) -> Any:
     """Return the value of JSON, or of what looks like it, or None."""
-    for rewrite in (str, rewrite_example):
-        with contextlib.suppress(ValueError, RecursionError, ApiError):
-            return CAREFUL_DECODER.decode(rewrite(text))
+    with contextlib.suppress(ValueError, RecursionError, ApiError):
+        return CAREFUL_DECODER.decode(text)
+    with contextlib.suppress(ValueError, RecursionError, ApiError):
+        text = EXAMPLE_TOKEN.sub(rewrite_token, text)
+        return CAREFUL_DECODER.decode(re.sub(r",(?=[\s,]*[,}\]])", "", text))
     return None
 
 
@@ -3328,60 +3292,30 @@ def as_object(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_schema(value: Any) -> Any:
-    """Return the schema that a JSON object in a prompt stands for, or None.
-
-    It is one, or it has a schema for each field (agno).
-    """
+    """Return the schema that an object is, or of whose fields it has one each, as agno; or None."""
     if type(value) is not dict or not value:
         return None
     if type(value.get("properties")) is dict or ("type" in value and "items" in value):
         return value
-    if all(type(field) is dict and "type" in field for field in value.values()):
-        return as_object(value)
-    return None
+    each = all(type(field) is dict and "type" in field for field in value.values())
+    return as_object(value) if each else None
 
 
-def read_schema(value: Any) -> dict[str, Any]:
-    """Return the schema that a value stands for, as itself or as an example."""
-    schema: dict[str, Any] | None = as_schema(value)
-    if schema is not None:
-        return schema
-    if type(value) is dict:
-        return as_object({name: read_schema(field) for name, field in value.items()})
-    if type(value) is list:
-        items = [item for item in value if item != "..."]
-        if items and all(type(item) is dict for item in items):
-            items = [{name: field for item in items for name, field in item.items()}]
-        return {"type": "array", "items": read_schema(items[0]) if items else TEXT_SCHEMA, **FEW}
-    if type(value) is str:
-        return read_phrase(value)
-    if type(value) is float and 0 <= value <= 1:
-        return {"type": "number", "minimum": 0, "maximum": 1}
-    return {"type": "integer" if type(value) is int else KINDS[type(value)]}
-
-
-# --- A prompt, taken apart
-
-DATA_NAMES = (
+DATA = (
     "context|documents?|text|data|input|article|content|e-?mails?|transcript|conversation|passages?"
-    "|(?:chat )?history|sources?|reviews?|messages?|file|diff|code|logs?|chunks?|report|page|"
-    "submission|statement|snippets?|excerpts?|user message|user input|knowledge|background"
+    "|history|sources?|reviews?|messages?|file|diff|code|logs?|report|submission|statement|excerpts?"
 )
-DATA_CLOSING = lazy_regex(rf"</({DATA_NAMES})>", re.IGNORECASE)
-DATA_LABEL = lazy_regex(rf"(?:[#*\[-]{{1,4}} ?)?(?:{DATA_NAMES})[\]*\s]{{0,4}}:", re.IGNORECASE)
-DATA_INTRO = lazy_regex(
-    r"(?:following|below|these|this)\b.{0,60}\b(?:context|documents?|passages?|pieces|sources|"
-    r"information|excerpts?|snippets?|results)\b|[#*\s]{0,4}context\W{0,3}:",
-    re.IGNORECASE,
+DATA_LABEL = lazy_regex(rf"(?:[#*\[-]{{1,4}} ?)?(?:{DATA})[\]*\s]{{0,4}}:", re.IGNORECASE)
+CONTEXT = lazy_regex(
+    rf"(?:following|below|these|this)\b.{{0,60}}\b(?:{DATA}|pieces)\b|\W*context", re.IGNORECASE
 )
 QUESTION = lazy_regex(
-    r"[#*\s]{0,4}(?:question|query|user|task|instructions?|now)\b[^:\n]{0,20}:", re.IGNORECASE
+    r"[#*\s]{0,4}(?:question|query|user|task|instructions?|now)\b[^:]{0,20}:", re.I
 )
-LABEL = lazy_regex(r"[A-Z][\w ]{0,20}:")
 PROSE_TASK = lazy_regex(
-    r"\s{0,9}(?:please |can you |could you |kindly )?(?:summari[sz]e|translate|proofread|rewrite|"
-    r"rephrase|paraphrase|explain|review|reply to|draft|describe|comment on|fix|debug|refactor|"
-    r"improve|what|why|how|who|tell me|help me)\b[^\n:]{0,200}:(?=\s{0,9}[\n\"'])",
+    r"\s{0,9}(?:please |can you |could you )?(?:summari[sz]e|translate|proofread|rewrite|rephrase|"
+    r"explain|review|reply to|draft|describe|fix|debug|refactor|improve|what|why|how|who|help)"
+    r"\b[^\n:]{0,200}:(?=\s{0,9}[\n\"'])",
     re.IGNORECASE,
 )
 EXAMPLE_START = lazy_regex(
@@ -3389,59 +3323,41 @@ EXAMPLE_START = lazy_regex(
     r"|(?:^|[:=])[ \t]{0,9}(\[\s{0,99}(?:\n|[{\"\[]|\d{1,9}\s?,))",
     re.MULTILINE,
 )
-FENCE = lazy_regex(
-    r"^[ \t]{0,9}```[ \t]?([\w+-]{0,40})[^\n]*\n(.*?)(?:^[ \t]{0,9}```|\Z)", re.M | re.S
-)
-TYPE_HEAD = lazy_regex(r"(?:export )?(?:interface|type) \w+\s?=?\s?(?=\{)")
+FENCE = lazy_regex(r"^\s{0,9}```[ \t]?([\w+-]*)[^\n]*\n(.*?)(?:^\s{0,9}```|\Z)", re.M | re.S)
 ASKING_VERBS = frozenset((
     "answer", "respond", "reply", "return", "output", "provide", "give", "print", "write",
-    "produce", "generate", "choose", "select", "pick", "classify", "categorize", "categorise",
-    "label", "rate", "score", "grade", "judge", "decide", "determine", "use", "end", "finish",
-    "start", "begin", "conclude", "state", "say", "put", "wrap", "enclose", "place", "format",
-    "present", "express", "list", "extract", "create", "make", "assign", "identify", "repeat",
-    "echo", "convert", "submit", "follow", "indicate", "evaluate", "emit", "limit", "keep",
+    "produce", "generate", "choose", "select", "pick", "classify", "categorize", "label", "rate",
+    "score", "judge", "decide", "determine", "use", "end", "finish", "begin", "say", "put", "wrap",
+    "format", "present", "list", "extract", "assign", "repeat", "convert", "follow", "evaluate",
+    "keep",
 ))  # fmt: skip
 ASKING_LEADS = frozenset((
     "", "please", "only", "just", "always", "and", "then", "now", "finally", "must", "should",
-    "shall", "simply", "strictly", "step", "important",
+    "simply", "strictly", "step",
 ))  # fmt: skip
-ASKED_NOUNS = frozenset((
-    "answer", "response", "reply", "output", "result", "verdict", "line", "message", "score",
-    "label", "grade", "json", "title", "answers", "key", "keys",
-))  # fmt: skip
-OBLIGATIONS = frozenset(("your", "must", "should", "shall", "will", "has", "needs", "strictly"))
-FORMAT_HEADING = lazy_regex(
-    r"[#*\s]{0,6}(?:(?:expected|required|desired|output|response|answer|reply|json) ){1,3}"
-    r"(?:format|schema|structure|template)\b",
+DUTY = lazy_regex(
+    r"\b(?:answer|response|reply|output|verdict|line|label|json|key)s?\b.*\b(?:must|should|has)\b"
+    r"|\byour \w* ?(?:answer|response|reply|output)|\W*(?:(?:expected|output|response|json) )+"
+    r"(?:format|schema|structure|template)|\([^()]{1,99}\)\?|^\W?\w+(?:/| or )\w+\W{0,3}$",
     re.IGNORECASE,
 )
-OFFERING = lazy_regex(r"\([^()]{1,99}\)\?|^\W?\w+\s?(?:/|or)\s?\w+\W{0,3}$")
-SENTENCE_BREAK = lazy_regex(r"(?<=[.!?])\s+(?=[A-Z\"'`<*(-])")
-LIST_ITEM = lazy_regex(r"\s{0,9}(?:[-*\u2022]|\(?([A-Za-z0-9]{1,2})[.):]) +(\S.*)")
+LIST_ITEM = lazy_regex(r"\s{0,9}(?:[-*]|\(?([A-Za-z0-9]{1,2})[.):]) +(\S.*)")
 ASKS_LINES = lazy_regex(
-    r"\b(?:format|template|as follows|structure|exactly|like this|lines)\b.{0,80}\Z", re.IGNORECASE
+    r"\b(?:format|template|follows|structure|exactly|like this)\b.{0,80}\Z", re.I
 )
 SHOWN_LINE = lazy_regex(r"[ \t>*]{0,9}(?:[A-Z][\w /()-]{0,40}\**:\**[ \t]+\S|</?\w+>)")
 
 
 def is_asking(sentence: str) -> bool:
-    """Tell whether a sentence says what to answer: by its first verb, or of the answer."""
-    words = sentence[:600].lower().split()
-    bare = [word.strip("*_#\"'`(-.,:;!0123456789)") for word in words]
-    if not ASKING_VERBS.isdisjoint(bare):
-        for at, word in enumerate(bare):
-            if word in ASKING_VERBS and (
-                at == 0
-                or bare[at - 1] in ASKING_LEADS
-                or words[at - 1][-1] in ",;:("
-                or (bare[at - 1] == "to" and bare[max(0, at - 3) : at - 1][:1] == ["you"])
-            ):
-                return True
-    if not ASKED_NOUNS.isdisjoint(bare) and not OBLIGATIONS.isdisjoint(bare):
-        return True
-    return FORMAT_HEADING.match(sentence) is not None or (
-        "?" in sentence and OFFERING.search(sentence[-200:]) is not None
-    )
+    """Tell whether a sentence says what to answer: by its verb, or of the answer."""
+    words = sentence[:400].split()
+    bare = [word.strip("*_#\"'`(-.,:;!0123456789)").lower() for word in words]
+    for at, word in enumerate(bare):
+        if word in ASKING_VERBS and (
+            at == 0 or bare[at - 1] in ASKING_LEADS or words[at - 1][-1] in ",;:("
+        ):
+            return True
+    return DUTY.search(sentence[:400]) is not None
 
 
 def take_ends(items: list[str], count: int) -> list[str]:
@@ -3460,57 +3376,39 @@ class Prompt:
             text = f"{text[:PROMPT_WINDOW]}\n{text[-PROMPT_WINDOW:]}"
         self.text = text
         self.examples: list[tuple[str, str, str]] = []  # the line before it, language, text
-        self.tail_fence = self.data_tags = ""
-        text = FENCE.sub(self._take_fence, self._take_data(text))
+        self.lines: list[str] = []  # of what is neither data nor an example
+        self.lists: dict[str, list[str]] = {}  # items, or their letters, by the line before
+        self.shown: list[str] = []  # lines of a template
+        marks = {(f"<{name}", f"</{name}>") for name in re.findall(rf"</({DATA})>", text)}
+        for opening, closing in [*sorted(marks), ('"""', '"""'), ("BEGIN", "END")]:
+            start, end = text.find(opening), text.rfind(closing)
+            if 0 <= start < end:
+                self.about += text[start:end]
+                text = text[:start] + "\0" + text[end + len(closing) :]
+        text = FENCE.sub(self._take_fence, text)
         task = PROSE_TASK.match(text)
         if task and "\0" not in text:
             text = task[0]  # what follows is what it is about
-        self.lines: list[str] = []  # of what is neither data nor an example
-        self.lists: list[tuple[str, list[tuple[str, str]]]] = []  # the line before; mark and item
-        self.shown: list[str] = []  # lines of a template
         self._read_lines(take_ends(self._take_examples(text).split("\n"), MAX_PROMPT_LINES))
-        said = [part for line in self.lines for part in SENTENCE_BREAK.split(line)]
+        said = [part for line in self.lines for part in re.split(r"(?<=[.!?])\s+(?=[^a-z])", line)]
         self.asking = take_ends(
             [part.strip()[:400] for part in said if is_asking(part)], MAX_ASKING
         )
-        last = self.lines[-1].strip(" #*") if self.lines else ""
-        self.tail = last[:-1] if last.endswith(":") and len(last) < 60 and not task else ""
-        self.types: dict[str, Any] = {}
-        for before, items in self.lists:
-            if before.isidentifier():
-                self.types[before] = {"enum": [head for head, _ in items]}
-        for before, _, shown in self.examples:
-            if before.isidentifier() and before[0].isupper():
-                self.types[before] = read_schema(read_example(shown))
-
-    def _take_data(self, text: str) -> str:
-        """Return a prompt without what stands between marks; another mark stands there."""
-        marks = [(f"<{name}", f"</{name}>") for name in {*DATA_CLOSING.findall(text)}]
-        for opening, closing in [*marks, ('"""', '"""'), ("BEGIN", "END")]:
-            start, end = text.find(opening), text.rfind(closing)
-            if 0 <= start < end:
-                self.data_tags += closing
-                self.about += text[start:end]
-                text = text[:start] + "\0" + text[end + len(closing) :]
-        return text
+        last = self.lines[-1].strip(" #*") if self.lines and not task else ""
+        self.tail = last[:-1] if last.endswith(":") and len(last) < 60 else ""
 
     def _take_fence(self, found: re.Match[str]) -> str:
         before = found.string[: found.start()].rstrip().rpartition("\n")[2].strip()
-        if not found[2].strip() and found.end() == len(found.string):
-            self.tail_fence = found[1].lower() or "text"
-        else:
-            shown = TYPE_HEAD.sub("", found[2].strip(), count=1)
-            self.examples.append((before, found[1].lower(), shown))
-            return f"\n\0{len(self.examples)}\0\n"
-        return "\n\0\n"
+        shown = re.sub(r"\A(?:export )?(?:interface|type) \w+\W*(?=\{)", "", found[2].strip())
+        self.examples.append((before, found[1].lower(), shown))
+        return f"\n\0{len(self.examples)}\0\n"
 
     def _take_examples(self, text: str) -> str:
         """Return a prompt without its objects and lists; a mark stands for each."""
         starts = {found.start(found.lastindex or 0) for found in EXAMPLE_START.finditer(text)}
         kept = ""
         at = depth = start = 0
-        brackets = re.finditer(r"[\[\]{}]", text) if starts else ()
-        for bracket in itertools.islice(brackets, MAX_BRACKETS):
+        for bracket in itertools.islice(re.finditer(r"[\[\]{}]", text), MAX_BRACKETS):
             if depth == 0 and bracket.start() not in starts:
                 continue
             start = start if depth else bracket.start()
@@ -3526,43 +3424,92 @@ class Prompt:
         """Sort lines into what is said, lists, templates, and what the prompt is about."""
         questions = [at for at, line in enumerate(lines) if QUESTION.match(line)]
         until = 0  # the line with a question, before which all is context
-        data = listing = showing = False
-        before, gone = "", [0]
+        data = showing = False
+        before = ""
         for at, line in enumerate(lines):
             bare = line.strip(" \t\0")
-            data = bool(data and bare and not LABEL.match(bare)) or bool(DATA_LABEL.match(line))
+            data = bool(data and bare and not re.match(r"[A-Z][\w ]{0,20}:", bare))
+            data = data or DATA_LABEL.match(line) is not None
             if data or at < until:
                 self.about += line + "\n"
-                gone += map(int, re.findall(r"\0(\d+)\0", line))
+                for number in re.findall(r"\0(\d+)\0", line):
+                    self.examples[int(number) - 1] = ("", "", "")
                 continue
             self.lines.append(line)
             item = LIST_ITEM.match(line)
             if item:
-                if not listing:
-                    self.lists.append((before, []))
-                head = re.split(r":| [-\u2013(]", item[2].strip("*\"'` "))[0].strip("*\"'` ")
+                head = re.split(r":| [-(]", item[2].strip("*\"'` "))[0].strip("*\"'` ")
                 lettered = (item[1] or "").isalpha()
-                self.lists[-1][1].append((item[1] if lettered else head, item[2]))
+                self.lists.setdefault(before, []).append(item[1] if lettered else head)
             elif bare.strip("-=_"):
                 before = bare
-            listing = item is not None or (listing and not bare)
             if showing and SHOWN_LINE.match(line):
                 self.shown.append(line)
-            elif bare:
+            elif bare and bare[:3] != "...":
                 showing = not self.shown and ASKS_LINES.search(bare[-120:]) is not None
-            if questions and questions[-1] > at and DATA_INTRO.search(line[:500]):
+            if questions and questions[-1] > at and CONTEXT.search(line[:400]):
                 until = questions[-1]
-        kept = [at for at in range(len(self.examples)) if at + 1 not in gone]
-        self.examples = [self.examples[at] for at in kept]
+
+    def read(self, value: Any, name: str = "") -> dict[str, Any]:
+        """Return the schema that a value stands for, as itself or as an example."""
+        schema: dict[str, Any] | None = as_schema(value)
+        if schema is not None:
+            return schema
+        if type(value) is dict:
+            return as_object({key: self.read(field, key) for key, field in value.items()})
+        if type(value) is list:
+            items = [item for item in value if item != "..."] or [""]
+            if all(type(item) is dict for item in items):
+                items = [{key: field for item in items for key, field in item.items()}]
+            each = self.read(items[0], name)
+            each = each.get("items", each) if type(items[0]) is str else each
+            return {"type": "array", "items": each, **self.count()}
+        if type(value) is float and 0 <= value <= 1:
+            return {"type": "number", "minimum": 0, "maximum": 1}
+        if type(value) not in (str, int, float):
+            return {"type": KINDS[type(value)]}
+        text = value if type(value) is str else "int" if type(value) is int else "number"
+        note = self.note(name) if name else ""
+        if re.search(r"verbatim|\bexact (?:text|word|span|quote)|as it appears", text + note, re.I):
+            return {"enum": self.copies()}
+        if text in self.lists:  # the name of a type
+            return {"enum": self.lists[text]}
+        return read_phrase(text, note)
+
+    def count(self) -> dict[str, int]:
+        """Return how many entries a list shall have: as many as the last one that is given."""
+        given = re.findall(r"^\[.+\]$", self.text, re.M) if "equal" in self.text.lower() else []
+        value = read_example(given[-1]) if given else None
+        number = len(value) if type(value) is list else 0
+        return {"minItems": number, "maxItems": number} if 0 < number < 50 else FEW
+
+    def note(self, name: str) -> str:
+        """Return what the prompt says behind the name of a property."""
+        found = re.search(
+            rf"(?<!\w){re.escape(name)}[\"'`*]+:? (?!only|and\b|[\"'`])([^\n]{{3,240}})"
+            rf"|^\W*{re.escape(name)}[\"'`]?\??:[^\n]*?(?://|#)([^\n]+)",
+            self.text, re.M | re.I,
+        )  # fmt: skip
+        said = (found[1] or found[2]) if found else ""
+        return re.split(r"\.\s|\b[0-9]\)", said)[0]
+
+    def copies(self) -> list[str]:
+        """Return names that stand in what the prompt is about, up to three."""
+        about = (self.about or self.text)[-3000:]
+        found = re.findall(r"\b[A-Z][\w'-]{2,}(?: [A-Z][\w'-]+){0,3}", about)
+        return list(dict.fromkeys(found))[-3:] or ["Alpha", "Beta"]
 
 
 # --- The form that is wanted
 
 
 class WantedForm:
-    """The form that a prompt asks its answer in: texts, and slots for values between them."""
+    """The form that a prompt asks its answer in: texts, and slots for values between them.
 
-    def __init__(self, label: str, *parts: Part) -> None:
+    A slot is a name, which makes what looks natural, and a schema: of prose where it is None.
+    """
+
+    def __init__(self, label: str, *parts: Any) -> None:
         self.label = label  # for the record
         self.parts = parts
 
@@ -3571,131 +3518,59 @@ class WantedForm:
         texts = []
         for at, part in enumerate(self.parts):
             own = rng.child("slot", at)
-            if isinstance(part, str):
+            if type(part) is str:
                 texts.append(part)
-            elif part == ("", TEXT_SCHEMA):
-                texts.append(make_text(own, 2))
             elif part[0] == "JSON":
                 texts.append(json.dumps(make_instance(own, part[1]), ensure_ascii=False))
-            else:  # its name makes what looks natural
+            elif part[1] is None:
+                texts.append(make_text(own, 2))
+            else:
                 value = make_instance(own, as_object({part[0]: part[1]}))[part[0]]
                 texts.append(value if type(value) is str else json.dumps(value))
         return "".join(texts)
 
     def find_schema(self) -> Any:
         """Return the schema of the JSON in it."""
-        return dict(part for part in self.parts if isinstance(part, tuple)).get("JSON")
-
-
-SLOT_OF_PROSE: list[Part] = [("", TEXT_SCHEMA)]
-
-
-def name_choice(schema: dict[str, Any]) -> str:
-    """Return what the record says about one of a list, of a range, of a type."""
-    if "minimum" in schema:
-        return f"{schema['type']} from {schema['minimum']} to {schema['maximum']}"
-    if "enum" in schema:
-        return "one of " + ", ".join(map(str, schema["enum"]))[:200]
-    return str(schema.get("type"))
-
-
-def choose_one(schema: dict[str, Any]) -> WantedForm:
-    """Return the form of one of a list, of a range, of a type, and nothing else."""
-    return WantedForm(name_choice(schema), ("", schema))
+        return next((part[1] for part in self.parts if part[:1] == ("JSON",)), None)
 
 
 OUTPUT_INTRO = lazy_regex(
-    r"output|respon[ds]|answer|repl(?:y|ies)|return|format|schema|structure|produce|generate|"
-    r"should (?:be|look)|must|template|shape|valid json|expected|example json|^json\b",
+    r"output|respon[ds]|answer|reply|return|format|schema|structure|produce|generate|must|template|"
+    r"expected|example json",
     re.IGNORECASE,
 )
 INPUT_INTRO = lazy_regex(
-    r"input|context|document|rubric|trace|previous|record|payload|tools?\b|turns|history|message|"
-    r"conversation|knowledge|metadata|\blog|config|current|given|here (?:is|are) (?!the output)|"
-    r"this (?:json|code|data|file)\b(?! (?:format|schema|structure|object of))|summar|explain|"
-    r"review|what|why|does|well-formatted|for the schema|request\b",
+    r"\b(?:input|context|documents?|messages?|history|rubric|trace|previous|record|payload|tools?|"
+    r"turns|knowledge|config|current|given|this (?:json|data|object)(?! format| schema| of)"
+    r"|summar\w*|explain|what|why|does|well-formatted|for the schema|request)\b",
     re.IGNORECASE,
 )
-KEY_WORD = r"(?:keys?|fields?|properties|property|attributes?)"
-KEY_BREAK = r"(?:,? and |, )"
+NAMED = rf"(?:{QUOTED}|[a-z][\w-]{{0,40}})"
+KEY_WORD = r"\b(?:keys?|fields?|properties|property|attributes?)\b"
 KEYS = lazy_regex(
-    rf"({QUOTED}(?:{KEY_BREAK}{QUOTED})*) {KEY_WORD}\b|\b{KEY_WORD}\b(?: (?:named|called|of|are|is|"
-    rf"only|exactly))*\s?:?\s?((?:{QUOTED}|[a-z][\w-]{{0,40}})(?:{KEY_BREAK}"
-    rf"(?:{QUOTED}|[a-z][\w-]{{0,40}}))*)"
+    rf"({QUOTED}(?:(?:,? and |, ){QUOTED})*) {KEY_WORD}|{KEY_WORD}(?: (?:named|called|of|are|is))*"
+    rf":? ?({NAMED}(?:(?:,? and |, ){NAMED})*)"
 )
-KEY_ITEM = lazy_regex(r"[\W_]{0,6}([A-Za-z][\w-]*)\W{0,4}[:(\u2013-]")
-FENCED = lazy_regex(r"```|markdown|code ?-?(?:block|snippet)|fenced|backtick", re.IGNORECASE)
+FENCED = lazy_regex(
+    r"```|markdown (?:code|snip)|code ?-?(?:block|snippet)|fenced|backtick", re.IGNORECASE
+)
 UNFENCED = lazy_regex(
-    r"(?:\bno\b|\bnot\b|n't|without|avoid)[^.]{0,60}(?:```|markdown|code|fence|backtick)", re.I
+    r"(?:\bno|n't|without|avoid)\b[^.]{0,60}(?:```|markdown|code|fence|tick)", re.I
 )
-JSON_WORD = lazy_regex(r"\bJSON\b(?![.(_])", re.IGNORECASE)
-LIST_OF = lazy_regex(r"(?:list|array) of|JSON (?:list|array)", re.IGNORECASE)
 
 
 def read_keys(prompt: Prompt) -> list[str]:
     """Return the names of properties that a prompt asks for."""
     texts = [found[1] or found[2] for said in prompt.asking for found in KEYS.finditer(said)]
-    names = [name.strip("\"'` ") for text in texts for name in re.split(KEY_BREAK, text)]
-    for before, items in prompt.lists:
-        heads = [KEY_ITEM.match(item) for _, item in items if re.search(KEY_WORD, before)]
-        names += [head[1] for head in heads if head]
+    names = [name for text in texts for name in re.split(r",? and |, ", text)]
+    names += [
+        head
+        for before in prompt.lists
+        if re.search(KEY_WORD, before)
+        for head in prompt.lists[before]
+    ]
+    names = [name.strip("\"'` ") for name in names]
     return [name for name in dict.fromkeys(names) if re.fullmatch(r"[A-Za-z_][\w-]*", name)]
-
-
-def describe_key(text: str, name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of a property with what the sentences that name it say."""
-    kind = schema.get("type")
-    mentions = re.finditer(rf"[\"'`*]{re.escape(name)}[\"'`*]+", text)
-    for found in itertools.islice(mentions, 4):
-        rest = re.split(r"\n|\.\s|\b[0-9]\)", text[found.end() : found.end() + 240])[0]
-        counted = kind in ("number", "integer") or NUMBER_WORD.search(rest[:60].lower())
-        said = read_numbers(rest) if counted and kind != "array" else {}
-        if said:
-            return {**({} if kind == "string" else {"type": kind}), **said}
-        depends = re.match(r"\W*(?:only|if|when|for)\b", rest, re.I)
-        said = read_offer(rest) if kind in ("string", "array") and not depends else {}
-        if said:
-            return {**schema, "items": said} if kind == "array" else said
-        if kind == "string" and re.match(r"[^.:]{0,40}\b(?:list|array) of", rest):
-            return {"type": "array", "items": TEXT_SCHEMA, **FEW}
-    return schema
-
-
-def list_copies(prompt: Prompt) -> list[str]:
-    """Return names that stand in what a prompt is about, up to three."""
-    about = (prompt.about or prompt.text)[-3000:]
-    found = re.findall(r"\b[A-Z][\w'-]{2,}(?: [A-Z][\w'-]+){0,3}", about)
-    return list(dict.fromkeys(found))[-3:] or ["Alpha", "Beta"]
-
-
-def refine_schema(prompt: Prompt, schema: Any, name: str = "") -> Any:
-    """Return a schema with what the prompt says elsewhere of its names, types and copies."""
-    if type(schema) is not dict:
-        return schema
-    schema = dict(schema)
-    for key in {"properties", "$defs"} & schema.keys():
-        inner = schema[key] if type(schema[key]) is dict else {}
-        schema[key] = {field: refine_schema(prompt, inner[field], field) for field in inner}
-    if "items" in schema:
-        schema["items"] = refine_schema(prompt, schema["items"])
-    title = schema.get("title")
-    if "optional" in schema and title in prompt.types:
-        named = {"$ref": f"#/$defs/{title}"}
-        return {"anyOf": [named, {"type": "null"}]} if schema["optional"] else named
-    if title == "copied":
-        return {"enum": list_copies(prompt)}
-    if name and {"enum", "const", "minimum", "properties", "$ref"}.isdisjoint(schema):
-        return describe_key("\n".join(prompt.lines), name, schema)
-    return schema
-
-
-def json_slot(prompt: Prompt, schema: dict[str, Any]) -> Part:
-    """Return the slot of JSON of a schema, with the types that the prompt defines."""
-    schema = refine_schema(prompt, schema)
-    if prompt.types and "$defs" not in schema:
-        types = {name: refine_schema(prompt, prompt.types[name]) for name in prompt.types}
-        schema = {**schema, "$defs": types}
-    return ("JSON", schema)
 
 
 def rank_example(example: tuple[str, str, str], keys: list[str]) -> int:
@@ -3708,7 +3583,7 @@ def rank_example(example: tuple[str, str, str], keys: list[str]) -> int:
 
 def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
     """Read JSON: by its schema, by an example, by the names of its properties, or of its type."""
-    asked = [sentence for sentence in prompt.asking if JSON_WORD.search(sentence)]
+    asked = [said for said in prompt.asking if re.search(r"\bJSON\b(?![.(_])", said, re.I)]
     asked += ["JSON"] if wanted or prompt.tail.upper().endswith("JSON") else []
     said = " ".join(asked)
     fenced = FENCED.search(said) and not UNFENCED.search(said)
@@ -3719,78 +3594,35 @@ def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
         intro, _, text = prompt.examples[at]
         value = read_example(text) if rank >= (0 if asked else 3) else None
         if type(value) in (dict, list) and value:
-            schema = read_schema(value)
-            if type(value) is dict and not as_schema(value) and LIST_OF.search(intro):
+            schema = prompt.read(value)
+            kind = "schema" if as_schema(value) else "example"
+            many = re.search("(?:list|array) of|JSON array", intro) and not re.search(
+                KEY_WORD, intro
+            )
+            if many and type(value) is dict and kind == "example":
                 schema = {"type": "array", "items": schema, **FEW}
-            label = f"JSON by {'schema' if as_schema(value) else 'example'}"
-            return WantedForm(label, start, json_slot(prompt, schema), end)
+            return WantedForm(f"JSON by {kind}", start, ("JSON", schema), end)
     if keys:
-        schema = as_object(dict.fromkeys(keys, TEXT_SCHEMA))
-        return WantedForm(f"JSON with {', '.join(keys)}", start, json_slot(prompt, schema), end)
-    if not asked:
-        return None
-    after = "\n".join(prompt.lines).partition(asked[-1])[2].strip()
-    schema = read_phrase((after or said.rpartition(": ")[2]).partition("\n")[0][:200])
-    if schema == TEXT_SCHEMA or prompt.tail:
-        return WantedForm("JSON", start, ("JSON", JSON_MODE_SCHEMA), end)
-    return WantedForm("JSON of a type", start, json_slot(prompt, schema), end)
+        schema = prompt.read(dict.fromkeys(keys, ""))
+        return WantedForm(f"JSON with {', '.join(keys)}", start, ("JSON", schema), end)
+    return WantedForm("JSON", start, ("JSON", JSON_MODE_SCHEMA), end) if asked else None
 
 
 EXACTLY = lazy_regex(
-    r"\b(?:repeat|reply|respond|answer|say|output|return|print|echo)\b(?: back| with| only| just|"
-    r" the| exactly| verbatim| exact| words?| phrase| text| following| sentence| string| this|:)*"
-    rf"(?:\s({QUOTED})(?: (?:and nothing|only|exactly)[^.]*)?[.!]?\Z|(?<=xactly:|rbatim:)\s(\S.*)"
-    r"| (?:only|just) the (?:word|text) (\w+)[.!]?\Z)",
+    r"\b(?:repeat|reply|respond|answer|say|output|return|print)\b(?: back| with| only| just| the|"
+    r" exactly| verbatim| words?| phrase| text| following|:)*"
+    rf"(?:\s({QUOTED})[.!]?\Z|(?<=xactly:|rbatim:)\s(\S.*)| only the word (\w+)[.!]?\Z)",
     re.IGNORECASE,
 )
 ENDING = lazy_regex(
-    r"(?i:(?:repl|respond|say|output|return|issu|end|add|writ|includ|append|with|command)"
-    r"[^.\n]{0,60}?"
-    r"[\"'`]?((?-i:(?:echo )?<?[A-Z][A-Z_]{5,60}>?))[\"'`]?)"
+    r"(?i:(?:repl|respond|say|output|return|issu|end|append|command)[^.\n]{0,60}?[\"'`]?"
+    r"((?-i:(?:echo )?<?[A-Z][A-Z_]{5,60}>?))[\"'`]?)"
 )
-ENDING_WORD = lazy_regex(r"done|complet|finish|solved|submit|terminat|over\b|satisf", re.IGNORECASE)
-
-
-def read_exact(prompt: Prompt) -> WantedForm | None:
-    """Read a text that shall be said as it stands, or that ends a task where something was done."""
-    for said in prompt.asking:
-        found = EXACTLY.search(said)
-        if found and not re.search(r"[$<\[{]|: ?[\"'`]", found[1] or "") and " if " not in said:
-            text = found[1][1:-1] if found[1] else (found[2] or found[3]).strip()
-            return WantedForm(f"exactly {text[:60]}", text)
-        found = ENDING.search(said) if prompt.answered and ENDING_WORD.search(said) else None
-        if found:
-            fences = [f"\n```{kind}\n{found[1]}\n```" for _, kind, _ in prompt.examples if kind]
-            end = fences[0] if fences and found[1][:4] == "echo" else f"\n{found[1]}"
-            return WantedForm(f"the end, {found[1]}", *SLOT_OF_PROSE, end)
-    return None
-
-
-def read_react(prompt: Prompt) -> WantedForm | None:
-    """Read the lines of an agent that acts by text: Thought, Action, Action Input, Final Answer."""
-    text = prompt.text
-    acting = re.search(r"^[^\w\n]{0,9}Action:[ \t]*(.*)", text, re.M)
-    given = re.search(r"^[^\w\n]{0,9}Action Input:(.*)", text, re.M)
-    if acting is None or given is None:
-        return None
-    names = re.search(r"one of:?\s*\[?([^\]\n.]+)", acting[1])
-    begun = max(text.rfind("\nQuestion:"), text.rfind("Begin!"), 0)
-    if prompt.answered or "\nObservation:" in text[begun:] or names is None:
-        last = "Final Answer" if "Final Answer:" in text else "Answer"
-        return WantedForm(
-            last, "Thought: ", ("Thought", TEXT_SCHEMA), f"\n{last}: ", *SLOT_OF_PROSE
-        )
-    tools = as_enum(names[1]) or {"const": names[1].strip()}
-    schema = {"type": "object"} if re.search("json|dict", given[1], re.I) else TEXT_SCHEMA
-    parts = ("\nAction: ", ("", tools), "\nAction Input: ", ("query", schema))
-    return WantedForm("Action", "Thought: ", ("Thought", TEXT_SCHEMA), *parts)
-
-
 LABELLED = lazy_regex(
-    r"[\"'`*“]+([A-Z][\w ]{0,30}):[ ]?(\$\w+|<[^<>\n]{1,80}>|\[[^\[\]\n]{1,80}\]|\{[^{}\n]{1,80}\}|"
-    r"[A-Z]|)\W{0,2}[\"'`*”]"
+    r"[\"'`*]+([A-Z][\w ]{0,30}):[ ]?(\$\w+|<[^<>\n]{1,80}>|\[[^\[\]\n]{1,80}\]|\{[^{}\n]{1,80}\}|"
+    r"[A-Z]|)\W{0,2}[\"'`*]"
 )
-SHOWN_SLOT = lazy_regex(
+SLOT_SHOWN = lazy_regex(
     r"([A-Za-z][\w /-]{0,40}?)\**:\**[ \t]+([^\s|>&][^\n]*)|<([\w-]{1,40})>([^<>\n]+)(?=</)"
 )
 TAG = lazy_regex(r"<([A-Za-z][\w-]{0,40})>")
@@ -3800,148 +3632,141 @@ THINKING = lazy_regex(
 )
 
 
-def fill_shape(prompt: Prompt, text: str) -> tuple[list[Part], list[str]]:
-    """Return the parts of a template, whose values become slots, and the names of these."""
-    parts: list[Part] = []
-    names, at = [], 0
-    for found in SHOWN_SLOT.finditer(text):
+def name_choice(schema: dict[str, Any]) -> str:
+    """Return what the record says about one of a list, of a range, of a type."""
+    if "minimum" in schema:
+        return f"{schema['type']} from {schema['minimum']} to {schema['maximum']}"
+    return "one of " + ", ".join(map(str, schema.get("enum", [schema.get("type")])))[:200]
+
+
+def read_said(prompt: Prompt) -> WantedForm | None:
+    """Read a text that shall be said as it stands, or that ends a task where something was done."""
+    for said in prompt.asking:
+        found = EXACTLY.search(said)
+        if found and not re.search(r"[$<\[{]|: ?[\"'`]", found[1] or "") and " if " not in said:
+            text = found[1][1:-1] if found[1] else (found[2] or found[3]).strip()
+            return WantedForm(f"exactly {text[:60]}", text)
+        found = ENDING.search(said) if prompt.answered else None
+        if found and re.search(r"done|complet|finish|solved|submit|terminat|over\b", said, re.I):
+            fences = [f"\n```{kind}\n{found[1]}\n```" for _, kind, _ in prompt.examples if kind]
+            end = fences[0] if fences and found[1][:4] == "echo" else f"\n{found[1]}"
+            return WantedForm(f"the end, {found[1]}", ("", None), end)
+    return None
+
+
+def fill_shown(prompt: Prompt, lines: list[str]) -> WantedForm | None:
+    """Return the form of shown lines, elements or YAML, whose values become slots."""
+    parts: list[Any] = []
+    names: list[str] = []
+    text, at = "\n".join(lines).strip(), 0
+    for found in SLOT_SHOWN.finditer(text):
         group = 1 if found[1] else 3
-        name, phrase = found[group], found[group + 1].strip()
-        value = json.loads(phrase) if LITERAL.fullmatch(phrase) else phrase
-        schema = refine_schema(prompt, read_schema(value), name)
-        parts += [text[at : found.start(group + 1)], (name, schema)]
-        known = schema.keys() & {"enum", "minimum"}
-        names.append(f"{name}: {name_choice(schema)}" if known else name)
+        value = found[group + 1].strip()
+        schema = prompt.read(int(value) if value.isdecimal() else value, found[group])
+        parts += [text[at : found.start(group + 1)], (found[group], schema)]
+        names.append(found[group])
         at = found.end()
-    return [*parts, text[at:].rstrip()], list(dict.fromkeys(names))
+    return (
+        WantedForm(f"lines {', '.join(dict.fromkeys(names))}", *parts, text[at:]) if names else None
+    )
 
 
-def read_shape(prompt: Prompt) -> WantedForm | None:
-    """Read YAML, or lines with labels or elements, as the prompt shows them."""
-    if re.search(r"\bYAML\b", " ".join(prompt.asking)) or prompt.tail_fence == "yaml":
+def read_shown(prompt: Prompt) -> WantedForm | None:
+    """Read the lines of an agent that acts by text, YAML, records, or others that are shown."""
+    heads = [line.split(":")[0].strip() for line in prompt.shown]
+    if "Observation" in heads and "Action Input" in heads:
+        begun = max(prompt.text.rfind("\nQuestion:"), prompt.text.rfind("Begin!"), 0)
+        acted = prompt.answered or "\nObservation:" in prompt.text[begun:]
+        at = heads.index("Observation")
+        lines = prompt.shown[at + 1 :] if acted else prompt.shown[heads.index("Thought") : at]
+        return fill_shown(prompt, lines)
+    if re.search(r"\bYAML\b", " ".join(prompt.asking)):
         shown = [text for _, kind, text in prompt.examples if kind in ("yaml", "yml", "")]
-        keys = "".join([f"{key}: text\n" for key in read_keys(prompt) or ["title"]])
-        return WantedForm("YAML", *fill_shape(prompt, shown[-1] if shown else keys)[0])
-    parts, names = fill_shape(prompt, "\n".join(prompt.shown).strip())
-    return WantedForm(f"lines {', '.join(names)}", *parts) if names else None
+        return fill_shown(prompt, shown[-1:] or [f"{key}: text" for key in read_keys(prompt)])
+    return fill_shown(prompt, prompt.shown)
 
 
 def read_frame(prompt: Prompt) -> WantedForm | None:
-    """Read elements that the answer stands in, or the label of its last line."""
+    """Read elements that the answer stands in, the label of its last line, or a block of code."""
     tags: dict[str, Any] = {}
     for said in prompt.asking:
         near = TAG.split(said) if WRAPPED.search(said) else []  # words, name, words, ...
         for at in range(1, len(near), 2):
             about = near[at - 1] + (near[at + 1] if at == len(near) - 2 else "")
-            if f"</{near[at]}>" not in prompt.data_tags:
-                tags.setdefault(near[at], read_offer(about) or TEXT_SCHEMA)
+            tags.setdefault(near[at], read_offer(about) or TEXT_SCHEMA)
     if tags:
-        parts = [part for tag in tags for part in (f"\n<{tag}>", (tag, tags[tag]), f"</{tag}>")]
-        return WantedForm(f"elements {', '.join(tags)}", f"<{next(iter(tags))}>", *parts[1:])
+        parts = [part for tag in tags for part in (f"<{tag}>", (tag, tags[tag]), f"</{tag}>\n")]
+        return WantedForm(f"elements {', '.join(tags)}", *parts[:-1], f"</{[*tags][-1]}>")
     said = " ".join(prompt.asking)
     found = LABELLED.search(said)
-    if found is None:
-        return None
-    rest = said[found.end() : found.end() + 200]
-    schema = read_phrase(found[2]) if len(found[2]) > 1 else TEXT_SCHEMA
-    if schema.keys().isdisjoint(("enum", "minimum")):
-        schema = read_offer(rest) or read_numbers(rest[:60]) or schema
-    before = (*SLOT_OF_PROSE, "\n\n") if THINKING.search(said) else ()
-    label = f"line {found[1]}: {name_choice(schema)}"
-    return WantedForm(label, *before, f"{found[1]}: ", (found[1], schema))
-
-
-FIELD_MARK = lazy_regex(r"<\|[^|\n]{1,12}\|>|\|\|\|")
-CODE_BLOCK = lazy_regex(
-    r"```(\w+)|\b([\w+]+)? ?(?:code|fenced) ?-?(?:block|snippet)|triple backticks", re.IGNORECASE
-)
-
-
-def read_marked(prompt: Prompt) -> WantedForm | None:
-    """Read records whose fields stand between marks: `a<|#|>b<|#|>c`."""
-    rows: dict[str, list[str]] = {}
-    mark = FIELD_MARK.search(prompt.text)
-    for line in prompt.text.split("\n") if mark else ():
-        fields = [field.strip(" ()\"'<>{}-") for field in line.split(mark[0] if mark else "")]
-        if len(fields) > 2 and not re.search("rong|ncorrect", fields[0]):
-            fields = [
-                fields[0].rpartition(" ")[2],
-                *[field.partition("`")[0] for field in fields[1:]],
-            ]
-            rows.setdefault(
-                fields[0].strip("`"), [re.split(r"\s", f)[0].strip(">") for f in fields[1:]]
-            )
-    if mark is None or not rows:
-        return None
-    heads = [[head for head, _ in items] for before, items in prompt.lists if "ype" in before]
-    parts: list[Part] = []
-    for row, names in list(rows.items())[:3] * 2:
-        parts.append(f"\n{row}" if parts else row)
-        for name in names:
-            known = heads[0] if heads and "type" in name else []
-            if re.search(r"name|source|target|entity\b", name) and not known:
-                known = list_copies(prompt)
-            parts += [mark[0], (name, {"enum": known} if known else {"type": "string"})]
-    parts += ["\n" + end for end in re.findall(r"<\|[A-Z_]{3,20}\|>", prompt.text)[-1:]]
-    return WantedForm(f"records with {mark[0]}", *parts)
-
-
-def read_code(prompt: Prompt) -> WantedForm | None:
-    """Read a block of code."""
-    for said in prompt.asking:
-        found = CODE_BLOCK.search(said)
-        if found and not UNFENCED.search(said):
-            known = [kind for _, kind, _ in prompt.examples if kind]
-            kind = found[1] or (known or [found[2] or ""])[0]
-            kind = "" if kind.lower() in ("a", "markdown", "single", "one", "the") else kind
-            slot = (kind or "code", {"type": "string"})
-            return WantedForm(f"block of {kind or 'code'}", f"```{kind}\n", slot, "\n```")
+    if found:
+        rest = said[found.end() : found.end() + 200]
+        schema = read_phrase(found[2]) if len(found[2]) > 1 else TEXT_SCHEMA
+        if schema.keys().isdisjoint(("enum", "minimum")):
+            schema = read_offer(rest) or read_numbers(rest[:60]) or schema
+        before = (("", None), "\n\n") if THINKING.search(said) else ()
+        label = f"line {found[1]}: {name_choice(schema)}"
+        return WantedForm(label, *before, f"{found[1]}: ", (found[1], schema))
+    if FENCED.search(said) and not UNFENCED.search(said):
+        kinds = re.findall(r"```(\w+)", said) + [kind for _, kind, _ in prompt.examples if kind]
+        kind = (kinds or re.findall(r"(\w+) (?:code )?(?:block|snippet)", said) or ["code"])[0]
+        return WantedForm(f"block of {kind}", f"```{kind}\n", (kind, TEXT_SCHEMA), "\n```")
     return None
 
 
+FIELD_MARK = lazy_regex(r"<\|[^|\n]{1,12}\|>|\|\|\|")
 LISTS = (  # what asks for one, and what stands before each entry; N is its number
     (r"numbered list|ordered list", "\nN. "),
     (r"bullet|markdown list", "\n- "),
     (r"comma[ -]separated|separated by commas", ", "),
     (r"\b(?:one|each)\b.{0,40}\b(?:per|on (?:a|its|their) (?:new|own|separate)) line", "\n"),
 )
-COLUMNS = lazy_regex(
-    r"(?:columns?|headers?)(?: row| are| is|:)* (\w+(?:\s?[,|]\s?(?:and )?\w+| and (?!no)\w+)*)"
-)
+COLUMNS = lazy_regex(r"(?:columns?|headers?)(?: row| are| is|:)* (\w+(?:\s?[,|]\s?(?:and )?\w+)*)")
 COUNTS = ["", "one", "two", "three", "four", "five", "six", "seven"]
 WORDS_ASKED = lazy_regex(rf"\b(?:\d{{1,3}}(?:-| to ))?(\d{{1,3}}{'|'.join(COUNTS)})[- ]words?\b")
 
 
 def read_list(prompt: Prompt) -> WantedForm | None:
-    """Read a list or a table."""
+    """Read records, a list, or a table."""
+    mark = FIELD_MARK.search(prompt.text)
+    for line in prompt.text.split("\n") if mark else ():
+        fields = line.split(mark[0] if mark else "")
+        if mark and len(fields) > 2:
+            head = re.split(r"[\s`(\"]", fields[0])[-1]
+            names = [re.split(r"[^\w]", field.strip("<{"))[0] for field in fields[1:]]
+            known = {name: {"enum": prompt.copies()} for name in names if "name" in name}
+            row: list[Any] = [head]
+            for name in names:
+                row += [mark[0], (name, known.get(name, TEXT_SCHEMA))]
+            end = re.findall(r"<\|[A-Z_]{3,20}\|>", prompt.text)[-1:]
+            return WantedForm("records", *[*row, "\n"] * 2, *end)
     for said in prompt.asking:
         for pattern, before in LISTS:
             if re.search(pattern, said, re.I):
-                slot = ("item", {"type": "string"})
-                more = [part for n in "23" for part in (before.replace("N", n), slot)]
+                more = [
+                    part for n in "23" for part in (before.replace("N", n), ("item", TEXT_SCHEMA))
+                ]
                 first = before.replace("N", "1").lstrip("\n, ")
-                return WantedForm(f"list, each with {before.strip()}", first, slot, *more)
+                return WantedForm("list", first, ("item", TEXT_SCHEMA), *more)
         found = re.search(r"\bCSV\b|\btable\b", said)
         if found:
             named = COLUMNS.search(said)
-            names = re.split(r"\s*(?:,|\||\band\b)\s*", named[1]) if named else ["name", "note"]
-            start, between, end = ("", ",", "") if found[0] == "CSV" else ("| ", " | ", " |")
+            names = re.split(r"\s*(?:,|\|)\s*", named[1]) if named else ["name", "note"]
+            edge, between = ("", ",") if found[0] == "CSV" else ("|", " | ")
             cells = [part for name in names for part in (between, (name, TEXT_SCHEMA))][1:]
-            rule = "\n|" + "---|" * len(names) if start else ""
-            head = start + between.join(names) + end + rule
-            return WantedForm(found[0], head, *["\n" + start, *cells, end] * 3)
+            rule = "\n|" + "---|" * len(names) if edge else ""
+            head = f"{edge} {between.join(names)} {edge}".strip() + rule
+            start, stop = (f"\n{edge} ", f" {edge}") if edge else ("\n", "")
+            return WantedForm(found[0], head, *[start, *cells, stop] * 3)
     return None
 
 
 CHOOSING = lazy_regex(
     r"answer|respond|reply|return|output|choose|select|pick|classif|categor|label|decid|determin|"
-    r"\bsay\b|print|judge|grade|rate\b|score|assign|state\b|indicate|must|should|verdict|one of|"
-    r"only|\?",
+    r"\bsay\b|print|judge|grade|rate\b|score|must|should|verdict|one of|only|\?",
     re.IGNORECASE,
 )
-PROSE_WORD = lazy_regex(
-    r"\b(?:essay|story|poem|paragraphs?|explain|describe|article|e-?mail)\b", re.I
-)
+PROSE_WORD = lazy_regex(r"\b(?:essay|story|poem|paragraphs?|explain|describe|e-?mail)\b", re.I)
 VERDICT = lazy_regex(
     r"\b(yes) ?(?:/|\||or) ?(no)\b|\b(true) ?(?:/|\||or) ?(false)\b|\b(?:with|as|is|are|only|just|"
     rf"either)[: ]+((?:{ONE_WORD}(?:, ?| ?[/|] ?)){{0,20}}{ONE_WORD}(?:,? or |[/|]){ONE_WORD})",
@@ -3956,74 +3781,55 @@ OF_TYPE = lazy_regex(
 )
 
 
-def read_sentence(said: str, lists: list[list[str]]) -> dict[str, Any]:
-    """Return the schema of one of a list, of a range or of a type that a sentence asks for."""
-    verdict, bounds, kind = VERDICT.search(said), NUMBER_RANGE.search(said), OF_TYPE.search(said)
-    schema = read_offer(said)
-    if not schema and verdict and (verdict[5] is None or ONLY.search(said)):
-        schema = as_enum(" | ".join(filter(None, verdict.groups())))
-    if not schema and bounds and NUMBER_WORD.search(said[: bounds.end()].lower()):
-        schema = read_numbers(said)
-    if not schema and kind:
-        schema = {"type": read_type(kind[1])}
-    if not schema and lists and OF_LIST.search(said):
-        schema = {"enum": lists[-1]}
-    return schema
-
-
 def read_choice(prompt: Prompt) -> WantedForm | None:
-    """Read one of a list, of a range, or of what a series of examples has."""
-    lists = [[head for head, _ in items] for _, items in prompt.lists]
-    lists = [heads for heads in lists if all(0 < len(head) < 40 for head in heads)]
+    """Read one of a list, of a range, or of a type, or a text of so many words."""
+    lists = [heads for heads in prompt.lists.values() if all(0 < len(h) < 40 for h in heads)]
     for said in reversed(prompt.asking):
-        wanted = CHOOSING.search(said) and not PROSE_WORD.search(said)
-        schema = read_sentence(said, lists) if wanted else None
+        if PROSE_WORD.search(said) or not CHOOSING.search(said):
+            continue
+        verdict, bounds, kind = (
+            VERDICT.search(said),
+            NUMBER_RANGE.search(said),
+            OF_TYPE.search(said),
+        )
+        schema = read_offer(said)
+        if not schema and verdict and (verdict[5] is None or ONLY.search(said)):
+            schema = as_enum(" | ".join(filter(None, verdict.groups())))
+        if not schema and bounds and NUMBER_WORD.search(said[: bounds.end()]):
+            schema = read_numbers(said)
+        if not schema and kind:
+            schema = {"type": read_type(kind[1])}
+        if not schema and lists and OF_LIST.search(said):
+            schema = {"enum": lists[-1]}
         if schema:
-            return choose_one(schema)
-    letters = [heads for heads in lists if all(len(head) == 1 for head in heads)]
-    if letters and prompt.tail.lower() in ("answer", "category", "label", "choice"):
-        return choose_one({"enum": letters[-1]})
-    again = f"{prompt.tail or chr(0)}:"
-    shown = [line.partition(":")[2].strip() for line in prompt.lines if line.startswith(again)]
+            return WantedForm(name_choice(schema), ("", schema))
+    shown = [
+        line.partition(":")[2].strip()
+        for line in prompt.lines
+        if line.startswith(prompt.tail + ":")
+    ]
     shown = [word for word in shown if word]
-    if len(shown) > 1 and all(len(word.split()) <= 3 for word in shown):
-        return choose_one({"enum": list(dict.fromkeys(shown))})
-    return None
-
-
-def read_length(prompt: Prompt) -> WantedForm | None:
-    """Read how many words an answer shall have."""
+    if lists and prompt.tail.lower() in ("answer", "category", "label"):
+        shown = lists[-1]
+    if prompt.tail and len(shown) > 1 and all(len(word.split()) <= 3 for word in shown):
+        schema = {"enum": list(dict.fromkeys(shown))}
+        return WantedForm(name_choice(schema), ("", schema))
     for said in prompt.asking:
         found = WORDS_ASKED.search(said.replace("single", "one"))
         if found:
-            known = found[1] in COUNTS
-            count = COUNTS.index(found[1]) if known else min(int(found[1]), 12)
-            words = [part for _ in range(count) for part in (" ", ("word", TEXT_SCHEMA))]
-            return WantedForm(f"{count} words", *words[1:])
-        if re.search(r"\b(?:one|single) (?:line|sentence)\b", said):
-            return WantedForm("one sentence", ("description", TEXT_SCHEMA))
+            count = COUNTS.index(found[1]) if found[1] in COUNTS else min(int(found[1]), 12)
+            words = [("word", TEXT_SCHEMA), " "] * count
+            return WantedForm(f"{count} words", *words[:-1])
     return None
 
 
-FORM_READERS = (
-    read_react, read_json, read_exact, read_shape, read_frame, read_marked, read_code, read_list,
-    read_choice, read_length,
-)  # fmt: skip
+FORM_READERS = (read_json, read_said, read_shown, read_frame, read_list, read_choice)
 RESULT = lazy_regex(
-    r"\A\W*(?:observation|tool|result|output|<(?:returncode|output|tool|result|observation)|error|"
-    r"format error|for context|continue|please (?:proceed|continue)|your (?:previous|last))"
-    r"|(?:tool|function|command|execution) (?:response|result|output|call)|validation error"
-    r"|try again",
+    r"\A\W*(?:observation|tool|result|output|returncode|error|format error|for context|continue|"
+    r"please (?:proceed|continue)|your (?:previous|last))|(?:tool|function|command|execution) "
+    r"(?:response|result|output|call)|validation error|try again",
     re.IGNORECASE,
 )
-
-
-def is_hinted(text: str) -> bool:
-    """Tell whether a message can ask for a form: it is read only then."""
-    if text[-1:] == ":":
-        return True
-    ends = text if len(text) <= 2 * MAX_HINTED else text[:MAX_HINTED] + text[-MAX_HINTED:]
-    return any(map(ends.__contains__, HINT_WORDS)) or any(map(text.__contains__, HINT_MARKS))
 
 
 def read_form(messages: list[dict[str, Any]], json_mode: bool = False) -> WantedForm | None:
@@ -4044,16 +3850,18 @@ def read_form(messages: list[dict[str, Any]], json_mode: bool = False) -> Wanted
         answered = answered or role in ("tool", "function", "assistant")
     vague = None
     for number, text, answered in users + systems:
-        if is_hinted(text):
-            about = users[0][1][-PROMPT_WINDOW:] if users and number != users[0][0] else ""
-            prompt = Prompt(text, about, answered)
-            tried = (read(prompt) for read in FORM_READERS)
-            form = read_json(prompt, True) if json_mode else next(filter(None, tried), None)
-            if form is not None:
-                form.label += f", from messages[{number}]"
-                if form.find_schema() is not JSON_MODE_SCHEMA:
-                    return form
-                vague = vague or form
+        ends = text if len(text) <= 2000 else text[:1000] + text[-1000:]
+        if not any(map(ends.__contains__, HINTS)) and text[-1:] != ":":
+            continue
+        about = users[0][1][-PROMPT_WINDOW:] if users and number != users[0][0] else ""
+        prompt = Prompt(text, about, answered)
+        tried = (read(prompt) for read in FORM_READERS)
+        form = read_json(prompt, True) if json_mode else next(filter(None, tried), None)
+        if form is not None:
+            form.label += f", from messages[{number}]"
+            if ("JSON", JSON_MODE_SCHEMA) not in form.parts:
+                return form
+            vague = vague or form
     return vague
 
 
