@@ -578,6 +578,7 @@ ERRORS: dict[str, tuple[Any, ...]] = {
     "bad_range": (416, "The range lies outside of {size} bytes."),
     "bug": (500, "Internal server error: {reason}"),
     "bad_upstream": (502, "The upstream {url} does not answer: {reason}."),
+    "unknown_encoding": (415, "Content-Encoding {coding!r} is not known: send bodies as they are."),
     "unknown_coding": (501, "Transfer-Encoding {coding!r} is not known; only chunked is."),
     "bad_version": (505, "The HTTP version is not known; HTTP/1.1 and HTTP/1.0 are."),
     "bad_fixture": (400, "The fixture was refused: {reason}"),
@@ -6699,8 +6700,10 @@ class RateLimits(dict):  # type: ignore[type-arg]
 
 STORAGE_LIMIT = 0  # as a route's max_bytes: what the server may store
 
-# while their bodies are small
-QUICK_KINDS = ("chat", "response", "completion", "embedding", "rerank")
+# Kinds that are quick while they are asked for little, and the field that may have many inputs.
+QUICK_KINDS = {
+    "chat": "", "response": "", "completion": "prompt", "embedding": "input", "rerank": "documents"
+}  # fmt: skip
 
 
 ROUTES: list[Route] = []
@@ -6713,7 +6716,9 @@ def read_family(path: str) -> str:
     return found.group(1) if found else ""
 
 
-HEAVY_FIELDS = {"tools", "response_format", "text"}  # what they ask for takes long to make
+HEAVY_FIELDS = {"tools", "response_format", "text", "echo"}  # what they ask for takes long
+QUICK_ANSWERS = 8  # together as quick as other clients may wait for
+MAX_ANSWERS = 50_000  # some two seconds
 
 
 class Route:
@@ -6759,9 +6764,19 @@ class Route:
             OPERATIONS.setdefault(self.kind, self)
         return handler
 
+    def count_answers(self, body: dict[str, Any]) -> int:
+        """Return how many plain answers a body is worth: inputs by choices by logprobs."""
+        inputs = body.get(QUICK_KINDS.get(self.kind, ""))
+        several = isinstance(inputs, list) and inputs and type(inputs[0]) is not int
+        n, scores = body.get("n"), body.get("top_logprobs") or body.get("logprobs")
+        choices = n if isinstance(n, int) else 1
+        each = 1 + 10 * scores if isinstance(scores, int) else 1
+        return max(1, choices) * each * (len(inputs or "") if several else 1)
+
     def is_slow(self, body: dict[str, Any]) -> bool:
         """Tell whether it takes long to do what a body asks for."""
-        return self.slow or not HEAVY_FIELDS.isdisjoint(body)
+        asks = self.count_answers(body) > QUICK_ANSWERS
+        return self.slow or asks or not HEAVY_FIELDS.isdisjoint(body)
 
     def match(self, path: str) -> dict[str, str] | None:
         """Return the parameters of a path that fits: `{id}` one segment, `{id...}` the rest."""
@@ -12646,9 +12661,6 @@ MAX_HEADERS = 100  # header lines, and trailer lines of a chunked body
 MAX_CHUNK_LINE_BYTES = 4096  # a chunk's size with its extensions, or one trailer line
 SEND_BUFFER_BYTES = 128 * 2**10  # of the kernel, which would keep 4 MB for who does not read
 MAX_GATHERED_BYTES = 64 * 2**10  # of replies or events that are at hand, sent at once
-RECEIVE_SECONDS = 30.0  # from a request's first byte to its last
-SEND_SECONDS = 30.0  # for a client to take what is sent to it
-LINGER_SECONDS = 1.0  # for a refused client to read why, before the connection closes
 MAX_REMEMBERED_HEADS = 128  # of requests, so that they need not be taken apart again
 
 POSIX = sys.platform != "win32"
@@ -12665,9 +12677,6 @@ OWN = {  # response headers that a reply cannot set, because this section does
     "date",
     "server",
     "transfer-encoding",
-}
-REASONS = {
-    int(code): names[0] for code, names in http.server.BaseHTTPRequestHandler.responses.items()
 }
 CROSS_ORIGIN = (  # other origins may read a reply, and these headers of it
     "Access-Control-Allow-Origin: *\r\nAccess-Control-Expose-Headers: retry-after, x-request-id,"
@@ -12715,9 +12724,6 @@ REFUSALS = [
     (lazy_regex(r"\APRI \* HTTP/2"), "bad_http", HTTP_2_HERE),
     (lazy_regex(r"\A[^\r\n]* HTTP/(?!1\.)[0-9.]+\r\n"), "bad_version", ""),
     (lazy_regex(r"(?<!\r)\n|\r(?!\n|\Z)|\0"), "bad_http", "it has a bare CR, LF or NUL"),
-    (lazy_regex(r"\n[ \t]"), "bad_http", "a header line is folded"),
-    (lazy_regex(r"\n[^\r:]*[ \t]:"), "bad_http", "a blank stands before a header's colon"),
-    (lazy_regex(r"\n:"), "bad_http", "a header has no name"),
     (lazy_regex(r""), "bad_http", "a line is neither METHOD /path HTTP/1.1 nor Name: value"),
 ]
 
@@ -12745,7 +12751,7 @@ def parse_fields(lines: str) -> Headers:
 
 def clean_header(text: str) -> str:
     """Return a header without what would start a header of its own."""
-    return text if text.isprintable() else UNSAFE.sub("", text)
+    return UNSAFE.sub("", text)
 
 
 def frame_chunk(event: bytes) -> bytes:
@@ -12977,7 +12983,7 @@ class ReplyWriter:
             fields += "Connection: close\r\n"
         elif head.minor == "0":
             fields += "Connection: keep-alive\r\n"
-        reason = REASONS.get(reply.status, "")
+        reason = http.client.responses.get(reply.status, "")
         lines = f"HTTP/1.1 {reply.status} {reason}\r\n{common}{fields}\r\n"
         return lines.encode("latin-1", "replace")
 
@@ -13009,24 +13015,21 @@ class ReplyWriter:
 MAX_CONNECTIONS = 4000 if hasattr(select, "poll") else 500
 BACKLOG = 1024  # connections that wait to be accepted
 CROWDED_SECONDS = 1.0  # to ask, send on or read, where all places are taken and somebody waits
-IDLE_SECONDS = 60.0  # without a request on an open connection
 MAX_HELD = 8  # replies that are sent at once
-MAX_ACCEPTED = 64  # clients in a row, before the others are served
 MAX_HEAVY = 3  # requests that take long, at once
 MAX_IDLE_WORKERS = 16
-LOOK_SECONDS = 0.25  # between two looks at who keeps us waiting
-MAX_UNREAD_BYTES = 4 * 2**20  # of what has taken a connection over
+LOOK_SECONDS = 0.25  # between two looks at who is slow
+MAX_UNREAD_BYTES = 4 * 2**20  # of a handler
 STOP_SECONDS = 0.25  # for workers to end what they do; a test's function may sleep for longer
 
 QUICK, HEAVY, WAITING = "quick", "heavy", "waiting"  # who answers, see `HttpServer`
 ROOM, END, SOCKET = "room", "end", "socket"  # what a connection waits for beside those of HTTP
 BYTES = (IDLE, PARTIAL, END, SOCKET)  # those that end when something comes
-# How long it waits at most: the attribute of the server that has the seconds.
-PATIENCE = {
-    IDLE: "idle_seconds",
-    PARTIAL: "receive_seconds",
-    ROOM: "send_seconds",
-    END: "linger_seconds",
+PATIENCE = {  # for how many seconds it does so
+    IDLE: 60.0,
+    PARTIAL: 30.0,  # from the first byte of a request to its last
+    ROOM: 30.0,  # for a client to take what is sent to it
+    END: 1.0,  # for a refused one to read why
 }
 
 
@@ -13329,11 +13332,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     request_queue_size = BACKLOG
     allow_reuse_address = POSIX  # on Windows it would let two servers share the port
-    allow_reuse_port = False
-    receive_seconds = RECEIVE_SECONDS
-    send_seconds = SEND_SECONDS
-    idle_seconds = IDLE_SECONDS
-    linger_seconds = LINGER_SECONDS
 
     def __init__(self, address: tuple[str, int], app: Any) -> None:
         """Bind to (host, port).
@@ -13343,8 +13341,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.app = app
         self.writer = ReplyWriter()
+        self.patience = dict(PATIENCE)
         self.stopping = threading.Event()
-        self.ended = threading.Event()
         self.now = time.monotonic()  # when this round began
         self.clients: set[Connection] = set()
         self.held: list[Connection] = []  # that may have something to be sent
@@ -13357,18 +13355,13 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.idle_workers = 0
         self.heavy_tasks: deque[Any] = deque()  # that wait until fewer are at work
         self.heavy_count = 0  # at work
-        self.places = MAX_CONNECTIONS
         self.accepting = False
         super().__init__(address, Connection)
-        for option, value in (
-            ((socket.IPPROTO_TCP, socket.TCP_NODELAY), 1),
-            ((socket.SOL_SOCKET, socket.SO_SNDBUF), SEND_BUFFER_BYTES),
-        ):
-            self.socket.setsockopt(*option, value)  # for all clients
+        # For all clients:
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         self.socket.setblocking(False)
         self.selector = selectors.DefaultSelector()
-        self.door = selectors.DefaultSelector()  # tells whether somebody wants to come in
-        self.door.register(self.socket, selectors.EVENT_READ)
         self.wake_reader, self.wake_writer = socket.socketpair()  # ends the loop's waiting
         self.wake_reader.setblocking(False)
         self.wake_writer.setblocking(False)
@@ -13391,7 +13384,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         try:
             self.start_thread(self.serve_forever)
         except RuntimeError:
-            self.finish()
+            self.close_sockets()
             raise RuntimeError("no thread can be started to answer requests") from None
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
@@ -13405,6 +13398,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
         for connection in list(self.clients):
             connection.close()
             self.forget(connection)  # whose worker will not be heard any more
+        with contextlib.suppress(OSError):  # a process that has just been forked has it, too
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.close_sockets()
 
     def serve_round(self) -> None:
         """Wait until something can be done, and do all of it."""
@@ -13447,22 +13443,18 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def accept_clients(self, mask: int) -> None:
         """Accept clients that wait, as far as there are places."""
-        for _ in range(MAX_ACCEPTED):
-            if not self.accepting:
-                return
+        while self.accepting:
             try:
                 client, address = self.socket.accept()
                 client.setblocking(False)
             except BlockingIOError:
                 return
             except OSError:  # too many open files, say
-                self.places = len(self.clients)
-                self.accept_or_not()
+                self.accept_or_not(False)
                 self.call_later(LOOK_SECONDS, self.accept_or_not)
                 return
             connection = Connection(client, address, self)
             self.clients.add(connection)
-            self.places = MAX_CONNECTIONS
             self.accept_or_not()
             self.held.append(connection)
             connection.act(selectors.EVENT_READ)  # it mostly has asked already
@@ -13472,9 +13464,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
             if len(self.held) >= MAX_HELD:
                 self.send_held()
 
-    def accept_or_not(self) -> None:
+    def accept_or_not(self, room: bool = True) -> None:
         """Accept clients while there are not too many."""
-        room = len(self.clients) < self.places or not self.clients
+        room = room and len(self.clients) < MAX_CONNECTIONS
         if room and not self.accepting:
             self.selector.register(self.socket, selectors.EVENT_READ, self.accept_clients)
         elif self.accepting and not room:
@@ -13490,14 +13482,16 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def look(self) -> None:
         """Give up who keeps us waiting; where others wait for a place, that is soon."""
-        crowded = not self.accepting and bool(self.door.select(0))
+        crowded = not self.accepting
         most = CROWDED_SECONDS if crowded else math.inf
         for connection in list(self.clients):
-            name = PATIENCE.get(connection.awaited)
-            if name is None or self.now < connection.since + min(getattr(self, name), most):
+            if crowded and connection.awaited is IDLE:
+                connection.act(selectors.EVENT_READ)  # it may just have asked
+            patience = self.patience.get(connection.awaited, math.inf)
+            if self.now < connection.since + min(patience, most) or patience == math.inf:
                 continue
             if connection.awaited is PARTIAL:
-                connection.go_on(error=ApiError("slow_request", seconds=self.receive_seconds))
+                connection.go_on(error=ApiError("slow_request", seconds=patience))
             else:
                 connection.close()
         self.looks = bool(self.clients)
@@ -13559,32 +13553,21 @@ class HttpServer(http.server.ThreadingHTTPServer):
     # The end
 
     def stop(self) -> None:
-        """End the connections, wait for the loop, free the port.
-
-        Called by the loop or a worker, it does not wait.
-        """
+        """End the connections and free the port; wait for the loop, and a moment for workers."""
         self.stopping.set()
         self.call_soon(lambda: None)
-        if threading.current_thread() in self.threads:
-            threading.Thread(target=self.finish, name="together-fake", daemon=True).start()
-        else:
-            self.finish()
-
-    def finish(self) -> None:
-        """Wait for the loop, for a moment for the workers, and close what they used."""
+        if not self.threads:
+            self.close_sockets()
         threads, end = self.threads[:], time.monotonic() + STOP_SECONDS
         for _ in threads:
             self.tasks.put(None)
         for index, thread in enumerate(threads):
-            thread.join(max(0, end - time.monotonic()) if index else None)
-        with contextlib.suppress(OSError):  # a process that has just been forked has it, too
-            self.socket.shutdown(socket.SHUT_RDWR)
-        self.close_sockets()
-        self.ended.set()
+            if thread is not threading.current_thread():
+                thread.join(max(0, end - time.monotonic()) if index else None)
 
     def close_sockets(self) -> None:
         """Close what this process has open: in a child, the connections of its parent go on."""
-        for used in (self.socket, self.selector, self.door, self.wake_reader, self.wake_writer):
+        for used in (self.socket, self.selector, self.wake_reader, self.wake_writer):
             used.close()
         for connection in list(self.clients):
             connection.socket.close()
@@ -14786,7 +14769,6 @@ class OneTest(Scripting):
         return f"<test {self.test_id!r} on {self.server!r}>"
 
 
-END_SECONDS = 5.0  # for one server to end before the next one takes its port
 STARTED: weakref.WeakSet[TogetherAiServer] = weakref.WeakSet()  # servers, once they have been
 
 
@@ -14917,7 +14899,7 @@ class TogetherAiServer(Scripting):
         with self._life:
             if self._http is None:
                 if self._ending is not None:  # the port may be the same
-                    self._ending.ended.wait(END_SECONDS)
+                    self._ending.stop()
                 self.stopping.clear()
                 try:
                     http_server = HttpServer((self.host, self._wanted_port), self)
@@ -15215,8 +15197,9 @@ class TogetherAiServer(Scripting):
         with self._lock:
             if call.revision:  # it is in the record
                 call.revision = next(self._revisions)
-                call.kept += call.reply_size
-                self._recorded_bytes += call.reply_size
+                size = len(call._raw) + call.reply_size
+                self._recorded_bytes += size - call.kept
+                call.kept = size
         if self._log is not None and not call.batch:
             self._log.put(call)
 
@@ -15279,6 +15262,9 @@ class TogetherAiServer(Scripting):
             request.args = parse_form(request.query.encode())
             read_texts(request.args, route.query)
             route.query.check(request.args)
+        coding = request.headers.get("content-encoding", "identity")
+        if coding != "identity":
+            raise ApiError("unknown_encoding", coding=coding[:40])
         if route.body:
             kind = request.headers.get("content-type", "")
             request.body = parse_body(request.raw, kind, route.body)
@@ -15318,6 +15304,10 @@ class TogetherAiServer(Scripting):
             raise self.script.miss_error(request, misses)
         if route.body:
             route.body.check(request.body)
+            count = route.count_answers(request.body)
+            if count > MAX_ANSWERS:
+                reason = "inputs, n and logprobs multiply to more than one request may ask for"
+                raise ApiError("invalid", param="n", reason=f"{reason} ({count} > {MAX_ANSWERS})")
         handler: Any = request.turn or route.handler
         reply = as_reply(handler(self, request), request, route.status)
         call.form = request.form
