@@ -3820,6 +3820,11 @@ class BudgetTests(LocalCase):
         """Return a model of each engine that also answers whole."""
         return {engine: model for engine, model in FormTests.MODELS.items() if engine != "Qwen"}
 
+    def test_engine_a_tells_logprobs_in_the_form_they_were_asked_in(self):
+        for asked, key in ((1, "token_logprobs"), (True, "content")):
+            (choice,) = self.chat(logprobs=asked, max_tokens=2)["choices"]
+            self.assertEqual(len(choice["logprobs"][key]), 2)
+
     def test_as_many_alternatives_as_were_asked_for(self):
         for count in (1, 2, 20):
             fields = {"model": OTHER, "logprobs": True, "top_logprobs": count, "max_tokens": 3}
@@ -4132,6 +4137,22 @@ class ResponseCase(FakeCase):
 
 
 class ResponseTests(ResponseCase):
+    def test_only_what_is_complete_has_an_end(self):
+        for fields, status, has_end in (
+            ({}, "completed", True),
+            ({"max_output_tokens": 1}, "incomplete", False),
+        ):
+            got = self.respond(**fields)
+            self.assertEqual((got["status"], got["completed_at"] is not None), (status, has_end))
+
+    def test_formats_of_the_text(self):
+        def text(kind):
+            (item,) = self.respond(text={"format": {"type": kind}})["output"]
+            return item["content"][0]["text"]
+
+        self.assertIsInstance(json.loads(text("json_object")), dict)
+        self.assertNotIn("{", text("text"))
+
     def test_an_item_is_there_for_each_thing_said(self):
         def types(**fields):
             return [item["type"] for item in self.respond(**fields)["output"]]
