@@ -3381,6 +3381,22 @@ class ChatTests(FakeCase):
                 cut = self.chat(model=model, max_tokens=length + 200, **truncate)
                 self.assertEqual(cut["choices"][0]["finish_reason"], "stop")
 
+    def test_the_context_is_full_to_the_token(self):
+        room = 32768
+        for model, extra in ((SMALL_MODEL, 1), (SEES, 0)):  # engine A takes one token more
+            prompt = self.chat(model=model)["usage"]["prompt_tokens"]
+            for limit, status in ((room + extra, 200), (room + extra + 1, 400)):
+                asked = {**HELLO, "model": model, "max_tokens": limit - prompt}
+                with self.subTest(model=model, limit=limit):
+                    self.assertEqual(self.ask("POST", CHAT, asked).status, status)
+                    words = "hello" + " a" * (limit - prompt - 1)  # and one token is written
+                    got = self.ask("POST", CHAT, {**HELLO, "model": model, "messages": say(words)})
+                    self.assertEqual(got.status, status)
+                    if status == 200:
+                        usage = got.json["usage"]
+                        self.assertEqual(usage["total_tokens"], room)
+                        self.assertEqual(usage["completion_tokens"], 1)
+
     def test_choices_of_a_stream_interleave(self):
         events = self.stream(n=2)
         self.assertEqual([event["choices"][0]["index"] for event in events[:4]], [0, 1, 0, 1])
@@ -6604,6 +6620,13 @@ class CountTests(ScriptingCase):
         with self.assertRaises(AssertionError) as caught:
             act(*args, **words)
         self.assertIn(sentence, str(caught.exception))
+
+    def test_a_refused_request_takes_no_answer_of_an_iterator(self):
+        self.server.reply(iter(["one", "two"]))
+        refused = {**HELLO, "temperature": 99}
+        for wanted in ("one", "two"):
+            self.assertEqual(self.ask("POST", CHAT, refused).status, 400)
+            self.assertEqual(self.text(), wanted)
 
     def test_how_often(self):
         self.assertIsNone(self.server.assert_called("chat", times=0))
