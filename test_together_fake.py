@@ -3625,9 +3625,18 @@ class FormTests(FakeCase):
                     self.assertEqual([told for told, _ in itertools.groupby(outlines)], wanted)
 
     def test_what_stands_beside_tool_calls(self):
-        for engine, content in (("A", None), ("B", ""), ("gpt-oss-120b", ""), ("C", None)):
+        for engine, content in (("A", None), ("B", ""), ("K2.7", ""), ("C", None)):
             got = self.chat(model=self.MODELS[engine], **self.WEATHER)
             self.assertEqual(got["choices"][0]["message"]["content"], content, engine)
+        talker = {"model": self.MODELS["gpt-oss-120b"], **self.WEATHER}
+        for limit in (None, 40, 45, 60):
+            got = self.chat(**talker, max_tokens=limit)
+            choice, usage = got["choices"][0], got["usage"]
+            if limit is None:
+                self.assertTrue(choice["message"]["content"] and choice["message"]["tool_calls"])
+            else:
+                self.assertLessEqual(usage["completion_tokens"], limit)
+                self.assertEqual(choice["finish_reason"], "length")
 
     def test_cached_tokens_are_what_was_asked_before(self):
         long = say("word " * 100)
@@ -4374,6 +4383,7 @@ class ResponseTests(ResponseCase):
             ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools[0].name"),
             ({"tool_choice": "perhaps"}, "tool_choice"),
             ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema"),
+            ({"text": {"format": {"type": "odd"}}}, "text.format.type"),
             ({"reasoning": {"effort": "heroic"}}, "reasoning.effort"),
         ):
             with self.subTest(fields=fields):

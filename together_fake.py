@@ -523,7 +523,6 @@ ERRORS: dict[str, tuple[Any, ...]] = {
         "{role} is not one of ['system', 'assistant', 'user', 'tool', 'function']",
     ),
     # reported by users
-    "null_content": (400, "prompt cannot be empty"),
     "too_long_prompt": (
         400,
         "The input ({prompt} tokens) is longer than the model's context length ({room} tokens).",
@@ -3926,17 +3925,10 @@ class Model:
         self, id: str, owner: str, display_name: str = "", prices: Sequence[float] = (0, 0)
     ) -> Model:
         """Return a model that answers as this one does under another id."""
-        return Model(
-            self.type,
-            id,
-            owner,
-            display_name,
-            self.context_length,
-            prices,
-            engine=self.engine,
-            traits=self.traits,
-            dimensions=self.dimensions,
-        )
+        model = object.__new__(Model)
+        own = {"id": id, "organization": owner, "display_name": display_name or id}
+        vars(model).update({**vars(self), **own, "prices": prices, "pricing": {}})
+        return model
 
 
 # A type's heading, then: id | organization | display name | context length | prices | more, which
@@ -7019,6 +7011,11 @@ def arrange(keys: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
+OPENAI_CALLS = {  # a stream's keys for tool calls, as OpenAI has them
+    "head": "index id type function", "rest": "index function", "rest function": "arguments"
+}  # fmt: skip
+
+
 class Form:
     """The form of one engine's answers: a whole, and the chunks whose fold that whole is.
 
@@ -7063,19 +7060,19 @@ class Form:
     usage_at_end = False  # of the stream: in its last chunk, and none follows
     counts_text = False  # in the details of the usage
     thinks_in_content = False  # reasoning stands in the content, between tags
+    talks_beside_calls = False  # says a sentence too
     hides_thoughts = False  # where `reasoning_effort` is none; they are counted
     any_effort = False  # takes any word as `reasoning_effort`
     needs_content = False  # where strict, in the messages of an assistant too
 
     def adapt(self, body: dict[str, Any]) -> Form:
-        """Return the form of the answer to one request."""
-        return self
+        return self  # another form for some requests
 
     def refuse(self, body: dict[str, Any], thinks: bool, strict: bool) -> None:
         """Raise ApiError where the engine does not take a request."""
         for message in body["messages"] if strict and self.needs_content else ():
             if message["role"] == "assistant" and message.get("content") is None:
-                raise ApiError("null_content")
+                raise ApiError("empty_prompt")
 
     def name_answer(self, rng: HashRandom) -> str:
         if not self.answer_id:
@@ -7304,9 +7301,7 @@ class TurboForm(Form):
         "opener part": "index role text logprobs finish_reason delta",
         "call chunk": "id object created choices model",
         "call part": "index text logprobs finish_reason delta",
-        "head": "index id type function",
-        "rest": "index function",
-        "rest function": "arguments",
+        **OPENAI_CALLS,
     }
     call_alphabet = LOWER36
     empty_content = None
@@ -7420,7 +7415,7 @@ class HiddenThoughtsForm(DetailsForm):
     message_keys = "role content tool_calls function_call? reasoning?"
     call_keys = "id type function"
     call_id = "call_{uuid}"
-    hides_thoughts = any_effort = needs_content = True
+    talks_beside_calls = hides_thoughts = any_effort = needs_content = True
 
 
 class PassedThroughForm(DetailsForm):
@@ -7437,11 +7432,8 @@ class PassedThroughForm(DetailsForm):
         "thought delta": "reasoning_content",
         "text delta": "content function_call?",
         "call delta": "tool_calls",
-        "end delta": "",
         "delta": "",
-        "head": "index id type function",
-        "rest": "index function",
-        "rest function": "arguments",
+        **OPENAI_CALLS,
     }
     answer_id = "chatcmpl-{hex:.24}"
     call_id = "{name}_{index}"
@@ -7463,7 +7455,7 @@ class DeepSeekForm(PassedThroughForm):
         "opener delta": "role reasoning_content",
         "text delta": "content function_call? reasoning_content",
         "call delta": "tool_calls reasoning_content",
-        "end delta": "reasoning_content",
+        "delta": "reasoning_content",
     }
     answer_id = "{hex:.8}-aws_ue2"
     call_id = Form.call_id
@@ -7636,7 +7628,7 @@ CHAT_FIELDS = Fields(
     Field("function_call", str, dict, fields=Fields(NAME_ROW)),
     Field("context_length_exceeded_behavior", str, choices=("truncate", "error")),
     Field("reasoning_effort", str),
-    Field("reasoning", dict, fields=Fields(Field("enabled", bool))),
+    object_field("reasoning", Field("enabled", bool)),
     Field("compliance", str, choices=("hipaa",)),
     *rows_of("chat_template_kwargs metadata", dict),
 )
@@ -7664,8 +7656,9 @@ def pick_facts(body: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
 
 
 TOOL_KEYS = {"tools", "functions", "tool_choice", "function_call"}
-MEDIA_TRAITS = {"image_url": "sees", "video_url": "watches", "audio_url": "hears"}
-MEDIA_TRAITS["input_audio"] = "hears"
+MEDIA_TRAITS = {
+    "image_url": "sees", "video_url": "watches", "audio_url": "hears", "input_audio": "hears"
+}  # fmt: skip
 
 
 def check_media(parts: list[dict[str, Any]], model: Model) -> None:
@@ -7746,7 +7739,6 @@ def find_budget(body: dict[str, Any], model: Model, prompt_tokens: int) -> tuple
 
 
 def count_usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, Any]:
-    """Add up the tokens of an answer."""
     written = thought = 0
     for choice in choices:
         thought += len(choice.thoughts) + choice.hidden_thoughts
@@ -8081,8 +8073,13 @@ def compose_choice(
     if budget <= 0:
         choice.finish_reason = "length"
     elif functions:
-        choice.tool_calls = make_calls(rng.child("tools", index), form, functions)
-        cut_calls(choice, budget)
+        if form.talks_beside_calls and body.get("tools"):
+            text = make_text(rng.child("beside", index), 1)
+            choice.write(text, count_tokens(text), body.get("stop"), budget)
+        if choice.finish_reason != "length":
+            choice.finish_reason = "tool_calls"
+            choice.tool_calls = make_calls(rng.child("tools", index), form, functions)
+            cut_calls(choice, budget - choice.token_count)
     else:
         own = rng.child("text", index) if index else rng  # nothing else takes from it
         text, count = make_content(own, body, model, wanted)
@@ -8221,12 +8218,13 @@ class Variants(Fields):
     """A table of fields for each `type` that an object may have; of others nothing is read.
 
     default  the type of an object that names none
+    known    there are no others
     """
 
-    def __init__(self, tables: dict[str, Fields], default: str = "") -> None:
+    def __init__(self, tables: dict[str, Fields], default: str = "", known: Any = None) -> None:
         self.tables = tables
         self.default = default
-        super().__init__(Field("type", str, required=not default))
+        super().__init__(Field("type", str, required=not default, choices=known))
 
     def check(self, values: dict[str, Any], place: str = "") -> None:
         """Check what the type calls for."""
@@ -8238,13 +8236,10 @@ TEXT_FIELDS = Fields(Field("text", str, required=True))
 CONTENT_PARTS = {
     "input_text": TEXT_FIELDS,
     "output_text": TEXT_FIELDS,
-    "refusal": Fields(Field("refusal", str, required=True)),
     "input_image": Fields(*rows_of("image_url file_id detail", str)),
-    "input_file": Fields(*rows_of("file_id file_url file_data filename", str)),
     "input_audio": Fields(object_field("input_audio", Field("data", str), required=True)),
 }
 CONTENT_PART = Field("", dict, fields=Variants(CONTENT_PARTS))
-THOUGHT = Field("", dict, fields=Fields(Field("text", str)))
 ITEM_ROLES = ("user", "assistant", "system", "developer")
 ITEMS = {
     "message": Fields(
@@ -8259,7 +8254,6 @@ ITEMS = {
         Field("call_id", str, required=True, low=1),
         Field("output", str, list, required=True, each=CONTENT_PART),
     ),
-    "reasoning": Fields(*rows_of("summary content", list, each=THOUGHT)),
 }
 FUNCTION_TOOL = Fields(*FUNCTION_FIELDS.values(), Field("strict", bool))
 TOOL_CHOICES = {"function": Fields(Field("name", str, required=True))}
@@ -8268,16 +8262,12 @@ ALLOWED_TOOLS = Fields(
     Field("mode", str, required=True, choices=("auto", "required")),
     Field("tools", list, required=True, each=CHOSEN_TOOL),
 )
-TEXT_FORMATS = {
-    "text": NO_FIELDS,
-    "json_object": NO_FIELDS,
-    "json_schema": Fields(
-        Field("name", str, required=True, low=1, high=64),
-        Field("schema", dict, required=True),
-        Field("strict", bool),
-        Field("description", str),
-    ),
-}
+JSON_FORMAT = Fields(
+    Field("name", str, required=True, low=1, high=64),
+    Field("schema", dict, required=True),
+    Field("strict", bool),
+)
+TEXT_FORMAT_FIELDS = Variants({"json_schema": JSON_FORMAT}, known=RESPONSE_FORMATS)
 # What a chat asks in the same words.
 SAME_IN_CHAT = ("model", "temperature", "top_p", "parallel_tool_calls", "stream")
 RESPONSE_FIELDS = Fields(
@@ -8289,7 +8279,6 @@ RESPONSE_FIELDS = Fields(
         required=True,
         each=Field("", dict, fields=Variants(ITEMS, "message")),
     ),
-    Field("stream_options", dict),
     Field(
         "tools",
         list,
@@ -8305,7 +8294,7 @@ RESPONSE_FIELDS = Fields(
     ),
     object_field(
         "text",
-        Field("format", dict, fields=Variants(TEXT_FORMATS)),
+        Field("format", dict, fields=TEXT_FORMAT_FIELDS),
         Field("verbosity", str, choices=("low", "medium", "high")),
     ),
     object_field(
@@ -8318,7 +8307,7 @@ RESPONSE_FIELDS = Fields(
     Field("truncation", str, choices=("auto", "disabled")),
     Field("include", list, each=Field("", str)),
     *rows_of("store background", bool),
-    *rows_of("prompt metadata", dict),
+    *rows_of("prompt metadata stream_options", dict),
     Field("conversation", str, dict),
     *rows_of(
         "previous_response_id service_tier prompt_cache_key prompt_cache_retention"
@@ -8423,7 +8412,7 @@ def response_usage(answer: Answer) -> dict[str, Any]:
 
 
 def echo_request(body: dict[str, Any]) -> dict[str, Any]:
-    """Return what a response repeats of its request, without what lets one in."""
+    """Return what a response repeats of its request, but for keys."""
     echo = {"instructions": body.get("instructions"), **ECHO}
     for name, value in pick_given(body, ECHO).items():
         echo[name] = {**ECHO[name], **value} if type(ECHO[name]) is dict else value
