@@ -6200,6 +6200,10 @@ class AnswerTests(ScriptingCase):
             (shout, "HI"),
             (call_a_tool, ["f"]),
             (lambda request: Dumped(n=1), '{"n":1,"mode":"json"}'),
+            (lambda request: {"id": 7, "status": "shipped"}, '{"id":7,"status":"shipped"}'),
+            (lambda request: {"error": "none"}, '{"error":"none"}'),
+            (lambda request: {1: 2}, '{"1":2}'),
+            (lambda request: {"status": 503}, 503),
         ):
             with self.subTest(wanted=wanted):
                 self.server.reply(content)
@@ -6664,7 +6668,7 @@ class CountTests(ScriptingCase):
         self.server.wait_idle()
         self.assertEqual([call.number for call in calls], [1, 2, 3])
         self.refuse("saw 3", self.server.wait_for, "chat", times=4, timeout=0)
-        self.server.requests[0].outcome = ""
+        self.server.requests[0].outcome = "running"
         self.refuse("still running:\n  <Call 1", self.server.wait_idle, timeout=0)
 
     def test_a_miss_that_the_program_swallowed(self):

@@ -4525,7 +4525,7 @@ class Call:
 
     @property
     def has_ended(self) -> bool:
-        return self.outcome not in ("", "running")
+        return self.outcome != "running"
 
     def holds(self, text: bytes) -> bool:
         text = text.lower()
@@ -4987,6 +4987,13 @@ def digest_body(kind: str, body: dict[str, Any]) -> str:
     return hashlib.sha256(COMPARABLE(say_body(kind, body)).encode("utf-8", "replace")).hexdigest()
 
 
+def list_messages(kind: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages that a request sends, in the form of a chat's."""
+    if kind == "response":
+        return convert_items(body)
+    return list_objects(body.get("messages"))
+
+
 class MatchFacts(dict):  # type: ignore[type-arg]
     """What fixtures ask about one request, by match key; its body is not checked yet.
 
@@ -4997,27 +5004,24 @@ class MatchFacts(dict):  # type: ignore[type-arg]
         body, headers = request.body, request.headers
         if normaliser is not COMPARES_ALL:
             body = normaliser(normaliser.change(copy_json(body)) if normaliser.change else body)
-        self.normaliser = normaliser
         known = OPERATIONS.get(kind)
         asked = body.get(known.prompt or known.input) if known is not None else None
         asked = " ".join(map(str, asked)) if isinstance(asked, list) else asked
+        is_prompt = known is not None and known.prompt
         prompt = [{"role": "user", "content": asked}]
-        chat = convert_items(body) if kind == "response" else list_objects(body.get("messages"))
-        messages = prompt if known is not None and known.prompt else chat
+        messages = prompt if is_prompt else list_messages(kind, body)
         said = [(message.get("role"), join_text(message.get("content"))) for message in messages]
         users = [text for role, text in said if role == "user" and isinstance(text, str)]
         system = [text for role, text in said if role == "system" and isinstance(text, str)]
         turns = [role for role, _ in said if role in ("user", "tool")]
         last = messages[-1] if messages and messages[-1].get("role") == "tool" else {}
-        tools = [
-            get_path(tool, "name") or get_path(tool, "function", "name")
-            for tool in list_objects(body.get("tools"))
-        ]
+        tools = list_objects(body.get("tools"))
+        names = [get_path(tool, "name") or get_path(tool, "function", "name") for tool in tools]
         format = body.get("response_format") or get_path(body, "text", "format")
         # Of a socket a status refuses the handshake; everything else happens in its turns.
         is_socket = request.route is not None and request.route.status == 101
         self.is_handshake = request.turn is None if is_socket else None
-        self.request, self.kind = request, kind
+        self.request, self.kind, self.normaliser = request, kind, normaliser
         self.answer: Any = None  # an iterator's, for this request
         self.test = headers.get("x-test-id", "")
         super().__init__(
@@ -5027,7 +5031,7 @@ class MatchFacts(dict):  # type: ignore[type-arg]
             inputText=asked,
             toolCallId=last.get("tool_call_id"),
             toolResultContains=join_text(last.get("content")),
-            toolName=tuple(name for name in tools if isinstance(name, str)),
+            toolName=tuple(name for name in names if isinstance(name, str)),
             model=body.get("model"),
             responseFormat=get_path(format, "type"),
             hasToolResult=turns[-1:] == ["tool"],
@@ -5766,15 +5770,12 @@ def parse_fixtures(
     ignored: list[str] = []
     problems: list[str] = []
     fixtures = []
-    own: dict[str, Model] = {}
-    entries: list[Any] = []
     try:
-        entries = list_entries(data)
-        own = parse_models(get_path(data, "models") or {})
-        if own and models is None:
-            raise ValueError("models: are for files and TogetherAiServer(models=...) alone")
+        entries, own = list_entries(data), parse_models(get_path(data, "models") or {})
     except ValueError as error:
-        problems.append(f"{prefix}{error}")
+        raise ValueError(f"{prefix}{error}") from None
+    if own and models is None:
+        problems.append("models: are for files and TogetherAiServer(models=...) alone")
     for index, entry in enumerate(entries):
         at = f"fixtures[{index}]"
         source = f"file {place}[{index}]" if place else "run time"
@@ -5899,7 +5900,7 @@ def parse_header(text: str) -> Fixture:
 
 def says_response(value: Any) -> bool:
     """Tell whether what a function gives is a response in a fixture's keys, rather than JSON."""
-    said = {to_camel(key): value[key] for key in value} if isinstance(value, dict) else {}
+    said = {to_camel(str(key)): value[key] for key in value} if isinstance(value, dict) else {}
     type = find_response_type(said)
     if type is None or not said.keys() <= type.fields.keys() | type.fields.ignored:
         return False
@@ -6046,28 +6047,34 @@ class Fixtures:
     one step, or of the files, that match, `select_turn` takes one.
     """
 
-    def __init__(self, seed: int = 0, exact_turns: bool = False, normalise: Any = ()) -> None:
+    def __init__(
+        self,
+        seed: int = 0,
+        exact_turns: bool = False,
+        normalise: Any = (),
+        list_calls: Callable[[], list[Call]] = list,
+    ) -> None:
         self.seed = seed
         self.exact_turns = exact_turns  # in files, too
         self.normalise = normalise  # patterns, or a function of the body
         self.warnings: list[str] = []
         self.models: dict[str, Model] = {}  # of files
-        self.list_calls: Callable[[], list[Call]] = list
+        self.list_calls = list_calls  # the recorded ones
         self._slow = False  # one of them asks a pattern or a function
         self.is_copy = False  # in a child process, whose requests another one answers
         self._lock = threading.RLock()
-        self._files: list[Fixture] = []
+        self.files: list[Fixture] = []
         self.normaliser = self.make_normaliser()
         self.watched: Sequence[str] = ()
         self._seen: list[tuple[str, int, int]] = []
         self.reset()
 
     def __len__(self) -> int:
-        return sum(map(len, self._steps), len(self._files))
+        return sum(map(len, self._steps), len(self.files))
 
     @property
     def every(self) -> list[Fixture]:
-        return [*itertools.chain(*self._steps), *self._files]
+        return [*itertools.chain(*self._steps), *self.files]
 
     @property
     def slow(self) -> bool:
@@ -6076,7 +6083,7 @@ class Fixtures:
 
     @property
     def empty(self) -> bool:
-        return not (self._steps or self._files)
+        return not (self._steps or self.files)
 
     def reset(self) -> None:
         """Remove what was added at run time, and count again from zero."""
@@ -6132,15 +6139,15 @@ class Fixtures:
     def load(self, path: str) -> list[Fixture]:
         """Append the fixtures of a file or folder, or none if one is wrong (ValueError)."""
         fixtures = load_fixtures(path, self.warnings, self.models)
-        self.replace_files([*self._files, *fixtures])
+        self.replace_files([*self.files, *fixtures])
         return fixtures
 
     def replace_files(self, fixtures: Iterable[Fixture]) -> None:
         """Take these in the place of all that came from files."""
         with self._lock:
-            self._files, self._order = list(fixtures), None
+            self.files, self._order = list(fixtures), None
             self.normaliser = self.make_normaliser()
-            for fixture in self._files:
+            for fixture in self.files:
                 self._adopt(fixture)
 
     def _adopt(self, fixture: Fixture) -> None:
@@ -6151,17 +6158,12 @@ class Fixtures:
             own: dict[str, int] = BoundedDict(MAX_TESTS)
             fixture.group_counts = self._sequences.setdefault(fixture.group, own)
 
-    @property
-    def has_files(self) -> bool:
-        """Whether there are fixtures of files."""
-        return bool(self._files)
-
     def make_normaliser(self, volatile: bool = False) -> Normaliser:
         """Return what takes out what is not compared, if asked for also what is volatile."""
         change = self.normalise if callable(self.normalise) else None
         single = isinstance(self.normalise, (str, re.Pattern))
         given = () if change else [self.normalise] if single else self.normalise
-        named = dict.fromkeys([*given, *(text for each in self._files for text in each.normalise)])
+        named = dict.fromkeys([*given, *(text for each in self.files for text in each.normalise)])
         patterns = [(text, "") for text in named]
         patterns += [(VOLATILE[mark], mark) for mark in VOLATILE] if volatile else []
         return Normaliser(patterns, change, volatile) if patterns or change else COMPARES_ALL
@@ -6199,7 +6201,7 @@ class Fixtures:
                     limited += lead
                     steps.append(step[len(lead) :])
                 self._order = []
-                for rank, group in enumerate([limited, *reversed(steps), self._files]):
+                for rank, group in enumerate([limited, *reversed(steps), self.files]):
                     for fixture in group:
                         fixture.rank = rank
                     self._order += group
@@ -6211,7 +6213,7 @@ class Fixtures:
         order = self._list_order()
         own = facts.request.headers.get("x-parlel-fixture")
         if facts.normaliser.only_equal:  # as recordings are compared, which are in files
-            order = self._files
+            order = self.files
         elif own:
             order = [parse_header(own), *order]
         texts = {key: join_fact(facts[key]) for key in TEXT_KEYS}
@@ -13968,6 +13970,7 @@ def warn_of_text(body: dict[str, Any], said: dict[str, Any], model: Model | None
 def warn_of_vectors(
     body: dict[str, Any], said: dict[str, Any], model: Model | None
 ) -> Iterator[str]:
+    """Yield that embeddings are of another length than the model's."""
     length = body.get("dimensions") or (model.dimensions if model is not None else None)
     for given in {len(vector) for vector in said["vectors"]} - {length}:
         if length is not None:
@@ -14397,9 +14400,7 @@ def explain_call(call: Call) -> str:
 
 def list_tool_calls(call: Call) -> Iterator[tuple[Any, Any]]:
     """Yield the tool calls, name and arguments, in the conversation that a call sent."""
-    body = call.as_request().body
-    chat = convert_items(body) if call.kind == "response" else list_objects(body.get("messages"))
-    for message in chat:
+    for message in list_messages(call.kind, call.as_request().body):
         for made in list_objects(message.get("tool_calls")):
             arguments = get_path(made, "function", "arguments")
             with contextlib.suppress(ValueError, TypeError):
@@ -14839,31 +14840,27 @@ class TogetherAiServer(Scripting):
         log: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.server = self  # for what it shares with `test()`
         if record_limit < 0:
             raise ValueError(f"record_limit must be 0 or more, not {record_limit}")
-        self.host = host or "127.0.0.1"
-        self.require_auth = require_auth
-        self.strict = strict
-        self.on_miss = on_miss
         if warnings not in ("record", "error"):
             raise ValueError(f'warnings must be "record" or "error", not {warnings!r}')
-        self.warnings = warnings
-        self.read_prompts = read_prompts
-        self.instant_jobs = instant_jobs
-        self.max_stored_bytes = max_stored_bytes
+        self.host, self._wanted_port = host or "127.0.0.1", port
+        self.require_auth, self.strict, self.read_prompts = require_auth, strict, read_prompts
+        self.on_miss, self.warnings = on_miss, warnings
+        self.instant_jobs, self.max_stored_bytes = instant_jobs, max_stored_bytes
         self.rpm, self.tpm = rpm, tpm
-        self.script = Fixtures(seed, exact_turns, normalise)
-        self._own_models = parse_models(models or {}, to_camel)
+        self.record_limit, self.log, self.clock = record_limit, log, clock
+        self.script = Fixtures(seed, exact_turns, normalise, lambda: self.requests)
+        self._prepare(models or {}, upstream, record)
+
+    def _prepare(self, models: Mapping[str, Any], upstream: str | None, record: Any) -> None:
+        """Make what is there before the first start, and load the file that is recorded to."""
+        self.server = self  # for what it shares with `test()`
+        self._own_models = parse_models(models, to_camel)
         self.models: dict[str, Model] = {}
-        self.script.list_calls = lambda: self.requests
-        self.record_limit = record_limit
-        self.log = log
-        self.clock = clock
         self.stopping = threading.Event()
         change = self.script.normaliser.change
         self._upstream = open_upstream(upstream, record, self.stopping, change)
-        self._wanted_port = port
         self._http: HttpServer | None = None
         self._ending: HttpServer | None = None
         self._make_locks()
@@ -15306,7 +15303,7 @@ class TogetherAiServer(Scripting):
         """Answer by the fixture that matches, if there is one."""
         facts = MatchFacts(route.kind, request, self.script.normaliser)
         fixture, warning, call.misses = self.script.find(facts)
-        if fixture is None and self.script.has_files:
+        if fixture is None and self.script.files:
             facts = MatchFacts(route.kind, request, self.script.make_normaliser(True))
             fixture, warning, _ = self.script.find(facts)
             warning = warning or f"{fixture and fixture.source} has another date, time or uuid"
