@@ -5236,7 +5236,6 @@ RESPONSE_TYPES: list[ResponseType] = []  # where keys tell of two types, the lat
 class ResponseType:
     """One thing that a fixture may say; `@route(response=...)` names the one of an operation.
 
-    fields      its keys
     normalise   returns what the composers read
     told_by     the keys of which one tells that it is meant (default: its name)
     everywhere  it fits every operation, and routes that are none
@@ -5619,7 +5618,6 @@ class Fixture:
 
     source    "reply() at FILE:LINE", "run time[3]" (of a POST), "header" or "file NAME[3]"
     when      is asked with the request
-    place     where the entry stands, for errors
     answers   a function of the request, or an iterator, that gives the content
     """
 
@@ -6021,7 +6019,6 @@ def explain_misses(
 def list_misses(
     reasons: Mapping[Fixture, Obstacle | None], chosen: Fixture | None, turn: int
 ) -> list[tuple[Fixture, Obstacle]]:
-    """Return the fixtures that do not answer, each with its reason."""
     misses = []
     for fixture, obstacle in itertools.islice(reasons.items(), MAX_NEAR_MISSES + 1):
         if obstacle is None and fixture.turn not in (None, turn):
@@ -14420,7 +14417,7 @@ POLL_SECONDS = 0.005
 OTHER_VERBS = {
     "respond": "reply()", "respond_with": "reply()", "on_message": "reply(user_message=...)",
     "add_fixture": "reply() or load()", "add_fixtures": "load()", "calls": "requests",
-    "journal": "requests", "clear": "reset()",
+    "clear": "reset()",
 }  # fmt: skip
 
 
@@ -14638,10 +14635,7 @@ class Scripting:
         refuse_lines("still running", map(repr, running))
 
     def assert_all_matched(self) -> None:
-        """Raise AssertionError listing the calls of texts that no fixture answered, and why.
-
-        Or those of the kinds of operation that `on_miss` refuses.
-        """
+        """Raise AssertionError listing the texts (or what `on_miss` refuses) without a fixture."""
         kinds = self.server._refused or list_refused_kinds("error")
         missed = [each for each in self.requests if each.kind in kinds and not each.fixture]
         refuse_lines("answered by no fixture", (f"{call!r}{explain_call(call)}" for call in missed))
