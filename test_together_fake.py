@@ -5408,7 +5408,7 @@ class RealtimeTests(TalkCase):
         rules = {"type": "server_vad", "min_silence_duration_ms": 100}
         (answer,) = self.say("transcription_session.updated", session={"turn_detection": rules})
         self.assertEqual(answer["type"], "transcription_session.updated")
-        self.assertEqual(answer["session"]["turn_detection"], {**fake.DETECTION, **rules})
+        self.assertEqual(answer["session"]["turn_detection"], rules)
         self.assertEqual(
             len(self.texts(self.append(tone(1) + tone(0.2, level=0)), "ed", "type")), 2
         )
@@ -5518,8 +5518,6 @@ class VoiceTests(TalkCase):
         self.assertEqual(answers[-1], {
             "type": "conversation.item.audio_output.done", "item_id": "tts_1",
         })  # fmt: skip
-        (slow,) = self.spoken(self.speak("Hello there, friend", query="sample_rate=8000")).values()
-        self.assertEqual(3 * len(slow), len(sound))
         (other,) = self.spoken(self.speak("Hello there, friend", query="voice=am_adam")).values()
         self.assertNotEqual(other, sound)
 
@@ -5559,8 +5557,8 @@ class VoiceTests(TalkCase):
         self.assertEqual(failed["type"], "conversation.item.tts.failed")
         (failed,) = self.say("input_text_buffer.append", text=5)
         self.assertEqual(failed["error"]["param"], "text")
-        (failed,) = self.say("tts_session.updated", session={"sample_rate": 1})
-        self.assertEqual(failed["error"]["param"], "session.sample_rate")
+        (failed,) = self.say("tts_session.updated", session={"voice": 1})
+        self.assertEqual(failed["error"]["param"], "session.voice")
         self.assertEqual(len(self.say("input_text_buffer.append", text="Go on.")), 4)
 
     def test_pings_and_closes(self):

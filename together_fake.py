@@ -10614,24 +10614,22 @@ AUDIO_RATES = {  # samples a second; a bare name means 24 kHz
 }  # fmt: skip
 FRAMES_A_SECOND = 50  # of sound; each is loud or silent as a whole
 LOUDNESS = 330  # of samples that are speech with a probability of 0.5
+VOICE_RATE = 24000  # samples a second
 DELTA_WORDS = 3  # told at once when a turn ends
 DETECTION: dict[str, Any] = {  # of turns: the defaults, documented
     "type": "server_vad", "threshold": 0.3, "min_silence_duration_ms": 500,
     "min_speech_duration_ms": 250, "max_speech_duration_s": 5.0, "speech_pad_ms": 250,
 }  # fmt: skip
 DETECTION_ROWS = rows_of(" ".join(list(DETECTION)[1:]), float, low=0)
-DETECTORS = ("server_vad", "none")
-DETECTION_FIELDS = Fields(Field("type", str, choices=DETECTORS), *DETECTION_ROWS)
+TURN_DETECTION = Field(
+    "turn_detection", str, dict, choices=("server_vad", "none"), fields=Fields(*DETECTION_ROWS)
+)
 REALTIME_ROWS = (  # of the query, and of `session` in a message
-    Field("turn_detection", str, dict, choices=DETECTORS, fields=DETECTION_FIELDS), *DETECTION_ROWS,
-    Field("input_audio_format", str, choices=tuple(AUDIO_RATES)), *rows_of("language prompt", str),
+    TURN_DETECTION, *DETECTION_ROWS, *rows_of("language prompt", str),
+    Field("input_audio_format", str, choices=tuple(AUDIO_RATES)),
 )  # fmt: skip
-VOICE_FIELDS = Fields(
-    *rows_of("model voice language", str), Field("speed", float),
-    Field("max_partial_length", int, low=1, high=MAX_SPEECH_CHARACTERS),
-    Field("sample_rate", int, low=8000, high=48000), Field("segment", str, choices=("sentence",)),
-    Field("response_format", str, choices=("pcm", "raw")),
-    Field("alignment", str, choices=("word", "none")),
+VOICE_ROWS = (
+    *rows_of("model voice language alignment", str), Field("max_partial_length", int, low=1),
 )  # fmt: skip
 SENTENCE_END = lazy_regex(  # a full stop behind a digit may be a decimal point
     r"""(?:(?<![0-9])\.|[!?…])[.!?…]*["')\]]*(?=\s|\Z)|\.["')\]]*(?=\s)|[。\uff01\uff1f]+|\n"""
@@ -10642,12 +10640,12 @@ class Session(Socket):
     """A client that is heard over a socket, or spoken to.
 
     failure   the type of the message that tells of an error
-    messages  that it may send; the method that answers is called as the type ends
+    messages  that it may send, and their fields; the method that answers is called as the type ends
     """
 
-    failure = messages = object = ""
+    failure = object = ""
     modalities: tuple[str, ...] = ("audio",)
-    fields = NO_FIELDS  # of the messages
+    messages: Mapping[str, Fields] = {}
     is_strict = False  # an error in a message ends it
 
     def __init__(self, server: TogetherAiServer, request: Request) -> None:
@@ -10671,23 +10669,22 @@ class Session(Socket):
         try:
             message = parse_body(data, "", NO_FIELDS)
             type = str(message.get("type"))
-            if type in self.messages.split():
-                self.fields.check(message)
-                getattr(self, type.rpartition(".")[2])(pick_given(message, message))
+            if type in self.messages:
+                self.messages[type].check(message)
+                getattr(self, type.rpartition(".")[2])(message)
             else:
                 earlier = self.call.warnings[:MAX_NEAR_MISSES]
                 self.call.warnings = (*earlier, f"nothing reads {type[:100]}")
-        except (ApiError, KeyError) as error:
-            if isinstance(error, KeyError):
-                error = ApiError("missing", param=error.args[0])
+        except ApiError as error:
             self.send({"type": self.failure, "error": error.envelope()})
             if self.is_strict:
                 raise Closed(1000, error.message) from None
 
     def updated(self, message: dict[str, Any]) -> None:
         """Change the settings of what is said from now on."""
-        self.settings.update(message["session"])
-        self.send(pick_given(message, ("type", "session")))
+        known, given = self.request.route.query, message["session"]
+        self.settings.update({name: given[name] for name in given if name in known})
+        self.send(message)
 
     def answer(self, item_id: str, say: Any, facts: Any, **body: Any) -> Iterator[Any]:
         """Have a turn go the way of a request; yield its events and pauses.
@@ -10733,12 +10730,16 @@ class HearingSession(Session):
     object = "realtime.session"
     prefix = "conversation.item.input_audio_transcription."
     failure = prefix + "failed"
-    fields = Fields(Field("audio", str, test=BASE64), object_field("session", *REALTIME_ROWS))
     is_strict = True
-    messages = (
-        "input_audio_buffer.append input_audio_buffer.commit input_audio_buffer.clear echo"
-        " transcription_session.updated"
-    )
+    messages: Mapping[str, Fields] = {
+        "input_audio_buffer.append": Fields(Field("audio", str, required=True, test=BASE64)),
+        "transcription_session.updated": Fields(
+            object_field("session", *REALTIME_ROWS, required=True)
+        ),
+        "input_audio_buffer.commit": NO_FIELDS,
+        "input_audio_buffer.clear": NO_FIELDS,
+        "echo": NO_FIELDS,
+    }
 
     def __init__(self, server: TogetherAiServer, request: Request) -> None:
         super().__init__(server, request)
@@ -10848,13 +10849,6 @@ class HearingSession(Session):
         if self.sound or (rules["type"] == "none" and self.heard > self.done):
             self.end_turn(rules)
 
-    def updated(self, message: dict[str, Any]) -> None:
-        """Change by what turns are told apart, or what words are drawn from."""
-        self.settings.update(message["session"])
-        rules = None if self.rules["type"] == "none" else self.rules
-        session = {**message["session"], "turn_detection": rules}
-        self.send({"type": message["type"], "session": session})
-
     def echo(self, message: dict[str, Any]) -> None:
         now = CREATED + self.heard / self.second  # the time is that of the sound
         times = dict.fromkeys(("server_received_at", "server_sent_at"), now)
@@ -10867,13 +10861,14 @@ class VoiceSession(Session):
     object = "realtime.tts.session"
     modalities = ("text", "audio")
     failure = "conversation.item.tts.failed"
-    fields = Fields(
-        Field("text", str, high=MAX_SPEECH_CHARACTERS), Field("session", dict, fields=VOICE_FIELDS)
-    )
-    messages = (
-        "input_text_buffer.append input_text_buffer.commit input_text_buffer.clear"
-        " tts_session.updated"
-    )
+    messages: Mapping[str, Fields] = {
+        "input_text_buffer.append": Fields(
+            Field("text", str, required=True, high=MAX_SPEECH_CHARACTERS)
+        ),
+        "tts_session.updated": Fields(object_field("session", *VOICE_ROWS, required=True)),
+        "input_text_buffer.commit": NO_FIELDS,
+        "input_text_buffer.clear": NO_FIELDS,
+    }
 
     def __init__(self, server: TogetherAiServer, request: Request) -> None:
         super().__init__(server, request)
@@ -10915,11 +10910,11 @@ class VoiceSession(Session):
 
     def utter(self, script: Any, item_id: str, settings: dict[str, Any]) -> Iterator[Any]:
         """Yield a text's sound in pieces, the times of its words where asked for, and the end."""
-        rate, text = settings.get("sample_rate") or 24000, settings["input"]
+        text = settings["input"]
         rng = HashRandom.of("speech", pick_given(settings, SPEECH_FACTS))
-        sound = script["audio"] if script else make_speech(rng, text, rate, "pcm_s16le")
+        sound = script["audio"] if script else make_speech(rng, text, VOICE_RATE, "pcm_s16le")
         sound = sound[sound.find(b"data") + 8 :] if sound[:4] == b"RIFF" else sound
-        size = rate * SPEECH_EVENT_MS // 1000 * 2
+        size = VOICE_RATE * SPEECH_EVENT_MS // 1000 * 2
         for at in range(0, len(sound), size):
             delta = base64.b64encode(sound[at : at + size]).decode()
             yield {"type": SPEECH_EVENT["type"], "item_id": item_id, "delta": delta}
@@ -10946,7 +10941,7 @@ def open_realtime(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route(
-    "GET", "/v1/audio/speech/websocket", query=VOICE_FIELDS, kind="voice", prompt="input",
+    "GET", "/v1/audio/speech/websocket", query=Fields(*VOICE_ROWS), kind="voice", prompt="input",
     response=SCRIPTED_SPEECH, status=101, slow=False,
 )  # fmt: skip
 def open_voice(server: TogetherAiServer, request: Request) -> Any:
