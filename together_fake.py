@@ -1440,30 +1440,30 @@ def find_words(text: str) -> list[bytes]:
 def lay_ones(size: int) -> tuple[int, struct.Struct, struct.Struct]:
     """Return a one in each of `size` 64-bit lanes, and how lanes are packed and unpacked."""
     ones = int.from_bytes(b"\1\0\0\0\0\0\0\0" * size, "little")
-    return ones, struct.Struct("<" + "I4x" * size), struct.Struct("<" + "4xi" * size)
+    return ones, struct.Struct("<" + "I4x" * size), struct.Struct("<" + "4xI" * size)
 
 
-def normalise(lanes: Sequence[int], centre: int, copies: int = 1) -> list[int]:
-    """Scale numbers, each centre / 2 too high, so that so many copies are a unit vector.
+def normalise(lanes: Sequence[int], floor: int, copies: int = 1) -> list[int]:
+    """Scale what numbers have above a floor so that so many copies are a unit vector.
 
-    One product of one long integer scales all numbers: 17 us for 384 of them, where a list of
-    products of integers or floats takes 27, which is a twelfth of an embedding.
+    Nothing is below 0, so that no two texts point away from each other. One product of one long
+    integer scales all numbers: 17 us for 384 of them, where a list of products takes 27.
     """
     from math import dist, isqrt
 
+    lanes = [lane if lane > floor else floor for lane in lanes]
     # A float of 53 bits gives the exact integer below 2 ** 48.
-    square = round(4 * dist(lanes, (centre / 2,) * len(lanes)) ** 2)
+    square = round(dist(lanes, (floor,) * len(lanes)) ** 2)
     if square >> 48:
-        square = sum([(2 * lane - centre) ** 2 for lane in lanes])
+        square = sum([(lane - floor) ** 2 for lane in lanes])
     if not square:
         return [QUANTUM] + [0] * (len(lanes) - 1)
     scale = (QUANTUM << 64) // isqrt(copies * square << 64)
     # Each number has 64 bits, and its result is the upper half of them.
     ones, packed, unpacked = lay_ones(len(lanes))
     total = int.from_bytes(packed.pack(*lanes), "little")
-    total = (2 * total - ones * centre) * scale + (ones << 31)
-    data = total.to_bytes(8 * len(lanes) + 1, "little", signed=True)
-    return list(unpacked.unpack_from(data))
+    total = (total - ones * floor) * scale + (ones << 31)
+    return list(unpacked.unpack(total.to_bytes(8 * len(lanes), "little")))
 
 
 def make_vector(text: str, size: int, model_key: bytes) -> list[int]:
@@ -1471,6 +1471,8 @@ def make_vector(text: str, size: int, model_key: bytes) -> list[int]:
 
     Vectors of an even size are a half and its mirror image: half the work, the same likeness.
     """
+    from math import isqrt
+
     copies = 1 if size % 2 else 2
     size //= copies
     vectors = word_vectors(model_key, size)
@@ -1483,25 +1485,27 @@ def make_vector(text: str, size: int, model_key: bytes) -> list[int]:
         total = sum(map(vectors.__getitem__, words[start : start + step]))
         block = struct.unpack(f"<{size + 1}H", total.to_bytes(2 * size + 2, "little"))
         lanes = list(map(operator.add, lanes, block)) if lanes else list(block)
-    vector = normalise(lanes[:-1], 31 * lanes[-1], copies)
+    # One standard deviation above the mean: unrelated texts have a cosine of about 0.1.
+    floor = lanes[-1] * 31 // 2 + isqrt(lanes[-1] * 85)
+    vector = normalise(lanes[:-1], floor, copies)
     return vector + vector[::-1] if copies == 2 else vector
 
 
 def truncate_vector(vector: list[int], dimensions: int) -> list[int]:
     """Keep the first dimensions, as a unit vector again."""
-    return normalise([step + QUANTUM for step in vector[:dimensions]], 2 * QUANTUM)
+    return normalise(vector[:dimensions], 0)
 
 
 def cosine_similarity(one: list[int], other: list[int]) -> float:
-    """Return the cosine of two vectors, 0 where it is negative."""
-    return max(0, sum([a * b for a, b in zip(one, other)])) / QUANTUM**2
+    """Return the cosine of two vectors."""
+    return float(sum(map(operator.mul, one, other)) / QUANTUM**2)
 
 
 class Decimals(dict):  # type: ignore[type-arg]
-    """The text of each step from -1 to 1."""
+    """The text of each step from 0 to 1."""
 
     def __missing__(self, step: int) -> str:
-        self[step] = text = f"{step / QUANTUM:.5f}"
+        self[step] = text = repr(step / QUANTUM)
         return text
 
 
@@ -4258,8 +4262,16 @@ class Collection:
     The newest `MAX_OBJECTS` are kept.
     """
 
-    def __init__(self, noun: str, *, key: str = "id", status: str = "status") -> None:
+    def __init__(
+        self,
+        noun: str,
+        *,
+        key: str = "id",
+        status: str = "status",
+        forget: Callable[[str], Any] = lambda id: None,
+    ) -> None:
         self.noun = noun
+        self.forget = forget  # what else is kept of an object that goes
         self.key = key  # the name of the id
         self.status = status  # the name of a job's status
         self._items: dict[str, dict[str, Any]] = {}
@@ -4281,8 +4293,10 @@ class Collection:
         """Store an object under its id; an older one of that id goes."""
         with self._lock:
             self._items[item[self.key]] = copy_json(item)
-            while len(self._items) > MAX_OBJECTS:
-                del self._items[next(iter(self._items))]
+            gone = list(self._items)[:-MAX_OBJECTS] if len(self._items) > MAX_OBJECTS else []
+        for id in gone:
+            with contextlib.suppress(ApiError):  # another thread was faster
+                self.remove(id)
         return item
 
     def get(self, id: str) -> dict[str, Any]:
@@ -4303,6 +4317,7 @@ class Collection:
         item = self.get(id)
         with self._lock:
             self._items.pop(id, None)
+        self.forget(id)
         return item
 
     def page(
@@ -8753,9 +8768,9 @@ def rerank(server: TogetherAiServer, request: Request) -> Any:
     model = resolve_model(server, body["model"], "rerank")
     texts = [document_text(document, body.get("rank_fields")) for document in documents]
     wanted = embed(model, body["query"], None)
-    scores = [
-        round(min(1.0, cosine_similarity(wanted, embed(model, text, None))), 6) for text in texts
-    ]
+    whole = cosine_similarity(wanted, wanted)  # but for rounding 1
+    likeness = [cosine_similarity(wanted, embed(model, text, None)) / whole for text in texts]
+    scores = [round(min(1.0, cosine), 6) for cosine in likeness]
     if request.script:
         scores = (request.script["scores"] + [0.0] * len(texts))[: len(texts)]
     results = []
@@ -8797,12 +8812,18 @@ def stored(name: str) -> Callable[[Any], Any]:
 
 
 def merge(template: Item, changes: Item) -> Item:
-    """Return a template with changes, also inside of its objects; `None` changes nothing."""
+    """Return a template with changes, also inside of its objects; `None` changes nothing.
+
+    Raises ApiError for a value of another kind than the template's, which a seed may have.
+    """
     merged: Item = copy_json(template)
     for name, value in changes.items():
-        if type(value) is dict and type(merged.get(name)) is dict:
-            merged[name] = merge(merged[name], value)
+        known = merged.get(name)
+        if type(value) is dict and type(known) is dict:
+            merged[name] = merge(known, value)
         elif value is not None:
+            if known not in (None, "auto") and KINDS[type(value)] != KINDS[type(known)]:
+                raise refuse_value(name, f"must be {KIND_NAMES[type(known)]}", value)
             merged[name] = value
     return merged
 
@@ -9032,6 +9053,7 @@ def describe_data(file: Item, data: bytes) -> Item:
 def file_object(server: TogetherAiServer, item: Item) -> Item:
     """Complete a file; `content` (text or bytes) or `content_base64` holds its data."""
     data, encoded = item.pop("content", None), item.pop("content_base64", None)
+    server._drop(item.get("id") or "")  # of an older file
     item["purpose"] = OPENAI_PURPOSES.get(item.get("purpose", ""), item.get("purpose"))
     suffix = (item.get("filename") or "").rpartition(".")[2].lower()
     kind = suffix if suffix in FILE_TYPES else "jsonl"
@@ -9139,7 +9161,7 @@ def complete_upload(server: TogetherAiServer, request: Request) -> Any:
     given = [f"{id}/{part['part_number']:03}" for part in request.body["parts"]]
     if sorted(given) != list(parts):
         raise ApiError("invalid", param="parts", reason="must be the parts that were put")
-    server._drop(*parts)
+    server._drop(id)
     server.uploads.pop(request.body["upload_id"], None)
     return {"file": complete_file(server, id, b"".join(parts.values()))}
 
@@ -9150,7 +9172,6 @@ def abort_upload(server: TogetherAiServer, request: Request) -> Any:
     id = find_upload(server, request.body)
     server.uploads.pop(request.body["upload_id"], None)
     server.files.remove(id)
-    server._drop(*find_parts(server, id))
     return {"success": True}
 
 
@@ -9184,7 +9205,6 @@ def get_file_content(server: TogetherAiServer, request: Request) -> Any:
 def delete_file(server: TogetherAiServer, request: Request) -> Any:
     """Delete a file."""
     id = server.files.remove(request.params["id"])["id"]
-    server._drop(id, *find_parts(server, id))
     return {"id": id, "object": "file", "deleted": True}
 
 
@@ -9530,7 +9550,8 @@ def fine_tune_object(server: TogetherAiServer, item: Item) -> Item:
     passed = ladder[: ladder.index(status) + 1] if status in ladder else ("pending", status)
     for status in passed:
         job.update(on_enter_fine_tune(server, job, status))
-    return merge(job, {**item, "batch_size": job["batch_size"]})
+    events = [merge({**EVENT, "type": ""}, event) for event in item.get("events") or ()]
+    return merge(job, {**item, "batch_size": job["batch_size"], "events": events or None})
 
 
 FINE_TUNE_JOBS = JobKind("fine_tunes", FINE_TUNE_LADDER, on_enter_fine_tune)
@@ -9868,8 +9889,9 @@ def note_status(server: TogetherAiServer, status: str, updates: Any = ()) -> dic
 @stored("evaluations")
 def evaluation_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
     """Complete an evaluation job."""
+    ids = (f"{server._next_id('eval-')[:9]}-{server._now()}" for _ in itertools.count())
     template: Item = {
-        "workflow_id": f"{server._next_id('eval-')[:9]}-{server._now()}",
+        "workflow_id": next(id for id in ids if id not in server.evaluations),
         "type": "classify",
         "owner_id": USER_ID,
         "results": None,
@@ -9892,9 +9914,9 @@ def on_enter_evaluation(
 
 def show_evaluation(server: TogetherAiServer, request: Request, job: dict[str, Any]) -> Item:
     """Return a job; the generated clients want the counts of labels as JSON text."""
-    results = job["results"] or {}
+    results = job["results"]
     generated = is_together(request) and "x-stainless-lang" in request.headers
-    if generated and "label_counts" in results:
+    if generated and type(results) is dict and "label_counts" in results:
         results["label_counts"] = ENCODE(results["label_counts"])
     return job
 
@@ -12319,7 +12341,7 @@ def seed_objects(server: TogetherAiServer, request: Request) -> Any:
             check_seed(name, item, f"{name}[{index}]")
     try:
         return {name: server.seed(name, items) for name, items in seeds.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         reason = f"a seed has a value of a wrong kind ({error!r})"
         raise ApiError("bad_body", reason=reason) from None
 
@@ -14947,7 +14969,7 @@ class TogetherAiServer(Scripting):
             self._limits = RateLimits()
             self._numbers = itertools.count(1)
             self._revisions = itertools.count(1)
-            self.files = Collection("File")
+            self.files = Collection("File", forget=self._drop)
             self.batches = Collection("Batch")
             self.fine_tunes = Collection("Fine-tune")
             self.videos = Collection("Video")
@@ -15104,9 +15126,11 @@ class TogetherAiServer(Scripting):
             self._check_room(len(data), name)
             self.contents[name] = data
 
-    def _drop(self, *names: str) -> None:
-        for name in names:
-            self.contents.pop(name, None)
+    def _drop(self, id: str) -> None:
+        """Forget the bytes of a file, and of its parts."""
+        for name in list(self.contents):
+            if name.partition("/")[0] == id:
+                self.contents.pop(name, None)
 
     # The pipeline
 
