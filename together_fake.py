@@ -15499,21 +15499,15 @@ def reserve_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
 
 
-SERVER_OPTIONS = (
-    *("host", "strict", "on_miss", "exact_turns", "upstream", "record"),
-    *("instant_jobs", "max_stored_bytes", "record_limit", "seed"),
-)
-
-
 def build_server(options: Any) -> TogetherAiServer:
-    """Return the server that a command line asks for, with its fixtures."""
+    """Return the server that a command line asks for."""
+    known = TogetherAiServer.__init__.__annotations__
     server = TogetherAiServer(
-        options.port,
         require_auth=not options.no_auth,
         read_prompts=not options.no_read_prompts,
         warnings="error" if options.strict_scripts else "record",
         log=None if options.quiet or options.run else print_line,
-        **{name: getattr(options, name) for name in SERVER_OPTIONS},
+        **{name: value for name, value in vars(options).items() if name in known},
     )
     for path in options.fixtures:
         server._load(path)
