@@ -11312,6 +11312,17 @@ class PageTests(FakeCase):
             self.assertEqual(json.loads(done.stdout), wanted)
             self.assertEqual(self.server.requests[-1].body, asked)
 
+    def test_what_is_odd_is_shown(self):
+        stream = 'data: {"choices": [{"index": [1], "delta": {"content": 5}}, {"delta": "x"}]}\n\n'
+        raw = {"text": stream, "contentType": "text/event-stream"}
+        headers = {**KEY, "X-Parlel-Fixture": json.dumps({"raw": raw})}
+        self.post(CHAT, {"messages": [{"content": None}, {"role": 5, "tool_calls": "x"}]}, headers)
+        (row,) = self.json("GET", "/__parlel/requests?view=rows")["rows"]
+        self.assertEqual(row["status"], 200)
+        fixture = self.json("GET", "/__parlel/requests/1")["copy"]["fixture"]
+        self.assertEqual(json.loads(fixture)["fixtures"][0]["response"]["raw"], raw)
+        self.assertEqual(self.server.verdict(), [])
+
     @unittest.skipUnless(shutil.which("curl") and os.name == "posix", "needs curl and a shell")
     def test_a_copied_command_sends_all_and_runs_nothing(self):
         folder = Path(tempfile.mkdtemp())

@@ -4432,6 +4432,7 @@ class Call:
         try:
             yield 0.0  # has begun, so that closing it is noted
             for event in events:
+                self.excused = self.excused or (type(event) is float and event > 0)
                 if type(event) is bytes:  # and no pause
                     size += len(event)
                     if size <= MAX_RECORDED_BODY_BYTES:
@@ -6369,9 +6370,6 @@ def whole_reply(response: Response, options: Mapping[str, Any], request: Request
     return reply
 
 
-SLOW_OPTIONS = frozenset(
-    ("latency", "streamingProfile", "recordedTimings", "stallAfterChunks", "disconnectAfterMs")
-)
 STALL_SECONDS = 600.0  # after which a stalled stream is cut
 RESPONSE_ENDS = ("response.completed", "response.incomplete")
 
@@ -6430,9 +6428,12 @@ def fold_stream(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for event in events:
         for part in list_objects(event.get("choices")) or [read_item_event(event)]:
             blank: dict[str, Any] = {"content": "", "reasoning": "", "tool_calls": []}
-            message = choices.setdefault(part.get("index"), blank) if part else blank
-            add_delta(message, part.get("delta") or {"content": part.get("text")})
-            message["finish_reason"] = part.get("finish_reason") or message.get("finish_reason")
+            message = choices.setdefault(repr(part.get("index")), blank) if part else blank
+            with contextlib.suppress(TypeError, AttributeError):  # of another form than chats have
+                message["finish_reason"] = part.get("finish_reason") or message.get("finish_reason")
+                message["is_odd"] = True
+                add_delta(message, part.get("delta") or {"content": part.get("text")})
+                del message["is_odd"]
     return [{**each, "role": each.get("role") or "assistant"} for each in choices.values()]
 
 
@@ -6607,7 +6608,7 @@ def call_wrongly(request: Request) -> dict[str, Any]:
 
 FIRST_TOOL = "{{body.tools.0.function.name}}{{body.tools.0.name}}"  # a chat's, a response's
 CALLS_TOOLS: dict[str, Any] = {"body": {"tools": [{}]}}
-HTML = "<html><head><title>524: A timeout occurred</title></head><body></body></html>"
+HTML = "<html><head><title>524: A timeout occurred</title></head></html>"
 BLANK_CHUNK = {"id": "1", "object": "chat.completion.chunk", "created": CREATED, "choices": []}
 # What production and the ways to it are known for, as keywords of `reply()`.
 FAULTS: dict[str, dict[str, Any]] = {
@@ -11744,12 +11745,12 @@ def find_wrong_results(messages: list[dict[str, Any]]) -> Iterator[str]:
 
 def judge_tools(calls: Iterable[Call]) -> Iterator[Finding]:
     """Yield each wrong result of a tool, where it first stands in a conversation."""
-    told = set()
+    told: list[str] = []
     for call in calls:
         refers = "item_reference" in ENCODE(call.body)  # to what is not here
         for text in () if refers else find_wrong_results(list_asked(call)):
             if text not in told:
-                told.add(text)
+                told.append(text)
                 yield Finding("tool_call_invented", text, call)
 
 
@@ -11771,6 +11772,13 @@ def judge_budget(
     ):
         if allowed is not None and used > allowed:
             yield Finding("over_budget", f"used {used} {what}, of {allowed} allowed", *shown)
+
+
+def raise_wrongs(found: Iterable[Finding]) -> None:
+    """Raise AssertionError telling what was found, if anything was."""
+    told = "\n".join(map(str, found))
+    if told:
+        raise AssertionError(told)
 
 
 def judge(calls: Iterable[Call], most_attempts: int) -> list[Finding]:
@@ -12386,7 +12394,7 @@ def tell_message(message: dict[str, Any]) -> str:
     calls = [get_path(call, "function") or {} for call in list_objects(message.get("tool_calls"))]
     said = [f"{call.get('name')}({call.get('arguments')})" for call in calls]
     text = join_text(message.get("content"))
-    if text is None and message["role"] == "reply":
+    if text is None and message.get("role") == "reply":
         text = ENCODE(message["content"])
     return " ".join(" ".join([str(text or ""), *said])[: 2 * MAX_SHOWN].split())[:MAX_SHOWN]
 
@@ -12470,10 +12478,7 @@ def list_body_words(call: Call) -> list[str]:
 
 
 def write_curl(call: Call, origin: str) -> str:
-    """Return the command that sends a recorded call again, with any key.
-
-    All that a client sent is quoted: the command is for a shell.
-    """
+    """Return the shell's command that sends a recorded call again, with any key."""
     import shlex
 
     method = "-I" if call.method == "HEAD" else f"-X {shlex.quote(call.method)}"
@@ -12525,7 +12530,7 @@ def write_python(call: Call, entry: dict[str, Any]) -> str:
     wanted = ("userMessage", "inputText", "hasToolResult", "turnIndex")
     words.update({to_snake(key): match[key] for key in wanted if match.get(key)})
     given = {key: repr(value) for key, value in words.items() if value not in (None, 0)}
-    if said[0]["role"] == "images":
+    if said and said[0]["role"] == "images":
         given = {"image": f'Path("call-{call.number}.png").read_bytes()', **given}
         given.pop("json")
     content = [given.pop("content")] if "content" in given else []
@@ -13561,12 +13566,8 @@ def drop_headers(pairs: Iterable[tuple[str, str]], names: set[str]) -> dict[str,
     for name, value in pairs:
         name = name.title()
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    named = re.split(r"[ \t,]+", headers.get("Connection", "").lower())
-    return {
-        name: value
-        for name, value in headers.items()
-        if name.lower() not in names and name.lower() not in named
-    }
+    gone = names.union(re.split(r"[ \t,]+", headers.get("Connection", "").lower()))
+    return {name: headers[name] for name in headers if name.lower() not in gone}
 
 
 def explain_failure(error: Exception, host: str, seconds: float) -> str:
@@ -13684,11 +13685,6 @@ class Upstream:
         self.stopping = stopping
         self.name = f"1.1 together-fake-{os.getpid():x}-{id(self):x}"  # in `Via`
         self._tls: Any = None  # read once, when it is needed
-
-    def finish(self) -> None:
-        """Wait until all answers are recorded."""
-        if self.recorder is not None:
-            self.recorder.finish()
 
     def pass_on(self, kind: str, request: Request) -> Reply:
         """Return what the upstream answers, as it comes; raise ApiError 502 where it does not."""
@@ -14522,9 +14518,8 @@ class Scripting:
         allowed = {allow} if isinstance(allow, str) else set(allow)
         for name in allowed.difference(WRONGS):
             raise ValueError(f"no wrong is called {name!r}{suggest(name, WRONGS)}")
-        found = [each for each in self.verdict(since, most_attempts) if each.name not in allowed]
-        if found:
-            raise AssertionError("\n".join(map(str, found)))
+        found = self.verdict(since, most_attempts)
+        raise_wrongs(each for each in found if each.name not in allowed)
 
     def assert_budget(
         self,
@@ -14535,9 +14530,7 @@ class Scripting:
     ) -> None:
         """Raise AssertionError where there were more tokens, calls, or calls at once."""
         asked = [call for call in self.requests if call.number > since and is_inference(call)]
-        found = list(judge_budget(asked, total_tokens, calls, at_once))
-        if found:
-            raise AssertionError("\n".join(map(str, found)))
+        raise_wrongs(judge_budget(asked, total_tokens, calls, at_once))
 
     if not TYPE_CHECKING:  # mypy finds it by itself
 
@@ -14885,8 +14878,8 @@ class TogetherAiServer(Scripting):
             self._ending = http_server
             self.stopping.set()
             http_server.stop()
-            if self._upstream is not None:
-                self._upstream.finish()
+            if self._upstream is not None and self._upstream.recorder is not None:
+                self._upstream.recorder.finish()
             if self._log is not None:
                 self._log.close()
 
@@ -15312,7 +15305,6 @@ class TogetherAiServer(Scripting):
         fault = draw_fault(self.script, fixture, response)
         if fault is None:
             return reply
-        call.excused = not SLOW_OPTIONS.isdisjoint(fault.options) or fault.latency > 0
         if fault.describe():
             call.notes += (fault.describe(),)
         return apply_fault(reply, fault, time.monotonic)
