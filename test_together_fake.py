@@ -6572,6 +6572,9 @@ class MessageTests(ScriptingCase):
             'user_message "well, hello" does not contain "Hello", but it does where case is ignored'
         )
         self.assertEqual(miss["reason"], said)
+        self.chat("well, hello " * 20)
+        (miss,) = self.server.requests[1].near_misses
+        self.assertIn('does not contain "Hello", but it does where case', miss["reason"])
 
     def test_a_shadowed_one_says_by_which(self):
         hidden = self.server.reply("hidden", user_message="hi")
@@ -6604,6 +6607,9 @@ class MessageTests(ScriptingCase):
                 self.assertIn(raised, message)
                 self.assertTrue(message.endswith(f".py:{line}"), message)
                 self.assertNotIn("Traceback", self.server.requests[0].error)
+        self.server.reset()
+        self.server.reply(lambda request: next(iter([])))
+        self.assertIn("raised StopIteration", self.ask("POST", CHAT, HELLO).raw.decode())
         self.server.reset()
         self.server.reply(iter([7]))
         self.assertIn("content: must be a string", self.ask("POST", CHAT, HELLO).raw.decode())

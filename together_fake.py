@@ -5497,7 +5497,7 @@ def run_code(source: str, code: Callable[..., Any], *args: Any) -> Any:
 
             value = asyncio.run(settle(value))
         return value
-    except (ApiError, StopIteration):
+    except ApiError:
         raise
     except BaseException as error:  # SystemExit, too
         import traceback  # only for a bug
@@ -5533,11 +5533,10 @@ class SharedIterator:
                 return self._returned[test].pop()
             position = self._positions.get(test, 0)
             if position == len(self._drawn):
-                try:
-                    self._drawn.append(run_code(self.source, next, self._iterator))
-                except StopIteration:
-                    self.length = position
-                    raise
+                self._drawn.append(run_code(self.source, next, self._iterator, self))
+            if self._drawn[position] is self:  # the end
+                self.length = position
+                raise StopIteration
             self._positions[test] = position + 1
             return self._drawn[position]
 
@@ -5921,12 +5920,12 @@ def select_turn(fixtures: list[Fixture], turn: int) -> Fixture | None:
 
 
 def show_difference(wanted: Any, got: Any) -> str:
-    """Return the parts in which two values differ; nothing where both are short.
+    """Return the parts in which two values differ; nothing where what is wanted is short.
 
     A wanted text may stand anywhere in a longer one, so it is looked for by its first letters.
     """
     one, other = (v if isinstance(v, str) else preview(v, MAX_COMPARED) for v in (wanted, got))
-    if len(one) <= 60 and len(other) <= 60:
+    if len(one) <= 60 and (len(other) <= 60 or isinstance(got, str)):
         return ""
     other = other[max(0, other.find(one[:20])) :]
     same = (at for at, pair in enumerate(zip(one, other)) if pair[0] != pair[1])
@@ -14723,9 +14722,6 @@ class OneTest(Scripting):
     def reset(self) -> None:
         """Forget the calls, counts and fixtures of this test."""
         self.server.reset(test=self.test_id)
-
-    def __repr__(self) -> str:
-        return f"<test {self.test_id!r} on {self.server!r}>"
 
 
 STARTED: weakref.WeakSet[TogetherAiServer] = weakref.WeakSet()  # servers, once they have been
