@@ -10603,11 +10603,14 @@ FRAMES_A_SECOND = 50  # of sound; each is loud or silent as a whole
 LOUDNESS = 330  # of samples that are speech with a probability of 0.5
 VOICE_RATE = 24000  # samples a second
 DELTA_WORDS = 3  # told at once when a turn ends
-DETECTION: dict[str, Any] = {  # of turns: the defaults, documented
-    "type": "server_vad", "threshold": 0.3, "min_silence_duration_ms": 500,
-    "min_speech_duration_ms": 250, "max_speech_duration_s": 5.0, "speech_pad_ms": 250,
+DETECTION = {  # of turns: the defaults, documented
+    "threshold": 0.3, "min_silence_duration_ms": 500, "min_speech_duration_ms": 250,
+    "max_speech_duration_s": 5.0,
 }  # fmt: skip
-DETECTION_ROWS = rows_of(" ".join(list(DETECTION)[1:]), float, low=0)
+NO_DETECTION = {
+    name: limit if name == "threshold" else math.inf for name, limit in DETECTION.items()
+}
+DETECTION_ROWS = rows_of(" ".join(DETECTION), float, low=0)
 TURN_DETECTION = Field(
     "turn_detection", str, dict, choices=("server_vad", "none"), fields=Fields(*DETECTION_ROWS)
 )
@@ -10734,15 +10737,17 @@ class HearingSession(Session):
         self.clear({})
 
     @property
-    def rules(self) -> dict[str, Any]:
-        """By what turns are told apart; of the type "none" only commits end them."""
+    def limits(self) -> dict[str, Any]:
+        """By what turns are told apart; without turn detection only commits end them."""
         asked = self.settings.get("turn_detection", "server_vad") or "none"
         given = asked if type(asked) is dict else {**self.settings, "type": asked}
+        if given.get("type") == "none":
+            return NO_DETECTION
         return {**DETECTION, **pick_given(given, DETECTION)}
 
     def clear(self, message: dict[str, Any]) -> None:
         self.unheard = bytearray()  # less than a frame
-        self.heard = self.done = 0  # bytes of the stream, and of its turns
+        self.heard = 0  # bytes of the stream
         self.begin()
 
     def begin(self) -> None:
@@ -10754,48 +10759,45 @@ class HearingSession(Session):
     def append(self, message: dict[str, Any]) -> None:
         """Hear some sound, a frame after the other."""
         self.unheard += DECODE_BASE64(message["audio"])
-        size, rules = self.second // FRAMES_A_SECOND, self.rules
+        size, limits = self.second // FRAMES_A_SECOND, self.limits
         while len(self.unheard) >= size:
             frame = bytes(self.unheard[:size])
             del self.unheard[:size]
-            self.hear_frame(frame, rules)
+            self.hear_frame(frame, limits)
         if len(self.sound) > MAX_WAITING_BYTES:
             raise refuse_value("audio", "must be committed at times", len(self.sound))
 
-    def hear_frame(self, frame: bytes, rules: dict[str, Any]) -> None:
+    def hear_frame(self, frame: bytes, limits: dict[str, Any]) -> None:
         """Hear a frame, and tell of the turn that it continues or ends."""
         self.heard += len(frame)
-        threshold = min(rules["threshold"], 0.99)
+        threshold = min(limits["threshold"], 0.99)
         level = LOUDNESS * threshold / (1 - threshold)
         samples = struct.unpack(f"<{len(frame) // 2}h", frame[: len(frame) // 2 * 2])
         is_loud = sum(map(operator.mul, samples, samples)) > level * level * len(samples)
         self.sound += frame if is_loud or self.sound else b""
         self.speech = len(self.sound) if is_loud else self.speech
-        if not self.sound or rules["type"] == "none":
+        if not self.sound:
             return
         quiet, millisecond = len(self.sound) - self.speech, self.second / 1000
-        is_long = len(self.sound) >= rules["max_speech_duration_s"] * self.second
-        is_speech = self.speech >= rules["min_speech_duration_ms"] * millisecond
-        if is_long or (quiet and quiet >= rules["min_silence_duration_ms"] * millisecond):
+        is_long = len(self.sound) >= limits["max_speech_duration_s"] * self.second
+        is_speech = self.speech >= limits["min_speech_duration_ms"] * millisecond
+        if is_long or (quiet and quiet >= limits["min_silence_duration_ms"] * millisecond):
             if is_speech:
-                self.end_turn(rules)
+                self.end_turn()
             self.begin()
         elif is_speech and len(self.sound) % (self.second // 2) == 0:
             self.draft()
 
-    def end_turn(self, rules: dict[str, Any]) -> None:
+    def end_turn(self) -> None:
         """Tell of all that was said, and when."""
-        start, size = self.heard - len(self.sound), self.speech
-        if rules["type"] == "none":
-            start, size = self.done, self.heard - self.done
-        self.done = start + size
-        self.draft({"start": start / self.second, "duration": size / self.second})
+        start = (self.heard - len(self.sound)) / self.second
+        self.draft({"start": start, "duration": self.speech / self.second})
         self.begin()
 
     def draft(self, times: dict[str, float] | None = None) -> None:
         """Tell the words so far, in the place of those told before; with times, all of them."""
         speech = self.sound[: self.speech]
-        count = round(len(speech) / self.second * WORDS_A_SECOND) or bool(speech)
+        count = round(len(speech) / self.second * WORDS_A_SECOND) or 1
         if times is None and count <= self.told:
             return
         self.told = count
@@ -10829,12 +10831,12 @@ class HearingSession(Session):
         yield {"type": "input_audio_buffer.processed", "processed_ms": milliseconds}
 
     def commit(self, message: dict[str, Any]) -> None:
-        """End the turn; without turn detection it is all that was heard."""
-        frame, rules = bytes(self.unheard), self.rules
+        """End the turn that goes on."""
+        frame = bytes(self.unheard)
         self.unheard.clear()
-        self.hear_frame(frame, rules)
-        if self.sound or (rules["type"] == "none" and self.heard > self.done):
-            self.end_turn(rules)
+        self.hear_frame(frame, self.limits)
+        if self.sound:
+            self.end_turn()
 
     def echo(self, message: dict[str, Any]) -> None:
         now = CREATED + self.heard / self.second  # the time is that of the sound
