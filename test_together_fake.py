@@ -8256,9 +8256,12 @@ class Doubler:
         if data == b"end\n":
             self.connection.end()
         elif data == b"wait\n":
-            self.connection.call_later(0.001, lambda: self.connection.write(b"later\n"))
+            self.connection.stream(piece for piece in (0.001, b"later\n"))
         else:
-            self.connection.run(lambda: data, lambda result, error: self.connection.write(2 * data))
+            self.connection.stream(piece for piece in (data, data))
+
+    def on_sent(self):
+        pass
 
     def on_close(self):
         self.left.set()
@@ -8591,15 +8594,54 @@ class ForeignPageTests(SocketCase):
         own = f"http://localhost:{self.server.port}"
         for path in ("/__parlel/requests", "/__parlel/fixtures", "/__parlel/reset"):
             method = "POST" if path.endswith("reset") else "GET"
-            for origin in ("https://evil.test", "null", "http://localhost:1", "http://127.0.0.1"):
+            for origin in ("https://evil.test", "null", "http://127.0.0.1.evil.test"):
                 with self.subTest(path=path, origin=origin):
                     status, head = self.ask(path, method, Origin=origin)
                     self.assertEqual(status, 403)
                     self.assertNotIn(b"access-control", head)
-            status, head = self.ask(path, method, Origin=own)
-            self.assertEqual((status, b"access-control" in head), (200, False))
+            for origin in (own, "http://localhost:3000", "http://127.0.0.1"):
+                status, head = self.ask(path, method, Origin=origin)
+                self.assertEqual(status, 200)
+                self.assertIn(b"access-control-allow-origin: %b\r\n" % origin.encode(), head)
             self.assertEqual(self.ask(path, method, Sec_Fetch_Site="cross-site")[0], 403)
             self.assertEqual(self.ask(path, method)[0], 200)
+
+    def test_what_is_stored_is_for_pages_of_this_machine(self):
+        for path in ("/v1/files", "/v1/batches", "/v1//files/x", "/v1/v1/endpoints"):
+            for origin, known in (
+                ("https://evil.test", False),
+                ("null", False),
+                ("http://localhost:3000", True),
+                ("https://app.test", False),
+            ):
+                with self.subTest(path=path, origin=origin):
+                    status, head = self.ask(path, Origin=origin)
+                    self.assertEqual(status != 403, known)
+                    self.assertEqual(origin.encode() in head, known)
+                    self.assertNotIn(b"allow-origin: *", head)
+                    _, head = self.ask(path, "OPTIONS", Origin=origin)
+                    self.assertEqual(b"access-control-allow-methods" in head, known)
+            self.assertEqual(self.ask(path, Sec_Fetch_Site="cross-site")[0], 403)
+            self.assertNotEqual(self.ask(path)[0], 403)
+        named = TogetherAiServer(port=0, allow_origin=["https://app.test"], allow_host=["fake"])
+        for origin, host, status in (
+            ("https://app.test", "fake:1", 200),
+            ("https://app.test", "evil.test", 403),
+            ("https://evil.test", "fake:1", 403),
+        ):
+            headers = {"authorization": "Bearer x", "origin": origin, "host": host}
+            self.assertEqual(
+                named.answer(Request("GET", "/v1/files", headers=headers)).status, status
+            )
+            reply = named.answer(Request("GET", "/__parlel/requests", headers=headers))
+            self.assertEqual((reply.status, reply.reader == origin), (status, status == 200))
+
+    def test_a_foreign_page_scripts_nothing(self):
+        fixture = '{"match":{},"response":{"content":"x"}}'
+        for origin, status in (("https://evil.test", 403), ("http://localhost:5173", 400)):
+            fields = {"Origin": origin, "X_Parlel_Fixture": fixture}
+            self.assertEqual(self.ask(CHAT, "POST", **fields)[0], status)
+        self.assertEqual(self.ask(CHAT, "POST", Origin="https://evil.test")[0], 400)
 
     def test_a_name_that_others_point_here_is_refused(self):
         for host, status in (
@@ -8609,10 +8651,16 @@ class ForeignPageTests(SocketCase):
             ("127.0.0.1:4863", 200),
             ("127.8.8.8", 200),
             ("[::1]:4863", 200),
+            ("192.168.7.9:4863", 200),
+            ("[fe80::1]", 200),
+            (socket.gethostname(), 200),
         ):
             with self.subTest(host=host):
                 self.assertEqual(self.ask("/__parlel/requests", host=host)[0], status)
                 self.assertEqual(self.ask("/v1/models", host=host)[0], 200)
+                self.assertEqual(self.ask("/v1/files", host=host)[0], 200)
+                got = self.ask("/v1/files", host=host, User_Agent="Mozilla/5.0 (X11)")
+                self.assertEqual(got[0], status)
 
     def test_the_api_is_open_to_pages(self):
         status, head = self.ask("/v1/models", Origin="https://app.test")

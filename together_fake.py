@@ -410,7 +410,7 @@ class Reply:
         "handler",
         "headers",
         "id",
-        "public",
+        "reader",
         "status",
         "waits",
     )
@@ -421,7 +421,7 @@ class Reply:
         status: int = 200,
         content_type: str = "application/json; charset=utf-8",
         headers: Mapping[str, str] | None = None,
-        events: Generator[Any, None, None] | None = None,
+        events: Any = None,
     ) -> None:
         self.body = body
         self.status = status
@@ -432,7 +432,7 @@ class Reply:
         self.handler: Any = None  # takes the connection over, see `Connection.hand_over()`
         self.waits = False  # somebody else sends the events: each is sent when it is drawn
         self.id = ""  # of the answer, for the headers that name it
-        self.public = True  # pages of other origins may read it
+        self.reader = "*"  # the origin whose pages may read it; "" is none
 
     def read(self) -> bytes:
         """Return all that is sent, without pausing, as far as it comes."""
@@ -557,13 +557,10 @@ ERRORS: dict[str, tuple[Any, ...]] = {
         431,
         "The request's head is too large; at most {bytes} bytes and {count} fields are accepted.",
     ),
-    "foreign_origin": (
+    "foreign_page": (
         403,
-        "{origin} may not use this route: it is for programs and for pages of this server.",
-    ),
-    "foreign_host": (
-        403,
-        "This route answers on this machine alone, by localhost or a loopback address, not {host}.",
+        "{who} may not use this route: it is for programs, for pages of this machine, and for"
+        " those that allow_origin and allow_host name.",
     ),
     "bad_file": (400, "{param}: file {id} cannot be used: {reason}."),
     "bad_state": (400, "{noun} {id} is {status}; {reason}."),
@@ -12763,43 +12760,25 @@ class Head:
         self.size = read_digits(digits)  # of the body
 
 
-class NoHead:
-    """What is known of bytes that are no request: how they begin."""
-
-    method, query, minor, closes = "", "", "1", True
-
-    def __init__(self, data: bytes) -> None:
-        self.path = data[:100].partition(b"\r")[0].decode("latin-1")
-        self.fields: dict[str, str] = {}
-
-
 class RequestReader:
     """Takes requests out of the bytes that one client sends; `feed()` gives it those.
 
     The methods that read yield IDLE or PARTIAL when more has to come, and raise ApiError where the
-    bytes are no request: where the next one begins is then unknown.
+    bytes are no request: where the next one begins is then unknown. `say` tells the client
+    something before its request is whole.
     """
 
-    def __init__(
-        self,
-        read_head: Callable[[bytes], Head],
-        limit_body: Callable[[Request], int],
-        say: Callable[[bytes], None],
-    ) -> None:
-        self.read_head = read_head
-        self.limit_body = limit_body  # how many bytes it may have
-        self.say = say  # tells the client something before its request is whole
+    def __init__(self, server: Any, say: Callable[[bytes], None]) -> None:
+        self.server, self.say = server, say
         self.data = b""  # what has come
         self.at = 0  # what stands before has been used
         self.head: Any = None  # of the latest request
         self.wanted = RECEIVE_BYTES  # to be received at once
 
     def feed(self, data: bytes) -> None:
-        """Take what has come."""
         self.data, self.at = self.data[self.at :] + data, 0
 
     def count_unused(self) -> int:
-        """Return how many bytes wait to be read."""
         return len(self.data) - self.at
 
     def read_request(self) -> Generator[str, None, Request]:
@@ -12812,7 +12791,7 @@ class RequestReader:
             end = yield from self.wait_for_head()
         if end - self.at > MAX_HEADER_BYTES:
             raise ApiError("headers_too_large", bytes=MAX_HEADER_BYTES, count=MAX_HEADERS)
-        self.head = head = self.read_head(self.data[self.at : end + 2])
+        self.head = head = self.server.read_head(self.data[self.at : end + 2])
         start, self.at = end + 4, end + 4 + head.size
         if head.coding is None and self.at <= len(self.data):
             body = self.data[start : self.at]
@@ -12851,7 +12830,8 @@ class RequestReader:
 
     def check_size(self, size: int) -> None:
         """Raise ApiError for a body that is over the route's limit."""
-        limit = self.limit_body(Request(self.head.method, self.head.path, headers=self.head.fields))
+        asked = Request(self.head.method, self.head.path, headers=self.head.fields)
+        limit = self.server.app._limit_body(asked)
         if size > limit:
             raise ApiError("too_large", size=size, limit=limit)
 
@@ -12945,7 +12925,9 @@ class ReplyWriter:
 
     def write_head(self, reply: Reply, head: Any, closes: bool, framing: str) -> bytes:
         """Return the status line and the headers; `framing` tells where the reply ends."""
-        common, fields = self.common_headers(), CROSS_ORIGIN if reply.public else ""
+        common, fields = self.common_headers(), ""
+        if reply.reader:
+            fields = CROSS_ORIGIN.replace("*", reply.reader)
         for name, value in reply.headers.items():
             if name.lower() not in OWN:
                 fields += clean_header(f"{name}: {value}") + "\r\n"
@@ -13014,7 +12996,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     `converse()` tells its life. It yields what has to happen before it goes on:
 
-    IDLE, PARTIAL     bytes of a new request come, more of one that has begun
+    IDLE, PARTIAL  bytes of a new request come, more of one that has begun
     ROOM           what is to be sent has been
     END, SOCKET    a refused client sends no more, one that was handed over does
     0.5            so many seconds have passed
@@ -13024,12 +13006,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
     server: Any
 
     def __init__(self, client: socket.socket, address: Any, server: Any) -> None:
-        """Begin to wait for a request; unlike its base, it does not end with that."""
+        """Begin to wait for a request; its base would answer all of them first."""
         self.socket, self.client_address, self.server = client, address, server
-        self.reader = RequestReader(server.read_head, server.app._limit_body, self.write)
+        self.reader = RequestReader(server, self.write)
         self.unsent: Any = b""
-        self.awaited: Any = None
-        self.since = server.now  # when it began to wait for that
+        self.since = server.now  # when it began to wait
         self.closes = False  # after this reply
         self.is_over = False  # nothing follows what is still to be sent
         self.has_ended = False  # the client sends no more
@@ -13037,7 +13018,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.is_streaming = False  # for a handler
         self.interest = 0  # what the selector watches
         self.life: Any = self.converse()
-        self.awaited = next(self.life)
+        self.awaited = next(self.life)  # what for
 
     # Its life
 
@@ -13056,8 +13037,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
                     reply = yield kind, functools.partial(app.answer, request)
                 yield from self.send_reply(reply)
         except ApiError as error:
-            head = reader.head or NoHead(reader.data[reader.at :])
-            reply = app._refuse(error, head)
+            head = reader.head or Head("", b"GET / HTTP/1.0\r\n")
+            request = Request(head.method, head.path, query=head.query, headers=head.fields)
+            if reader.head is None:  # all that is known is how it begins
+                line = reader.data[reader.at : reader.at + 100].partition(b"\r")[0]
+                request.method, request.path = "", line.decode("latin-1")
+            reply = app._refuse(error, request)
             self.unsent += b"".join(self.server.writer.write_whole(reply, head, True))
             yield from self.linger()
 
@@ -13147,7 +13132,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.server.held.append(self)
 
     def end_pause(self) -> None:
-        """Go on after a pause."""
         if not self.is_closed:
             self.go_on()
 
@@ -13244,49 +13228,34 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def stream(self, events: Generator[Any, None, None]) -> None:
         """Send events and pause between them, drawn by workers; then `on_sent()` is called."""
-        self.is_streaming = True
-        draw = functools.partial(next, events, None)
-        take = functools.partial(self.take_event, events)
-        self.server.run(WAITING, draw, functools.partial(self.call, take))
+        if not self.is_closed:
+            self.is_streaming = True
+            draw = functools.partial(next, events, None)
+            self.server.run(WAITING, draw, functools.partial(self.take_event, events))
 
     def take_event(self, events: Generator[Any, None, None], event: Any, error: Any) -> None:
         """Send one event of such a stream, or pause; nothing follows `end()`."""
+        if self.is_closed:
+            return
         if error is not None:
-            raise error
-        if event is None or self.closes:
+            self.is_over, self.awaited = True, ROOM
+            self.server.held.append(self)
+            complain("" if isinstance(error, Cut) else f"{error!r}\n")
+        elif event is None or self.closes:
             self.is_streaming = False
             self.handler.on_sent()
-            return
-        pause = event if type(event) is float else 0
-        if not pause:
-            self.write(event)
-            pause = LOOK_SECONDS if len(self.unsent) > MAX_GATHERED_BYTES else 0
-        self.call_later(pause, functools.partial(self.stream, events))
+        else:
+            pause = event if type(event) is float else 0
+            if not pause:
+                self.write(event)
+                pause = LOOK_SECONDS if len(self.unsent) > MAX_GATHERED_BYTES else 0
+            self.server.call_later(pause, functools.partial(self.stream, events))
 
     def end(self) -> None:
         """Close the connection when all is sent, and the client has had time to read it."""
         self.closes = True
         if self.awaited is SOCKET and not self.life.gi_running:
             self.go_on()
-
-    def call_later(self, seconds: float, act: Callable[[], None]) -> None:
-        """Call something after so many seconds, unless the connection is closed by then."""
-        self.server.call_later(seconds, functools.partial(self.call, act))
-
-    def run(self, work: Callable[[], Any], take: Callable[[Any, Any], None]) -> None:
-        """Have a worker do something heavy; then `take(result, error)`, likewise."""
-        self.server.run(HEAVY, work, functools.partial(self.call, take))
-
-    def call(self, act: Callable[..., None], *values: Any) -> None:
-        """Call something of a handler; what it raises ends the connection."""
-        if not self.is_closed:
-            try:
-                act(*values)
-            except Exception as error:
-                self.is_over, self.awaited = True, ROOM
-                self.server.held.append(self)
-                if not isinstance(error, Cut):
-                    complain_of_bug()
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
@@ -13339,7 +13308,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.socket.setblocking(False)
         self.selector = selectors.DefaultSelector()
         self.wake_reader, self.wake_writer = socket.socketpair()  # ends the loop's waiting
-        self.wake_reader.setblocking(False)
         self.wake_writer.setblocking(False)
         self.selector.register(self.wake_reader, selectors.EVENT_READ, self.call_them)
         self.accept_or_not()
@@ -13348,7 +13316,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         """Bind without looking up the host's name, as HTTPServer's does."""
         socketserver.TCPServer.server_bind(self)
         host, port = self.socket.getsockname()[:2]
-        self.server_name, self.server_port = host, port
+        self.server_port = port
         netloc = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         read_head = functools.partial(Head, netloc)
         self.read_head = functools.lru_cache(MAX_REMEMBERED_HEADS)(read_head)
@@ -13356,12 +13324,11 @@ class HttpServer(http.server.ThreadingHTTPServer):
     # The loop
 
     def start(self) -> None:
-        """Begin to answer."""
         try:
             self.start_thread(self.serve_forever)
-        except RuntimeError:
+        except RuntimeError:  # there are too many
             self.close_sockets()
-            raise RuntimeError("no thread can be started to answer requests") from None
+            raise
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Be the loop until `stop()`. Nothing is polled."""
@@ -13450,7 +13417,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.accepting = room
 
     def forget(self, connection: Connection) -> None:
-        """Close a client's socket."""
         self.clients.discard(connection)
         connection.socket.close()
         if not self.stopping.is_set():
@@ -13758,8 +13724,7 @@ class Upstream:
         if request.method == "HEAD" or response.status in BODILESS:
             response.close()
             connection.close()
-            nothing: Iterable[bytes] = ()
-            reply.events = (piece for piece in nothing) if request.method == "HEAD" else None
+            reply.events = iter(()) if request.method == "HEAD" else None
         else:
             reply.events = read_pieces(response, connection)
         return reply
@@ -13992,16 +13957,19 @@ def warn_of_response(
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # where to reach a server bound to all
 
 UNRECORDED = lazy_regex(r"/+__parlel/|/docs/|/(?:health)?\Z")  # calls that look after the server
-CONTROL_PATH = lazy_regex(r"/+__parlel(?:/|\Z)")  # what other pages shall not reach
-LOOPBACK_NAME = lazy_regex(r"localhost|[^:]*\.localhost|127(?:\.[0-9]{1,3}){3}|\[?::1\]?")
+CONTROL_PATH = lazy_regex(r"/+__parlel(?:/|\Z)")
+STORED_PATH = lazy_regex(  # what pages of others shall not reach
+    r"/+(?:v[0-9]/+)*(?:__(?:parlel|upload|tokenized)|files|batches|endpoints|evaluations?|jobs"
+    r"|fine-?tunes?)(?:/|\Z)"
+)
+LOOPBACK_NAME = lazy_regex(
+    r"(?:localhost|[^:]*\.localhost|127(?:\.[0-9]{1,3}){3}|\[?::1\]?)(?::[0-9]*)?"
+)
+ADDRESS = lazy_regex(r"[0-9.]+|\[[0-9a-f:.]+\]")  # nobody can point it elsewhere
 MAX_LOG_LINES = 10_000  # that wait to be written
 LOG_SECONDS = 0.5  # for the last of them when the server stops
 MAX_QUICK_BYTES = 8192  # of a body that is answered before the next client is
 CORS_METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
-
-
-def is_control(path: str) -> bool:
-    return CONTROL_PATH.match(path) is not None
 
 
 def is_unrecorded(request: Request) -> bool:
@@ -14014,24 +13982,36 @@ def is_unrecorded(request: Request) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host's name or address is this machine's own."""
+    """Tell whether a host's name or address, with a port or without, is this machine's own."""
     return LOOPBACK_NAME.fullmatch(host.lower()) is not None
 
 
-def check_origin(request: Request, loopback: bool) -> None:
-    """Refuse the pages of others, and on loopback names that others can point here.
+def is_guarded(request: Request) -> bool:
+    """Tell whether not every page may send a request; programs do not look like one."""
+    headers = request.headers
+    is_page = not {"origin", "sec-fetch-site"}.isdisjoint(headers) or "Mozilla/" in headers.agent
+    if is_page and ("x-parlel-fixture" in headers or STORED_PATH.match(request.path)):
+        return True
+    return CONTROL_PATH.match(request.path) is not None
+
+
+def check_page(server: TogetherAiServer, request: Request) -> None:
+    """Refuse the pages of others, and names that others can point here.
 
     A page that a developer visits may send requests anywhere, so the browser's word on where they
-    come from is all there is. Programs send neither header.
+    come from is all there is.
     """
-    own = f"http://{request.headers.get('host', '')}" if "host" in request.headers else ""
+    here = request.headers.get("host", "localhost").lower()
     origin = request.headers.get("origin")
     site = request.headers.get("sec-fetch-site", "none")
-    if (origin is not None and origin != own) or site not in ("none", "same-origin"):
-        raise ApiError("foreign_origin", origin=(origin or site)[:100])
-    host = re.sub(r":[0-9]*\Z", "", request.headers.get("host", "localhost"))
-    if loopback and not is_loopback(host):
-        raise ApiError("foreign_host", host=host[:100])
+    name = (origin or "").partition("://")[2]
+    own = name == here or is_loopback(name) if origin else site in ("none", "same-origin")
+    if not own and origin not in server.allow_origin:
+        raise ApiError("foreign_page", who=(origin or site)[:100])
+    host = re.sub(r":[0-9]*\Z", "", here)
+    named = host in (socket.gethostname().lower(), *server.allow_host)
+    if not (named or is_loopback(host) or ADDRESS.fullmatch(host)):
+        raise ApiError("foreign_page", who=host[:100])
 
 
 def brings_key(request: Request) -> bool:
@@ -14042,18 +14022,14 @@ def brings_key(request: Request) -> bool:
     return found is not None
 
 
-def allow_origin(request: Request) -> Reply:
-    """Answer a browser that asks what another page may send here: everything."""
+def answer_preflight(request: Request, reader: str) -> Reply:
+    """Tell a browser what a page may send here: everything, if it may read the answer."""
     asked = request.headers.get("access-control-request-headers")
     headers = {"Allow": CORS_METHODS}
-    if not is_control(request.path):
-        headers.update(
-            {
-                "Access-Control-Allow-Methods": CORS_METHODS,
-                "Access-Control-Allow-Headers": asked or "Authorization, Content-Type",
-                "Access-Control-Max-Age": "86400",
-            }
-        )
+    if reader:
+        headers["Access-Control-Allow-Methods"] = CORS_METHODS
+        headers["Access-Control-Allow-Headers"] = asked or "Authorization, Content-Type"
+        headers["Access-Control-Max-Age"] = "86400"
         if request.headers.get("access-control-request-private-network") == "true":
             headers["Access-Control-Allow-Private-Network"] = "true"
     return Reply(b"", 204, headers=headers)
@@ -14072,7 +14048,6 @@ class CallLog:
         self._lock = threading.Lock()
 
     def put(self, call: Call) -> None:
-        """Have a call written."""
         if self._calls.qsize() < MAX_LOG_LINES:
             self._calls.put(call)
         with self._lock, contextlib.suppress(RuntimeError):  # it would be the last thread
@@ -14120,11 +14095,6 @@ def encode_events(chunks: Iterator[Any]) -> Iterator[bytes]:
     yield DONE
 
 
-def prepend(first: bytes, events: Iterator[bytes]) -> Generator[bytes, None, None]:
-    yield first
-    yield from events
-
-
 def name_reply(reply: Reply, request: Request) -> Reply:
     reply.id = name_request(request)
     return reply
@@ -14145,7 +14115,7 @@ def as_reply(value: Any, request: Request, status: int) -> Reply:
             b"",
             status,
             "text/event-stream;charset=utf-8",
-            events=prepend(first, events),
+            events=itertools.chain([first], events),
         )
     else:
         reply = Reply(ENCODE(value).encode(), status)
@@ -14779,6 +14749,8 @@ class TogetherAiServer(Scripting):
     upstream      the URL of a server that answers instead where no fixture matches
     record        the fixture file to which the upstream's answers are added; it is loaded first
     record_limit  how many calls `.requests` keeps
+    allow_origin  pages that may reach what is stored, too: ["https://app.test"]
+    allow_host    names of this server beside localhost and the machine's own
     log           called with one line for every request (default: silence)
     clock         where the time of stored objects and limits comes from, in Unix seconds
     """
@@ -14804,6 +14776,8 @@ class TogetherAiServer(Scripting):
         upstream: str | None = None,
         record: str | os.PathLike[str] | None = None,
         record_limit: int = DEFAULT_RECORD_LIMIT,
+        allow_origin: Sequence[str] = (),
+        allow_host: Sequence[str] = (),
         log: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -14816,6 +14790,7 @@ class TogetherAiServer(Scripting):
         self.on_miss, self.warnings = on_miss, warnings
         self.instant_jobs, self.max_stored_bytes = instant_jobs, max_stored_bytes
         self.rpm, self.tpm = rpm, tpm
+        self.allow_origin, self.allow_host = allow_origin, allow_host
         self.record_limit, self.log, self.clock = record_limit, log, clock
         self.script = Fixtures(seed, exact_turns, normalise, lambda: self.requests)
         self._prepare(models or {}, upstream, record)
@@ -15117,9 +15092,19 @@ class TogetherAiServer(Scripting):
         except BaseException as error:  # a test's function may raise SystemExit
             call.error = complain_of_bug()
             reply = self._shape_error(ApiError("bug", reason=repr(error)), request)
-        if request.path[:4] != "/v1/":
-            reply.public = not is_control(request.path)
+        if request.route is None or request.route.kind in ("", "job"):
+            reply.reader = self._find_reader(request)
         return reply
+
+    def _find_reader(self, request: Request) -> str:
+        """Return the origin whose pages may read the reply: any, its own where that is known."""
+        if not STORED_PATH.match(request.path):
+            return "*"
+        try:
+            check_page(self, request)
+        except ApiError:
+            return ""
+        return clean_header(request.headers.get("origin", ""))
 
     def _record(self, request: Request) -> Call:
         """Keep the call, unless it is one of those that look after the server."""
@@ -15161,7 +15146,7 @@ class TogetherAiServer(Scripting):
     def _respond(self, request: Request, call: Call) -> Reply:
         """Answer by a fixture, or by the handler."""
         if request.method == "OPTIONS":
-            return allow_origin(request)
+            return answer_preflight(request, self._find_reader(request))
         route = request.route or self._open(request, call)
         limited = self._limit(request) if route.kind not in ("", "job") else None
         if limited is not None:
@@ -15204,13 +15189,13 @@ class TogetherAiServer(Scripting):
 
     def _open(self, request: Request, call: Call) -> Route:
         """Return the route, with the key checked and query and body read."""
-        if request.path[:4] != "/v1/" and is_control(request.path):
-            check_origin(request, is_loopback(self.host))
+        if is_guarded(request):
+            check_page(self, request)
         route = EXACT.get((request.method, request.path)) or self._find_route(request, call)
         call.kind = route.recorded_kind
         has_key = request.headers.has_key or (route.status == 101 and brings_key(request))
         if route.status == 101 and not has_key:
-            check_origin(request, is_loopback(self.host))
+            check_page(self, request)
         if self.require_auth and not route.open and not has_key:
             raise ApiError("unauthorized" if route.path == "/v1/models" else "bad_key")
         if route.query and (request.query or route.query.required):
@@ -15331,8 +15316,8 @@ class TogetherAiServer(Scripting):
 
     def _limit_body(self, request: Request) -> int:
         """Return how many bytes a request may carry; raise ApiError for one that may not ask."""
-        if is_control(request.path):
-            check_origin(request, is_loopback(self.host))
+        if is_guarded(request):
+            check_page(self, request)
         try:
             route, params = find_route(request.method, collapse_path(request.path, self.strict))
         except ApiError:
@@ -15341,11 +15326,10 @@ class TogetherAiServer(Scripting):
             route.admit(self, params)
         return route.max_bytes or self.max_stored_bytes + MAX_PART_HEAD_BYTES
 
-    def _refuse(self, error: ApiError, head: Any) -> Reply:
+    def _refuse(self, error: ApiError, request: Request) -> Reply:
         """Record what could not be read as a request, and return the reply to it."""
-        request = Request(head.method, head.path, query=head.query, headers=head.fields)
-        request.call = call = self._record(request)
-        call.kind, call.error = read_family(head.path), error.message
+        call = self._record(request)
+        call.kind, call.error = read_family(request.path), error.message
         reply = self._shape_error(error, request)
         call.keep_reply(reply)
         self._end_call(call, "complete")
@@ -15385,6 +15369,8 @@ COMMAND_OPTIONS = (  # each with its type and default; a switch has no type
     ("max-stored-bytes", int, MAX_STORED_BYTES, "of files"),
     ("record-limit", int, DEFAULT_RECORD_LIMIT, "calls to keep"),
     ("seed", int, 0, "of the chances in faults"),
+    ("allow-origin", str, "", "pages that may reach what is stored"),
+    ("allow-host", str, "", "more names of this server"),
     ("quiet", None, False, "no line for each request"),
     ("watch", None, False, "follow changes of the fixture files"),
 )
@@ -15430,6 +15416,8 @@ def read_options(args: Sequence[str] | None) -> Any:
         parser.error("--run needs a command, as in --run npx vitest run")
     if options.port is None:
         options.port = 0 if options.run else DEFAULT_PORT
+    options.allow_origin = options.allow_origin.split(",")
+    options.allow_host = options.allow_host.split(",")
     if options.on_miss not in ("generate", "error"):
         options.on_miss = dict.fromkeys(options.on_miss.split(","), "error")
     return options
