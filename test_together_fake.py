@@ -7225,7 +7225,7 @@ class HelpTests(FakeCase):
         for name in ("start", "stop", "reset", "base_url", "env", "reply", "fail", "requests"):
             self.assertIn(name, head)
             self.assertTrue(inspect.getdoc(getattr(TogetherAiServer, name)), name)
-        self.assertIn("user_message: ", text)
+        self.assertRegex(text, r"Keywords: .*\buser_message, .*\bwhen\b")
 
     def test_repr_shows_the_url_and_the_counts(self):
         self.chat()

@@ -14178,11 +14178,6 @@ KEYWORD_ROWS = {"response": list_response_rows(), "": OPTIONS, "match": MATCH}
 KEYWORDS = {to_snake(key): (part, key) for part, rows in KEYWORD_ROWS.items() for key in rows}
 KEYWORDS.update(response_model=("response", "model"), response_headers=("response", "headers"))
 KEYWORDS.update(not_=KEYWORDS.pop("not"), in_=KEYWORDS.pop("in"))
-KEYWORD_TYPES = {
-    word: " or ".join(KIND_NAMES[kind] for kind in KEYWORD_ROWS[part][key].kinds)
-    for word, (part, key) in KEYWORDS.items()
-}
-KEYWORD_TYPES.update(when="a function of the request", times="how often", timeout="seconds")
 
 
 def as_response(word: str, value: Any) -> Any:
@@ -14321,13 +14316,12 @@ def take_words(*known: str) -> Callable[[Verb], Verb]:
         def call(*args: Any, **words: Any) -> Any:
             for word in words:
                 if word not in known:
-                    near = suggest(word, known)
-                    hint = "" if near.endswith("?") else f" (of the body: body={{{word!r}: ...}})"
-                    raise TypeError(f"{verb.__name__}() has no keyword {word!r}{hint}{near}")
+                    hint = suggest_near(word, known) or f" (of the body: body={{{word!r}: ...}})"
+                    raise TypeError(f"{verb.__name__}() has no keyword {word!r}{hint}")
             return verb(*args, **words)
 
-        listed = [f"\n        {word}: {KEYWORD_TYPES[word]}" for word in known]
-        call.__doc__ = (verb.__doc__ or "") + "".join(listed)
+        told = (verb.__doc__ or "").rstrip()
+        call.__doc__ = f"{told}\n\n        Keywords: {', '.join(known)}"
         return call
 
     return decorate
@@ -14406,7 +14400,6 @@ class Scripting:
 
         The keywords are the keys of fixture files in snake case. Raises ValueError naming what is
         wrong.
-
         """
         if isinstance(content, list) and content and all(isinstance(it, str) for it in content):
             import warnings  # rare
@@ -14422,8 +14415,7 @@ class Scripting:
         """Script a fault: a status with its real body, or a reply that goes wrong on its way.
 
         `fail(429, retry_after=1, times=2)`, `fail(disconnect_after_chunks=3)`, `fail("stall")` or
-        another name in `FAULTS`; `fail("timeout")` never answers. The keywords:
-
+        another name in `FAULTS`; `fail("timeout")` never answers.
         """
         given = name_fault(status) if isinstance(status, str) else status
         given = given if isinstance(given, dict) else {"status": given}
@@ -14531,7 +14523,6 @@ class Scripting:
         """Return the recorded calls of an operation, `"chat"` or `"POST /v1/..."`, that match.
 
         The keywords mean what they mean in `reply()`; `body` is contained in the request's.
-
         """
         return self._find_calls(operation, words)
 
@@ -14542,7 +14533,6 @@ class Scripting:
         """Return the last such call; raise AssertionError showing how the nearest ones differ.
 
         times  how many there have to be (default: at least one)
-
         """
         calls = self._find_calls(operation, words)
         if (len(calls) != times) if times is not None else not calls:
