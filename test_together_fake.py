@@ -10446,6 +10446,17 @@ class SaveTests(RecordingCase):
         self.assertEqual(self.ask("POST", CHAT, HELLO).status, 404)
         self.assertNotIn("AAAA", self.file.read_text())
 
+    def test_an_answer_that_was_too_large_to_keep_is_not_saved(self):
+        with mock.patch.object(fake, "MAX_RECORDED_BODY_BYTES", 2000):
+            self.server.reply("x" * 3000)
+            for stream in (False, True):
+                self.post(CHAT, {**HELLO, "seed": int(stream), "stream": stream})
+            self.server.reply("short", user_message="kept")
+            self.text("kept")
+            self.service.save(self.file)
+        self.assertEqual([each["match"]["userMessage"] for each in self.read_entries()], ["kept"])
+        self.assertEqual(self.service.verdict(), [])
+
     def test_nothing_that_was_refused_or_empty_answers_everything(self):
         self.ask("POST", CHAT, b"{")
         self.ask("POST", CHAT, HELLO, {})

@@ -4468,6 +4468,12 @@ class Call:
         return redact(body)
 
     @property
+    def is_kept(self) -> bool:
+        """Whether the whole reply is there: it may have been too large."""
+        kept = self._raw_reply
+        return bool(kept) and (not isinstance(kept, list) or len(kept) >= self.events_sent)
+
+    @property
     def body_key(self) -> Any:
         """What is equal where bodies are; a form has another boundary each time."""
         is_form = "multipart/" in self.headers.get("content-type", "")
@@ -11143,13 +11149,6 @@ def join_chunks(chunks: list[Any]) -> dict[str, Any] | None:
     return {**chunks[0], "usage": find_usage(chunks), "choices": [choice]}
 
 
-def put_call(call: dict[str, Any]) -> dict[str, Any]:
-    """Return a tool call of a chat as a fixture says it."""
-    made, id = call.get("function") or {}, call.get("id")
-    said = {"name": str(made.get("name")), "arguments": str(made.get("arguments") or "")}
-    return {**said, "id": id} if id else said
-
-
 def put_chat(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
     """Return a chat's answer in a fixture's words; None where they cannot hold it."""
     choices = list_objects(reply.get("choices"))
@@ -11162,7 +11161,9 @@ def put_chat(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
     model, role = reply.get("model"), message.get("role")
     said = {
         "reasoning": message.get("reasoning") or message.get("reasoning_content"),
-        "toolCalls": list(map(put_call, calls)),
+        "toolCalls": [
+            {**arrange("name arguments", call["function"]), "id": call.get("id")} for call in calls
+        ],
         "id": reply.get("id"),
         "created": reply.get("created"),
         "model": model if model != request.body.get("model") else None,
@@ -11201,7 +11202,7 @@ def put_into_words(request: Request, reply: Reply) -> dict[str, Any] | None:
         words = {"response": said, **({"chunkSizes": sizes} if sizes else {})}
         parse_entry({"match": {}, **words}, "")
         return words
-    except (ApiError, ValueError, TypeError, AttributeError):
+    except (ApiError, ValueError, TypeError, AttributeError, KeyError):
         return None  # it is not of the form that chats have
 
 
@@ -11354,7 +11355,7 @@ def record_calls(calls: Iterable[Call], secrets: Iterable[str]) -> Recording:
     for call in calls:
         request = call.as_request()
         unread = (call.status == 401 and not call.fixture) or (request.raw and call.body is None)
-        if call.kind in OPERATIONS and call.outcome == "complete" and not unread:
+        if call.kind in OPERATIONS and call.outcome == "complete" and call.is_kept and not unread:
             reply = Reply(call.raw_reply, call.status, call.reply_type, call.reply_headers)
             answer = put_answer(call.kind, request, reply)
             with contextlib.suppress(ValueError):
@@ -11603,8 +11604,7 @@ def find_half(call: Call) -> tuple[str, set[Any]] | None:
         return None
     said = fold_stream(events)
     ended = any(each["finish_reason"] for each in said)
-    too_long = call.reply_size > MAX_RECORDED_BODY_BYTES / 2  # its end may not be kept
-    if not events or ended or too_long or not call.events_sent:
+    if not events or ended or not call.is_kept or not call.events_sent:
         return None
     ids = {call["id"] for each in said for call in each["tool_calls"]} - {None}
     return "".join(each["content"] for each in said).strip(), ids
@@ -11613,7 +11613,7 @@ def find_half(call: Call) -> tuple[str, set[Any]] | None:
 def has_failed(call: Call) -> bool:
     """Tell whether a call has ended without a whole answer."""
     is_json = call.reply_type.startswith("application/json")
-    broken = is_json and call.reply_size > 0 and not isinstance(call.reply, (dict, list))
+    broken = is_json and call.is_kept and not isinstance(call.reply, (dict, list))
     left = call.outcome == "left" and call.excused
     failed = call.status >= 400 or call.outcome == "cut" or left or broken
     return call.outcome != "running" and (failed or find_half(call) is not None)
