@@ -7110,6 +7110,7 @@ class Form:
         return arrange(self.whole_keys, {**answer.frame, **values})
 
     def choice(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        """Return one choice of a whole answer."""
         values = {
             "index": choice.index,
             "text": choice.text,
@@ -7119,6 +7120,7 @@ class Form:
         return arrange(self.choice_keys, {**values, **self.ending(answer, choice)})
 
     def message(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+        """Return the message of a choice."""
         thoughts = "".join(choice.thoughts) or None
         content = choice.text or self.empty_content if choice.tool_calls else choice.text
         calls = [
@@ -7478,6 +7480,7 @@ class QwenForm(DetailsForm):
     counts_text = closes_calls = True
 
     def refuse(self, body: dict[str, Any], thinks: bool, strict: bool) -> None:
+        """Raise ApiError for what Alibaba does not take."""
         if not body.get("stream"):
             raise ApiError("streaming_required", param="stream")
         if any(message["role"] == "developer" for message in body["messages"]):
@@ -7512,7 +7515,9 @@ CACHED_TOKENS = 64  # the cached part of a prompt is a multiple of so many (reco
 
 EFFORT_THOUGHTS = {"none": 0, "minimal": 1, "low": 1, "medium": 1, "high": 2, "xhigh": 3, "max": 4}
 
+MODEL_ROW, TEXT_ROW = Field("model", str, required=True, low=1), Field("", str)
 SAMPLING_FIELDS = (
+    MODEL_ROW,
     Field("temperature", float, low=0, high=2),
     Field("top_k", int, low=-1),
     *rows_of("top_p min_p", float, low=0, high=1),
@@ -7522,7 +7527,7 @@ SAMPLING_FIELDS = (
     Field("seed", int),
     Field("n", int, low=1, high=128),
     Field("max_tokens", int, low=0),
-    Field("stop", str, list, each=Field("", str)),
+    Field("stop", str, list, each=TEXT_ROW),
     Field("stream", bool),
     object_field(
         "stream_options",
@@ -7596,9 +7601,8 @@ TOOL_CHOICE = Fields(
     ),
 )
 CHAT_FIELDS = Fields(
-    Field("model", str, required=True, low=1),
-    Field("messages", list, required=True, low=1, each=Field("", dict, fields=MESSAGE_FIELDS)),
     *SAMPLING_FIELDS,
+    Field("messages", list, required=True, low=1, each=Field("", dict, fields=MESSAGE_FIELDS)),
     Field("max_completion_tokens", int, low=0),
     Field("logprobs", int, bool, low=0, high=20),
     Field("top_logprobs", int, low=0, high=20),
@@ -7721,6 +7725,7 @@ def find_budget(body: dict[str, Any], model: Model, prompt_tokens: int) -> tuple
 
 
 def count_usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, Any]:
+    """Add up the tokens of an answer."""
     written = thought = 0
     for choice in choices:
         thought += len(choice.thoughts) + choice.hidden_thoughts
@@ -7729,14 +7734,12 @@ def count_usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, Any]:
             for text in (function or {}).values():
                 written += count_tokens(text)
     written += thought
-    usage = {
+    return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": written,
         "total_tokens": prompt_tokens + written,
+        "reasoning_tokens": thought,
     }
-    if thought:
-        usage["reasoning_tokens"] = thought
-    return usage
 
 
 def find_tools(body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -8018,19 +8021,14 @@ def make_content(
 
 def find_effort(body: dict[str, Any], model: Model) -> str:
     """Return how much a model shall think, in the words of `reasoning_effort`."""
-    kwargs = body.get("chat_template_kwargs") or {}
-    switches = (
-        (body.get("reasoning") or {}).get("enabled"),
-        kwargs.get("thinking"),
-        kwargs.get("enable_thinking"),
-    )
+    told = {**(body.get("chat_template_kwargs") or {}), **(body.get("reasoning") or {})}
+    off = any(told.get(name) is False for name in ("enabled", "thinking", "enable_thinking"))
     effort: str = body.get("reasoning_effort") or "medium"
     if effort not in EFFORT_THOUGHTS and not FORMS[model.engine].any_effort:
         raise refuse_value(
             "reasoning_effort", f"must be one of {', '.join(EFFORT_THOUGHTS)}", effort
         )
-    off = not model.thinks or any(switch is False for switch in switches)
-    return "none" if off else effort
+    return "none" if off or not model.thinks else effort
 
 
 def compose_choice(
@@ -8287,7 +8285,7 @@ RESPONSE_FIELDS = Fields(
     Field("max_output_tokens", int, low=0),
     Field("max_tool_calls", int, low=1),
     Field("truncation", str, choices=("auto", "disabled")),
-    Field("include", list, each=Field("", str)),
+    Field("include", list, each=TEXT_ROW),
     *rows_of("store background", bool),
     *rows_of("prompt metadata stream_options", dict),
     Field("conversation", str, dict),
@@ -8543,9 +8541,8 @@ def refuse_response(server: TogetherAiServer, request: Request) -> Any:
 MAX_INPUT_ITEMS = 2048  # texts of one embedding request
 
 COMPLETION_FIELDS = Fields(
-    Field("model", str, required=True, low=1),
-    Field("prompt", str, list, required=True),
     *SAMPLING_FIELDS,
+    Field("prompt", str, list, required=True),
     Field("logprobs", int, low=0, high=20),
 )
 TEXT_FORMS = {False: CompletionForm(), True: TurboCompletionForm()}  # by whether a seed is told
@@ -8631,7 +8628,7 @@ def create_completion(server: TogetherAiServer, request: Request) -> Any:
 # --- Embeddings
 
 EMBEDDING_FIELDS = Fields(
-    Field("model", str, required=True, low=1),
+    MODEL_ROW,
     Field("input", str, list, required=True),
     Field("encoding_format", str, choices=("float", "base64")),
     Field("dimensions", int, low=1, high=MAX_DIMENSIONS),
@@ -8703,8 +8700,6 @@ def create_embeddings(server: TogetherAiServer, request: Request) -> Any:
 
 # --- Rerank
 
-(MODEL_ROW,) = rows_of("model", str, required=True, low=1)
-TEXT_ROW = Field("", str)
 RERANK_FIELDS = Fields(
     MODEL_ROW, Field("query", str, required=True), Field("top_n", int, low=1),
     Field("documents", list, required=True, low=1, high=MAX_INPUT_ITEMS, each=Field("", str, dict)),
