@@ -656,6 +656,13 @@ class MediaTests(unittest.TestCase):
         self.assertEqual(fake.audio_seconds(no_rate), 2)
         self.assertEqual(fake.audio_seconds(bytes(16000)), 1)
 
+    def test_a_jpeg_has_no_marker_in_its_scan(self):
+        row = b"\0" + bytes([0, 0, 1, 1] * 8)  # black and white, which differ by eight ones
+        image = fake.encode_jpeg(128, 16, [row] * 4, bytes([0] * 3 + [255] * 3))
+        scan = image[image.index(b"\xff\xda") + 14 : -2]
+        self.assertGreater(scan.count(b"\xff\0"), 0)
+        self.assertEqual(scan.count(b"\xff"), scan.count(b"\xff\0"))
+
     def test_video(self):
         video = fake.make_video(golden(1), 64, 36, 2, 24)
         boxes, place = {}, 0
@@ -703,6 +710,7 @@ KEYWORDS = (
     ({"items": WHOLE}, [[1, 2], [], {}], [[1, "a"]]),
     ({"prefixItems": [WHOLE], "items": TEXT}, [[1, "a"], [1], []], [["a"], [1, 2]]),
     ({"items": [WHOLE], "additionalItems": TEXT}, [[1, "a"]], [[1, 2]]),
+    ({"items": [WHOLE]}, [[1, "a"]], [["a"]]),
     ({"contains": WHOLE}, [["a", 1]], [["a"], []]),
     ({"contains": WHOLE, "minContains": 2}, [[1, 2]], [[1, "a"]]),
     ({"contains": WHOLE, "maxContains": 1}, [[1, "a"]], [[1, 2], []]),
@@ -803,6 +811,10 @@ IMPOSSIBLE = (
     {"$ref": "http://e.org/elsewhere"},
     {"properties": {"a": {"type": "strin"}}},
     {"dependencies": {"a": 1}},
+    {"required": ["a", 1]},
+    {**TEXT, "pattern": "a{3,2}"},
+    {**TEXT, "minLength": 3, "maxLength": 2},
+    {**TEXT, "maxLength": 2, "pattern": "^a{3}$"},
 )
 HEAVY = (
     {"allOf": [{"anyOf": [{"const": n}, {"const": -n}]} for n in range(1, 60)]},
@@ -836,6 +848,13 @@ class SchemaTests(unittest.TestCase):
                     value = make_instance(schema, number)
                     self.assertTrue(reader.accepts(reader.root, value), value)
                     self.assertEqual(value, make_instance(schema, number))
+
+    def test_maps_and_lists_are_not_empty(self):
+        for keyword in ("additionalProperties", "unevaluatedProperties"):
+            self.assertTrue(make_instance({"type": "object", keyword: WHOLE}))
+        self.assertTrue(make_instance({"type": "object", "patternProperties": {"^a": {}}}))
+        self.assertEqual(make_instance({"type": "object", "additionalProperties": False}), {})
+        self.assertTrue(make_instance({"type": "array", "items": TEXT}))
 
     def test_what_fails_a_keyword_is_found(self):
         refused = []
