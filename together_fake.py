@@ -2445,6 +2445,18 @@ OPPOSITES = {
     **{f"min{what}": (f"max{what}", -1) for what in ("Length", "Items", "Properties")},
     **{f"max{what}": (f"min{what}", 1) for what in ("Length", "Items", "Properties")},
 }  # fmt: skip
+# The ways to fail other keywords, by their arguments; the rest is left to tests.
+NEGATIONS: dict[str, Callable[[Any], list[list[Any]]]] = {
+    "type": lambda a: [[{"type": tuple(name for name in TYPES if name not in a)}]],
+    "properties": lambda a: [
+        [{"type": ("object",), "required": [name], "properties": {name: {"not": part}}}]
+        for name, part in a.items()],
+    "allOf": lambda a: [[{"not": part}] for part in a],
+    "anyOf": lambda a: [[{"not": part} for part in a]],
+    "not": lambda a: [[a]],
+    "required": lambda a: [[{"type": ("object",), "properties": {name: False}}] for name in a],
+    **dict.fromkeys(LOOKED_AT, lambda a: []),
+}  # fmt: skip
 
 
 def rewrite(schema: dict[str, Any]) -> None:
@@ -2677,31 +2689,17 @@ class SchemaReader:
             return [] if schema else [[]]
         ways: list[list[Any]] = []
         for keyword in sorted(schema, key="required".__eq__):  # a name is left out last
-            ways += self._negate_keyword(keyword, schema[keyword])
+            argument = schema[keyword]
+            self.spend()
+            if keyword in OPPOSITES:
+                opposite, more = OPPOSITES[keyword]
+                kinds = (VOCABULARY[keyword][1], "integer")
+                ways.append([{"type": kinds, opposite: argument + more}])
+            elif keyword == "$ref":
+                ways.append([{"not": self.resolve(argument)}])
+            else:
+                ways += NEGATIONS[keyword](argument) if keyword in NEGATIONS else [[]]
         return ways
-
-    def _negate_keyword(self, keyword: str, argument: Any) -> list[list[Any]]:
-        self.spend()
-        kind = VOCABULARY[keyword][1]
-        if keyword in OPPOSITES:
-            opposite, more = OPPOSITES[keyword]
-            return [[{"type": (kind, "integer"), opposite: argument + more}]]
-        if keyword == "type":
-            return [[{"type": tuple(name for name in TYPES if name not in argument)}]]
-        if keyword == "required":
-            return [[{"type": (kind,), "properties": {name: False}}] for name in argument]
-        if keyword == "properties":
-            fails = {name: {name: {"not": part}} for name, part in argument.items()}
-            return [[{"type": (kind,), "required": [n], "properties": fails[n]}] for n in fails]
-        if keyword == "allOf":
-            return [[{"not": part}] for part in argument]
-        if keyword == "anyOf":
-            return [[{"not": part} for part in argument]]
-        if keyword == "$ref":
-            return [[{"not": self.resolve(argument)}]]
-        if keyword == "not":
-            return [[argument]]
-        return [] if keyword in LOOKED_AT else [[]]
 
     def is_hopeless(self, schemas: Sequence[Any], within: bool = True) -> bool:
         """Tell whether a short look shows that the schemas cannot be met together.
@@ -2882,12 +2880,11 @@ class ValueMaker:
         for schema in schemas:
             for keyword, argument in schema.items():
                 self.keywords.setdefault(keyword, []).append(argument)
-        named = False
         if not NAMING.isdisjoint(self.keywords):
-            named = "enum" in self.keywords or "const" in self.keywords
             for value in self._list_known_values():
                 if self.reader.accepts_all(self.schemas, value):
                     return value
+        named = "enum" in self.keywords or "const" in self.keywords
         kinds = [] if named else list_types(self.schemas)
         if len(kinds) > 1:
             last = ("array", "object") if self.minimal else ("null",)
@@ -2907,12 +2904,12 @@ class ValueMaker:
 
     def _list_known_values(self) -> list[Any]:
         """Return the values that are named: by const or enum only, else as examples."""
-        required = [[value] for value in self.arguments("const")] + self.arguments("enum")
+        required = list_named(self.schemas)
         examples = [values for values in self.arguments("examples") if isinstance(values, list)]
-        values = required[0] if required else [value for values in examples for value in values]
+        values = list(itertools.chain(*examples)) if required is None else required
         start = self.rng.randbelow(len(values)) if values else 0
         defaults = [value for value in self.arguments("default") if value not in (None, "", [], {})]
-        return values[start:] + values[:start] + ([] if required else defaults)
+        return values[start:] + values[:start] + (defaults if required is None else [])
 
     def make_null(self, attempt: int) -> None:
         """Return null."""
@@ -3094,6 +3091,8 @@ def make_instance(rng: HashRandom, schema: Any, max_depth: int = 6) -> Any:
                 return value
     except (OutOfSteps, RecursionError):
         raise Unsatisfiable(TOO_MUCH) from None
+    except ValueError as error:  # from urljoin()
+        raise Unsatisfiable(f"a URI is malformed: {error}") from None
     raise Unsatisfiable("no value that was tried meets all of the schema")
 
 
