@@ -180,7 +180,7 @@ KEY_PROTOCOL = lazy_regex(r"(?<=openai-insecure-api-key\.)[^\s,]+")  # of a page
 FORM_WORDS = ("value", "string", "text", "pem", "header")  # a secret's form, behind its name
 # A JSON schema names what it describes, secrets too, and holds none.
 SCHEMA_WORDS = {"$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
-SCHEMA_TYPES = ("string", "number", "integer", "boolean", "object", "array", "null")
+TYPES = ("string", "number", "integer", "object", "array", "boolean", "null")
 
 
 def is_secret_header(name: str) -> bool:
@@ -217,7 +217,7 @@ def is_secret(name: str) -> bool:
 def is_schema(value: dict[str, Any]) -> bool:
     """Tell whether an object describes a field, as the schema of a tool's arguments does."""
     kind = value.get("type")
-    return kind in SCHEMA_TYPES if type(kind) is str else not SCHEMA_WORDS.isdisjoint(value)
+    return kind in TYPES if type(kind) is str else not SCHEMA_WORDS.isdisjoint(value)
 
 
 def make_encoder(**options: Any) -> Callable[[Any], str]:
@@ -2321,7 +2321,6 @@ def read_numbers(text: str) -> dict[str, Any]:
     return {"type": kind, "minimum": bounds[0], "maximum": bounds[1]}
 
 
-TYPES = ("string", "number", "integer", "object", "array", "boolean", "null")
 KINDS: dict[type, str] = {
     str: "string",
     int: "number",
