@@ -3110,10 +3110,13 @@ def make_matching(rng: HashRandom, pattern: str) -> str:
 PROMPT_WINDOW = 8192  # characters at either end of a message in which a form is looked for
 MAX_PROMPT_LINES = 300  # that are read, half of them from either end
 MAX_ASKING = 30  # sentences, likewise
+MAX_SHOWN_LINES = 40  # of a template
 MAX_BRACKETS = 1500  # of the examples in a message
-HINTS = (  # one of them stands in the first or last thousand characters of what is read
-    "nswer", "espon", "eply", "eturn", "utput", "ormat", "hoose", "elect", "lassif", "ategor",
-    "abel", "itle", " list", " table", "epeat", "core", "ate ", "ay ", "es or ", "{", "<", "`",
+MAX_SHORT = 600  # characters of a prompt in which the rarer of these words count, too
+HINTS = (  # one of them stands in what asks for a form, at the start or the end
+    "{", "<", "`", "nswer", "espon", "eturn", "utput", "ormat", "eply", "lassif", "ategor",
+    "hoose", "elect", "abel", "itle", " list", " table", "epeat", "core", "ate the", "ay only",
+    "ay the", "enerate", "es or ",
 )  # fmt: skip
 JSON_MODE_SCHEMA = {  # what a model answers that shall write JSON and is not told which
     "type": "object",
@@ -3271,7 +3274,8 @@ DATA = (
 )
 DATA_LABEL = lazy_regex(rf"(?:[#*\[-]{{1,4}} ?)?(?:{DATA})[\]*\s]{{0,4}}:", re.IGNORECASE)
 CONTEXT = lazy_regex(
-    rf"(?:following|below|these|this)\b.{{0,60}}\b(?:{DATA}|pieces)\b|\W*context", re.IGNORECASE
+    rf"(?:following|below|these|this)\b.{{0,60}}\b(?:{DATA}|pieces)\b|^\W{{0,8}}context",
+    re.IGNORECASE,
 )
 QUESTION = lazy_regex(
     r"[#*\s]{0,4}(?:question|query|user|task|instructions?|now)\b[^:]{0,20}:", re.I
@@ -3301,7 +3305,7 @@ ASKING_LEADS = frozenset((
 ))  # fmt: skip
 DUTY = lazy_regex(
     r"\b(?:answer|response|reply|output|verdict|line|label|json|key)s?\b.*\b(?:must|should|has)\b"
-    r"|\byour \w* ?(?:answer|response|reply|output)|\W*(?:(?:expected|output|response|json) )+"
+    r"|\byour \w* ?(?:answer|response|reply|output)|^\W{0,8}(?:(?:expected|output|response|json) )+"
     r"(?:format|schema|structure|template)|\([^()]{1,99}\)\?|^\W?\w+(?:/| or )\w+\W{0,3}$",
     re.IGNORECASE,
 )
@@ -3407,7 +3411,7 @@ class Prompt:
                 self.lists.setdefault(before, []).append(item[1] if lettered else head)
             elif bare.strip("-=_"):
                 before = bare
-            if showing and SHOWN_LINE.match(line):
+            if showing and SHOWN_LINE.match(line) and len(self.shown) < MAX_SHOWN_LINES:
                 self.shown.append(line)
             elif bare and bare[:3] != "...":
                 showing = not self.shown and ASKS_LINES.search(bare[-120:]) is not None
@@ -3449,13 +3453,15 @@ class Prompt:
 
     def note(self, name: str) -> str:
         """Return what the prompt says behind the name of a property."""
-        found = re.search(
-            rf"(?<!\w){re.escape(name)}[\"'`*]+:? (?!only|and\b|[\"'`])([^\n]{{3,240}})"
-            rf"|^\W*{re.escape(name)}[\"'`]?\??:[^\n]*?(?://|#)([^\n]+)",
-            self.text, re.M | re.I,
-        )  # fmt: skip
-        said = (found[1] or found[2]) if found else ""
-        return re.split(r"\.\s|\b[0-9]\)", said)[0]
+        at = -1
+        for _ in range(6):
+            at = self.text.find(name, at + 1)
+            rest = self.text[at + len(name) : at + len(name) + 240].partition("\n")[0]
+            said = re.match(r"[\"'`*]+:? (?!only|and\b|[\"'`])(.{3,})", rest, re.IGNORECASE)
+            said = said or re.match(r"[\"'`]?\??:.*?(?://|#)(.+)", rest)
+            if at < 0 or said:
+                return re.split(r"\.\s|\b[0-9]\)", said[1])[0] if said and at >= 0 else ""
+        return ""
 
     def copies(self) -> list[str]:
         """Return names that stand in what the prompt is about, up to three."""
@@ -3796,6 +3802,14 @@ RESULT = lazy_regex(
 )
 
 
+def is_hinted(text: str) -> bool:
+    """Tell whether a message can ask for a form: only then it is read."""
+    if len(text) <= MAX_SHORT:
+        return any(map(text.__contains__, HINTS)) or text[-1:] == ":"
+    ends = text[:MAX_SHORT] + text[-MAX_SHORT:]
+    return any(map(ends.__contains__, HINTS[:11])) or text[-1] == ":"
+
+
 def read_form(messages: list[dict[str, Any]], json_mode: bool = False) -> WantedForm | None:
     """Return the form that a conversation asks the next answer in, if it asks for one.
 
@@ -3810,12 +3824,11 @@ def read_form(messages: list[dict[str, Any]], json_mode: bool = False) -> Wanted
             systems.append((number, text, answered))
         elif role == "user" and not spoken:
             users.append((number, text, answered))
-            spoken = not RESULT.search(text[:400])
+            spoken = number == 0 or not RESULT.search(text[:80])
         answered = answered or role in ("tool", "function", "assistant")
     vague = None
     for number, text, answered in users + systems:
-        ends = text if len(text) <= 2000 else text[:1000] + text[-1000:]
-        if not any(map(ends.__contains__, HINTS)) and text[-1:] != ":":
+        if not is_hinted(text):
             continue
         about = users[0][1][-PROMPT_WINDOW:] if users and number != users[0][0] else ""
         prompt = Prompt(text, about, answered)
