@@ -3109,8 +3109,7 @@ def make_matching(rng: HashRandom, pattern: str) -> str:
 
 PROMPT_WINDOW = 8192  # characters at either end of a message in which a form is looked for
 MAX_PROMPT_LINES = 300  # that are read, half of them from either end
-MAX_ASKING = 30  # sentences, likewise
-MAX_SHOWN_LINES = 40  # of a template
+MAX_ASKING = 30  # sentences, likewise, and lines of a template
 MAX_BRACKETS = 1500  # of the examples in a message
 MAX_SHORT = 600  # characters of a prompt in which the rarer of these words count, too
 HINTS = (  # one of them stands in what asks for a form, at the start or the end
@@ -3295,7 +3294,7 @@ FENCE = lazy_regex(r"^\s{0,9}```[ \t]?([\w+-]*)[^\n]*\n(.*?)(?:^\s{0,9}```|\Z)",
 ASKING_VERBS = frozenset((
     "answer", "respond", "reply", "return", "output", "provide", "give", "print", "write",
     "produce", "generate", "choose", "select", "pick", "classify", "categorize", "label", "rate",
-    "score", "judge", "decide", "determine", "use", "end", "finish", "begin", "say", "put", "wrap",
+    "score", "judge", "decide", "use", "end", "finish", "say", "put", "wrap",
     "format", "present", "list", "extract", "assign", "repeat", "convert", "follow", "evaluate",
     "keep",
 ))  # fmt: skip
@@ -3359,9 +3358,7 @@ class Prompt:
             text = task[0]  # what follows is what it is about
         self._read_lines(take_ends(self._take_examples(text).split("\n"), MAX_PROMPT_LINES))
         said = [part for line in self.lines for part in re.split(r"(?<=[.!?])\s+(?=[^a-z])", line)]
-        self.asking = take_ends(
-            [part.strip()[:400] for part in said if is_asking(part)], MAX_ASKING
-        )
+        self.asking = take_ends([part[:400] for part in said if is_asking(part)], MAX_ASKING)
         last = self.lines[-1].strip(" #*") if self.lines and not task else ""
         self.tail = last[:-1] if last.endswith(":") and len(last) < 60 else ""
 
@@ -3411,7 +3408,7 @@ class Prompt:
                 self.lists.setdefault(before, []).append(item[1] if lettered else head)
             elif bare.strip("-=_"):
                 before = bare
-            if showing and SHOWN_LINE.match(line) and len(self.shown) < MAX_SHOWN_LINES:
+            if showing and SHOWN_LINE.match(line) and len(self.shown) < MAX_ASKING:
                 self.shown.append(line)
             elif bare and bare[:3] != "...":
                 showing = not self.shown and ASKS_LINES.search(bare[-120:]) is not None
@@ -3505,9 +3502,7 @@ class WantedForm:
 
 
 OUTPUT_INTRO = lazy_regex(
-    r"output|respon[ds]|answer|reply|return|format|schema|structure|produce|generate|must|template|"
-    r"expected|example json",
-    re.IGNORECASE,
+    r"output|respon|answer|reply|return|format|schema|structure|generate|must|example json", re.I
 )
 INPUT_INTRO = lazy_regex(
     r"\b(?:input|context|documents?|messages?|history|rubric|trace|previous|record|payload|tools?|"
@@ -3532,14 +3527,9 @@ UNFENCED = lazy_regex(
 def read_keys(prompt: Prompt) -> list[str]:
     """Return the names of properties that a prompt asks for."""
     texts = [found[1] or found[2] for said in prompt.asking for found in KEYS.finditer(said)]
-    names = [name for text in texts for name in re.split(r",? and |, ", text)]
-    names += [
-        head
-        for before in prompt.lists
-        if re.search(KEY_WORD, before)
-        for head in prompt.lists[before]
-    ]
-    names = [name.strip("\"'` ") for name in names]
+    names = [name.strip("\"'` ") for text in texts for name in re.split(r",? and |, ", text)]
+    for before in filter(re.compile(KEY_WORD).search, prompt.lists):
+        names += prompt.lists[before]
     return [name for name in dict.fromkeys(names) if re.fullmatch(r"[A-Za-z_][\w-]*", name)]
 
 
@@ -3566,10 +3556,8 @@ def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
         if type(value) in (dict, list) and value:
             schema = prompt.read(value)
             kind = "schema" if as_schema(value) else "example"
-            many = re.search("(?:list|array) of|JSON array", intro) and not re.search(
-                KEY_WORD, intro
-            )
-            if many and type(value) is dict and kind == "example":
+            many = re.search("(?:list|array) of|JSON array", intro)
+            if many and "key" not in intro and type(value) is dict and kind == "example":
                 schema = {"type": "array", "items": schema, **FEW}
             return WantedForm(f"JSON by {kind}", start, ("JSON", schema), end)
     if keys:
@@ -3596,7 +3584,7 @@ SLOT_SHOWN = lazy_regex(
     r"([A-Za-z][\w /-]{0,40}?)\**:\**[ \t]+([^\s|>&][^\n]*)|<([\w-]{1,40})>([^<>\n]+)(?=</)"
 )
 TAG = lazy_regex(r"<([A-Za-z][\w-]{0,40})>")
-WRAPPED = lazy_regex(r"\btags?\b|wrap|inside|within|between|enclos|surround|</|\bin <|xml", re.I)
+WRAPPED = lazy_regex(r"\btags?\b|wrap|inside|enclos|surround|</|xml", re.I)
 THINKING = lazy_regex(
     r"step by step|reasoning|explain|last line|(?:end|finish) (?:your|with)|finally|think", re.I
 )
@@ -3627,18 +3615,15 @@ def read_said(prompt: Prompt) -> WantedForm | None:
 def fill_shown(prompt: Prompt, lines: list[str]) -> WantedForm | None:
     """Return the form of shown lines, elements or YAML, whose values become slots."""
     parts: list[Any] = []
-    names: list[str] = []
     text, at = "\n".join(lines).strip(), 0
     for found in SLOT_SHOWN.finditer(text):
         group = 1 if found[1] else 3
         value = found[group + 1].strip()
         schema = prompt.read(int(value) if value.isdecimal() else value, found[group])
         parts += [text[at : found.start(group + 1)], (found[group], schema)]
-        names.append(found[group])
         at = found.end()
-    return (
-        WantedForm(f"lines {', '.join(dict.fromkeys(names))}", *parts, text[at:]) if names else None
-    )
+    names = ", ".join([name for name, _ in parts[1::2]])[:200]
+    return WantedForm(f"lines {names}", *parts, text[at:]) if parts else None
 
 
 def read_shown(prompt: Prompt) -> WantedForm | None:
@@ -3663,7 +3648,8 @@ def read_frame(prompt: Prompt) -> WantedForm | None:
         near = TAG.split(said) if WRAPPED.search(said) else []  # words, name, words, ...
         for at in range(1, len(near), 2):
             about = near[at - 1] + (near[at + 1] if at == len(near) - 2 else "")
-            tags.setdefault(near[at], read_offer(about) or TEXT_SCHEMA)
+            if f"\n</{near[at]}>" not in prompt.text:  # else it names a part of the prompt
+                tags.setdefault(near[at], read_offer(about) or TEXT_SCHEMA)
     if tags:
         parts = [part for tag in tags for part in (f"<{tag}>", (tag, tags[tag]), f"</{tag}>\n")]
         return WantedForm(f"elements {', '.join(tags)}", *parts[:-1], f"</{[*tags][-1]}>")
@@ -3689,7 +3675,6 @@ LISTS = (  # what asks for one, and what stands before each entry; N is its numb
     (r"numbered list|ordered list", "\nN. "),
     (r"bullet|markdown list", "\n- "),
     (r"comma[ -]separated|separated by commas", ", "),
-    (r"\b(?:one|each)\b.{0,40}\b(?:per|on (?:a|its|their) (?:new|own|separate)) line", "\n"),
 )
 COLUMNS = lazy_regex(r"(?:columns?|headers?)(?: row| are| is|:)* (\w+(?:\s?[,|]\s?(?:and )?\w+)*)")
 COUNTS = ["", "one", "two", "three", "four", "five", "six", "seven"]
@@ -3713,11 +3698,10 @@ def read_list(prompt: Prompt) -> WantedForm | None:
     for said in prompt.asking:
         for pattern, before in LISTS:
             if re.search(pattern, said, re.I):
-                more = [
-                    part for n in "23" for part in (before.replace("N", n), ("item", TEXT_SCHEMA))
-                ]
-                first = before.replace("N", "1").lstrip("\n, ")
-                return WantedForm("list", first, ("item", TEXT_SCHEMA), *more)
+                slot = ("item", TEXT_SCHEMA)
+                marks = [before.replace("N", number) for number in "123"]
+                more = [part for mark in marks[1:] for part in (mark, slot)]
+                return WantedForm("list", marks[0].lstrip("\n, "), slot, *more)
         found = re.search(r"\bCSV\b|\btable\b", said)
         if found:
             named = COLUMNS.search(said)
@@ -3736,7 +3720,6 @@ CHOOSING = lazy_regex(
     r"\bsay\b|print|judge|grade|rate\b|score|must|should|verdict|one of|only|\?",
     re.IGNORECASE,
 )
-PROSE_WORD = lazy_regex(r"\b(?:essay|story|poem|paragraphs?|explain|describe|e-?mail)\b", re.I)
 VERDICT = lazy_regex(
     r"\b(yes) ?(?:/|\||or) ?(no)\b|\b(true) ?(?:/|\||or) ?(false)\b|\b(?:with|as|is|are|only|just|"
     rf"either)[: ]+((?:{ONE_WORD}(?:, ?| ?[/|] ?)){{0,20}}{ONE_WORD}(?:,? or |[/|]){ONE_WORD})",
@@ -3755,14 +3738,10 @@ def read_choice(prompt: Prompt) -> WantedForm | None:
     """Read one of a list, of a range, or of a type, or a text of so many words."""
     lists = [heads for heads in prompt.lists.values() if all(0 < len(h) < 40 for h in heads)]
     for said in reversed(prompt.asking):
-        if PROSE_WORD.search(said) or not CHOOSING.search(said):
+        if not CHOOSING.search(said):
             continue
-        verdict, bounds, kind = (
-            VERDICT.search(said),
-            NUMBER_RANGE.search(said),
-            OF_TYPE.search(said),
-        )
-        schema = read_offer(said)
+        verdict, bounds = VERDICT.search(said), NUMBER_RANGE.search(said)
+        kind, schema = OF_TYPE.search(said), read_offer(said)
         if not schema and verdict and (verdict[5] is None or ONLY.search(said)):
             schema = as_enum(" | ".join(filter(None, verdict.groups())))
         if not schema and bounds and NUMBER_WORD.search(said[: bounds.end()]):
@@ -3773,12 +3752,8 @@ def read_choice(prompt: Prompt) -> WantedForm | None:
             schema = {"enum": lists[-1]}
         if schema:
             return WantedForm(name_choice(schema), ("", schema))
-    shown = [
-        line.partition(":")[2].strip()
-        for line in prompt.lines
-        if line.startswith(prompt.tail + ":")
-    ]
-    shown = [word for word in shown if word]
+    label = prompt.tail + ":"
+    shown = [line[len(label) :].strip() for line in prompt.lines[:-1] if line.startswith(label)]
     if lists and prompt.tail.lower() in ("answer", "category", "label"):
         shown = lists[-1]
     if prompt.tail and len(shown) > 1 and all(len(word.split()) <= 3 for word in shown):
@@ -3790,14 +3765,15 @@ def read_choice(prompt: Prompt) -> WantedForm | None:
             count = COUNTS.index(found[1]) if found[1] in COUNTS else min(int(found[1]), 12)
             words = [("word", TEXT_SCHEMA), " "] * count
             return WantedForm(f"{count} words", *words[:-1])
+        if re.search(r"\b(?:one|single) (?:line|sentence)\b", said):
+            return WantedForm("one sentence", ("description", TEXT_SCHEMA))
     return None
 
 
 FORM_READERS = (read_json, read_said, read_shown, read_frame, read_list, read_choice)
 RESULT = lazy_regex(
     r"\A\W*(?:observation|tool|result|output|returncode|error|format error|for context|continue|"
-    r"please (?:proceed|continue)|your (?:previous|last))|(?:tool|function|command|execution) "
-    r"(?:response|result|output|call)|validation error|try again",
+    r"please (?:proceed|continue)|your (?:previous|last))|validation error|try again",
     re.IGNORECASE,
 )
 
@@ -7793,24 +7769,15 @@ def fill_forced_tool(body: dict[str, Any], script: dict[str, Any] | None) -> Any
     return {**script, "content": None, "blocks": [call], "tool_calls": [call]}
 
 
-NAME_BREAK = lazy_regex(
-    r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=[0-9])|[_.-]"
+NAME_BREAK = lazy_regex(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[a-z])(?=[0-9])|[_.-]")
+FINAL_NAME = lazy_regex(
+    r"(?:mark|attempt|report)?_?(?:submit|finish(?:ed)?|done|final|completed?|completion|terminate)"
+    r"_?(?:answer|task|result|response|output|work)?",
+    re.IGNORECASE,
 )
-FINAL_WORDS = {
-    "submit",
-    "finish",
-    "finished",
-    "done",
-    "final",
-    "complete",
-    "completion",
-    "terminate",
-}
-FINAL_COMPANIONS = {"answer", "task", "result", "response", "output", "attempt", "report", "work"}
 FINAL_CALL = lazy_regex(
-    r"(?:done|finish|complet|ready|once)[^.\n]{0,80}\b(?:call|use|invoke)\b(?: the)? \W?(\w+)"
-    r"|\b(?:call|use|invoke)\b(?: the)? \W?(\w+)[^.\n]{0,60}\b(?:when|once|after)\b[^.\n]{0,40}"
-    r"(?:done|finish|complet|ready)",
+    r"(?:done|finish|complet|ready)[^.\n]{0,80}\b(?:call|use|invoke)\b(?: the)? \W?(\w+)|\b(?:call|"
+    r"use|invoke)\b(?: the)? \W?(\w+)[^.\n]{0,60}\b(?:when|once)\b.{0,40}(?:done|finish|compl)",
     re.IGNORECASE,
 )
 HANDS_OVER = lazy_regex(r"transfer|hand_?off|delegate", re.IGNORECASE)
@@ -7822,72 +7789,45 @@ def topic_words(text: str) -> set[bytes]:
     return {word.rstrip(b"s") for word in find_words(NAME_BREAK.sub(" ", text))}
 
 
-def count_shared(wanted: set[bytes], tool: dict[str, Any]) -> int:
-    """Count the words of a request that a tool's name and description share, also run together."""
-    name = tool["name"].lower().encode()
-    known = topic_words(f"{tool['name']} {tool.get('description') or ''}")
-    return sum(word in known or (len(word) > 3 and word in name) for word in wanted)
-
-
-def find_calls_in(text: str, names: Sequence[str]) -> set[str]:
-    """Return the tools whose calls stand in a text, as smolagents and adk write them."""
-    return {
-        name
-        for name in names
-        if re.search(rf"""["']name["']: ["']{re.escape(name)}["']|tool `{re.escape(name)}`""", text)
-    }
-
-
 def read_turn(
     messages: list[dict[str, Any]], names: Sequence[str] = ()
 ) -> tuple[str, list[str], bool]:
     """Return the user's last request, the tools called since, and whether a result came last.
 
-    What the user says behind a call that was written as text is its result, too.
+    A call may be written as text, as smolagents and adk have it; what the user says next is its
+    result.
     """
     asked, written, ends = "", False, False
     done: list[str] = []
     for message in messages:
         text, role = message_text(message), message["role"]
-        found = find_calls_in(text, names) if "name" in text or "tool `" in text else set()
+        spoken = re.findall(r"""["']name["']: ["'](\w+)["']|tool `(\w+)`""", text)
+        found = [name for pair in spoken for name in pair if name in names]
         ends = role in ("tool", "function")
         if role == "user":
-            ends = written or bool(found) or (bool(asked) and RESULT.search(text[:400]) is not None)
+            ends = written or bool(found) or bool(asked and RESULT.search(text[:80]))
             if not ends:
                 asked, done = text, []
-        for call in message.get("tool_calls") or ():
-            done.append((call.get("function") or {}).get("name", ""))
-        if role == "assistant":
-            written = bool(found)
-        if role in ("assistant", "user"):
-            done += sorted(found)
+        done += [get_path(call, "function", "name") for call in message.get("tool_calls") or ()]
+        if role != "system":
+            done, written = done + found, bool(found) and role == "assistant"
     return asked, done, ends
 
 
-def find_final(body: dict[str, Any], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the tools that end a task, by their names or as the prompt says."""
-    named = set()
-    for message in body["messages"]:
-        if message["role"] in ("user", "system", "developer"):
-            text = message_text(message)[-PROMPT_WINDOW:]
-            named |= {name for found in FINAL_CALL.findall(text) for name in found}
-    found = []
-    for tool in tools:
-        words = set(NAME_BREAK.sub(" ", tool["name"]).lower().split())
-        ends = words & FINAL_WORDS and words <= FINAL_WORDS | FINAL_COMPANIONS
-        found += [tool] if ends or tool["name"] in named else []
-    return found
+def find_final(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the tools that end a task, by their names or as the prompt says.
 
-
-def find_described(
-    messages: list[dict[str, Any]], wanted: set[bytes], tools: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """Return the only tool, where the request describes its arguments or asks to extract them."""
+    Where there is one tool, to run commands, it may be a command.
+    """
+    texts = [message_text(m)[-PROMPT_WINDOW:] for m in messages if m["role"] in ("user", "system")]
+    named = {name for text in texts for found in FINAL_CALL.findall(text) for name in found}
+    final = [tool for tool in tools if tool["name"] in named or FINAL_NAME.fullmatch(tool["name"])]
     fields = get_path(tools[0], "parameters", "properties")
-    if len(tools) > 1 or not isinstance(fields, dict) or not fields:
-        return []
-    asks = any(EXTRACTS.search(message_text(m)[-PROMPT_WINDOW:]) for m in messages)
-    return tools if asks or wanted & topic_words(ENCODE(fields)) else []
+    found = ENDING.search("\n".join(texts)) if fields and len(tools) == 1 and not final else None
+    if fields and found and found[1][:5] == "echo ":
+        command = as_object({next(iter(fields)): {"const": found[1]}})
+        return [{**tools[0], "parameters": command}]
+    return final
 
 
 def choose_tools(body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -7906,7 +7846,7 @@ def choose_tools(body: dict[str, Any]) -> list[dict[str, Any]]:
     if mode == "named":
         return offered[:1]
     asked, done, ends = read_turn(body["messages"], [tool["name"] for tool in offered])
-    final = find_final(body, offered)
+    final = find_final(body["messages"], offered)
     if ends and final:
         return final[:1]
     if ends and mode == "auto" and not (done and HANDS_OVER.search(done[-1])):
@@ -7915,14 +7855,30 @@ def choose_tools(body: dict[str, Any]) -> list[dict[str, Any]]:
     left = [tool for tool in left if not ends or not HANDS_OVER.search(tool["name"])] or left
     offered = (left if left or ends else final) or offered
     wanted = topic_words(asked)
-    shared = [count_shared(wanted, tool) for tool in offered]
+    shared = []
+    for tool in offered:
+        known = topic_words(f"{tool['name']} {tool.get('description') or ''}")
+        name = tool["name"].lower().encode()
+        shared.append(sum(word in known or (len(word) > 3 and word in name) for word in wanted))
     best = max(shared)
-    if best == 0:
-        described = find_described(body["messages"], wanted, offered)
-        return described or (offered[:1] if mode == "required" else [])
+    if best == 0 and len(offered) == 1:  # a form to fill in is known by its fields
+        fields = get_path(offered[0], "parameters", "properties")
+        asks = any(EXTRACTS.search(message_text(m)[-PROMPT_WINDOW:]) for m in body["messages"])
+        best = shared[0] = bool(fields and (asks or wanted & topic_words(ENCODE(fields))))
+    if not best:
+        return offered[:1] if mode == "required" else []
     matching = [tool for tool, score in zip(offered, shared) if score == best]
     alone = body.get("parallel_tool_calls") is False or not body.get("tools")
     return matching[:1] if alone else matching
+
+
+def drop_repeated(body: dict[str, Any], calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the calls without those that were made before, which `auto` does not repeat."""
+    if not calls or body.get("tool_choice") not in (None, "auto"):
+        return calls
+    given = [call for message in body["messages"] for call in message.get("tool_calls") or ()]
+    made = [call.get("function") for call in given]
+    return [call for call in calls if call["function"] not in made]
 
 
 def make_valid(rng: HashRandom, schema: Any, place: str) -> str:
@@ -8054,6 +8010,7 @@ def compose_choice(
     """Write one choice of a chat answer."""
     functions = [] if TOOL_KEYS.isdisjoint(body) else choose_tools(body)
     choice, form, thoughts = Choice(index), FORMS[model.engine].adapt(body), ""
+    calls = drop_repeated(body, make_calls(rng.child("tools", index), form, functions))
     if model.thinks and not form.skips_reasoning:
         length = EFFORT_THOUGHTS.get(effort, 1) or int("always-thinks" in model.traits)
         own = rng.child("reasoning", index)
@@ -8063,13 +8020,13 @@ def compose_choice(
             budget -= choice.think(thoughts, budget, hidden)
     if budget <= 0:
         choice.finish_reason = "length"
-    elif functions:
+    elif calls:
         if form.talks_beside_calls and body.get("tools"):
             text = make_text(rng.child("beside", index), 1)
             choice.write(text, count_tokens(text), body.get("stop"), budget)
         if choice.finish_reason != "length":
             choice.finish_reason = "tool_calls"
-            choice.tool_calls = make_calls(rng.child("tools", index), form, functions)
+            choice.tool_calls = calls
             cut_calls(choice, budget - choice.token_count)
     else:
         own = rng.child("text", index) if index else rng  # nothing else takes from it
