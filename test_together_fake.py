@@ -9131,6 +9131,9 @@ class CommandLineTests(unittest.TestCase):
 
     def test_it_says_where_it_listens_and_stops_cleanly(self):
         seconds = []
+        # As a shell has the commands that a script leaves in the background.
+        ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.addCleanup(signal.signal, signal.SIGINT, ignored)
         hang_up = [signal.SIGHUP] if os.name == "posix" else []
         for number in (signal.SIGINT, signal.SIGTERM, *hang_up):
             began = time.perf_counter()
@@ -9277,6 +9280,36 @@ class CommandLineTests(unittest.TestCase):
             _, _, logged = run_main("--version")
         said = "nothing reads the variable TOGETHER_FAKE_PROT, did you mean TOGETHER_FAKE_PORT?\n"
         self.assertEqual(logged, said)
+
+    def test_each_option_reaches_the_server(self):
+        for args, name, value in (
+            ("", "require_auth", True),
+            ("--no-auth", "require_auth", False),
+            ("", "read_prompts", True),
+            ("--no-read-prompts", "read_prompts", False),
+            ("", "warnings", "record"),
+            ("--strict-scripts", "warnings", "error"),
+            ("--strict", "strict", True),
+            ("--instant-jobs", "instant_jobs", True),
+            ("--on-miss=error", "on_miss", "error"),
+            ("--on-miss=chat,image", "on_miss", {"chat": "error", "image": "error"}),
+            ("--host=127.0.0.2", "host", "127.0.0.2"),
+            ("", "port", fake.DEFAULT_PORT),
+            ("--port=7", "port", 7),
+            ("--run x", "port", 0),
+            ("--port=7 --run x", "port", 7),
+            ("--record-limit=7", "record_limit", 7),
+            ("--max-stored-bytes=7", "max_stored_bytes", 7),
+        ):
+            with self.subTest(args=args, name=name):
+                server = fake.build_server(fake.read_options(args.split()))
+                self.assertEqual(getattr(server, name), value)
+        for args, logs in (("", True), ("--quiet", False), ("--run x", False)):
+            server = fake.build_server(fake.read_options(args.split()))
+            self.assertEqual(server.log is not None, logs, args)
+        with self.assertRaises(SystemExit), contextlib.redirect_stderr(io.StringIO()) as said:
+            fake.read_options(["--run"])
+        self.assertIn("--run needs a command", said.getvalue())
 
     def test_a_command_is_run_beside_the_server(self):
         code = (

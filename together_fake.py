@@ -15390,17 +15390,17 @@ def check_fixtures(path: str) -> int:
 
 
 def catch_signals(handler: Any) -> None:
-    """Have a function called for the signals that end a program."""
+    """Handle the signals that end a program."""
     import signal
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+        number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP
+        if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
             signal.signal(number, handler)
 
 
 def serve(server: TogetherAiServer) -> int:
-    """Start a server, say where it listens, and stop it at Ctrl-C or SIGTERM."""
+    """Say where a server listens, and run it until a signal comes."""
     import gc
     import signal
 
@@ -15483,7 +15483,7 @@ def describe_version() -> str:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the server until Ctrl-C or SIGTERM, or a command with it; return the exit status."""
+    """Run the server, or a command with it; return the exit status."""
     reserve_streams()
     options = read_options(args)
     if options.check:
