@@ -4629,13 +4629,14 @@ def check_text(data: bytes) -> None:
 class Socket:
     """One client's socket, as `Connection.hand_over()` wants it; a subclass says what is answered.
 
-    `open()` and `hear(message)` send events, and add turns: these yield events and pauses, and wait
-    for the turns before them.
+    `open()`, `hear(message)` and `tell(error)` send events, and add turns: these yield events and
+    pauses, and wait for the turns before them.
     """
 
     connection: Any
     open: Any
     hear: Any
+    tell: Any
 
     def __init__(self, server: TogetherAiServer, request: Request) -> None:
         self.server, self.request, self.call = server, request, request.call
@@ -4663,6 +4664,8 @@ class Socket:
         if self.call.outcome != "running":
             return
         if self.closed is not None:
+            if self.closed.error is not None:
+                self.tell(self.closed.error)
             code, reason = self.closed.args
             data = struct.pack(">H", code) + reason.encode("ascii", "replace")[:120]
             self.connection.write(write_frame(CLOSE, data if code else b""))
@@ -4695,7 +4698,6 @@ class Socket:
             self.on_sent()
 
     def read(self) -> None:
-        """Read the frames that have come."""
         if self.waiting > MAX_WAITING_BYTES:
             raise Closed(1008, "too much waits to be answered")
         while frame := take_frame(self.unread):
@@ -10612,13 +10614,13 @@ class Session(Socket):
     def open(self) -> None:
         """Tell the client that it is heard; a fixture may have the socket closed instead."""
         if self.request.script is not None:
-            raise scripted_close(**self.request.script)
+            raise Closed(*scripted_close(**self.request.script).args)
         self.call.set_body(self.settings)
         rng = HashRandom.of(self.failure, self.settings)
         session = {"id": random_uuid(rng), "object": self.object, "modalities": self.modalities}
         session.update(pick_given(self.settings, ("model", "voice")))
-        event_id = random_uuid(rng)
-        self.send({"event_id": event_id, "type": "session.created", "session": session})
+        created = {"event_id": random_uuid(rng), "type": "session.created"}
+        self.send({**created, "session": session})
 
     def hear(self, data: bytes) -> None:
         """Answer a message."""
@@ -10632,12 +10634,14 @@ class Session(Socket):
                 earlier = self.call.warnings[:MAX_NEAR_MISSES]
                 self.call.warnings = (*earlier, f"nothing reads {type[:100]}")
         except ApiError as error:
-            self.send({"type": self.failure, "error": error.envelope()})
             if self.is_strict:
-                raise Closed(1000, error.message) from None
+                raise Closed(1000, error.message, error=error.envelope()) from None
+            self.tell(error.envelope())
+
+    def tell(self, error: dict[str, Any]) -> None:
+        self.send({"type": self.failure, "error": error})
 
     def updated(self, message: dict[str, Any]) -> None:
-        """Change the settings of what is said from now on."""
         known, given = self.request.route.query, message["session"]
         self.settings.update({name: given[name] for name in given if name in known})
         self.send(message)
@@ -10655,18 +10659,14 @@ class Session(Socket):
         failed = {"type": self.failure, "item_id": item_id}
         if self.is_strict:  # without this it would be the end of the session
             failed["event_type"] = "completed"
-        try:
-            for event in [reply.read()] if reply.status >= 400 else reply.events or ():
-                if type(event) is float:
-                    yield event
-                elif event.startswith(b'data: {"type"'):
-                    yield event[6:-2]
-                elif b'"error"' in event:
-                    error = json.loads(event.replace(b"data: ", b"", 1))["error"]
-                    yield ENCODE({**failed, "error": error}).encode()
-        except Closed as closed:
-            yield ENCODE({"type": self.failure, "error": closed.error}).encode()
-            raise
+        for event in [reply.read()] if reply.status >= 400 else reply.events or ():
+            if type(event) is float:
+                yield event
+            elif event.startswith(b'data: {"type"'):
+                yield event[6:-2]
+            elif b'"error"' in event:
+                error = json.loads(event.replace(b"data: ", b"", 1))["error"]
+                yield ENCODE({**failed, "error": error}).encode()
 
 
 def take_event(events: Iterator[Any]) -> Iterator[Any]:
@@ -10771,10 +10771,12 @@ class HearingSession(Session):
         if self.events is None:
             self.count += 1
             rng = HashRandom.of("item", [self.settings, self.count])
-            self.events = self.answer("item_" + random_letters(rng, 21), self.tell, self.drafts)
+            self.events = self.answer(
+                "item_" + random_letters(rng, 21), self.write_down, self.drafts
+            )
         self.turns.append(take_event(self.events) if times is None else self.events)
 
-    def tell(self, script: Any, item_id: str, drafts: list[Any]) -> Iterator[Any]:
+    def write_down(self, script: Any, item_id: str, drafts: list[Any]) -> Iterator[Any]:
         """Yield the messages of a turn, one for each draft, and the last ones."""
         facts = pick_given(self.settings, ("model", "language", "prompt"))
         words: list[str] = script["text"].split() if script else []
