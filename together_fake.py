@@ -6943,16 +6943,6 @@ def repeat_json(text: str, pieces: Iterable[str]) -> Iterator[str]:
         yield whole.replace(numbered, str(token_id(piece))) if numbered in text else whole
 
 
-def interleave(streams: list[Iterator[Any]]) -> Iterator[Any]:
-    """Yield from each stream in turn until all have ended."""
-    while streams:
-        for stream in streams[:]:
-            try:
-                yield next(stream)
-            except StopIteration:
-                streams.remove(stream)
-
-
 def list_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> list[dict[str, Any]]:
     """Return logprobs in OpenAI's form, one object a token, with the keys in recorded order."""
 
@@ -7142,7 +7132,8 @@ class Form:
             if self.opens_texts or choice.tool_calls:
                 yield self.chunk(answer, choice, "opener", {"reasoning_content": ""})
         parts = [self.parts(answer, choice) for choice in answer.choices]
-        yield from parts[0] if len(parts) == 1 else interleave(parts)
+        for turn in itertools.zip_longest(*parts):  # a chunk of each choice
+            yield from [chunk for chunk in turn if chunk is not None]
         if not self.usage_at_end:
             yield self.frame(answer, "usage", [], self.usage(answer))
 
@@ -7749,14 +7740,13 @@ def read_tool_choice(body: dict[str, Any]) -> tuple[str, list[str]]:
             return "named", [mode]
         return (mode if mode in ("none", "auto", "required") else "auto"), []
     allowed = choice.get("allowed_tools")
-    wanted = allowed.get("tools") or [] if type(allowed) is dict else [choice]
+    wanted = [choice] if allowed is None else allowed.get("tools") or []
     limited = [(tool.get("function") or tool).get("name") for tool in wanted]
     for name in limited:
         if name not in names:
-            offered = ", ".join(names) or "nothing"
-            rule = f"must name one of the tools, which offer {offered}"
+            rule = f"must name one of the tools: {', '.join(names) or 'there are none'}"
             raise refuse_value("tool_choice", rule, name)
-    return (allowed.get("mode", "auto") if type(allowed) is dict else "named"), limited
+    return "named" if allowed is None else allowed.get("mode") or "auto", limited
 
 
 def fill_forced_tool(body: dict[str, Any], script: dict[str, Any] | None) -> Any:
