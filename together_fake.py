@@ -2955,9 +2955,6 @@ class ValueMaker:
         first = int(-(-start // step))
         count = max(1, int(end // step) - first + 1)
         chosen = self.rng.randbelow(count) + attempt
-        value: Any = round((first + chosen % count) * step, 10)
-        if self.reader.accepts_all(self.schemas, value):  # as mostly
-            return value
         within = (first + (chosen + more) % count for more in range(min(count, MAX_ITEMS)))
         tried = itertools.chain(within, range(first + count, first + count + MAX_ITEMS))
         values = (value for times in tried for value in (round(times * step, 10), times * step))
