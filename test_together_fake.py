@@ -10230,7 +10230,9 @@ class RecordingTests(RecordingCase):
             with mock.patch("os.fsync", side_effect=full):
                 for text in ("one", "two"):
                     self.text(text)
-                self.assertTrue(wait_until(lambda: "no room" in stderr.getvalue()))
+                recorder = self.server._upstream.recorder
+                self.assertTrue(wait_until(lambda: recorder._writer is None))
+                self.assertIn("no room", stderr.getvalue())
                 self.assertFalse(self.file.exists())
             self.server.stop()
         self.assertEqual(stderr.getvalue().count("cannot record"), 1)
@@ -10362,7 +10364,7 @@ class NormaliseTests(RecordingCase):
             ("Now it is 09:15", "Now it is 23:59:01", True),
             (f"Session {one}: hi", f"Session {other}: hi", True),
             ("Report of 2026-11-28.", "Reports of 2026-11-29.", False),
-            ("Report of 2026-11-28.", "The report of 2026-11-29. Now.", False),
+            ("Report of 2026-11-28.", "The Report of 2026-11-29. Now.", False),
             ("Report of 2026-11-28.", f"Report of {one}.", False),
             ("Add 10 and 20", "Add 10 and 21", False),
         ):
@@ -10729,6 +10731,23 @@ class VerdictTests(LocalCase):
                         self.send(stream, 1)
                     self.send(quote(said), 1)
                     self.assertEqual("half_answer_taken" in self.names(), wanted, self.names())
+
+    def test_few_letters_are_quoted_by_chance(self):
+        self.server.reply("Yes, of course.", chunk_size=1, times=1, end_after_chunks=3)
+        self.send({**HELLO, "stream": True})
+        turn = {"role": "assistant", "content": "Yes"}
+        self.send({"model": "m", "messages": [*say("hello"), turn, *say("go on")]}, 1)
+        self.assertEqual(self.names(), [])
+
+    def test_counts_tell_who_of_two_comes_again(self):
+        self.break_next(503, times=None)
+        for after, count, port in ((0, 0, 1), (1, 1, 1), (0, 0, 2), (2, 2, 1)):
+            self.now += after
+            fields = self.fields({"x_stainless_retry_count": str(count)})
+            request = Request("POST", CHAT, HELLO, headers=fields)
+            request.peer = (("127.0.0.1", port), 1)
+            self.server.answer(request)
+        self.assertEqual(sorted(self.names()), ["gave_up", "no_retry"])
 
     def test_half_a_call_is_answered(self):
         for path in (CHAT, "/v1/responses"):
