@@ -104,7 +104,6 @@ TYPE_CHECKING = False  # as in typing, whose import would cost a cold start 4 ms
 if TYPE_CHECKING:
     from collections.abc import (
         Callable,
-        Container,
         Generator,
         Iterable,
         Iterator,
@@ -5280,9 +5279,10 @@ ERROR = ResponseType(  # aimock's recorder writes status 200 where it did not un
 )
 
 
-def find_response_type(keys: Container[str]) -> ResponseType | None:
-    types = reversed(RESPONSE_TYPES)
-    return next((type for type in types if any(key in keys for key in type.told_by)), None)
+def find_response_type(keys: Iterable[str]) -> ResponseType | None:
+    given = set(keys)
+    types = (type for type in reversed(RESPONSE_TYPES) if not given.isdisjoint(type.told_by))
+    return next(types, None)
 
 
 @functools.cache
