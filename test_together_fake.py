@@ -11388,6 +11388,25 @@ class PageTests(FakeCase):
             call["said"][0]["content"], call["reply"]["choices"][0]["message"]["content"]
         )
 
+    def test_a_call_tells_what_its_client_did_wrong(self):
+        self.server.fail(400, times=2)
+        for _ in range(2):
+            self.answer("POST", CHAT, HELLO)
+        self.chat("something else")
+        wrong = [self.json("GET", f"/__parlel/requests/{n}")["verdict"] for n in (1, 2, 3)]
+        self.assertIn("retried_refusal: it ", wrong[1][0])
+        self.assertEqual(wrong[2], [])
+
+    def test_a_socket_shows_what_went_both_ways(self):
+        call = fake.Call(1, Request("GET", "/v1/realtime"), 0.0)
+        call.status = 101
+        call._raw_reply = [
+            b': data: {"type": "echo"}\n\n',
+            b'data: {"type": "session.created"}\n\n',
+        ]
+        self.assertEqual([each["role"] for each in fake.list_said(call)], ["client", "server"])
+        self.assertIn("session.created", fake.show_row(call)["answer"])
+
     def copied(self, number):
         return self.json("GET", f"/__parlel/requests/{number}")["copy"]["python"]
 

@@ -11932,7 +11932,7 @@ function drawCall(call) {
       makeButton("Close", closeCall)),
     make("div", "dim", "answered by " + (call.fixture || "the generator"),
       call.form && ", form: " + call.form),
-    ...[call.error, ...(call.verdict ?? [])].map((text) => make("div", "bad", text)),
+    ...[call.error, ...call.verdict].map((text) => make("div", "bad", text)),
     ...call.warnings.map((text) => make("div", "warn", text)),
     drawTimeline(call),
     make("div", "sides",
@@ -12309,7 +12309,9 @@ MAX_THUMBNAIL = 50_000  # characters of an image's base64
 
 
 def list_said(call: Call) -> list[dict[str, Any]]:
-    """Return what came back."""
+    """Return what came back, over a socket what went both ways."""
+    if call.status == 101:
+        return [{"role": each["from"], "content": each["message"]} for each in call.messages]
     reply = call.reply
     events = list_objects(reply) if call.events_sent else [reply]
     whole = events[-1] if events else None
@@ -12344,7 +12346,7 @@ def tell_message(message: dict[str, Any]) -> str:
     calls = [get_path(call, "function") or {} for call in list_objects(message.get("tool_calls"))]
     said = [f"{call.get('name')}({call.get('arguments')})" for call in calls]
     text = join_text(message.get("content"))
-    if text is None and message.get("role") == "reply":
+    if message.get("role") in ("reply", "client", "server") and not isinstance(text, str):
         text = ENCODE(message["content"])
     return " ".join(" ".join([str(text or ""), *said])[: 2 * MAX_SHOWN].split())[:MAX_SHOWN]
 
@@ -12366,7 +12368,7 @@ def show_row(call: Call) -> dict[str, Any]:
     return {
         **call.as_row(),
         "question": tell_message(last[-1]) if last else "",
-        "answer": call.error or " / ".join(map(tell_message, said)),
+        "answer": call.error or " / ".join(map(tell_message, said[:4])),
         "images": [url for url in images if len(url) < MAX_THUMBNAIL][:4],
         "warning": call.warnings[0][:MAX_SHOWN] if call.warnings else "",
         "thread": find_thread(call, asked),
@@ -12513,10 +12515,12 @@ def find_call(server: TogetherAiServer, number: str) -> Call:
 def get_recorded_call(server: TogetherAiServer, request: Request) -> Any:
     """Describe one recorded call, with what came back and ways to say it again."""
     call = find_call(server, request.params["number"])
+    found = judge(server.requests, MAX_ATTEMPTS)
     return {
         **call.as_json(),
         "asked": list_asked(call),
         "said": list_said(call),
+        "verdict": [f"{each.name}: it {each.text}" for each in found if call in each.calls],
         "copy": copy_call(server, call, request.origin),
     }
 
