@@ -7528,7 +7528,7 @@ class RequestTests(SocketCase):
 
     def test_the_reason_is_told(self):
         for data, reason in (
-            (b"\x16\x03\x01", "this is TLS: write http:// into the client's URL"),
+            (b"\x16\x03\x01", "this is TLS: have the client use http://"),
             (b"PRI * HTTP/2.0\r\n\r\n", "this is HTTP/2: have the client speak HTTP/1.1"),
             (b"GET / HTTP/1.1\r\n: b\r\n\r\n", "a line is neither METHOD /path HTTP/1.1 nor"),
             (b"GET / HTTP/1.1\nA: b\n\n", "it has a bare CR, LF or NUL"),
@@ -7944,9 +7944,9 @@ class WorkTests(FakeCase):
         for number, client in enumerate(clients):
             client.sendall(get(f"/h{number}"))
             self.assertEqual(case.status(case.connect()), 200)
-        for _ in range(fake.MAX_HEAVY):
+        for _ in range(fake.MAX_WORKERS[fake.HEAVY]):
             self.assertTrue(at_once.acquire(timeout=PATIENCE))
-        self.assertEqual(len(order), fake.MAX_HEAVY)
+        self.assertEqual(len(order), fake.MAX_WORKERS[fake.HEAVY])
         gate.set()
         for client in clients:
             self.assertEqual(client.recv(15), b"HTTP/1.1 200 OK")
@@ -8985,6 +8985,68 @@ class ForkTests(FakeCase):
                     os.close(reader)
                     os.waitpid(child, 0)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
+    def test_a_child_process_has_locks_of_its_own_and_knows_the_port(self):
+        with warnings.catch_warnings(), TogetherAiServer(port=0) as server:
+            warnings.simplefilter("ignore", DeprecationWarning)
+            held = [server._lock, server.script._lock, server.files._lock, server.job_lock]
+            taken, leave = threading.Event(), threading.Event()
+
+            def hold():
+                with contextlib.ExitStack() as stack:
+                    for lock in held:
+                        stack.enter_context(lock)
+                    taken.set()
+                    leave.wait(PATIENCE)
+
+            holder = threading.Thread(target=hold)
+            holder.start()
+            self.assertTrue(taken.wait(PATIENCE))
+            port = server.port
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    signal.alarm(int(PATIENCE))
+                    request = Request("POST", CHAT, HELLO, headers={"authorization": "Bearer x"})
+                    files = Request("GET", "/v1/files", headers={"authorization": "Bearer x"})
+                    good = [server.answer(each).status for each in (request, files)] == [200, 200]
+                    status = 0 if good and server.port == port else 2
+                finally:
+                    os._exit(status)
+            _, status = os.waitpid(child, 0)
+            leave.set()
+            holder.join(PATIENCE)
+            self.assertEqual(status, 0)
+
+    @unittest.skipUnless(shutil.which("openssl"), "there is no openssl")
+    def test_https(self):
+        import ssl
+
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        key, certificate = os.path.join(folder, "key"), os.path.join(folder, "certificate")
+        command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
+        names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+        files = ["-keyout", key, "-out", certificate]
+        subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate, key)
+        with TogetherAiServer(port=0, ssl_context=context) as server:
+            self.assertEqual(server.url, f"https://127.0.0.1:{server.port}")
+            silent = socket.create_connection(("127.0.0.1", server.port), PATIENCE)
+            self.addCleanup(silent.close)  # it shakes no hands, and nobody waits for it
+            trusting = ssl.create_default_context(cafile=certificate)
+            for text, stream in (("hi", False), ("a" * 300_000, False), ("hi", True)):
+                body = json.dumps({"model": "m", "messages": say(text), "stream": stream}).encode()
+                request = urllib.request.Request(f"{server.base_url}/chat/completions", body, KEY)
+                with urllib.request.urlopen(request, context=trusting, timeout=PATIENCE) as reply:
+                    self.assertIn(b"choices", reply.read())
+            self.assertEqual(server.requests[0].headers["host"], server.url[8:])
+            with contextlib.suppress(ConnectionError):
+                silent.sendall(HEALTH)  # that is no TLS
+                self.assertNotIn(b"HTTP/1.1 200", receive_all(silent))
+
     def test_start_and_stop_from_many_threads(self):
         threads, descriptors = set(threading.enumerate()), list_descriptors()
         server = TogetherAiServer(port=0)
@@ -9073,7 +9135,7 @@ VARIABLES = {
 class ServerTests(unittest.TestCase):
     def test_addresses(self):
         server = TogetherAiServer()
-        server._http = mock.Mock(server_address=("127.0.0.1", server.port))  # as if it listened
+        server._http = mock.Mock(server_port=server.port)  # as if it listened
         self.assertEqual(server.url, "http://127.0.0.1:4863")
         self.assertEqual(server.base_url, "http://127.0.0.1:4863/v1")
         project = server.env["TOGETHER_PROJECT_ID"]

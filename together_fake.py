@@ -326,11 +326,6 @@ class Headers(dict):  # type: ignore[type-arg]
 class Request:
     """One request as the pipeline sees it; HTTP, tests and batch lines all build these."""
 
-    __slots__ = (
-        "args", "batch", "body", "call", "chunk_sizes", "client", "form", "headers", "id", "method",
-        "origin", "params", "path", "peer", "query", "raw", "route", "script", "turn",
-    )  # fmt: skip
-
     client: Any  # the socket, where a thread waits for somebody else on this request's behalf
 
     def __init__(
@@ -366,8 +361,6 @@ class Request:
 class Upload:
     """A file that came as a part of a multipart body."""
 
-    __slots__ = ("content_type", "data", "filename")
-
     def __init__(self, filename: str, content_type: str, data: bytes) -> None:
         self.filename = filename
         self.content_type = content_type
@@ -401,18 +394,6 @@ class Cut(Exception):
 
 class Reply:
     """A whole answer: bytes with a status, or a stream of events."""
-
-    __slots__ = (
-        "body",
-        "content_type",
-        "events",
-        "handler",
-        "headers",
-        "id",
-        "reader",
-        "status",
-        "waits",
-    )
 
     def __init__(
         self,
@@ -448,8 +429,6 @@ class Events:
 
     encoded  they are events already, as bytes, and nothing follows
     """
-
-    __slots__ = ("chunks", "encoded")
 
     def __init__(self, chunks: Iterable[Any], encoded: bool = False) -> None:
         self.chunks = chunks
@@ -552,10 +531,7 @@ ERRORS: dict[str, tuple[Any, ...]] = {
     "bad_method": (405, "{path} does not answer {method}; it answers {allow}."),
     "slow_request": (408, "The request did not arrive whole within {seconds:g} seconds."),
     "too_large": (413, "The body has {size} bytes; at most {limit} are accepted.", TOO_LARGE),
-    "headers_too_large": (
-        431,
-        "The request's head is too large; at most {bytes} bytes and {count} fields are accepted.",
-    ),
+    "headers_too_large": (431, "The request's head has more than 64 KB or 100 fields."),
     "foreign_page": (
         403,
         "{who} may not use this route: it is for programs, for pages of this machine, and for"
@@ -12592,7 +12568,6 @@ SEND_BUFFER_BYTES = 128 * 2**10  # of the kernel, which would keep 4 MB for who 
 MAX_GATHERED_BYTES = 64 * 2**10  # of replies or events that are at hand, sent at once
 MAX_REMEMBERED_HEADS = 128  # of requests, so that they need not be taken apart again
 
-POSIX = sys.platform != "win32"
 RECEIVE_BYTES = 64 * 2**10  # taken at once
 MAX_RECEIVE_BYTES = 2**20  # likewise, of a body whose length is known
 LAST_CHUNK = b"0\r\n\r\n"
@@ -12645,7 +12620,7 @@ TRAILER_LINE = lazy_regex(rf"(?:{NAME}:{VALUE})?\r\n".encode("latin-1"))
 # Tells from its first bytes that a head will never be one, so that nobody waits for the rest.
 HOPELESS = lazy_regex(rb"\A(?:\r\n)?[^!-~\r]|(?<!\r)\n|\r(?!\n|\Z)|\0")
 
-TLS_HERE = "this is TLS: write http:// into the client's URL, or give the server an ssl_context"
+TLS_HERE = "this is TLS: have the client use http://, or give the server an ssl_context"
 HTTP_2_HERE = "this is HTTP/2: have the client speak HTTP/1.1, as curl does with --http1.1"
 # (pattern, error, reason): why a head is none, the first that matches.
 REFUSALS = [
@@ -12667,7 +12642,7 @@ def parse_fields(lines: str) -> Headers:
     """Return header lines by name in lower case; repeated ones are joined."""
     fields = FIELD.findall(lines)
     if len(fields) > MAX_HEADERS:
-        raise ApiError("headers_too_large", bytes=MAX_HEADER_BYTES, count=MAX_HEADERS)
+        raise ApiError("headers_too_large")
     headers = Headers([(name.lower(), value) for name, value in fields])
     if len(headers) < len(fields):
         for name in headers:
@@ -12690,7 +12665,7 @@ def frame_chunk(event: bytes) -> bytes:
 class Head:
     """What the lines before a body say; the requests of a connection mostly share one."""
 
-    def __init__(self, netloc: str, data: bytes) -> None:
+    def __init__(self, scheme: str, netloc: str, data: bytes) -> None:
         """Take a head apart; raise ApiError where it is none."""
         text = data.decode("latin-1")
         match = HEAD.fullmatch(text)
@@ -12701,7 +12676,7 @@ class Head:
         self.fields = fields = parse_fields(lines)
         if self.minor != "0" and "host" not in fields:
             raise ApiError("bad_http", reason="HTTP/1.1 needs a Host header")
-        self.origin = "http://" + (fields.get("host") or netloc)
+        self.origin = scheme + (fields.get("host") or netloc)
         options = fields.get("connection", "").lower()
         old = self.minor == "0"
         self.closes = "close" in options or (old and "keep-alive" not in options)
@@ -12746,7 +12721,7 @@ class RequestReader:
         if end < 0:
             end = yield from self.wait_for_head()
         if end - self.at > MAX_HEADER_BYTES:
-            raise ApiError("headers_too_large", bytes=MAX_HEADER_BYTES, count=MAX_HEADERS)
+            raise ApiError("headers_too_large")
         self.head = head = self.server.read_head(self.data[self.at : end + 2])
         start, self.at = end + 4, end + 4 + head.size
         if head.coding is None and self.at <= len(self.data):
@@ -12769,7 +12744,7 @@ class RequestReader:
         seen = 0
         while (end := self.data.find(b"\r\n\r\n", max(0, seen - 3))) < 0:
             if len(self.data) > MAX_HEADER_BYTES:
-                raise ApiError("headers_too_large", bytes=MAX_HEADER_BYTES, count=MAX_HEADERS)
+                raise ApiError("headers_too_large")
             if HOPELESS.search(self.data, max(0, seen - 1)):
                 raise explain_refusal(self.data.decode("latin-1"))
             seen = len(self.data)
@@ -12814,7 +12789,7 @@ class RequestReader:
         for _ in range(MAX_HEADERS + 1):
             if (yield from self.read_line(TRAILER_LINE))[0] == b"\r\n":
                 return bytes(body)
-        raise ApiError("headers_too_large", bytes=MAX_HEADER_BYTES, count=MAX_HEADERS)
+        raise ApiError("headers_too_large")
 
     def read_line(self, pattern: re.Pattern[bytes]) -> Generator[str, None, re.Match[bytes]]:
         """Return a line between the chunks of a body, as `pattern` takes it apart."""
@@ -12930,13 +12905,13 @@ MAX_CONNECTIONS = 4000 if hasattr(select, "poll") else 500
 BACKLOG = 1024  # connections that wait to be accepted
 CROWDED_SECONDS = 1.0  # to ask, send on or read, where all places are taken and somebody waits
 MAX_HELD = 8  # replies that are sent at once
-MAX_HEAVY = 3  # requests that take long, at once
 MAX_IDLE_WORKERS = 16
 LOOK_SECONDS = 0.25  # between two looks at who is slow
 MAX_UNREAD_BYTES = 4 * 2**20  # of a handler
 STOP_SECONDS = 0.25  # for workers to end what they do; a test's function may sleep for longer
 
 QUICK, HEAVY, WAITING = "quick", "heavy", "waiting"  # who answers, see `HttpServer`
+MAX_WORKERS = {HEAVY: 3, WAITING: math.inf}  # at once
 ROOM, END, SOCKET = "room", "end", "socket"  # what a connection waits for beside those of HTTP
 BYTES = (IDLE, PARTIAL, END, SOCKET)  # those that end when something comes
 PATIENCE = {  # for how many seconds it does so
@@ -12993,7 +12968,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                     reply = yield kind, functools.partial(app.answer, request)
                 yield from self.send_reply(reply)
         except ApiError as error:
-            head = reader.head or Head("", b"GET / HTTP/1.0\r\n")
+            head = reader.head or Head("", "", b"GET / HTTP/1.0\r\n")
             request = Request(head.method, head.path, query=head.query, headers=head.fields)
             if reader.head is None:  # all that is known is how it begins
                 line = reader.data[reader.at : reader.at + 100].partition(b"\r")[0]
@@ -13072,6 +13047,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def go_on(self, result: Any = None, error: BaseException | None = None) -> None:
         """Go on with its life until something has to happen first."""
+        if self.is_closed:
+            return
         before = self.awaited
         try:
             self.awaited = self.life.send(result) if error is None else self.life.throw(error)
@@ -13084,20 +13061,15 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if type(self.awaited) is tuple:
                 self.server.run(*self.awaited, self.end_work)
             elif type(self.awaited) is float:
-                self.server.call_later(self.awaited, self.end_pause)
+                self.server.call_later(self.awaited, self.go_on)
         self.server.held.append(self)
-
-    def end_pause(self) -> None:
-        if not self.is_closed:
-            self.go_on()
 
     def end_work(self, result: Any, error: BaseException | None) -> None:
         """Go on with what a worker returned or raised."""
         self.awaited = None
+        self.go_on(result, error)
         if self.is_closed:
             self.close()
-        else:
-            self.go_on(result, error)
 
     def act(self, mask: int) -> None:
         """Receive what has come, or send on, as far as there is something."""
@@ -13106,7 +13078,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return
         try:
             data = self.socket.recv(self.reader.wanted)
-        except BlockingIOError:
+            while self.server.ssl_context and self.socket.pending():  # type: ignore[attr-defined]
+                data += self.socket.recv(self.reader.wanted)
+        except self.server.not_yet:
             return
         except OSError:
             self.close()
@@ -13123,7 +13097,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         if self.unsent:
             try:
                 sent = self.socket.send(self.unsent)
-            except BlockingIOError:
+            except self.server.not_yet:
                 sent = 0
             except OSError:
                 self.close()
@@ -13221,7 +13195,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     waits for one of them, and answers what is quick itself, so that a request costs no change of
     threads. Workers do the rest and hand their results to the loop by `call_soon()`:
 
-    HEAVY    what keeps a processor busy: `MAX_HEAVY` at once, the others in the order they came
+    HEAVY    what keeps a processor busy: three at once, the others in the order they came
     WAITING  what mostly sleeps, as a test's function or an upstream does: as many as there are
 
     What happens while one request is slow: its connection is busy, all others go on. A reply
@@ -13232,15 +13206,20 @@ class HttpServer(http.server.ThreadingHTTPServer):
     """
 
     request_queue_size = BACKLOG
-    allow_reuse_address = POSIX  # on Windows it would let two servers share the port
+    allow_reuse_address = os.name == "posix"  # on Windows it would let two servers share the port
 
-    def __init__(self, address: tuple[str, int], app: Any) -> None:
+    def __init__(self, address: tuple[str, int], app: Any, ssl_context: Any = None) -> None:
         """Bind to (host, port).
 
         The app has `answer()`, `_begin()`, `_refuse()` and `_limit_body()`.
         """
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self.app = app
+        self.app, self.ssl_context = app, ssl_context
+        self.not_yet: tuple[type[Exception], ...] = (BlockingIOError,)
+        if ssl_context is not None:
+            import ssl
+
+            self.not_yet += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
         self.writer = ReplyWriter()
         self.patience = dict(PATIENCE)
         self.stopping = threading.Event()
@@ -13252,10 +13231,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.looks = False  # now and then at who keeps us waiting
         self.soon: deque[Callable[[], None]] = deque()  # what workers want to be called
         self.threads: list[threading.Thread] = []
-        self.tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()  # for workers
-        self.idle_workers = 0
-        self.heavy_tasks: deque[Any] = deque()  # that wait until fewer are at work
-        self.heavy_count = 0  # at work
+        self.tasks: dict[str, Any] = {kind: queue.SimpleQueue() for kind in MAX_WORKERS}
+        self.workers = dict.fromkeys(MAX_WORKERS, 0)
+        self.idle = dict.fromkeys(MAX_WORKERS, 0)  # of them; below 0: tasks that wait for one
         self.accepting = False
         super().__init__(address, Connection)
         # For all clients:
@@ -13269,12 +13247,13 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.accept_or_not()
 
     def server_bind(self) -> None:
-        """Bind without looking up the host's name, as HTTPServer's does."""
+        """Bind without looking up the host's name."""
         socketserver.TCPServer.server_bind(self)
         host, port = self.socket.getsockname()[:2]
         self.server_port = port
         netloc = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        read_head = functools.partial(Head, netloc)
+        scheme = "http://" if self.ssl_context is None else "https://"
+        read_head = functools.partial(Head, scheme, netloc)
         self.read_head = functools.lru_cache(MAX_REMEMBERED_HEADS)(read_head)
 
     # The loop
@@ -13287,7 +13266,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
             raise
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Be the loop until `stop()`. Nothing is polled."""
+        """Be the loop until `stop()`."""
         while not self.stopping.is_set():
             try:
                 self.serve_round()
@@ -13333,7 +13312,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
             self.wake_writer.send(b"\0")
 
     def call_them(self, mask: int) -> None:
-        """Call what other threads want to be called."""
         self.wake_reader.recv(RECEIVE_BYTES)
         while self.soon and not self.stopping.is_set():
             self.soon.popleft()()
@@ -13346,6 +13324,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
             try:
                 client, address = self.socket.accept()
                 client.setblocking(False)
+                if self.ssl_context is not None:  # hands are shaken while it is read from
+                    client = self.ssl_context.wrap_socket(client, True, False)
             except BlockingIOError:
                 return
             except OSError:  # too many open files, say
@@ -13380,10 +13360,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def look(self) -> None:
         """Give up who keeps us waiting; where others wait for a place, that is soon."""
-        crowded = not self.accepting
-        most = CROWDED_SECONDS if crowded else math.inf
+        most = math.inf if self.accepting else CROWDED_SECONDS
         for connection in list(self.clients):
-            if crowded and connection.awaited is IDLE:
+            if most < math.inf and connection.awaited is IDLE:
                 connection.act(selectors.EVENT_READ)  # it may just have asked
             patience = self.patience.get(connection.awaited, math.inf)
             if self.now < connection.since + min(patience, most) or patience == math.inf:
@@ -13400,33 +13379,28 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def run(self, kind: str, work: Callable[[], Any], take: Callable[[Any, Any], None]) -> None:
         """Have a worker do something; the loop is then given its result and its error."""
-        if kind is HEAVY and self.heavy_count >= MAX_HEAVY:
-            self.heavy_tasks.append((kind, work, take))
-            return
-        self.heavy_count += kind is HEAVY
-        self.tasks.put((kind, work, take))
-        self.idle_workers -= 1
-        if self.idle_workers < 0:
+        self.tasks[kind].put((work, take))
+        self.idle[kind] -= 1
+        if self.idle[kind] < 0 and self.workers[kind] < MAX_WORKERS[kind]:
             try:
-                self.start_thread(self.work)
-                self.idle_workers += 1
+                self.start_thread(self.work, kind)
+                self.workers[kind] += 1
+                self.idle[kind] += 1
             except RuntimeError:  # no more threads: the next worker that is free takes it
-                if len(self.threads) == 1:
-                    self.do(*self.tasks.get())
+                if not self.workers[kind]:
+                    self.do(kind, *self.tasks[kind].get())
 
-    def start_thread(self, target: Callable[[], None]) -> None:
-        thread = threading.Thread(target=target, name="together-fake", daemon=True)
+    def start_thread(self, target: Callable[..., None], *args: Any) -> None:
+        thread = threading.Thread(target=target, args=args, name="together-fake", daemon=True)
         thread.start()
         self.threads.append(thread)
 
-    def work(self) -> None:
-        """Do what is asked for until nothing is."""
-        while task := self.tasks.get():
-            self.do(*task)
+    def work(self, kind: str) -> None:
+        while task := self.tasks[kind].get():
+            self.do(kind, *task)
         self.threads.remove(threading.current_thread())
 
     def do(self, kind: str, work: Callable[[], Any], take: Callable[[Any, Any], None]) -> None:
-        """Do something, and have the loop take what came of it."""
         result = error = None
         try:
             result = work()
@@ -13437,15 +13411,12 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def end_work(
         self, kind: str, take: Callable[[Any, Any], None], result: Any, error: Any
     ) -> None:
-        """Take what a worker has done, and give it or another one what waits."""
-        self.idle_workers += 1
-        if kind is HEAVY:
-            self.heavy_count -= 1
-            if self.heavy_tasks:
-                self.run(*self.heavy_tasks.popleft())
-        if self.idle_workers > MAX_IDLE_WORKERS:
-            self.idle_workers -= 1
-            self.tasks.put(None)
+        """Take what a worker has done; one too many ends."""
+        self.idle[kind] += 1
+        if self.idle[kind] > MAX_IDLE_WORKERS:
+            self.idle[kind] -= 1
+            self.workers[kind] -= 1
+            self.tasks[kind].put(None)
         take(result, error)
 
     # The end
@@ -13457,8 +13428,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
         if not self.threads:
             self.close_sockets()
         threads, end = self.threads[:], time.monotonic() + STOP_SECONDS
-        for _ in threads:
-            self.tasks.put(None)
+        for tasks in self.tasks.values():
+            for _ in threads:
+                tasks.put(None)
         for index, thread in enumerate(threads):
             if thread is not threading.current_thread():
                 thread.join(max(0, end - time.monotonic()) if index else None)
@@ -13931,8 +13903,6 @@ CORS_METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
 def is_unrecorded(request: Request) -> bool:
     """Tell whether a call looks after the server, or is a browser's that shows the record."""
     path = request.path
-    if path[:4] == "/v1/":
-        return request.method == "OPTIONS"
     shown = path[:6] == "/shrt/" and request.headers.get("sec-fetch-site") == "same-origin"
     return shown or request.method == "OPTIONS" or UNRECORDED.match(path) is not None
 
@@ -14697,6 +14667,7 @@ class TogetherAiServer(Scripting):
     record_limit  how many calls `.requests` keeps
     allow_origin  pages that may reach what is stored, too: ["https://app.test"]
     allow_host    names of this server beside localhost and the machine's own
+    ssl_context   an ssl.SSLContext for programs that insist on https://
     log           called with one line for every request (default: silence)
     clock         where the time of stored objects and limits comes from, in Unix seconds
     """
@@ -14724,6 +14695,7 @@ class TogetherAiServer(Scripting):
         record_limit: int = DEFAULT_RECORD_LIMIT,
         allow_origin: Sequence[str] = (),
         allow_host: Sequence[str] = (),
+        ssl_context: Any = None,
         log: Callable[[str], None] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -14735,7 +14707,7 @@ class TogetherAiServer(Scripting):
         self.require_auth, self.strict, self.read_prompts = require_auth, strict, read_prompts
         self.on_miss, self.warnings = on_miss, warnings
         self.instant_jobs, self.max_stored_bytes = instant_jobs, max_stored_bytes
-        self.rpm, self.tpm = rpm, tpm
+        self.rpm, self.tpm, self.ssl_context = rpm, tpm, ssl_context
         self.allow_origin, self.allow_host = allow_origin, allow_host
         self.record_limit, self.log, self.clock = record_limit, log, clock
         self.script = Fixtures(seed, exact_turns, normalise, lambda: self.requests)
@@ -14758,6 +14730,8 @@ class TogetherAiServer(Scripting):
         self.epoch = int(time.time() * 1000)  # of the record: changes when that is reset
         self.reset()
 
+    _parent_port = 0  # in a child process
+
     def _make_locks(self) -> None:
         """Make what threads share; anew in a child process, where nobody would give it back."""
         # Held while a job takes a step, a whole batch too; its lines may retrieve jobs.
@@ -14765,6 +14739,10 @@ class TogetherAiServer(Scripting):
         self._life = threading.Lock()  # held while it starts
         self._lock = threading.RLock()  # a clock may ask for it again
         self._log = CallLog(self.log) if self.log is not None else None
+        recorder = getattr(self._upstream, "recorder", None)
+        for each in (self.script, recorder, *vars(self).values()):
+            if isinstance(each, (Fixtures, Recorder, Collection)):
+                each._lock = threading.RLock()
 
     # Life cycle
 
@@ -14776,7 +14754,7 @@ class TogetherAiServer(Scripting):
                     self._ending.stop()
                 self.stopping.clear()
                 try:
-                    http_server = HttpServer((self.host, self._wanted_port), self)
+                    http_server = HttpServer((self.host, self._wanted_port), self, self.ssl_context)
                 except OSError as error:
                     if error.errno != errno.EADDRINUSE:
                         raise
@@ -14806,6 +14784,7 @@ class TogetherAiServer(Scripting):
         """Let go, in a child process, of what belongs to its parent: it has no threads here."""
         http_server, self._http = self._http, None
         if http_server is not None:
+            self._parent_port = http_server.server_port
             http_server.close_sockets()
             self.script.is_copy = True
         self._make_locks()
@@ -14880,13 +14859,14 @@ class TogetherAiServer(Scripting):
     @property
     def port(self) -> int:
         """The port it listens on; the one asked for while it is stopped."""
-        return self._http.server_address[1] if self._http else self._wanted_port
+        return self._http.server_port if self._http else self._parent_port or self._wanted_port
 
     @property
     def origin(self) -> str:
         """The address at which it is found once it is started."""
         host = LOOPBACK.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        scheme = "http" if self.ssl_context is None else "https"
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property
     def url(self) -> str:
