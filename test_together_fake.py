@@ -4892,6 +4892,8 @@ class FineTuningTests(StoreCase):
             ({"training_file": self.server.add_file("{}", purpose="eval")["id"]}, 400),
             ({"validation_file": "none"}, 404),
             ({"training_method": {"method": "dpo"}}, 400),
+            ({"batch_size": "max"}, 200),
+            ({"batch_size": 32}, 200),
             ({"batch_size": "most"}, 400),
             ({"batch_size": 1000}, 400),
             ({"model": None}, 400),
@@ -11760,9 +11762,7 @@ def test_each_fault(together_fake, together_fault):
             )
         passed = 3 + len(fake.FAULTS)
         self.assertIn(f"1 failed, {passed} passed, 2 errors", done.stdout)
-        self.assertIn(
-            "Did you mean 'on_miss'" if sys.version_info >= (3, 12) else "on_mis", done.stdout
-        )
+        self.assertIn("has no attribute 'on_mis'", done.stdout)
         self.assertIn("has no attribute 'upstream'", done.stdout)
         (section,) = re.findall(r"^-+ together_fake -+\n(.*?)^==", done.stdout, re.M | re.S)
         self.assertRegex(section, r"^answered by no fixture:\n  <Call 1: POST /v1/chat/completions")
@@ -12073,7 +12073,7 @@ class ClientScenarioCase(ClientCase):
         fox, sleeper, tax = (item.embedding for item in data)
         for vector in (fox, sleeper, tax):
             self.assertEqual(len(vector), 1024)
-            self.assertAlmostEqual(math.hypot(*vector), 1, places=5)
+            self.assertAlmostEqual(math.hypot(*vector), 1, places=4)
         self.assertGreater(likeness(fox, sleeper), likeness(fox, tax))
         self.assertEqual(list(call.embed(texts[0]).data[0].embedding), list(fox))
         for model in ("togethercomputer/m2-bert-80M-8k-retrieval", "somebody/unknown"):

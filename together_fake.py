@@ -8718,7 +8718,7 @@ def merge(template: Item, changes: Item) -> Item:
         if type(value) is dict and type(known) is dict:
             merged[name] = merge(known, value)
         elif value is not None:
-            if known not in (None, "auto") and KINDS[type(value)] != KINDS[type(known)]:
+            if known not in (None, "auto", "max") and KINDS[type(value)] != KINDS[type(known)]:
                 raise refuse_value(name, f"must be {KIND_NAMES[type(known)]}", value)
             merged[name] = value
     return merged
@@ -15331,7 +15331,7 @@ def read_options(args: Sequence[str] | None) -> Any:
     parser.add_argument("--check", metavar="PATH", help="say what is wrong in fixtures and exit")
     parser.add_argument("--routes", action="store_true", help="print the routes and exit")
     parser.add_argument("--version", action="store_true", help="print version and digest and exit")
-    help = "run this, which finds the server by its environment, and exit with its status"
+    help = "run this, which finds the server by itself, and exit with its status"
     parser.add_argument("--run", nargs=argparse.REMAINDER, metavar="COMMAND", help=help)
     options = parser.parse_args(args)
     for name in sorted(set(os.environ) - set(variables)):
