@@ -133,7 +133,8 @@ test('a close code is told', async () => {
 });
 
 test('pages', async () => {
-  const browser = await chromium.launch({ executablePath: CHROMIUM, args: ['--no-sandbox'] });
+  const args = ['--no-sandbox', '--host-resolver-rules=MAP foreign.test 127.0.0.1'];
+  const browser = await chromium.launch({ executablePath: CHROMIUM, args });
   const other = createServer((request, answer) => answer.end('<p>another origin</p>'));
   await new Promise(resolve => other.listen(0, '127.0.0.1', resolve));
   try {
@@ -146,7 +147,7 @@ test('pages', async () => {
     assert.deepEqual(await run(socketUrl + VOICE, PROTOCOLS), heard);
     assert.deepEqual((await run(socketUrl + VOICE + '&api_key=x', [])).bytes, HELLO_BYTES);
     assert.equal(await run(socketUrl + VOICE, []), 'the socket failed');
-    await page.goto(`http://127.0.0.1:${other.address().port}/`);
+    await page.goto(`http://foreign.test:${other.address().port}/`);
     assert.deepEqual(await run(socketUrl + VOICE, PROTOCOLS), heard);
     assert.equal(await run(socketUrl + VOICE, ['realtime']), 'the socket failed');
     const list = await (await fetch(url + '/__parlel/requests')).text();
