@@ -70,6 +70,7 @@ PYTEST_DONT_REWRITE: nothing here is an assertion of a test.
 from __future__ import annotations
 
 import base64
+import bisect
 import contextlib
 import errno
 import functools
@@ -6565,7 +6566,7 @@ def call_wrongly(request: Request) -> dict[str, Any]:
     """Return a call of the first tool whose arguments are all of a wrong type."""
     tool = next(iter(list_objects(request.body.get("tools"))), {})
     function = tool.get("function") or tool
-    rows = get_path(function, "parameters", "properties") or {"value": {"type": "string"}}
+    rows = get_path(function, "parameters", "properties") or {"value": {}}
     wrong = {name: 1 if get_path(rows[name], "type") == "string" else "one" for name in rows}
     return {"tool_calls": [{"name": str(function.get("name")), "arguments": wrong}]}
 
@@ -11151,10 +11152,7 @@ def keep_as_it_came(reply: Reply) -> dict[str, Any]:
 
 
 def put_answer(kind: str, request: Request, reply: Reply, times: Any = ()) -> dict[str, Any]:
-    """Return the response and the options of a fixture that gives this answer again.
-
-    reply  with its whole body, that of a stream, too
-    """
+    """Return the response and options of a fixture that gives this answer, a whole body, again."""
     words = put_into_words(request, reply) if kind == "chat" and reply.status == 200 else None
     answer = words or keep_as_it_came(reply)
     is_stream = reply.content_type.startswith(EVENT_STREAM)
@@ -11314,11 +11312,11 @@ def write_file(path: str, data: bytes) -> None:
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(draft, os.stat(path).st_mode if os.path.exists(path) else 0o666 & ~mask)
-        for left in range(REPLACE_TRIES, 0, -1):
+        for left in reversed(range(REPLACE_TRIES)):
             try:
                 return os.replace(draft, path)
             except PermissionError:  # on Windows, while somebody reads it
-                if left == 1:
+                if not left:
                     raise
                 time.sleep(REPLACE_SECONDS)
     except OSError:
@@ -11477,7 +11475,7 @@ WRONGS = (
 MAX_ATTEMPTS = 5  # of one request
 REFUSED = frozenset((400, 401, 402, 403, 404, 405, 413, 415, 422))
 TEMPORARY = frozenset((408, 409, 429, *range(500, 600)))
-MIN_QUOTE = 8  # characters of half an answer, so that nobody says them by chance
+MIN_QUOTE = 8  # characters of half an answer, which nobody says by chance
 EARLY_SHARE, EARLY_SECONDS = 0.05, 0.01  # that a client may come too early: clocks differ
 
 
@@ -11525,16 +11523,16 @@ def list_asked(call: Call) -> list[dict[str, Any]]:
     return asked + list_objects(body.get("messages"))
 
 
+FINISH = lazy_regex(rb'"finish_reason":\s*"|"response\.(?:completed|incomplete)"')
+
+
 def find_half(call: Call) -> tuple[str, set[Any]] | None:
     """Return the text and the ids of tool calls of a stream that had no end; else None."""
-    events = list_objects(call.reply)
-    if call.kind not in ("chat", "completion", "response") or call.outcome == "left":
+    is_text = call.kind in ("chat", "completion", "response") and call.outcome != "left"
+    if not (is_text and call.events_sent and call.is_kept) or FINISH.search(call.raw_reply):
         return None
-    said = fold_stream(events)
-    ended = any(each["finish_reason"] for each in said)
-    if not events or ended or not call.is_kept or not call.events_sent:
-        return None
-    ids = {call["id"] for each in said for call in each["tool_calls"]} - {None}
+    said = fold_stream(list_objects(call.reply))
+    ids = {one["id"] for each in said for one in each["tool_calls"]} - {None}
     return "".join(each["content"] for each in said).strip(), ids
 
 
@@ -11559,11 +11557,10 @@ def is_temporary(call: Call) -> bool:
 
 
 def find_wait(call: Call) -> float:
-    """Return how many seconds, at least, a client was told to wait."""
-    told = lower_headers(call)
-    text = told.get("retry-after", "0")
+    """Return how many seconds a client was told to wait."""
+    text = lower_headers(call).get("retry-after", "0")
     try:
-        return float(told["retry-after-ms"]) / 1000 if "retry-after-ms" in told else float(text)
+        return float(text)
     except ValueError:
         from email.utils import parsedate_to_datetime  # only here
 
@@ -11684,12 +11681,11 @@ def judge_budget(
     calls: Sequence[Call], total_tokens: float | None, most: int | None, at_once: int | None
 ) -> Iterator[Finding]:
     """Yield what was used of what was allowed, where that is more."""
-    crowds = [
-        [each for each in calls if each is call or each.started <= call.started < find_end(each)]
-        for call in calls
-    ]
-    crowd = max(crowds, key=len, default=[])
-    paid = [call for call in calls if call.usage]
+    ends = sorted(map(find_end, calls))
+    counts = [at - bisect.bisect(ends, call.started) for at, call in enumerate(calls, 1)]
+    busy = calls[counts.index(max(counts))] if calls else None
+    crowd = [c for c in calls if c is busy or (busy and c.started <= busy.started < find_end(c))]
+    paid = [call for call in calls if total_tokens is not None and call.usage]
     spent = sum((call.usage or {}).get("total_tokens") or 0 for call in paid)
     for what, used, allowed, shown in (
         ("tokens", spent, total_tokens, paid),
