@@ -852,7 +852,10 @@ class SchemaTests(unittest.TestCase):
     def test_maps_and_lists_are_not_empty(self):
         for keyword in ("additionalProperties", "unevaluatedProperties"):
             self.assertTrue(make_instance({"type": "object", keyword: WHOLE}))
-        self.assertTrue(make_instance({"type": "object", "patternProperties": {"^a": {}}}))
+        for number in range(5):
+            names = make_instance({"type": "object", "patternProperties": {"^a": {}}}, number)
+            self.assertTrue(names)
+            self.assertFalse([name for name in names if name[0] != "a"])
         self.assertEqual(make_instance({"type": "object", "additionalProperties": False}), {})
         self.assertTrue(make_instance({"type": "array", "items": TEXT}))
 
@@ -889,7 +892,7 @@ class SchemaTests(unittest.TestCase):
             "ipv6network": ipaddress.IPv6Network,
             "ipvanyaddress": ipaddress.ip_address,
             "ipv6interface": ipaddress.IPv6Interface,
-            "base64url": lambda text: base64.b64decode(text, b"-_", validate=True),
+            "base64url": lambda text: base64.b64decode(text, b"-_", validate=True).decode("ascii"),
             "json-string": json.loads,
             "date": datetime.date.fromisoformat,
             "uuid": uuid.UUID,
@@ -900,6 +903,7 @@ class SchemaTests(unittest.TestCase):
         for version in (1, 3, 4, 5, 6, 7):
             text = make_instance({**TEXT, "format": f"uuid{version}"})
             self.assertEqual(uuid.UUID(text).version, version)
+        json.loads(make_instance({**TEXT, "contentMediaType": "application/json"}))
         email = make_instance({**TEXT, "format": "name-email"})
         self.assertRegex(email, r"\A\w+ \w+ <\S+@\S+>\Z")
 

@@ -2146,16 +2146,14 @@ ipv4network ipvanynetwork cidrv4: 10.{c}{d}.{d}.0/24
 ipv6: 2001:db8::{x4}:{x4}
 ipv6interface: 2001:db8::{x4}:{x4}/64
 ipv6network cidrv6: 2001:db8:{x4}::/48
-mac: 02:{x2}:{x2}:{x2}:{x2}:{x2}
 uri url iri uri-template website link href homepage: https://{site}/{noun}/{adjective}
 uri-reference iri-reference json-pointer path directory folder: /{noun}/{adjective}
 uuid: {x8}-{x4}-4{x3}-a{x3}-{x12}
 regex: ^{noun}[a-z]+$
-byte base64 base64url: {x16}
+byte base64 base64url: {YXNo|ZWxt|YmVl|bWFw}{cGVu|cmVk|dGVh|cGll}
 json-string: ["{noun}", {c}]
-relative-json-pointer: {c}/{noun}
 multi-host-uri: postgresql://{user}@{noun}.{site}/{noun}
-zoneinfo: UTC
+directory-path: /
 """)
 FORMATS.update((f"uuid{n}", FORMATS["uuid"].replace("-4", f"-{n}")) for n in range(1, 9))
 # By the words of a property's name: the longest end of the name first, then single words.
@@ -2404,9 +2402,9 @@ VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
 }  # fmt: skip
 # Keywords that others look at: the shape of the argument.
 LOOKED_AT = {
-    "default": "any", "examples": "any", "description": "any", "format": "text", "then": "schema",
-    "else": "schema", "minContains": "count", "maxContains": "count", "additionalItems": "schema",
-    "dependencies": "dependents",
+    "default": "any", "examples": "any", "description": "any", "format": "text",
+    "contentMediaType": "text", "then": "schema", "else": "schema", "minContains": "count",
+    "maxContains": "count", "additionalItems": "schema", "dependencies": "dependents",
 }  # fmt: skip
 VOCABULARY.update(
     (keyword, (shape, "no kind", lambda r, a, v, s: True)) for keyword, shape in LOOKED_AT.items()
@@ -2743,9 +2741,8 @@ class ValueMaker:
 
     def count_range(self, what: str, limit: int) -> tuple[int, int]:
         """Return the range of minLength, minItems or minProperties, at most up to `limit`."""
-        lows, highs = self.keywords.get("min" + what), self.keywords.get("max" + what)
-        low = int(max(lows)) if lows else 0
-        high = min(limit, int(min(highs))) if highs else limit
+        low = int(max(self.arguments("min" + what), default=0))
+        high = int(min([limit, *self.arguments("max" + what)]))
         if low > high:
             raise Unsatisfiable(f"{self.path}: min{what} {low} is above {high}")
         return low, high
@@ -2898,6 +2895,7 @@ class ValueMaker:
         low, high = self.count_range("Length", MAX_TEXT)
         patterns = list(map(self.reader.pattern, self.arguments("pattern")))
         formats = list(filter(FORMATS.__contains__, self.arguments("format")))
+        formats += ["json-string"] * ("application/json" in self.arguments("contentMediaType"))
         template = FORMATS[formats[0]] if formats else find_by_name(TEXTS, self.name)
         tries = (10 * TRIES if formats else 3) if patterns else TRIES
         for _ in range(tries):
@@ -3003,8 +3001,6 @@ class ValueMaker:
     def _list_needed(self, names: Iterable[str]) -> list[str]:
         """Return the names with those that have to come with them."""
         needed, todo = dict.fromkeys(names), list(names)
-        if "dependentRequired" not in self.keywords:
-            return list(needed)
         for name in todo:  # grows on the way
             for dependents in self.arguments("dependentRequired"):
                 others = [n for n in dependents.get(name, ()) if n not in needed]
@@ -3040,7 +3036,7 @@ class ValueMaker:
         """Draw a name for an extra property: from the patterns, propertyNames or a word list."""
         rng = self.rng.child("name", number, attempt)
         patterns = [source for schema in self.arguments("patternProperties") for source in schema]
-        if patterns and number % 3 != 2:
+        if patterns and (number % 3 != 2 or "additionalProperties" not in self.keywords):
             return self.reader.pattern(rng.choice(patterns)).make(rng, 0, MAX_TEXT)
         if "propertyNames" in self.keywords:
             schemas = [*self.arguments("propertyNames"), {"type": ("string",)}]
