@@ -12760,15 +12760,15 @@ class RequestReader:
 
     def read_exactly(self, size: int) -> Generator[str, None, bytes]:
         """Return the next `size` bytes."""
-        pieces = [self.data[self.at : self.at + size]]
-        while missing := size - len(pieces[-1]):
-            size, self.at = missing, len(self.data)
-            self.wanted = max(RECEIVE_BYTES, min(size, MAX_RECEIVE_BYTES))
+        body = bytearray(self.data[self.at : self.at + size])
+        self.at += len(body)
+        while missing := size - len(body):
+            self.wanted = max(RECEIVE_BYTES, min(missing, MAX_RECEIVE_BYTES))
             yield PARTIAL
-            pieces.append(self.data[:size])
-        self.at += len(pieces[-1])
+            body += self.data[:missing]
+            self.at = min(missing, len(self.data))
         self.wanted = RECEIVE_BYTES
-        return b"".join(pieces)  # one piece is returned as it is
+        return bytes(body)
 
     def read_chunks(self) -> Generator[str, None, bytes]:
         """Return a body that comes in chunks; its trailers are read and dropped."""
@@ -13907,7 +13907,7 @@ def is_loopback(host: str) -> bool:
 def is_guarded(request: Request) -> bool:
     """Tell whether not every page may send a request; programs do not look like one."""
     headers = request.headers
-    is_page = not {"origin", "sec-fetch-site"}.isdisjoint(headers) or "Mozilla/" in headers.agent
+    is_page = "origin" in headers or "sec-fetch-site" in headers or "Mozilla/" in headers.agent
     if is_page and ("x-parlel-fixture" in headers or STORED_PATH.match(request.path)):
         return True
     return CONTROL_PATH.match(request.path) is not None
