@@ -862,10 +862,13 @@ DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=read_floa
 
 def measure_depth(value: Any) -> int:
     """Count how deep arrays and objects nest."""
-    if not isinstance(value, (dict, list)):
-        return 0
-    inner = value.values() if isinstance(value, dict) else value
-    return 1 + max(map(measure_depth, inner), default=0)
+    depth = -1
+    level: list[Any] = [[value]]
+    while level:
+        depth += 1
+        inner = [item for each in level for item in (each.values() if type(each) is dict else each)]
+        level = [item for item in inner if type(item) in (list, dict)]
+    return depth
 
 
 def parse_json(raw: bytes) -> Any:
@@ -2152,7 +2155,6 @@ uuid: {x8}-{x4}-4{x3}-a{x3}-{x12}
 regex: ^{noun}[a-z]+$
 byte base64 base64url: {YXNo|ZWxt|YmVl|bWFw}{cGVu|cmVk|dGVh|cGll}
 json-string: ["{noun}", {c}]
-multi-host-uri: postgresql://{user}@{noun}.{site}/{noun}
 directory-path: /
 """)
 FORMATS.update((f"uuid{n}", FORMATS["uuid"].replace("-4", f"-{n}")) for n in range(1, 9))
@@ -2493,7 +2495,6 @@ class SchemaReader:
             raise OutOfSteps
 
     def pattern(self, source: str) -> Pattern:
-        """Return a pattern, which is read once."""
         if source not in self._patterns:
             self._patterns[source] = Pattern(source, self.spend)
         return self._patterns[source]
