@@ -12347,7 +12347,7 @@ class OpenAiClientTests(ClientScenarioCase, unittest.TestCase):
         self.assertLess(max(map(abs, map(operator.sub, packed, plain))), 1e-6)
         short = call.embed("a red fox", dimensions=64).data[0].embedding
         self.assertEqual(len(short), 64)
-        self.assertAlmostEqual(math.hypot(*short), 1, places=5)
+        self.assertAlmostEqual(math.hypot(*short), 1, places=4)
         reply = call.embed([[1, 2, 3], [4]])
         self.assertEqual((len(reply.data), reply.usage), (2, None))  # as in production
         self.assertEqual(len(call.embed([1, 2, 3]).data), 1)
