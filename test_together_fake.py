@@ -2862,6 +2862,50 @@ class ToolTests(FakeCase):
         self.assertEqual(self.run_agent(), ["get_weather", "final_result"])
         self.assertEqual(self.run_agent(tool_choice="required"), ["get_weather", "final_result"])
 
+    def test_after_a_result(self):
+        shell = tool("bash", parameters={"type": "object", "properties": {"command": {}}})
+        empty = tool("getWeather2", parameters={"type": "object", "properties": {}})
+        ask = tool("look_up", parameters={"properties": {"museum": {"type": "string"}}})
+        finish = "Solve it. Finish by issuing the command: `echo ALL_DONE_NOW`."
+        for text, tools, names in (
+            ("the weather in Rome", [empty], ["getWeather2"]),  # whatever the spelling
+            (
+                "call `close` when done, and look up",
+                [ask, tool("close")],
+                ["look_up", "close"],
+            ),
+            ("look it up and submit the answer", [tool("submit"), ask], ["look_up", "submit"]),
+            ("look it up", [tool("finish_task"), ask], ["look_up", "finish_task"]),
+            ("extract: Ann, 34", [ask], ["look_up"]),  # the only form there is
+            (f"{finish} Use bash.", [shell], ["bash", "bash"]),
+        ):
+            with self.subTest(text=text):
+                messages, called = say(text), []
+                for _ in range(2):
+                    message = self.chat(messages=messages, tools=tools)["choices"][0]["message"]
+                    calls = message["tool_calls"]
+                    called += [call["function"]["name"] for call in calls]
+                    messages = [*messages, message, *map(result_of, calls)]
+                self.assertEqual(called, names)
+        self.assertIn("echo ALL_DONE_NOW", str(calls))
+
+    def test_the_same_call_is_not_made_twice(self):
+        tools = [tool("list_files", parameters={"type": "object", "properties": {}})]
+        message = self.chat("list the files", tools=tools)["choices"][0]["message"]
+        asked = [*say("list the files"), message, *map(result_of, message["tool_calls"])]
+        asked += [{"role": "assistant", "content": "a, b"}, *say("list the files again")]
+        self.assertEqual(self.called(messages=asked, tools=tools), [])
+        self.assertEqual(
+            self.called(messages=asked, tools=tools, tool_choice="required"), ["list_files"]
+        )
+
+    def test_a_hand_over_happens_once(self):
+        told = "For context: [root] called tool `transfer_to_agent` with parameters {}"
+        messages = [*say("transfer me to the agent for refunds"), *say(told)]
+        tools = [tool("transfer_to_agent"), tool("find_refund")]
+        self.assertEqual(self.called(messages=messages[:1], tools=tools), ["transfer_to_agent"])
+        self.assertNotIn("transfer_to_agent", self.called(messages=messages, tools=tools))
+
     def test_arguments_are_valid_and_cut_by_the_budget(self):
         message = self.chat("weather", tools=[WEATHER])["choices"][0]["message"]
         call = message["tool_calls"][0]
@@ -2996,6 +3040,32 @@ FORMS = {
         "Choose one of the following categories:\n- billing: money\n- bug: it fails\n- other\n\n"
         "Reply with the category only.",
         'What is it about? Your answer must be "billing", "bug" or "other".',
+    ),
+    "JSON with a letter": (
+        r'\{"category": "[ABC]", "reason": "[^"]+"\}',
+        f"{CHOICES}\n\nRespond ONLY with a JSON object in this format:\n"
+        '{\n  "category": "[LETTER]",\n'
+        '  "reason": "[WHY]"\n}\n\n- The "category" must be a single letter A, B, or C.',
+    ),
+    "JSON that you respond with": (
+        r'\{"reason": "[^"]+", "pass": (true|false), "score": .+\}',
+        "You grade. You respond with a JSON object with this structure: {reason: string, pass: "
+        "boolean, score: number}",
+    ),
+    "as many as were given": (
+        r'\{"answers": \["(yes|no)", "(yes|no)"\]\}',
+        'Only return JSON.\nExample:\n{\n  "answers": ["yes"]\n}\nThe length of answers is EQUAL '
+        "to that of questions.\n\nQuestions:\n['Is it red?', 'Is it old?']\n\nJSON:",
+    ),
+    "a value of a type": (
+        r"-?\d+",
+        "How many words are there?\nAnswer as an int",
+    ),
+    "types of their own": (
+        r'\{"name": "Anna Berg", "mood": "(HAPPY|SAD)", "next": null\}',
+        "Mood\n----\n- HAPPY\n- SAD: not happy\n\nAnswer in JSON using this schema:\n{\n  name: "
+        "string, // as it appears in the text\n  mood: Mood,\n  next: null,\n}\n\n"
+        "Text: I met Anna Berg.",
     ),
     "yes or no": (
         r"(?i:yes|no)",

@@ -2197,6 +2197,7 @@ amount price: {d2}.{d2}
 NUMBERS = read_table("""\
 *: 1 100
 score confidence probability likelihood relevance: 0 1
+verdict attributed binary: 0 1 1
 weight height width length size: 1 200
 price cost amount total subtotal fee: 5 250
 count quantity qty number limit month index position: 1 12
@@ -2919,8 +2920,8 @@ class ValueMaker:
 
     def make_number(self, attempt: int, least_step: float = 0) -> Any:
         """Return a multiple of the step, else of 0.01; the next ones are tried after it."""
-        low, high = map(int, find_by_name(NUMBERS, self.name).split())
-        natural: tuple[Any, Any] = (low, 100 if high == least_step else high)
+        low, high, *flag = map(int, find_by_name(NUMBERS, self.name).split())
+        natural: tuple[Any, Any] = (low, 100 if high == least_step and not flag else high)
         step = max(least_step, max(self.arguments("multipleOf"), default=0.01))
         said = read_numbers(" ".join(map(str, self.arguments("description"))))
         if said:
@@ -3078,13 +3079,13 @@ def make_matching(rng: HashRandom, pattern: str) -> str:
 # === Prompts ===
 
 PROMPT_WINDOW = 8192  # characters at either end of a message in which a form is looked for
-MAX_PROMPT_LINES = 300  # that are read, half of them from either end
-MAX_ASKING = 30  # sentences, likewise, and lines of a template
+MAX_PROMPT_LINES = 150  # at either end, likewise
+MAX_ASKING = 15  # sentences at either end of these, and lines of a template
 MAX_BRACKETS = 1500  # of the examples in a message
 MAX_SHORT = 600  # characters of a prompt in which the rarer of these words count, too
 HINTS = (  # one of them stands in what asks for a form, at the start or the end
     "{", "<", "`", "nswer", "espon", "eturn", "utput", "ormat", "eply", "lassif", "ategor",
-    "hoose", "elect", "abel", "itle", " list", " table", "epeat", "core", "ate the", "ay only",
+    "hoose", "elect", "abel", "itle", " list", " table", "epeat", "core", "ay only",
     "ay the", "enerate", "es or ",
 )  # fmt: skip
 JSON_MODE_SCHEMA = {  # what a model answers that shall write JSON and is not told which
@@ -3116,9 +3117,9 @@ QUOTED_OFFER = lazy_regex(
     rf"(?:\s?[|/,;]\s?(?:or |and )?| or ){QUOTED})+"
 )
 LISTED_OFFER = lazy_regex(  # behind words that say so
-    r"\b(?:(?:one|any|some)(?: or more)? of|either|(?:categor(?:y|ies)|labels?|options?|choices|"
-    r"values?|answers?)(?= ?:| are))(?: (?:the|these|following|words|labels|categories|options|"
-    r"values|are|letters)\b)*\s?:?\s?[\[({]?([^\n.:?!\])}]{2,400})",
+    r"\b(?:(?:one|any|some)(?: or more)? of|either|single (?:letter|word|character)|(?:categories|"
+    r"category|labels?|options?|choices|values?|answers?)(?= ?:| are))(?: (?:the|these|following|"
+    r"words|labels|categories|options|values|are|letters)\b)*\s?:?\s?[\[({]?([^\n.:?!\])}]{2,400})",
     re.IGNORECASE,
 )
 BARE_OFFER = lazy_regex(
@@ -3228,7 +3229,7 @@ def as_object(properties: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_schema(value: Any) -> Any:
-    """Return the schema that an object is, or of whose fields it has one each, as agno; or None."""
+    """Return the schema that an object is, or has one of for each field, as agno; or None."""
     if type(value) is not dict or not value:
         return None
     if type(value.get("properties")) is dict or ("type" in value and "items" in value):
@@ -3239,7 +3240,7 @@ def as_schema(value: Any) -> Any:
 
 DATA = (
     "context|documents?|text|data|input|article|content|e-?mails?|transcript|conversation|passages?"
-    "|history|sources?|reviews?|messages?|file|diff|code|logs?|report|submission|statement|excerpts?"
+    "|history|sources?|reviews?|messages?|file|diff|code|logs?|report|submission"
 )
 DATA_LABEL = lazy_regex(rf"(?:[#*\[-]{{1,4}} ?)?(?:{DATA})[\]*\s]{{0,4}}:", re.IGNORECASE)
 CONTEXT = lazy_regex(
@@ -3250,7 +3251,7 @@ QUESTION = lazy_regex(
     r"[#*\s]{0,4}(?:question|query|user|task|instructions?|now)\b[^:]{0,20}:", re.I
 )
 PROSE_TASK = lazy_regex(
-    r"\s{0,9}(?:please |can you |could you )?(?:summari[sz]e|translate|proofread|rewrite|rephrase|"
+    r"\s{0,9}(?:please |can you |could you )?(?:summari[sz]e|translate|proofread|rewrite|"
     r"explain|review|reply to|draft|describe|fix|debug|refactor|improve|what|why|how|who|help)"
     r"\b[^\n:]{0,200}:(?=\s{0,9}[\n\"'])",
     re.IGNORECASE,
@@ -3270,7 +3271,7 @@ ASKING_VERBS = frozenset((
 ))  # fmt: skip
 ASKING_LEADS = frozenset((
     "", "please", "only", "just", "always", "and", "then", "now", "finally", "must", "should",
-    "simply", "strictly", "step",
+    "simply", "strictly", "step", "you", "will",
 ))  # fmt: skip
 DUTY = lazy_regex(
     r"\b(?:answer|response|reply|output|verdict|line|label|json|key)s?\b.*\b(?:must|should|has)\b"
@@ -3297,12 +3298,6 @@ def is_asking(sentence: str) -> bool:
     return DUTY.search(sentence[:400]) is not None
 
 
-def take_ends(items: list[str], count: int) -> list[str]:
-    """Return so many items, half of them from either end."""
-    half = count // 2
-    return items if len(items) <= count else items[:half] + items[-half:]
-
-
 class Prompt:
     """One message, taken apart: sentences that ask for something, examples, lists, and the rest."""
 
@@ -3320,15 +3315,17 @@ class Prompt:
         for opening, closing in [*sorted(marks), ('"""', '"""'), ("BEGIN", "END")]:
             start, end = text.find(opening), text.rfind(closing)
             if 0 <= start < end:
-                self.about += text[start:end]
+                self.about = text[start:end] + self.about
                 text = text[:start] + "\0" + text[end + len(closing) :]
         text = FENCE.sub(self._take_fence, text)
         task = PROSE_TASK.match(text)
         if task and "\0" not in text:
             text = task[0]  # what follows is what it is about
-        self._read_lines(take_ends(self._take_examples(text).split("\n"), MAX_PROMPT_LINES))
+        lines = self._take_examples(text).split("\n")
+        self._read_lines(lines[:MAX_PROMPT_LINES] + lines[MAX_PROMPT_LINES:][-MAX_PROMPT_LINES:])
         said = [part for line in self.lines for part in re.split(r"(?<=[.!?])\s+(?=[^a-z])", line)]
-        self.asking = take_ends([part[:400] for part in said if is_asking(part)], MAX_ASKING)
+        asking = [part[:400] for part in said if is_asking(part)]
+        self.asking = asking[:MAX_ASKING] + asking[MAX_ASKING:][-MAX_ASKING:]
         last = self.lines[-1].strip(" #*") if self.lines and not task else ""
         self.tail = last[:-1] if last.endswith(":") and len(last) < 60 else ""
 
@@ -3366,7 +3363,7 @@ class Prompt:
             data = bool(data and bare and not re.match(r"[A-Z][\w ]{0,20}:", bare))
             data = data or DATA_LABEL.match(line) is not None
             if data or at < until:
-                self.about += line + "\n"
+                self.about = f"{line}\n{self.about}"
                 for number in re.findall(r"\0(\d+)\0", line):
                     self.examples[int(number) - 1] = ("", "", "")
                 continue
@@ -3433,7 +3430,7 @@ class Prompt:
     def copies(self) -> list[str]:
         """Return names that stand in what the prompt is about, up to three."""
         about = (self.about or self.text)[-3000:]
-        found = re.findall(r"\b[A-Z][\w'-]{2,}(?: [A-Z][\w'-]+){0,3}", about)
+        found = re.findall(r"\b[A-Z][\w'-]{2,}(?: [A-Z][\w'-]+){0,3}(?![\w:])", about)
         return list(dict.fromkeys(found))[-3:] or ["Alpha", "Beta"]
 
 
@@ -3441,9 +3438,9 @@ class Prompt:
 
 
 class WantedForm:
-    """The form that a prompt asks its answer in: texts, and slots for values between them.
+    """The form that a prompt asks its answer in: texts, and slots with a name and a schema.
 
-    A slot is a name, which makes what looks natural, and a schema: of prose where it is None.
+    The name makes what looks natural; without a schema it is prose.
     """
 
     def __init__(self, label: str, *parts: Any) -> None:
@@ -3466,18 +3463,14 @@ class WantedForm:
                 texts.append(value if type(value) is str else json.dumps(value))
         return "".join(texts)
 
-    def find_schema(self) -> Any:
-        """Return the schema of the JSON in it."""
-        return next((part[1] for part in self.parts if part[:1] == ("JSON",)), None)
-
 
 OUTPUT_INTRO = lazy_regex(
     r"output|respon|answer|reply|return|format|schema|structure|generate|must|example json", re.I
 )
 INPUT_INTRO = lazy_regex(
-    r"\b(?:input|context|documents?|messages?|history|rubric|trace|previous|record|payload|tools?|"
-    r"turns|knowledge|config|current|given|this (?:json|data|object)(?! format| schema| of)"
-    r"|summar\w*|explain|what|why|does|well-formatted|for the schema|request)\b",
+    r"\b(?:input|context|documents?|messages?|history|rubric|trace|previous|tools?|given|existing|"
+    r"this (?:json|data|object)(?! format| schema| of)|summar\w*|explain|what|why|does|request|"
+    r"well-formatted|for the schema)\b",
     re.IGNORECASE,
 )
 NAMED = rf"(?:{QUOTED}|[a-z][\w-]{{0,40}})"
@@ -3508,12 +3501,14 @@ def rank_example(example: tuple[str, str, str], keys: list[str]) -> int:
     intro, language, text = example
     rank = 3 * bool(OUTPUT_INTRO.search(intro)) - 4 * bool(INPUT_INTRO.search(intro))
     rank += 4 * any(f'"{key}"' in text or f"{key}:" in text for key in keys)
-    return rank + (language == "json") - 9 * (text[:1] not in ("{", "["))
+    rank += (language == "json") - 2 * (": []" in text)
+    return rank - 9 * (text[:1] not in ("{", "["))
 
 
 def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
-    """Read JSON: by its schema, by an example, by the names of its properties, or of its type."""
+    """Read JSON: by its schema, by an example, or by the names of its properties."""
     asked = [said for said in prompt.asking if re.search(r"\bJSON\b(?![.(_])", said, re.I)]
+    least = 0 if asked or prompt.tail.upper().endswith("JSON") else 3
     asked += ["JSON"] if wanted or prompt.tail.upper().endswith("JSON") else []
     said = " ".join(asked)
     fenced = FENCED.search(said) and not UNFENCED.search(said)
@@ -3522,7 +3517,7 @@ def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
     ranks = [(rank_example(example, keys), at) for at, example in enumerate(prompt.examples)]
     for rank, at in sorted(ranks, reverse=True)[:4]:
         intro, _, text = prompt.examples[at]
-        value = read_example(text) if rank >= (0 if asked else 3) else None
+        value = read_example(text) if rank >= least else None
         if type(value) in (dict, list) and value:
             schema = prompt.read(value)
             kind = "schema" if as_schema(value) else "example"
@@ -3544,11 +3539,11 @@ EXACTLY = lazy_regex(
 )
 ENDING = lazy_regex(
     r"(?i:(?:repl|respond|say|output|return|issu|end|append|command)[^.\n]{0,60}?[\"'`]?"
-    r"((?-i:(?:echo )?<?[A-Z][A-Z_]{5,60}>?))[\"'`]?)"
+    r"((?-i:(?:echo )?(?<![|\w])<?[A-Z][A-Z_]{5,60}>?))[\"'`]?)"
 )
 LABELLED = lazy_regex(
-    r"[\"'`*]+([A-Z][\w ]{0,30}):[ ]?(\$\w+|<[^<>\n]{1,80}>|\[[^\[\]\n]{1,80}\]|\{[^{}\n]{1,80}\}|"
-    r"[A-Z]|)\W{0,2}[\"'`*]"
+    r"[\"'`]([A-Z][\w ]{0,30}):[ ]?(\$\w+|<[^<>\n]{1,80}>|\[[^\[\]\n]{1,80}\]|\{[^{}\n]{1,80}\}|"
+    r"[A-Z]|)\W?[\"'`]"
 )
 SLOT_SHOWN = lazy_regex(
     r"([A-Za-z][\w /-]{0,40}?)\**:\**[ \t]+([^\s|>&][^\n]*)|<([\w-]{1,40})>([^<>\n]+)(?=</)"
@@ -3561,7 +3556,7 @@ THINKING = lazy_regex(
 
 
 def name_choice(schema: dict[str, Any]) -> str:
-    """Return what the record says about one of a list, of a range, of a type."""
+    """Return what the record says about a choice."""
     if "minimum" in schema:
         return f"{schema['type']} from {schema['minimum']} to {schema['maximum']}"
     return "one of " + ", ".join(map(str, schema.get("enum", [schema.get("type")])))[:200]
@@ -3640,7 +3635,7 @@ def read_frame(prompt: Prompt) -> WantedForm | None:
     return None
 
 
-FIELD_MARK = lazy_regex(r"<\|[^|\n]{1,12}\|>|\|\|\|")
+FIELD_MARK = lazy_regex(r"<\|[^|\w]{0,9}\|?>|\|\|\|")
 LISTS = (  # what asks for one, and what stands before each entry; N is its number
     (r"numbered list|ordered list", "\nN. "),
     (r"bullet|markdown list", "\n- "),
@@ -3721,6 +3716,9 @@ def read_choice(prompt: Prompt) -> WantedForm | None:
         if not schema and lists and OF_LIST.search(said):
             schema = {"enum": lists[-1]}
         if schema:
+            calm = [item for item in schema.get("enum", ()) if str(item).lower() == "no"]
+            if calm and re.search("block|harm|unsafe|violat", said, re.I):
+                schema = {"enum": calm}
             return WantedForm(name_choice(schema), ("", schema))
     label = prompt.tail + ":"
     shown = [line[len(label) :].strip() for line in prompt.lines[:-1] if line.startswith(label)]
@@ -3757,9 +3755,9 @@ def is_hinted(text: str) -> bool:
 
 
 def read_form(messages: list[dict[str, Any]], json_mode: bool = False) -> WantedForm | None:
-    """Return the form that a conversation asks the next answer in, if it asks for one.
+    """Return the form that is asked for: by the user's last message, else by the system's.
 
-    The user's last message is read first, those before it where it is a result, then the system's.
+    Where the user's last message is a result, those before it ask, too.
     """
     users: list[tuple[int, str, bool]] = []
     systems: list[tuple[int, str, bool]] = []
@@ -7744,7 +7742,7 @@ FINAL_CALL = lazy_regex(
     re.IGNORECASE,
 )
 HANDS_OVER = lazy_regex(r"transfer|hand_?off|delegate", re.IGNORECASE)
-EXTRACTS = lazy_regex(r"extract|pars(?:e|ing)\b|fill|record|structured|classify", re.IGNORECASE)
+EXTRACTS = lazy_regex(r"extract|pars(?:e|ing)\b|fill|structured", re.IGNORECASE)
 
 
 def topic_words(text: str) -> set[bytes]:
@@ -7835,15 +7833,6 @@ def choose_tools(body: dict[str, Any]) -> list[dict[str, Any]]:
     return matching[:1] if alone else matching
 
 
-def drop_repeated(body: dict[str, Any], calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the calls without those that were made before, which `auto` does not repeat."""
-    if not calls or body.get("tool_choice") not in (None, "auto"):
-        return calls
-    given = [call for message in body["messages"] for call in message.get("tool_calls") or ()]
-    made = [call.get("function") for call in given]
-    return [call for call in calls if call["function"] not in made]
-
-
 def make_valid(rng: HashRandom, schema: Any, place: str) -> str:
     """Return JSON text that satisfies a schema; raise ApiError where nothing can."""
     try:
@@ -7875,6 +7864,16 @@ def make_calls(
         arguments = make_valid(own, schema, f"tools.{function['name']}.parameters")
         calls.append(tool_call(own, form, index, function["name"], arguments))
     return calls
+
+
+def choose_calls(rng: HashRandom, form: Form, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the tool calls of an answer; with `auto`, none that was made before."""
+    calls = [] if TOOL_KEYS.isdisjoint(body) else make_calls(rng, form, choose_tools(body))
+    if not calls or body.get("tool_choice") not in (None, "auto"):
+        return calls
+    given = [call for message in body["messages"] for call in message.get("tool_calls") or ()]
+    made = [call.get("function") for call in given]
+    return [call for call in calls if call["function"] not in made]
 
 
 def cut_calls(choice: Choice, budget: int) -> None:
@@ -7944,7 +7943,7 @@ def make_content(
     else:
         schema = find_schema(format)
         if schema is None:
-            schema = form.find_schema() if form else JSON_MODE_SCHEMA
+            schema = form.parts[1][1] if form else JSON_MODE_SCHEMA  # within a fence, perhaps
         text = make_valid(rng, schema, "response_format")
     return text, count_tokens(text)
 
@@ -7971,9 +7970,8 @@ def compose_choice(
     index: int,
 ) -> Choice:
     """Write one choice of a chat answer."""
-    functions = [] if TOOL_KEYS.isdisjoint(body) else choose_tools(body)
     choice, form, thoughts = Choice(index), FORMS[model.engine].adapt(body), ""
-    calls = drop_repeated(body, make_calls(rng.child("tools", index), form, functions))
+    calls = choose_calls(rng.child("tools", index), form, body)
     if model.thinks and not form.skips_reasoning:
         length = EFFORT_THOUGHTS.get(effort, 1) or int("always-thinks" in model.traits)
         own = rng.child("reasoning", index)
