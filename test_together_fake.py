@@ -4058,6 +4058,12 @@ class CompletionTests(FakeCase):
         body = {"model": "mistralai/Mixtral-8x7B-v0.1", "prompt": prompt, **fields}
         return self.ask("POST", "/v1/completions", body, headers).json
 
+    def test_a_continuation_begins_with_a_blank(self):
+        body = {"model": LLAMA, "prompt": "Once upon"}
+        (choice,) = self.post("/v1/completions", body).json["choices"]
+        self.assertRegex(choice["text"], r"^ \w")
+        self.assertRegex(self.text("Once upon"), r"^\w")
+
     def test_a_stream_tells_the_same_logprobs(self):
         body = {"model": LLAMA, "prompt": "Once upon", "max_tokens": 4, "logprobs": 2}
         (whole,) = self.post("/v1/completions", body).json["choices"]

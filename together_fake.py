@@ -7918,8 +7918,7 @@ def make_answer(rng: HashRandom, form: WantedForm | None) -> tuple[str, int]:
         if form is not None:
             text = form.write(rng)
             return text, count_tokens(text)
-    text, count = make_prose(rng)
-    return text[1:], count
+    return make_prose(rng)  # a blank goes before it, as before what continues a text
 
 
 def make_content(
@@ -7929,7 +7928,8 @@ def make_content(
     format = body.get("response_format") or TEXT_FORMAT
     kind = format["type"]
     if kind == "text" and model.type != "moderation":
-        return make_answer(rng, form)
+        text, count = make_answer(rng, form)
+        return text.lstrip(" "), count
     if kind == "regex":
         place = "response_format.pattern"
         if not format.get("pattern"):
