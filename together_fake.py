@@ -875,9 +875,10 @@ def parse_json(raw: bytes) -> Any:
     """Read JSON with limits; raise ApiError for whatever standard JSON does not allow."""
     try:
         text = raw.decode()
-        value, end = None, -1
-        with contextlib.suppress(StopIteration):
+        try:
             value, end = DECODER.scan_once(text, 0)  # type: ignore[attr-defined]
+        except StopIteration:
+            end = -1
         if end != len(text):  # there are blanks around the value, or this is no JSON
             value = DECODER.decode(text)
         if b"\\u" in raw and (b"\\ud" in raw or b"\\uD" in raw):  # a lone surrogate is refused
@@ -3759,6 +3760,8 @@ def read_form(messages: list[dict[str, Any]], json_mode: bool = False) -> Wanted
 
     Where the user's last message is a result, those before it ask, too.
     """
+    if not any(map(is_hinted, map(message_text, messages))):
+        return None
     users: list[tuple[int, str, bool]] = []
     systems: list[tuple[int, str, bool]] = []
     answered = spoken = False
@@ -4384,14 +4387,15 @@ class Call:
         try:
             yield 0.0  # has begun, so that closing it is noted
             for event in events:
-                self.excused = self.excused or (type(event) is float and event > 0)
-                if type(event) is bytes:  # and no pause
+                if type(event) is bytes:
                     size += len(event)
                     if size <= MAX_RECORDED_BODY_BYTES:
                         kept.append(event)
                     self.events_sent += bool(event)
                     if not self.first_event:
                         self.first_event = time.perf_counter() - started
+                elif event > 0:  # a pause
+                    self.excused = True
                 yield event
             outcome = "complete"
         except Cut:
@@ -6905,11 +6909,10 @@ END_TOKENS = {"meta-llama/": 128009, "Qwen/": 151645}  # what ends a turn, by th
 
 def repeat_json(text: str, pieces: Iterable[str]) -> Iterator[str]:
     """Yield JSON for each piece of a text, which stands where SLOT does."""
-    numbered = QUOTE(SLOT_NUMBER)
-    parts = text.split(QUOTE(SLOT))
+    text = text.replace("%", "%%").replace(QUOTE(SLOT), "%(piece)s")
+    text = text.replace(QUOTE(SLOT_NUMBER), "%(number)d")
     for piece in pieces:
-        whole = QUOTE(piece).join(parts)
-        yield whole.replace(numbered, str(token_id(piece))) if numbered in text else whole
+        yield text % {"piece": QUOTE(piece), "number": token_id(piece)}
 
 
 def list_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> list[dict[str, Any]]:
@@ -6927,14 +6930,13 @@ def list_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> list[dict[str
 @functools.lru_cache(maxsize=256)
 def split_keys(keys: str) -> tuple[list[str], list[str]]:
     """Return some keys, and those that end in `?`: they are left out without a value."""
-    names = keys.replace("?", "").split()
-    return names, [key[:-1] for key in keys.split() if key.endswith("?")]
+    return re.findall(r"\w+", keys), re.findall(r"(\w+)\?", keys)
 
 
 def arrange(keys: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values under these keys, in their order."""
     names, optional = split_keys(keys)
-    chosen = {name: values.get(name) for name in names}
+    chosen = dict(zip(names, map(values.get, names)))
     for name in optional:
         if chosen[name] in (None, []):
             del chosen[name]
@@ -7016,9 +7018,10 @@ class Form:
 
     def usage(self, answer: Answer) -> dict[str, Any]:
         """Return the usage; what a fixture adds to it stands last."""
-        cached = {"cached_tokens": answer.cached_tokens}
-        counts: dict[str, Any] = {"reasoning_tokens": 0, **cached, **answer.usage}
-        for side, part in (("prompt", "cached_tokens"), ("completion", "reasoning_tokens")):
+        counts: dict[str, Any] = {"reasoning_tokens": 0, "cached_tokens": answer.cached_tokens}
+        counts.update(answer.usage)
+        sides = (("prompt", "cached_tokens"), ("completion", "reasoning_tokens"))
+        for side, part in sides if "details" in self.usage_keys else ():
             name = f"{side}_tokens_details"
             details = {part: counts[part]}
             if self.counts_text:
@@ -7026,8 +7029,10 @@ class Form:
             absent = f"{name}?" in self.usage_keys and not counts[part]
             counts.setdefault(name, None if absent else details)
         usage = arrange(self.usage_keys, counts)
-        more = {name: value for name, value in answer.usage.items() if name != "reasoning_tokens"}
-        return {**usage, **{name: more[name] for name in more if name not in usage}}
+        for name, value in answer.usage.items():
+            if name != "reasoning_tokens":
+                usage.setdefault(name, value)
+        return usage
 
     def ending(self, answer: Answer, choice: Choice) -> dict[str, Any]:
         """Return what tells of the end of a choice."""
@@ -7049,13 +7054,14 @@ class Form:
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         values = {
+            **answer.frame,
             "object": answer.objects[0],
             "metadata": {"weight_version": "default"},
             "prompt": answer.prompt,
             "choices": [self.choice(answer, choice) for choice in answer.choices],
             "usage": self.usage(answer),
         }
-        return arrange(self.whole_keys, {**answer.frame, **values})
+        return arrange(self.whole_keys, values)
 
     def choice(self, answer: Answer, choice: Choice) -> dict[str, Any]:
         """Return one choice of a whole answer."""
@@ -7064,11 +7070,11 @@ class Form:
             "text": choice.text,
             "message": self.message(answer, choice),
             "logprobs": self.logprobs(answer, choice),
+            **self.ending(answer, choice),
         }
-        return arrange(self.choice_keys, {**values, **self.ending(answer, choice)})
+        return arrange(self.choice_keys, values)
 
     def message(self, answer: Answer, choice: Choice) -> dict[str, Any]:
-        """Return the message of a choice."""
         thoughts = "".join(choice.thoughts) or None
         content = choice.text or self.empty_content if choice.tool_calls else choice.text
         calls = [
@@ -7086,8 +7092,8 @@ class Form:
         return arrange(self.message_keys, values)
 
     def logprobs(self, answer: Answer, choice: Choice) -> Any:
-        content = list_logprobs(choice.pieces, choice.scores)
-        return {"content": content} if content else None
+        scores = choice.scores
+        return {"content": list_logprobs(choice.pieces, scores)} if scores else None
 
     # The stream
 
@@ -7102,7 +7108,9 @@ class Form:
                 yield self.chunk(answer, choice, "opener", {"reasoning_content": ""})
         parts = [self.parts(answer, choice) for choice in answer.choices]
         for turn in itertools.zip_longest(*parts):  # a chunk of each choice
-            yield from [chunk for chunk in turn if chunk is not None]
+            for chunk in turn:
+                if chunk is not None:
+                    yield chunk
         if not self.usage_at_end:
             yield self.frame(answer, "usage", [], self.usage(answer))
 
@@ -7127,8 +7135,8 @@ class Form:
         return self.stream_keys.get(f"{kind} {level}", self.stream_keys[level])
 
     def frame(self, answer: Answer, kind: str, choices: list[Any], usage: Any) -> dict[str, Any]:
-        values = {"object": answer.objects[1], "choices": choices, "usage": usage}
-        return arrange(self.keys(kind, "chunk"), {**answer.frame, **values})
+        more = {"object": answer.objects[1], "choices": choices, "usage": usage}
+        return arrange(self.keys(kind, "chunk"), {**answer.frame, **more})
 
     def chunk(
         self, answer: Answer, choice: Choice, kind: str, delta: dict[str, Any], **more: Any
@@ -7914,8 +7922,8 @@ def read_prompt(
 
 def make_answer(rng: HashRandom, form: WantedForm | None) -> tuple[str, int]:
     """Return an answer in the form that its prompt asks for, and the number of its tokens."""
-    with contextlib.suppress(Unsatisfiable):  # what only looked like a schema
-        if form is not None:
+    if form is not None:
+        with contextlib.suppress(Unsatisfiable):  # what only looked like a schema
             text = form.write(rng)
             return text, count_tokens(text)
     return make_prose(rng)  # a blank goes before it, as before what continues a text
@@ -13723,11 +13731,12 @@ def list_unread(values: dict[str, Any], fields: Fields, place: str = "") -> Iter
             if name not in fields.ignored:
                 yield f"{place}{name}{suggest_near(name, tuple(fields))}"
             continue
-        each = field.each or field
-        inner = field.fields if type(value) is dict else each.fields
+        if type(value) not in (dict, list):
+            continue
+        inner = field.fields if type(value) is dict else (field.each or field).fields
         for index, item in enumerate(value if type(value) is list else [value]):
             if type(inner) is Fields and type(item) is dict:
-                at = f"[{index}]" if item is not value else ""
+                at = "" if item is value else f"[{index}]"
                 yield from list_unread(item, inner, f"{place}{name}{at}.")
 
 
@@ -14020,24 +14029,18 @@ def name_reply(reply: Reply, request: Request) -> Reply:
 def as_reply(value: Any, request: Request, status: int) -> Reply:
     """Make a handler's result a reply; a stream's first event is drawn before the head is sent."""
     if type(value) is Reply:
-        reply = value
-    elif isinstance(value, Socket):
+        return value
+    if isinstance(value, Socket):
         reply = Reply(b"", status, headers=accept_upgrade(request))
         reply.handler = value
-    elif type(value) is Events:
-        chunks = iter(value.chunks)
-        events = chunks if value.encoded else encode_events(chunks)
-        first = next(events)
-        reply = Reply(
-            b"",
-            status,
-            "text/event-stream;charset=utf-8",
-            events=itertools.chain([first], events),
-        )
-    else:
-        reply = Reply(ENCODE(value).encode(), status)
-    reply.id = request.id
-    return reply
+        return reply
+    if type(value) is not Events:
+        return Reply(ENCODE(value).encode(), status)
+    chunks = iter(value.chunks)
+    events = chunks if value.encoded else encode_events(chunks)
+    first = next(events)
+    kind = "text/event-stream;charset=utf-8"
+    return Reply(b"", status, kind, events=itertools.chain([first], events))
 
 
 def check_operation(operation: str) -> None:
@@ -15065,7 +15068,8 @@ class TogetherAiServer(Scripting):
         if request.method == "OPTIONS":
             return answer_preflight(request, self._find_reader(request))
         route = request.route or self._open(request, call)
-        limited = self._limit(request) if route.kind not in ("", "job") else None
+        counts = (self.rpm or self.tpm) and route.kind not in ("", "job")
+        limited = self._limit(request) if counts else None
         if limited is not None:
             return limited
         if self.script.watched:
@@ -15083,7 +15087,7 @@ class TogetherAiServer(Scripting):
 
     def _take(self, unit: str, model: Any, count: float) -> float:
         """Count requests or tokens to a limit; return the seconds until one is left."""
-        given: Any = self.rpm if unit == "rpm" else self.tpm
+        given: Any = getattr(self, unit)
         limit = given.get(model) if isinstance(given, dict) else given
         key = (unit, model if isinstance(given, dict) else "")
         return self._limits.take(limit, key, count, self._read_clock())
@@ -15125,8 +15129,8 @@ class TogetherAiServer(Scripting):
         if route.body:
             kind = request.headers.get("content-type", "")
             request.body = parse_body(request.raw, kind, route.body)
-        if route.body and not route.open:
-            call.warnings = tuple(warn_of_request(self, route, request))
+            if not route.open:
+                call.warnings = tuple(warn_of_request(self, route, request))
         request.route = route
         return route
 
