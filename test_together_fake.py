@@ -1096,9 +1096,9 @@ RESPONSES = read_pairs(r"""
 {"scores": [0.5, -1]}
     rerank | rerank | {"scores": [0.5, -1]}
 {"json": null}
-    json | every | {"json": null, "status": 200}
+    json | every | {"body": "null"}
 {"json": {"a": 1}, "status": 201}
-    json | every | {"json": {"a": 1}, "status": 201}
+    json | every | {"body": "{\"a\":1}", "status": 201}
 """)
 # A file, and under it the whole sentence that refuses it.
 BAD_FILES = read_pairs(r"""
@@ -1126,9 +1126,9 @@ BAD_ENTRIES = read_pairs(r"""
 {"match": {"not": {"turnIndex": 1}}}
     fixtures[0].match.not.turnIndex: unknown key
 {"match": {"not": {}}}
-    fixtures[0].match.not: is empty, so it says nothing
+    fixtures[0].match.not: must have at least 1 items, not 0
 {"match": {"systemMessage": []}}
-    fixtures[0].match.systemMessage: is empty, so it says nothing
+    fixtures[0].match.systemMessage: must have at least 1 items, not 0
 {"match": {"systemMessage": ["a", 1]}}
     fixtures[0].match.systemMessage[1]: must be a string, not 1
 {"match": {"userMessage": 1}}
@@ -1406,8 +1406,8 @@ class FixtureTests(unittest.TestCase):
             rows.append((said, kind, kinds, normal))
         for said, kind, kinds, normal in rows:
             with self.subTest(said=said):
-                if kind == "audio":
-                    normal["audio"] = normal["audio"].encode()
+                for name in {"audio", "body"} & normal.keys():
+                    normal[name] = normal[name].encode()
                 fixture = fake.parse_fixtures(file_of(entry({}, said)))[0]
                 served = (EVERY if kinds == "every" else kinds).split(" ")
                 response = fixture.response

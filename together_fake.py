@@ -4748,16 +4748,12 @@ OPERATIONS: dict[str, Route] = {}  # what fixtures call an operation, and its fi
 
 def convert_part(part: dict[str, Any]) -> dict[str, Any]:
     """Return a part of an item's content as that of a chat message."""
-    kind = str(part.get("type"))
+    kind = part.get("type")
     if kind in ("input_text", "output_text", "refusal"):
         return {"type": "text", "text": part.get("refusal" if kind == "refusal" else "text")}
     if kind == "input_image" and part.get("image_url"):
         return {"type": "image_url", "image_url": {"url": part["image_url"]}}
-    return (
-        {"type": kind, kind: part.get(kind)}
-        if kind == "input_audio"
-        else {"type": "file", "file": part}
-    )
+    return part if kind == "input_audio" else {"type": "file", "file": part}
 
 
 def convert_parts(content: Any) -> Any:
@@ -4892,7 +4888,6 @@ def contains_json(got: Any, wanted: Any) -> bool:
 
 
 def holds_key(key: str, wanted: Any, facts: MatchFacts) -> bool:
-    """Tell whether a request is what one key of a match wants."""
     if key == "not":
         return not all(holds_key(inner, wanted[inner], facts) for inner in wanted)
     if facts.normaliser is not COMPARES_ALL:
@@ -4907,10 +4902,6 @@ def holds_key(key: str, wanted: Any, facts: MatchFacts) -> bool:
     return contains_json(facts[key], wanted)
 
 
-def find_mismatch(wanted: dict[str, Any], facts: MatchFacts) -> str | None:
-    return next((key for key in wanted if not holds_key(key, wanted[key], facts)), None)
-
-
 if TYPE_CHECKING:
     Obstacle = tuple[str, Any, Any]  # why a fixture does not answer: key, what it wants, what is
 
@@ -4923,7 +4914,6 @@ COMPARABLE = make_encoder(
 
 
 def say_body(kind: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Return what tells a body from others."""
     return {name: body[name] for name in body if kind != "chat" or name not in UNSAID_FIELDS}
 
 
@@ -4933,7 +4923,6 @@ def digest_body(kind: str, body: dict[str, Any]) -> str:
 
 
 def list_messages(kind: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the messages that a request sends, in the form of a chat's."""
     if kind == "response":
         return convert_items(body)
     return list_objects(body.get("messages"))
@@ -5013,7 +5002,7 @@ MAX_MS = 86_400_000  # a day
 BASE64 = ("base64", DECODE_BASE64)
 PLAIN_MATCH = Keys(
     *[text_row(key) for key in TEXT_KEYS if key != "systemMessage"],
-    Field("systemMessage", str, dict, list, fields=PATTERN, each=Field("", str)),
+    Field("systemMessage", str, dict, list, low=1, fields=PATTERN, each=Field("", str)),
     Field("hasToolResult", bool),
     Field("body", dict),
     Field("bodyDigest", str, low=64, high=64),
@@ -5021,7 +5010,7 @@ PLAIN_MATCH = Keys(
 )
 MATCH = Keys(
     *PLAIN_MATCH.values(),
-    Field("not", dict, fields=PLAIN_MATCH),
+    Field("not", dict, low=1, fields=PLAIN_MATCH),
     *rows_of("turnIndex sequenceIndex", int, low=0),
 )
 CHAOS: dict[str, dict[str, Any]] = {  # what each rate's hit does, as options; the first wins
@@ -5166,13 +5155,15 @@ def normalise_error(said: dict[str, Any]) -> dict[str, Any]:
     return {"status": 500, "error": None, "retry_after": None, **snake_keys(said)}
 
 
-def normalise_raw(said: dict[str, Any]) -> dict[str, Any]:
-    """Decode a scripted body that is no JSON."""
+def normalise_body(said: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the `Reply` that a scripted body is."""
+    reply: dict[str, Any] = {key: said[key] for key in ("status", "headers") if key in said}
+    if "json" in said:
+        return {**reply, "body": ENCODE(said["json"]).encode()}
     raw = said["raw"]
     data = DECODE_BASE64(raw["b64Json"]) if "b64Json" in raw else raw.get("text", "").encode()
     kind = raw.get("contentType", "application/octet-stream")
-    status, headers = said.get("status", 200), said.get("headers", {})
-    return {"data": data, "content_type": kind, "status": status, "headers": headers}
+    return {**reply, "body": data, "content_type": kind}
 
 
 RESPONSE_TYPES: list[ResponseType] = []  # where keys tell of two types, the later one is meant
@@ -5232,13 +5223,13 @@ TEXT = ResponseType(
 RAW_BODY = ResponseType(
     "raw",
     Keys(Field("raw", dict, fields=RAW), OWN_STATUS, HEADERS),
-    normalise_raw,
+    normalise_body,
     everywhere=True,
 )
 JSON_BODY = ResponseType(
     "json",
     Keys(Field("json", *JSON_KINDS), OWN_STATUS, HEADERS, ignored="billableUnits"),
-    lambda said: {"status": 200, **said},
+    normalise_body,
     everywhere=True,
 )
 ERROR = ResponseType(  # aimock's recorder writes status 200 where it did not understand an answer
@@ -5276,10 +5267,6 @@ def suggest_operation(name: str) -> str:
 
 
 def check_match(match: dict[str, Any], type: ResponseType, place: str) -> None:
-    """Refuse a match that could never hold for a response of this type."""
-    for key in ("not", "systemMessage"):
-        if match.get(key) in ({}, []):
-            raise ValueError(f"{place}.{key}: is empty, so it says nothing")
     name = match.get("endpoint", " ")
     if isinstance(name, dict) or " " in name:  # a pattern, or as in "POST /v1/files"
         return
@@ -5618,9 +5605,9 @@ class Fixture:
             return "response", kinds, facts.kind or "another operation"
         if facts.is_handshake not in (None, is_whole(self.response, self.options)):
             return "response", "a handshake", "a turn"
-        key = find_mismatch(self.wanted, facts)
-        if key is not None:
-            return f"match.{key}", None, None
+        for key, wanted in self.wanted.items():
+            if not holds_key(key, wanted, facts):
+                return f"match.{key}", None, None
         if not self.relaxed and self.turn not in (None, facts["turnIndex"]):
             return "match.turnIndex", self.turn, facts["turnIndex"]
         if self.when is not None and not run_code(self.source, self.when, facts.request):
@@ -5900,7 +5887,6 @@ def show_difference(wanted: Any, got: Any) -> str:
 
 
 def explain_text(name: str, wanted: Any, got: Any, contains: bool) -> str:
-    """Say how a text is not what is wanted."""
     if got in (None, ()):
         return f"there is no {name}, wanted {preview(wanted)}"
     if isinstance(wanted, dict):
@@ -6310,24 +6296,15 @@ def scripted_close(status: int, **said: Any) -> Closed:
     return Closed(status, error["code"] or error["message"], error=error)
 
 
-def raw_reply(data: bytes, content_type: str, status: int, headers: dict[str, str]) -> Reply:
-    """Build the reply of a body that was given as it is; the events of a stream are its chunks."""
-    reply = Reply(data, status, content_type, headers)
-    if content_type.startswith(EVENT_STREAM):
-        reply.events = (event for event in split_events(data))
-    return reply
-
-
 def whole_reply(response: Response, options: Mapping[str, Any], request: Request) -> Reply:
     """Build the reply of a response that is one: an error, a status, `json` or `raw`."""
-    said = response.normal
-    if response.type is RAW_BODY:
-        return raw_reply(**said)
-    if response.type is JSON_BODY:
-        body = ENCODE(said["json"]).encode()
-        return Reply(body, said["status"], headers=said.get("headers"))
+    if response.type in (JSON_BODY, RAW_BODY):
+        reply = Reply(**response.normal)
+        if reply.content_type.startswith(EVENT_STREAM):  # whose events are its chunks
+            reply.events = (event for event in split_events(reply.body))
+        return reply
     model, id = request.body.get("model"), name_request(request)
-    reply = status_reply(**{"id": id, **said}, model=model)
+    reply = status_reply(**{"id": id, **response.normal}, model=model)
     if "shouldRetry" in options:
         asked = json.dumps(options["shouldRetry"])
         reply.headers = {**reply.headers, "x-should-retry": asked}
@@ -6339,7 +6316,6 @@ RESPONSE_ENDS = ("response.completed", "response.incomplete")
 
 
 def halve(text: bytes) -> bytes:
-    """Return the first half of a JSON text."""
     return text[: (len(text) + 1) // 2]
 
 
@@ -6347,7 +6323,6 @@ TOLD_OF_MESSAGES = {"role", "content", "reasoning", "reasoning_content", "tool_c
 
 
 def add_call_delta(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
-    """Add what a chunk says of a tool call."""
     index = delta.get("index")
     call = next((each for each in calls if each["index"] == index), None)
     if call is None or (index is None and delta.get("id")):
@@ -6360,7 +6335,6 @@ def add_call_delta(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
 
 
 def add_delta(message: dict[str, Any], delta: dict[str, Any]) -> None:
-    """Add what a chunk says of a message."""
     message["role"] = delta.get("role") or message.get("role")
     if delta.get("content") and message["tool_calls"]:
         message["order"] = "a text after a tool call"  # as no fixture's words can say it
@@ -6428,7 +6402,6 @@ class Fault:
     def __init__(
         self, options: Mapping[str, Any], rng: HashRandom, error: Mapping[str, Any] | None = None
     ) -> None:
-        self.has_error = error is not None
         self.error = {"status": 500, **(error or {})}
         rates = options.get("chaos", {})
         hits = (rate for rate in CHAOS if rng.child(rate).random() < rates.get(rate, 0))
@@ -6507,7 +6480,7 @@ class Fault:
         if self.options.get("malformed"):
             strikes["malformedAfterChunks"] = 0
         if self.place and not strikes and "insert" not in self.options:
-            strikes["errorAfterChunks" if self.has_error else "disconnectAfterChunks"] = 0
+            strikes["errorAfterChunks" if "error" in self.error else "disconnectAfterChunks"] = 0
         if stream:
             return {name for name in strikes if strikes[name] == since}
         cuts = ("disconnectAfterChunks", "stallAfterChunks")
