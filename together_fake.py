@@ -3083,11 +3083,11 @@ PROMPT_WINDOW = 8192  # characters at either end of a message in which a form is
 MAX_PROMPT_LINES = 150  # at either end, likewise
 MAX_ASKING = 15  # sentences at either end of these, and lines of a template
 MAX_BRACKETS = 1500  # of the examples in a message
-MAX_SHORT = 600  # characters of a prompt in which the rarer of these words count, too
-HINTS = (  # one of them stands in what asks for a form, at the start or the end
+MAX_SHORT = 600  # characters in which the rarer of these count, too
+HINTS = (  # what asks for a form has one at its start or end
     "{", "<", "`", "nswer", "espon", "eturn", "utput", "ormat", "eply", "lassif", "ategor",
     "hoose", "elect", "abel", "itle", " list", " table", "epeat", "core", "ay only",
-    "ay the", "enerate", "es or ",
+    "ay the", "es or ",
 )  # fmt: skip
 JSON_MODE_SCHEMA = {  # what a model answers that shall write JSON and is not told which
     "type": "object",
@@ -3262,7 +3262,9 @@ EXAMPLE_START = lazy_regex(
     r"|(?:^|[:=])[ \t]{0,9}(\[\s{0,99}(?:\n|[{\"\[]|\d{1,9}\s?,))",
     re.MULTILINE,
 )
-FENCE = lazy_regex(r"^\s{0,9}```[ \t]?([\w+-]*)[^\n]*\n(.*?)(?:^\s{0,9}```|\Z)", re.M | re.S)
+FENCE = lazy_regex(
+    r"^([^\n`]{0,30})```[ \t]?([\w+-]*)[^\n`]*\n(.*?)(?:^\s{0,9}```|\Z)", re.M | re.S
+)
 ASKING_VERBS = frozenset((
     "answer", "respond", "reply", "return", "output", "provide", "give", "print", "write",
     "produce", "generate", "choose", "select", "pick", "classify", "categorize", "label", "rate",
@@ -3331,9 +3333,9 @@ class Prompt:
         self.tail = last[:-1] if last.endswith(":") and len(last) < 60 else ""
 
     def _take_fence(self, found: re.Match[str]) -> str:
-        before = found.string[: found.start()].rstrip().rpartition("\n")[2].strip()
-        shown = re.sub(r"\A(?:export )?(?:interface|type) \w+\W*(?=\{)", "", found[2].strip())
-        self.examples.append((before, found[1].lower(), shown))
+        before = found[1].strip() or found.string[: found.start()].rstrip().rpartition("\n")[2]
+        shown = re.sub(r"\A(?:export )?(?:interface|type) \w+\W*(?=\{)", "", found[3].strip())
+        self.examples.append((before.strip(), found[2].lower(), shown))
         return f"\n\0{len(self.examples)}\0\n"
 
     def _take_examples(self, text: str) -> str:
@@ -3354,7 +3356,7 @@ class Prompt:
         return kept + text[at:]
 
     def _read_lines(self, lines: list[str]) -> None:
-        """Sort lines into what is said, lists, templates, and what the prompt is about."""
+        """Sort lines into what is said, lists, templates and data."""
         questions = [at for at, line in enumerate(lines) if QUESTION.match(line)]
         until = 0  # the line with a question, before which all is context
         data = showing = False
@@ -3403,14 +3405,15 @@ class Prompt:
             return {"type": KINDS[type(value)]}
         text = value if type(value) is str else "int" if type(value) is int else "number"
         note = self.note(name) if name else ""
-        if re.search(r"verbatim|\bexact (?:text|word|span|quote)|as it appears", text + note, re.I):
+        taken = " " in text and text[0].isupper() and self.text.count(text) > 1
+        if taken or re.search(r"verbatim|\bexact (?:text|word)|as it appears", text + note, re.I):
             return {"enum": self.copies()}
         if text in self.lists:  # the name of a type
             return {"enum": self.lists[text]}
         return read_phrase(text, note)
 
     def count(self) -> dict[str, int]:
-        """Return how many entries a list shall have: as many as the last one that is given."""
+        """Return how many entries a list shall have: those of the last one, where it says so."""
         given = re.findall(r"^\[.+\]$", self.text, re.M) if "equal" in self.text.lower() else []
         value = read_example(given[-1]) if given else None
         number = len(value) if type(value) is list else 0
@@ -3480,12 +3483,8 @@ KEYS = lazy_regex(
     rf"({QUOTED}(?:(?:,? and |, ){QUOTED})*) {KEY_WORD}|{KEY_WORD}(?: (?:named|called|of|are|is))*"
     rf":? ?({NAMED}(?:(?:,? and |, ){NAMED})*)"
 )
-FENCED = lazy_regex(
-    r"```|markdown (?:code|snip)|code ?-?(?:block|snippet)|fenced|backtick", re.IGNORECASE
-)
-UNFENCED = lazy_regex(
-    r"(?:\bno|n't|without|avoid)\b[^.]{0,60}(?:```|markdown|code|fence|tick)", re.I
-)
+FENCED = lazy_regex(r"```|code ?-?(?:block|snippet)|backtick", re.IGNORECASE)
+UNFENCED = lazy_regex(r"(?:\bno|n't|without|avoid)\b[^.]{0,60}(?:```|code|fence|tick)", re.I)
 
 
 def read_keys(prompt: Prompt) -> list[str]:
@@ -3497,9 +3496,11 @@ def read_keys(prompt: Prompt) -> list[str]:
     return [name for name in dict.fromkeys(names) if re.fullmatch(r"[A-Za-z_][\w-]*", name)]
 
 
-def rank_example(example: tuple[str, str, str], keys: list[str]) -> int:
+def rank_example(prompt: Prompt, example: tuple[str, str, str], keys: list[str]) -> int:
     """Tell how likely an example shows the answer; below 0 where it seems to be input."""
     intro, language, text = example
+    if prompt.tail and intro.startswith(prompt.tail):
+        return 3
     rank = 3 * bool(OUTPUT_INTRO.search(intro)) - 4 * bool(INPUT_INTRO.search(intro))
     rank += 4 * any(f'"{key}"' in text or f"{key}:" in text for key in keys)
     rank += (language == "json") - 2 * (": []" in text)
@@ -3515,7 +3516,9 @@ def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
     fenced = FENCED.search(said) and not UNFENCED.search(said)
     start, end = ("```json\n", "\n```") if fenced else ("", "")
     keys = read_keys(prompt) if asked else []
-    ranks = [(rank_example(example, keys), at) for at, example in enumerate(prompt.examples)]
+    ranks = [
+        (rank_example(prompt, example, keys), at) for at, example in enumerate(prompt.examples)
+    ]
     for rank, at in sorted(ranks, reverse=True)[:4]:
         intro, _, text = prompt.examples[at]
         value = read_example(text) if rank >= least else None
@@ -3547,24 +3550,23 @@ LABELLED = lazy_regex(
     r"[A-Z]|)\W?[\"'`]"
 )
 SLOT_SHOWN = lazy_regex(
-    r"([A-Za-z][\w /-]{0,40}?)\**:\**[ \t]+([^\s|>&][^\n]*)|<([\w-]{1,40})>([^<>\n]+)(?=</)"
+    r"([A-Za-z][\w /-]{0,40}?)\**:\**[ \t]+([^\s|>][^\n]*)|<([\w-]{1,40})>([^<>\n]+)</|()(\.\.\.)"
 )
-TAG = lazy_regex(r"<([A-Za-z][\w-]{0,40})>")
 WRAPPED = lazy_regex(r"\btags?\b|wrap|inside|enclos|surround|</|xml", re.I)
 THINKING = lazy_regex(
-    r"step by step|reasoning|explain|last line|(?:end|finish) (?:your|with)|finally|think", re.I
+    r"step by step|reasoning|explain|last line|(?:end|finish) (?:your|with)|think", re.I
 )
 
 
 def name_choice(schema: dict[str, Any]) -> str:
-    """Return what the record says about a choice."""
+    """Describe a choice."""
     if "minimum" in schema:
         return f"{schema['type']} from {schema['minimum']} to {schema['maximum']}"
     return "one of " + ", ".join(map(str, schema.get("enum", [schema.get("type")])))[:200]
 
 
 def read_said(prompt: Prompt) -> WantedForm | None:
-    """Read a text that shall be said as it stands, or that ends a task where something was done."""
+    """Read a text that shall be said as it stands, or that ends a task."""
     for said in prompt.asking:
         found = EXACTLY.search(said)
         if found and not re.search(r"[$<\[{]|: ?[\"'`]", found[1] or "") and " if " not in said:
@@ -3579,15 +3581,15 @@ def read_said(prompt: Prompt) -> WantedForm | None:
 
 
 def fill_shown(prompt: Prompt, lines: list[str]) -> WantedForm | None:
-    """Return the form of shown lines, elements or YAML, whose values become slots."""
+    """Return the form of shown lines, whose values become slots."""
     parts: list[Any] = []
-    text, at = "\n".join(lines).strip(), 0
+    text, at = re.sub(r"\0\d*\0?", "...", "\n".join(lines)).strip(), 0
     for found in SLOT_SHOWN.finditer(text):
-        group = 1 if found[1] else 3
+        group = 1 if found[1] else 3 if found[3] else 5
         value = found[group + 1].strip()
         schema = prompt.read(int(value) if value.isdecimal() else value, found[group])
-        parts += [text[at : found.start(group + 1)], (found[group], schema)]
-        at = found.end()
+        parts += [text[at : found.start(group + 1)], (found[group] or "note", schema)]
+        at = found.end(group + 1)
     names = ", ".join([name for name, _ in parts[1::2]])[:200]
     return WantedForm(f"lines {names}", *parts, text[at:]) if parts else None
 
@@ -3611,7 +3613,9 @@ def read_frame(prompt: Prompt) -> WantedForm | None:
     """Read elements that the answer stands in, the label of its last line, or a block of code."""
     tags: dict[str, Any] = {}
     for said in prompt.asking:
-        near = TAG.split(said) if WRAPPED.search(said) else []  # words, name, words, ...
+        near = (
+            re.split(r"<([A-Za-z][\w-]{0,40})>", said) if WRAPPED.search(said) else []
+        )  # words, name, words, ...
         for at in range(1, len(near), 2):
             about = near[at - 1] + (near[at + 1] if at == len(near) - 2 else "")
             if f"\n</{near[at]}>" not in prompt.text:  # else it names a part of the prompt
@@ -3643,12 +3647,12 @@ LISTS = (  # what asks for one, and what stands before each entry; N is its numb
     (r"comma[ -]separated|separated by commas", ", "),
 )
 COLUMNS = lazy_regex(r"(?:columns?|headers?)(?: row| are| is|:)* (\w+(?:\s?[,|]\s?(?:and )?\w+)*)")
-COUNTS = ["", "one", "two", "three", "four", "five", "six", "seven"]
+COUNTS = ["", "one", "two", "three", "four", "five"]
 WORDS_ASKED = lazy_regex(rf"\b(?:\d{{1,3}}(?:-| to ))?(\d{{1,3}}{'|'.join(COUNTS)})[- ]words?\b")
 
 
 def read_list(prompt: Prompt) -> WantedForm | None:
-    """Read records, a list, or a table."""
+    """Read records, a list or a table."""
     mark = FIELD_MARK.search(prompt.text)
     for line in prompt.text.split("\n") if mark else ():
         fields = line.split(mark[0] if mark else "")
@@ -3691,10 +3695,10 @@ VERDICT = lazy_regex(
     rf"either)[: ]+((?:{ONE_WORD}(?:, ?| ?[/|] ?)){{0,20}}{ONE_WORD}(?:,? or |[/|]){ONE_WORD})",
     re.IGNORECASE,
 )
-ONLY = lazy_regex(r"\b(?:only|just|one word|single|nothing else|classif|categor|label)", re.I)
+ONLY = lazy_regex(r"\b(?:only|just|one word|single|classif|categor|label)", re.I)
 OF_LIST = lazy_regex(r"categor|one of|option|choice|label|letter|class|following|intent", re.I)
 OF_TYPE = lazy_regex(
-    r"(?:\bas|\bwith|\bonly|\bjust|single|output) (?:an? )?(?:single )?(int|float|num|decimal|bool)"
+    r"(?:\bas|\bwith|\bonly|\bjust|single|output) (?:an? )?(?:single )?(int|float|num|bool)"
     r"\w*\b(?! (?:list|of|each))",
     re.IGNORECASE,
 )
@@ -3717,9 +3721,8 @@ def read_choice(prompt: Prompt) -> WantedForm | None:
         if not schema and lists and OF_LIST.search(said):
             schema = {"enum": lists[-1]}
         if schema:
-            calm = [item for item in schema.get("enum", ()) if str(item).lower() == "no"]
-            if calm and re.search("block|harm|unsafe|violat", said, re.I):
-                schema = {"enum": calm}
+            if schema.get("enum") == ["Yes", "No"] and re.search("block|harm|unsafe", said):
+                schema = {"enum": ["No"]}
             return WantedForm(name_choice(schema), ("", schema))
     label = prompt.tail + ":"
     shown = [line[len(label) :].strip() for line in prompt.lines[:-1] if line.startswith(label)]
@@ -3748,7 +3751,7 @@ RESULT = lazy_regex(
 
 
 def is_hinted(text: str) -> bool:
-    """Tell whether a message can ask for a form: only then it is read."""
+    """Tell whether a message can ask for a form."""
     if len(text) <= MAX_SHORT:
         return any(map(text.__contains__, HINTS)) or text[-1:] == ":"
     ends = text[:MAX_SHORT] + text[-MAX_SHORT:]
