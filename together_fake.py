@@ -4154,8 +4154,6 @@ def completion_objects(request: Request, strict: bool) -> tuple[str, str]:
 
 MAX_RECORDED_BODY_BYTES = 4 * 2**20  # a larger body is not kept with its call
 MAX_RECORD_BYTES = 64 * 2**20  # bodies of all recorded calls
-
-
 MAX_OBJECTS = 10_000  # of one collection
 
 
@@ -4449,10 +4447,13 @@ class Call:
     @property
     def messages(self) -> list[dict[str, Any]]:
         """What went over a socket, `from` whom, and the `message`; sound is told by its length."""
-        events = self._raw_reply if isinstance(self._raw_reply, list) else ()
-        senders = ("client" if event.startswith(b":") else "server" for event in events)
-        read = (parse_events(event.lstrip(b": "))[0] for event in events)
-        return [{"from": sender, "message": message} for sender, message in zip(senders, read)]
+        return [
+            {
+                "from": "client" if event.startswith(b":") else "server",
+                "message": parse_events(event.lstrip(b": "))[0],
+            }
+            for event in (self._raw_reply if isinstance(self._raw_reply, list) else ())
+        ]
 
     @property
     def reply(self) -> Any:
@@ -4636,7 +4637,7 @@ class Socket:
 
     def on_sent(self) -> None:
         """Send the next turn, or close the socket behind the last word, once."""
-        if self.call.outcome != "running":
+        if self.call.has_ended:
             return
         if self.closed is not None:
             if self.closed.error is not None:
@@ -4657,13 +4658,13 @@ class Socket:
 
     def finish(self, outcome: str) -> None:
         """End the call; what is said first counts."""
-        if self.call.outcome == "running":
+        if not self.call.has_ended:
             self.call.duration = time.perf_counter() - self.call.started
             self.server._end_call(self.call, outcome)
 
     def act(self, act: Callable[[], None]) -> None:
         """Do something, and go on with what is to be sent."""
-        if self.call.outcome != "running":
+        if self.call.has_ended:
             return
         try:
             act()
@@ -6051,9 +6052,6 @@ class Fixtures:
         with self._lock:
             kept = ([each for each in step if each not in gone] for step in self._steps)
             self._steps, self._order = [step for step in kept if step], None
-
-    def get(self, number: int) -> Fixture | None:
-        return next((each for each in self.every if each.number == number), None)
 
     def add(self, fixtures: Sequence[Fixture]) -> None:
         """Add fixtures at run time, in one step; raise ValueError where there are too many."""
@@ -10518,15 +10516,13 @@ DETECTION = {  # of turns: the defaults, documented
     "threshold": 0.3, "min_silence_duration_ms": 500, "min_speech_duration_ms": 250,
     "max_speech_duration_s": 5.0,
 }  # fmt: skip
-NO_DETECTION = {
-    name: limit if name == "threshold" else math.inf for name, limit in DETECTION.items()
-}
+NO_DETECTION = {**dict.fromkeys(DETECTION, math.inf), "threshold": DETECTION["threshold"]}
 DETECTION_ROWS = rows_of(" ".join(DETECTION), float, low=0)
-TURN_DETECTION = Field(
-    "turn_detection", str, dict, choices=("server_vad", "none"), fields=Fields(*DETECTION_ROWS)
-)
 REALTIME_ROWS = (  # of the query, and of `session` in a message
-    TURN_DETECTION, *DETECTION_ROWS, *rows_of("language prompt", str),
+    Field(
+        "turn_detection", str, dict, choices=("server_vad", "none"), fields=Fields(*DETECTION_ROWS)
+    ),
+    *DETECTION_ROWS, *rows_of("language prompt", str),
     Field("input_audio_format", str, choices=tuple(AUDIO_RATES)),
 )  # fmt: skip
 VOICE_ROWS = (
@@ -11057,21 +11053,30 @@ def join_chunks(chunks: list[Any]) -> dict[str, Any] | None:
     return {**chunks[0], "usage": find_usage(chunks), "choices": [choice]}
 
 
+def put_message(message: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's message in a fixture's words."""
+    text, calls = message.get("content"), list_objects(message.get("tool_calls"))
+    said = {
+        "reasoning": message.get("reasoning") or message.get("reasoning_content"),
+        "toolCalls": [
+            {**arrange("name arguments", get_path(call, "function") or {}), "id": call.get("id")}
+            for call in calls
+        ],
+    }
+    words = {"content": text or ""} if text or not calls else {}
+    return {**words, **{name: value for name, value in said.items() if value}}
+
+
 def put_chat(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
     """Return a chat's answer in a fixture's words; None where they cannot hold it."""
     choices = list_objects(reply.get("choices"))
     message = get_path(reply, "choices", "0", "message")
     if len(choices) != 1 or not isinstance(message, dict) or choices[0].get("logprobs"):
         return None
-    text, calls = message.get("content"), list_objects(message.get("tool_calls"))
     if any(message[name] for name in message.keys() - TOLD_OF_MESSAGES):
         return None
     model, role = reply.get("model"), message.get("role")
     said = {
-        "reasoning": message.get("reasoning") or message.get("reasoning_content"),
-        "toolCalls": [
-            {**arrange("name arguments", call["function"]), "id": call.get("id")} for call in calls
-        ],
         "id": reply.get("id"),
         "created": reply.get("created"),
         "model": model if model != request.body.get("model") else None,
@@ -11079,8 +11084,7 @@ def put_chat(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
         "finishReason": choices[0].get("finish_reason"),
         "role": role if role != "assistant" else None,
     }
-    words = {"content": text or ""} if text or not calls else {}
-    return {**words, **{name: value for name, value in said.items() if value}}
+    return {**put_message(message), **{name: value for name, value in said.items() if value}}
 
 
 def list_chunk_sizes(chunks: list[Any]) -> list[int]:
@@ -11485,7 +11489,7 @@ def is_inference(call: Call) -> bool:
 
 def find_end(call: Call) -> float:
     """Return when a call ended, by the clock of its start; infinity while it is running."""
-    return call.started + call.duration if call.outcome != "running" else math.inf
+    return call.started + call.duration if call.has_ended else math.inf
 
 
 def list_asked(call: Call) -> list[dict[str, Any]]:
@@ -11521,7 +11525,7 @@ def has_failed(call: Call) -> bool:
     broken = is_json and call.is_kept and not isinstance(call.reply, (dict, list))
     left = call.outcome == "left" and call.excused
     failed = call.status >= 400 or call.outcome == "cut" or left or broken
-    return call.outcome != "running" and (failed or find_half(call) is not None)
+    return call.has_ended and (failed or find_half(call) is not None)
 
 
 def lower_headers(call: Call) -> dict[str, str]:
@@ -11610,9 +11614,7 @@ def judge_retries(attempts: list[Call], most: int) -> Iterator[Finding]:
 
 def judge_halves(calls: Sequence[Call]) -> Iterator[Finding]:
     """Yield where half an answer was quoted later on, though it was never given whole."""
-    whole = {
-        repr(call.body_key) for call in calls if call.outcome != "running" and not has_failed(call)
-    }
+    whole = {repr(call.body_key) for call in calls if call.has_ended and not has_failed(call)}
     for call in calls:
         text, ids = find_half(call) or ("", set())
         text = text if len(text) >= MIN_QUOTE else ""
@@ -12229,27 +12231,17 @@ RECORD_FILTERS = Fields(
 )
 
 
-def has_header(call: Call, wanted: str) -> bool:
-    """Tell whether a call has a header, `x-run: 7`, or one of that name, `x-run`."""
-    name, colon, value = wanted.partition(":")
-    return name.strip() in call.headers and (
-        not colon or call.headers[name.strip()] == value.strip()
-    )
-
-
 def passes_filters(server: TogetherAiServer, call: Call, args: dict[str, Any]) -> bool:
     """Tell whether a call is asked for by the query of the record."""
-    status = str(args.get("status", ""))
-    wanted = f"{call.status // 100}xx"
-    text = args.get("text", "").encode()
+    name, _, value = args.get("header", "").partition(":")  # "x-run: 7", or "x-run"
+    header = call.headers.get(name.strip())
+    alike = ("kind", "outcome", "test", "batch", "model")
     return (
-        all(args.get(name) in (None, getattr(call, name)) for name in ("kind", "outcome", "test"))
-        and args.get("path") in (None, call.path, collapse_path(call.path, server.strict))
-        and (not status or status == wanted or status == str(call.status))
-        and args.get("batch") in (None, call.batch)
-        and ("header" not in args or has_header(call, args["header"]))
-        and call.holds(text)
-        and args.get("model") in (None, call.model)
+        args.get("path") in (None, call.path, collapse_path(call.path, server.strict))
+        and str(args.get("status", "")) in ("", f"{call.status // 100}xx", str(call.status))
+        and (not name or (header is not None and value.strip() in ("", header)))
+        and all(args[name] == getattr(call, name) for name in alike if name in args)
+        and call.holds(args.get("text", "").encode())
     )
 
 
@@ -12396,43 +12388,24 @@ def write_curl(call: Call, origin: str) -> str:
     return " \\\n  ".join(lines + list_body_words(call))
 
 
-def parse_arguments(text: Any) -> Any:
-    """Return the arguments of a call as JSON, or the text where it is none."""
-    try:
-        return json.loads(text)
-    except (TypeError, ValueError):
-        return text
-
-
-def say_message(message: dict[str, Any]) -> dict[str, Any]:
-    """Return what a fixture says to have a model's message sent again."""
-    calls = [get_path(call, "function") or {} for call in list_objects(message.get("tool_calls"))]
-    finish = message.get("finish_reason")
-    return {
-        "content": message.get("content") or (None if calls else ""),
-        "reasoning": message.get("reasoning") or message.get("reasoning_content") or None,
-        "tool_calls": [
-            {"name": call.get("name"), "arguments": parse_arguments(call.get("arguments"))}
-            for call in calls
-        ]
-        or None,
-        "finish_reason": None if finish in (None, "stop", "tool_calls") else finish,
-    }
-
-
 def write_python(call: Call, entry: dict[str, Any]) -> str:
     """Return the shortest call of `server.reply()` that answers this request so again."""
     match, said = entry["match"], list_said(call)
-    words = {to_snake(key): value for key, value in entry["response"].items()}
-    words["response_model"], words["response_headers"] = (
-        words.pop("model", 0),
-        words.pop("headers", 0),
-    )
-    if [message["role"] for message in said] == ["assistant"] and "blocks" not in words:
-        words = say_message(said[0])
+    words = entry["response"]
+    if [message["role"] for message in said] == ["assistant"]:
+        words, finish = put_message(said[0]), said[0].get("finish_reason")
+        for call_words in words.get("toolCalls", ()):
+            del call_words["id"]
+            if succeeds(json.loads, call_words["arguments"]):
+                call_words["arguments"] = json.loads(call_words["arguments"])
+        if finish not in (None, "stop", "tool_calls"):
+            words["finishReason"] = finish
+    given = {
+        ("response_" if key in ("model", "headers") else "") + to_snake(key): repr(value)
+        for key, value in words.items()
+    }
     wanted = ("userMessage", "inputText", "hasToolResult", "turnIndex")
-    words.update({to_snake(key): match[key] for key in wanted if match.get(key)})
-    given = {key: repr(value) for key, value in words.items() if value not in (None, 0)}
+    given.update({to_snake(key): repr(match[key]) for key in wanted if match.get(key)})
     if said and said[0]["role"] == "images":
         given = {"image": f'Path("call-{call.number}.png").read_bytes()', **given}
         given.pop("json")
@@ -12444,28 +12417,27 @@ def write_python(call: Call, entry: dict[str, Any]) -> str:
 
 def copy_call(server: TogetherAiServer, call: Call, origin: str) -> dict[str, str]:
     """Return a recorded call as a command, and its answer as Python and as a fixture file."""
-    entries = [json.loads(text) for _, text in record_calls([call], server.secrets).rows()]
+    rows = list(record_calls([call], server.secrets).rows())
     return {
         "curl": write_curl(call, origin),
-        "python": write_python(call, entries[0]) if entries else "",
-        "fixture": json.dumps({"fixtures": entries}, indent=2, ensure_ascii=False)
-        if entries
-        else "",
+        "python": write_python(call, json.loads(rows[0][1])) if rows else "",
+        "fixture": write_fixtures(rows, {}).decode() if rows else "",
     }
 
 
-def find_call(server: TogetherAiServer, number: str) -> Call:
-    """Return a recorded call by its number; raise ApiError 404 where it is gone."""
-    for call in server.requests:
-        if str(call.number) == number:
-            return call
-    raise ApiError("no_object", param="number", noun="Call", id=number[:20])
+def find_numbered(noun: str, items: Iterable[Any], request: Request) -> Any:
+    """Return the item whose number stands in the path; raise ApiError 404 where it is gone."""
+    number = request.params["number"]
+    for item in items:
+        if str(item.number) == number:
+            return item
+    raise ApiError("no_object", param="number", noun=noun, id=number[:20])
 
 
 @route("GET", "/__parlel/requests/{number}", open=True)
 def get_recorded_call(server: TogetherAiServer, request: Request) -> Any:
     """Describe one recorded call, with what came back and ways to say it again."""
-    call = find_call(server, request.params["number"])
+    call = find_numbered("Call", server.requests, request)
     found = judge(server.requests, MAX_ATTEMPTS)
     return {
         **call.as_json(),
@@ -12479,13 +12451,10 @@ def get_recorded_call(server: TogetherAiServer, request: Request) -> Any:
 @route("GET", "/__parlel/requests/{number}/reply", open=True)
 def get_recorded_reply(server: TogetherAiServer, request: Request) -> Any:
     """Return the bytes that one call got."""
-    call = find_call(server, request.params["number"])
-    headers = {
-        "X-Content-Type-Options": "nosniff",
-        "Content-Security-Policy": "sandbox; default-src 'none'",
-    }
+    call = find_numbered("Call", server.requests, request)
     reply = serve_bytes(request, call.raw_reply, call.reply_type)
-    reply.headers = {**reply.headers, **headers}
+    policy = {"Content-Security-Policy": "sandbox; default-src 'none'"}
+    reply.headers = {**reply.headers, "X-Content-Type-Options": "nosniff", **policy}
     return reply
 
 
@@ -12526,11 +12495,7 @@ def remove_fixtures(server: TogetherAiServer, request: Request) -> Any:
 @route("DELETE", "/__parlel/fixtures/{number}", open=True)
 def remove_fixture(server: TogetherAiServer, request: Request) -> Any:
     """Remove one fixture that was added at run time, by its number."""
-    number = request.params["number"]
-    fixture = server.script.get(int(number)) if re.fullmatch("[0-9]{1,9}", number) else None
-    if fixture is None:
-        raise ApiError("no_object", param="number", noun="Fixture", id=number[:20])
-    fixture.remove()
+    find_numbered("Fixture", server.script.every, request).remove()
     return {"ok": True}
 
 
