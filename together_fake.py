@@ -70,7 +70,6 @@ PYTEST_DONT_REWRITE: nothing here is an assertion of a test.
 from __future__ import annotations
 
 import base64
-import bisect
 import contextlib
 import errno
 import functools
@@ -4623,7 +4622,6 @@ class Socket:
         self.closed: Closed | None = None
 
     def send(self, event: dict[str, Any]) -> None:
-        """Send an event at once."""
         self.connection.write(self.frame(ENCODE(event).encode()))
 
     def on_open(self, connection: Any) -> None:
@@ -10562,7 +10560,6 @@ class Session(Socket):
         self.send({**created, "session": session})
 
     def hear(self, data: bytes) -> None:
-        """Answer a message."""
         try:
             message = parse_body(data, "", NO_FIELDS)
             type = str(message.get("type"))
@@ -10687,16 +10684,15 @@ class HearingSession(Session):
         is_long = len(self.sound) >= limits["max_speech_duration_s"] * self.second
         is_speech = self.speech >= limits["min_speech_duration_ms"] * millisecond
         if is_long or (quiet and quiet >= limits["min_silence_duration_ms"] * millisecond):
-            if is_speech:
-                self.end_turn()
-            self.begin()
+            self.end_turn(is_speech)
         elif is_speech and len(self.sound) % (self.second // 2) == 0:
             self.draft()
 
-    def end_turn(self) -> None:
-        """Tell of all that was said, and when."""
+    def end_turn(self, is_speech: bool) -> None:
+        """Tell of all that was said, and when; what is no speech is forgotten."""
         start = (self.heard - len(self.sound)) / self.second
-        self.draft({"start": start, "duration": self.speech / self.second})
+        if is_speech:
+            self.draft({"start": start, "duration": self.speech / self.second})
         self.begin()
 
     def draft(self, times: dict[str, float] | None = None) -> None:
@@ -10742,8 +10738,7 @@ class HearingSession(Session):
         frame = bytes(self.unheard)
         self.unheard.clear()
         self.hear_frame(frame, self.limits)
-        if self.sound:
-            self.end_turn()
+        self.end_turn(bool(self.sound))
 
     def echo(self, message: dict[str, Any]) -> None:
         now = CREATED + self.heard / self.second  # the time is that of the sound
@@ -11529,7 +11524,6 @@ def has_failed(call: Call) -> bool:
 
 
 def lower_headers(call: Call) -> dict[str, str]:
-    """Return the headers of a reply by their names in lower case."""
     return {name.lower(): text for name, text in call.reply_headers.items()}
 
 
@@ -11662,10 +11656,11 @@ def judge_budget(
     calls: Sequence[Call], total_tokens: float | None, most: int | None, at_once: int | None
 ) -> Iterator[Finding]:
     """Yield what was used of what was allowed, where that is more."""
-    ends = sorted(map(find_end, calls))
-    counts = [at - bisect.bisect(ends, call.started) for at, call in enumerate(calls, 1)]
-    busy = calls[counts.index(max(counts))] if calls else None
-    crowd = [c for c in calls if c is busy or (busy and c.started <= busy.started < find_end(c))]
+    running: list[Call] = []
+    crowd: list[Call] = []
+    for call in calls:
+        running = [each for each in running if find_end(each) > call.started] + [call]
+        crowd = max(crowd, running, key=len)
     paid = [call for call in calls if total_tokens is not None and call.usage]
     spent = sum((call.usage or {}).get("total_tokens") or 0 for call in paid)
     for what, used, allowed, shown in (
@@ -12351,41 +12346,36 @@ CONNECTION_HEADERS = {  # that concern one connection alone
 }  # fmt: skip
 
 
-def list_body_words(call: Call) -> list[str]:
-    """Return the options by which curl sends the body of a call; files by their names."""
-    import shlex  # only where somebody copies
-
+def list_body_options(call: Call) -> Iterator[tuple[str, str]]:
+    """Yield the options by which curl sends the body of a call; files by their names."""
     kind, body = call.headers.get("content-type", ""), call.body or {}
     is_multipart = kind.startswith("multipart/")
     if not is_multipart and not kind.startswith("application/x-www-form-urlencoded"):
-        return [f"--data-raw {shlex.quote(ENCODE(body))}"] if body else []
-    words = []
+        yield from [("--data-raw", ENCODE(body))] if body else ()
+        return
     pairs = [(n, v) for n in body for v in (body[n] if type(body[n]) is list else [body[n]])]
     for name, value in pairs:
         if type(value) is dict and "filename" in value:
             file = re.sub(r'(["\\])', r"\\\1", value["filename"].rpartition("/")[2])
-            field = f'{name}=@"{file}";type={value["content_type"]}'
-            words.append(f"-F {shlex.quote(field)}")
+            yield "-F", f'{name}=@"{file}";type={value["content_type"]}'
         else:
             option = "--form-string" if is_multipart else "--data-urlencode"
-            words.append(f"{option} {shlex.quote(f'{name}={dump_json(value)}')}")
-    return words
+            yield option, f"{name}={dump_json(value)}"
 
 
 def write_curl(call: Call, origin: str) -> str:
     """Return the shell's command that sends a recorded call again, with any key."""
-    import shlex
+    import shlex  # only where somebody copies
 
     method = "-I" if call.method == "HEAD" else f"-X {shlex.quote(call.method)}"
     url = f"{origin}{call.path}?{call.query}" if call.query else origin + call.path
-    lines = [f"curl -gsS --path-as-is {method} {shlex.quote(url)}"]
+    options = [(f"curl -gsS --path-as-is {method}", url)]
     for name, value in call.headers.items():
         made_anew = name in CONNECTION_HEADERS or value.startswith("multipart/")
         if not made_anew and not is_secret_header(name):
-            field = f"{name}: {value}" if value else f"{name};"
-            lines.append(f"-H {shlex.quote(field)}")
-    lines.append(f"-H {shlex.quote(f'authorization: Bearer {DEFAULT_KEY}')}")
-    return " \\\n  ".join(lines + list_body_words(call))
+            options.append(("-H", f"{name}: {value}" if value else f"{name};"))
+    options += [("-H", f"authorization: Bearer {DEFAULT_KEY}"), *list_body_options(call)]
+    return " \\\n  ".join(f"{option} {shlex.quote(text)}" for option, text in options)
 
 
 def write_python(call: Call, entry: dict[str, Any]) -> str:
