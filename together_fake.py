@@ -6229,6 +6229,7 @@ class Fixtures:
 
 # === Faults ===
 
+NAMED_BYTES = 2**20  # at the end of a body, to name its answer
 STATUS_ERRORS = {401: "bad_key", 404: "no_model"}  # for the others: status_...
 PROXY_STATUSES = (520, 521, 522, 523, 524)  # sent as text by the proxy in front of production
 RATE_LIMIT_HEADERS = {  # recorded, but for the seconds
@@ -6245,7 +6246,7 @@ def name_request(request: Request) -> str:
     """Return the id of an answer; a refused request has no other one than its bytes."""
     if not request.id:
         facts = f"{request.method} {request.path}\n".encode("utf-8", "replace")
-        request.id = random_id(HashRandom.of_bytes(facts + request.raw))
+        request.id = random_id(HashRandom.of_bytes(facts + request.raw[-NAMED_BYTES:]))
     return request.id
 
 
@@ -8853,8 +8854,6 @@ FILE: Item = {
 
 def read_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
     """Yield number and bytes of the lines that are not blank, one at a time."""
-    import io  # loaded at every start
-
     lines = enumerate(map(bytes.rstrip, io.BytesIO(data)), 1)
     return ((number, line) for number, line in lines if line)
 
@@ -9594,7 +9593,6 @@ def list_trainable(server: TogetherAiServer, request: Request) -> Any:
 @route("GET", "/v1/finetune/download", query=DOWNLOAD_FIELDS)
 def download_model(server: TogetherAiServer, request: Request) -> Any:
     """Return the archive of a trained model, or a range of it."""
-    import io  # only for downloads
     import tarfile
 
     args, jobs = request.args, server.fine_tunes
@@ -12698,15 +12696,14 @@ class RequestReader:
 
     def read_exactly(self, size: int) -> Generator[str, None, bytes]:
         """Return the next `size` bytes."""
-        body = bytearray(self.data[self.at : self.at + size])
-        self.at += len(body)
-        while missing := size - len(body):
+        body = io.BytesIO()  # gives its bytes away without a copy
+        self.at += body.write(self.data[self.at : self.at + size])
+        while missing := size - body.tell():
             self.wanted = max(RECEIVE_BYTES, min(missing, MAX_RECEIVE_BYTES))
             yield PARTIAL
-            body += self.data[:missing]
-            self.at = min(missing, len(self.data))
+            self.at = body.write(self.data[:missing])
         self.wanted = RECEIVE_BYTES
-        return bytes(body)
+        return body.getvalue()
 
     def read_chunks(self) -> Generator[str, None, bytes]:
         """Return a body that comes in chunks; its trailers are read and dropped."""
@@ -12786,9 +12783,9 @@ class ReplyWriter:
 
     def write_head(self, reply: Reply, head: Any, closes: bool, framing: str) -> bytes:
         """Return the status line and the headers; `framing` tells where the reply ends."""
-        common, fields = self.common_headers(), ""
+        fields = self.common_headers()
         if reply.reader:
-            fields = CROSS_ORIGIN.replace("*", reply.reader)
+            fields += CROSS_ORIGIN.replace("*", reply.reader)
         for name, value in reply.headers.items():
             if name.lower() not in OWN:
                 fields += clean_header(f"{name}: {value}") + "\r\n"
@@ -12803,7 +12800,7 @@ class ReplyWriter:
         elif head.minor == "0":
             fields += "Connection: keep-alive\r\n"
         reason = http.client.responses.get(reply.status, "")
-        lines = f"HTTP/1.1 {reply.status} {reason}\r\n{common}{fields}\r\n"
+        lines = f"HTTP/1.1 {reply.status} {reason}\r\n{fields}\r\n"
         return lines.encode("latin-1", "replace")
 
     def answer_headers(self, reply: Reply) -> str:
