@@ -1644,6 +1644,14 @@ class ScriptTests(unittest.TestCase):
         self.assertEqual(said, ["first", "second", "twice", "twice", "rest"])
         self.assertEqual([each["served"] for each in script.describe()["fixtures"]], [1, 1, 2, 1])
 
+    def test_reset_begins_the_sequences_of_files_again(self):
+        first = entry({"userMessage": "x", "sequenceIndex": 0}, "first")
+        script = script_of(first, entry({}, "rest"), in_file=True)
+        for _ in range(2):
+            said = [content_of(find(script, talk("user: x"))) for _ in range(2)]
+            self.assertEqual(said, ["first", "rest"])
+            script.reset()
+
     def test_order_header_run_time_files(self):
         script = fake.Fixtures()
         with tempfile.TemporaryDirectory() as folder:

@@ -4990,7 +4990,7 @@ PATTERN = Keys(Field("pattern", str, required=True))
 
 
 # Numbers of fixtures stay as they were written: 5 is not made 5.0.
-def number_rows(names: str, low: float = -1e300, high: float = 1e300) -> list[Field]:
+def number_rows(names: str, low: float, high: float = 1e300) -> list[Field]:
     return rows_of(names, int, float, low=low, high=high)
 
 
@@ -5354,7 +5354,7 @@ def check_response(response: dict[str, Any], place: str) -> None:
 
 
 def parse_response(
-    given: Any, place: str, key_case: Any, ignored: list[str]
+    given: Any, place: str, key_case: Any, ignored: Any = None
 ) -> tuple[ResponseType, Any]:
     """Tell a response's type by its keys, and return it clean."""
     said = {key_case(key): given[key] for key in given if given[key] is not None or key == "json"}
@@ -5372,10 +5372,9 @@ def parse_response(
 
 
 def parse_entry(
-    given: Any, place: str, key_case: Any = str, ignored: list[str] | None = None
+    given: Any, place: str, key_case: Any = str, ignored: Any = None
 ) -> tuple[ResponseType, dict[str, Any]]:
     """Return the type of a fixture's response, and the fixture's entry, checked and clean."""
-    ignored = [] if ignored is None else ignored
     entry, type = check_clean(given, ENTRY, place, key_case, ignored), GENERATED
     if "response" in entry:
         said = given["response"]
@@ -5511,7 +5510,8 @@ class Response:
         self.is_model = False  # what it says is a model of pydantic
         self._quotes = type is TEXT and "{{" in ENCODE(said)
         self.normal: dict[str, Any] = type.normalise(said)
-        self.closes = type in (ERROR, STATUS) and self.normal["status"] > 999  # a socket
+        self.is_error = type in (ERROR, STATUS)
+        self.closes = self.is_error and self.normal["status"] > 999  # a socket
 
     def fits(self, kind: str) -> bool:
         if self.closes:
@@ -5543,8 +5543,7 @@ class Response:
 def is_whole(response: Response, options: Mapping[str, Any]) -> bool:
     """Tell whether a response is the reply, whatever the operation; a late error is not."""
     late = not options.keys().isdisjoint(("errorAfterChunks", *STRIKE_PLACES))
-    is_error = response.type in (ERROR, STATUS)
-    return response.type in (JSON_BODY, RAW_BODY) or (is_error and not late)
+    return response.type in (JSON_BODY, RAW_BODY) or (response.is_error and not late)
 
 
 class Fixture:
@@ -5595,10 +5594,6 @@ class Fixture:
         keys = (key for key in TEXT_KEYS if isinstance(self.match.get(key), str))
         self.needle_key = next(keys, "")
         self.needle: str = self.match.get(self.needle_key, "")
-
-    @property
-    def asks(self) -> bool:
-        return bool(self.when or self.answers or '"pattern"' in self.group[0])
 
     def find_obstacle(self, facts: MatchFacts) -> Obstacle | None:
         """Return the first reason why it does not answer a request, whatever was served before."""
@@ -5689,14 +5684,13 @@ def parse_fixtures(
     data: Any,
     place: str = "",
     warnings: list[str] | None = None,
-    trusted: bool = True,
     models: dict[str, Model] | None = None,
 ) -> list[Fixture]:
     """Build the fixtures of a file's JSON, all of them or none; its models are added to `models`.
 
     Raises ValueError with a line for all that is wrong. What only other providers have is left
-    out, and named in one sentence added to `warnings`. Patterns that are not trusted, as they come
-    over HTTP, are never given to `re`.
+    out, and named in one sentence added to `warnings`. What comes over HTTP has no place; its
+    patterns are never given to `re`.
     """
     prefix = f"{place}: " if place else ""
     ignored: list[str] = []
@@ -5706,7 +5700,7 @@ def parse_fixtures(
         entries, own = list_entries(data), parse_models(get_path(data, "models") or {})
     except ValueError as error:
         raise ValueError(f"{prefix}{error}") from None
-    if own and models is None:
+    if own and not place:
         problems.append("models: are for files and TogetherAiServer(models=...) alone")
     for index, entry in enumerate(entries):
         at = f"fixtures[{index}]"
@@ -5718,7 +5712,7 @@ def parse_fixtures(
             continue
         try:
             type, clean_entry = parse_entry(entry, at, str, ignored)
-            fixtures.append(Fixture(type, clean_entry, source, trusted=trusted, place=at))
+            fixtures.append(Fixture(type, clean_entry, source, trusted=bool(place), place=at))
             together = bool(place) or len(entries) > 1
             fixtures[-1].relaxed = together and not get_path(data, "exactTurns")
             fixtures[-1].normalise = get_path(data, "normalise") or ()
@@ -5733,24 +5727,25 @@ def parse_fixtures(
     return fixtures
 
 
+def list_fixture_files(path: str) -> list[str]:
+    """Return a file, or every *.json of a folder: by name, its files before its sub-folders."""
+    if not os.path.isdir(path):
+        return [path]
+    tree = sorted(os.walk(path), key=lambda row: row[0].split(os.sep))
+    names = [os.path.join(folder, name) for folder, _, files in tree for name in sorted(files)]
+    # No FIFO, no link to nowhere.
+    return [name for name in names if name.endswith(".json") and os.path.isfile(name)]
+
+
 def load_fixtures(
     path: str, warnings: list[str] | None = None, models: dict[str, Model] | None = None
 ) -> list[Fixture]:
-    """Load a file, or every *.json of a folder: by name, its files before its sub-folders.
-
-    Raises ValueError with a line for all that is wrong in all of them.
-    """
-    names = [path]
+    """Load a file or folder; raise ValueError with a line for all that is wrong in all of it."""
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise ValueError(f"{path}: is neither a file nor a folder")
-    if os.path.isdir(path):
-        tree = sorted(os.walk(path), key=lambda row: row[0].split(os.sep))
-        names = [os.path.join(folder, name) for folder, _, files in tree for name in sorted(files)]
-        names = list(filter(os.path.isfile, names))  # no FIFO, no link to nowhere
-    models = {} if models is None else models
     fixtures: list[Fixture] = []
     problems: list[str] = []
-    for full in (name for name in names if name == path or name.endswith(".json")):
+    for full in list_fixture_files(path):
         name = os.path.basename(path) if full == path else os.path.relpath(full, path)
         name = name.replace(os.sep, "/")
         try:
@@ -5790,14 +5785,12 @@ def find_unreachable(fixtures: Sequence[Fixture]) -> list[str]:
 
 
 def stamp_files(paths: Iterable[str]) -> list[tuple[str, int, int]]:
-    """Return names, times and sizes of all files that are there or in a folder."""
+    """Return names, times and sizes of the fixture files that are there."""
     stamps = []
-    for path in paths:
-        names = [os.path.join(folder, name) for folder, _, files in os.walk(path) for name in files]
-        for name in sorted(names or [path]):
-            with contextlib.suppress(OSError):
-                status = os.stat(name)
-                stamps.append((name, status.st_mtime_ns, status.st_size))
+    for name in itertools.chain(*map(list_fixture_files, paths)):
+        with contextlib.suppress(OSError):
+            status = os.stat(name)
+            stamps.append((name, status.st_mtime_ns, status.st_size))
     return stamps
 
 
@@ -5853,7 +5846,7 @@ def answer_with(fixture: Fixture, facts: MatchFacts) -> Response:
         given = run_code(fixture.source, fixture.answers, facts.request)
     value = as_json(given)
     said = value if says_response(value) else {"content": value}
-    parsed = run_code(fixture.source, parse_response, said, "the answer", to_camel, [])
+    parsed = run_code(fixture.source, parse_response, said, "the answer", to_camel)
     response = Response(*parsed)
     response.is_model = value is not given
     return response
@@ -6022,13 +6015,14 @@ class Fixtures:
             self._order: list[Fixture] | None = None
             self._numbers = itertools.count()
             self._sequences: dict[Any, dict[str, int]] = {}  # how often each was served, by test
-            self._calls = 0  # with a fault, for its draws
+            self.draws = itertools.count(1)  # of faults
             self.forget()
 
     def forget(self, test: str | None = None) -> None:
         with self._lock:
-            for counts in (*(each.counts for each in self.every), *self._sequences.values()):
-                counts.clear() if test is None else counts.pop(test, None)
+            for each in self.every:
+                for counts in (each.counts, each.group_counts):
+                    counts.clear() if test is None else counts.pop(test, None)
 
     def covers(self, operation: str) -> bool:
         return any(fixture.match.get("endpoint") == operation for fixture in self.every)
@@ -6132,7 +6126,10 @@ class Fixtures:
                     for fixture in group:
                         fixture.rank = rank
                     self._order += group
-                self._slow = any(fixture.asks for fixture in self._order)
+                self._slow = any(
+                    each.when or each.answers or '"pattern"' in each.group[0]
+                    for each in self._order
+                )
             return self._order
 
     def find(self, facts: MatchFacts) -> tuple[Fixture | None, str, list[tuple[Fixture, Obstacle]]]:
@@ -6213,11 +6210,6 @@ class Fixtures:
         reason = "".join(reasons) or " There are no fixtures."
         return ApiError("no_fixture", method=request.method, path=request.path, reason=reason)
 
-    def count_fault(self) -> int:
-        with self._lock:
-            self._calls += 1
-            return self._calls
-
     def unused(self, test: str = "") -> list[Fixture]:
         mine = (each for each in self.every if not test or each.match.get("testId") == test)
         return [each for each in mine if not each.served]
@@ -6237,9 +6229,6 @@ RATE_LIMIT_HEADERS = {  # recorded, but for the seconds
     "x-ratelimit-remaining": "0", "x-ratelimit-reset": "{seconds}",
     "x-ratelimit-limit-tokens": "1000", "x-ratelimit-remaining-tokens": "979",
 }  # fmt: skip
-
-if TYPE_CHECKING:
-    Clock = Callable[[], float]  # seconds, monotonic
 
 
 def name_request(request: Request) -> str:
@@ -6431,7 +6420,7 @@ class Fault:
             yield pause * (1 + jitter * (2 * self.rng.random() - 1)) / speed
 
     def pace(
-        self, events: Iterable[bytes], stream: bool, clock: Clock
+        self, events: Iterable[bytes], stream: bool, clock: Callable[[], float]
     ) -> Generator[bytes | float, None, None]:
         """Yield events, and the seconds until the next one is due, until the fault ends them.
 
@@ -6504,12 +6493,12 @@ def draw_fault(script: Fixtures, fixture: Fixture, response: Response) -> Fault 
     """Draw how this call's reply goes wrong, from the seed and the count of such calls."""
     if not fixture.faulty:
         return None
-    rng = HashRandom.of("fault", [script.seed, script.count_fault()])
-    error = response.normal if response.type in (ERROR, STATUS) else None
+    rng = HashRandom.of("fault", [script.seed, next(script.draws)])
+    error = response.normal if response.is_error else None
     return Fault(fixture.options, rng, error)
 
 
-def apply_fault(reply: Reply, fault: Fault, clock: Clock) -> Reply:
+def apply_fault(reply: Reply, fault: Fault, clock: Callable[[], float]) -> Reply:
     """Return the reply as it arrives under a fault; its events say how long to pause.
 
     A whole reply that waits or is cut becomes raw pieces with a Content-Length.
@@ -12451,7 +12440,7 @@ def add_fixtures(server: TogetherAiServer, request: Request) -> Any:
     """Add the fixtures of a file's JSON, all or none."""
     warnings: list[str] = []
     try:
-        fixtures = parse_fixtures(parse_json(request.raw), warnings=warnings, trusted=False)
+        fixtures = parse_fixtures(parse_json(request.raw), warnings=warnings)
         server.script.add(fixtures)
     except ValueError as error:
         raise ApiError("bad_fixture", reason=str(error)) from None
@@ -15124,7 +15113,7 @@ class TogetherAiServer(Scripting):
         if is_whole(response, fixture.options):
             reply = name_reply(whole_reply(response, fixture.options, request), request)
         else:
-            if response.type not in (GENERATED, ERROR, STATUS):
+            if not (response.is_error or response.type is GENERATED):
                 said = response.render(route.kind, request)
                 request.script = {**said, "is_model": response.is_model}
             try:
