@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import collections
 import concurrent.futures
 import contextlib
 import datetime
@@ -11702,8 +11703,24 @@ class RepositoryTests(unittest.TestCase):
                 self.assertNotIn("-packages", origin)  # where pip and distributions install
                 self.assertTrue(origin == "frozen" or library in Path(origin).parents, origin)
 
-    def test_the_readme_lists_the_routes(self):
-        self.assertIn(run_main("--routes")[1], self.readme)
+    def test_the_readme_counts_the_routes(self):
+        rows = re.findall(r"^\| ([\w, -]+) \| (\d+) \| ((?:`[\w/-]+` ?)+) \|$", self.readme, re.M)
+        family = {part: name for name, _, parts in rows for part in re.findall("`(.+?)`", parts)}
+        firsts = (re.sub(r"^/(v\d/)?", "", route.path).split("/")[0] for route in fake.ROUTES)
+        counts = collections.Counter(family[first or "/"] for first in firsts)
+        self.assertEqual(counts, {name: int(count) for name, count, _ in rows})
+
+    def test_the_first_screen_of_the_readme_is_one(self):
+        first = self.readme.partition("\n## ")[0]
+        self.assertLessEqual(len(first.split("\n")), 60)
+        (picture,) = re.findall(r"!\[.+?\]\((.+?)\)", first)
+        self.assertLess((HERE / picture).stat().st_size, 60_000)
+        self.assertIn(f"version {fake.__version__} of", first)
+
+    def test_links_of_the_readme_lead_somewhere(self):
+        heads = re.findall(r"^#+ (.+)$", self.readme, re.M)
+        known = {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}
+        self.assertEqual(set(re.findall(r"\(#([\w-]+)\)", self.readme)) - known, set())
 
     def test_snippets_of_the_readme_run(self):
         snippets = re.findall(r"^```python\n(.*?)^```", self.readme, re.M | re.S)
