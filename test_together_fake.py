@@ -3096,6 +3096,14 @@ FORMS = {
         "Answer the question. The last line of your response should be of the following format: "
         f"'ANSWER: $LETTER' (without quotes) where LETTER is one of A,B,C.{CHOICES}",
         f'Think step by step, then end with "ANSWER: <A, B or C>".{CHOICES}',
+        f"{CHOICES}\nThink step by step and finish with a line of the form 'ANSWER: X' where X is "
+        "the letter.",
+        'Solve it, explain why, and finish with a line in the form "ANSWER: X", X being A, B or C.',
+    ),
+    "a score of so many": (
+        r"[^\n]+\n\nScore: [0-5]/5",
+        'Explain your reasoning, and put "Score: <n>/5" on its own last line.',
+        "Think it over. At the end write 'Score: <points>/5'.",
     ),
     "labelled lines": (
         r"Score: [1-5]\nReason: .+",
@@ -3132,13 +3140,20 @@ FORMS = {
         "Your response should be a list of comma separated values, eg: `foo, bar` or `foo,bar`",
         "Return the keywords, separated by commas.",
     ),
+    "so many entries": (
+        r"[^,]+(, [^,]+){4}",
+        "List five fruits, separated by commas.",
+        "Give 5 names as a comma-separated list.",
+    ),
     "CSV": (
         r"name,age,city\n([^,\n]+,[^,\n]+,[^,\n]+\n?){3}",
         "Output CSV with the header name,age,city and nothing else.",
+        "Produce a CSV with the header name,age,city and three rows.",
     ),
     "a table": (
         r"\| Name \| Role \|\n\|---\|---\|(\n\| .+ \| .+ \|){3}",
         "Present it as a markdown table with columns Name, Role.",
+        "Compare them in a Markdown table with the columns Name and Role.",
     ),
     "records": (
         r"(entity<\|#\|>(Anna Berg|Oslo|Nordlys)<\|#\|>[^<]+\n)+<\|COMPLETE\|>",
@@ -3180,6 +3195,10 @@ PROSE = (
     'Translate to French: "Please answer yes or no."',
     "I have to choose one of two jobs, a bank or a school. What do you think?",
     "Write a story about a fox or a bear.",
+    "Write a letter to my landlord about the table and the five chairs.",
+    'My JSON object has keys "score" and "reasoning". Why would a parser reject it?',
+    "I asked him to list five fruits, separated by commas. What happened?",
+    "The teacher said: finish with a line of the form you like. Write a poem about it.",
     "How do I return JSON from Flask?",
     "What is the difference between YAML and JSON?",
     "Why does `print(x)` output nothing?",

@@ -3086,8 +3086,9 @@ MAX_BRACKETS = 1500  # of the examples in a message
 MAX_SHORT = 600  # characters in which the rarer of these count, too
 HINTS = (  # what asks for a form has one at its start or end
     "{", "<", "`", "nswer", "espon", "eturn", "utput", "ormat", "eply", "lassif", "ategor",
+    "NSWER", "JSON", "YAML", "CSV", "omma",
     "hoose", "elect", "abel", "itle", " list", " table", "epeat", "core", "ay only",
-    "ay the", "es or ",
+    "ay the", "es or ", "List",
 )  # fmt: skip
 JSON_MODE_SCHEMA = {  # what a model answers that shall write JSON and is not told which
     "type": "object",
@@ -3270,13 +3271,14 @@ ASKING_VERBS = frozenset((
     "produce", "generate", "choose", "select", "pick", "classify", "categorize", "label", "rate",
     "score", "judge", "decide", "use", "end", "finish", "say", "put", "wrap",
     "format", "present", "list", "extract", "assign", "repeat", "convert", "follow", "evaluate",
-    "keep",
+    "keep", "compare", "create", "make", "show",
 ))  # fmt: skip
 ASKING_LEADS = frozenset((
     "", "please", "only", "just", "always", "and", "then", "now", "finally", "must", "should",
-    "simply", "strictly", "step", "you", "will",
+    "simply", "strictly", "step", "you", "will", "end", "line",
 ))  # fmt: skip
 DUTY = lazy_regex(
+    r"^(?!My |Our ).*"
     r"\b(?:answer|response|reply|output|verdict|line|label|json|key)s?\b.*\b(?:must|should|has)\b"
     r"|\byour \w* ?(?:answer|response|reply|output)|^\W{0,8}(?:(?:expected|output|response|json) )+"
     r"(?:format|schema|structure|template)|\([^()]{1,99}\)\?|^\W?\w+(?:/| or )\w+\W{0,3}$",
@@ -3547,14 +3549,15 @@ ENDING = lazy_regex(
 )
 LABELLED = lazy_regex(
     r"[\"'`]([A-Z][\w ]{0,30}):[ ]?(\$\w+|<[^<>\n]{1,80}>|\[[^\[\]\n]{1,80}\]|\{[^{}\n]{1,80}\}|"
-    r"[A-Z]|)\W?[\"'`]"
+    r"[A-Z]|)(/\d{1,3})?\W?[\"'`]"
 )
 SLOT_SHOWN = lazy_regex(
     r"([A-Za-z][\w /-]{0,40}?)\**:\**[ \t]+([^\s|>][^\n]*)|<([\w-]{1,40})>([^<>\n]+)</|()(\.\.\.)"
 )
 WRAPPED = lazy_regex(r"\btags?\b|wrap|inside|enclos|surround|</|xml", re.I)
 THINKING = lazy_regex(
-    r"step by step|reasoning|explain|last line|(?:end|finish) (?:your|with)|think", re.I
+    r"step by step|reasoning|explain|last line|the end|(?:end|finish) (?:your|with)|think",
+    re.I,
 )
 
 
@@ -3629,10 +3632,14 @@ def read_frame(prompt: Prompt) -> WantedForm | None:
         rest = said[found.end() : found.end() + 200]
         schema = read_phrase(found[2]) if len(found[2]) > 1 else TEXT_SCHEMA
         if schema.keys().isdisjoint(("enum", "minimum")):
-            schema = read_offer(rest) or read_numbers(rest[:60]) or schema
+            limit = read_numbers(f"out of {found[3][1:]}" if found[3] else rest[:60])
+            letters = [name for name in re.findall(r"\b[A-Z]\b", rest[:60]) if name != found[2]]
+            letters = letters or [[], *prompt.lists.values()][-1]
+            lettered = len(letters) > 1 and len(found[2]) == 1
+            schema = read_offer(rest) or limit or ({"enum": letters} if lettered else schema)
         before = (("", None), "\n\n") if THINKING.search(said) else ()
         label = f"line {found[1]}: {name_choice(schema)}"
-        return WantedForm(label, *before, f"{found[1]}: ", (found[1], schema))
+        return WantedForm(label, *before, f"{found[1]}: ", (found[1], schema), found[3] or "")
     if FENCED.search(said) and not UNFENCED.search(said):
         kinds = re.findall(r"```(\w+)", said) + [kind for _, kind, _ in prompt.examples if kind]
         kind = (kinds or re.findall(r"(\w+) (?:code )?(?:block|snippet)", said) or ["code"])[0]
@@ -3646,9 +3653,27 @@ LISTS = (  # what asks for one, and what stands before each entry; N is its numb
     (r"bullet|markdown list", "\n- "),
     (r"comma[ -]separated|separated by commas", ", "),
 )
-COLUMNS = lazy_regex(r"(?:columns?|headers?)(?: row| are| is|:)* (\w+(?:\s?[,|]\s?(?:and )?\w+)*)")
-COUNTS = ["", "one", "two", "three", "four", "five"]
+TABLE = lazy_regex(
+    r"\bCSV\b(?! file)|markdown table|table (?:with|of|that has) |"
+    r"\b(?:as|in|into|return|output|create|make) an? (?:\w+ )?table",
+    re.IGNORECASE,
+)
+COLUMNS = lazy_regex(
+    r"(?:columns?|headers?)(?: row| are| is|:)* (\w+(?: [A-Z]\w*)?"
+    r"(?:\s?[,|]\s?(?:and )?\w+(?: [A-Z]\w*)?| and \w+(?: [A-Z]\w*)?(?=\W*\Z|[.:;\n]))*)"
+)
+COUNTS = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+ENTRIES = lazy_regex(rf"(?<![\w.-])(\d{{1,2}}{'|'.join(COUNTS)}) (?!columns|words|\w+ words)[a-z]")
 WORDS_ASKED = lazy_regex(rf"\b(?:\d{{1,3}}(?:-| to ))?(\d{{1,3}}{'|'.join(COUNTS)})[- ]words?\b")
+
+
+def count_entries(said: str) -> int:
+    """Return how many entries a sentence asks for; three where it does not say."""
+    found = ENTRIES.search(said)
+    number = (
+        COUNTS.index(found[1]) if found and found[1] in COUNTS else int(found[1] if found else 3)
+    )
+    return min(number, 20) if number > 1 else 3
 
 
 def read_list(prompt: Prompt) -> WantedForm | None:
@@ -3669,19 +3694,21 @@ def read_list(prompt: Prompt) -> WantedForm | None:
         for pattern, before in LISTS:
             if re.search(pattern, said, re.I):
                 slot = ("item", TEXT_SCHEMA)
-                marks = [before.replace("N", number) for number in "123"]
+                numbers = range(1, count_entries(said) + 1)
+                marks = [before.replace("N", str(number)) for number in numbers]
                 more = [part for mark in marks[1:] for part in (mark, slot)]
                 return WantedForm("list", marks[0].lstrip("\n, "), slot, *more)
-        found = re.search(r"\bCSV\b|\btable\b", said)
+        found = TABLE.search(said)
         if found:
             named = COLUMNS.search(said)
-            names = re.split(r"\s*(?:,|\|)\s*", named[1]) if named else ["name", "note"]
-            edge, between = ("", ",") if found[0] == "CSV" else ("|", " | ")
+            names = re.split(r"\s?[,|]\s?(?:and )?| and ", named[1]) if named else ["name", "note"]
+            kind = "CSV" if found[0] == "CSV" else "table"
+            edge, between = ("", ",") if kind == "CSV" else ("|", " | ")
             cells = [part for name in names for part in (between, (name, TEXT_SCHEMA))][1:]
             rule = "\n|" + "---|" * len(names) if edge else ""
             head = f"{edge} {between.join(names)} {edge}".strip() + rule
             start, stop = (f"\n{edge} ", f" {edge}") if edge else ("\n", "")
-            return WantedForm(found[0], head, *[start, *cells, stop] * 3)
+            return WantedForm(kind, head, *[start, *cells, stop] * count_entries(said))
     return None
 
 
@@ -3755,7 +3782,7 @@ def is_hinted(text: str) -> bool:
     if len(text) <= MAX_SHORT:
         return any(map(text.__contains__, HINTS)) or text[-1:] == ":"
     ends = text[:MAX_SHORT] + text[-MAX_SHORT:]
-    return any(map(ends.__contains__, HINTS[:11])) or text[-1] == ":"
+    return any(map(ends.__contains__, HINTS[:16])) or text[-1] == ":"
 
 
 def read_form(messages: list[dict[str, Any]], json_mode: bool = False) -> WantedForm | None:
