@@ -11100,12 +11100,10 @@ def put_chat(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
 def list_chunk_sizes(chunks: list[Any]) -> list[int]:
     """Return the characters in each chunk of a stream: of reasoning, of text, of arguments."""
     sizes: dict[Any, list[int]] = {"reasoning": [], "content": []}
-    for chunk in chunks:
-        delta = get_path(chunk, "choices", "0", "delta") or {}
-        reasoning = delta.get("reasoning") or delta.get("reasoning_content")
-        texts: dict[Any, Any] = {"reasoning": reasoning, "content": delta.get("content")}
-        for call in list_objects(delta.get("tool_calls")):
-            texts[call.get("index")] = get_path(call, "function", "arguments")
+    for said in (each for chunk in list_objects(chunks) for each in fold_stream([chunk])):
+        texts: dict[Any, str] = {"reasoning": said["reasoning"], "content": said["content"]}
+        for call in said["tool_calls"]:
+            texts[call["index"]] = call["function"]["arguments"]
         for part in [part for part in texts if texts[part]]:
             sizes.setdefault(part, []).append(len(texts[part]))
     return [size for part in sizes.values() for size in part]
@@ -11504,7 +11502,7 @@ def find_end(call: Call) -> float:
 
 def list_asked(call: Call) -> list[dict[str, Any]]:
     """Return what a call asks."""
-    body = call.body if isinstance(call.body, dict) else {}
+    body = call.as_request().body
     if call.kind == "response":
         return convert_items(body)
     prompts = [name for name in ("prompt", "input", "documents", "query") if body.get(name)]
@@ -11540,12 +11538,6 @@ def has_failed(call: Call) -> bool:
 
 def lower_headers(call: Call) -> dict[str, str]:
     return {name.lower(): text for name, text in call.reply_headers.items()}
-
-
-def is_temporary(call: Call) -> bool:
-    """Tell whether a call failed so that another try may mend it, as far as its client knows."""
-    may_retry = lower_headers(call).get("x-should-retry") != "false"
-    return may_retry and (call.outcome == "cut" or call.status in TEMPORARY)
 
 
 def find_wait(call: Call) -> float:
@@ -11615,7 +11607,8 @@ def judge_retries(attempts: list[Call], most: int) -> Iterator[Finding]:
     if alike or len(attempts) > most:
         how = "with pauses that do not grow" if alike else f"where {most} are allowed"
         yield Finding("retry_storm", f"made {len(attempts)} attempts {how}", *attempts)
-    if is_temporary(last):
+    may_retry = lower_headers(last).get("x-should-retry") != "false"
+    if may_retry and (last.outcome == "cut" or last.status in TEMPORARY):
         reason = "a connection that was cut" if last.outcome == "cut" else f"a {last.status}"
         name = "gave_up" if len(attempts) > 1 else "no_retry"
         yield Finding(name, f"gave up at {reason}, attempt {len(attempts)}", *attempts)
@@ -12221,12 +12214,11 @@ def seed_objects(server: TogetherAiServer, request: Request) -> Any:
     if type(seeds) is not dict or not set(seeds) <= set(BUILDERS):
         raise ApiError("bad_body", reason=f"it must be an object with lists among {names}")
     Fields(*rows_of(names, list, each=Field("", dict))).check(seeds)
-    seeds = {name: items for name, items in seeds.items() if items is not None}
     for name, items in seeds.items():
-        for index, item in enumerate(items):
+        for index, item in enumerate(items or ()):
             check_seed(name, item, f"{name}[{index}]")
     try:
-        return {name: server.seed(name, items) for name, items in seeds.items()}
+        return {name: server.seed(name, seeds[name]) for name in seeds if seeds[name] is not None}
     except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         reason = f"a seed has a value of a wrong kind ({error!r})"
         raise ApiError("bad_body", reason=reason) from None
