@@ -4971,9 +4971,9 @@ class MatchFacts(dict):  # type: ignore[type-arg]
         known = OPERATIONS.get(kind)
         asked = body.get(known.prompt or known.input) if known is not None else None
         asked = " ".join(map(str, asked)) if isinstance(asked, list) else asked
-        is_prompt = known is not None and known.prompt
-        prompt = [{"role": "user", "content": asked}]
-        messages = prompt if is_prompt else list_messages(kind, body)
+        messages = list_messages(kind, body)
+        if known is not None and known.prompt:
+            messages = [{"role": "user", "content": asked}]
         said = [(message.get("role"), join_text(message.get("content"))) for message in messages]
         users = [text for role, text in said if role == "user" and isinstance(text, str)]
         system = [text for role, text in said if role == "system" and isinstance(text, str)]
@@ -5607,9 +5607,8 @@ class Fixture:
         self.response = Response(type, entry.get("response", {}))
         self.options = {key: entry[key] for key in OPTIONS if key in entry}
         self.times: int | None = self.options.get("times")
-        size = self.options.get("chunkSize")
-        if "in" in self.options:  # engines that send all arguments at once cut them, too
-            size = size or 1
+        # With `in`, engines that send all arguments at once cut them, too.
+        size = self.options.get("chunkSize", int("in" in self.options))
         self.chunk_sizes: list[int] = self.options.get("chunkSizes") or ([size] if size else [])
         self.faulty = not self.options.keys() <= set(QUIET_OPTIONS) - {"chaos"}
         self.match: dict[str, Any] = entry["match"]
@@ -5698,14 +5697,14 @@ def list_entries(data: Any) -> list[Any]:
     """Return the entries of a file's JSON: an object with `fixtures`, a list, or a single entry."""
     if isinstance(data, list):
         return data
-    if isinstance(data, dict) and "fixtures" not in data and data.keys() & {"match", "response"}:
-        return [data]
-    if isinstance(data, dict) and "models" in data:
-        data = {"fixtures": [], **data}
-    is_file = isinstance(data, dict) and isinstance(data.get("fixtures"), list)
-    check_clean({**data, "fixtures": []} if is_file else data, FIXTURE_FILE, "file")
-    entries: list[Any] = data["fixtures"]
-    return entries
+    given: dict[str, Any] = data if isinstance(data, dict) else {}
+    if "fixtures" not in given and given.keys() & {"match", "response"}:
+        return [given]
+    if "models" in given:
+        given = {"fixtures": [], **given}
+    is_file = isinstance(given.get("fixtures"), list)
+    check_clean({**given, "fixtures": []} if is_file else data, FIXTURE_FILE, "file")
+    return list(given["fixtures"])
 
 
 def parse_fixtures(
@@ -5857,9 +5856,8 @@ def says_response(value: Any) -> bool:
     type = find_response_type(said)
     if type is None or not said.keys() <= type.fields.keys() | type.fields.ignored:
         return False
-    told = [said[key] for key in type.told_by if said.get(key) is not None]
-    kinds = tuple(kind for key in type.told_by for kind in type.fields[key].kinds)
-    return all(isinstance(each, kinds) for each in told)
+    told = [key for key in type.told_by if said.get(key) is not None]
+    return all(isinstance(said[key], type.fields[key].kinds) for key in told)
 
 
 def answer_with(fixture: Fixture, facts: MatchFacts) -> Response:
@@ -6189,7 +6187,8 @@ class Fixtures:
                 facts.answer = chosen.answers.take(facts.test)
                 break
             except StopIteration:  # it has ended; another one may answer
-                self._uncount(chosen, facts)
+                with self._lock:
+                    chosen.count(facts.test, -1)
         misses = list_misses(reasons, chosen, facts["turnIndex"])
         if chosen is None or chosen.turn in (None, facts["turnIndex"]):
             return chosen, "", misses
@@ -6221,12 +6220,9 @@ class Fixtures:
             last_resort = last_resort or chosen
         return last_resort
 
-    def _uncount(self, fixture: Fixture, facts: MatchFacts) -> None:
+    def give_back(self, fixture: Fixture, facts: MatchFacts) -> None:
         with self._lock:
             fixture.count(facts.test, -1)
-
-    def give_back(self, fixture: Fixture, facts: MatchFacts) -> None:
-        self._uncount(fixture, facts)
         if isinstance(fixture.answers, SharedIterator):
             fixture.answers.give_back(facts.test, facts.answer)
 
@@ -6365,16 +6361,17 @@ def add_delta(message: dict[str, Any], delta: dict[str, Any]) -> None:
 
 def read_item_event(event: dict[str, Any]) -> dict[str, Any]:
     """Return what an event of POST /v1/responses adds, as a part of a chunk."""
-    type, item, index = event.get("type"), event.get("item") or {}, event.get("output_index")
-    function, call = {"arguments": event.get("delta")}, {"index": index}
+    type, item = event.get("type"), event.get("item") or {}
+    call: dict[str, Any] = {"index": event.get("output_index")}
     if type == "response.output_text.delta":
         return {"delta": {"content": event.get("delta")}}
     if type == "response.function_call_arguments.delta":
-        return {"delta": {"tool_calls": [{**call, "function": function}]}}
-    if type == "response.output_item.added" and item.get("type") == "function_call":
-        function, call["id"] = {"name": item.get("name")}, item.get("call_id")
-        return {"delta": {"tool_calls": [{**call, "function": function}]}}
-    return {"finish_reason": "stop"} if type in RESPONSE_ENDS else {}
+        call["function"] = {"arguments": event.get("delta")}
+    elif type == "response.output_item.added" and item.get("type") == "function_call":
+        call.update(id=item.get("call_id"), function={"name": item.get("name")})
+    else:
+        return {"finish_reason": "stop"} if type in RESPONSE_ENDS else {}
+    return {"delta": {"tool_calls": [call]}}
 
 
 def fold_stream(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
