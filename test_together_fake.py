@@ -6141,7 +6141,8 @@ class RecordTests(FakeCase):
         call = self.server.requests[-1]
         self.assertEqual(len(call.near_misses), fake.MAX_NEAR_MISSES)
         self.assertEqual(call.near_misses[0]["got"], "hello")
-        self.assertEqual(call.misses[0][1], ("match.userMessage", None, None))  # no text is held
+        self.assertEqual(call.near_misses[0]["differs"], "match.userMessage")
+        self.assertIsNone(call.misses[0][1])  # no text is held
 
     def test_a_bug_is_a_500_and_kept(self):
         self.server = TogetherAiServer(port=0)

@@ -5931,10 +5931,10 @@ OBSTACLES = {
 
 
 def explain_miss(
-    fixture: Fixture, obstacle: Obstacle, facts: MatchFacts, with_diff: bool = True
+    fixture: Fixture, obstacle: Obstacle | None, facts: MatchFacts, with_diff: bool = True
 ) -> dict[str, Any]:
     """Return why a fixture did not answer a request: what differs, and that in a sentence."""
-    differs, wanted, got = obstacle
+    differs, wanted, got = obstacle or fixture.find_obstacle(facts) or ("match", None, None)
     key, name = differs[6:], fixture.key_case(differs[6:])
     if differs.startswith("match.") and wanted is None:
         wanted, got = fixture.match[key], facts.get(key, "it holds")
@@ -5957,9 +5957,7 @@ def explain_miss(
     return {"fixture": fixture.source, **told}
 
 
-def explain_misses(
-    misses: Sequence[tuple[Fixture, Obstacle]], facts: MatchFacts
-) -> list[dict[str, Any]]:
+def explain_misses(misses: Sequence[Any], facts: MatchFacts) -> list[dict[str, Any]]:
     """Return why each fixture did not answer a request, the nearest one first."""
     ranked = sorted(misses, key=lambda miss: -miss[0].count_holding(facts))
     return [
@@ -5968,9 +5966,7 @@ def explain_misses(
     ]
 
 
-def list_misses(
-    reasons: Mapping[Fixture, Obstacle | None], chosen: Fixture | None, turn: int
-) -> list[tuple[Fixture, Obstacle]]:
+def list_misses(reasons: Mapping[Fixture, Any], chosen: Fixture | None, turn: int) -> list[Any]:
     misses = []
     for fixture, obstacle in itertools.islice(reasons.items(), MAX_NEAR_MISSES + 1):
         if obstacle is None and fixture.turn not in (None, turn):
@@ -6158,7 +6154,7 @@ class Fixtures:
                 )
             return self._order
 
-    def find(self, facts: MatchFacts) -> tuple[Fixture | None, str, list[tuple[Fixture, Obstacle]]]:
+    def find(self, facts: MatchFacts) -> tuple[Fixture | None, str, list[Any]]:
         """Return the fixture that answers, counted as served, a warning, and the other ones."""
         order = self._list_order()
         own = facts.request.headers.get("x-parlel-fixture")
@@ -6172,9 +6168,6 @@ class Fixtures:
         likely = [f for f in order if f.needle in texts[f.needle_key]] if is_plain else order
         # Patterns and functions may take their time: they are asked without the lock.
         found = {each: each.find_obstacle(facts) for each in likely}
-        others = (each for each in order if each not in found)
-        for each in itertools.islice(others, max(0, MAX_NEAR_MISSES - len(found))):
-            found[each] = each.find_obstacle(facts)
         while True:
             with self._lock:
                 reasons = {each: found[each] or self._find_use(each, facts.test) for each in found}
@@ -6190,6 +6183,8 @@ class Fixtures:
                 with self._lock:
                     chosen.count(facts.test, -1)
         misses = list_misses(reasons, chosen, facts["turnIndex"])
+        others = ((each, None) for each in order if each not in found)  # why is told when asked
+        misses += itertools.islice(others, max(0, MAX_NEAR_MISSES - len(found)))
         if chosen is None or chosen.turn in (None, facts["turnIndex"]):
             return chosen, "", misses
         place = f"for turn {chosen.turn}, and this is turn {facts['turnIndex']}"
@@ -6897,9 +6892,9 @@ END_TOKENS = {"meta-llama/": 128009, "Qwen/": 151645}  # what ends a turn, by th
 def repeat_json(text: str, pieces: Iterable[str]) -> Iterator[str]:
     """Yield JSON for each piece of a text, which stands where SLOT does."""
     text = text.replace("%", "%%").replace(QUOTE(SLOT), "%(piece)s")
-    text = text.replace(QUOTE(SLOT_NUMBER), "%(number)d")
+    text, numbered = text.replace(QUOTE(SLOT_NUMBER), "%(number)d"), SLOT_NUMBER in text
     for piece in pieces:
-        yield text % {"piece": QUOTE(piece), "number": token_id(piece)}
+        yield text % {"piece": QUOTE(piece), "number": numbered and token_id(piece)}
 
 
 def list_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> list[dict[str, Any]]:
