@@ -2263,9 +2263,9 @@ def canonical(value: Any) -> str:
     return json.dumps(plain, sort_keys=True)
 
 
-def is_finite(argument: Any, low: float = -1e300, high: float = 1e300) -> bool:
+def is_finite(argument: Any, low: float = -1e300) -> bool:
     """Tell whether it is a number that arithmetic can bear."""
-    return type(argument) in (int, float) and low <= argument <= high
+    return type(argument) in (int, float) and low <= argument <= 1e300
 
 
 def is_multiple(value: float, step: float) -> bool:
@@ -3047,17 +3047,17 @@ class ValueMaker:
         return fill_template(rng, "{noun}" if number < TRIES else "{adjective}_{noun}{d3}")
 
 
-def make_instance(rng: HashRandom, schema: Any, max_depth: int = 6) -> Any:
+def make_instance(rng: HashRandom, schema: Any) -> Any:
     """Return a value that is valid against a JSON schema, the same for the same draw.
 
-    Unknown keywords are ignored. Beyond `max_depth` levels, and inside a recursive schema, only
+    Unknown keywords are ignored. Beyond six levels, and inside a recursive schema, only
     what must be there is made. Raises `Unsatisfiable` where no valid value is found.
     """
     try:
         reader = SchemaReader(schema)
         for attempt in range(3):
             again = rng.child(attempt) if attempt else rng
-            value = ValueMaker(reader, again, [reader.root], max_depth).make()
+            value = ValueMaker(reader, again, [reader.root], 6).make()
             if reader.accepts(reader.root, value):
                 return value
     except (OutOfSteps, RecursionError):
@@ -4191,9 +4191,7 @@ def copy_json(value: Any) -> Any:
     return [copy_json(item) for item in value] if type(value) is list else value
 
 
-def take_page(
-    ids: list[str], limit: int | None = None, after: str | None = None
-) -> tuple[list[str], bool]:
+def take_page(ids: list[str], limit: int | None, after: str | None) -> tuple[list[str], bool]:
     """Return the ids that follow `after`, at most `limit`, and whether there are more.
 
     Nothing follows an id that is not there.
@@ -7740,9 +7738,7 @@ def topic_words(text: str) -> set[bytes]:
     return {word.rstrip(b"s") for word in find_words(NAME_BREAK.sub(" ", text))}
 
 
-def read_turn(
-    messages: list[dict[str, Any]], names: Sequence[str] = ()
-) -> tuple[str, list[str], bool]:
+def read_turn(messages: list[dict[str, Any]], names: Sequence[str]) -> tuple[str, list[str], bool]:
     """Return the user's last request, the tools called since, and whether a result came last.
 
     A call may be written as text, as smolagents and adk have it; what the user says next is its
@@ -12427,12 +12423,13 @@ def find_numbered(noun: str, items: Iterable[Any], request: Request) -> Any:
 def get_recorded_call(server: TogetherAiServer, request: Request) -> Any:
     """Describe one recorded call, with what came back and ways to say it again."""
     call = find_numbered("Call", server.requests, request)
-    found = judge(server.requests, MAX_ATTEMPTS)
     return {
         **call.as_json(),
         "asked": list_asked(call),
         "said": list_said(call),
-        "verdict": [f"{each.name}: it {each.text}" for each in found if call in each.calls],
+        "verdict": [
+            f"{each.name}: it {each.text}" for each in server.verdict() if call in each.calls
+        ],
         "copy": copy_call(server, call, request.origin),
     }
 
