@@ -183,6 +183,7 @@ SCHEMA_WORDS = {"$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
 TYPES = ("string", "number", "integer", "object", "array", "boolean", "null")
 
 
+@functools.lru_cache(maxsize=1000)  # names come again with each request
 def is_secret_header(name: str) -> bool:
     """Tell whether a header's value is hidden, whatever its scheme, or that of a query's name."""
     return SECRET_NAME.search(name) is not None
@@ -4374,7 +4375,7 @@ class Call:
         self.number = number
         self.method = request.method
         self.path = request.path
-        self.query = hide_in_url("?" + request.query)[1:]
+        self.query = request.query and hide_in_url("?" + request.query)[1:]
         self.headers = request.headers.masked
         self.test: str = request.headers.get("x-test-id", "")
         self.batch = request.batch  # the job whose line this is
