@@ -3006,6 +3006,10 @@ Thought:"""
 SEEN = " search it\nAction: search\nAction Input: Rome\nObservation: 2777 years\nThought:"
 
 # A form: what the whole answer matches, then prompts that ask for it.
+REACT_LINES = (
+    "Thought: ...\nAction: the action\nAction Input: the input\nObservation: the result\n"
+    "Final Answer: the answer\n\nQuestion: Who wrote Faust?"
+)
 FORMS = {
     "JSON by schema": (
         r'\{"city": ".+", "hot": (true|false)\}',
@@ -3042,6 +3046,29 @@ FORMS = {
         "and 10.",
         "Please respond with a JSON object with two fields:\n- `score`: an integer from 0 to 10\n"
         "- `reason`: one sentence",
+    ),
+    "JSON by keys with their types": (
+        r'\{"score": [0-5], "sure": (true|false), "why": "[^"]+"\}',
+        'Give your verdict as a JSON object with keys "score" (integer 0-5), "sure" (boolean) and '
+        '"why" (string).',
+        "Output a JSON object with these fields:\nscore (int from 0 to 5): how good it is\n"
+        "sure (boolean): whether you know\nwhy (string): the reason",
+    ),
+    "a JSON array": (
+        r'\[(\{"question": "[^"]+", "answer": "[^"]+"\}(, )?)+\]',
+        "Return a JSON array of objects, each with `question` and `answer` fields.",
+        'Return a JSON list where each item has "question" and "answer" keys.',
+    ),
+    "a JSON array of texts": (
+        r'\["[^"]+"(, "[^"]+")*\]',
+        "Output only a JSON list of keywords.",
+        "Return a JSON array of strings with three questions.",
+    ),
+    "names that occur": (
+        r'\{"people": \[("(Marie|Paris|Tom)"(, )?)+\]\}',
+        'Extract them as JSON: {"people": ["<name>"]}\n\nText: Marie went to Paris with Tom.',
+        'Extract the people. Return JSON in this format:\n{\n  "people": ["string"]\n}\n\n'
+        "Text: Marie went to Paris with Tom.",
     ),
     "one of a list": (
         r"billing|bug|other",
@@ -3172,6 +3199,16 @@ FORMS = {
         "Say only the word pong.",
     ),
     "an action": (r"[^\n]*\nAction: (search|calc)\nAction Input: .+", REACT),
+    "one of the tools": (
+        r"Thought: .+\nAction: (search|finish)\nAction Input: .+",
+        f"You can use tools: search[query], finish[answer].\nUse this format:\n{REACT_LINES}",
+        f"Use these tools:\n- search: finds\n- finish: ends\n\nUse this format:\n{REACT_LINES}",
+    ),
+    "YAML without a block": (
+        r"name: .+\nage: -?\d+",
+        "Answer in YAML:\nname: string\nage: int\n\nDescribe a person.",
+        "Respond in YAML with the following keys.\n\nname: <name>\nage: <integer>\n",
+    ),
     "a final answer": (r"[^\n]*\nFinal Answer: .+", REACT + SEEN),
     "what a series goes on with": (
         r"good|bad",
@@ -3195,6 +3232,10 @@ PROSE = (
     'Translate to French: "Please answer yes or no."',
     "I have to choose one of two jobs, a bank or a school. What do you think?",
     "Write a story about a fox or a bear.",
+    "Compare JSON and XML. Which has better tools?",
+    "You are a helpful assistant. Answer questions about JSON politely.",
+    "Describe a JSON array of objects to a child.",
+    "Create a story about Anna (the girl) and Tom (the boy). What would you say?",
     "Write a letter to my landlord about the table and the five chairs.",
     'My JSON object has keys "score" and "reasoning". Why would a parser reject it?',
     "I asked him to list five fruits, separated by commas. What happened?",

@@ -3128,6 +3128,9 @@ LISTED_OFFER = lazy_regex(  # behind words that say so
 BARE_OFFER = lazy_regex(
     rf"{ONE_WORD}(?:\s?[/|]\s?{ONE_WORD})+|(?:{ONE_WORD}, ){{0,20}}{ONE_WORD},? or {ONE_WORD}"
 )
+ARRAY = lazy_regex(  # not a property's value
+    r"(?:(?!key|field|propert)[^\"'`:]){0,60}\b(?:JSON (?:array|list)|(?:array|list) of)", re.I
+)
 MANY = lazy_regex(r"(?:an? )?(?:list|array)(?: of |\[)([^\n]{1,60}?)\]?|([^\n]{1,60}?)\[\]", re.I)
 TYPE_WORD = lazy_regex(
     r"(?:an? |one |<|single )?(?:(str|text)|(int|whole)|(float|num|double|decimal|percent)"
@@ -3272,7 +3275,7 @@ ASKING_VERBS = frozenset((
     "produce", "generate", "choose", "select", "pick", "classify", "categorize", "label", "rate",
     "score", "judge", "decide", "use", "end", "finish", "say", "put", "wrap",
     "format", "present", "list", "extract", "assign", "repeat", "convert", "follow", "evaluate",
-    "keep", "compare", "create", "make", "show",
+    "keep", "compare", "create",
 ))  # fmt: skip
 ASKING_LEADS = frozenset((
     "", "please", "only", "just", "always", "and", "then", "now", "finally", "must", "should",
@@ -3285,7 +3288,9 @@ DUTY = lazy_regex(
     r"(?:format|schema|structure|template)|\([^()]{1,99}\)\?|^\W?\w+(?:/| or )\w+\W{0,3}$",
     re.IGNORECASE,
 )
-LIST_ITEM = lazy_regex(r"\s{0,9}(?:[-*]|\(?([A-Za-z0-9]{1,2})[.):]) +(\S.*)")
+LIST_ITEM = lazy_regex(
+    r"\s{0,9}(?:(?:[-*]|\(?([A-Za-z0-9]{1,2})[.):]) +|(?=\w+ \([^()\n]+\):))(\S.*)"
+)
 ASKS_LINES = lazy_regex(
     r"\b(?:format|template|follows|structure|exactly|like this)\b.{0,80}\Z", re.I
 )
@@ -3408,12 +3413,19 @@ class Prompt:
             return {"type": KINDS[type(value)]}
         text = value if type(value) is str else "int" if type(value) is int else "number"
         note = self.note(name) if name else ""
+        if not text and note[:1] == "(":
+            text = note[1:].partition(")")[0]
         taken = " " in text and text[0].isupper() and self.text.count(text) > 1
-        if taken or re.search(r"verbatim|\bexact (?:text|word)|as it appears", text + note, re.I):
-            return {"enum": self.copies()}
         if text in self.lists:  # the name of a type
             return {"enum": self.lists[text]}
-        return read_phrase(text, note)
+        schema = read_phrase(text, note)
+        if schema == TEXT_SCHEMA and self.about and "xtract" in " ".join(self.asking):
+            taken = taken or bool(
+                re.search("name|person|people|place|compan|entit|cit(y|ies)", name)
+            )
+        if taken or re.search(r"verbatim|\bexact (?:text|word)|as it appears", text + note, re.I):
+            return {"enum": self.copies()}
+        return schema
 
     def count(self) -> dict[str, int]:
         """Return how many entries a list shall have: those of the last one, where it says so."""
@@ -3428,6 +3440,8 @@ class Prompt:
         for _ in range(6):
             at = self.text.find(name, at + 1)
             rest = self.text[at + len(name) : at + len(name) + 240].partition("\n")[0]
+            if re.match(r"[\"'`*]* ?\(", rest) and not self.text[at - 1 : at].isalnum():
+                return re.split(r"\)(?:,|,? and) ", rest.lstrip("\"'`* "))[0]
             said = re.match(r"[\"'`*]+:? (?!only|and\b|[\"'`])(.{3,})", rest, re.IGNORECASE)
             said = said or re.match(r"[\"'`]?\??:.*?(?://|#)(.+)", rest)
             if at < 0 or said:
@@ -3492,7 +3506,9 @@ UNFENCED = lazy_regex(r"(?:\bno|n't|without|avoid)\b[^.]{0,60}(?:```|code|fence|
 
 def read_keys(prompt: Prompt) -> list[str]:
     """Return the names of properties that a prompt asks for."""
-    texts = [found[1] or found[2] for said in prompt.asking for found in KEYS.finditer(said)]
+    bare = IN_BRACKETS.sub("", "\n".join(prompt.asking))
+    texts = [found[1] or found[2] for found in KEYS.finditer(bare)]
+    texts += re.findall(rf"({QUOTED}) \(", " ".join(prompt.asking))
     names = [name.strip("\"'` ") for text in texts for name in re.split(r",? and |, ", text)]
     for before in filter(re.compile(KEY_WORD).search, prompt.lists):
         names += prompt.lists[before]
@@ -3512,7 +3528,8 @@ def rank_example(prompt: Prompt, example: tuple[str, str, str], keys: list[str])
 
 def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
     """Read JSON: by its schema, by an example, or by the names of its properties."""
-    asked = [said for said in prompt.asking if re.search(r"\bJSON\b(?![.(_])", said, re.I)]
+    demand = re.compile(r"(?<!bout )(?<!ompare )\bJSON\b(?![.(_])", re.I)
+    asked = list(filter(demand.search, prompt.asking))
     least = 0 if asked or prompt.tail.upper().endswith("JSON") else 3
     asked += ["JSON"] if wanted or prompt.tail.upper().endswith("JSON") else []
     said = " ".join(asked)
@@ -3528,13 +3545,15 @@ def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
         if type(value) in (dict, list) and value:
             schema = prompt.read(value)
             kind = "schema" if as_schema(value) else "example"
-            many = re.search("(?:list|array) of|JSON array", intro)
-            if many and "key" not in intro and type(value) is dict and kind == "example":
+            if ARRAY.match(intro) and type(value) is dict and kind == "example":
                 schema = {"type": "array", "items": schema, **FEW}
             return WantedForm(f"JSON by {kind}", start, ("JSON", schema), end)
-    if keys:
-        schema = prompt.read(dict.fromkeys(keys, ""))
-        return WantedForm(f"JSON with {', '.join(keys)}", start, ("JSON", schema), end)
+    array = next(filter(None, map(ARRAY.match, asked)), None)
+    if keys or array:
+        schema = prompt.read(dict.fromkeys(keys, "")) if keys else TEXT_SCHEMA
+        if array:
+            schema = {"type": "array", "items": schema, **FEW}
+        return WantedForm(f"JSON with {', '.join(keys) or 'a list'}", start, ("JSON", schema), end)
     return WantedForm("JSON", start, ("JSON", JSON_MODE_SCHEMA), end) if asked else None
 
 
@@ -3586,12 +3605,16 @@ def read_said(prompt: Prompt) -> WantedForm | None:
 
 def fill_shown(prompt: Prompt, lines: list[str]) -> WantedForm | None:
     """Return the form of shown lines, whose values become slots."""
+    listed = [names for before, names in prompt.lists.items() if "tool" in before.lower()]
+    tools = re.findall(r"\b(\w+)(?:\[\w+\]|\(\w+: [^()\n]*\))", prompt.text) or [*listed, []][0]
     parts: list[Any] = []
     text, at = re.sub(r"\0\d*\0?", "...", "\n".join(lines)).strip(), 0
     for found in SLOT_SHOWN.finditer(text):
         group = 1 if found[1] else 3 if found[3] else 5
         value = found[group + 1].strip()
         schema = prompt.read(int(value) if value.isdecimal() else value, found[group])
+        if tools and found[group] == "Action" and "enum" not in schema:
+            schema = {"enum": tools}
         parts += [text[at : found.start(group + 1)], (found[group] or "note", schema)]
         at = found.end(group + 1)
     names = ", ".join([name for name, _ in parts[1::2]])[:200]
@@ -3609,7 +3632,9 @@ def read_shown(prompt: Prompt) -> WantedForm | None:
         return fill_shown(prompt, lines)
     if re.search(r"\bYAML\b", " ".join(prompt.asking)):
         shown = [text for _, kind, text in prompt.examples if kind in ("yaml", "yml", "")]
-        return fill_shown(prompt, shown[-1:] or [f"{key}: text" for key in read_keys(prompt)])
+        bare = re.findall(r"^(?: *[\w-]+:(?: [^\n]*)?| +- [^\n]*)$", prompt.text, re.M)
+        keys = [f"{key}: text" for key in read_keys(prompt)]
+        return fill_shown(prompt, shown[-1:] or keys or bare)
     return fill_shown(prompt, prompt.shown)
 
 
@@ -3671,9 +3696,8 @@ WORDS_ASKED = lazy_regex(rf"\b(?:\d{{1,3}}(?:-| to ))?(\d{{1,3}}{'|'.join(COUNTS
 def count_entries(said: str) -> int:
     """Return how many entries a sentence asks for; three where it does not say."""
     found = ENTRIES.search(said)
-    number = (
-        COUNTS.index(found[1]) if found and found[1] in COUNTS else int(found[1] if found else 3)
-    )
+    word = found[1] if found else "3"
+    number = COUNTS.index(word) if word in COUNTS else int(word)
     return min(number, 20) if number > 1 else 3
 
 
@@ -3703,7 +3727,7 @@ def read_list(prompt: Prompt) -> WantedForm | None:
         if found:
             named = COLUMNS.search(said)
             names = re.split(r"\s?[,|]\s?(?:and )?| and ", named[1]) if named else ["name", "note"]
-            kind = "CSV" if found[0] == "CSV" else "table"
+            kind = "CSV" if found[0].upper() == "CSV" else "table"
             edge, between = ("", ",") if kind == "CSV" else ("|", " | ")
             cells = [part for name in names for part in (between, (name, TEXT_SCHEMA))][1:]
             rule = "\n|" + "---|" * len(names) if edge else ""
@@ -3723,8 +3747,12 @@ VERDICT = lazy_regex(
     rf"either)[: ]+((?:{ONE_WORD}(?:, ?| ?[/|] ?)){{0,20}}{ONE_WORD}(?:,? or |[/|]){ONE_WORD})",
     re.IGNORECASE,
 )
-ONLY = lazy_regex(r"\b(?:only|just|one word|single|classif|categor|label)", re.I)
-OF_LIST = lazy_regex(r"categor|one of|option|choice|label|letter|class|following|intent", re.I)
+ONLY = lazy_regex(
+    r"\b(?:only|just|one word|single|(?-i:[A-Z]{3,} or [A-Z]{3,})|classif|categor|label)", re.I
+)
+OF_LIST = lazy_regex(
+    r"categor|one of|option|choice|label|letter|class|following|intent|with a single word", re.I
+)
 OF_TYPE = lazy_regex(
     r"(?:\bas|\bwith|\bonly|\bjust|single|output) (?:an? )?(?:single )?(int|float|num|bool)"
     r"\w*\b(?! (?:list|of|each))",
