@@ -3118,6 +3118,17 @@ FORMS = {
         f"Answer with the letter only.{CHOICES}",
         f"{CHOICES}\nAnswer:",
     ),
+    "a verdict in brackets": (
+        r"\[\[[ABC]\]\]",
+        'Output your final verdict by strictly following this format: "[[A]]" if A is better, '
+        '"[[B]]" if B is better, and "[[C]]" for a tie.',
+        "Compare both. Your answer must be [[A]], [[B]] or [[C]].",
+    ),
+    "a rating in brackets": (
+        r"\[\[[1-5]\]\]",
+        'Rate it on a scale of 1 to 5 in this format: "[[rating]]", for example: "Rating: [[5]]".',
+        "Respond with a score between 1 and 5 like [[score]].",
+    ),
     "a last line": (
         r"[^\n]+\n\nANSWER: [ABC]",
         "Answer the question. The last line of your response should be of the following format: "
@@ -3232,6 +3243,8 @@ PROSE = (
     'Translate to French: "Please answer yes or no."',
     "I have to choose one of two jobs, a bank or a school. What do you think?",
     "Write a story about a fox or a bear.",
+    "Explain this matrix: [[1]] and [[a]].",
+    "Rewrite this so that it is friendlier: Respond with a single word, please.",
     "Compare JSON and XML. Which has better tools?",
     "You are a helpful assistant. Answer questions about JSON politely.",
     "Describe a JSON array of objects to a child.",

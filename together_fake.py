@@ -3259,12 +3259,12 @@ QUESTION = lazy_regex(
 PROSE_TASK = lazy_regex(
     r"\s{0,9}(?:please |can you |could you )?(?:summari[sz]e|translate|proofread|rewrite|"
     r"explain|review|reply to|draft|describe|fix|debug|refactor|improve|what|why|how|who|help)"
-    r"\b[^\n:]{0,200}:(?=\s{0,9}[\n\"'])",
+    r"\b[^\n:]{0,200}:(?=\s{0,9}[\n\"'])|(?:translate|rewrite)\b[^\n:.]{0,99}:(?= \w+ [a-z])",
     re.IGNORECASE,
 )
 EXAMPLE_START = lazy_regex(
     r"(?<![$\w{])\{\s{0,99}(?:\n|[\"'][^\"'\n]{0,60}[\"']\s?:|[\w-]{1,60}\??\s?:\s|//|#)"
-    r"|(?:^|[:=])[ \t]{0,9}(\[\s{0,99}(?:\n|[{\"\[]|\d{1,9}\s?,))",
+    r"|(?:^|[:=])[ \t]{0,9}((?!\[\[\w+\]\])\[\s{0,99}(?:\n|[{\"\[]|\d{1,9}\s?,))",
     re.MULTILINE,
 )
 FENCE = lazy_regex(
@@ -3767,7 +3767,9 @@ def read_choice(prompt: Prompt) -> WantedForm | None:
         if not CHOOSING.search(said):
             continue
         verdict, bounds = VERDICT.search(said), NUMBER_RANGE.search(said)
-        kind, schema = OF_TYPE.search(said), read_offer(said)
+        letters = re.findall(r"\[\[([A-Z])\]\]", said)
+        kind = OF_TYPE.search(said)
+        schema = {"enum": letters} if letters else read_offer(said)
         if not schema and verdict and (verdict[5] is None or ONLY.search(said)):
             schema = as_enum(" | ".join(filter(None, verdict.groups())))
         if not schema and bounds and NUMBER_WORD.search(said[: bounds.end()]):
@@ -3779,7 +3781,8 @@ def read_choice(prompt: Prompt) -> WantedForm | None:
         if schema:
             if schema.get("enum") == ["Yes", "No"] and re.search("block|harm|unsafe", said):
                 schema = {"enum": ["No"]}
-            return WantedForm(name_choice(schema), ("", schema))
+            start, end = ("[[", "]]") if "[[" in said else ("", "")
+            return WantedForm(name_choice(schema), start, ("", schema), end)
     label = prompt.tail + ":"
     shown = [line[len(label) :].strip() for line in prompt.lines[:-1] if line.startswith(label)]
     if lists and prompt.tail.lower() in ("answer", "category", "label"):
