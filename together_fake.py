@@ -118,7 +118,7 @@ if TYPE_CHECKING:
 __all__ = ["FAULTS", "ApiError", "Call", "TogetherAiServer", "main"]
 __version__ = "0.4.0"
 # pragma: allowlist nextline secret - the digest of this file without it; .ci/stamp.py
-RELEASED = ""
+RELEASED = "9263e1caaa7408fa3658c8fcdb426c4ded6fdfaba519a81a3fd02985622d2150"
 
 DEFAULT_PORT = 4863
 DEFAULT_RECORD_LIMIT = 1000  # calls
