@@ -118,7 +118,7 @@ if TYPE_CHECKING:
 __all__ = ["FAULTS", "ApiError", "Call", "TogetherAiServer", "main"]
 __version__ = "0.4.0"
 # pragma: allowlist nextline secret - the digest of this file without it; .ci/stamp.py
-RELEASED = "9263e1caaa7408fa3658c8fcdb426c4ded6fdfaba519a81a3fd02985622d2150"
+RELEASED = "808e04ba5ee0606eca3cc33592d1456428dd88798509852ca0663b0c8a5c2763"
 
 DEFAULT_PORT = 4863
 DEFAULT_RECORD_LIMIT = 1000  # calls
@@ -4788,7 +4788,7 @@ MAX_FIXTURES = 10_000  # added at run time
 MAX_TESTS = 10_000  # whose calls are counted apart
 MAX_COMPARED = 4000  # characters of two texts that are compared
 MAX_DIFFS = 3  # of the nearest misses of one call
-MAX_SHOWN = 200  # characters of each text where they differ
+MAX_SHOWN = 200  # characters of a text: where two differ, and in the list of calls
 
 
 def list_objects(value: Any) -> list[dict[str, Any]]:
@@ -12269,7 +12269,6 @@ def passes_filters(server: TogetherAiServer, call: Call, args: dict[str, Any]) -
 
 # --- A call as the page shows it: in messages, as those of a chat
 
-MAX_SHOWN = 200  # characters of a text in the list of calls
 MAX_THUMBNAIL = 50_000  # characters of an image's base64
 
 
