@@ -885,7 +885,8 @@ class SchemaTests(unittest.TestCase):
                 started = time.process_time()
                 with contextlib.suppress(fake.Unsatisfiable):
                     make_instance(schema)
-                self.assertLess(time.process_time() - started, 1)
+                # What is not bounded takes minutes; the slowest of these, a second with -X dev.
+                self.assertLess(time.process_time() - started, PATIENCE / 2)
 
     def test_formats(self):
         readers = {
@@ -8145,7 +8146,7 @@ class HostileFormTests(LocalCase):
                 with self.subTest(name=name, value=value[:5]):
                     began = time.process_time()
                     self.assertEqual(self.form(name, value).status, 400)
-                    self.assertLess(time.process_time() - began, 1)
+                    self.assertLess(time.process_time() - began, PATIENCE / 4)
 
     def test_ranges(self):
         file = self.server.add_file(b"0123456789")
@@ -8955,7 +8956,7 @@ class CallbackTests(FakeCase):
                     self.assertEqual(call.outcome, "running")
                 left = time.monotonic()
                 self.assertTrue(wait_until(lambda call=call: call.outcome == "left"))
-                self.assertLess(time.monotonic() - left, 0.5)
+                self.assertLess(time.monotonic() - left, PATIENCE / 4)
                 server.reset()
                 server.reply("late", latency=60_000)
 
