@@ -9363,6 +9363,8 @@ class CommandLineTests(unittest.TestCase):
         ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.addCleanup(signal.signal, signal.SIGINT, ignored)
         hang_up = [signal.SIGHUP] if os.name == "posix" else []
+        for number in hang_up:  # nohup has it ignored, and so would the program
+            self.addCleanup(signal.signal, number, signal.signal(number, signal.SIG_DFL))
         for number in (signal.SIGINT, signal.SIGTERM, *hang_up):
             began = time.perf_counter()
             with self.start(*PROGRAM, "--port", "0") as program:
