@@ -1076,9 +1076,9 @@ TEXT_RESPONSES = [
 EVERY = " ".join(("", *fake.OPERATIONS))  # "" stands for what has no kind
 RESPONSES = read_pairs(r"""
 {"error": {"message": "no"}}
-    error | every | {"status": 500, "error": {"message": "no"}, "retry_after": null}
+    error | every | {"status": 500, "error": {"message": "no"}}
 {"status": 429, "retryAfter": 3}
-    status | every | {"status": 429, "error": null, "retry_after": 3}
+    status | every | {"status": 429, "retry_after": 3}
 {"embedding": [1, 2.5]}
     embedding | embedding | {"vectors": [[1, 2.5]]}
 {"embedding": [[1], [2]]}

@@ -4217,7 +4217,6 @@ MAX_OBJECTS = 10_000  # of one collection
 
 
 def copy_json(value: Any) -> Any:
-    """Copy nested dicts and lists; other values are shared."""
     if type(value) is dict:
         return {key: copy_json(item) for key, item in value.items()}
     return [copy_json(item) for item in value] if type(value) is list else value
@@ -4278,7 +4277,6 @@ class Collection:
         return item
 
     def get(self, id: str) -> dict[str, Any]:
-        """Return one object; raise ApiError 404 where there is none."""
         with self._lock:
             item: dict[str, Any] | None = copy_json(self._items.get(id))
         if item is None:
@@ -4312,7 +4310,6 @@ class Collection:
 
 
 def get_path(value: Any, *steps: str) -> Any:
-    """Follow keys and positions into JSON; None where they lead nowhere."""
     for step in steps:
         if isinstance(value, list):
             value = dict(zip(map(str, itertools.count()), value))
@@ -4325,7 +4322,6 @@ EVENT_END = lazy_regex(rb"\r?\n\r?\n|\r\r")
 
 
 def split_events(data: bytes) -> list[bytes]:
-    """Return the events of a stream, each with the blank line that ends it."""
     ends = [found.end() for found in EVENT_END.finditer(data)]
     ends += [len(data)] if data[ends[-1] if ends else 0 :].strip() else []
     return [data[start:end] for start, end in zip([0, *ends], ends)]
@@ -4349,7 +4345,6 @@ BASE64_SOUND = lazy_regex(rb'("audio"\s*:\s*|audio_output\.delta".*"delta":)"([^
 
 
 def shorten_sound(found: re.Match[bytes]) -> bytes:
-    """Return what the record shows of sound in base64."""
     return b'%b{"bytes": %d}' % (found[1], len(found[2]) * 3 // 4 - found[2].count(b"="))
 
 
@@ -4417,7 +4412,6 @@ class Call:
         self.kept = len(self._raw)  # bytes of the body and, once it has ended, of the reply
 
     def keep_reply(self, reply: Reply) -> None:
-        """Keep what was answered, if it is not too large."""
         self.status, self.reply_type = reply.status, reply.content_type
         self.reply_headers = reply.headers
         if reply.events is None and len(reply.body) <= MAX_RECORDED_BODY_BYTES:
@@ -4486,7 +4480,6 @@ class Call:
 
     @property
     def is_kept(self) -> bool:
-        """Whether the whole reply is there: it may have been too large."""
         kept = self._raw_reply
         return bool(kept) and (not isinstance(kept, list) or len(kept) >= self.events_sent)
 
@@ -4567,7 +4560,6 @@ class Call:
         return f"<Call {self.number}: {self.method} {self.path} -> {self.status}>"
 
     def as_row(self) -> dict[str, Any]:
-        """Return what a list of calls shows."""
         return {
             "n": self.number,
             "at": format_time(self.at),
@@ -4577,7 +4569,6 @@ class Call:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """Return the call as the control route lists it."""
         first = round(self.first_event * 1000, 3)
         more = {name: getattr(self, name) for name in ROW_MORE}
         return {**self.as_row(), "first_event_ms": first, **more}
@@ -4807,7 +4798,6 @@ OPERATIONS: dict[str, Route] = {}  # what fixtures call an operation, and its fi
 
 
 def convert_part(part: dict[str, Any]) -> dict[str, Any]:
-    """Return a part of an item's content as that of a chat message."""
     kind = part.get("type")
     if kind in ("input_text", "output_text", "refusal"):
         return {"type": "text", "text": part.get("refusal" if kind == "refusal" else "text")}
@@ -4850,7 +4840,6 @@ def add_item(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
 
 
 def convert_items(body: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what a request to the Responses API says as the messages of a chat."""
     given, instructions = body.get("input"), body.get("instructions")
     messages = [{"role": "system", "content": instructions}] if instructions else []
     if isinstance(given, str):
@@ -4893,41 +4882,41 @@ def holds_text(key: str, wanted: Any, got: Any) -> bool:
 
 # What is as good as another one of its kind where a request differs from a fixture in it alone.
 VOLATILE = {
-    "<uuid>": r"(?i)\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b",
-    "<date>": r"\b[0-9]{4}-[01][0-9]-[0-3][0-9](?=T|\b)",
-    "<time>": r"(?:T|\b)[0-2][0-9]:[0-5][0-9](?::[0-5][0-9](?:\.[0-9]+)?)?"
-    r"(?:Z|[+-][0-2][0-9]:?[0-5][0-9])?\b",
+    r"(?i)\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b": "<uuid>",
+    r"\b[0-9]{4}-[01][0-9]-[0-3][0-9](?=T|\b)": "<date>",
+    r"(?:T|\b)[0-2][0-9]:[0-5][0-9](?::[0-5][0-9](?:\.[0-9]+)?)?"
+    r"(?:Z|[+-][0-2][0-9]:?[0-5][0-9])?\b": "<time>",
 }
 
 
 class Normaliser:
     """Takes out of requests and fixtures what is not compared.
 
-    patterns    and what stands in the place of their matches
+    patterns    the text that stands in the place of what each matches
     change      a function of a request's body, which returns the one to be compared
     only_equal  texts must be equal then, not only hold what is wanted
     """
 
-    def __init__(self, patterns: Any = (), change: Any = None, only_equal: bool = False) -> None:
-        """Raise ValueError for what is no pattern."""
+    def __init__(
+        self, patterns: Mapping[Any, str], change: Any = None, only_equal: bool = False
+    ) -> None:
         self.change, self.only_equal = change, only_equal
         try:
-            self.patterns = [(re.compile(pattern), mark) for pattern, mark in patterns]
+            self.patterns = [(re.compile(pattern), patterns[pattern]) for pattern in patterns]
         except (re.error, TypeError) as error:
-            raise ValueError(f"normalise: {patterns!r:.100} has no pattern: {error}") from None
+            raise ValueError(f"normalise: {[*patterns]!r:.100}: {error}") from None
 
     def __call__(self, value: Any) -> Any:
-        """Return JSON without what is not compared; anything else is left as it is."""
         if isinstance(value, dict):
             return {name: self(inner) for name, inner in value.items()}
         if isinstance(value, list):
             return list(map(self, value))
-        for pattern, mark in self.patterns if isinstance(value, str) else ():
-            value = pattern.sub(mark, value)
+        for pattern, text in self.patterns if isinstance(value, str) else ():
+            value = pattern.sub(text, value)
         return value
 
 
-COMPARES_ALL = Normaliser()
+COMPARES_ALL = Normaliser({})
 
 
 def contains_json(got: Any, wanted: Any) -> bool:
@@ -4978,7 +4967,6 @@ def say_body(kind: str, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def digest_body(kind: str, body: dict[str, Any]) -> str:
-    """Return the SHA-256 of what tells a body from others, files with their content."""
     return hashlib.sha256(COMPARABLE(say_body(kind, body)).encode("utf-8", "replace")).hexdigest()
 
 
@@ -5037,7 +5025,6 @@ class MatchFacts(dict):  # type: ignore[type-arg]
         )
 
     def __missing__(self, key: str) -> str:
-        """Return the digest of the body, which few ask for."""
         return digest_body(self.kind, self["body"])
 
 
@@ -5057,7 +5044,6 @@ def text_row(name: str) -> Field:
 
 
 JSON_KINDS = (str, int, float, bool, list, dict)
-ANYTHING = Field("", *JSON_KINDS)
 MAX_MS = 86_400_000  # a day
 BASE64 = ("base64", DECODE_BASE64)
 PLAIN_MATCH = Keys(
@@ -5091,7 +5077,6 @@ TIMINGS = Keys(
 
 
 def check_after(place: str) -> None:
-    """Raise ValueError where this is no place in an answer."""
     if place not in ("toolName", "tool_name") and not re.match("(?s)text:.", place):
         raise ValueError
 
@@ -5177,7 +5162,7 @@ def to_snake(name: str) -> str:
 
 
 def to_camel(name: str) -> str:
-    return re.sub("_([a-z])", lambda found: found[1].upper(), name)
+    return re.sub("(?!^)_([a-z])", lambda found: found[1].upper(), name)
 
 
 def snake_keys(values: dict[str, Any]) -> dict[str, Any]:
@@ -5212,7 +5197,7 @@ def normalise_message(said: dict[str, Any]) -> dict[str, Any]:
 
 
 def normalise_error(said: dict[str, Any]) -> dict[str, Any]:
-    return {"status": 500, "error": None, "retry_after": None, **snake_keys(said)}
+    return {"status": 500, **snake_keys(said)}
 
 
 def normalise_body(said: dict[str, Any]) -> dict[str, Any]:
@@ -5314,10 +5299,10 @@ def find_response_type(keys: Iterable[str]) -> ResponseType | None:
 
 @functools.cache
 def list_response_rows() -> Fields:
-    """Return the rows of all keys of responses; those of several types as a text has them."""
-    rows = [row for type in RESPONSE_TYPES for row in type.fields.values()]
-    foreign = " ".join(" ".join(type.fields.ignored) for type in RESPONSE_TYPES)
-    return Keys(*rows, *TEXT.fields.values(), ignored=foreign)
+    """Return the rows of all responses, where several have one as a text has it, and of options."""
+    tables = [*(type.fields for type in RESPONSE_TYPES), TEXT.fields, OPTIONS]
+    foreign = " ".join(" ".join(table.ignored) for table in tables)
+    return Keys(*itertools.chain(*(table.values() for table in tables)), ignored=foreign)
 
 
 def suggest_operation(name: str) -> str:
@@ -5347,48 +5332,39 @@ def as_json(value: Any) -> Any:
     return dump(mode="json") if callable(dump) else value
 
 
-def clean(value: Any, row: Field, key_case: Callable[[str], str], ignored: list[str]) -> Any:
-    """Copy JSON without nulls, comments and what its table ignores, whose names are noted.
+def clean(value: Any, row: Field, place: str, ignored: list[str]) -> Any:
+    """Copy JSON without nulls, comments and what its table ignores, whose places are noted.
 
-    Keys that a table knows are written as `key_case` does; patterns, tuples and models become JSON.
+    Keys of a table may be in snake case; patterns, tuples and models become JSON.
     """
     if isinstance(value, re.Pattern):
         return write_pattern(value)
-    if not isinstance(value, (str, int, float, dict, list)):
-        value = as_json(value)
-    each = row.each or row
+    value, each = as_json(value), row.each or row
     if isinstance(value, (list, tuple)):
-        return [clean(item, each, key_case, ignored) for item in value]
+        return [clean(item, each, place, ignored) for item in value]
     if not isinstance(value, dict):
         return value
     if row.fields is None:
-        return {key: clean(item, each, key_case, ignored) for key, item in value.items()}
+        return {key: clean(item, each, place, ignored) for key, item in value.items()}
     copy = {}
     for given, item in value.items():
-        key = key_case(given)
-        if key in row.fields.ignored:
-            ignored.append(f"{row.name}.{key}".lstrip("."))
-        elif given.startswith("_"):
-            pass  # a comment
-        elif item is not None or key == "json":
-            copy[key] = clean(item, row.fields.get(key) or ANYTHING, key_case, ignored)
+        key = to_camel(given)
+        at = f"{place}.{key}"
+        if key in row.fields.ignored and key not in row.fields:
+            ignored.append(at)
+        elif given[:1] != "_" and (item is not None or key == "json"):  # no comment
+            copy[key] = clean(item, row.fields.get(key, row), at, ignored)
     return copy
 
 
-def check_clean(
-    value: Any, fields: Fields, place: str, key_case: Any = str, ignored: Any = None
-) -> Any:
+def check_clean(value: Any, fields: Fields, place: str, ignored: list[str] | None = None) -> Any:
     """Return a clean copy; raise ValueError naming the first place that its table forbids."""
-    notes: list[str] = []
     row = Field("", dict, fields=fields)
     try:
-        copy = row.check(clean(value, row, key_case, notes))
+        return row.check(clean(value, row, place, [] if ignored is None else ignored))
     except ApiError as error:
         reason = error.facts.get("reason") or "is missing"
         raise ValueError(f"{place}{error.param}: {reason}") from None
-    if ignored is not None:
-        ignored += [f"{place}.{note}" for note in notes]
-    return copy
 
 
 def check_response(response: dict[str, Any], place: str) -> None:
@@ -5412,16 +5388,16 @@ def check_response(response: dict[str, Any], place: str) -> None:
 
 
 def parse_response(
-    given: Any, place: str, key_case: Any, ignored: Any = None
+    given: Any, place: str, ignored: list[str] | None = None
 ) -> tuple[ResponseType, Any]:
     """Tell a response's type by its keys, and return it clean."""
-    said = {key_case(key): given[key] for key in given if given[key] is not None or key == "json"}
+    said = {to_camel(key): given[key] for key in given if given[key] is not None or key == "json"}
     type, every = find_response_type(said), list_response_rows()
     fields = type.fields if type is not None else every
     stray = next((key for key in said if key in every and key not in fields), None)
     if type is not None and stray is not None and stray not in fields.ignored:
         raise ValueError(f"{place}.{stray}: does not go with a response of type {type.name}")
-    response = check_clean(said, fields, place, key_case, ignored)
+    response = check_clean(said, fields, place, ignored)
     if type is None:
         keys = ", ".join(key for each in RESPONSE_TYPES for key in each.told_by)
         raise ValueError(f"{place}: has none of the keys that say what to answer: {keys}")
@@ -5430,13 +5406,12 @@ def parse_response(
 
 
 def parse_entry(
-    given: Any, place: str, key_case: Any = str, ignored: Any = None
+    given: Any, place: str, ignored: list[str] | None = None
 ) -> tuple[ResponseType, dict[str, Any]]:
     """Return the type of a fixture's response, and the fixture's entry, checked and clean."""
-    entry, type = check_clean(given, ENTRY, place, key_case, ignored), GENERATED
+    entry, type = check_clean(given, ENTRY, place, ignored), GENERATED
     if "response" in entry:
-        said = given["response"]
-        type, entry["response"] = parse_response(said, place + ".response", key_case, ignored)
+        type, entry["response"] = parse_response(given["response"], place + ".response", ignored)
     elif entry.keys() == {"match"} and not ("response" in given or "endpoint" in entry["match"]):
         raise ValueError(f"{place}: needs a response, or an option such as latency")
     check_match(entry["match"], type, place + ".match")
@@ -5527,33 +5502,26 @@ class SharedIterator:
 
     def __init__(self, iterator: Iterator[Any], source: str) -> None:
         self.source = source  # of the fixture
-        self._iterator = iterator
         self._lock = threading.Lock()  # of this iterator alone: its code may take its time
-        self._drawn: list[Any] = []
-        self._positions: dict[str, int] = BoundedDict(MAX_TESTS)  # by test
-        self._returned: dict[str, list[Any]] = BoundedDict(MAX_TESTS)  # for refused requests
-        self.length: int | None = None  # once it has ended
-
-    def is_over(self, test: str) -> bool:
-        return self._positions.get(test, 0) == self.length and not self._returned.get(test)
+        (self._first,) = itertools.tee(iterator, 1)
+        self._rests: dict[str, Iterator[Any]] = BoundedDict(MAX_TESTS)  # by test
+        self.ended: dict[str, bool] = BoundedDict(MAX_TESTS)  # the tests for which it has
 
     def take(self, test: str) -> Any:
         """Return a test's next answer; raise StopIteration where there is none."""
         with self._lock:
-            if self._returned.get(test):
-                return self._returned[test].pop()
-            position = self._positions.get(test, 0)
-            if position == len(self._drawn):
-                self._drawn.append(run_code(self.source, next, self._iterator, self))
-            if self._drawn[position] is self:  # the end
-                self.length = position
+            if test not in self._rests:
+                self._rests[test] = itertools.tee(self._first, 2)[1]
+            answer = run_code(self.source, next, self._rests[test], self)
+            if answer is self:
+                self.ended[test] = True
                 raise StopIteration
-            self._positions[test] = position + 1
-            return self._drawn[position]
+            return answer
 
     def give_back(self, test: str, answer: Any) -> None:
         with self._lock:
-            self._returned.setdefault(test, []).append(answer)
+            self._rests[test] = itertools.chain([answer], self._rests[test])
+            self.ended.pop(test, None)
 
 
 class Response:
@@ -5604,6 +5572,10 @@ def is_whole(response: Response, options: Mapping[str, Any]) -> bool:
     return response.type in (JSON_BODY, RAW_BODY) or (response.is_error and not late)
 
 
+# What sorts fixtures: that of a header, limited ones, steps (the later the lower), files.
+FIRST, LIMITED, LAST = -math.inf, -sys.maxsize, 1
+
+
 class Fixture:
     """One scripted answer: when it is served, what it says, and how it travels.
 
@@ -5625,7 +5597,7 @@ class Fixture:
         self.entry = entry
         self.source = source
         self.number = -1  # among those added at run time
-        self.rank = -1  # of its group, in the order in which these are asked
+        self.rank = FIRST
         self.relaxed = False  # a turn near its own will do, as aimock has it in files
         self.normalise: Sequence[str] = ()  # patterns of what its file does not compare
         self.owner: Fixtures | None = None
@@ -5633,7 +5605,7 @@ class Fixture:
         self.group_counts: dict[str, int] = self.counts  # of all fixtures of its sequence
         self.when = when
         self.answers: Any = None
-        self.key_case: Callable[[str], str] = str  # as its author writes keys
+        self.spell = to_snake if place.endswith("()") else str  # as its author writes keys
         self.response = Response(type, entry.get("response", {}))
         self.options = {key: entry[key] for key in OPTIONS if key in entry}
         self.times: int | None = self.options.get("times")
@@ -5703,11 +5675,11 @@ class Fixture:
 FOREIGN_ENDPOINTS = lazy_regex(r"(audio-gen|elevenlabs-.+|fal|fal-audio|openai-live|realtime.*)\Z")
 
 
-def parse_models(rows: Mapping[str, Any], key_case: Callable[[str], str] = str) -> dict[str, Model]:
+def parse_models(rows: Mapping[str, Any]) -> dict[str, Model]:
     """Return the models that a file or a test describes; raise ValueError naming what is wrong."""
     models = {}
     for id, row in rows.items():
-        told = check_clean(row, OWN_MODEL, f"models[{id!r}]", key_case)
+        told = check_clean(row, OWN_MODEL, f"models[{id!r}]")
         price = told.get("price", {})
         models[id] = Model(
             told.get("type", "chat"),
@@ -5768,7 +5740,7 @@ def parse_fixtures(
             ignored.append(at)
             continue
         try:
-            type, clean_entry = parse_entry(entry, at, str, ignored)
+            type, clean_entry = parse_entry(entry, at, ignored)
             fixtures.append(Fixture(type, clean_entry, source, trusted=bool(place), place=at))
             together = bool(place) or len(entries) > 1
             fixtures[-1].relaxed = together and not get_path(data, "exactTurns")
@@ -5785,7 +5757,6 @@ def parse_fixtures(
 
 
 def list_fixture_files(path: str) -> list[str]:
-    """Return a file, or every *.json of a folder: by name, its files before its sub-folders."""
     if not os.path.isdir(path):
         return [path]
     tree = sorted(os.walk(path), key=lambda row: row[0].split(os.sep))
@@ -5842,7 +5813,6 @@ def find_unreachable(fixtures: Sequence[Fixture]) -> list[str]:
 
 
 def stamp_files(paths: Iterable[str]) -> list[tuple[str, int, int]]:
-    """Return names, times and sizes of the fixture files that are there."""
     stamps = []
     for name in itertools.chain(*map(list_fixture_files, paths)):
         with contextlib.suppress(OSError):
@@ -5851,26 +5821,17 @@ def stamp_files(paths: Iterable[str]) -> list[tuple[str, int, int]]:
     return stamps
 
 
-def split_header(given: dict[str, Any], place: str) -> dict[str, Any]:
-    """Return an answer that is mixed with options as an entry; ValueError names a strange key."""
-    rows = list_response_rows()
-    for key in given:
-        if key not in {*rows, *rows.ignored, *OPTIONS, *OPTIONS.ignored}:
-            raise ValueError(f"{place}.{key}: unknown key{suggest(key, [*rows, *OPTIONS])}")
-    options = {key: given[key] for key in given if key in OPTIONS}
-    said = {key: given[key] for key in given if key not in OPTIONS}
-    return {**({"response": said} if said else {}), **options}
-
-
 def parse_header(text: str) -> Fixture:
-    """Build the fixture of an X-Parlel-Fixture header: one entry, or a response alone."""
+    """Build the fixture of an X-Parlel-Fixture header: one entry, or a response and options."""
     with contextlib.suppress(UnicodeError):  # header bytes are read as latin-1, curl sends UTF-8
         text = text.encode("latin-1").decode()
     at = "X-Parlel-Fixture"
     try:
         entry = json.loads(text)
         if isinstance(entry, dict) and not entry.keys() & {"match", "response"}:
-            entry = split_header(entry, at)
+            entry = check_clean(entry, list_response_rows(), at)
+            said = {key: entry.pop(key) for key in [*entry] if key not in OPTIONS}
+            entry.update({"response": said} if said else {})
         if isinstance(entry, dict):
             entry = {"match": {}, **entry}
         fixture = Fixture(*parse_entry(entry, at), "header", trusted=False, place=at)
@@ -5902,8 +5863,7 @@ def answer_with(fixture: Fixture, facts: MatchFacts) -> Response:
         given = run_code(fixture.source, fixture.answers, facts.request)
     value = as_json(given)
     said = value if says_response(value) else {"content": value}
-    parsed = run_code(fixture.source, parse_response, said, "the answer", to_camel)
-    response = Response(*parsed)
+    response = Response(*run_code(fixture.source, parse_response, said, "the answer"))
     response.is_model = value is not given
     return response
 
@@ -5965,7 +5925,7 @@ def explain_miss(
 ) -> dict[str, Any]:
     """Return why a fixture did not answer a request: what differs, and that in a sentence."""
     differs, wanted, got = obstacle or fixture.find_obstacle(facts) or ("match", None, None)
-    key, name = differs[6:], fixture.key_case(differs[6:])
+    key, name = differs[6:], fixture.spell(differs[6:])
     if differs.startswith("match.") and wanted is None:
         wanted, got = fixture.match[key], facts.get(key, "it holds")
         if key == "headers":  # only those asked about, and no secret
@@ -5988,7 +5948,6 @@ def explain_miss(
 
 
 def explain_misses(misses: Sequence[Any], facts: MatchFacts) -> list[dict[str, Any]]:
-    """Return why each fixture did not answer a request, the nearest one first."""
     ranked = sorted(misses, key=lambda miss: -miss[0].count_holding(facts))
     return [
         explain_miss(fixture, obstacle, facts, index < MAX_DIFFS)
@@ -6010,7 +5969,6 @@ def list_misses(reasons: Mapping[Fixture, Any], chosen: Fixture | None, turn: in
 
 
 def join_fact(fact: Any) -> str:
-    """Return a text of a request, several of them in lines; nothing where there is none."""
     return "\n".join(fact) if isinstance(fact, tuple) else fact if isinstance(fact, str) else ""
 
 
@@ -6044,12 +6002,9 @@ class Fixtures:
         self._seen: list[tuple[str, int, int]] = []
         self.reset()
 
-    def __len__(self) -> int:
-        return sum(map(len, self._steps), len(self.files))
-
     @property
     def every(self) -> list[Fixture]:
-        return [*itertools.chain(*self._steps), *self.files]
+        return [*self._added, *self.files]
 
     @property
     def slow(self) -> bool:
@@ -6058,12 +6013,12 @@ class Fixtures:
 
     @property
     def empty(self) -> bool:
-        return not (self._steps or self.files)
+        return not (self._added or self.files)
 
     def reset(self) -> None:
         """Remove what was added at run time, and count again from zero."""
         with self._lock:
-            self._steps: list[list[Fixture]] = []
+            self._added: list[Fixture] = []
             self._order: list[Fixture] | None = None
             self._numbers = itertools.count()
             self._sequences: dict[Any, dict[str, int]] = {}  # how often each was served, by test
@@ -6080,11 +6035,10 @@ class Fixtures:
         return any(fixture.match.get("endpoint") == operation for fixture in self.every)
 
     def remove_run_time(self) -> None:
-        """Remove the fixtures that were added at run time; those of files stay."""
         with self._lock:
-            for fixture in itertools.chain(*self._steps):
+            for fixture in self._added:
                 fixture.group_counts.clear()
-            self._steps, self._order = [], None
+            self.remove(*self._added)
 
     def remove_test(self, test: str) -> None:
         with self._lock:
@@ -6094,37 +6048,36 @@ class Fixtures:
     def remove(self, *fixtures: Fixture) -> None:
         gone = set(fixtures)
         with self._lock:
-            kept = ([each for each in step if each not in gone] for step in self._steps)
-            self._steps, self._order = [step for step in kept if step], None
+            self._added, self._order = [each for each in self._added if each not in gone], None
 
     def add(self, fixtures: Sequence[Fixture]) -> None:
         """Add fixtures at run time, in one step; raise ValueError where there are too many."""
         with self._lock:
-            if sum(map(len, self._steps)) + len(fixtures) > MAX_FIXTURES:
+            if len(self._added) + len(fixtures) > MAX_FIXTURES:
                 raise ValueError(f"there may be at most {MAX_FIXTURES} fixtures; remove some")
+            limited = list(itertools.takewhile(lambda each: each.times is not None, fixtures))
             for fixture in fixtures:
                 fixture.number = next(self._numbers)
+                fixture.rank = LIMITED if fixture in limited else -fixtures[0].number
                 if fixture.source == "run time":
                     fixture.source = f"run time[{fixture.number}]"
                 self._adopt(fixture)
-            self._steps, self._order = [*self._steps, list(fixtures)], None
+            self._added, self._order = [*self._added, *fixtures], None
 
     def load(self, path: str) -> list[Fixture]:
-        """Append the fixtures of a file or folder, or none if one is wrong (ValueError)."""
         fixtures = load_fixtures(path, self.warnings, self.models)
         self.replace_files([*self.files, *fixtures])
         return fixtures
 
     def replace_files(self, fixtures: Iterable[Fixture]) -> None:
-        """Take these in the place of all that came from files."""
         with self._lock:
             self.files, self._order = list(fixtures), None
             self.normaliser = self.make_normaliser()
             for fixture in self.files:
+                fixture.rank = LAST
                 self._adopt(fixture)
 
     def _adopt(self, fixture: Fixture) -> None:
-        """Take a fixture in; those of one sequence count together."""
         fixture.owner = self
         fixture.relaxed = fixture.relaxed and not self.exact_turns
         if fixture.sequence is not None:
@@ -6136,9 +6089,10 @@ class Fixtures:
         change = self.normalise if callable(self.normalise) else None
         single = isinstance(self.normalise, (str, re.Pattern))
         given = () if change else [self.normalise] if single else self.normalise
-        named = dict.fromkeys([*given, *(text for each in self.files for text in each.normalise)])
-        patterns = [(text, "") for text in named]
-        patterns += [(VOLATILE[mark], mark) for mark in VOLATILE] if volatile else []
+        patterns = dict.fromkeys(
+            itertools.chain(given, *(each.normalise for each in self.files)), ""
+        )
+        patterns.update(VOLATILE if volatile else {})
         return Normaliser(patterns, change, volatile) if patterns or change else COMPARES_ALL
 
     def watch(self, paths: Sequence[str]) -> None:
@@ -6165,19 +6119,9 @@ class Fixtures:
     # Which one is served
 
     def _list_order(self) -> list[Fixture]:
-        """Return the fixtures in the order in which they are asked, and number their groups."""
         with self._lock:
             if self._order is None:
-                limited, steps = [], []
-                for step in self._steps:
-                    lead = list(itertools.takewhile(lambda each: each.times is not None, step))
-                    limited += lead
-                    steps.append(step[len(lead) :])
-                self._order = []
-                for rank, group in enumerate([limited, *reversed(steps), self.files]):
-                    for fixture in group:
-                        fixture.rank = rank
-                    self._order += group
+                self._order = sorted(self.every, key=lambda each: each.rank)
                 self._slow = any(
                     each.when or each.answers or '"pattern"' in each.group[0]
                     for each in self._order
@@ -6228,8 +6172,8 @@ class Fixtures:
         served = fixture.counts.get(test, 0)
         if fixture.times is not None and served >= fixture.times:
             return "times", fixture.times, served
-        if isinstance(fixture.answers, SharedIterator) and fixture.answers.is_over(test):
-            return "answers", "one more", fixture.answers.length
+        if isinstance(fixture.answers, SharedIterator) and test in fixture.answers.ended:
+            return "answers", "one more", served
         return None
 
     def _choose(
@@ -6252,9 +6196,8 @@ class Fixtures:
             fixture.answers.give_back(facts.test, facts.answer)
 
     def miss_error(self, request: Request, misses: list[dict[str, Any]]) -> ApiError:
-        """Build the 404 that says, of each fixture, why it does not answer this request."""
         reasons = [f" {miss['fixture']}: {miss['reason']}." for miss in misses]
-        more = len(self) - len(misses)
+        more = len(self.every) - len(misses)
         reasons += [f" And {more} more."] if more > 0 else []
         reason = "".join(reasons) or " There are no fixtures."
         return ApiError("no_fixture", method=request.method, path=request.path, reason=reason)
@@ -6329,7 +6272,6 @@ def status_reply(
 
 
 def scripted_close(status: int, **said: Any) -> Closed:
-    """Return what closes a socket: the code, the reason, and what a message says of it before."""
     error = json.loads(status_reply(status, **said).body)["error"]
     return Closed(status, error["code"] or error["message"], error=error)
 
@@ -6441,7 +6383,8 @@ class Fault:
     def __init__(
         self, options: Mapping[str, Any], rng: HashRandom, error: Mapping[str, Any] | None = None
     ) -> None:
-        self.error = {"status": 500, **(error or {})}
+        self.error = error or {"status": 500}
+        self.has_error = error is not None
         rates = options.get("chaos", {})
         hits = (rate for rate in CHAOS if rng.child(rate).random() < rates.get(rate, 0))
         self.chaos = next(hits, "")
@@ -6519,7 +6462,7 @@ class Fault:
         if self.options.get("malformed"):
             strikes["malformedAfterChunks"] = 0
         if self.place and not strikes and "insert" not in self.options:
-            strikes["errorAfterChunks" if "error" in self.error else "disconnectAfterChunks"] = 0
+            strikes["errorAfterChunks" if self.has_error else "disconnectAfterChunks"] = 0
         if stream:
             return {name for name in strikes if strikes[name] == since}
         cuts = ("disconnectAfterChunks", "stallAfterChunks")
@@ -6540,7 +6483,6 @@ class Fault:
 
 
 def draw_fault(script: Fixtures, fixture: Fixture, response: Response) -> Fault | None:
-    """Draw how this call's reply goes wrong, from the seed and the count of such calls."""
     if not fixture.faulty:
         return None
     rng = HashRandom.of("fault", [script.seed, next(script.draws)])
@@ -6574,7 +6516,6 @@ def apply_fault(reply: Reply, fault: Fault, clock: Callable[[], float]) -> Reply
 
 
 def call_wrongly(request: Request) -> dict[str, Any]:
-    """Return a call of the first tool whose arguments are all of a wrong type."""
     tool = next(iter(list_objects(request.body.get("tools"))), {})
     function = tool.get("function") or tool
     rows = get_path(function, "parameters", "properties") or {"value": {}}
@@ -11084,7 +11025,6 @@ def join_chunks(chunks: list[Any]) -> dict[str, Any] | None:
 
 
 def put_message(message: dict[str, Any]) -> dict[str, Any]:
-    """Return a model's message in a fixture's words."""
     text, calls = message.get("content"), list_objects(message.get("tool_calls"))
     said = {
         "reasoning": message.get("reasoning") or message.get("reasoning_content"),
@@ -11163,7 +11103,6 @@ def keep_as_it_came(reply: Reply) -> dict[str, Any]:
 
 
 def put_answer(kind: str, request: Request, reply: Reply, times: Any = ()) -> dict[str, Any]:
-    """Return the response and options of a fixture that gives this answer, a whole body, again."""
     words = put_into_words(request, reply) if kind == "chat" and reply.status == 200 else None
     answer = words or keep_as_it_came(reply)
     is_stream = reply.content_type.startswith(EVENT_STREAM)
@@ -11192,7 +11131,6 @@ def put_match(kind: str, facts: MatchFacts) -> dict[str, Any]:
 
 
 def is_named(match: dict[str, Any]) -> bool:
-    """Tell whether a match has a text of its request."""
     return "userMessage" in match or "inputText" in match
 
 
@@ -11221,7 +11159,6 @@ def write_entry(entry: dict[str, Any], secrets: Iterable[str] = ()) -> str:
 
 
 def read_loosely(request: Request) -> None:
-    """Parse a body for which its route has no table of fields, where that can be done."""
     if request.raw and not request.body:
         with contextlib.suppress(ApiError):
             kind = request.headers.get("content-type", "")
@@ -11230,7 +11167,7 @@ def read_loosely(request: Request) -> None:
 
 if TYPE_CHECKING:
     Rank = tuple[int, int]
-FIRST: Rank = (-sys.maxsize, 0)
+UNRANKED: Rank = (-sys.maxsize, 0)
 
 
 def rank_match(match: dict[str, Any]) -> Rank:
@@ -11251,7 +11188,6 @@ class Recording:
         self._names: dict[str, dict[str, list[tuple[dict[str, Any], Iterable[str]]]]] = {}
 
     def add(self, identity: Any, answer: dict[str, Any], secrets: Iterable[str]) -> None:
-        """Add the answer to a request; raise ValueError for one that no fixture can hold."""
         name, body = identity
         parse_entry({"match": {**name, "body": body}, **answer}, "")
         alike = self._names.setdefault(CANONICAL(name), {})
@@ -11301,7 +11237,6 @@ def record_calls(calls: Iterable[Call], secrets: Iterable[str]) -> Recording:
 
 
 def check_target(path: str) -> str:
-    """Return the real path of a file that shall be written; OSError where it cannot be one."""
     path = os.path.realpath(path)
     if os.path.exists(path) and not os.path.isfile(path):
         kind = "a folder" if os.path.isdir(path) else "no file"
@@ -11380,7 +11315,7 @@ class Recorder:
         self._others: dict[str, Rank] = {}  # the entries of others, by their JSON
         self._more: dict[str, Any] = {}  # what the file says beside them
         self._read()
-        self._others = dict.fromkeys(self._others, FIRST)  # they may have been sorted by hand
+        self._others = dict.fromkeys(self._others, UNRANKED)  # they may have been sorted by hand
         self._told = ""
         self._unwritten = False
         self._waiting: list[tuple[str, Request, Reply, Any]] = []
@@ -11426,7 +11361,6 @@ class Recorder:
             self._hurry.wait(REST * (time.perf_counter() - began))
 
     def _take(self, kind: str, request: Request, reply: Reply, times: Any) -> None:
-        """Add an answer to the recording."""
         try:
             read_loosely(request)
             answer = put_answer(kind, request, reply, times)
@@ -11470,7 +11404,6 @@ class Recorder:
             self._tell(f"cannot record to {self.path}: {error}")
 
     def _tell(self, text: str) -> None:
-        """Say what goes wrong, once."""
         if text != self._told:
             self._told = text
             complain(text + "\n")
@@ -11516,7 +11449,6 @@ def is_inference(call: Call) -> bool:
 
 
 def find_end(call: Call) -> float:
-    """Return when a call ended, by the clock of its start; infinity while it is running."""
     return call.started + call.duration if call.has_ended else math.inf
 
 
@@ -11548,7 +11480,6 @@ def find_half(call: Call) -> tuple[str, set[Any]] | None:
 
 
 def has_failed(call: Call) -> bool:
-    """Tell whether a call has ended without a whole answer."""
     is_json = call.reply_type.startswith("application/json")
     broken = is_json and call.is_kept and not isinstance(call.reply, (dict, list))
     left = call.outcome == "left" and call.excused
@@ -11561,7 +11492,6 @@ def lower_headers(call: Call) -> dict[str, str]:
 
 
 def find_wait(call: Call) -> float:
-    """Return how many seconds a client was told to wait."""
     text = lower_headers(call).get("retry-after", "0")
     try:
         return float(text)
@@ -11670,7 +11600,6 @@ def find_wrong_results(messages: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def judge_tools(calls: Iterable[Call]) -> Iterator[Finding]:
-    """Yield each wrong result of a tool, where it first stands in a conversation."""
     told: list[str] = []
     for call in calls:
         refers = "item_reference" in ENCODE(call.body)  # to what is not here
@@ -11701,7 +11630,6 @@ def judge_budget(
 
 
 def raise_wrongs(found: Iterable[Finding]) -> None:
-    """Raise AssertionError telling what was found, if anything was."""
     told = "\n".join(map(str, found))
     if told:
         raise AssertionError(told)
@@ -12174,7 +12102,6 @@ def get_root(server: TogetherAiServer, request: Request) -> Any:
 
 
 def list_route_lines() -> list[str]:
-    """Return the table of routes, as the README has it."""
     lines = ["| method | path | what it does |", "| --- | --- | --- |"]
     for known in sorted(ROUTES, key=lambda known: (known.path.startswith("/__"), known.path)):
         first = (known.handler.__doc__ or "").strip().partition("\n")[0]
@@ -12306,7 +12233,6 @@ def list_said(call: Call) -> list[dict[str, Any]]:
 
 
 def tell_message(message: dict[str, Any]) -> str:
-    """Return the beginning of what a message says, on one line."""
     calls = [get_path(call, "function") or {} for call in list_objects(message.get("tool_calls"))]
     said = [f"{call.get('name')}({call.get('arguments')})" for call in calls]
     text = join_text(message.get("content"))
@@ -12432,7 +12358,6 @@ def write_python(call: Call, entry: dict[str, Any]) -> str:
 
 
 def copy_call(server: TogetherAiServer, call: Call, origin: str) -> dict[str, str]:
-    """Return a recorded call as a command, and its answer as Python and as a fixture file."""
     rows = list(record_calls([call], server.secrets).rows())
     return {
         "curl": write_curl(call, origin),
@@ -12442,7 +12367,6 @@ def copy_call(server: TogetherAiServer, call: Call, origin: str) -> dict[str, st
 
 
 def find_numbered(noun: str, items: Iterable[Any], request: Request) -> Any:
-    """Return the item whose number stands in the path; raise ApiError 404 where it is gone."""
     number = request.params["number"]
     for item in items:
         if str(item.number) == number:
@@ -13772,7 +13696,6 @@ def warn_of_calls(body: dict[str, Any], said: dict[str, Any]) -> Iterator[str]:
 
 
 def warn_of_text(body: dict[str, Any], said: dict[str, Any], model: Model | None) -> Iterator[str]:
-    """Yield what a fixture's text, calls and usage are that production's never are."""
     yield from warn_of_calls(body, said)
     format, text = body.get("response_format"), said["content"]
     reason = said.get("finish_reason")
@@ -13796,7 +13719,6 @@ def warn_of_text(body: dict[str, Any], said: dict[str, Any], model: Model | None
 def warn_of_vectors(
     body: dict[str, Any], said: dict[str, Any], model: Model | None
 ) -> Iterator[str]:
-    """Yield that embeddings are of another length than the model's."""
     length = body.get("dimensions") or (model.dimensions if model is not None else None)
     for given in {len(vector) for vector in said["vectors"]} - {length}:
         if length is not None:
@@ -13858,14 +13780,12 @@ CORS_METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
 
 
 def is_unrecorded(request: Request) -> bool:
-    """Tell whether a call looks after the server, or is a browser's that shows the record."""
     path = request.path
     shown = path[:6] == "/shrt/" and request.headers.get("sec-fetch-site") == "same-origin"
     return shown or request.method == "OPTIONS" or UNRECORDED.match(path) is not None
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a host's name or address, with a port or without, is this machine's own."""
     return LOOPBACK_NAME.fullmatch(host.lower()) is not None
 
 
@@ -13906,7 +13826,6 @@ def brings_key(request: Request) -> bool:
 
 
 def answer_preflight(request: Request, reader: str) -> Reply:
-    """Tell a browser what a page may send here: everything, if it may read the answer."""
     asked = request.headers.get("access-control-request-headers")
     headers = {"Allow": CORS_METHODS}
     if reader:
@@ -13958,7 +13877,6 @@ class CallLog:
         return escape_unprintable(" ".join(parts).replace("\n", "\\n"))
 
     def close(self) -> None:
-        """Write what is left, for a moment at most."""
         thread, self._thread = self._thread, None
         if thread is not None:
             self._calls.put(None)
@@ -14042,7 +13960,6 @@ def list_facts(call: Call) -> MatchFacts:
 
 
 def explain_mismatch(fixture: Fixture, call: Call) -> str:
-    """Say why a fixture did not answer a recorded call."""
     facts = list_facts(call)
     obstacle = dict(call.misses).get(fixture) or fixture.find_obstacle(facts)
     if obstacle is None:
@@ -14097,8 +14014,8 @@ def fixture_from_keywords(verb: str, keywords: Mapping[str, Any]) -> Fixture:
         entry["response"]["content"] = ""
     if not entry["response"]:
         del entry["response"]
-    fixture = Fixture(*parse_entry(entry, place, to_camel), source, when, place=place)
-    fixture.answers, fixture.key_case = answers, to_snake
+    fixture = Fixture(*parse_entry(entry, place), source, when, place=place)
+    fixture.answers = answers
     fixture.response.is_model = as_json(content) is not content
     return fixture
 
@@ -14216,7 +14133,6 @@ def explain_call(call: Call) -> str:
 
 
 def list_tool_calls(call: Call) -> Iterator[tuple[Any, Any]]:
-    """Yield the tool calls, name and arguments, in the conversation that a call sent."""
     for message in list_messages(call.kind, call.as_request().body):
         for made in list_objects(message.get("tool_calls")):
             arguments = get_path(made, "function", "arguments")
@@ -14520,14 +14436,12 @@ class Scripting:
         return lines
 
     def _find_calls(self, operation: str, words: Mapping[str, Any]) -> list[Call]:
-        """Return the calls of an operation that match; raise ValueError for an unknown one."""
         check_operation(operation)
         probe = fixture_from_keywords("assert_called", {**words, "latency": 0})
         asked = [call for call in self.requests if operation in (call.kind, call.operation)]
         return [call for call in asked if probe.find_obstacle(list_facts(call)) is None]
 
     def _show_nearest(self, operation: str, words: Mapping[str, Any]) -> list[str]:
-        """Return a few calls, those of the operation first, each with what differs."""
         probe = fixture_from_keywords("assert_called", {**words, "latency": 0})
         same = [call for call in self.requests if operation in (call.kind, call.operation)]
         lines = [f"{call!r}: {explain_mismatch(probe, call)}" for call in same[:-6:-1]]
@@ -14667,7 +14581,7 @@ class TogetherAiServer(Scripting):
     def _prepare(self, models: Mapping[str, Any], upstream: str | None, record: Any) -> None:
         """Make what is there before the first start, and load the file that is recorded to."""
         self.server = self  # for what it shares with `test()`
-        self._own_models = parse_models(models, to_camel)
+        self._own_models = parse_models(models)
         self.models: dict[str, Model] = {}
         self.stopping = threading.Event()
         change = self.script.normaliser.change
@@ -14801,7 +14715,7 @@ class TogetherAiServer(Scripting):
         self._on_miss = value
 
     def __repr__(self) -> str:
-        calls, fixtures = len(self._calls), len(self.script)
+        calls, fixtures = len(self._calls), len(self.script.every)
         state = self.url if self._http else "stopped"
         return f"<TogetherAiServer {state}: {calls} calls, {fixtures} fixtures>"
 
@@ -14848,7 +14762,6 @@ class TogetherAiServer(Scripting):
     # Stored objects
 
     def _now(self) -> int:
-        """The time of stored objects, in Unix seconds."""
         return int(self._read_clock())
 
     def _read_clock(self) -> float:
@@ -14860,13 +14773,11 @@ class TogetherAiServer(Scripting):
             return time.time()
 
     def _next_id(self, prefix: str) -> str:
-        """Return the next id of a kind; the counting restarts with reset()."""
         with self._lock:
             count = self._counts[prefix] = self._counts.get(prefix, 0) + 1
         return prefix + random_uuid(HashRandom.of(prefix, count))
 
     def _store(self, collection: str, item: Mapping[str, Any]) -> dict[str, Any]:
-        """Complete an object and add it to its collection."""
         jobs: Collection = getattr(self, collection)
         given = dict(item)
         id = given.pop(jobs.key, None) or given.pop("id", None)
@@ -14935,7 +14846,6 @@ class TogetherAiServer(Scripting):
             self.contents[name] = data
 
     def _drop(self, id: str) -> None:
-        """Forget the bytes of a file, and of its parts."""
         for name in list(self.contents):
             if name.partition("/")[0] == id:
                 self.contents.pop(name, None)
@@ -15171,7 +15081,6 @@ class TogetherAiServer(Scripting):
         return apply_fault(reply, fault, time.monotonic)
 
     def _shape_error(self, error: ApiError, request: Request) -> Reply:
-        """Return the error envelope; strict servers use production's words where known."""
         name = "" if error.name == "unauthorized" else name_request(request)
         return name_reply(error.as_reply(self.strict, name), request)
 
@@ -15205,7 +15114,6 @@ class TogetherAiServer(Scripting):
         return route.max_bytes or self.max_stored_bytes + MAX_PART_HEAD_BYTES
 
     def _refuse(self, error: ApiError, request: Request) -> Reply:
-        """Record what could not be read as a request, and return the reply to it."""
         call = self._record(request)
         call.kind, call.error = read_family(request.path), error.message
         reply = self._shape_error(error, request)
