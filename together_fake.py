@@ -240,6 +240,17 @@ ENCODE = make_encoder(ensure_ascii=False)
 # The same for every order of keys: what draws are made from.
 CANONICAL = make_encoder(sort_keys=True)
 QUOTE = json.encoder.encode_basestring  # of a string alone
+
+
+def encode_answer(answer: dict[str, Any]) -> bytes:
+    """Write an answer, many choices one by one: while JSON is written, no other thread runs."""
+    choices = answer["choices"]
+    if len(choices) == 1:
+        return ENCODE(answer).encode()
+    head, key, tail = ENCODE({**answer, "choices": []}).partition('"choices":[')
+    return f"{head}{key}{','.join(map(ENCODE, choices))}{tail}".encode()
+
+
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S"
 DONE = b"data: [DONE]\n\n"  # the last event of every stream of chunks
 KEEPALIVE = b": keepalive\n\n"  # a comment between the events of some
@@ -8064,8 +8075,7 @@ def create_chat_completion(server: TogetherAiServer, request: Request) -> Any:
     answer = compose_chat(server, request)
     if request.body.get("stream"):
         return Events(answer.form.stream(answer))
-    whole = ENCODE(answer.form.whole(answer)).encode()
-    return Reply(whole, content_type=answer.form.content_type)
+    return Reply(encode_answer(answer.form.whole(answer)), content_type=answer.form.content_type)
 
 
 # --- Responses
@@ -8509,8 +8519,9 @@ def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
 def create_completion(server: TogetherAiServer, request: Request) -> Any:
     """Continue a prompt, whole or as a stream."""
     answer = compose_completion(server, request)
-    stream = request.body.get("stream")
-    return Events(answer.form.stream(answer)) if stream else answer.form.whole(answer)
+    if request.body.get("stream"):
+        return Events(answer.form.stream(answer))
+    return Reply(encode_answer(answer.form.whole(answer)))
 
 
 # --- Embeddings
@@ -12791,7 +12802,7 @@ MAX_UNREAD_BYTES = 4 * 2**20  # of a handler
 STOP_SECONDS = 0.25  # for workers to end what they do; a test's function may sleep for longer
 
 QUICK, HEAVY, WAITING = "quick", "heavy", "waiting"  # who answers, see `HttpServer`
-MAX_WORKERS = {HEAVY: 3, WAITING: math.inf}  # at once
+MAX_WORKERS = {HEAVY: 2, WAITING: math.inf}  # at once
 ROOM, END, SOCKET = "room", "end", "socket"  # what a connection waits for beside those of HTTP
 BYTES = (IDLE, PARTIAL, END, SOCKET)  # those that end when something comes
 PATIENCE = {  # for how many seconds it does so
@@ -13075,7 +13086,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     waits for one of them, and answers what is quick itself, so that a request costs no change of
     threads. Workers do the rest and hand their results to the loop by `call_soon()`:
 
-    HEAVY    what keeps a processor busy: three at once, the others in the order they came
+    HEAVY    what keeps a processor busy: two at once, the others in the order they came
     WAITING  what mostly sleeps, as a test's function or an upstream does: as many as there are
 
     What happens while one request is slow: its connection is busy, all others go on. A reply
@@ -13345,22 +13356,13 @@ def drop_headers(pairs: Iterable[tuple[str, str]], names: set[str]) -> dict[str,
     return {name: headers[name] for name in headers if name.lower() not in gone}
 
 
-def explain_failure(error: Exception, host: str, seconds: float) -> str:
+def explain_failure(error: Exception, seconds: float) -> str:
     """Say in half a sentence why an upstream gave no answer."""
-    known: list[tuple[Any, str]] = [
-        (socket.gaierror, f"its host {host!r} is not known"),
-        (socket.timeout, f"nothing came from it within {seconds:g} seconds"),
-        (ConnectionRefusedError, "it refused the connection"),
-        (http.client.RemoteDisconnected, "it closed the connection without an answer"),
-        (ConnectionResetError, "it reset the connection"),
-        (http.client.HTTPException, f"its answer is not HTTP ({error!r:.100})"),
-        (ValueError, f"the request cannot be sent: {error!s:.100}"),
-    ]
-    if type(error).__module__ == "ssl":
-        reason = getattr(error, "verify_message", "") or getattr(error, "reason", "") or error
-        return f"TLS failed: {reason}"
-    plain = getattr(error, "strerror", None) or error
-    return next((why for kind, why in known if isinstance(error, kind)), f"{plain}")
+    if isinstance(error, socket.timeout):
+        return f"nothing came from it within {seconds:g} seconds"
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}"
+    return f"its answer is not HTTP ({error!r:.100})"
 
 
 class UpstreamReader(io.RawIOBase):
@@ -13481,7 +13483,7 @@ class Upstream:
             raise self.refuse("its client left before it answered") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             connection.close()
-            raise self.refuse(explain_failure(error, self.host, self.seconds)) from None
+            raise self.refuse(explain_failure(error, self.seconds)) from None
         is_packed = "Content-Encoding" in reply.headers  # though nobody asked for that
         if self.recorder and reply.events and request.method != "HEAD" and not is_packed:
             record = functools.partial(self.recorder.add, kind, request)
