@@ -8665,12 +8665,7 @@ RANGE = lazy_regex(r"bytes=(?=-?[0-9])([0-9]*)-([0-9]*)")
 
 def stored(name: str) -> Callable[[Any], Any]:
     """Declare the function below it as what completes a partial object of that collection."""
-
-    def declare(builder: Any) -> Any:
-        BUILDERS[name] = builder
-        return builder
-
-    return declare
+    return lambda builder: BUILDERS.setdefault(name, builder)
 
 
 def merge(template: Item, changes: Item) -> Item:
@@ -8695,81 +8690,79 @@ def complete(server: TogetherAiServer, item: Item, prefix: str, **template: Any)
     return merge({"id": item.get("id") or server._next_id(prefix), **template}, item)
 
 
-class JobKind:
-    """How the jobs of one collection go: their statuses, the work on the way, how they are shown.
+class Jobs:
+    """How the jobs of one collection go.
 
-    collection  the server's attribute that holds them
-    ladder      their statuses from the first to the last
-    on_enter    `on_enter(server, job, status)` does the work of a status; returns what changes
-    view        `view(server, request, job)` returns a job as a client sees it
+    statuses  from the first to the last, one taken whenever a job is retrieved
+    enter     `enter(server, job, status)` does the work of a status and returns what changes
+    view      `view(server, request, job)` returns a job as a client sees it
+    cancelled the status of a job that is cancelled, and those that follow it
     """
 
     def __init__(
         self,
         collection: str,
-        ladder: tuple[str, ...],
-        on_enter: Callable[[Any, Item, str], Item],
+        statuses: str,
+        enter: Callable[[Any, Item, str], Item],
         view: Callable[[Any, Request, Item], Any] = lambda server, request, job: job,
+        cancelled: str = "",
     ) -> None:
         self.collection = collection
-        self.ladder = ladder
-        self.on_enter = on_enter
+        self.statuses = statuses.split()
+        self.enter = enter
         self.view = view
+        self.cancelled = cancelled.split()
+        self.following = {
+            before: after
+            for ladder in (self.statuses, self.cancelled)
+            for before, after in zip(ladder, ladder[1:])
+        }
 
     def find(self, server: TogetherAiServer) -> Collection:
         """Return the collection of a server's jobs."""
         jobs: Collection = getattr(server, self.collection)
         return jobs
 
-    def advance(self, server: TogetherAiServer, id: str, ladder: tuple[str, ...] = ()) -> Item:
+    def advance(self, server: TogetherAiServer, id: str) -> Item:
         """Take a job to its next status, or to its last where jobs are instant, and return it."""
-        jobs, ladder = self.find(server), ladder or self.ladder
+        jobs = self.find(server)
         with server.job_lock:
             job = jobs.get(id)
-            end = server.outcomes.get(id, ladder[-1])
-            # A job that ends otherwise does so where its work is done, in the third status at most.
-            most = len(ladder) - 1 if end == ladder[-1] else min(3, len(ladder) - 1)
-            ladder = (*ladder[:most], end)
-            while job[jobs.status] in ladder[:-1]:
-                status = ladder[ladder.index(job[jobs.status]) + 1]
-                changes = self.on_enter(server, job, status)
-                job = jobs.update(id, **{jobs.status: status, **changes})
+            while job[jobs.status] in self.following:
+                status = self.following[job[jobs.status]]
+                if status == self.statuses[:4][-1]:  # where most of the work is done
+                    status = server.outcomes.get(id, status)
+                job = jobs.update(id, **{jobs.status: status, **self.enter(server, job, status)})
                 if not server.instant_jobs:
                     break
         return job
 
-    def start(self, server: TogetherAiServer, request: Request, job: Item) -> Item:
-        """Keep how a new job shall end, and finish it where jobs are instant."""
-        id, last = job[self.find(server).key], self.ladder[-1]
-        status = (request.script or {}).get("status", last)
-        server.outcomes[id] = last if status in self.ladder else status
+    def start(self, server: TogetherAiServer, request: Request, item: Item) -> Item:
+        """Store a new job, whose it is and how it shall end; finish it where jobs are instant."""
+        job = server._store(self.collection, item)
+        id, end = job[self.find(server).key], (request.script or {}).get("status", "")
+        if end and end not in self.statuses:
+            server.outcomes[id] = end
+        server.job_tests[id] = request.headers.get("x-test-id", "")
         return self.advance(server, id) if server.instant_jobs else job
 
-    def show(self, server: TogetherAiServer, request: Request) -> Any:
-        """Take the job that a path names one step on, and return it as its client sees it."""
+    def get(self, server: TogetherAiServer, request: Request) -> Any:
+        """Describe a job, one step on."""
         return self.view(server, request, self.advance(server, request.params["id"]))
 
-    def cancel(self, server: TogetherAiServer, id: str, **changes: Any) -> Item:
-        """Apply the changes of a cancelled job, unless it has ended in another way."""
-        jobs = self.find(server)
+    def cancel(self, server: TogetherAiServer, request: Request) -> Any:
+        """Cancel a job that has not ended."""
+        jobs, status = self.find(server), self.cancelled[0]
         with server.job_lock:
-            job = jobs.get(id)
-            if job["status"] in self.ladder[:-1]:
-                return jobs.update(id, **changes)
-        if job["status"] == changes["status"]:
-            return job
-        raise self.refuse(server, job, "only a job that has not ended can be cancelled")
-
-    def refuse(self, server: TogetherAiServer, job: Item, reason: str) -> ApiError:
-        """Name a job and the status in which something cannot be done with it."""
-        jobs = self.find(server)
-        status = job[jobs.status]
-        return ApiError("bad_state", noun=jobs.noun, id=job[jobs.key], status=status, reason=reason)
-
-
-def read_digits(digits: str) -> int:
-    """Read a whole number, however long; no size is larger than what is returned for many."""
-    return int(digits) if len(digits) < 19 else sys.maxsize
+            job = jobs.get(request.params["id"])
+            if job["status"] in self.following:
+                changes = self.enter(server, job, status)
+                job = jobs.update(job["id"], status=status, **changes)
+        if job["status"] != status:
+            reason = "only a job that has not ended can be cancelled"
+            facts = {"noun": jobs.noun, "id": job["id"], "status": job["status"]}
+            raise ApiError("bad_state", **facts, reason=reason)
+        return self.view(server, request, job)
 
 
 def serve_bytes(
@@ -8778,13 +8771,13 @@ def serve_bytes(
     """Return bytes, or the one range of them that the request asks for."""
     headers, size = {"Accept-Ranges": "bytes"}, len(data)
     asked = RANGE.fullmatch(request.headers.get("range", "").replace(" ", ""))
-    if asked is None:
+    # no size has more than 18 digits
+    start, last = (int(digits[:18] or -1) for digits in asked.groups()) if asked else (1, 0)
+    if 0 <= last < start:  # no range: it is ignored, as RFC 9110 has it
         return Reply(data, 200, content_type, headers)
-    first, last = asked.groups()
-    if first and last and read_digits(first) > read_digits(last):
-        return Reply(data, 200, content_type, headers)  # as RFC 9110 has it for what is no range
-    start = read_digits(first) if first else max(0, size - read_digits(last))
-    end = min(read_digits(last) + 1, size) if first and last else size
+    if start < 0:
+        start, last = max(0, size - last), -1
+    end = size if last < 0 else min(last + 1, size)
     if start >= end:
         error = ApiError("bad_range", size=size)
         error.headers["Content-Range"] = f"bytes */{size}"
@@ -8796,7 +8789,7 @@ def serve_bytes(
 # --- Files
 
 MAX_STORED_BYTES = 256 * 2**20  # contents of all files together
-PARSED_BYTES = 2 * 2**20  # of a JSONL file: what is parsed line by line, the rest is scanned
+PARSED_BYTES = 2 * 2**20  # of a JSONL file: what is parsed line by line, the rest is counted
 
 CHECKED_PURPOSES = ("fine-tune", "batch-api", "eval")  # the ones whose data is validated
 OPENAI_PURPOSES = {"batch": "batch-api", "batch_output": "batch-generated"}
@@ -8805,6 +8798,7 @@ PURPOSES = (
     "batch-generated", *OPENAI_PURPOSES, "assistants", "assistants_output", "vision", "user_data",
     "evals",
 )  # fmt: skip
+MAX_PARTS = 250  # of an upload
 FILE_TYPES = ("jsonl", "csv", "parquet")
 UPLOAD_FIELDS = Fields(
     Field("purpose", str, required=True, choices=PURPOSES), Field("file_name", str, low=1),
@@ -8813,7 +8807,7 @@ UPLOAD_FIELDS = Fields(
 WHOLE_UPLOAD_FIELDS = Fields(*UPLOAD_FIELDS.values(), Field("file", Upload, required=True))
 INITIATE_FIELDS = Fields(
     *UPLOAD_FIELDS.values(), Field("file_size", int, required=True, low=1),
-    Field("num_parts", int, required=True, low=1, high=250),
+    Field("num_parts", int, required=True, low=1, high=MAX_PARTS),
 )  # fmt: skip
 PART_ROWS = (Field("part_number", int, required=True), Field("etag", str, required=True))
 ENDING_ROWS = rows_of("upload_id file_id", str, required=True)
@@ -8862,48 +8856,38 @@ def check_line(line: bytes, purpose: str, format: str) -> str:
         BATCH_LINE_FIELDS.check(row)
     if purpose != "fine-tune":
         return ""
-    for name in (format,) if format else DATASETS:
-        if DATASETS[name].required[0] in row:
-            DATASETS[name].check(row)
+    formats = {format: DATASETS[format]} if format else DATASETS
+    for name, fields in formats.items():
+        if fields.required[0] in row:
+            fields.check(row)
             return name
-    forms = ["+".join(DATASETS[name].required) for name in ([format] if format else DATASETS)]
-    raise ApiError("missing", param=" or ".join(forms))
-
-
-def refuse_file(reason: str, **facts: Any) -> Item:
-    """Return the report on a file that nothing can be done with."""
-    return {"valid": False, "error": reason, "error_type": "INVALID_FORMAT", **facts}
+    wanted = " or ".join("+".join(fields.required) for fields in formats.values())
+    raise ApiError("missing", param=wanted)
 
 
 def validate_lines(data: bytes, purpose: str) -> Item:
-    """Return the report on a JSONL file; after `PARSED_BYTES`, lines `{...}` pass unparsed."""
+    """Return the report on a JSONL file, whose first `PARSED_BYTES` are parsed."""
     count, size, format = 0, 0, ""
     for number, line in read_lines(data):
         count, size = count + 1, size + len(line)
-        if size > PARSED_BYTES and line[0] == 123 and line[-1] == 125:  # braces
-            continue
         try:
-            format = check_line(line, purpose, format)
+            format = check_line(line, purpose, format) if size <= PARSED_BYTES else format
         except ApiError as error:
-            return refuse_file(f"Line {number}: {error.message}", line_number=number)
+            report = {"valid": False, "error": f"Line {number}: {error.message}"}
+            return {**report, "error_type": "INVALID_FORMAT", "line_number": number}
     if not count:
-        return refuse_file("The file has no lines.")
+        return {"valid": False, "error": "The file has no lines.", "error_type": "INVALID_FORMAT"}
     return {"valid": True, "nlines": count, **({"dataset_format": format} if format else {})}
 
 
 def describe_data(file: Item, data: bytes) -> Item:
     """Return what is known of a file once its data is there."""
-    facts: Item = {"bytes": len(data), "Processed": True}
+    facts: Item = {"bytes": len(data), "Processed": True, "processing_status": "COMPLETED"}
     if file["purpose"] not in CHECKED_PURPOSES:
-        return {**facts, "LineCount": data.count(b"\n"), "processing_status": "COMPLETED"}
-    kind = file["FileType"]
-    magic = b"PAR1" if kind == "parquet" else b""
-    if kind == "jsonl":
+        return {**facts, "LineCount": data.count(b"\n")}
+    report: Item = {"valid": True}  # nobody looks into CSV and Parquet
+    if file["FileType"] == "jsonl":
         report = validate_lines(data, file["purpose"])
-    elif data and data.startswith(magic) and data.endswith(magic):
-        report = {"valid": True}
-    else:
-        report = refuse_file(f"The file is not {kind}.")
     facts["LineCount"] = report.get("nlines", 0)
     facts["processing_status"] = report.get("error_type", "COMPLETED")
     return {**facts, "validation_report": {"file_id": file["id"], **report}}
@@ -8929,35 +8913,33 @@ def file_object(server: TogetherAiServer, item: Item) -> Item:
 
 def complete_file(server: TogetherAiServer, id: str, data: bytes) -> Item:
     """Give an announced file its data."""
-    file = server.files.get(id)
     server._keep(id, data)
-    return server.files.update(id, **describe_data(file, data))
+    return server.files.update(id, **describe_data(server.files.get(id), data))
 
 
-def find_file(server: TogetherAiServer, id: str, param: str) -> Item:
-    """Return a file that the field `param` of a body names."""
+def find_file(server: TogetherAiServer, id: str, param: str, purpose: str = "") -> Item:
+    """Return the file that a body names, which must be for a purpose where one is given."""
     if id not in server.files:
         raise ApiError("no_object", param=param, noun="File", id=id)
-    return server.files.get(id)
-
-
-def create_file_record(server: TogetherAiServer, body: Item) -> Item:
-    """Store a file whose data is to follow, or came with the body."""
-    upload = body.get("file")
-    name = body.get("file_name") or (upload.filename if upload else "")
-    item = {
-        "filename": re.split(r"[/\\]", name)[-1] or None, "purpose": body["purpose"],
-        "FileType": body.get("file_type"), "content": upload.data if upload else None,
-    }  # fmt: skip
-    return server._store("files", item)
+    file = server.files.get(id)
+    if purpose and file["purpose"] != purpose:
+        reason = f"its purpose is {file['purpose']}, not {purpose}"
+        raise ApiError("bad_file", param=param, id=id, reason=reason)
+    return file
 
 
 @route("POST", "/v1/files", body=UPLOAD_FIELDS, max_bytes=STORAGE_LIMIT)
 @route("POST", "/v1/files/upload", body=WHOLE_UPLOAD_FIELDS, max_bytes=STORAGE_LIMIT)
 def create_file(server: TogetherAiServer, request: Request) -> Any:
     """Store a file from a multipart body, or say where its data is to be put."""
-    file = create_file_record(server, request.body)
-    if request.body.get("file"):
+    body, upload = request.body, request.body.get("file")
+    name = body.get("file_name") or (upload.filename if upload else "")
+    item = {
+        "filename": re.split(r"[/\\]", name)[-1] or None, "purpose": body["purpose"],
+        "FileType": body.get("file_type"), "content": upload.data if upload else None,
+    }  # fmt: skip
+    file = server._store("files", item)
+    if upload:
         return file
     place = f"{request.origin}/__upload/{file['id']}"
     return Reply(b"", 302, headers={"Location": place, "X-Together-File-Id": file["id"]})
@@ -8967,10 +8949,12 @@ def create_file(server: TogetherAiServer, request: Request) -> Any:
 def initiate_upload(server: TogetherAiServer, request: Request) -> Any:
     """Announce a large file that comes in parts."""
     server._check_room(request.body["file_size"])
-    id, upload_id = create_file_record(server, request.body)["id"], server._next_id("upload-")
+    request.body.pop("file", None)  # none of it is there yet
+    announced = create_file(server, request).headers
+    id, upload_id = announced["X-Together-File-Id"], server._next_id("upload-")
     server.uploads[upload_id] = id
     parts = [
-        {"PartNumber": number, "URL": f"{request.origin}/__upload/{id}/{number}", "Headers": {}}
+        {"PartNumber": number, "URL": f"{announced['Location']}/{number}", "Headers": {}}
         for number in range(1, request.body["num_parts"] + 1)
     ]
     return {"upload_id": upload_id, "file_id": id, "parts": parts}
@@ -8985,54 +8969,38 @@ def admit_upload(server: TogetherAiServer, params: dict[str, str]) -> None:
 @route("PUT", "/__upload/{id}/{part}", open=True, max_bytes=STORAGE_LIMIT, admit=admit_upload)
 def put_file(server: TogetherAiServer, request: Request) -> Any:
     """Take the data of an announced file, or one part of it; it needs no key."""
-    file, part = server.files.get(request.params["id"]), request.params.get("part")
-    id, status = file["id"], file["processing_status"]
+    id, part = request.params["id"], request.params.get("part")
+    status = server.files.get(id)["processing_status"]
     if status != "PENDING" and server.contents.get(id) != request.raw:  # the same again is fine
         reason = "its data cannot change any more"
         raise ApiError("bad_state", noun="File", id=id, status=status, reason=reason)
     if part is None:
         complete_file(server, id, request.raw)
-    elif re.fullmatch("[1-9][0-9]{0,2}", part):
-        server._keep(f"{id}/{int(part):03}", request.raw)
+    elif part in map(str, range(1, MAX_PARTS + 1)):
+        server._keep(f"{id}/{part.zfill(3)}", request.raw)
     else:
         raise ApiError("no_object", param="part", noun="Part", id=part)
     return Reply(headers={"ETag": f'"{len(request.raw):x}-{zlib.crc32(request.raw):08x}"'})
 
 
-def find_parts(server: TogetherAiServer, id: str) -> dict[str, bytes]:
-    """Return the parts that were put of a file, in order, by their names."""
-    names = sorted(name for name in list(server.contents) if name.startswith(f"{id}/"))
-    return {name: server.contents[name] for name in names}
-
-
-def find_upload(server: TogetherAiServer, body: Item) -> str:
-    """Return the file of an open multipart upload."""
-    id = server.uploads.get(body["upload_id"], "")
-    if not id or id != body["file_id"]:
-        raise ApiError("no_object", param="upload_id", noun="Upload", id=body["upload_id"])
-    return id
-
-
 @route("POST", "/v1/files/multipart/complete", body=COMPLETE_FIELDS)
-def complete_upload(server: TogetherAiServer, request: Request) -> Any:
-    """Join the parts of a large file."""
-    id = find_upload(server, request.body)
-    parts = find_parts(server, id)
-    given = [f"{id}/{part['part_number']:03}" for part in request.body["parts"]]
-    if sorted(given) != list(parts):
-        raise ApiError("invalid", param="parts", reason="must be the parts that were put")
-    server._drop(id)
-    server.uploads.pop(request.body["upload_id"], None)
-    return {"file": complete_file(server, id, b"".join(parts.values()))}
-
-
 @route("POST", "/v1/files/multipart/abort", body=Fields(*ENDING_ROWS))
-def abort_upload(server: TogetherAiServer, request: Request) -> Any:
-    """Forget a large file that was announced."""
-    id = find_upload(server, request.body)
-    server.uploads.pop(request.body["upload_id"], None)
-    server.files.remove(id)
-    return {"success": True}
+def end_upload(server: TogetherAiServer, request: Request) -> Any:
+    """Join the parts of a large file, or forget it."""
+    upload_id, id = request.body["upload_id"], request.body["file_id"]
+    if server.uploads.get(upload_id) != id:
+        raise ApiError("no_object", param="upload_id", noun="Upload", id=upload_id)
+    if request.route.path.endswith("abort"):
+        server.uploads.pop(upload_id, None)
+        server.files.remove(id)
+        return {"success": True}
+    parts = sorted(part for part in list(server.contents.items()) if part[0].startswith(f"{id}/"))
+    given = [f"{id}/{part['part_number']:03}" for part in request.body["parts"]]
+    if sorted(given) != [name for name, _ in parts]:
+        raise ApiError("invalid", param="parts", reason="must be the parts that were put")
+    server.uploads.pop(upload_id, None)
+    server._drop(id)
+    return {"file": complete_file(server, id, b"".join([data for _, data in parts]))}
 
 
 @route("GET", "/v1/files", query=LIST_FIELDS)
@@ -9099,7 +9067,7 @@ def run_line(
     server: TogetherAiServer, job: Item, line: bytes, number: int, seen: dict[str, int]
 ) -> tuple[Any, Reply]:
     """Answer one line as if it had come by itself; return its custom_id, noted in `seen`, too."""
-    id, endpoint = None, job["endpoint"]
+    id = None
     try:
         row = parse_line(line)
         id = row.get("custom_id")
@@ -9112,22 +9080,13 @@ def run_line(
         error.message = f"Line {number}: {error.message}"
         return id, error.as_reply()
     headers = {"authorization": f"Bearer {DEFAULT_KEY}", "content-type": "application/json"}
-    if server.batch_tests.get(job["id"]):
-        headers["x-test-id"] = server.batch_tests[job["id"]]
-    request = Request("POST", endpoint, ENCODE(row["body"]).encode(), headers=headers)
+    if server.job_tests.get(job["id"]):
+        headers["x-test-id"] = server.job_tests[job["id"]]
+    request = Request("POST", job["endpoint"], ENCODE(row["body"]).encode(), headers=headers)
     request.batch = job["id"]
     reply = server.answer(request)
     reply.body = reply.read()
     return id, reply
-
-
-def find_error(reply: Reply) -> Item:
-    """Return message and code of a reply that is no answer; a scripted one may have neither."""
-    try:
-        error = json.loads(reply.body)["error"]
-        return {"message": error["message"], "code": error.get("code") or error.get("type")}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return {"message": f"The request failed with status {reply.status}.", "code": None}
 
 
 def run_batch(server: TogetherAiServer, job: Item, data: bytes) -> Item:
@@ -9135,20 +9094,24 @@ def run_batch(server: TogetherAiServer, job: Item, data: bytes) -> Item:
     results: dict[str, list[bytes]] = {"output": [], "error": []}
     seen: dict[str, int] = {}
     source, size = HashRandom.of("batch", job["id"]), 0
-    room = server.max_stored_bytes - sum(map(len, list(server.contents.values())))
     for number, line in read_lines(data):
+        if server.stopping.is_set():
+            return {"status": "FAILED", "error": "The server stopped."}
+        if size > server.max_stored_bytes:
+            break  # the storing will say so
         id, reply = run_line(server, job, line, number, seen)
-        if reply.status == 200 and succeeds(json.loads, reply.body):  # a fault may have cut it
+        said = json.loads(reply.body) if succeeds(json.loads, reply.body) else None
+        if reply.status == 200 and said is not None:  # a fault may have cut it
             kind, result = "output", b'"response":{"status_code":200,"body":%b}' % reply.body
         else:
-            kind, result = "error", b'"error":%b' % ENCODE(find_error(reply)).encode()
+            reason = f"The request failed with status {reply.status}."
+            message = get_path(said, "error", "message") or reason
+            code = get_path(said, "error", "code") or get_path(said, "error", "type")
+            error = ENCODE({"message": message, "code": code})
+            kind, result = "error", b'"error":%b' % error.encode()
         names = f'"id":"br_{source.child(number).hex(24)}","custom_id":{ENCODE(id)}'
         results[kind].append(b"{%b,%b}\n" % (names.encode(), result))
         size += len(results[kind][-1])
-        if size > room or server.stopping.is_set():
-            error = ApiError("storage_full", size=size, limit=server.max_stored_bytes)
-            reason = error.message if size > room else "The server stopped."
-            return {"status": "FAILED", "error": f"Line {number}: {reason}"}
     changes: Item = {"progress": 100.0}
     try:
         for kind, lines in results.items():
@@ -9161,12 +9124,14 @@ def run_batch(server: TogetherAiServer, job: Item, data: bytes) -> Item:
     return changes
 
 
-def on_enter_batch(server: TogetherAiServer, job: Item, status: str) -> Item:
+def enter_batch(server: TogetherAiServer, job: Item, status: str) -> Item:
     """Count the lines of a batch when it is validated, run them when it completes."""
     data = server.contents.get(job["input_file_id"], b"")
     ended: Item = {"completed_at": format_time(server._now())}
     if status == "COMPLETED":
         return {**ended, **run_batch(server, job, data)}
+    if status == "CANCELLED":
+        return ended
     if status != "IN_PROGRESS":
         return {**ended, "error": f"The batch was scripted to end as {status}."}
     count = sum(1 for _ in read_lines(data))
@@ -9176,29 +9141,23 @@ def on_enter_batch(server: TogetherAiServer, job: Item, status: str) -> Item:
     return {**ended, "status": "FAILED", "error": error}
 
 
-BATCH_JOBS = JobKind("batches", ("VALIDATING", "IN_PROGRESS", "COMPLETED"), on_enter_batch)
-
-
+BATCHES = Jobs("batches", "VALIDATING IN_PROGRESS COMPLETED", enter_batch, cancelled="CANCELLED")
+route("GET", "/v1/batches/{id}")(BATCHES.get)
+route("POST", "/v1/batches/{id}/cancel")(BATCHES.cancel)
 SCRIPTED_STATUS = Keys(Field("status", str, required=True))
 SCRIPTED_END = ResponseType(
-    "job",
-    Keys(Field("job", dict, fields=SCRIPTED_STATUS)),
-    operator.itemgetter("job"),
+    "job", Keys(Field("job", dict, fields=SCRIPTED_STATUS)), operator.itemgetter("job")
 )
 
 
 @route("POST", "/v1/batches", body=BATCH_FIELDS, kind="job", response=SCRIPTED_END, status=201)
 def create_batch(server: TogetherAiServer, request: Request) -> Any:
     """Start a batch job from a file of requests."""
-    file = find_file(server, request.body["input_file_id"], "input_file_id")
-    if file["purpose"] != "batch-api":
-        reason = f"its purpose is {file['purpose']}, not batch-api"
-        raise ApiError("bad_file", param="input_file_id", id=file["id"], reason=reason)
+    file = find_file(server, request.body["input_file_id"], "input_file_id", "batch-api")
     kept = ("endpoint", "input_file_id", "model_id", "metadata")
     given = {name: request.body.get(name) for name in kept}
-    job = server._store("batches", {**given, "file_size_bytes": file["bytes"]})
-    server.batch_tests[job["id"]] = request.headers.get("x-test-id", "")
-    return {"job": BATCH_JOBS.start(server, request, job)}
+    job = BATCHES.start(server, request, {**given, "file_size_bytes": file["bytes"]})
+    return {"job": job}
 
 
 @route("GET", "/v1/batches", query=LIST_FIELDS)
@@ -9208,28 +9167,12 @@ def list_batches(server: TogetherAiServer, request: Request) -> Any:
     return wrap_list(request, jobs, server.strict, more)
 
 
-@route("GET", "/v1/batches/{id}")
-def get_batch(server: TogetherAiServer, request: Request) -> Any:
-    """Describe a batch job and take it one step on."""
-    return BATCH_JOBS.show(server, request)
-
-
-@route("POST", "/v1/batches/{id}/cancel")
-def cancel_batch(server: TogetherAiServer, request: Request) -> Any:
-    """Cancel a batch job."""
-    changes = {"status": "CANCELLED", "completed_at": format_time(server._now())}
-    return BATCH_JOBS.cancel(server, request.params["id"], **changes)
-
-
 # --- Fine-tuning
 
-FINE_TUNE_LADDER = ("pending", "queued", "running", "uploading", "completed")
-CANCEL_LADDER = ("cancel_requested", "cancelled")
 TRAINABLE = ("chat", "language", "code")  # types of models
 UNKNOWN_MODEL = Model("chat", "", traits=())  # what a base that the catalogue lacks counts as
 TRAIN_PRICE = 0.48  # USD for a million tokens
 TRAIN_TOKEN_BYTES = 4  # of a training file, by which its tokens are estimated
-FINAL_CHECKPOINTS = {"Full": ("Final",), "Lora": ("Final Merged", "Final Adapter")}
 MAX_METRICS = 1000  # points of a curve
 # the members of examples that are no messages, each with the role it stands for
 PLAIN = (("prompt", "user"), ("completion", "assistant"), ("text", "assistant"))
@@ -9267,9 +9210,9 @@ ESTIMATE_FIELDS = Fields(
         Field("lora_dropout", float, low=0, high=1), Field("lora_trainable_modules", str),
     ),
 )  # fmt: skip
-SECRET_ROWS = rows_of("wandb_api_key hf_api_token", str)  # no answer shows them
+SECRETS = ("wandb_api_key", "hf_api_token")  # no answer shows them
 FINE_TUNE_FIELDS = Fields(
-    *ESTIMATE_FIELDS.values(), *SECRET_ROWS, ON_INPUTS,
+    *ESTIMATE_FIELDS.values(), *rows_of(" ".join(SECRETS), str), ON_INPUTS,
     Field("n_epochs", int, low=1, high=20), Field("n_checkpoints", int, low=1, high=100),
     Field("batch_size", int, str, low=1, high=1024), Field("max_seq_length", int, low=1),
     Field("learning_rate", float, low=1e-06, high=1), Field("warmup_ratio", float, low=0, high=1),
@@ -9285,7 +9228,7 @@ FINE_TUNE_FIELDS = Fields(
     *rows_of("wandb_base_url wandb_project_name wandb_name wandb_entity", str),
 )  # fmt: skip
 METRIC_FIELDS = Fields(
-    *rows_of("global_step_from global_step_to", int), Field("resolution", int, low=0),
+    *rows_of("global_step_from global_step_to resolution", int, low=0),
     *rows_of("logged_at_from logged_at_to", str),
 )  # fmt: skip
 LIMIT_FIELDS = Fields(*rows_of("model_name model", str))
@@ -9331,7 +9274,7 @@ EVENT: Item = {
 # What a job reports on entering a status: the status, a type and the documented message.
 FINE_TUNE_EVENTS = """\
 pending job_pending Fine tune request created
-running job_start Job started at {time}
+running job_start Job started at {updated_at}
 running model_download_complete Model data downloaded for {model}
 running training_data_download_complete Data downloaded for {training_file}
 running training_start Training started for model {model}
@@ -9339,7 +9282,7 @@ uploading epoch_complete Epoch completed, at step {step}
 uploading training_complete Training completed for {model}
 uploading model_uploading Uploading {artifact} model
 completed model_upload_complete Model upload complete
-completed job_complete Job finished at {time}
+completed job_complete Job finished at {updated_at}
 error job_error The job was scripted to fail
 cancelled job_stopped Job cancelled"""
 
@@ -9365,22 +9308,26 @@ def list_steps(job: Item, count: int) -> list[int]:
     return sorted({total * (n + 1) // count for n in range(count)} - {0})
 
 
-def list_new_events(job: Item, status: str, now: str) -> list[Item]:
+def list_new_events(job: Item, status: str) -> list[Item]:
     """Return what a job reports when it reaches a status; an epoch's end once for each."""
     artifact = "output" if job["training_type"]["type"] == "Full" else "adapter"
-    steps, facts = list_steps(job, job["n_epochs"]), {**job, "time": now, "artifact": artifact}
-    common = {**EVENT, "created_at": now, "level": "error" if status == "error" else "info"}
-    common.update(total_steps=steps[-1], model_path=job["model_output_path"])
-    last = steps[-1:] if status == "uploading" else [0]
-    return [
-        {**common, "type": type, "step": step, "message": message.format(step=step, **facts)}
-        for entered, type, message in [line.split(" ", 2) for line in FINE_TUNE_EVENTS.split("\n")]
-        if entered == status
-        for step in (steps if type == "epoch_complete" else last)
-    ]
+    steps, events = list_steps(job, job["n_epochs"]), []
+    for line in FINE_TUNE_EVENTS.split("\n"):
+        entered, type, message = line.split(" ", 2)
+        last = steps[-1:] if status == "uploading" else [0]
+        for step in steps if type == "epoch_complete" else last:
+            facts = {
+                "created_at": job["updated_at"],
+                "level": "error" if status == "error" else "info",
+                "total_steps": steps[-1], "model_path": job["model_output_path"],
+                "type": type, "step": step,
+                "message": message.format_map({**job, "step": step, "artifact": artifact}),
+            }  # fmt: skip
+            events += [{**EVENT, **facts}] if entered == status else []
+    return events
 
 
-def on_enter_fine_tune(server: TogetherAiServer, job: Item, status: str) -> Item:
+def enter_fine_tune(server: TogetherAiServer, job: Item, status: str) -> Item:
     """Return what changes in a job when it reaches a status; add the model when it is made."""
     changes: Item = {"updated_at": format_time(server._now())}
     if status == "running":
@@ -9391,8 +9338,23 @@ def on_enter_fine_tune(server: TogetherAiServer, job: Item, status: str) -> Item
         changes["token_count"] = job["TrainingFileSize"] // TRAIN_TOKEN_BYTES * job["n_epochs"]
         base, name = server.models.get(job["model"], UNKNOWN_MODEL), job["model_output_name"]
         server._add_model(base.derive(name, USER, name.partition("/")[2], base.prices))
-    events = list_new_events({**job, **changes}, status, changes["updated_at"])
-    return {**changes, "events": job["events"] + events}
+    return {**changes, "events": job["events"] + list_new_events({**job, **changes}, status)}
+
+
+def show_fine_tune(server: TogetherAiServer, request: Request, job: Item) -> Item:
+    """Return a job; one that is asked for by its id has its events, typed as the client has it."""
+    events = job["events"] if request.method == "GET" and request.params else []
+    if "x-stainless-lang" not in request.headers:
+        events = [{**event, "type": event["type"].upper()} for event in events]
+    return {**job, "events": events}
+
+
+FINE_TUNES = Jobs(
+    "fine_tunes", "pending queued running uploading completed", enter_fine_tune, show_fine_tune,
+    cancelled="cancel_requested cancelled",
+)  # fmt: skip
+route("GET", "/v1/fine-tunes/{id}")(FINE_TUNES.get)
+route("POST", "/v1/fine-tunes/{id}/cancel")(FINE_TUNES.cancel)
 
 
 @stored("fine_tunes")
@@ -9406,31 +9368,26 @@ def fine_tune_object(server: TogetherAiServer, item: Item) -> Item:
     job["model_output_name"] = f"{USER}/{'-'.join(words)}"
     job.update(TrainingFileNumLines=file["LineCount"], TrainingFileSize=file["bytes"])
     job = merge(job, {**item, **complete_training(item), "events": []})
-    status, ladder = job["status"], FINE_TUNE_LADDER
+    status, ladder = job["status"], FINE_TUNES.statuses
     passed = ladder[: ladder.index(status) + 1] if status in ladder else ("pending", status)
     for status in passed:
-        job.update(on_enter_fine_tune(server, job, status))
+        job.update(enter_fine_tune(server, job, status))
     events = [merge({**EVENT, "type": ""}, event) for event in item.get("events") or ()]
     return merge(job, {**item, "batch_size": job["batch_size"], "events": events or None})
 
 
-FINE_TUNE_JOBS = JobKind("fine_tunes", FINE_TUNE_LADDER, on_enter_fine_tune)
-
-
-def check_training_file(server: TogetherAiServer, id: str, param: str, method: str) -> None:
-    """Refuse a file that is missing, or that no model can be trained on in this way."""
-    file = find_file(server, id, param)
-    report = file.get("validation_report") or {"valid": file["Processed"]}
-    form = report.get("dataset_format")
-    if file["purpose"] != "fine-tune":
-        reason = f"its purpose is {file['purpose']}, not fine-tune"
-    elif not report["valid"]:
+def check_training_file(server: TogetherAiServer, id: str, param: str, method: str) -> Item:
+    """Return the report on a file; refuse one that no model can be trained on in this way."""
+    file = find_file(server, id, param, "fine-tune")
+    report: Item = file.get("validation_report") or {"valid": file["Processed"]}
+    form, reason = report.get("dataset_format"), ""
+    if not report["valid"]:
         reason = report.get("error") or "its data was never put"
     elif form and (form == "PREFERENCE") != (method == "dpo"):
         reason = f"its format is {form}, which the training method {method} does not take"
-    else:
-        return
-    raise ApiError("bad_file", param=param, id=id, reason=reason)
+    if reason:
+        raise ApiError("bad_file", param=param, id=id, reason=reason)
+    return report
 
 
 def resolve_trainable(server: TogetherAiServer, id: str) -> Model:
@@ -9455,46 +9412,23 @@ def create_fine_tune(server: TogetherAiServer, request: Request) -> Any:
     for name in ("training_file", "validation_file"):
         if body.get(name):
             check_training_file(server, body[name], name, method)
-    kept = set(FINE_TUNE_FIELDS).difference(row.name for row in SECRET_ROWS)
-    given = {name: value for name, value in body.items() if name in kept}
-    job = server._store("fine_tunes", {**given, "model": resolve_trainable(server, model).id})
-    job = FINE_TUNE_JOBS.start(server, request, job)
-    return {**job, "events": []}
+    item = {name: body[name] for name in body if name in FINE_TUNE_FIELDS and name not in SECRETS}
+    item["model"] = resolve_trainable(server, model).id
+    return show_fine_tune(server, request, FINE_TUNES.start(server, request, item))
 
 
 @route("GET", "/v1/fine-tunes", query=LIST_FIELDS)
 def list_fine_tunes(server: TogetherAiServer, request: Request) -> Any:
     """List the fine-tuning jobs, newest first; they do not move."""
     jobs = server.fine_tunes.list(request.args.get("limit"), request.args.get("after"))
-    return {"data": [{**job, "events": []} for job in jobs]}
+    return {"data": [show_fine_tune(server, request, job) for job in jobs]}
 
 
 @route("GET", "/v1/fine-tunes/{id}/events")
 def list_events(server: TogetherAiServer, request: Request) -> Any:
     """List what a fine-tuning job has reported."""
-    # types are in the case of the client's own
-    events = server.fine_tunes.get(request.params["id"])["events"]
-    if "x-stainless-lang" not in request.headers:
-        events = [{**event, "type": event["type"].upper()} for event in events]
-    return {"data": events}
-
-
-@route("GET", "/v1/fine-tunes/{id}")
-def get_fine_tune(server: TogetherAiServer, request: Request) -> Any:
-    """Describe a fine-tuning job and take it one step on."""
-    id, jobs = request.params["id"], server.fine_tunes
-    cancelled = jobs.get(id)["status"] in CANCEL_LADDER
-    job = FINE_TUNE_JOBS.advance(server, id, CANCEL_LADDER if cancelled else FINE_TUNE_LADDER)
-    return {**job, "events": list_events(server, request)["data"]}
-
-
-@route("POST", "/v1/fine-tunes/{id}/cancel")
-def cancel_fine_tune(server: TogetherAiServer, request: Request) -> Any:
-    """Ask a fine-tuning job to end."""
-    id, changes = request.params["id"], {"status": CANCEL_LADDER[0]}
-    changes["updated_at"] = format_time(server._now())
-    server.outcomes.pop(id, None)
-    return {**FINE_TUNE_JOBS.cancel(server, id, **changes), "events": []}
+    job = server.fine_tunes.get(request.params["id"])
+    return {"data": show_fine_tune(server, request, job)["events"]}
 
 
 @route("DELETE", "/v1/fine-tunes/{id}", query=Fields(Field("force", bool)))
@@ -9509,11 +9443,13 @@ def delete_fine_tune(server: TogetherAiServer, request: Request) -> Any:
 def list_checkpoints(server: TogetherAiServer, request: Request) -> Any:
     """List the checkpoints of a fine-tuning job, the final ones when it has completed."""
     job = server.fine_tunes.get(request.params["id"])
-    if job["status"] not in FINE_TUNE_LADDER[3:]:
-        return {"data": []}
     *steps, last = list_steps(job, job["n_checkpoints"])
-    names = FINAL_CHECKPOINTS[job["training_type"]["type"]] if job["status"] == "completed" else ()
-    found = [("Intermediate", step) for step in steps] + [(name, last) for name in names]
+    found = [("Intermediate", step) for step in steps]
+    if job["status"] == "completed":
+        full = job["training_type"]["type"] == "Full"
+        found += [(f"Final{of}", last) for of in ([""] if full else [" Merged", " Adapter"])]
+    elif job["status"] != "uploading":
+        found = []
     place, made = f"s3://{USER}/{job['id']}", job["updated_at"]
     return {"data": [
         {"step": step, "created_at": made, "checkpoint_type": name,
@@ -9527,19 +9463,19 @@ def list_metrics(server: TogetherAiServer, request: Request) -> Any:
     """List the loss curve of a fine-tuning job as far as it has come; it falls."""
     job, args = server.fine_tunes.get(request.params["id"]), request.args
     total, rate, rng = list_steps(job, 1)[0], job["learning_rate"], HashRandom.of("loss", job["id"])
-    halves = {"pending": 0, "queued": 0, "uploading": 2, "completed": 2}.get(job["status"], 1)
-    first = max(1, args.get("global_step_from") or 1)
-    last = min((total * halves + 1) // 2, args.get("global_step_to") or total)
+    done = {"pending": 0, "queued": 0, "uploading": total, "completed": total}
+    last = min(done.get(job["status"], (total + 1) // 2), args.get("global_step_to") or total)
+    first = args.get("global_step_from") or 1
     points = min(args.get("resolution") or MAX_METRICS, MAX_METRICS, max(0, last - first + 1))
     steps = [first + (last - first) * n // max(1, points - 1) for n in range(points)]
     high, low = 2 + rng.random(), 0.3 + rng.random() / 3
     # a point moves by less than half of what the curve falls until the next
-    bumps = [(step + 0.4 * rng.child(step).random()) / total for step in steps]
     return {"metrics": [
         {"train/global_step": step, "train/epoch": round(step / total * job["n_epochs"], 4),
-         "train/loss": round(low + (high - low) / (1 + 8 * at), 6),
+         "train/loss": round(low + (high - low) / (1 + 8 * at / total), 6),
          "train/learning_rate": round(rate * (1 - (step - 1) / total), 12)}
-        for step, at in zip(steps, bumps)
+        for step in steps
+        for at in [step + 0.4 * rng.child(step).random()]
     ]}  # fmt: skip
 
 
@@ -9584,11 +9520,13 @@ def download_model(server: TogetherAiServer, request: Request) -> Any:
     """Return the archive of a trained model, or a range of it."""
     import tarfile
 
-    args, jobs = request.args, server.fine_tunes
-    job = jobs.get(args.get("ft_id") or "")
+    args, tar = request.args, io.BytesIO()
+    job = server.fine_tunes.get(args.get("ft_id") or "")
     if job["status"] != "completed":
-        raise FINE_TUNE_JOBS.refuse(server, job, "its model can be downloaded when it is completed")
-    steps, tar = list_steps(job, job["n_checkpoints"]), io.BytesIO()
+        reason = "its model can be downloaded when it is completed"
+        facts = {"noun": "Fine-tune", "id": job["id"], "status": job["status"]}
+        raise ApiError("bad_state", **facts, reason=reason)
+    steps = list_steps(job, job["n_checkpoints"])
     step = args.get("checkpoint_step") or steps[-1]
     if step not in steps:
         raise ApiError("no_object", param="checkpoint_step", noun="Checkpoint", id=step)
@@ -9600,12 +9538,10 @@ def download_model(server: TogetherAiServer, request: Request) -> Any:
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             archive.addfile(entry, io.BytesIO(data))
-    packer = zlib.compressobj(0, zlib.DEFLATED, -zlib.MAX_WBITS)
-    data = tar.getvalue()
-    # By hand: the header that gzip writes differs between versions of Python.
-    head, tail = b"\x1f\x8b\x08\0\0\0\0\0\0\xff", struct.pack("<2I", zlib.crc32(data), len(data))
-    packed = head + packer.compress(data) + packer.flush() + tail
-    return serve_bytes(request, packed, "application/x-tar")
+    packer = zlib.compressobj(0, zlib.DEFLATED, 16 + zlib.MAX_WBITS)  # gzip
+    packed = packer.compress(tar.getvalue()) + packer.flush()
+    head = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"  # zlib's own names the system
+    return serve_bytes(request, head + packed[len(head) :], "application/x-tar")
 
 
 def tokenize_file(server: TogetherAiServer, id: str, count: int, on_inputs: bool) -> list[Item]:
@@ -9632,28 +9568,23 @@ def tokenize_file(server: TogetherAiServer, id: str, count: int, on_inputs: bool
 def preview_training(server: TogetherAiServer, request: Request) -> Any:
     """Show the first examples of a training file as tokens."""
     body, id = request.body, request.body["training_file"]
-    check_training_file(server, id, "training_file", "sft")
-    form = server.files.get(id)["validation_report"].get("dataset_format", "GENERAL").lower()
+    form = check_training_file(server, id, "training_file", "sft").get("dataset_format", "general")
     on_inputs, count = bool(body.get("train_on_inputs")), body.get("top_k") or 5
     return {
-        "model": body["model"], "dataset_format": form, "train_on_inputs": on_inputs,
+        "model": body["model"], "dataset_format": form.lower(), "train_on_inputs": on_inputs,
         "max_seq_length": LIMITS["max_seq_length_sft"],
         "rows": tokenize_file(server, id, count, on_inputs),
     }  # fmt: skip
 
 
-def encode_examples(server: TogetherAiServer, id: str) -> bytes:
-    """Return the training examples of a job as JSON lines of tokens."""
-    job = server.fine_tunes.get(id)
-    on_inputs = job["train_on_inputs"] is True
-    examples = tokenize_file(server, job["training_file"], MAX_TOKENIZED, on_inputs)
-    return "".join(ENCODE(row) + "\n" for row in examples).encode()
-
-
 @route("GET", "/__tokenized/{id}.jsonl", open=True)
 def serve_tokenized_dataset(server: TogetherAiServer, request: Request) -> Any:
     """Serve the tokens of a job's training file; it needs no key."""
-    return serve_bytes(request, encode_examples(server, request.params["id"]), NDJSON)
+    job = server.fine_tunes.get(request.params["id"])
+    on_inputs = job["train_on_inputs"] is True
+    examples = tokenize_file(server, job["training_file"], MAX_TOKENIZED, on_inputs)
+    data = "".join(ENCODE(row) + "\n" for row in examples).encode()
+    return serve_bytes(request, data, NDJSON)
 
 
 @route("GET", "/v1/fine-tunes/{id}/download-tokenized-dataset")
@@ -9662,7 +9593,7 @@ def get_tokenized_dataset(server: TogetherAiServer, request: Request) -> Any:
     id = request.params["id"]
     return {
         "url": f"{request.origin}/__tokenized/{id}.jsonl", "filename": f"{id}-tokenized.jsonl",
-        "size": len(encode_examples(server, id)), "content_type": NDJSON,
+        "size": len(serve_tokenized_dataset(server, request).body), "content_type": NDJSON,
         "expires_at": format_time(server._now() + 3600),
     }  # fmt: skip
 
@@ -9677,11 +9608,10 @@ JUDGE_ROWS = (
     Field("temperature", float, low=0, high=2),
 )  # fmt: skip
 JUDGED_FIELDS = Fields(*JUDGE_ROWS, Field("input_template", str, required=True))
-MODELS_JUDGED = ("model_to_evaluate", "model_a", "model_b")
 PARAMETER_ROWS = (
     Field("judge", dict, required=True, fields=Fields(*JUDGE_ROWS)),
-    *rows_of("input_data_file_path", str, required=True, low=1),
-    *rows_of(" ".join(MODELS_JUDGED), str, dict, fields=JUDGED_FIELDS),
+    Field("input_data_file_path", str, required=True, low=1),
+    *rows_of("model_to_evaluate model_a model_b", str, dict, fields=JUDGED_FIELDS),
 )
 LABELS = rows_of("labels pass_labels", list, required=True, low=1, each=TEXT_ROW)
 SCORES = rows_of("min_score max_score pass_threshold", float, required=True, low=-1e9, high=1e9)
@@ -9697,11 +9627,11 @@ EVALUATION_FIELDS = Fields(TYPE_ROW, Field("parameters", dict, required=True))
 LIST_EVALUATIONS = Fields(Field("status", str), Field("limit", int, low=0))
 
 
-def summarize_verdicts(type: str, verdicts: list[Any], said: dict[str, Any]) -> dict[str, Any]:
+def summarize_verdicts(type: str, verdicts: list[Any], said: Item) -> Item:
     """Return the results of an evaluation, as far as the verdicts give them."""
     if type == "compare":
-        names = (("A_wins", "A"), ("B_wins", "B"), ("Ties", "Tie"))
-        return {name: verdicts.count(verdict) for name, verdict in names}
+        names = {"A_wins": "A", "B_wins": "B", "Ties": "Tie"}
+        return {name: verdicts.count(verdict) for name, verdict in names.items()}
     count, passing = len(verdicts) or 1, said.get("pass_labels", ())
     passed = [v in passing if type == "classify" else v >= said["pass_threshold"] for v in verdicts]
     share = {"pass_percentage": round(100 * sum(passed) / count, 2)}
@@ -9714,31 +9644,23 @@ def summarize_verdicts(type: str, verdicts: list[Any], said: dict[str, Any]) -> 
     return {"aggregated_scores": scores, "failed_samples": 0, "invalid_score_count": 0}
 
 
-def judge_rows(server: TogetherAiServer, job: dict[str, Any]) -> dict[str, Any]:
-    """Judge every row of the data and store the outcome; bad data is the user's error."""
+def judge_rows(server: TogetherAiServer, job: Item) -> Item:
+    """Judge every row of the data, store the outcome and return the results."""
     type, facts = job["type"], dict(job["parameters"])
-    try:
-        id = server.files.get(facts.pop("input_data_file_path", ""))["id"]
-        judged = [parse_line(line) for _, line in read_lines(server.contents.get(id, b""))]
-    except ApiError as error:
-        return {"status": "user_error", "results": {"error": error.message}}
+    id = server.files.get(facts.pop("input_data_file_path", ""))["id"]
+    judged = [parse_line(line) for _, line in read_lines(server.contents.get(id, b""))]
     source, choices = HashRandom.of("evaluation", [type, facts]), EVALUATIONS[type][1](facts)
     for row in judged:
         rng = source.child(ENCODE(row))
         row.update(verdict=rng.choice(choices), feedback=make_text(rng.child("feedback"), 1))
     lines = "".join([ENCODE(row) + "\n" for row in judged])
     item = {"filename": f"{job['workflow_id']}_results.jsonl", "purpose": "eval-output"}
-    try:
-        file = server._store("files", {**item, "content": lines})
-    except ApiError as error:
-        return {"status": "error", "results": {"error": error.message}}
+    file = server._store("files", {**item, "content": lines})
     counts = {"generation_fail_count": 0, "judge_fail_count": 0, "result_file_id": file["id"]}
-    return {
-        "results": {**summarize_verdicts(type, [row["verdict"] for row in judged], facts), **counts}
-    }
+    return {**summarize_verdicts(type, [row["verdict"] for row in judged], facts), **counts}
 
 
-def note_status(server: TogetherAiServer, status: str, updates: Any = ()) -> dict[str, Any]:
+def note_status(server: TogetherAiServer, status: str, updates: Any = ()) -> Item:
     """Return what a change of status adds to a job that keeps its history."""
     now = format_time(server._now())
     update = {"status": status, "message": f"Job is {status}", "timestamp": now}
@@ -9746,7 +9668,7 @@ def note_status(server: TogetherAiServer, status: str, updates: Any = ()) -> dic
 
 
 @stored("evaluations")
-def evaluation_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
+def evaluation_object(server: TogetherAiServer, item: Item) -> Item:
     """Complete an evaluation job."""
     ids = (f"{server._next_id('eval-')[:9]}-{server._now()}" for _ in itertools.count())
     template: Item = {
@@ -9761,44 +9683,50 @@ def evaluation_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[st
     return merge(template, item)
 
 
-def on_enter_evaluation(
-    server: TogetherAiServer, job: dict[str, Any], status: str
-) -> dict[str, Any]:
-    """Judge the data when the job is to complete."""
-    changes: dict[str, Any] = judge_rows(server, job) if status == "completed" else {}
-    if status in ("error", "user_error"):
-        changes = {"results": {"error": f"The evaluation was scripted to end as {status}."}}
-    return {**note_status(server, changes.get("status", status), job["status_updates"]), **changes}
+def enter_evaluation(server: TogetherAiServer, job: Item, status: str) -> Item:
+    """Judge the data when the job is to complete; what goes wrong is in the results."""
+    changes: Item = {}
+    if status == "completed":
+        try:
+            changes["results"] = judge_rows(server, job)
+        except ApiError as error:
+            status = "error" if error.name == "storage_full" else "user_error"
+            changes["results"] = {"error": error.message}
+    elif status in ("error", "user_error"):
+        changes["results"] = {"error": f"The evaluation was scripted to end as {status}."}
+    return {**note_status(server, status, job["status_updates"]), **changes}
 
 
-def show_evaluation(server: TogetherAiServer, request: Request, job: dict[str, Any]) -> Item:
+def show_evaluation(server: TogetherAiServer, request: Request, job: Item) -> Item:
     """Return a job; the generated clients want the counts of labels as JSON text."""
     results = job["results"]
     generated = is_together(request) and "x-stainless-lang" in request.headers
     if generated and type(results) is dict and "label_counts" in results:
         results["label_counts"] = ENCODE(results["label_counts"])
+    if request.route.path.endswith("/status"):
+        return {"status": job["status"], "results": results}
     return job
 
 
-EVALUATION_JOBS = JobKind(
-    "evaluations",
-    ("pending", "queued", "running", "completed"),
-    on_enter_evaluation,
-    show_evaluation,
+EVALUATION_JOBS = Jobs(
+    "evaluations", "pending queued running completed", enter_evaluation, show_evaluation
 )
+route("GET", "/v1/evaluation/{id}")(EVALUATION_JOBS.get)
+route("GET", "/v1/evaluations/{id}")(EVALUATION_JOBS.get)
+route("GET", "/v1/evaluation/{id}/status")(EVALUATION_JOBS.get)
+route("GET", "/v1/evaluations/{id}/status")(EVALUATION_JOBS.get)
 
 
 @route("POST", "/v1/evaluation", body=EVALUATION_FIELDS, kind="job", response=SCRIPTED_END)
 @route("POST", "/v1/evaluations", body=EVALUATION_FIELDS, kind="job", response=SCRIPTED_END)
 def create_evaluation(server: TogetherAiServer, request: Request) -> Any:
     """Start to judge the rows of a data file."""
-    type, parameters = request.body["type"], copy_json(request.body["parameters"])
+    type, parameters = request.body["type"], request.body["parameters"]
     EVALUATIONS[type][0].check(parameters, "parameters.")
-    for name in ("judge", *MODELS_JUDGED):
-        if isinstance(parameters.get(name), dict):
-            parameters[name].pop("external_api_token", None)  # no answer shows it
-    job = server._store("evaluations", {"type": type, "parameters": parameters})
-    EVALUATION_JOBS.start(server, request, job)
+    for model in parameters.values():
+        if isinstance(model, dict):
+            model.pop("external_api_token", None)  # no answer shows it
+    job = EVALUATION_JOBS.start(server, request, {"type": type, "parameters": parameters})
     return {"workflow_id": job["workflow_id"], "status": "pending"}
 
 
@@ -9806,11 +9734,9 @@ def create_evaluation(server: TogetherAiServer, request: Request) -> Any:
 @route("GET", "/v1/evaluations", query=LIST_EVALUATIONS)
 def list_evaluations(server: TogetherAiServer, request: Request) -> Any:
     """List evaluations, newest first; they do not move."""
-    status = request.args.get("status")
+    status, most = request.args.get("status"), request.args.get("limit") or 10
     jobs = [job for job in server.evaluations if status in (None, job["status"])]
-    return [
-        show_evaluation(server, request, job) for job in jobs[: request.args.get("limit") or 10]
-    ]
+    return [show_evaluation(server, request, job) for job in jobs[:most]]
 
 
 @route("GET", "/v1/evaluation/model-list", query=Fields(Field("model_source", str)))
@@ -9818,21 +9744,6 @@ def list_evaluations(server: TogetherAiServer, request: Request) -> Any:
 def list_judges(server: TogetherAiServer, request: Request) -> Any:
     """Name the models that can judge."""
     return {"model_list": [id for id, model in list(server.models.items()) if model.type == "chat"]}
-
-
-@route("GET", "/v1/evaluation/{id}")
-@route("GET", "/v1/evaluations/{id}")
-def get_evaluation(server: TogetherAiServer, request: Request) -> Any:
-    """Describe an evaluation, one step on."""
-    return EVALUATION_JOBS.show(server, request)
-
-
-@route("GET", "/v1/evaluation/{id}/status")
-@route("GET", "/v1/evaluations/{id}/status")
-def get_evaluation_status(server: TogetherAiServer, request: Request) -> Any:
-    """Tell an evaluation's status and results, one step on."""
-    job = EVALUATION_JOBS.show(server, request)
-    return {"status": job["status"], "results": job["results"]}
 
 
 # --- Dedicated endpoints
@@ -9848,7 +9759,7 @@ ENDPOINT_FIELDS = Fields(
     *rows_of("disable_prompt_cache disable_speculative_decoding", bool),
 )  # fmt: skip
 LIST_ENDPOINTS = Fields(*rows_of("type usage_type", str), Field("mine", bool))
-ENDPOINT_LADDER = ("PENDING", "STARTING", "STARTED")
+ADAPTER_FIELDS = Fields(Field("model_id", str, required=True, low=1))
 # GPU, its GB, link and cents a minute for one; prices chosen
 HARDWARE = (("h100", 80, "sxm", 5.65), ("a100", 80, "sxm", 4.28), ("l40s", 48, "pcie", 3.5))
 
@@ -9858,7 +9769,7 @@ def add_model(server: TogetherAiServer, name: str, base: str) -> None:
     server._add_model(server.models.get(base, UNKNOWN_MODEL).derive(name, USER))
 
 
-def on_enter_endpoint(server: TogetherAiServer, endpoint: dict[str, Any], state: str) -> Any:
+def enter_endpoint(server: TogetherAiServer, endpoint: Item, state: str) -> Item:
     """Let an endpoint answer while it is started."""
     server.models.pop(endpoint["name"], None)
     if state == "STARTED":
@@ -9866,8 +9777,12 @@ def on_enter_endpoint(server: TogetherAiServer, endpoint: dict[str, Any], state:
     return {}
 
 
+ENDPOINTS = Jobs("endpoints", "PENDING STARTING STARTED", enter_endpoint)
+route("GET", "/v1/endpoints/{id}")(ENDPOINTS.get)
+
+
 @stored("endpoints")
-def endpoint_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
+def endpoint_object(server: TogetherAiServer, item: Item) -> Item:
     """Complete an endpoint; a started one answers under its name."""
     id = item.get("id") or server._next_id("endpoint-")
     model = item.get("model", "meta-llama/Llama-3.3-70B-Instruct-Turbo")
@@ -9887,11 +9802,8 @@ def endpoint_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str,
         "created_at": format_time(server._now()),
     }
     endpoint = merge(template, item)
-    on_enter_endpoint(server, endpoint, endpoint["state"])
+    enter_endpoint(server, endpoint, endpoint["state"])
     return endpoint
-
-
-ENDPOINT_JOBS = JobKind("endpoints", ENDPOINT_LADDER, on_enter_endpoint)
 
 
 @route("GET", "/v1/endpoints", query=LIST_ENDPOINTS)
@@ -9908,28 +9820,21 @@ def create_endpoint(server: TogetherAiServer, request: Request) -> Any:
         raise ApiError("no_new_endpoints")
     resolve_model(server, request.body["model"], "chat")
     item = pick_given(request.body, ("model", "hardware", *CHANGE_FIELDS))
-    item["state"] = "STOPPED" if item.get("state") == "STOPPED" else ENDPOINT_LADDER[0]
-    return ENDPOINT_JOBS.start(server, request, server._store("endpoints", item))
-
-
-@route("GET", "/v1/endpoints/{id}")
-def get_endpoint(server: TogetherAiServer, request: Request) -> Any:
-    """Describe an endpoint, one step on."""
-    return ENDPOINT_JOBS.show(server, request)
+    item["state"] = "STOPPED" if item.get("state") == "STOPPED" else "PENDING"
+    return ENDPOINTS.start(server, request, item)
 
 
 @route("PATCH", "/v1/endpoints/{id}", body=CHANGE_FIELDS)
 def update_endpoint(server: TogetherAiServer, request: Request) -> Any:
     """Start or stop an endpoint, or change its settings."""
-    changes = pick_given(request.body, CHANGE_FIELDS)
+    id, changes = request.params["id"], pick_given(request.body, CHANGE_FIELDS)
     with server.job_lock:
-        endpoint = server.endpoints.get(request.params["id"])
+        before = server.endpoints.get(id)["state"]
         if changes.get("state") == "STARTED":  # one that is not stopped goes on as it is
-            begun = endpoint["state"] in ENDPOINT_LADDER
-            changes["state"] = endpoint["state"] if begun else ENDPOINT_LADDER[0]
-        endpoint = server.endpoints.update(endpoint["id"], **changes)
-        on_enter_endpoint(server, endpoint, endpoint["state"])
-    return ENDPOINT_JOBS.start(server, request, endpoint)
+            changes["state"] = before if before in ENDPOINTS.statuses else "PENDING"
+        endpoint = server.endpoints.update(id, **changes)
+        enter_endpoint(server, endpoint, endpoint["state"])
+    return ENDPOINTS.advance(server, id) if server.instant_jobs else endpoint
 
 
 @route("DELETE", "/v1/endpoints/{id}", status=204)
@@ -9941,43 +9846,29 @@ def delete_endpoint(server: TogetherAiServer, request: Request) -> Any:
     return Reply(status=204)
 
 
-ADAPTER_FIELDS = Fields(Field("model_id", str, required=True, low=1))
-
-
-def list_adapters_of(server: TogetherAiServer, id: str) -> list[str]:
-    """Return the adapters of an endpoint."""
-    return server.adapters.setdefault(server.endpoints.get(id)["id"], [])
-
-
 @route("GET", "/v1/endpoints/{id}/adapters")
-def list_adapters(server: TogetherAiServer, request: Request) -> Any:
-    """List the LoRA adapters that an endpoint has loaded."""
+@route("POST", "/v1/endpoints/{id}/adapters", body=ADAPTER_FIELDS)
+@route("DELETE", "/v1/endpoints/{id}/adapters", body=ADAPTER_FIELDS)
+def handle_adapters(server: TogetherAiServer, request: Request) -> Any:
+    """List, load or unload the LoRA adapters of an endpoint, which answer as `endpoint:adapter`."""
+    endpoint, id = server.endpoints.get(request.params["id"]), request.body.get("model_id", "")
+    adapters = server.adapters.setdefault(endpoint["id"], [])
+    found = id in adapters
+    if request.method == "POST":
+        if not found:
+            adapters.append(id)
+            add_model(server, id, endpoint["model"])
+        return {"model_id": id}
+    if request.method == "DELETE":
+        if found:
+            adapters.remove(id)
+            server.models.pop(id, None)
+        return {"model_id": id, "deleted": found}
     items = []
-    for id in list_adapters_of(server, request.params["id"]):
+    for id in adapters:
         name, _, adapter = id.partition(":")
         items.append({"model_id": id, "endpoint_name": name, "adapter_name": adapter})
     return {"object": "list", "data": items}
-
-
-@route("POST", "/v1/endpoints/{id}/adapters", body=ADAPTER_FIELDS)
-def add_adapter(server: TogetherAiServer, request: Request) -> Any:
-    """Load an adapter, named `endpoint:adapter`; that name answers from then on."""
-    id, adapters = request.body["model_id"], list_adapters_of(server, request.params["id"])
-    if id not in adapters:
-        adapters.append(id)
-        add_model(server, id, server.endpoints.get(request.params["id"])["model"])
-    return {"model_id": id}
-
-
-@route("DELETE", "/v1/endpoints/{id}/adapters", body=ADAPTER_FIELDS)
-def remove_adapter(server: TogetherAiServer, request: Request) -> Any:
-    """Unload an adapter."""
-    id, adapters = request.body["model_id"], list_adapters_of(server, request.params["id"])
-    found = id in adapters
-    if found:
-        adapters.remove(id)
-        server.models.pop(id, None)
-    return {"model_id": id, "deleted": found}
 
 
 @route("GET", "/v1/hardware", query=Fields(Field("model", str)))
@@ -10417,7 +10308,7 @@ def video_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, An
     return merge(template, item)
 
 
-def on_enter_video(server: TogetherAiServer, job: dict[str, Any], status: str) -> dict[str, Any]:
+def enter_video(server: TogetherAiServer, job: dict[str, Any], status: str) -> dict[str, Any]:
     """Note when a video was completed, or that it was not."""
     failure = {"error": job["error"] or {"code": None, "message": "The video failed"}}
     return failure if status == "failed" else {"completed_at": server._now()}
@@ -10429,9 +10320,8 @@ def show_video(server: TogetherAiServer, request: Request, job: dict[str, Any]) 
     return {**job, "outputs": job["outputs"] if done else None, "progress": 100 if done else 0}
 
 
-VIDEO_JOBS = JobKind("videos", ("in_progress", "completed"), on_enter_video, show_video)
-
-
+VIDEOS = Jobs("videos", "in_progress completed", enter_video, show_video)
+route("GET", "/v2/videos/{id}")(VIDEOS.get)
 VIDEO_ENDS = {"completed": "completed", "processing": "completed", "failed": "failed"}
 SCRIPTED_VIDEO = Keys(
     Field("id", str, required=True),
@@ -10465,14 +10355,7 @@ def create_video(server: TogetherAiServer, request: Request) -> Any:
     }  # fmt: skip
     if script.get("error"):
         item["error"] = {"code": None, "message": script["error"]}
-    job = VIDEO_JOBS.start(server, request, server._store("videos", item))
-    return show_video(server, request, job)
-
-
-@route("GET", "/v2/videos/{id}")
-def get_video(server: TogetherAiServer, request: Request) -> Any:
-    """Describe a video, one step on."""
-    return VIDEO_JOBS.show(server, request)
+    return show_video(server, request, VIDEOS.start(server, request, item))
 
 
 @route("GET", "/shrt/videos/{name}", open=True)
@@ -10903,7 +10786,6 @@ MODEL_UPLOAD_FIELDS = Fields(
     Field("model_type", str, choices=("model", "adapter")),
     *rows_of("hf_token description base_model lora_model", str),
 )
-UPLOAD_LADDER = ("Queued", "Running", "Complete")
 
 
 @route("GET", "/v1/projects", query=PAGE_FIELDS)
@@ -10950,19 +10832,20 @@ def upload_job_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[st
         "job_id": server._next_id("job-"),
         "args": {"description": "", "modelName": f"{USER}/model", "modelSource": ""},
         "created_at": format_time(server._now()),
-        **note_status(server, item.get("status", UPLOAD_LADDER[0])),
+        **note_status(server, item.get("status", "Queued")),
     }
     return merge(template, item)
 
 
-def on_enter_upload(server: TogetherAiServer, job: dict[str, Any], status: str) -> dict[str, Any]:
+def enter_upload(server: TogetherAiServer, job: dict[str, Any], status: str) -> dict[str, Any]:
     """Let a model answer when its upload is complete."""
     if status == "Complete":
         add_model(server, job["args"]["modelName"], "")
     return note_status(server, status, job["status_updates"])
 
 
-UPLOAD_JOBS = JobKind("jobs", UPLOAD_LADDER, on_enter_upload)
+UPLOADS = Jobs("jobs", "Queued Running Complete", enter_upload)
+route("GET", "/v1/jobs/{id}")(UPLOADS.get)
 
 
 @route("POST", "/v1/models", body=MODEL_UPLOAD_FIELDS)
@@ -10971,8 +10854,7 @@ def upload_model(server: TogetherAiServer, request: Request) -> Any:
     name, source = request.body["model_name"], request.body["model_source"].partition("?")[0]
     name = name if "/" in name else f"{USER}/{name}"  # and no query: its signature is a secret
     args = {"modelName": name, "modelSource": source, **pick_given(request.body, ["description"])}
-    job = server._store("jobs", {"args": {"description": "", **args}})
-    UPLOAD_JOBS.start(server, request, job)
+    job = UPLOADS.start(server, request, {"args": {"description": "", **args}})
     kind = "remote" if "://" in source else "huggingface"
     data = {"job_id": job["job_id"], "model_name": name, "model_source": kind}
     data["model_id"] = server._next_id("model-")
@@ -10983,12 +10865,6 @@ def upload_model(server: TogetherAiServer, request: Request) -> Any:
 def list_upload_jobs(server: TogetherAiServer, request: Request) -> Any:
     """List the uploads of models, newest first."""
     return {"data": server.jobs.list()}
-
-
-@route("GET", "/v1/jobs/{id}")
-def get_upload_job(server: TogetherAiServer, request: Request) -> Any:
-    """Describe the upload of a model, one step on."""
-    return UPLOAD_JOBS.show(server, request)
 
 
 # === Recording ===
@@ -12580,7 +12456,7 @@ class Head:
         digits = fields.get("content-length", "0")
         if not digits.isdecimal():  # int() alone also takes "+5" and "1_0"
             raise ApiError("bad_http", reason=f"Content-Length {digits!r} is not a whole number")
-        self.size = read_digits(digits)  # of the body
+        self.size = int(digits.lstrip("0")[:18] or 0)  # of the body; none has more digits
 
 
 class RequestReader:
@@ -14703,7 +14579,7 @@ class TogetherAiServer(Scripting):
             self.contents: dict[str, bytes] = {}  # by file id; parts by "file id/number"
             self.uploads: dict[str, str] = BoundedDict(MAX_OBJECTS)  # files of open uploads
             self.outcomes: dict[str, str] = BoundedDict(MAX_OBJECTS)  # how each job shall end
-            self.batch_tests: dict[str, str] = BoundedDict(MAX_OBJECTS)  # whose each batch is
+            self.job_tests: dict[str, str] = BoundedDict(MAX_OBJECTS)  # whose each job is
             self._counts: dict[str, int] = {}  # of ids, by their prefix
 
     @property
