@@ -112,6 +112,7 @@ if TYPE_CHECKING:
     )
     from typing import Any, AnyStr, ClassVar, TypeVar, Union
 
+    Item = dict[str, Any]  # a JSON object
     Verb = TypeVar("Verb", bound=Callable[..., Any])
     TextMatch = Union[str, re.Pattern[str], Mapping[str, str]]  # a text, or a pattern
 
@@ -163,21 +164,17 @@ SECRET_NAME = lazy_regex(  # of a header, or in a query
     r"|(?<![a-z])sig(?![a-z])",
     re.IGNORECASE,
 )
-URL = lazy_regex(r"[A-Za-z][\w+.-]*://[^\s\"'<>`]+")
-URL_SECRET = lazy_regex(r"(?<=://)[^/?#]*@|(?<=[?&;])([^=&;#]+)=[^&;#]*")
-SECRET_WORDS = frozenset((
-    "auth", "authorization", "authz", "bearer", "key", "apikey", "token", "jwt", "secret", "cookie",
-    "password", "passwd", "passphrase", "credential", "credentials",
-))  # fmt: skip
-SECRET_END = lazy_regex(  # of names that are written in one word, and of several secrets
-    r"(?:(?:api|access|secret|private|auth)[-_]?keys?|token|secrets?|passwords?|cookies?)"
-    r"[-_0-9]*\Z",
+SECRET_FIELD = lazy_regex(  # of a body, as `hf_token` is one, and `tokens` are none
+    r"(?:(?:(?:^|[^a-z]|(?-i:[a-z](?=[A-Z])))(?:auth|authorization|authz|bearer|jwt|key|credentials?)"
+    r"|(?:api|access|secret|private|auth)[-_]?keys?|passphrase|passwd|passwords?|secrets?|token"
+    r"|cookies?)(?:value|string|text|pem|header|[^a-z])*)\Z",
     re.IGNORECASE,
 )
+URL = lazy_regex(r"[A-Za-z][\w+.-]*://[^\s\"'<>`]+")
+URL_SECRET = lazy_regex(r"(?<=://)[^/?#]*@|(?<=[?&;])([^=&;#]+)=[^&;#]*")
 MIN_KEY_LENGTH = 20  # characters of a real key; "test" and the like may stand in a text
 NAME_WORD = lazy_regex(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
 KEY_PROTOCOL = lazy_regex(r"(?<=openai-insecure-api-key\.)[^\s,]+")  # of a page's socket
-FORM_WORDS = ("value", "string", "text", "pem", "header")  # a secret's form, behind its name
 # A JSON schema names what it describes, secrets too, and holds none.
 SCHEMA_WORDS = {"$ref", "anyOf", "oneOf", "allOf", "enum", "const"}
 TYPES = ("string", "number", "integer", "object", "array", "boolean", "null")
@@ -207,15 +204,11 @@ def hide_in_text(text: str) -> str:
 
 
 def is_secret(name: str) -> bool:
-    """Tell whether a field of this name holds a secret, as `hf_token` does, not `tokens`."""
-    parts = [part.lower() for part in NAME_WORD.findall(name[:200])]
-    while len(parts) > 1 and parts[-1] in FORM_WORDS:
-        parts.pop()
-    named = bool(parts) and parts[-1] in SECRET_WORDS
-    return named or SECRET_END.search(name[-200:]) is not None
+    """Tell whether a field of this name holds a secret."""
+    return SECRET_FIELD.search(name[-200:]) is not None
 
 
-def is_schema(value: dict[str, Any]) -> bool:
+def is_schema(value: Item) -> bool:
     """Tell whether an object describes a field, as the schema of a tool's arguments does."""
     kind = value.get("type")
     return kind in TYPES if type(kind) is str else not SCHEMA_WORDS.isdisjoint(value)
@@ -242,7 +235,7 @@ CANONICAL = make_encoder(sort_keys=True)
 QUOTE = json.encoder.encode_basestring  # of a string alone
 
 
-def encode_answer(answer: dict[str, Any]) -> bytes:
+def encode_answer(answer: Item) -> bytes:
     """Write an answer, many choices one by one: while JSON is written, no other thread runs."""
     choices = answer["choices"]
     if len(choices) == 1:
@@ -357,11 +350,11 @@ class Request:
         self.headers = headers if type(headers) is Headers else Headers(headers or {})
         self.raw: bytes = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.origin = origin  # "http://host:port", for URLs that point back here
-        self.body: dict[str, Any] = {}  # parsed and checked by answer()
-        self.args: dict[str, Any] = {}  # the query, in the types of the route's table
+        self.body: Item = {}  # parsed and checked by answer()
+        self.args: Item = {}  # the query, in the types of the route's table
         self.params: dict[str, str] = {}  # the path's parameters
         self.id = ""  # of the answer, once it is drawn
-        self.script: dict[str, Any] | None = None  # what a fixture says instead of the generators
+        self.script: Item | None = None  # what a fixture says instead of the generators
         self.form = ""  # of the answer, as the prompt asks for it
         self.batch = ""  # the job whose line this is
         self.turn: Any = None  # of a socket: its handler, instead of the route's
@@ -450,163 +443,111 @@ class Events:
 
 # === Errors ===
 
-TOO_LARGE = {"type": "request_too_large"}
-VAGUE = {"recorded": "Input validation error"}  # production names neither the field nor the reason
-# name: (status, message, and what else is not as usual in the envelope), by how it is known
-ERRORS: dict[str, tuple[Any, ...]] = {
-    # recorded
-    "empty_prompt": (400, "Prompt cannot be empty"),
-    "unauthorized": (401, "Unauthorized"),
-    "too_long_turbo": (
-        400,
-        "Input validation error: `inputs` tokens + `max_new_tokens` must be <= {room}."
-        " Given: {prompt} `inputs` tokens and {asked} `max_new_tokens`",
-    ),
-    "no_media": (400, "Input validation error"),
-    "no_eyes": (400, "{model} is not a multimodal model None"),
-    "no_grammar": (
-        422,
-        "Input validation error: grammar is not valid: failed to compile grammar",
-    ),
-    "no_parameter": (
-        400,
-        "Parameter '{parameter}' is not supported for the selected model configuration. Please"
-        " remove this parameter from your request.",
-    ),
-    "retired": (
-        400,
-        "Unable to access non-serverless model {model}. Please visit"
-        " https://api.together.ai/models/{model} to create and start a new dedicated endpoint for"
-        " the model.",
-        {"code": "model_not_available"},
-    ),
-    "not_running": (  # recorded up to the full stop
-        400,
-        "The dedicated endpoint for {model} is not running. Please start it before you send"
-        " requests to it.",
-        {"code": "dedicated_endpoint_not_running"},
-    ),
-    "bad_key": (
-        401,
-        "Invalid API key provided. You can find your API key at"
-        " https://api.together.ai/settings/api-keys.",
-        {"code": "invalid_api_key"},
-    ),
-    "no_model": (
-        404,
-        "Unable to access model {model}. Please visit https://api.together.ai/models"
-        " to view the list of supported models.",
-        {"code": "model_not_available"},
-    ),
-    "streaming_required": (
-        400,
-        'This model only supports streaming. Set "stream": true.',
-        {"code": "streaming_required"},
-    ),
-    "forced_while_thinking": (
-        400,
-        "<400> InternalError.Algo.InvalidParameter: The tool_choice parameter does not support"
-        " being set to required or object in thinking mode",
-    ),
-    "sockets_only": (400, "This model only supports WebSocket streaming."),
-    "unknown_role": (
-        400,
-        "{role} is not one of ['system', 'assistant', 'user', 'tool', 'function']",
-    ),
-    # reported by users
-    "too_long_prompt": (
-        400,
-        "The input ({prompt} tokens) is longer than the model's context length ({room} tokens).",
-    ),
-    "too_long": (
-        400,
-        "Requested token count exceeds the model's maximum context length of {room} tokens."
-        " You requested a total of {total} tokens: {prompt} tokens from the input messages and"
-        " {asked} tokens for the completion. Please reduce the number of tokens in the input"
-        " messages or the completion to fit within the limit.",
-    ),
-    # known by their code alone, or in part
-    "no_new_endpoints": (
-        403,
-        "Endpoints cannot be created by this version of the API.",
-        {"code": "endpoints_v1_create_access_disabled"},
-    ),
-    "no_hardware": (404, "No GPU configurations were found for the model {model}."),
-    # chosen: production says "Input validation error" alone, or its words are unknown
-    "missing": (400, "Missing required field: {param}.", VAGUE),
-    "invalid": (400, "Input validation error: {param} {reason}.", VAGUE),
-    "bad_json": (400, "The body is not valid JSON: {reason}.", VAGUE),
-    "bad_body": (400, "The body cannot be read: {reason}."),
-    "bad_http": (400, "The HTTP request is malformed: {reason}."),
-    "no_route": (404, "Unknown endpoint {path}.{reason}"),
-    "no_object": (404, "{noun} {id} was not found."),
-    "no_response": (404, "Response with id '{id}' not found."),
-    "bad_method": (405, "{path} does not answer {method}; it answers {allow}."),
-    "slow_request": (408, "The request did not arrive whole within {seconds:g} seconds."),
-    "too_large": (413, "The body has {size} bytes; at most {limit} are accepted.", TOO_LARGE),
-    "headers_too_large": (431, "The request's head has more than 64 KB or 100 fields."),
-    "foreign_page": (
-        403,
-        "{who} may not use this route: it is for programs, for pages of this machine, and for"
-        " those that allow_origin and allow_host name.",
-    ),
-    "bad_file": (400, "{param}: file {id} cannot be used: {reason}."),
-    "bad_state": (400, "{noun} {id} is {status}; {reason}."),
-    "storage_full": (
-        413,
-        "The files would take {size} bytes; this server keeps at most {limit}. Delete some, or"
-        " raise max_stored_bytes.",
-        TOO_LARGE,
-    ),
-    "no_upgrade": (426, "{path} is a WebSocket: ask for an upgrade, with version 13."),
-    "bad_range": (416, "The range lies outside of {size} bytes."),
-    "bug": (500, "Internal server error: {reason}"),
-    "bad_upstream": (502, "The upstream {url} does not answer: {reason}."),
-    "unknown_encoding": (415, "Content-Encoding {coding!r} is not known: send bodies as they are."),
-    "unknown_coding": (501, "Transfer-Encoding {coding!r} is not known; only chunked is."),
-    "bad_version": (505, "The HTTP version is not known; HTTP/1.1 and HTTP/1.0 are."),
-    "bad_fixture": (400, "The fixture was refused: {reason}"),
-    "no_fixture": (404, "No fixture matches {method} {path}.{reason}"),
-    "script_failed": (500, "The script of this test failed: {reason}"),
-    "warned": (500, "This call has warnings, which are errors here: {reason}."),
-    # what a scripted status sends: recorded (400, 429, 500, 503), reported by users (402), chosen
-    "status_400": (400, "Input validation error"),
-    "status_402": (
-        402,
-        "Credit limit exceeded, please [add credits](https://api.together.ai/settings/billing)."
-        " If you've already made a payment, please wait up to 5 minutes for balances to update and"
-        " try again.",
-        {"type": "credit_limit"},
-    ),
-    "status_403": (403, "This request is not permitted"),
-    "status_408": (408, "Request timed out"),
-    "status_409": (409, "The resource already exists"),
-    "status_413": (413, "Request entity too large", TOO_LARGE),
-    "status_422": (422, "The parameters are malformed"),
-    "status_429": (
-        429,
-        "Request was rejected due to request rate limiting. Your rate limits are {rpm:g} RPM"
-        " ({qps:g} QPS) and {tpm} TPM ({tps:g} TPS). See details:"
-        " https://docs.together.ai/docs/rate-limits",
-        {"type": "rate_limit"},
-    ),
-    "model_rate_limit": (
-        429,
-        "You have reached the rate limit specific to this model {model}. The maximum rate limit for"
-        " this model is {rpm:.1f} queries and {tpm} tokens per minute.",
-        {"type": "model_rate_limit"},
-    ),
-    "status_500": (500, "Internal server error"),
-    "status_503": (503, "Service unavailable", {"type": "service_unavailable"}),
-    "status_504": (504, "Gateway timeout"),
-    "status_4503": (
-        4503,
-        "No healthy workers can serve this model",
-        {"type": "service_unavailable_error", "code": "no_healthy_workers"},
-    ),
-    "status_529": (529, "The service is overloaded"),
-    "other_status": (500, "The request failed with status {status}", {"type": "server_error"}),
-}
+# Name, status and message, by how they are known; between them, what else is not as usual in the
+# envelope. Production has one vague message for several: it names neither field nor reason.
+ERROR_TABLE = """\
+# recorded
+empty_prompt 400: Prompt cannot be empty
+unauthorized 401: Unauthorized
+too_long_turbo 400: Input validation error: `inputs` tokens + `max_new_tokens` must be <= {room}. \
+Given: {prompt} `inputs` tokens and {asked} `max_new_tokens`
+no_media 400: Input validation error
+no_eyes 400: {model} is not a multimodal model None
+no_grammar 422: Input validation error: grammar is not valid: failed to compile grammar
+no_parameter 400: Parameter '{parameter}' is not supported for the selected model configuration. \
+Please remove this parameter from your request.
+retired 400 code=model_not_available: Unable to access non-serverless model {model}. Please visit \
+https://api.together.ai/models/{model} to create and start a new dedicated endpoint for the model.
+not_running 400 code=dedicated_endpoint_not_running: The dedicated endpoint for {model} is not \
+running. Please start it before you send requests to it.
+bad_key 401 code=invalid_api_key: Invalid API key provided. You can find your API key at \
+https://api.together.ai/settings/api-keys.
+no_model 404 code=model_not_available: Unable to access model {model}. Please visit \
+https://api.together.ai/models to view the list of supported models.
+streaming_required 400 code=streaming_required: This model only supports streaming. Set "stream": \
+true.
+forced_while_thinking 400: <400> InternalError.Algo.InvalidParameter: The tool_choice parameter \
+does not support being set to required or object in thinking mode
+sockets_only 400: This model only supports WebSocket streaming.
+unknown_role 400: {role} is not one of ['system', 'assistant', 'user', 'tool', 'function']
+# reported by users
+too_long_prompt 400: The input ({prompt} tokens) is longer than the model's context length \
+({room} tokens).
+too_long 400: Requested token count exceeds the model's maximum context length of {room} tokens. \
+You requested a total of {total} tokens: {prompt} tokens from the input messages and {asked} \
+tokens for the completion. Please reduce the number of tokens in the input messages or the \
+completion to fit within the limit.
+# known by their code alone, or in part
+no_new_endpoints 403 code=endpoints_v1_create_access_disabled: Endpoints cannot be created by \
+this version of the API.
+no_hardware 404: No GPU configurations were found for the model {model}.
+# chosen: production says "Input validation error" alone, or its words are unknown
+missing 400 vague=1: Missing required field: {param}.
+invalid 400 vague=1: Input validation error: {param} {reason}.
+bad_json 400 vague=1: The body is not valid JSON: {reason}.
+bad_body 400: The body cannot be read: {reason}.
+bad_http 400: The HTTP request is malformed: {reason}.
+no_route 404: Unknown endpoint {path}.{reason}
+no_object 404: {noun} {id} was not found.
+no_response 404: Response with id '{id}' not found.
+bad_method 405: {path} does not answer {method}; it answers {allow}.
+slow_request 408: The request did not arrive whole within {seconds:g} seconds.
+too_large 413 type=request_too_large: The body has {size} bytes; at most {limit} are accepted.
+headers_too_large 431: The request's head has more than 64 KB or 100 fields.
+foreign_page 403: {who} may not use this route: it is for programs, for pages of this machine, \
+and for those that allow_origin and allow_host name.
+bad_file 400: {param}: file {id} cannot be used: {reason}.
+bad_state 400: {noun} {id} is {status}; {reason}.
+storage_full 413 type=request_too_large: The files would take {size} bytes; this server keeps at \
+most {limit}. Delete some, or raise max_stored_bytes.
+no_upgrade 426: {path} is a WebSocket: ask for an upgrade, with version 13.
+bad_range 416: The range lies outside of {size} bytes.
+bug 500: Internal server error: {reason}
+bad_upstream 502: The upstream {url} does not answer: {reason}.
+unknown_encoding 415: Content-Encoding {coding!r} is not known: send bodies as they are.
+unknown_coding 501: Transfer-Encoding {coding!r} is not known; only chunked is.
+bad_version 505: The HTTP version is not known; HTTP/1.1 and HTTP/1.0 are.
+bad_fixture 400: The fixture was refused: {reason}
+no_fixture 404: No fixture matches {method} {path}.{reason}
+script_failed 500: The script of this test failed: {reason}
+warned 500: This call has warnings, which are errors here: {reason}.
+# what a scripted status sends: recorded (400, 429, 500, 503), reported by users (402), chosen
+status_400 400: Input validation error
+status_402 402 type=credit_limit: Credit limit exceeded, please [add \
+credits](https://api.together.ai/settings/billing). If you've already made a payment, please wait \
+up to 5 minutes for balances to update and try again.
+status_403 403: This request is not permitted
+status_408 408: Request timed out
+status_409 409: The resource already exists
+status_413 413 type=request_too_large: Request entity too large
+status_422 422: The parameters are malformed
+status_429 429 type=rate_limit: Request was rejected due to request rate limiting. Your rate \
+limits are {rpm:g} RPM ({qps:g} QPS) and {tpm} TPM ({tps:g} TPS). See details: \
+https://docs.together.ai/docs/rate-limits
+model_rate_limit 429 type=model_rate_limit: You have reached the rate limit specific to this \
+model {model}. The maximum rate limit for this model is {rpm:.1f} queries and {tpm} tokens per \
+minute.
+status_500 500: Internal server error
+status_503 503 type=service_unavailable: Service unavailable
+status_504 504: Gateway timeout
+status_4503 4503 type=service_unavailable_error code=no_healthy_workers: No healthy workers can \
+serve this model
+status_529 529: The service is overloaded
+other_status 500 type=server_error: The request failed with status {status}"""
+
+
+def read_errors(table: str) -> dict[str, tuple[int, str, dict[str, str]]]:
+    """Return status, message and what is unusual of each error, by name."""
+    errors = {}
+    for row in table.splitlines():
+        head, _, message = row.partition(": ")
+        if row[0] != "#":
+            name, status, *unusual = head.split()
+            errors[name] = (int(status), message, dict(pair.split("=") for pair in unusual))
+    return errors
+
+
+ERRORS = read_errors(ERROR_TABLE)
 
 
 class ApiError(Exception):
@@ -617,13 +558,13 @@ class ApiError(Exception):
 
     def __init__(self, name: str, *, param: str | None = None, **facts: Any) -> None:
         self.name = name
-        self.status, template, *unusual = ERRORS[name]
+        self.status, template, unusual = ERRORS[name]
         self.param = param
         self.facts = facts
         self.headers: dict[str, str] = {}
         message = template.format(param=param, **facts)
         self.message = message.encode("utf-8", "replace").decode()  # it may quote bad input
-        self.unusual: dict[str, Any] = dict(*unusual)  # members of the envelope
+        self.unusual: Item = dict(unusual)  # members of the envelope
         super().__init__(self.message)
 
     def inside(self, place: str) -> ApiError:
@@ -637,17 +578,16 @@ class ApiError(Exception):
         reply.id = id
         return reply
 
-    def envelope(self, recorded: bool = False) -> dict[str, Any]:
+    def envelope(self, recorded: bool = False) -> Item:
         """Return what clients read, with production's own words where `recorded` asks for them."""
         if self.name == "unauthorized":
             return {"message": self.message}
         usual = "invalid_request_error" if self.status < 500 else "server_error"
-        envelope = {"message": self.message, "type": usual, "param": self.param, "code": None}
+        envelope: Item = {"message": self.message, "type": usual, "param": self.param, "code": None}
         envelope.update(self.unusual)
-        words = envelope.pop("recorded", None)
-        if words and recorded:
-            if (self.name, self.param) == ("missing", "messages"):
-                words = "Input required"
+        if envelope.pop("vague", "") and recorded:
+            is_empty = (self.name, self.param) == ("missing", "messages")
+            words = "Input required" if is_empty else "Input validation error"
             envelope.update(message=words, param=None)
         if self.name == "no_eyes":  # an engine's own error, which is passed on whole
             message = {"message": self.message, "type": "BadRequestError", "param": None}
@@ -1400,34 +1340,20 @@ def find_words(text: str) -> list[bytes]:
     return [word for word in words if word not in STOPWORDS] or words or [b""]
 
 
-@functools.lru_cache(maxsize=16)
-def lay_ones(size: int) -> tuple[int, struct.Struct, struct.Struct]:
-    """Return a one in each of `size` 64-bit lanes, and how lanes are packed and unpacked."""
-    ones = int.from_bytes(b"\1\0\0\0\0\0\0\0" * size, "little")
-    return ones, struct.Struct("<" + "I4x" * size), struct.Struct("<" + "4xI" * size)
-
-
 def normalise(lanes: Sequence[int], floor: int, copies: int = 1) -> list[int]:
     """Scale what numbers have above a floor so that so many copies are a unit vector.
 
-    Nothing is below 0, so that no two texts point away from each other. One product of one long
-    integer scales all numbers: 17 us for 384 of them, where a list of products takes 27.
+    Nothing is below 0, so that no two texts point away from each other.
     """
-    from math import dist, isqrt
+    from math import isqrt
 
-    lanes = [lane if lane > floor else floor for lane in lanes]
-    # A float of 53 bits gives the exact integer below 2 ** 48.
-    square = round(dist(lanes, (floor,) * len(lanes)) ** 2)
-    if square >> 48:
-        square = sum([(lane - floor) ** 2 for lane in lanes])
+    lanes = [lane - floor if lane > floor else 0 for lane in lanes]
+    square = sum(map(operator.mul, lanes, lanes))
     if not square:
         return [QUANTUM] + [0] * (len(lanes) - 1)
     scale = (QUANTUM << 64) // isqrt(copies * square << 64)
-    # Each number has 64 bits, and its result is the upper half of them.
-    ones, packed, unpacked = lay_ones(len(lanes))
-    total = int.from_bytes(packed.pack(*lanes), "little")
-    total = (total - ones * floor) * scale + (ones << 31)
-    return list(unpacked.unpack(total.to_bytes(8 * len(lanes), "little")))
+    half = 1 << 31  # rounds
+    return [lane * scale + half >> 32 for lane in lanes]
 
 
 def make_vector(text: str, size: int, model_key: bytes) -> list[int]:
@@ -1477,12 +1403,8 @@ DECIMALS = Decimals()
 
 
 def format_floats(vector: list[int]) -> str:
-    """Return the inside of a JSON array; a mirror image is not looked up."""
-    half = vector[: len(vector) // 2]
-    if half + half[::-1] != vector:
-        return ",".join(map(DECIMALS.__getitem__, vector))
-    texts = list(map(DECIMALS.__getitem__, half))
-    return ",".join(texts + texts[::-1])
+    """Return the inside of a JSON array."""
+    return ",".join(map(DECIMALS.__getitem__, vector))
 
 
 def pack_floats(vector: list[int]) -> bytes:
@@ -1647,23 +1569,6 @@ def blend(one: bytes, other: bytes, share: int, whole: int = 100) -> bytes:
     return bytes([a + (b - a) * share // whole for a, b in zip(one, other)])
 
 
-def pack_steps(first: int, count: int, limit: int, new: int) -> range:
-    """Return the steps of a painting for so many columns, a number each.
-
-    Ten thousand tuples would wake the garbage collector, and take a fifth longer.
-    """
-    start = first << 16 | limit << 8 | new
-    return range(start, start + (count << 16), 1 << 16)
-
-
-def apply_steps(row: bytearray, steps: list[int]) -> None:
-    """Put the new thing of each step where there is one up to its limit."""
-    for step in steps:
-        column = step >> 16
-        if row[column] <= step >> 8 & 255:
-            row[column] = step & 255
-
-
 class Canvas:
     """A picture of things in front of each other; a thing is a smooth change of colour.
 
@@ -1674,6 +1579,7 @@ class Canvas:
     def __init__(self, width: int, height: int) -> None:
         self.width = width
         self.height = height
+        # a column, a limit and what is new as one number: tuples would wake the garbage collector
         self.steps: list[list[int]] = [[] for _ in range(height + 1)]
         self.columns: list[bytes] = []  # of each thing: the palette index in every row
         self.palette = b""
@@ -1690,14 +1596,10 @@ class Canvas:
 
     def paint(self, left: int, rows: list[int], limit: int, new: int) -> None:
         """Change things below the given rows of the columns from `left` on."""
-        if left < 0:
-            rows, left = rows[-left:], 0
-        rows = rows[: self.width - left]
-        if rows and (min(rows) < 0 or max(rows) > self.height):
-            rows = [min(max(row, 0), self.height) for row in rows]
-        steps = self.steps
-        for row, step in zip(rows, pack_steps(left + 1, len(rows), limit, new)):
-            steps[row].append(step)
+        change, steps, last = limit << 8 | new, self.steps, self.height
+        rows = rows[max(0, -left) : max(0, self.width - left)]
+        for column, row in enumerate(rows, max(0, left) + 1):
+            steps[0 if row < 0 else last if row > last else row].append(column << 16 | change)
 
     def rows(self) -> list[bytes]:
         """Return the palette indices of each row behind a zero byte, as a PNG has them."""
@@ -1705,7 +1607,9 @@ class Canvas:
         row = bytearray([255]) + bytes(self.width)  # 255 becomes the filter byte 0
         shades, line, last = b"".join(self.columns), b"", b""
         for index, steps in zip(range(self.height), self.steps):
-            apply_steps(row, steps)
+            for step in steps:
+                if row[step >> 16] <= step >> 8 & 255:
+                    row[step >> 16] = step & 255
             table = shades[index :: self.height]  # of all things in this row
             if steps or table != last:
                 line, last = bytes(row.translate(table.ljust(256, b"\0"))), table
@@ -4060,7 +3964,7 @@ def read_model(type: str, row: str) -> Model:
     """Make a model of one row of the table."""
     id, organization, display_name, context_length, prices, more = row.split("|")
     traits, engine, dimensions = ["known"], "", 768
-    pricing: dict[str, Any] = {}
+    pricing: Item = {}
     for trait, served_by, size, unit, price, what in MORE.findall(more):
         traits += [trait] if trait else []
         engine = served_by or engine
@@ -4105,12 +4009,12 @@ STOP_TOKENS = {
 PRICING_KEYS = ("hourly", "base", "finetune", "image_pixel", "transcribe", "image", "video")
 
 
-def model_object(model: Model) -> dict[str, Any]:
+def model_object(model: Model) -> Item:
     """Return a model as `GET /v1/models` lists it."""
     stop = next((s for start, s in STOP_TOKENS.items() if model.id.startswith(start)), [])
-    pricing: dict[str, Any] = dict.fromkeys(PRICING_KEYS, 0)
+    pricing: Item = dict.fromkeys(PRICING_KEYS, 0)
     pricing.update(zip(("input", "output", "cached_input"), model.prices), **model.pricing)
-    item: dict[str, Any] = {
+    item: Item = {
         "id": model.id,
         "uuid": "endpoint-" + random_uuid(HashRandom.of("model", model.id)),
         "object": "model",
@@ -4144,7 +4048,7 @@ MODALITIES = {
 }
 
 
-def supported_model(model: Model) -> dict[str, Any]:
+def supported_model(model: Model) -> Item:
     """Return a model as `GET /v2/supported-models` lists it."""
     takes, gives = MODALITIES.get(model.type, ("TEXT", "TEXT"))
     features = ["FEATURE_TOOL_CALLING", "FEATURE_STRUCTURED_OUTPUT"]
@@ -6664,7 +6568,7 @@ class Route:
             OPERATIONS.setdefault(self.kind, self)
         return handler
 
-    def count_answers(self, body: dict[str, Any]) -> int:
+    def count_answers(self, body: Item) -> int:
         """Return how many plain answers a body is worth: inputs by choices by logprobs."""
         inputs = body.get(QUICK_KINDS.get(self.kind, ""))
         several = isinstance(inputs, list) and inputs and type(inputs[0]) is not int
@@ -6673,7 +6577,7 @@ class Route:
         each = 1 + 10 * scores if isinstance(scores, int) else 1
         return max(1, choices) * each * (len(inputs or "") if several else 1)
 
-    def is_slow(self, body: dict[str, Any]) -> bool:
+    def is_slow(self, body: Item) -> bool:
         """Tell whether it takes long to do what a body asks for."""
         asks = self.count_answers(body) > QUICK_ANSWERS
         return self.slow or asks or not HEAVY_FIELDS.isdisjoint(body)
@@ -8083,7 +7987,7 @@ def create_chat_completion(server: TogetherAiServer, request: Request) -> Any:
 INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 LOGPROBS_INCLUDED = "message.output_text.logprobs"
 ITEM_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
-ECHO: dict[str, Any] = {  # what a response repeats of its request, and the defaults
+ECHO: Item = {  # what a response repeats of its request, and the defaults
     "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "temperature": 1.0,
     "top_p": 1.0, "max_output_tokens": None, "max_tool_calls": None,
     "text": {"format": TEXT_FORMAT}, "reasoning": {"effort": None, "summary": None},
@@ -8104,7 +8008,7 @@ class Variants(Fields):
         self.default = default
         super().__init__(Field("type", str, required=not default, choices=known))
 
-    def check(self, values: dict[str, Any], place: str = "") -> None:
+    def check(self, values: Item, place: str = "") -> None:
         """Check what the type calls for."""
         super().check(values, place)
         self.tables.get(values.get("type") or self.default, NO_FIELDS).check(values, place)
@@ -8200,7 +8104,7 @@ OTHER_IN_CHAT = {
 }  # fmt: skip
 
 
-def chat_tool(tool: dict[str, Any]) -> dict[str, Any]:
+def chat_tool(tool: Item) -> Item:
     given = pick_given(tool, ("name", "description", "parameters"))
     return {"type": "function", "function": given}
 
@@ -8218,7 +8122,7 @@ def chat_choice(choice: Any) -> Any:
     return tools[0] if tools else "none"
 
 
-def chat_body(body: dict[str, Any]) -> dict[str, Any]:
+def chat_body(body: Item) -> Item:
     """Return the body of a chat that asks the same."""
     chat = {name: body[name] for name in SAME_IN_CHAT if name in body}
     messages = chat["messages"] = convert_items(body)
@@ -8247,15 +8151,15 @@ def chat_body(body: dict[str, Any]) -> dict[str, Any]:
     return chat
 
 
-def list_items(choice: Choice, summarised: bool) -> list[dict[str, Any]]:
+def list_items(choice: Choice, summarised: bool) -> list[Item]:
     """Return what an answer says as items: reasoning, text, calls; the last one may be cut.
 
     Reasoning is a summary where one was asked for.
     """
-    items: list[dict[str, Any]] = []
+    items: list[Item] = []
     if choice.thoughts:
         thoughts = "".join(choice.thoughts)
-        item: dict[str, Any] = {"summary": [], "content": [], "encrypted_content": None}
+        item: Item = {"summary": [], "content": [], "encrypted_content": None}
         place = "summary" if summarised else "content"
         item[place] = [
             {"type": "summary_text" if summarised else "reasoning_text", "text": thoughts}
@@ -8274,7 +8178,7 @@ def list_items(choice: Choice, summarised: bool) -> list[dict[str, Any]]:
     return items
 
 
-def response_usage(answer: Answer) -> dict[str, Any]:
+def response_usage(answer: Answer) -> Item:
     """Return a chat's usage in the words of the Responses API; a fixture may use these too."""
     usage = {"cached_tokens": answer.cached_tokens, **answer.usage}
     cached = (usage.get("prompt_tokens_details") or usage).get("cached_tokens", 0)
@@ -8289,7 +8193,7 @@ def response_usage(answer: Answer) -> dict[str, Any]:
     return {name: usage.get(name, value) for name, value in told.items()}
 
 
-def echo_request(body: dict[str, Any]) -> dict[str, Any]:
+def echo_request(body: Item) -> Item:
     """Return what a response repeats of its request, but for keys."""
     echo = {"instructions": body.get("instructions"), **ECHO}
     for name, value in pick_given(body, ECHO).items():
@@ -8304,7 +8208,7 @@ def echo_request(body: dict[str, Any]) -> dict[str, Any]:
     return echo
 
 
-def response_object(answer: Answer, echo: dict[str, Any], items: Any = None) -> dict[str, Any]:
+def response_object(answer: Answer, echo: Item, items: Any = None) -> Item:
     """Return a response, which is in progress where its items are still to come."""
     created = (answer.request.script or {}).get("created") or CREATED
     reason = None if items is None else INCOMPLETE.get(answer.choices[0].finish_reason)
@@ -8330,14 +8234,14 @@ def response_object(answer: Answer, echo: dict[str, Any], items: Any = None) -> 
 
 if TYPE_CHECKING:
     # Its type, its fields and, where it comes for each piece of a text, those.
-    ResponseEvent = tuple[str, dict[str, Any], Sequence[str]]
+    ResponseEvent = tuple[str, Item, Sequence[str]]
 
 
-def part_events(place: dict[str, Any], item: dict[str, Any], choice: Choice) -> Iterator[Any]:
+def part_events(place: Item, item: Item, choice: Choice) -> Iterator[Any]:
     """Yield a text, reasoning, or the summary of it that was asked for, a piece each."""
     stem, name, index = "content_part", "output_text", "content_index"
     pieces: Sequence[str] = choice.pieces
-    more: dict[str, Any] = {"logprobs": []}
+    more: Item = {"logprobs": []}
     if item["type"] == "reasoning":
         name, pieces, more = "reasoning_text", choice.thoughts, {}
     if item.get("summary"):
@@ -8353,7 +8257,7 @@ def part_events(place: dict[str, Any], item: dict[str, Any], choice: Choice) -> 
     yield f"{stem}.done", {**place, "part": part}
 
 
-def call_events(place: dict[str, Any], item: dict[str, Any], choice: Choice) -> Iterator[Any]:
+def call_events(place: Item, item: Item, choice: Choice) -> Iterator[Any]:
     """Yield the arguments of a call, a token each."""
     name, arguments = item["name"], item["arguments"]
     deltas = {**place, "delta": SLOT}
@@ -8363,14 +8267,14 @@ def call_events(place: dict[str, Any], item: dict[str, Any], choice: Choice) -> 
 
 
 # type of an item: (what it lacks when it is added, the events that bring it)
-ITEM_EVENTS: dict[str, tuple[dict[str, Any], Callable[..., Iterator[Any]]]] = {
+ITEM_EVENTS: dict[str, tuple[Item, Callable[..., Iterator[Any]]]] = {
     "message": ({"status": "in_progress", "content": []}, part_events),
     "reasoning": ({"status": "in_progress", "summary": [], "content": []}, part_events),
     "function_call": ({"status": "in_progress", "arguments": ""}, call_events),
 }
 
 
-def response_events(answer: Answer, echo: dict[str, Any], items: list[Any]) -> Iterator[Any]:
+def response_events(answer: Answer, echo: Item, items: list[Any]) -> Iterator[Any]:
     """Yield each event of a response as its type and its fields; the last one has all of it.
 
     An event that comes for each piece of a text is yielded once, with the pieces.
@@ -8545,7 +8449,7 @@ def quote_bytes(data: bytes) -> str:
     return f'"{base64.b64encode(data).decode()}"'
 
 
-def normalise_vectors(said: dict[str, Any]) -> dict[str, Any]:
+def normalise_vectors(said: Item) -> Item:
     """Return a fixture's embeddings as a list of vectors; a single one serves every input."""
     given = said["embedding"]
     return {"vectors": given if list in map(type, given) else [given]}
@@ -8653,9 +8557,6 @@ def rerank(server: TogetherAiServer, request: Request) -> Any:
 
 
 # --- Stored objects
-
-if TYPE_CHECKING:
-    Item = dict[str, Any]  # a JSON object
 
 USER = "parlel"  # whose models and jobs these are
 USER_ID = "65f0c2a1b3d4e5f60718293a"
@@ -9937,7 +9838,7 @@ def read_pair(text: str, separator: str, place: str) -> tuple[int, ...]:
     return pair
 
 
-def read_image_size(body: dict[str, Any]) -> tuple[int, int]:
+def read_image_size(body: Item) -> tuple[int, int]:
     """Return width and height from whichever fields give them; 0 counts as not given."""
     given = {name: body[name] for name in ("width", "height") if body.get(name)}
     size, ratio = body.get("size"), body.get("aspect_ratio")
@@ -9959,17 +9860,6 @@ def read_image_size(body: dict[str, Any]) -> tuple[int, int]:
     return sides["width"], sides["height"]
 
 
-def draw_timings(rng: HashRandom) -> dict[str, float]:
-    """Return how long an image took, as every image in production says."""
-    return {"inference": (100 + rng.randbelow(900)) / 1000}
-
-
-def script_image(image: dict[str, Any], index: int, rng: HashRandom) -> dict[str, Any]:
-    """Return one image as a fixture gives it."""
-    given = {name: value for name, value in image.items() if value is not None}
-    return {"index": index, **given, "timings": draw_timings(rng)}
-
-
 IMAGE_PLACE = "-SEA"  # what the ids of images end with: where they were made
 IMAGE_FORMATS = ("png", "jpeg")
 TOKEN_LETTERS = string.digits + string.ascii_letters
@@ -9981,47 +9871,35 @@ def write_token(letters: str, width: int, height: int, format: str) -> str:
     It has 16 letters, as production's have; the last four are a number of base 62.
     """
     number = ((width - 1) * MAX_IMAGE_SIDE + height - 1) * 2 + IMAGE_FORMATS.index(format)
-    for _ in range(4):
-        number, digit = divmod(number, 62)
-        letters += TOKEN_LETTERS[digit]
-    return letters
-
-
-def read_token(token: str) -> tuple[str, int, int, str]:
-    """Return letters, width, height and format of an image's name; raise ApiError 404 else."""
-    number = 0
-    if re.fullmatch(r"[0-9A-Za-z]{16}", token):
-        for letter in reversed(token[12:]):
-            number = number * 62 + TOKEN_LETTERS.index(letter)
-    sides, format = divmod(number, 2)
-    width, height = (side + 1 for side in divmod(sides, MAX_IMAGE_SIDE))
-    if not all(MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE for side in (width, height)):
-        raise ApiError("no_object", param="token", noun="Image", id=token[:100])
-    return token[:12], width, height, IMAGE_FORMATS[format]
+    return letters + "".join([TOKEN_LETTERS[number // 62**place % 62] for place in range(4)])
 
 
 def render_image(token: str) -> tuple[bytes, str]:
     """Return the file that an image's name stands for, and its format."""
-    letters, width, height, format = read_token(token)
-    return make_image(HashRandom.of_bytes(letters.encode()), width, height, format), format
+    digits = token[12:] if re.fullmatch(r"[0-9A-Za-z]{16}", token) else ""
+    number = sum(TOKEN_LETTERS.index(letter) * 62**place for place, letter in enumerate(digits))
+    width, height = (side + 1 for side in divmod(number // 2, MAX_IMAGE_SIDE))
+    if not all(MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE for side in (width, height)):
+        raise ApiError("no_object", param="token", noun="Image", id=token[:100])
+    rng, format = HashRandom.of_bytes(token[:12].encode()), IMAGE_FORMATS[number % 2]
+    return make_image(rng, width, height, format), format
 
 
-def image_item(
-    server: TogetherAiServer, request: Request, rng: HashRandom, index: int, size: tuple[int, int]
-) -> dict[str, Any]:
+def show_image(
+    server: TogetherAiServer, request: Request, rng: HashRandom, size: tuple[int, int]
+) -> Item:
     """Return one image as a URL or as base64.
 
     Where nothing was asked it is both, unless the server is strict: as the original has it.
     """
+    item: Item = {}
     asked = request.body.get("response_format")
     format = request.body.get("output_format") or ("jpeg" if server.strict else "png")
     token = write_token(random_letters(rng, 12), *size, format)
-    item: dict[str, Any] = {"index": index}
     if asked in (None, "url"):
         item["url"] = f"{request.origin or server.origin}/shrt/{token}"
     if asked not in (None, "url") or (asked is None and not server.strict):
         item["b64_json"] = base64.b64encode(render_image(token)[0]).decode()
-    item["timings"] = draw_timings(rng)
     return item
 
 
@@ -10051,24 +9929,22 @@ def create_images(server: TogetherAiServer, request: Request) -> Any:
     if not body["prompt"]:
         raise ApiError("empty_prompt", param="prompt")
     model = resolve_model(server, body["model"], "image")
-    for name, refused in (
-        ("steps", "no-steps" in model.traits),
-        ("image_loras", "loras" not in model.traits),
-    ):
-        if server.strict and body.get(name) and refused:
+    refused = {"steps": "no-steps" in model.traits, "image_loras": "loras" not in model.traits}
+    for name in refused:
+        if server.strict and body.get(name) and refused[name]:
             raise ApiError("no_parameter", parameter=name)
     size = read_image_size(body)
     rng = HashRandom.of("image", pick_facts(body, IMAGE_FACTS))
     request.id = random_id(rng) + IMAGE_PLACE
-    script = request.script
-    items = [
-        script_image(
-            script["images"][index % len(script["images"])], index, rng.child("image", index)
+    items = []
+    scripted = request.script["images"] if request.script else [{}] * (body.get("n") or 1)
+    for index, image in enumerate(scripted):
+        own = rng.child("image", index)
+        given = (
+            pick_given(image, image) if request.script else show_image(server, request, own, size)
         )
-        if script and script["images"]
-        else image_item(server, request, rng.child("image", index), index, size)
-        for index in range(len(script["images"]) if script else body.get("n") or 1)
-    ]
+        timings = {"inference": (100 + own.randbelow(900)) / 1000}  # as every image says
+        items.append({"index": index, **given, "timings": timings})
     return {"id": request.id, "model": model.id, "object": "list", "data": items}
 
 
@@ -10117,7 +9993,7 @@ SPEECH_VOICES = {  # documented examples, by who made the model
 }
 
 
-def normalise_audio(said: dict[str, Any]) -> dict[str, Any]:
+def normalise_audio(said: Item) -> Item:
     """Decode a fixture's sound."""
     audio = said["audio"] if isinstance(said["audio"], dict) else {"b64Json": said["audio"]}
     data, content_type = DECODE_BASE64(audio["b64Json"]), audio.get("contentType")
@@ -10185,7 +10061,7 @@ def create_speech(server: TogetherAiServer, request: Request) -> Any:
     return Reply(sound, content_type=script.get("content_type") or kind)
 
 
-def transcribe(body: dict[str, Any], task: str) -> tuple[list[str], float]:
+def transcribe(body: Item, task: str) -> tuple[list[str], float]:
     """Return the words that an audio's bytes (or its URL) stand for, and its seconds."""
     file = body["file"]
     data = file.encode("utf-8", "replace") if type(file) is str else file.data
@@ -10199,7 +10075,7 @@ def transcribe(body: dict[str, Any], task: str) -> tuple[list[str], float]:
     return make_text(rng.child("words"), 1 + count // 8).split()[:count], seconds
 
 
-def make_segments(words: list[str], seconds: float, speakers: int) -> list[dict[str, Any]]:
+def make_segments(words: list[str], seconds: float, speakers: int) -> list[Item]:
     """Spread words over the time, by their letters; speakers take turns, a segment each."""
     ends = [0, *itertools.accumulate(len(word) + 1 for word in words)]
     times = [round(seconds * end / ends[-1], 2) for end in ends]
@@ -10267,7 +10143,7 @@ VIDEO_FIELDS = Fields(
 VIDEO_URL = lazy_regex(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4", re.ASCII)
 
 
-def read_video_size(body: dict[str, Any]) -> str:
+def read_video_size(body: Item) -> str:
     """Return width and height from whichever fields give them, as `1366x768`."""
     given = (body.get("width") or 0, body.get("height") or 0)
     width, height = read_counts(r"(\d{1,4})x(\d{1,4})", body.get("size"), given)
@@ -10280,21 +10156,15 @@ def read_video_size(body: dict[str, Any]) -> str:
     return "x".join(str(max(MIN_IMAGE_SIDE, min(n, MAX_IMAGE_SIDE))) for n in (width, height))
 
 
-def read_video_seconds(body: dict[str, Any]) -> str:
-    """Return how long a video is to be, within what can be made."""
-    (seconds,) = read_counts(r"(\d{1,2})", body.get("seconds"), (DEFAULT_VIDEO_SECONDS,))
-    return str(min(seconds, MAX_VIDEO_SECONDS))
-
-
 @stored("videos")
-def video_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
+def video_object(server: TogetherAiServer, item: Item) -> Item:
     """Complete a video job; the URL of its file holds all there is to know about that."""
-    size, seconds = read_video_size(item), read_video_seconds(item)
-    item = {"fps": DEFAULT_FPS, **item, "size": size, "seconds": seconds}
-    id = item.get("id") or server._next_id("video-")
+    (seconds,) = read_counts(r"(\d{1,2})", item.get("seconds"), (DEFAULT_VIDEO_SECONDS,))
+    item.update(size=read_video_size(item), seconds=str(min(seconds, MAX_VIDEO_SECONDS)))
+    id, now = item.get("id") or server._next_id("video-"), server._now()
     name = random_letters(HashRandom.of("video", item.pop("facts", id)), 16)
-    name = f"{name}-{item['size']}-{item['seconds']}s{item.pop('fps')}.mp4"
-    url, now = f"{item.pop('origin', server.origin)}/shrt/videos/{name}", server._now()
+    name = f"{name}-{item['size']}-{item['seconds']}s{item.pop('fps', DEFAULT_FPS)}.mp4"
+    url = f"{item.pop('origin', server.origin)}/shrt/videos/{name}"
     template: Item = {
         "id": id,
         "object": "video",
@@ -10308,13 +10178,13 @@ def video_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, An
     return merge(template, item)
 
 
-def enter_video(server: TogetherAiServer, job: dict[str, Any], status: str) -> dict[str, Any]:
+def enter_video(server: TogetherAiServer, job: Item, status: str) -> Item:
     """Note when a video was completed, or that it was not."""
     failure = {"error": job["error"] or {"code": None, "message": "The video failed"}}
     return failure if status == "failed" else {"completed_at": server._now()}
 
 
-def show_video(server: TogetherAiServer, request: Request, job: dict[str, Any]) -> dict[str, Any]:
+def show_video(server: TogetherAiServer, request: Request, job: Item) -> Item:
     """Return a video job, with its outputs once it is completed."""
     done = job["status"] == "completed"
     return {**job, "outputs": job["outputs"] if done else None, "progress": 100 if done else 0}
@@ -10747,7 +10617,7 @@ def list_autoscale_models(server: TogetherAiServer, request: Request) -> Any:
     return [{"name": model.id} for model in list(server.models.values()) if model.type == "chat"]
 
 
-def list_page(request: Request, items: list[dict[str, Any]]) -> dict[str, Any]:
+def list_page(request: Request, items: list[Item]) -> Item:
     """Return one page of the second API: `limit` items after the id that `after` names."""
     by_id = {item["id"]: item for item in items}
     limit, after = request.args.get("limit") or 100, request.args.get("after") or None
@@ -10795,7 +10665,7 @@ def list_projects(server: TogetherAiServer, request: Request) -> Any:
     return list_page(request, [{**PROJECT, **owner}])
 
 
-def project_model(model: Model) -> dict[str, Any]:
+def project_model(model: Model) -> Item:
     """Return a model of one's own as the second API lists it."""
     return {
         "id": "ml_" + HashRandom.of("project model", model.id).hex(24),
@@ -10825,7 +10695,7 @@ def get_identity(server: TogetherAiServer, request: Request) -> Any:
 
 
 @stored("jobs")
-def upload_job_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[str, Any]:
+def upload_job_object(server: TogetherAiServer, item: Item) -> Item:
     """Complete the job that uploads a model."""
     template: Item = {
         "type": "model_upload",
@@ -10837,7 +10707,7 @@ def upload_job_object(server: TogetherAiServer, item: dict[str, Any]) -> dict[st
     return merge(template, item)
 
 
-def enter_upload(server: TogetherAiServer, job: dict[str, Any], status: str) -> dict[str, Any]:
+def enter_upload(server: TogetherAiServer, job: Item, status: str) -> Item:
     """Let a model answer when its upload is complete."""
     if status == "Complete":
         add_model(server, job["args"]["modelName"], "")
