@@ -71,6 +71,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import errno
 import functools
 import hashlib
@@ -233,17 +234,6 @@ ENCODE = make_encoder(ensure_ascii=False)
 # The same for every order of keys: what draws are made from.
 CANONICAL = make_encoder(sort_keys=True)
 QUOTE = json.encoder.encode_basestring  # of a string alone
-
-
-def encode_answer(answer: Item) -> bytes:
-    """Write an answer, many choices one by one: while JSON is written, no other thread runs."""
-    choices = answer["choices"]
-    if len(choices) == 1:
-        return ENCODE(answer).encode()
-    head, key, tail = ENCODE({**answer, "choices": []}).partition('"choices":[')
-    return f"{head}{key}{','.join(map(ENCODE, choices))}{tail}".encode()
-
-
 TIME_FORMAT = "%Y-%m-%dT%H:%M:%S"
 DONE = b"data: [DONE]\n\n"  # the last event of every stream of chunks
 KEEPALIVE = b": keepalive\n\n"  # a comment between the events of some
@@ -323,6 +313,11 @@ class Headers(dict):  # type: ignore[type-arg]
         return str(self.get("user-agent", ""))
 
     @functools.cached_property
+    def is_page(self) -> bool:
+        """Whether a browser sends them."""
+        return "origin" in self or "sec-fetch-site" in self or "Mozilla/" in self.agent
+
+    @functools.cached_property
     def has_key(self) -> bool:
         """Whether there is a non-empty bearer token, whatever the case of the word before it."""
         scheme, _, key = self.get("authorization", "").partition(" ")
@@ -333,6 +328,15 @@ class Request:
     """One request as the pipeline sees it; HTTP, tests and batch lines all build these."""
 
     client: Any  # the socket, where a thread waits for somebody else on this request's behalf
+    id = ""  # of the answer, once it is drawn
+    script: Item | None = None  # what a fixture says instead of the generators
+    form = ""  # of the answer, as the prompt asks for it
+    batch = ""  # the job whose line this is
+    turn: Any = None  # of a socket: its handler, instead of the route's
+    call: Any = None  # its place in the record
+    route: Any = None  # once it is found and the body is read
+    peer: Any = (None, 0)  # the client's address, and how many other connections are open
+    chunk_sizes: Sequence[int] = ()  # characters in the chunks of a stream, where scripted
 
     def __init__(
         self,
@@ -353,15 +357,6 @@ class Request:
         self.body: Item = {}  # parsed and checked by answer()
         self.args: Item = {}  # the query, in the types of the route's table
         self.params: dict[str, str] = {}  # the path's parameters
-        self.id = ""  # of the answer, once it is drawn
-        self.script: Item | None = None  # what a fixture says instead of the generators
-        self.form = ""  # of the answer, as the prompt asks for it
-        self.batch = ""  # the job whose line this is
-        self.turn: Any = None  # of a socket: its handler, instead of the route's
-        self.call: Any = None  # its place in the record
-        self.route: Any = None  # once it is found and the body is read
-        self.peer: Any = (None, 0)  # the client's address, and how many other connections are open
-        self.chunk_sizes: list[int] = []  # characters in the chunks of a stream, where scripted
 
 
 class Upload:
@@ -401,6 +396,11 @@ class Cut(Exception):
 class Reply:
     """A whole answer: bytes with a status, or a stream of events."""
 
+    handler: Any = None  # takes the connection over, see `Connection.hand_over()`
+    waits = False  # somebody else sends the events: each is sent when it is drawn
+    id = ""  # of the answer, for the headers that name it
+    reader = "*"  # the origin whose pages may read it; "" is none
+
     def __init__(
         self,
         body: bytes = b"",
@@ -415,10 +415,6 @@ class Reply:
         self.headers = headers or {}
         # Encoded events, and between them seconds to pause; the body is then not sent.
         self.events = events
-        self.handler: Any = None  # takes the connection over, see `Connection.hand_over()`
-        self.waits = False  # somebody else sends the events: each is sent when it is drawn
-        self.id = ""  # of the answer, for the headers that name it
-        self.reader = "*"  # the origin whose pages may read it; "" is none
 
     def read(self) -> bytes:
         """Return all that is sent, without pausing, as far as it comes."""
@@ -653,6 +649,8 @@ class Fields(dict):  # type: ignore[type-arg]
     def __init__(self, *rows: Field, closed: bool = False, ignored: str = "") -> None:
         super().__init__((row.name, row) for row in rows)
         self.required = tuple(row.name for row in rows if row.required)
+        tables = {row.name: row.fields or (row.each and row.each.fields) for row in rows}
+        self.nested: Item = {name: tables[name] for name in tables if tables[name]}
         self.closed = closed
         self.ignored: frozenset[str] = frozenset(ignored.split())
 
@@ -702,8 +700,8 @@ class Field:
         name: str,
         *kinds: type,
         required: bool = False,
-        low: float | None = None,
-        high: float | None = None,
+        low: float = -math.inf,
+        high: float = math.inf,
         choices: Sequence[Any] = (),
         test: tuple[str, Callable[[Any], Any]] | None = None,
         each: Field | None = None,
@@ -716,10 +714,11 @@ class Field:
         self.low = low
         self.high = high
         self.choices = choices
+        self.words = {choice for choice in choices or () if type(choice) is str}
         self.test = test
         self.each = each
         self.fields = fields
-        self.bounded = low is not None or high is not None
+        self.bounded = low > -math.inf or high < math.inf
         # The types of which every value passes, so that most values cost one look-up.
         limited = self.bounded or choices or test
         self.free = frozenset() if limited else self.types - {list, dict}
@@ -727,6 +726,8 @@ class Field:
     def check(self, value: Any) -> Any:
         """Return the value in its declared type; raise ApiError naming the place inside of it."""
         kind = type(value)
+        if kind is str and value in self.words:
+            return value
         if kind not in self.types:
             value = self.convert(value)
             kind = type(value)
@@ -766,16 +767,15 @@ class Field:
 
     def check_bounds(self, value: Any, kind: type) -> None:
         """Compare a number, or the length of a string, array or object, with low and high."""
-        if kind in (str, list, dict):
-            size, verb, unit = len(value), "have", " characters" if kind is str else " items"
-        elif kind in (int, float):
-            size, verb, unit = value, "be", ""
-        else:
+        is_number = kind in (int, float)
+        size = value if is_number else len(value) if kind in (str, list, dict) else self.low
+        if self.low <= size <= self.high:
             return
-        if self.low is not None and size < self.low:
-            raise refuse_value("", f"must {verb} at least {self.low}{unit}", size)
-        if self.high is not None and size > self.high:
-            raise refuse_value("", f"must {verb} at most {self.high}{unit}", size)
+        verb, unit = (
+            ("be", "") if is_number else ("have", " characters" if kind is str else " items")
+        )
+        rule = f"at least {self.low}" if size < self.low else f"at most {self.high}"
+        raise refuse_value("", f"must {verb} {rule}{unit}", size)
 
 
 def rows_of(names: str, *kinds: type, **rules: Any) -> list[Field]:
@@ -1213,12 +1213,8 @@ def make_prose(rng: HashRandom, sentences: int | None = None) -> tuple[str, int]
     data = rng.randbytes(sentences or 6)
     if sentences is None:
         data = data[: 4 + (data[5] & 1)]
-    text, count = "", 0
-    for place, byte in enumerate(data):
-        sentence, tokens = make_sentence(place % PLACES, byte)
-        text += sentence
-        count += tokens
-    return text, count
+    texts, counts = zip(*map(make_sentence, itertools.cycle(range(PLACES)), data))
+    return "".join(texts), sum(counts)
 
 
 def make_text(rng: HashRandom, sentences: int | None = None) -> str:
@@ -6521,6 +6517,7 @@ def read_family(path: str) -> str:
 
 
 HEAVY_FIELDS = {"tools", "response_format", "text", "echo"}  # what they ask for takes long
+MULTIPLIERS = {"n", "logprobs", "top_logprobs"}  # of the answers that a body is worth
 QUICK_ANSWERS = 8  # together as quick as other clients may wait for
 MAX_ANSWERS = 50_000  # some two seconds
 
@@ -6572,6 +6569,8 @@ class Route:
         """Return how many plain answers a body is worth: inputs by choices by logprobs."""
         inputs = body.get(QUICK_KINDS.get(self.kind, ""))
         several = isinstance(inputs, list) and inputs and type(inputs[0]) is not int
+        if not several and MULTIPLIERS.isdisjoint(body):
+            return 1
         n, scores = body.get("n"), body.get("top_logprobs") or body.get("logprobs")
         choices = n if isinstance(n, int) else 1
         each = 1 + 10 * scores if isinstance(scores, int) else 1
@@ -6710,7 +6709,7 @@ class Choice:
             self._pieces = split_tokens(self.text)
         return self._pieces
 
-    def cut(self, sizes: list[int]) -> None:
+    def cut(self, sizes: Sequence[int]) -> None:
         """Let the chunks of a stream have these sizes in characters, the others the last of them.
 
         They are those of the reasoning, then of the text, then of the arguments of tool calls.
@@ -6811,6 +6810,7 @@ def arrange(keys: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return chosen
 
 
+USAGE_SIDES = (("prompt", "cached_tokens"), ("completion", "reasoning_tokens"))
 OPENAI_CALLS = {  # a stream's keys for tool calls, as OpenAI has them
     "head": "index id type function", "rest": "index function", "rest function": "arguments"
 }  # fmt: skip
@@ -6886,20 +6886,17 @@ class Form:
 
     def usage(self, answer: Answer) -> dict[str, Any]:
         """Return the usage; what a fixture adds to it stands last."""
-        counts: dict[str, Any] = {"reasoning_tokens": 0, "cached_tokens": answer.cached_tokens}
-        counts.update(answer.usage)
-        sides = (("prompt", "cached_tokens"), ("completion", "reasoning_tokens"))
-        for side, part in sides if "details" in self.usage_keys else ():
+        counts = {"reasoning_tokens": 0, "cached_tokens": answer.cached_tokens, **answer.usage}
+        for side, part in USAGE_SIDES if "details" in self.usage_keys else ():
             name = f"{side}_tokens_details"
             details = {part: counts[part]}
             if self.counts_text:
                 details["text_tokens"] = counts[f"{side}_tokens"]
             absent = f"{name}?" in self.usage_keys and not counts[part]
             counts.setdefault(name, None if absent else details)
-        usage = arrange(self.usage_keys, counts)
-        for name, value in answer.usage.items():
-            if name != "reasoning_tokens":
-                usage.setdefault(name, value)
+        usage = {**arrange(self.usage_keys, counts), **answer.usage}
+        if "reasoning_tokens" not in self.usage_keys:
+            usage.pop("reasoning_tokens", None)
         return usage
 
     def ending(self, answer: Answer, choice: Choice) -> dict[str, Any]:
@@ -6915,8 +6912,9 @@ class Form:
         """Return the seed asked for, else one made of the id: up to 2 ** 64, of 16 digits."""
         if not self.tells_seed:
             return None
-        made = zlib.crc32(answer.id.encode()) * 2**32 // 1000 * 1000
-        return made if answer.seed is None else answer.seed
+        if answer.seed is None:
+            return zlib.crc32(answer.id.encode()) * 2**32 // 1000 * 1000
+        return answer.seed
 
     # The whole
 
@@ -7327,6 +7325,50 @@ FORMS: dict[str, Form] = {
     "GLM": GlmForm(),
     "Qwen": QwenForm(),
 }
+PLAIN_CHOICE = {"index", "text", "token_count", "finish_reason", "thoughts"}  # what it has
+TEMPLATES: dict[Any, str] = {}  # of plain answers, by what changes more than a value of them
+
+
+def make_template(answer: Answer, values: Item) -> str:
+    """Return the JSON of a plain answer with slots for those of its values that it has."""
+    slots: Any = {name: value and SLOT + name for name, value in values.items()}
+    blank, choice = copy.copy(answer), copy.copy(answer.choices[0])
+    for name in ("id", "model", "seed", "cached_tokens"):
+        setattr(blank, name, slots[name])
+    blank.usage = {name: slots[name] for name in answer.usage}
+    choice.text, choice.thoughts = slots["text"], slots["thoughts"]
+    blank.choices = [choice]
+    whole = ENCODE(answer.form.whole(blank)).replace("%", "%%")
+    return re.sub(rf'"{SLOT}(\w+)"', r"%(\1)s", whole)
+
+
+def encode_answer(answer: Answer) -> bytes:
+    """Return an answer as JSON.
+
+    What plain ones share is encoded once, a quarter of a chat; many choices are one by one: while
+    JSON is written, no other thread runs.
+    """
+    form, choice = answer.form, answer.choices[0]
+    is_plain = len(answer.choices) == 1 and vars(choice).keys() <= PLAIN_CHOICE
+    if not is_plain or answer.request.script or answer.prompt:
+        whole = form.whole(answer)
+        head, mark, tail = ENCODE({**whole, "choices": []}).partition('"choices":[')
+        return f"{head}{mark}{','.join(map(ENCODE, whole['choices']))}{tail}".encode()
+    values: Item = {
+        "id": answer.id,
+        "model": answer.model,
+        "text": choice.text,
+        "thoughts": "".join(choice.thoughts),
+        "seed": form.seed(answer),
+        "cached_tokens": answer.cached_tokens,
+        **answer.usage,
+    }
+    key = (form, answer.objects, choice.finish_reason, *map(bool, values.values()))
+    if key not in TEMPLATES:
+        TEMPLATES[key] = make_template(answer, values)
+    for name in ("id", "model", "text", "thoughts"):
+        values[name] = QUOTE(values[name])
+    return (TEMPLATES[key] % values).encode()
 
 
 # --- Chat completions
@@ -7530,9 +7572,8 @@ def find_budget(body: dict[str, Any], model: Model, prompt_tokens: int) -> tuple
 
     Raises ApiError when the context is too short, unless the request wants it truncated.
     """
-    asked = body.get("max_tokens")
-    if body.get("max_completion_tokens") is not None:
-        asked = body["max_completion_tokens"]
+    asked = body.get("max_completion_tokens")
+    asked = body.get("max_tokens") if asked is None else asked
     room = model.context_length or MAX_CONTEXT_TOKENS
     limit = room + 1 if model.engine == "A" else room  # recorded
     fits = prompt_tokens + (asked or 1) <= limit
@@ -7555,9 +7596,9 @@ def count_usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, Any]:
     for choice in choices:
         thought += len(choice.thoughts) + choice.hidden_thoughts
         written += choice.token_count
-        for function in [call["function"] for call in choice.tool_calls] or [choice.function_call]:
-            for text in (function or {}).values():
-                written += count_tokens(text)
+        called = [call["function"] for call in choice.tool_calls]
+        for function in called or filter(None, [choice.function_call]):
+            written += sum(map(count_tokens, function.values()))
     written += thought
     return {
         "prompt_tokens": prompt_tokens,
@@ -7822,10 +7863,13 @@ def make_content(
     return text, count_tokens(text)
 
 
+THINKING_SWITCHES = {"enabled", "thinking", "enable_thinking"}
+
+
 def find_effort(body: dict[str, Any], model: Model) -> str:
     """Return how much a model shall think, in the words of `reasoning_effort`."""
     told = {**(body.get("chat_template_kwargs") or {}), **(body.get("reasoning") or {})}
-    off = any(told.get(name) is False for name in ("enabled", "thinking", "enable_thinking"))
+    off = any(told[name] is False for name in THINKING_SWITCHES & told.keys()) if told else False
     effort: str = body.get("reasoning_effort") or "medium"
     if effort not in EFFORT_THOUGHTS and not FORMS[model.engine].any_effort:
         raise refuse_value(
@@ -7979,7 +8023,7 @@ def create_chat_completion(server: TogetherAiServer, request: Request) -> Any:
     answer = compose_chat(server, request)
     if request.body.get("stream"):
         return Events(answer.form.stream(answer))
-    return Reply(encode_answer(answer.form.whole(answer)), content_type=answer.form.content_type)
+    return Reply(encode_answer(answer), content_type=answer.form.content_type)
 
 
 # --- Responses
@@ -8425,7 +8469,7 @@ def create_completion(server: TogetherAiServer, request: Request) -> Any:
     answer = compose_completion(server, request)
     if request.body.get("stream"):
         return Events(answer.form.stream(answer))
-    return Reply(encode_answer(answer.form.whole(answer)))
+    return Reply(encode_answer(answer))
 
 
 # --- Embeddings
@@ -13352,21 +13396,27 @@ def suggest_near(name: str, names: tuple[str, ...]) -> str:
     return near if near.endswith("?") else ""
 
 
+CONTAINERS = {dict, list}
+
+
 def list_unread(values: dict[str, Any], fields: Fields, place: str = "") -> Iterator[str]:
     """Yield the places of a body that no row of its table reads, nested ones too."""
-    for name, value in values.items():
-        field = fields.get(name)
-        if field is None:
-            if name not in fields.ignored:
+    if not values.keys() <= fields.keys():
+        for name in values:
+            if name not in fields and name not in fields.ignored:
                 yield f"{place}{name}{suggest_near(name, tuple(fields))}"
+    if CONTAINERS.isdisjoint(map(type, values.values())):
+        return
+    for name, value in values.items():
+        inner = fields.nested.get(name)
+        if inner is None:
             continue
-        if type(value) not in (dict, list):
-            continue
-        inner = field.fields if type(value) is dict else (field.each or field).fields
-        for index, item in enumerate(value if type(value) is list else [value]):
-            if type(inner) is Fields and type(item) is dict:
-                at = "" if item is value else f"[{index}]"
-                yield from list_unread(item, inner, f"{place}{name}{at}.")
+        if type(value) is dict:
+            yield from list_unread(value, inner, f"{place}{name}.")
+        elif type(value) is list:
+            for index, item in enumerate(value):
+                if type(item) is dict:
+                    yield from list_unread(item, inner, f"{place}{name}[{index}].")
 
 
 def warn_of_request(server: TogetherAiServer, route: Route, request: Request) -> Iterator[str]:
@@ -13529,6 +13579,8 @@ CORS_METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
 
 def is_unrecorded(request: Request) -> bool:
     path = request.path
+    if path[:4] == "/v1/":
+        return request.method == "OPTIONS"
     shown = path[:6] == "/shrt/" and request.headers.get("sec-fetch-site") == "same-origin"
     return shown or request.method == "OPTIONS" or UNRECORDED.match(path) is not None
 
@@ -13540,8 +13592,7 @@ def is_loopback(host: str) -> bool:
 def is_guarded(request: Request) -> bool:
     """Tell whether not every page may send a request; programs do not look like one."""
     headers = request.headers
-    is_page = "origin" in headers or "sec-fetch-site" in headers or "Mozilla/" in headers.agent
-    if is_page and ("x-parlel-fixture" in headers or STORED_PATH.match(request.path)):
+    if headers.is_page and ("x-parlel-fixture" in headers or STORED_PATH.match(request.path)):
         return True
     return CONTROL_PATH.match(request.path) is not None
 
