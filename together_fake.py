@@ -1241,6 +1241,7 @@ def make_thought(rng: HashRandom) -> str:
     )
 
 
+@functools.lru_cache(maxsize=10_000)  # most come again
 def token_id(piece: str) -> int:
     """Return the number of a token in a vocabulary of 128,000."""
     return zlib.crc32(piece.encode("utf-8", "surrogatepass")) % 128000
@@ -4346,13 +4347,13 @@ class Call:
     ) -> Generator[Any, None, None]:
         """Pass a stream on; note its events, how it ended and how long it took, waits included."""
         kept: list[bytes] = []
-        self._raw_reply, size, outcome = kept, 0, "left"
+        self._raw_reply, room, outcome = kept, MAX_RECORDED_BODY_BYTES, "left"
         try:
             yield 0.0  # has begun, so that closing it is noted
             for event in events:
                 if type(event) is bytes:
-                    size += len(event)
-                    if size <= MAX_RECORDED_BODY_BYTES:
+                    room -= len(event)
+                    if room >= 0:
                         kept.append(event)
                     self.events_sent += bool(event)
                     if not self.first_event:
@@ -13684,14 +13685,14 @@ class CallLog:
 
 def encode_events(chunks: Iterator[Any]) -> Iterator[bytes]:
     """Yield JSON values as server-sent events, with the sentinel that clients wait for."""
-    comment = b""
+    comment = ""
     for chunk in chunks:
         if type(chunk) is bytes:
-            comment = chunk  # it goes with the next event
+            comment = chunk.decode()  # it goes with the next event
             continue
-        event = f"data: {chunk if type(chunk) is str else ENCODE(chunk)}\n\n".encode()
-        yield comment + event
-        comment = b""
+        text = chunk if type(chunk) is str else ENCODE(chunk)
+        yield f"{comment}data: {text}\n\n".encode()
+        comment = ""
     yield DONE
 
 
