@@ -777,6 +777,14 @@ ENTANGLED = (
     {**WHOLE, "not": {"allOf": [{"minimum": -999}, {"maximum": 999}]}},
     {**TEXT, "allOf": [{"pattern": "^ab"}, {"pattern": "-mid-"}, {"pattern": "yz$"}]},
     {**TEXT, "pattern": "^[ab]{3}$", "not": {"pattern": "^a"}},
+    {**TEXT, "pattern": "(?i)^AB[c-e]{3}$"},
+    {
+        "required": ["score", "url"],
+        "properties": {
+            "score": {**WHOLE, "exclusiveMaximum": 0},
+            "url": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+        },
+    },
     {"type": "object", "oneOf": [{"required": [name]} for name in "abcdefgh"]},
     {**WHOLE, "minimum": 1, "maximum": 9, "oneOf": [{"minimum": 5}, {"maximum": 5}]},
     {"type": "object", "propertyNames": {"enum": ["a", "b", "c"]}, "minProperties": 3},

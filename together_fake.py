@@ -1753,7 +1753,7 @@ def make_video(rng: HashRandom, width: int, height: int, seconds: float, fps: in
 
 # === Schemas ===
 
-MAX_STEPS = 40_000  # of work for one schema, at most a quarter of a second
+MAX_STEPS = 40_000  # of work for one schema, some 0.2 seconds
 MAX_TEXT = 10_000  # characters that a schema may ask of one string
 MAX_ITEMS = 500  # items or properties that a schema may ask of one value
 MAX_MORE_DEPTH = 30  # levels that a schema may need beyond the depth it is meant to have
@@ -1769,28 +1769,29 @@ class Unsatisfiable(Exception):
 
 
 class OutOfSteps(Exception):
-    """The work allowed for one schema is used up, whatever is still to be tried."""
+    """The work allowed is used up, whatever is still to be tried."""
 
 
-def make_budget(steps: int) -> Callable[[int], None]:
-    """Return a function that counts work; it raises `OutOfSteps` once there is too much."""
+class Budget:
+    """The steps of work that are left for one thing, so that none keeps a thread busy."""
 
-    def spend(count: int) -> None:
-        nonlocal steps
-        steps -= count
-        if steps < 0:
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def spend(self, count: int = 1) -> None:
+        """Use up some steps; raise `OutOfSteps` where there are too few."""
+        self.steps -= count
+        if self.steps < 0:
             raise OutOfSteps
-
-    return spend
 
 
 # Only what ECMA-262 and Python read alike. Whether a repeat is lazy does not change the texts.
 ESCAPE = r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[dDwWsStnrfv]|[^0-9A-Za-z])"
 PATTERN_TOKEN = lazy_regex(
-    r"(?P<open>\((?!\?)|\(\?(?:P?<[A-Za-z_]\w*>|[:=!]))|(?P<mark>[|)])|(?P<at>[\^$]|\\[AZbB])"
-    r"|(?P<repeat>[*+?]|\{[0-9]{1,6}(?:,[0-9]{0,6})?\})\??(?![*+?{])"
+    r"(?P<flags>\A\(\?[aims]+\))|(?P<open>\((?!\?)|\(\?(?:P?<[A-Za-z_]\w*>|[:=!]))|(?P<mark>[|)])"
+    r"|(?P<at>[\^$]|\\[AZbB])|(?P<repeat>[*+?]|\{[0-9]{1,6}(?:,[0-9]{0,6})?\})\??(?![*+?{])"
     rf"|(?P<set>\.|{ESCAPE}|\[(?!\^?\])\^?(?:{ESCAPE}|\\b|[^\\\]])+\])"
-    r"|(?P<char>[^\\(\[*+?{]|\{(?![0-9,]))|(?P<rest>.)",
+    r"|(?P<text>(?:[^\\()\[|^$.*+?{](?![*+?{]))+|[^\\(\[*+?{]|\{(?![0-9,]))|(?P<rest>.)",
     re.DOTALL,
 )
 TOKEN_MEANINGS = {".": r"[^\n\r\u2028\u2029]", "$": r"\Z"}  # in Python
@@ -1799,43 +1800,35 @@ REPEATS = {"*": (0, MAX_TEXT), "+": (1, MAX_TEXT), "?": (0, 1)}
 PRINTABLE = "".join(map(chr, range(32, 127)))
 
 
-def join_characters(nodes: list[Any]) -> list[Any]:
-    """Return nodes that follow each other with the characters among them as texts."""
-    joined: list[Any] = []
-    for kind, content, *more in nodes:
-        if kind == "char" and joined and joined[-1][0] == "char":
-            content = joined.pop()[1] + content
-        joined.append((kind, content, *more))
-    return joined
-
-
-def list_places(text: str, part: str) -> set[int]:
-    """Return where a text has a part."""
-    places, at = set(), text.find(part)
-    while at >= 0:
-        places.add(at)
-        at = text.find(part, at + 1)
-    return places
-
-
 class Pattern:
     """A regular expression, for making texts and for matching them.
 
     Matching follows all ways at once, so that no expression takes exponential time. Tree nodes:
-    ("char", text), ("set", expression, characters), ("at", expression), ("all", nodes),
-    ("any", nodes), ("repeat", node, low, high), ("look", node, wanted).
+    ("text", text), ("set", expression, characters), ("at", expression), ("all", nodes),
+    ("any", nodes), ("repeat", node, low, high, expression of a run), ("look", node, wanted).
+
+    in_python  it has Python's meanings, and no texts are made
+    whole      it is for whole texts
     """
 
-    def __init__(self, source: str, spend: Callable[[int], None]) -> None:
-        spend(len(source))
+    def __init__(
+        self, source: str, budget: Budget, in_python: bool = False, whole: bool = False
+    ) -> None:
         self.source = source
-        self.spend = spend  # counts the steps of work
+        self.budget = budget
+        self._in_python = in_python
         self._spare = 0  # characters that repeats may still add
+        budget.spend(len(source))
         found = [(token.lastgroup or "", token) for token in PATTERN_TOKEN.finditer(source)]
         self._tokens = [(kind, token[kind]) for kind, token in reversed(found)]  # the next one last
+        flags = self._tokens.pop()[1] if found and found[0][0] == "flags" else ""
+        self._flags = re.compile(flags).flags
         self.tree = self._read()
         if self._tokens:
             raise self._refusal("a parenthesis closes nothing")
+        if whole:
+            start, end = self._read_set("at", r"\A"), self._read_set("at", "$")
+            self.tree = ("all", [start, self.tree, end])
 
     def _refusal(self, reason: str) -> Unsatisfiable:
         return Unsatisfiable(f"pattern {self.source[:200]!r}: {reason}")
@@ -1853,11 +1846,11 @@ class Pattern:
                 options[-1].append(self._read_group(text))
             elif kind == "rest":
                 raise self._refusal(f"{text}, as it stands there, is not supported")
+            elif kind == "text" and self._flags & re.IGNORECASE:
+                options[-1] += [self._read_set("set", re.escape(letter)) for letter in text]
             else:
-                read = self._read_character(text) if kind == "char" else self._read_set(kind, text)
-                options[-1].append(read)
-        joined = [join_characters(option) for option in options]
-        nodes = [option[0] if len(option) == 1 else ("all", option) for option in joined]
+                options[-1].append((kind, text) if kind == "text" else self._read_set(kind, text))
+        nodes = [option[0] if len(option) == 1 else ("all", option) for option in options]
         return nodes[0] if len(nodes) == 1 else ("any", nodes)
 
     def _read_repeat(self, before: list[Any], text: str) -> Any:
@@ -1865,7 +1858,11 @@ class Pattern:
         low, high = REPEATS.get(text) or (int(first), int(last or MAX_TEXT if comma else first))
         if not before or before[-1][0] == "at" or low > min(high, MAX_TEXT):
             raise self._refusal(f"{text} repeats nothing, or not as often as it says")
-        return ("repeat", before.pop(), low, min(high, MAX_TEXT))
+        part, run = before.pop(), None
+        if part[0] in ("text", "set"):  # of one character
+            one = re.escape(part[1]) if part[0] == "text" else part[1].pattern
+            run = re.compile(f"(?:{one})*", self._flags)
+        return ("repeat", part, low, min(high, MAX_TEXT), run)
 
     def _read_group(self, start: str) -> Any:
         node = self._read()
@@ -1874,68 +1871,63 @@ class Pattern:
         self._tokens.pop()
         return ("look", node, start == "(?=") if start in ("(?=", "(?!") else node
 
-    def _read_character(self, text: str) -> Any:
-        return ("char", text)
-
     def _read_set(self, kind: str, text: str) -> Any:
         """Read a set of characters or an anchor, as Python sees it both for ASCII and Unicode."""
-        text = TOKEN_MEANINGS.get(text) or SET_OPERATOR.sub(lambda m: "\\" + m[0][-1], text)
+        if not self._in_python:
+            text = TOKEN_MEANINGS.get(text) or SET_OPERATOR.sub(lambda m: "\\" + m[0][-1], text)
+            text = f"(?=(?a:{text})){text}"
         try:
-            expression = re.compile(f"(?=(?a:{text})){text}")
+            expression = re.compile(text, self._flags)
         except (re.error, Warning):
             raise self._refusal(f"{text[:60]} is not supported") from None
-        if kind == "at":
-            return (kind, expression)
+        if kind == "at" or self._in_python:
+            return (kind, expression, "")
         members = expression.findall(PRINTABLE)
         if not members:
-            self.spend(4000)
+            self.budget.spend(4000)
             members = expression.findall("\t\n\r" + "".join(map(chr, range(161, 0xD800))))[:64]
         if not members:
             raise self._refusal(f"{text[:60]} has no characters that can be written")
         return (kind, expression, "".join(members))
 
-    def _ends(self, node: Any, text: str, starts: set[int], spend: Any) -> set[int]:
+    def _ends(self, node: Any, text: str, starts: set[int], budget: Budget) -> set[int]:
         """Return where the node can end, given where it may start."""
-        spend(1 + len(starts) // 8)
+        budget.spend(1 + len(starts) // 8)
         kind, content = node[:2]
-        if kind == "char":
+        if kind == "text":
             return {at + len(content) for at in starts if text.startswith(content, at)}
         if kind in ("set", "at"):
             return {at + (kind == "set") for at in starts if content.match(text, at)}
         if kind == "look":
-            return {at for at in starts if bool(self._ends(content, text, {at}, spend)) is node[2]}
+            return {at for at in starts if bool(self._ends(content, text, {at}, budget)) is node[2]}
         if kind == "any":
-            return {end for part in content for end in self._ends(part, text, starts, spend)}
+            return {end for part in content for end in self._ends(part, text, starts, budget)}
         if kind == "repeat":
-            is_one = content[0] == "set" or (content[0] == "char" and len(content[1]) == 1)
-            follow = self._run_ends if is_one else self._repeat_ends
-            return follow(node, text, starts, spend)
+            follow = self._run_ends if node[4] else self._repeat_ends
+            return follow(node, text, starts, budget)
         for part in content:
-            starts = self._ends(part, text, starts, spend)
+            starts = self._ends(part, text, starts, budget)
         return starts
 
-    def _run_ends(self, node: Any, text: str, starts: set[int], spend: Any) -> set[int]:
+    def _run_ends(self, node: Any, text: str, starts: set[int], budget: Budget) -> set[int]:
         """Do what `_repeat_ends` does for one character, in one walk along the text."""
-        _, part, low, high = node
-        is_text = part[0] == "char"
-        source, flags = (re.escape(part[1]), 0) if is_text else (part[1].pattern, part[1].flags)
-        find_run = re.compile(f"(?:{source})*", flags).match
+        _, _, low, high, run = node
         ends: set[int] = set()
         run_end = next_end = 0
         for start in sorted(starts):
             if start >= run_end:
-                run_end = find_run(text, start).end()  # type: ignore[union-attr]
+                run_end = run.match(text, start).end()
             last = min(run_end, start + high)
             ends.update(range(max(start + low, next_end), last + 1))
             next_end = max(next_end, last + 1)
-        spend(len(ends) // 8)
+        budget.spend(len(ends) // 8)
         return ends
 
-    def _repeat_ends(self, node: Any, text: str, starts: set[int], spend: Any) -> set[int]:
-        _, part, low, high = node
+    def _repeat_ends(self, node: Any, text: str, starts: set[int], budget: Budget) -> set[int]:
+        _, part, low, high, _ = node
         ends = set() if low else set(starts)
         for count in range(1, high + 1):
-            starts = self._ends(part, text, starts, spend)
+            starts = self._ends(part, text, starts, budget)
             if count >= low:
                 starts = starts - ends
                 ends |= starts
@@ -1943,20 +1935,28 @@ class Pattern:
                 break
         return ends
 
-    def is_in(self, text: str, spend: Any = None) -> bool:
+    def is_in(self, text: str, budget: Budget | None = None) -> bool:
         """Tell whether the pattern matches somewhere in the text."""
         first = self.tree
         while first[0] == "all" and first[1]:
             first = first[1][0]
-        is_text = first[0] == "char"
-        starts = list_places(text, first[1]) if is_text else set(range(len(text) + 1))
-        return bool(self._ends(self.tree, text, starts, spend or self.spend))
+        starts = set(range(len(text) + 1))
+        if first[0] == "text":
+            starts = {found.start() for found in re.finditer(f"(?={re.escape(first[1])})", text)}
+        return bool(self._ends(self.tree, text, starts, budget or self.budget))
+
+    def search(self, text: str) -> bool:
+        """Tell whether it is found in a text; one that takes too much work is not."""
+        try:
+            return self.is_in(text[:MAX_SEARCHED], Budget(MAX_STEPS + len(text) // 2))
+        except OutOfSteps:
+            return False
 
     def _write(self, rng: HashRandom, node: Any, plain: bool) -> str:
         """Draw a text, of small letters if plain; whether anchors and looks match is seen later."""
-        self.spend(1)
+        self.budget.spend()
         kind, content = node[:2]
-        if kind == "char":
+        if kind == "text":
             return str(content)
         if kind == "set":
             return str(rng.choice("".join(filter(str.islower, node[2])) * plain or node[2]))
@@ -1978,51 +1978,21 @@ class Pattern:
         """Draw a text of `low` to `high` characters that this and the other patterns match."""
         self._spare = 0
         least = len(self._write(rng, self.tree, True))
+        start = max(low, least)
+        ordered = sorted(
+            (self, *others), key=lambda p: p.source.endswith("$") - p.source.startswith("^")
+        )
         for attempt in range(4 * TRIES):
             again = rng.child("pattern", attempt)
-            missing = max(0, low - least)
-            self._spare = missing + again.randbelow(max(1, min(high - least - missing + 1, 16)))
+            self._spare = start - least + again.randbelow(max(1, min(high - start + 1, 16)))
             text = self._write(again, self.tree, attempt < 2)
             if others and attempt % 2:  # one after the other: from a start to an end
-                parts = [(p.source, p._write(again, p.tree, attempt < 9)) for p in (self, *others)]
-                parts.sort(key=lambda part: part[0].endswith("$") - part[0].startswith("^"))
-                text = "".join([part for _, part in parts])
+                text = "".join([p._write(again, p.tree, attempt < 9) for p in ordered])
             padding = random_letters(again, max(0, low - len(text)), LOWER36)
             text = padding + text if attempt % 2 else text + padding
-            if low <= len(text) <= high and all(p.is_in(text) for p in (self, *others)):
+            if low <= len(text) <= high and all(p.is_in(text) for p in ordered):
                 return text
         raise self._refusal(f"no text of {low} to {high} characters that meets it was found")
-
-
-class SearchPattern(Pattern):
-    """A pattern that is only looked for, with Python's meanings and flags (`(?i)` and others).
-
-    The work is bounded by the text's length, so that no pattern keeps a thread busy: `(a+)+$`
-    takes `re` years.
-    """
-
-    def __init__(self, source: str) -> None:
-        """Read a pattern; raise `Unsatisfiable` where this matcher does not know a part of it."""
-        flags = re.match(r"\(\?([aims]+)\)", source)
-        letters = flags[1] if flags else ""
-        self.flags = functools.reduce(operator.or_, [re.RegexFlag[f.upper()] for f in letters], 0)
-        super().__init__(source[flags.end() :] if flags else source, make_budget(MAX_STEPS))
-
-    def _read_set(self, kind: str, text: str) -> Any:
-        try:
-            return (kind, re.compile(text, self.flags), "")
-        except re.error:
-            raise self._refusal(f"{text[:60]} is not supported") from None
-
-    def _read_character(self, text: str) -> Any:
-        return self._read_set("set", re.escape(text)) if self.flags else ("char", text)
-
-    def search(self, text: str) -> bool:
-        """Tell whether it is found in a text; one that takes too much work is not."""
-        try:
-            return self.is_in(text[:MAX_SEARCHED], make_budget(MAX_STEPS + len(text) // 2))
-        except OutOfSteps:
-            return False
 
 
 def read_table(text: str) -> dict[str, str]:
@@ -2046,8 +2016,6 @@ adjective: bright|calm|clear|careful|fresh|gentle|modern|quick|quiet|simple|stea
 noun: bridge|garden|harbor|journey|letter|market|meadow|notebook|plan|river|signal
 verb: check|compare|explain|improve|measure|prepare|review|share|update
 """)
-# Where a pattern alone would not be enough; other patterns beside a format describe it whole.
-NARROW_FORMATS = ("date", "date-time", "email", "ipv4", "uuid")
 # By format, or by a name that calls for it; Base64 takes four characters for three bytes.
 FORMATS = read_table("""\
 date day birthday deadline dob: 202{d}-0{c}-1{d}
@@ -2229,41 +2197,34 @@ def is_of_type(value: Any, types: Sequence[str]) -> bool:
     return kind in types or (kind == "number" and "integer" in types and value == value // 1)
 
 
+def has_type(*kinds: type) -> Callable[[Any], bool]:
+    return lambda argument: isinstance(argument, kinds)
+
+
+def are_names(argument: Any) -> bool:
+    return isinstance(argument, list) and all(isinstance(name, str) for name in argument)
+
+
 # shape: whether an argument can be what a keyword of this shape takes.
-SHAPES: dict[str, Any] = {
-    "any": object, "text": str, "list": list, "switch": bool, "schema": (dict, bool),
-    "schemas": list, "items": (dict, bool, list), "map": dict,  # items: a list until 2019-09
-    "types": lambda a: a in TYPES or (a and isinstance(a, list) and all(n in TYPES for n in a)),
-    "names": lambda a: isinstance(a, list) and all(isinstance(name, str) for name in a),
+SHAPES: dict[str, Callable[[Any], bool]] = {
+    "any": has_type(object), "pairs": has_type(), "text": has_type(str), "list": has_type(list),
+    "switch": has_type(bool), "schema": has_type(dict, bool), "schemas": has_type(list),
+    "items": has_type(dict, bool, list), "map": has_type(dict),  # items: a list until 2019-09
+    "types": lambda a: a in TYPES or (a and are_names(a) and {*a} <= {*TYPES}),
+    "names": are_names,
     "number": is_finite,
     "limit": lambda a: is_finite(a) or isinstance(a, bool),  # a switch in draft 4
     "step": lambda a: is_finite(a, 1e-8),
     "count": lambda a: is_finite(a, 0) and a % 1 == 0,
-    "names map": lambda a: isinstance(a, dict) and all(map(SHAPES["names"], a.values())),
     "dependents": lambda a: isinstance(a, dict) and all(
-        isinstance(part, (dict, bool)) or SHAPES["names"](part) for part in a.values()),
+        isinstance(part, (dict, bool)) or are_names(part) for part in a.values()),
 }  # fmt: skip
-
-
-def accepts_branch(reader: Any, condition: Any, value: Any, schema: Any) -> bool:
-    """Tell whether the value is valid for `then` where it meets the condition, else for `else`."""
-    branch = "then" if reader.accepts(condition, value) else "else"
-    return bool(reader.accepts(schema.get(branch, True), value))
 
 
 def contains_enough(reader: Any, wanted: Any, value: Any, schema: Any) -> bool:
     """Tell whether as many items are as wanted as minContains and maxContains say."""
     count = sum(reader.accepts(wanted, item) for item in value)
     return bool(schema.get("minContains", 1) <= count <= schema.get("maxContains", count))
-
-
-def accepts_additional(reader: Any, other: Any, value: Any, schema: Any) -> bool:
-    """Tell whether each property is valid that no name and no pattern of the schema covers."""
-    names, patterns = schema.get("properties", ()), schema.get("patternProperties", ())
-    return all(
-        name in names or reader.find_by_pattern(patterns, name) or reader.accepts(other, item)
-        for name, item in value.items()
-    )
 
 
 def accepts_unevaluated(reader: Any, other: Any, value: Any, schema: Any) -> bool:
@@ -2279,13 +2240,12 @@ def accepts_unevaluated(reader: Any, other: Any, value: Any, schema: Any) -> boo
 VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
     "type": ("types", "", lambda r, a, v, s: is_of_type(v, a)),
     "enum": ("list", "", lambda r, a, v, s: r.is_among(v, a)),
-    "const": ("any", "", lambda r, a, v, s: r.is_among(v, [a])),
     "$ref": ("text", "", lambda r, a, v, s: r.accepts(r.resolve(a), v)),
-    "allOf": ("schemas", "", lambda r, a, v, s: all(r.accepts(part, v) for part in a)),
+    "allOf": ("schemas", "", lambda r, a, v, s: r.accepts_all(a, v)),
     "anyOf": ("schemas", "", lambda r, a, v, s: any(r.accepts(part, v) for part in a)),
     "oneOf": ("schemas", "", lambda r, a, v, s: sum(r.accepts(part, v) for part in a) == 1),
     "not": ("schema", "", lambda r, a, v, s: not r.accepts(a, v)),
-    "if": ("schema", "", accepts_branch),
+    "if": ("schema", "", lambda r, a, v, s: r.accepts(r.find_branch(s, v), v)),
     "minimum": ("number", "number", lambda r, a, v, s: v >= a),
     "maximum": ("number", "number", lambda r, a, v, s: v <= a),
     "exclusiveMinimum": ("limit", "number", lambda r, a, v, s: v > a),
@@ -2302,6 +2262,8 @@ VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
         r.accepts(a, item) for item in v[len(s.get("prefixItems", ())) :])),
     "contains": ("schema", "array", contains_enough),
     "unevaluatedItems": ("schema", "array", accepts_unevaluated),
+    "dependents": ("pairs", "object", lambda r, a, v, s: all(
+        r.accepts(part, v) for key, part in a if key in v)),
     "minProperties": ("count", "object", lambda r, a, v, s: len(v) >= a),
     "maxProperties": ("count", "object", lambda r, a, v, s: len(v) <= a),
     "required": ("names", "object", lambda r, a, v, s: all(name in v for name in a)),
@@ -2310,108 +2272,110 @@ VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
         r.accepts(a[name], v[name]) for name in v if name in a)),
     "patternProperties": ("map", "object", lambda r, a, v, s: all(
         r.accepts(part, v[name]) for name in v for part in r.find_by_pattern(a, name))),
-    "additionalProperties": ("schema", "object", accepts_additional),
+    "additionalProperties": ("schema", "object", lambda r, a, v, s: all(
+        r.accepts(a, v[name]) for name in v if r.for_property(s, name)[-1] is a)),
     "unevaluatedProperties": ("schema", "object", accepts_unevaluated),
-    "dependentRequired": ("names map", "object", lambda r, a, v, s: all(
-        name in v for key in a if key in v for name in a[key])),
-    "dependentSchemas": ("map", "object", lambda r, a, v, s: all(
-        r.accepts(a[key], v) for key in a if key in v)),
 }  # fmt: skip
-# Keywords that others look at: the shape of the argument.
+# Keywords that others look at, or that are rewritten: the shape of the argument.
 LOOKED_AT = {
     "default": "any", "examples": "any", "description": "any", "format": "text",
-    "contentMediaType": "text", "then": "schema", "else": "schema", "minContains": "count",
-    "maxContains": "count", "additionalItems": "schema", "dependencies": "dependents",
+    "contentMediaType": "text", "minContains": "count", "maxContains": "count", "const": "any",
+    "then": "schema", "else": "schema", "additionalItems": "schema",
+    "dependencies": "dependents", "dependentRequired": "dependents",
+    "dependentSchemas": "dependents",
 }  # fmt: skip
 VOCABULARY.update(
     (keyword, (shape, "no kind", lambda r, a, v, s: True)) for keyword, shape in LOOKED_AT.items()
 )
 RENAMED = {"$dynamicRef": "$ref", "$recursiveRef": "$ref"}
 META_SCHEMA = lazy_regex(r"https?://json-schema\.org/draft[^#]*#")
-# What fails a keyword that compares: the keyword that is met then, and by how much it differs.
-OPPOSITES = {
-    "minimum": ("exclusiveMaximum", 0), "maximum": ("exclusiveMinimum", 0),
-    "exclusiveMinimum": ("maximum", 0), "exclusiveMaximum": ("minimum", 0),
-    **{f"min{what}": (f"max{what}", -1) for what in ("Length", "Items", "Properties")},
-    **{f"max{what}": (f"min{what}", 1) for what in ("Length", "Items", "Properties")},
-}  # fmt: skip
-# The ways to fail other keywords, by their arguments; the rest is left to tests.
-NEGATIONS: dict[str, Callable[[Any], list[list[Any]]]] = {
-    "type": lambda a: [[{"type": tuple(name for name in TYPES if name not in a)}]],
-    "properties": lambda a: [
+SIZED = {"Length": "string", "Items": "array", "Properties": "object"}
+
+
+def fail_limit(kind: str, opposite: str, more: int = 0) -> Any:
+    """Return what says how a limit is not kept: by the keyword that is met then."""
+    types = (kind, "integer") if kind == "number" else (kind,)
+    return lambda r, limit: [[{"type": types, opposite: limit + more}]]
+
+
+# The ways to fail a keyword by its argument, each as schemas to meet; the rest is left to tests.
+NEGATIONS: dict[str, Callable[[Any, Any], list[list[Any]]]] = {
+    "type": lambda r, a: [[{"type": tuple(name for name in TYPES if name not in a)}]],
+    "properties": lambda r, a: [
         [{"type": ("object",), "required": [name], "properties": {name: {"not": part}}}]
         for name, part in a.items()],
-    "allOf": lambda a: [[{"not": part}] for part in a],
-    "anyOf": lambda a: [[{"not": part} for part in a]],
-    "not": lambda a: [[a]],
-    "required": lambda a: [[{"type": ("object",), "properties": {name: False}}] for name in a],
-    **dict.fromkeys(LOOKED_AT, lambda a: []),
+    "allOf": lambda r, a: [[{"not": part}] for part in a],
+    "anyOf": lambda r, a: [[{"not": part} for part in a]],
+    "not": lambda r, a: [[a]],
+    "$ref": lambda r, a: [[{"not": r.resolve(a)}]],
+    "required": lambda r, a: [[{"type": ("object",), "properties": {name: False}}] for name in a],
+    "minimum": fail_limit("number", "exclusiveMaximum"),
+    "maximum": fail_limit("number", "exclusiveMinimum"),
+    "exclusiveMinimum": fail_limit("number", "maximum"),
+    "exclusiveMaximum": fail_limit("number", "minimum"),
+    **{f"min{what}": fail_limit(kind, f"max{what}", -1) for what, kind in SIZED.items()},
+    **{f"max{what}": fail_limit(kind, f"min{what}", 1) for what, kind in SIZED.items()},
+    **dict.fromkeys(LOOKED_AT, lambda r, a: []),
 }  # fmt: skip
 
 
-def rewrite(schema: dict[str, Any]) -> None:
-    """Put old keywords into those of draft 2020-12, and types into a tuple."""
-    for side, strict in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
-        if isinstance(schema.get(strict), bool) and schema.pop(strict) and side in schema:
-            schema[strict] = schema.pop(side)
+def rewrite(schema: dict[str, Any]) -> dict[str, Any]:
+    """Say all in few keywords of draft 2020-12, with the types as a tuple."""
+    more: list[Any] = []  # to be met, too
+    for side in ("Minimum", "Maximum"):
+        strict = f"exclusive{side}"
+        if isinstance(schema.get(strict), bool) and schema.pop(strict) and side.lower() in schema:
+            schema[strict] = schema.pop(side.lower())
     if isinstance(schema.get("items"), list):
         schema["prefixItems"] = schema["items"]
         schema["items"] = schema.get("additionalItems", True)
-    for key, part in schema.pop("dependencies", {}).items():
-        keyword = "dependentRequired" if isinstance(part, list) else "dependentSchemas"
-        schema[keyword] = {**schema.get(keyword, {}), key: part}
+    needs = [schema.pop(f"depend{rest}", {}) for rest in ("encies", "entRequired", "entSchemas")]
+    for key, part in itertools.chain(*[each.items() for each in needs]):
+        part = {"required": part} if isinstance(part, list) else part
+        schema.setdefault("dependents", []).append((key, part))
+    if "const" in schema:
+        more += [{"enum": schema["enum"]}] if "enum" in schema else []
+        schema["enum"] = [schema.pop("const")]
     if "type" in schema:  # integers are among the numbers
         names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
         schema["type"] = (*names, "integer") if "number" in names else tuple(names)
+    if more:
+        schema["allOf"] = [*schema.get("allOf", ()), *more]
+    return schema
 
 
 def list_types(schemas: Sequence[Any]) -> list[str]:
     """Return the types that all schemas allow; without any, first those the keywords speak of."""
     given = [schema["type"] for schema in schemas if "type" in schema]
-    if len(given) == 1:
-        return list(given[0])
     if given:
         return [name for name in given[0] if all(name in other for other in given[1:])]
     spoken_of = [VOCABULARY[keyword][1] for schema in schemas for keyword in schema]
     return [kind for kind in dict.fromkeys([*spoken_of, *TYPES]) if kind in TYPES]
 
 
-def list_named(schemas: Sequence[Any]) -> list[Any] | None:
-    """Return the values of the first const or enum; None where there is none."""
-    for schema in schemas:
-        if "const" in schema:
-            return [schema["const"]]
-        if "enum" in schema:
-            return list(schema["enum"])
-    return None
-
-
 class SchemaReader:
     """One schema document: reads its parts, follows references, tests values.
 
-    A read schema is True, False, or a dict of well-formed `VOCABULARY`, with `type` as a tuple.
+    A read schema is True, False, or a dict of well-formed `VOCABULARY` after `rewrite()`.
     """
 
     def __init__(self, document: Any) -> None:
-        self.steps = MAX_STEPS
+        self.budget = Budget(MAX_STEPS)
+        self.spend = self.budget.spend
         self._patterns: dict[str, Pattern] = {}
         self._matches: dict[tuple[str, str], bool] = {}  # whether a pattern is in a text
-        self._named: dict[str, Any] = {"#": (document, "")}  # parts by URI, and where they stand
+        self._bases: dict[int, str] = {}  # the URIs that references start from, by id() of parts
+        self._named: dict[str, Any] = {"#": document}  # parts by URI
         self._resolved: dict[str, Any] = {}  # what a $ref has named, by URI
-        if isinstance(document, dict):  # "id" is what draft 4 has
-            document = {"$id": document.get("id"), **document}
-            self._list_named(document, "")
-        self.root = self.read(document, "#", "")
-
-    def spend(self, count: int = 1) -> None:
-        """Use up some steps of work, so that no schema keeps a thread busy."""
-        self.steps -= count
-        if self.steps < 0:
-            raise OutOfSteps
+        if isinstance(document, dict):
+            base = str(document.get("id", "")).partition("#")[0]  # which draft 4 has
+            self._named[f"{base}#"] = document
+            self._list_parts(document, base)
+        self.root = self.read(document, "#")
 
     def pattern(self, source: str) -> Pattern:
         if source not in self._patterns:
-            self._patterns[source] = Pattern(source, self.spend)
+            self._patterns[source] = Pattern(source, self.budget)
         return self._patterns[source]
 
     def matches(self, source: str, text: str) -> bool:
@@ -2422,79 +2386,72 @@ class SchemaReader:
 
     def is_late(self) -> bool:
         """Tell whether so much work is done that only what must be there is made."""
-        return self.steps < MAX_STEPS - MANY_STEPS
+        return self.budget.steps < MAX_STEPS - MANY_STEPS
 
-    def _list_named(self, part: Any, base: str) -> None:
-        """Note all parts that have a name of their own."""
+    def _list_parts(self, part: Any, base: str) -> None:
+        """Note which parts have a name of their own, and the URIs that references start from."""
         self.spend(len(part) // 16)
         if type(part) is dict:
             for keyword in ("$id", "$anchor", "$dynamicAnchor"):
                 if isinstance(part.get(keyword), str):
                     name = part[keyword]
                     uri = urljoin(base, name) if keyword == "$id" else f"{base}#{name}"
-                    self._named[uri if "#" in uri else f"{uri}#"] = (part, base)
+                    self._named[uri if "#" in uri else f"{uri}#"] = part
                     base = uri.partition("#")[0]
+            self._bases[id(part)] = base
         for inner in part.values() if type(part) is dict else part:
             if type(inner) in (dict, list):
-                self._list_named(inner, base)
+                self._list_parts(inner, base)
 
-    def read(self, schema: Any, place: str, base: str) -> Any:
-        """Return the schema as it is used, or raise `Unsatisfiable` where it is malformed.
-
-        base  the URI that its references start from
-        """
+    def read(self, schema: Any, place: str) -> Any:
+        """Return the schema as it is used, or raise `Unsatisfiable` where it is malformed."""
         self.spend(1 + len(place) // 100)
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
             raise Unsatisfiable(f"{place[:200]}: a schema is an object or a boolean")
-        if isinstance(schema.get("$id"), str):
-            base = urljoin(base, schema["$id"]).partition("#")[0]
         read: dict[str, Any] = {}
         for keyword, argument in schema.items():
             name = RENAMED.get(keyword, keyword)
             if name not in VOCABULARY:
                 continue
             shape = VOCABULARY[name][0]
-            fits = SHAPES[shape]
-            if not (
-                isinstance(argument, fits) if isinstance(fits, (type, tuple)) else fits(argument)
-            ):
+            if not SHAPES[shape](argument):
                 raise Unsatisfiable(f"{place[:200]}: {keyword} cannot be {str(argument)[:60]}")
-            read[name] = argument
-            if name == "$ref":
+            if shape in ("schema", "schemas", "items", "map", "dependents"):
+                argument = self._read_inner(argument, shape, f"{place}/{keyword}")
+            elif name == "$ref":
+                base = self._bases[id(schema)]
                 uri = base + argument if argument.startswith("#") else urljoin(base, argument)
-                read[name] = unquote(uri if "#" in uri else f"{uri}#")
-            elif shape in ("schema", "schemas", "items", "map", "dependents"):
-                read[name] = self._read_inner(argument, f"{place}/{keyword}", base, shape)
-        rewrite(read)
-        return read
+                argument = unquote(uri if "#" in uri else f"{uri}#")
+            read[name] = argument
+        return rewrite(read)
 
-    def _read_inner(self, argument: Any, place: str, base: str, shape: str) -> Any:
+    def _read_inner(self, argument: Any, shape: str, place: str) -> Any:
         if isinstance(argument, list):
-            return [self.read(p, f"{place}/{number}", base) for number, p in enumerate(argument)]
+            return [self.read(part, f"{place}/{number}") for number, part in enumerate(argument)]
         if shape in ("schema", "items"):
-            return self.read(argument, place, base)
+            return self.read(argument, place)
         return {
             name: part if isinstance(part, list) and shape == "dependents"
-            else self.read(part, f"{place}/{name}", base)
+            else self.read(part, f"{place}/{name}")
             for name, part in argument.items()
         }  # fmt: skip
 
     def resolve(self, uri: str) -> Any:
         """Return the read schema that a reference names, in this document."""
         if META_SCHEMA.fullmatch(uri):
-            return {"const": {}}  # the simplest schema
+            return {"enum": [{}]}  # the simplest schema
         if uri not in self._resolved:
             start, _, pointer = uri.partition("#")
-            keys = [] if uri in self._named else pointer.split("/")[1:]
-            found: Any = self._named.get(uri) or self._named.get(f"{start}#") or (None, "")
-            part, base = found
             try:
-                for key in keys:
-                    name = key.replace("~1", "/").replace("~0", "~")
-                    part = part[int(key) if isinstance(part, list) else name]
-                self._resolved[uri] = self.read(part, uri, start if keys else base)
+                part = self._named.get(uri)
+                if part is None:
+                    part = self._named[f"{start}#"]
+                    for key in pointer.split("/")[1:]:
+                        name = key.replace("~1", "/").replace("~0", "~")
+                        part = part[int(key) if isinstance(part, list) else name]
+                self._resolved[uri] = self.read(part, uri)
             except (LookupError, ValueError, TypeError):
                 raise Unsatisfiable(f"$ref {uri[:200]!r}: names nothing in this schema") from None
         return self._resolved[uri]
@@ -2503,9 +2460,7 @@ class SchemaReader:
         """Tell whether the value is valid; `format` is not tested, as in most validators."""
         if isinstance(schema, bool):
             return schema
-        self.steps -= 1  # as spend() does
-        if self.steps < 0:
-            raise OutOfSteps
+        self.spend()
         kind = KINDS[type(value)]
         for keyword, argument in schema.items():
             _, spoken_of, check = VOCABULARY[keyword]
@@ -2515,10 +2470,7 @@ class SchemaReader:
 
     def accepts_all(self, schemas: Any, value: Any) -> bool:
         """Tell whether the value is valid for each of the schemas."""
-        for schema in schemas:  # noqa: SIM110, which takes twice as long
-            if not self.accepts(schema, value):
-                return False
-        return True
+        return all(map(self.accepts, schemas, itertools.repeat(value)))
 
     def is_among(self, value: Any, choices: Any) -> bool:
         """Tell whether the value equals one of the choices."""
@@ -2547,14 +2499,19 @@ class SchemaReader:
             return [fixed[index]]
         return [schema["items"]] if "items" in schema else []
 
+    def find_branch(self, schema: Any, value: Any) -> Any:
+        """Return what an `if` asks of a value: `then` or `else`."""
+        return schema.get("then" if self.accepts(schema["if"], value) else "else", True)
+
     def find_covered(self, schema: Any, value: Any) -> set[Any]:
         """Return the properties or items of a value that a schema, which it meets, speaks of."""
         if isinstance(schema, bool):
             return set()
         self.spend(len(value))
+        covered: set[Any]
         if isinstance(value, dict):
             rest = "unevaluatedProperties" in schema
-            covered: set[Any] = {name for name in value if rest or self.for_property(schema, name)}
+            covered = {name for name in value if rest or self.for_property(schema, name)}
         else:
             rest, wanted = "unevaluatedItems" in schema, schema.get("contains", False)
             covered = {
@@ -2564,11 +2521,8 @@ class SchemaReader:
             }
         parts = [*schema.get("allOf", ()), *schema.get("anyOf", ()), *schema.get("oneOf", ())]
         parts += [self.resolve(schema["$ref"])] if "$ref" in schema else []
-        if "if" in schema:
-            branch = "then" if self.accepts(schema["if"], value) else "else"
-            parts += [schema["if"], schema.get(branch, True)]
-        dependents = schema.get("dependentSchemas", {})
-        parts += [dependents[key] for key in dependents if key in value]
+        parts += [schema["if"], self.find_branch(schema, value)] if "if" in schema else []
+        parts += [part for key, part in schema.get("dependents", ()) if key in value]
         met = [part for part in parts if self.accepts(part, value)]
         return covered.union(*[self.find_covered(part, value) for part in met])
 
@@ -2578,16 +2532,9 @@ class SchemaReader:
             return [] if schema else [[]]
         ways: list[list[Any]] = []
         for keyword in sorted(schema, key="required".__eq__):  # a name is left out last
-            argument = schema[keyword]
             self.spend()
-            if keyword in OPPOSITES:
-                opposite, more = OPPOSITES[keyword]
-                kinds = (VOCABULARY[keyword][1], "integer")
-                ways.append([{"type": kinds, opposite: argument + more}])
-            elif keyword == "$ref":
-                ways.append([{"not": self.resolve(argument)}])
-            else:
-                ways += NEGATIONS[keyword](argument) if keyword in NEGATIONS else [[]]
+            find_ways = NEGATIONS.get(keyword)
+            ways += find_ways(self, schema[keyword]) if find_ways else [[]]
         return ways
 
     def is_hopeless(self, schemas: Sequence[Any], within: bool = True) -> bool:
@@ -2596,41 +2543,36 @@ class SchemaReader:
         within  look at what must be inside, too
         """
         self.spend(2 + len(schemas))
-        if any(schema is False for schema in schemas):
+        if False in schemas:
             return True
         schemas = [schema for schema in schemas if schema is not True]
-        named = list_named(schemas)
-        if named is not None:
-            return not any(self.accepts_all(schemas, value) for value in named)
-        if not list_types(schemas):
-            return True
-        required = {name for schema in schemas for name in schema.get("required", ())}
-        return within and any(
+        for schema in schemas:
+            if "enum" in schema:
+                return not any(self.accepts_all(schemas, value) for value in schema["enum"])
+        names = (name for schema in schemas for name in schema.get("required", ()))
+        required = dict.fromkeys(names) if within else ()
+        return not list_types(schemas) or any(
             self.is_hopeless([r for s in schemas for r in self.for_property(s, name)], False)
             for name in required
         )
 
 
-COMBINING = {"$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas"}  # add parts
+COMBINING = {"$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependents"}  # add parts
 # What a made value does not meet by the way it is made, and is therefore tested for.
-TESTED = {
-    "oneOf", "not", "contains", "if", "dependentSchemas", "unevaluatedItems",
-    "unevaluatedProperties",
-}  # fmt: skip
-NAMING = {"const", "enum", "examples", "default"}  # keywords with values
+TESTED = {"oneOf", "not", "contains", "if", "unevaluatedItems", "unevaluatedProperties"}
+MAPS = ("additionalProperties", "patternProperties", "unevaluatedProperties")
 
 
 class ValueMaker:
     """One place of an instance: makes its value, which meets all of `schemas`, and those inside."""
 
-    trail: tuple[str, ...] = ("#",)  # references on the way
+    keywords: dict[str, list[Any]]  # the arguments that the schemas give to each
 
     def __init__(
         self,
         reader: SchemaReader,
         rng: HashRandom,
         schemas: list[Any],
-        depth: int,
         within: ValueMaker | None = None,
         key: str | int = "#",
         name: str = "",
@@ -2638,13 +2580,12 @@ class ValueMaker:
         self.reader = reader
         self.rng = rng
         self.schemas = schemas
-        self.depth = depth  # levels that are left before only what must be there is made
-        self.minimal = depth <= 0  # only what must be there is made
         self.within = within  # the place around this one
         self.key = key  # there
         self.name = name  # of the property, for values that look natural
-        if within:
-            self.trail, self.minimal = within.trail, within.minimal or self.minimal
+        self.depth: int = within.depth - 1 if within else 6  # levels that are left
+        self.minimal: bool = self.depth <= 0 or bool(within and within.minimal)  # only what must be
+        self.trail: set[str] = within.trail if within else {"#"}  # references on the way
 
     @property
     def path(self) -> str:
@@ -2670,37 +2611,33 @@ class ValueMaker:
 
     def make_inside(self, key: str | int, schemas: list[Any], name: str, attempt: int) -> Any:
         """Return a value for an item, a property or a property's name."""
-        own = self.rng.child(key, attempt)
-        return ValueMaker(self.reader, own, schemas, self.depth - 1, self, key, name).make()
+        return ValueMaker(
+            self.reader, self.rng.child(key, attempt), schemas, self, key, name
+        ).make()
 
     def make(self) -> Any:
         """Return a value by the first way that is not blocked."""
         if self.depth < -MAX_MORE_DEPTH:
             raise Unsatisfiable(f"{self.path}: nests too deep")
-        minimal = self.minimal = self.minimal or self.reader.is_late()
-        for schema in self.schemas:
-            if isinstance(schema, bool) or not COMBINING.isdisjoint(schema):
-                break
-        else:  # there is one way
-            self.reader.spend(1 + 2 * len(self.schemas))
-            return self._fill(self.schemas)
-        problem, trail = None, self.trail
-        for schemas, refs in itertools.islice(self._ways(self.schemas, [], []), MAX_BRANCHES):
-            self.trail = (*trail, *refs)
-            self.minimal = minimal or not set(refs).isdisjoint(trail)
+        self.reader.spend(4)
+        trail, minimal = self.trail, self.minimal or self.reader.is_late()
+        self.minimal = minimal
+        is_plain = all(s is not True and s and COMBINING.isdisjoint(s) for s in self.schemas)
+        ways = [self.schemas] if is_plain else self._ways(self.schemas, [], [])
+        problem = None
+        for schemas in itertools.islice(ways, MAX_BRANCHES):
+            refs = {schema["$ref"] for schema in schemas if "$ref" in schema}
+            self.minimal, self.trail = minimal or not refs.isdisjoint(trail), trail | refs
             try:
                 return self._fill(schemas)
             except Unsatisfiable as error:
                 problem = problem or error
         raise problem or Unsatisfiable(f"{self.path}: no value is allowed here")
 
-    def _ways(
-        self, todo: list[Any], schemas: list[Any], choices: list[Any]
-    ) -> Iterator[tuple[list[Any], list[str]]]:
-        """Yield all parts to be met together and their references, for each way of choosing."""
+    def _ways(self, todo: list[Any], schemas: list[Any], choices: list[Any]) -> Iterator[list[Any]]:
+        """Yield all schemas to be met together, for each way of choosing."""
         todo, schemas, choices = list(todo), list(schemas), list(choices)
-        refs = [schema["$ref"] for schema in schemas if "$ref" in schema]
-        chosen = bool(schemas)
+        refs = {schema["$ref"] for schema in schemas if "$ref" in schema}
         for schema in todo:  # grows on the way
             if schema is False:
                 return
@@ -2710,21 +2647,16 @@ class ValueMaker:
             schemas.append(schema)
             todo += schema.get("allOf", ())
             if "$ref" in schema and schema["$ref"] not in refs:
-                refs.append(schema["$ref"])
+                refs.add(schema["$ref"])
                 todo.append(self.reader.resolve(schema["$ref"]))
-            for ways, last in self._list_choices(schema):
-                if ways or len(last) != 1:
-                    choices.append((ways, last))
-                else:  # no choice
-                    todo += last[0]
-        if (chosen or choices) and self.reader.is_hopeless(schemas):
+            choices += self._list_choices(schema)
+        if self.reader.is_hopeless(schemas):
             return
         if not choices:
-            yield schemas, refs
+            yield schemas
             return
-        minimal = self.minimal or not set(refs).isdisjoint(self.trail)
-        ways, last = choices[0]
-        for way in [*self._in_order(ways, minimal), *last]:
+        minimal = self.minimal or not refs.isdisjoint(self.trail)
+        for way in self._in_order(choices[0], minimal):
             yield from self._ways(way, schemas, choices[1:])
 
     def _list_choices(self, schema: Any) -> Iterator[tuple[list[Any], list[Any]]]:
@@ -2736,23 +2668,25 @@ class ValueMaker:
             yield [[part] for part in schema["anyOf"]], []
         if "oneOf" in schema:
             parts = schema["oneOf"]
-            failed = [[{"not": other} for other in parts if other is not part] for part in parts]
-            yield [[part] for part in parts], [[p, *others] for p, others in zip(parts, failed)]
+            alone = [[p, *({"not": other} for other in parts if other is not p)] for p in parts]
+            yield [[part] for part in parts], alone
         if "if" in schema:
             met, then = schema["if"], schema.get("then", True)
             shown = {"required": list(met.get("properties", ())) if isinstance(met, dict) else []}
             yield [[met, shown, then], [{"not": met}, schema.get("else", True)]], [[met, then]]
+        for key, part in schema.get("dependents", ()):
+            ways = [[{"required": [key]}, part], [{"properties": {key: False}}]]
+            yield [], ways[::-1] if self.minimal else ways
         if "not" in schema:
             yield [], self.reader.negate(schema["not"])
-        for key, part in schema.get("dependentSchemas", {}).items():
-            yield [], [[part], [{"properties": {key: False}}]]
 
-    def _in_order(self, ways: list[Any], minimal: bool) -> list[Any]:
+    def _in_order(self, choice: tuple[list[Any], list[Any]], minimal: bool) -> list[Any]:
         """Return ways as they are tried: drawn, null last; the simplest first when deep."""
-        start = self.rng.randbelow(len(ways)) if ways else 0
-        drawn = ways[start:] + ways[:start]
+        drawn, last = choice
+        start = self.rng.randbelow(len(drawn)) if drawn else 0
         null = [{"type": ("null",)}]
-        return sorted(drawn, key=self._count_refs if minimal else lambda way: way == null)
+        order = self._count_refs if minimal else lambda way: way == null
+        return sorted(drawn[start:] + drawn[:start], key=order) + last
 
     def _count_refs(self, way: list[Any]) -> int:
         """Return how often schemas, or those that they name, refer to others."""
@@ -2762,42 +2696,43 @@ class ValueMaker:
         return text.count("'$ref'")
 
     def _fill(self, schemas: list[Any]) -> Any:
-        """Return a value that meets the parts: one that they name, else one made."""
+        """Return a value that meets the schemas: one that they name, else one made."""
         self.schemas = schemas
-        self.keywords: dict[str, list[Any]] = {}  # arguments by keyword
+        self.keywords = {}
         for schema in schemas:
             for keyword, argument in schema.items():
                 self.keywords.setdefault(keyword, []).append(argument)
-        if not NAMING.isdisjoint(self.keywords):
-            for value in self._list_known_values():
-                if self.reader.accepts_all(self.schemas, value):
-                    return value
-        named = "enum" in self.keywords or "const" in self.keywords
-        kinds = [] if named else list_types(self.schemas)
+        for value in self._list_known_values():
+            if self.reader.accepts_all(schemas, value):
+                return value
+        kinds = [] if "enum" in self.keywords else list_types(schemas)
         if len(kinds) > 1:
             last = ("array", "object") if self.minimal else ("null",)
             kinds.sort(key=last.__contains__)
-        tested = [] if TESTED.isdisjoint(self.keywords) else self.schemas
+        tested = [] if TESTED.isdisjoint(self.keywords) else schemas
         problem = None
         for kind in kinds:
-            for attempt in range(TRIES if tested else 1):
-                try:
+            try:
+                for attempt in range(TRIES if tested else 1):
                     value = getattr(self, f"make_{kind}")(attempt)
-                except Unsatisfiable as error:
-                    problem = problem or error
-                    break
-                if not tested or self.reader.accepts_all(tested, value):
-                    return value
+                    if self.reader.accepts_all(tested, value):
+                        return value
+            except Unsatisfiable as error:
+                problem = problem or error
         raise problem or self.refusal("value")
 
     def _list_known_values(self) -> list[Any]:
-        """Return the values that are named: by const or enum only, else as examples."""
-        required = list_named(self.schemas)
-        examples = [values for values in self.arguments("examples") if isinstance(values, list)]
-        values = list(itertools.chain(*examples)) if required is None else required
+        """Return the values that are named: by enum only, else as examples."""
+        if "enum" in self.keywords:
+            values, defaults = self.keywords["enum"][0], []
+        else:
+            examples = [each for each in self.arguments("examples") if isinstance(each, list)]
+            values = list(itertools.chain(*examples))
+            defaults = [
+                each for each in self.arguments("default") if each not in (None, "", [], {})
+            ]
         start = self.rng.randbelow(len(values)) if values else 0
-        defaults = [value for value in self.arguments("default") if value not in (None, "", [], {})]
-        return values[start:] + values[:start] + (defaults if required is None else [])
+        return [*values[start:], *values[:start], *defaults]
 
     def make_null(self, attempt: int) -> None:
         """Return null."""
@@ -2813,8 +2748,7 @@ class ValueMaker:
         formats = list(filter(FORMATS.__contains__, self.arguments("format")))
         formats += ["json-string"] * ("application/json" in self.arguments("contentMediaType"))
         template = FORMATS[formats[0]] if formats else find_by_name(TEXTS, self.name)
-        tries = (10 * TRIES if formats else 3) if patterns else TRIES
-        for _ in range(tries):
+        for _ in range(TRIES):
             text = fill_template(self.rng, template)
             if not formats and not patterns:
                 while len(text) < low:
@@ -2822,9 +2756,8 @@ class ValueMaker:
                 return text[:high]
             if low <= len(text) <= high and all(pattern.is_in(text) for pattern in patterns):
                 return text
-        if formats and (not patterns or formats[0] in NARROW_FORMATS):
-            rule = f"has {low} to {high} characters" + " and the pattern" * bool(patterns)
-            raise Unsatisfiable(f"{self.path}: no {formats[0]} {rule}")
+        if not patterns:
+            raise Unsatisfiable(f"{self.path}: no {formats[0]} has {low} to {high} characters")
         rng = self.rng.child(attempt) if attempt else self.rng
         return patterns[0].make(rng, low, high, patterns[1:])
 
@@ -2833,7 +2766,7 @@ class ValueMaker:
         return as_whole(self.make_number(attempt, 1))
 
     def make_number(self, attempt: int, least_step: float = 0) -> Any:
-        """Return a multiple of the step, else of 0.01; the next ones are tried after it."""
+        """Return a multiple of the step, else of 0.01: the first that is valid in a range."""
         low, high, *flag = map(int, find_by_name(NUMBERS, self.name).split())
         natural: tuple[Any, Any] = (low, 100 if high == least_step and not flag else high)
         step = max(least_step, max(self.arguments("multipleOf"), default=0.01))
@@ -2841,28 +2774,29 @@ class ValueMaker:
         if said:
             natural = (said["minimum"], said["maximum"]) if "minimum" in said else (0, 1)
             step = max(step, 1) if "enum" in said else step
-        start, end = self._choose_range(natural, step)
-        first = int(-(-start // step))
-        count = max(1, int(end // step) - first + 1)
-        chosen = self.rng.randbelow(count) + attempt
-        within = (first + (chosen + more) % count for more in range(min(count, MAX_ITEMS)))
-        tried = itertools.chain(within, range(first + count, first + count + MAX_ITEMS))
-        values = (value for times in tried for value in (round(times * step, 10), times * step))
-        for value in itertools.chain(values, (start + (end - start) / 2, start, end)):
-            if self.reader.accepts_all(self.schemas, value):
-                return value
+        for start, end in self._list_ranges(natural, step):
+            first = int(-(-start // step))
+            count = int(end // step) - first + 1
+            chosen = attempt + (self.rng.randbelow(count) if count > 0 else 0)
+            for more in range(min(count, MAX_ITEMS)):
+                times = first + (chosen + more) % count
+                for value in (round(times * step, 10), times * step):
+                    if self.reader.accepts_all(self.schemas, value):
+                        return value
+            if self.reader.accepts_all(self.schemas, start + (end - start) / 2):
+                return start + (end - start) / 2
         raise self.refusal("number")
 
-    def _choose_range(self, natural: Any, step: Any) -> tuple[Any, Any]:
-        """Return a range with a multiple of the step, natural if possible; else the bounds."""
-        low = max([float("-inf"), *self.arguments("minimum"), *self.arguments("exclusiveMinimum")])
-        high = min([float("inf"), *self.arguments("maximum"), *self.arguments("exclusiveMaximum")])
-        reach = 100 * step
-        for start, end in (natural, (low, low + reach), (high - reach, high), (0, reach)):
+    def _list_ranges(self, natural: Any, step: Any) -> Iterator[tuple[Any, Any]]:
+        """Yield the ranges in which a number is looked for: a natural one, then by the bounds."""
+        low = max([-math.inf, *self.arguments("minimum"), *self.arguments("exclusiveMinimum")])
+        high = min([math.inf, *self.arguments("maximum"), *self.arguments("exclusiveMaximum")])
+        reach, beyond = 100 * step, natural[1] + MAX_ITEMS * step
+        near = [natural, (low, low + reach), (high - reach, high), (0, reach)]
+        for start, end in (*near, (natural[1], beyond), (low, high), (low, low), (high, high)):
             start, end = max(start, low), min(end, high)
-            if start <= end and -(-start // step) * step <= end:
-                return start, end
-        return max(low, -1e300), min(high, 1e300)
+            if -1e300 <= start <= end <= 1e300:
+                yield start, end
 
     def make_array(self, attempt: int) -> list[Any]:
         """Return a list; items beyond the least number end where they cannot be made."""
@@ -2876,9 +2810,8 @@ class ValueMaker:
                 full += [{"not": schema["contains"]}] if "maxContains" in schema else []
         low = max(low, min(fixed + len(contained), high))
         some = 0 if self.minimal or attempt else 1 + self.rng.randbelow(3)
-        count = min(high, max(low, fixed, some))
         items: list[Any] = []
-        for index in range(count):
+        for index in range(min(high, max(low, fixed, some))):
             schemas = [rule for s in self.schemas for rule in self.reader.for_item(s, index)]
             if 0 <= index - (low - len(contained)) < len(contained):
                 schemas.append(contained[index - low])
@@ -2898,51 +2831,37 @@ class ValueMaker:
         """Return an object with what is required, most of what is declared, and extras."""
         low, high = self.count_range("Properties", MAX_ITEMS)
         declared = dict.fromkeys(name for schema in self.arguments("properties") for name in schema)
-        required = [name for names in self.arguments("required") for name in names]
-        made = {name: self._make_property(name, attempt) for name in self._list_needed(required)}
+        required = dict.fromkeys(name for names in self.arguments("required") for name in names)
+        if len(required) > high:
+            raise self.refusal("object")
+        made = {name: self._make_property(name, attempt) for name in required}
         skipped = self.rng.child("skip", attempt).randbytes(len(declared) * (attempt > 0))
         if not self.minimal:
             wanted = [name for n, name in enumerate(declared) if not attempt or skipped[n] % 2]
-            in_time = (name for name in wanted if name not in made and not self.reader.is_late())
-            self._add(made, in_time, high, high, attempt)
-        self._add(made, declared, low, high, attempt)
-        maps = ("additionalProperties", "patternProperties", "unevaluatedProperties")
-        is_map = any(any(self.arguments(keyword)) for keyword in maps)
+            in_time = (name for name in wanted if name in made or not self.reader.is_late())
+            self._add(made, in_time, high, attempt)
+        self._add(made, declared, low, attempt)
+        is_map = any(any(self.arguments(keyword)) for keyword in MAPS)
         if is_map and not (declared or required or self.minimal or attempt):
             low = max(low, min(2, high))
-        tries = 4 * low + TRIES if len(made) < low else 0
-        self._add(made, (self._random_name(n, attempt) for n in range(tries)), low, high, attempt)
+        names = (self._random_name(number, attempt) for number in range(4 * low + TRIES))
+        self._add(made, names, low, attempt)
         return {name: made[name] for name in (*declared, *made) if name in made}
 
-    def _list_needed(self, names: Iterable[str]) -> list[str]:
-        """Return the names with those that have to come with them."""
-        needed, todo = dict.fromkeys(names), list(names)
-        for name in todo:  # grows on the way
-            for dependents in self.arguments("dependentRequired"):
-                others = [n for n in dependents.get(name, ()) if n not in needed]
-                self.reader.spend(len(dependents.get(name, ())))
-                needed.update(dict.fromkeys(others))
-                todo += others
-        return list(needed)
-
-    def _add(
-        self, made: dict[str, Any], names: Iterable[str], enough: int, most: int, attempt: int
-    ) -> None:
+    def _add(self, made: dict[str, Any], names: Iterable[str], enough: int, attempt: int) -> None:
         """Add properties until there are enough, without those that cannot be made."""
+        if len(made) >= enough:
+            return
         for name in names:
+            if name not in made:
+                with contextlib.suppress(Unsatisfiable):
+                    made[name] = self._make_property(name, attempt)
             if len(made) >= enough:
                 return
-            if name in made:
-                continue
-            needed = [n for n in self._list_needed([name]) if n not in made]
-            if len(made) + len(needed) > most:
-                continue
-            with contextlib.suppress(Unsatisfiable):
-                made.update({other: self._make_property(other, attempt) for other in needed})
 
     def _make_property(self, name: str, attempt: int) -> Any:
         rules = self.arguments("propertyNames")
-        if rules and not self.reader.accepts_all(rules, name):
+        if not self.reader.accepts_all(rules, name):
             raise Unsatisfiable(f"{self.path}: propertyNames forbids the name {name[:60]!r}")
         schemas = [rule for s in self.schemas for rule in self.reader.for_property(s, name)]
         schemas = schemas or self.arguments("unevaluatedProperties")
@@ -2968,11 +2887,9 @@ def make_instance(rng: HashRandom, schema: Any) -> Any:
     """
     try:
         reader = SchemaReader(schema)
-        for attempt in range(3):
-            again = rng.child(attempt) if attempt else rng
-            value = ValueMaker(reader, again, [reader.root], 6).make()
-            if reader.accepts(reader.root, value):
-                return value
+        value = ValueMaker(reader, rng, [reader.root]).make()
+        if reader.accepts(reader.root, value):
+            return value
     except (OutOfSteps, RecursionError):
         raise Unsatisfiable(TOO_MUCH) from None
     except ValueError as error:  # from urljoin()
@@ -2983,9 +2900,7 @@ def make_instance(rng: HashRandom, schema: Any) -> Any:
 def make_matching(rng: HashRandom, pattern: str) -> str:
     """Return a text that the pattern matches as a whole, or raise `Unsatisfiable`."""
     try:
-        spend = SchemaReader(True).spend
-        Pattern(pattern, spend)  # on its own, for its parentheses
-        return Pattern(f"^(?:{pattern})$", spend).make(rng, 0, MAX_TEXT)
+        return Pattern(pattern, Budget(MAX_STEPS), whole=True).make(rng, 0, MAX_TEXT)
     except (OutOfSteps, RecursionError):
         raise Unsatisfiable(TOO_MUCH) from None
 
@@ -4787,7 +4702,7 @@ def holds_text(key: str, wanted: Any, got: Any) -> bool:
         return False
     if isinstance(wanted, list):
         return all(each in got for each in wanted)
-    if isinstance(wanted, (SearchPattern, re.Pattern)):
+    if isinstance(wanted, (Pattern, re.Pattern)):
         return bool(wanted.search(got))
     return TEXT_KEYS[key](got, wanted)
 
@@ -5345,7 +5260,7 @@ def compile_pattern(wanted: Any, place: str, trusted: bool) -> Any:
     source = wanted["pattern"]
     try:
         re.compile(source)
-        return SearchPattern(source)
+        return Pattern(source, Budget(MAX_STEPS), in_python=True)
     except (Unsatisfiable, OutOfSteps) as error:
         if trusted:
             return re.compile(source)
@@ -13504,7 +13419,7 @@ def warn_of_text(body: dict[str, Any], said: dict[str, Any], model: Model | None
             schema = (format.get("json_schema") or format).get("schema", {"type": "object"})
             problem = explain_violation(schema, text)
         elif format["type"] == "regex":
-            pattern = Pattern(f"^(?:{format['pattern']})$", make_budget(MAX_STEPS + len(text)))
+            pattern = Pattern(format["pattern"], Budget(MAX_STEPS + len(text)), whole=True)
             problem = "" if pattern.is_in(text) else f"it is {preview(text)}"
         if problem:
             yield f"its content misses the {format['type']} of response_format: {problem}"
