@@ -335,6 +335,7 @@ class Request:
     turn: Any = None  # of a socket: its handler, instead of the route's
     call: Any = None  # its place in the record
     route: Any = None  # once it is found and the body is read
+    answers = 1  # that its body is worth, see `Route.count_answers()`
     peer: Any = (None, 0)  # the client's address, and how many other connections are open
     chunk_sizes: Sequence[int] = ()  # characters in the chunks of a stream, where scripted
 
@@ -6492,11 +6493,6 @@ class Route:
         each = 1 + 10 * scores if isinstance(scores, int) else 1
         return max(1, choices) * each * (len(inputs or "") if several else 1)
 
-    def is_slow(self, body: Item) -> bool:
-        """Tell whether it takes long to do what a body asks for."""
-        asks = self.count_answers(body) > QUICK_ANSWERS
-        return self.slow or asks or not HEAVY_FIELDS.isdisjoint(body)
-
     def match(self, path: str) -> dict[str, str] | None:
         """Return the parameters of a path that fits: `{id}` one segment, `{id...}` the rest."""
         if not self.names:
@@ -7282,9 +7278,8 @@ def encode_answer(answer: Answer) -> bytes:
     key = (form, answer.objects, choice.finish_reason, *map(bool, values.values()))
     if key not in TEMPLATES:
         TEMPLATES[key] = make_template(answer, values)
-    for name in ("id", "model", "text", "thoughts"):
-        values[name] = QUOTE(values[name])
-    return (TEMPLATES[key] % values).encode()
+    texts = {name: QUOTE(values[name]) for name in ("id", "model", "text", "thoughts")}
+    return (TEMPLATES[key] % {**values, **texts}).encode()
 
 
 # --- Chat completions
@@ -13321,18 +13316,18 @@ def list_unread(values: dict[str, Any], fields: Fields, place: str = "") -> Iter
         for name in values:
             if name not in fields and name not in fields.ignored:
                 yield f"{place}{name}{suggest_near(name, tuple(fields))}"
-    if CONTAINERS.isdisjoint(map(type, values.values())):
-        return
     for name, value in values.items():
         inner = fields.nested.get(name)
         if inner is None:
             continue
         if type(value) is dict:
             yield from list_unread(value, inner, f"{place}{name}.")
-        elif type(value) is list:
-            for index, item in enumerate(value):
-                if type(item) is dict:
-                    yield from list_unread(item, inner, f"{place}{name}[{index}].")
+        for index, item in enumerate(value if type(value) is list else ()):
+            is_read = type(item) is not dict or (  # most are, at a glance
+                item.keys() <= inner.keys() and CONTAINERS.isdisjoint(map(type, item.values()))
+            )
+            if not is_read:
+                yield from list_unread(item, inner, f"{place}{name}[{index}].")
 
 
 def warn_of_request(server: TogetherAiServer, route: Route, request: Request) -> Iterator[str]:
@@ -14711,6 +14706,7 @@ class TogetherAiServer(Scripting):
         if route.body:
             kind = request.headers.get("content-type", "")
             request.body = parse_body(request.raw, kind, route.body)
+            request.answers = route.count_answers(request.body)
             if not route.open:
                 call.warnings = tuple(warn_of_request(self, route, request))
         request.route = route
@@ -14747,10 +14743,10 @@ class TogetherAiServer(Scripting):
             raise self.script.miss_error(request, misses)
         if route.body:
             route.body.check(request.body)
-            count = route.count_answers(request.body)
-            if count > MAX_ANSWERS:
+            if request.answers > MAX_ANSWERS:
                 reason = "inputs, n and logprobs multiply to more than one request may ask for"
-                raise ApiError("invalid", param="n", reason=f"{reason} ({count} > {MAX_ANSWERS})")
+                rule = f"{reason} ({request.answers} > {MAX_ANSWERS})"
+                raise ApiError("invalid", param="n", reason=rule)
         handler: Any = request.turn or route.handler
         reply = as_reply(handler(self, request), request, route.status)
         call.form = request.form
@@ -14814,7 +14810,8 @@ class TogetherAiServer(Scripting):
         waits = script.slow or script.watched or "x-parlel-fixture" in request.headers
         if self._upstream is not None or waits:
             return WAITING
-        return HEAVY if route.is_slow(request.body) else QUICK
+        asks = request.answers > QUICK_ANSWERS or not HEAVY_FIELDS.isdisjoint(request.body)
+        return HEAVY if route.slow or asks else QUICK
 
     def _limit_body(self, request: Request) -> int:
         """Return how many bytes a request may carry; raise ApiError for one that may not ask."""
