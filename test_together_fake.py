@@ -2469,7 +2469,6 @@ VALID = {
     "POST /v1/audio/translations": {"file": "https://example.com/a.mp3"},
     "POST /v2/videos": {"model": HAILUO, "prompt": "a lake"},
     "POST /v1/evaluation": {"type": "classify", "parameters": CLASSIFY},
-    "POST /v1/evaluations": {"type": "classify", "parameters": CLASSIFY},
     "POST /v1/endpoints": ENDPOINT,
     "PATCH /v1/endpoints/{id}": {"state": "STOPPED"},
     "POST /v1/endpoints/{id}/adapters": {"model_id": "e:lora"},

@@ -199,13 +199,11 @@ def hide_in_url(url: str) -> str:
 
 
 def hide_in_text(text: str) -> str:
-    """Hide what the URLs in a text hold of secrets."""
     text = KEY_PROTOCOL.sub("***", text) if "key." in text else text
     return URL.sub(lambda found: hide_in_url(found[0]), text) if "://" in text else text
 
 
 def is_secret(name: str) -> bool:
-    """Tell whether a field of this name holds a secret."""
     return SECRET_FIELD.search(name[-200:]) is not None
 
 
@@ -248,13 +246,11 @@ def escape_unprintable(text: str) -> str:
 
 
 def complain(text: str) -> None:
-    """Write to standard error; where that cannot be done, nobody is there to read it."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stderr.write(escape_unprintable(text))
 
 
 def format_time(at: float) -> str:
-    """Write Unix seconds as `2026-01-05T10:00:00.000Z`."""
     return f"{time.strftime(TIME_FORMAT, time.gmtime(at))}.{int(at % 1 * 1000):03}Z"
 
 
@@ -283,7 +279,6 @@ class RecordedHeaders(dict):  # type: ignore[type-arg]
         return super().__contains__(str(name).lower())
 
     def get(self, name: str, default: Any = None) -> Any:
-        """Return the value of a header, or the default."""
         return super().get(name.lower(), default)
 
 
@@ -1219,7 +1214,6 @@ def make_prose(rng: HashRandom, sentences: int | None = None) -> tuple[str, int]
 
 
 def make_text(rng: HashRandom, sentences: int | None = None) -> str:
-    """Write calm prose."""
     return make_prose(rng, sentences)[0][1:]
 
 
@@ -1333,7 +1327,6 @@ word_vectors = functools.lru_cache(maxsize=4)(WordVectors)
 
 
 def find_words(text: str) -> list[bytes]:
-    """Return the words that carry the topic; all words when there are no others."""
     words: list[bytes] = WORD.findall(text.encode("utf-8", "surrogatepass").lower())
     return [word for word in words if word not in STOPWORDS] or words or [b""]
 
@@ -1380,12 +1373,10 @@ def make_vector(text: str, size: int, model_key: bytes) -> list[int]:
 
 
 def truncate_vector(vector: list[int], dimensions: int) -> list[int]:
-    """Keep the first dimensions, as a unit vector again."""
     return normalise(vector[:dimensions], 0)
 
 
 def cosine_similarity(one: list[int], other: list[int]) -> float:
-    """Return the cosine of two vectors."""
     return float(sum(map(operator.mul, one, other)) / QUANTUM**2)
 
 
@@ -1401,7 +1392,6 @@ DECIMALS = Decimals()
 
 
 def format_floats(vector: list[int]) -> str:
-    """Return the inside of a JSON array."""
     return ",".join(map(DECIMALS.__getitem__, vector))
 
 
@@ -1563,7 +1553,6 @@ def outline(data: bytes, shape: str, width: int) -> list[int]:
 
 
 def blend(one: bytes, other: bytes, share: int, whole: int = 100) -> bytes:
-    """Mix two colours, `share` of `whole` from the other one."""
     return bytes([a + (b - a) * share // whole for a, b in zip(one, other)])
 
 
@@ -1699,7 +1688,6 @@ def make_speech(rng: HashRandom, text: str, sample_rate: int, encoding: str) -> 
 
 
 def wrap_wav(samples: bytes, sample_rate: int) -> bytes:
-    """Put the header of a WAV file before 16-bit samples of one channel."""
     head = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)
     body = b"WAVE" + head + b"data" + struct.pack("<I", len(samples)) + samples
     return b"RIFF" + struct.pack("<I", len(body)) + body
@@ -1716,7 +1704,6 @@ def audio_seconds(data: bytes) -> float:
 
 
 def mp4_box(kind: bytes, *parts: bytes | int) -> bytes:
-    """Build a box of an MP4 file from bytes and 32-bit numbers."""
     data = b"".join([p if isinstance(p, bytes) else struct.pack(">I", p) for p in parts])
     return struct.pack(">I", len(data) + 8) + kind + data
 
@@ -4003,6 +3990,7 @@ def collapse_path(path: str, strict: bool) -> str:
     if len(path) > 1 and path[-1] == "/":
         path = path[:-1]
     path = DOUBLED_PREFIX.sub("", path, count=1)  # production answers these too
+    path = path.replace("/v1/evaluations", "/v1/evaluation", 1)  # as Together's Python 1.x asks
     if strict:
         return path
     path = path if VERSIONED.match(path) else "/v1" + path
@@ -6424,7 +6412,6 @@ EXACT: dict[tuple[str, str], Route] = {}  # the routes without parameters, found
 
 
 def read_family(path: str) -> str:
-    """Return the word after the version, by which the record names a call."""
     found = re.match(r"/v[0-9]/([\w-]+)", path)
     return found.group(1) if found else ""
 
@@ -7936,8 +7923,7 @@ def create_chat_completion(server: TogetherAiServer, request: Request) -> Any:
 # --- Responses
 
 INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
-LOGPROBS_INCLUDED = "message.output_text.logprobs"
-ITEM_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
+ITEM_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}  # of ids
 ECHO: Item = {  # what a response repeats of its request, and the defaults
     "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "temperature": 1.0,
     "top_p": 1.0, "max_output_tokens": None, "max_tool_calls": None,
@@ -7960,7 +7946,6 @@ class Variants(Fields):
         super().__init__(Field("type", str, required=not default, choices=known))
 
     def check(self, values: Item, place: str = "") -> None:
-        """Check what the type calls for."""
         super().check(values, place)
         self.tables.get(values.get("type") or self.default, NO_FIELDS).check(values, place)
 
@@ -7988,13 +7973,15 @@ ITEMS = {
         Field("output", str, list, required=True, each=CONTENT_PART),
     ),
 }
+ITEM_ROW = Field("", dict, fields=Variants(ITEMS, "message"))
 FUNCTION_TOOL = Fields(*FUNCTION_FIELDS.values(), Field("strict", bool))
+TOOL_ROW = Field("", dict, fields=Variants({"function": FUNCTION_TOOL}))
 TOOL_CHOICES = {"function": Fields(Field("name", str, required=True))}
-CHOSEN_TOOL = Field("", dict, fields=Variants(TOOL_CHOICES))
 ALLOWED_TOOLS = Fields(
     Field("mode", str, required=True, choices=("auto", "required")),
-    Field("tools", list, required=True, each=CHOSEN_TOOL),
+    Field("tools", list, required=True, each=Field("", dict, fields=Variants(TOOL_CHOICES))),
 )
+CHOICE_FIELDS = Variants({**TOOL_CHOICES, "allowed_tools": ALLOWED_TOOLS})
 JSON_FORMAT = Fields(
     Field("name", str, required=True, low=1, high=64),
     Field("schema", dict, required=True),
@@ -8005,26 +7992,9 @@ TEXT_FORMAT_FIELDS = Variants({"json_schema": JSON_FORMAT}, known=RESPONSE_FORMA
 SAME_IN_CHAT = ("model", "temperature", "top_p", "parallel_tool_calls", "stream")
 RESPONSE_FIELDS = Fields(
     *[CHAT_FIELDS[name] for name in (*SAME_IN_CHAT, "top_logprobs")],
-    Field(
-        "input",
-        str,
-        list,
-        required=True,
-        each=Field("", dict, fields=Variants(ITEMS, "message")),
-    ),
-    Field(
-        "tools",
-        list,
-        high=MAX_TOOLS,
-        each=Field("", dict, fields=Variants({"function": FUNCTION_TOOL})),
-    ),
-    Field(
-        "tool_choice",
-        str,
-        dict,
-        choices=("none", "auto", "required"),
-        fields=Variants({**TOOL_CHOICES, "allowed_tools": ALLOWED_TOOLS}),
-    ),
+    Field("input", str, list, required=True, each=ITEM_ROW),
+    Field("tools", list, high=MAX_TOOLS, each=TOOL_ROW),
+    Field("tool_choice", str, dict, choices=("none", "auto", "required"), fields=CHOICE_FIELDS),
     object_field(
         "text",
         Field("format", dict, fields=TEXT_FORMAT_FIELDS),
@@ -8097,34 +8067,39 @@ def chat_body(body: Item) -> Item:
         chat["tool_choice"] = chat_choice(choice)
     if body.get("truncation") == "auto":
         chat["context_length_exceeded_behavior"] = "truncate"
-    if LOGPROBS_INCLUDED in (body.get("include") or ()):
+    if "message.output_text.logprobs" in (body.get("include") or ()):
         chat.update(logprobs=True, top_logprobs=body.get("top_logprobs") or 0)
     return chat
 
 
-def list_items(choice: Choice, summarised: bool) -> list[Item]:
+def list_items(choice: Choice, summarised: bool, digits: str) -> list[Item]:
     """Return what an answer says as items: reasoning, text, calls; the last one may be cut.
 
     Reasoning is a summary where one was asked for.
     """
-    items: list[Item] = []
+    said: list[tuple[str, Item]] = []  # the types of the items, and what they hold
     if choice.thoughts:
-        thoughts = "".join(choice.thoughts)
-        item: Item = {"summary": [], "content": [], "encrypted_content": None}
-        place = "summary" if summarised else "content"
-        item[place] = [
-            {"type": "summary_text" if summarised else "reasoning_text", "text": thoughts}
-        ]
-        items.append({"id": "", "type": "reasoning", "status": "completed", **item})
+        kind = "summary_text" if summarised else "reasoning_text"
+        parts = [{"type": kind, "text": "".join(choice.thoughts)}]
+        summary, content = (parts, []) if summarised else ([], parts)
+        item = {"summary": summary, "content": content, "encrypted_content": None}
+        said.append(("reasoning", item))
     cut = choice.finish_reason in INCOMPLETE
     if choice.text or not (choice.tool_calls or (choice.thoughts and cut)):
         logprobs = list_logprobs(choice.pieces, choice.scores)
         part = {"type": "output_text", "text": choice.text, "annotations": [], "logprobs": logprobs}
-        item = {"role": "assistant", "content": [part]}
-        items.append({"id": "", "type": "message", "status": "completed", **item})
+        said.append(("message", {"role": "assistant", "content": [part]}))
     for call in choice.tool_calls:
-        item = {"call_id": call["id"], **call["function"]}
-        items.append({"id": "", "type": "function_call", "status": "completed", **item})
+        said.append(("function_call", {"call_id": call["id"], **call["function"]}))
+    items = [
+        {
+            "id": f"{ITEM_PREFIXES[type]}_{digits}{at:02x}",
+            "type": type,
+            "status": "completed",
+            **item,
+        }
+        for at, (type, item) in enumerate(said)
+    ]
     items[-1]["status"] = "incomplete" if cut else "completed"
     return items
 
@@ -8162,14 +8137,15 @@ def echo_request(body: Item) -> Item:
 def response_object(answer: Answer, echo: Item, items: Any = None) -> Item:
     """Return a response, which is in progress where its items are still to come."""
     created = (answer.request.script or {}).get("created") or CREATED
-    reason = None if items is None else INCOMPLETE.get(answer.choices[0].finish_reason)
-    status = "incomplete" if reason else "completed"
+    reason, status = INCOMPLETE.get(answer.choices[0].finish_reason), "completed"
+    if items is None:
+        reason, status = None, "in_progress"
     return {
         "id": answer.id,
         "object": "response",
         "created_at": created,
-        "status": "in_progress" if items is None else status,
-        "completed_at": None if items is None or reason else created,
+        "status": "incomplete" if reason else status,
+        "completed_at": created if items and not reason else None,
         "error": None,
         "incomplete_details": {"reason": reason} if reason else None,
         "model": answer.model,
@@ -8190,19 +8166,17 @@ if TYPE_CHECKING:
 
 def part_events(place: Item, item: Item, choice: Choice) -> Iterator[Any]:
     """Yield a text, reasoning, or the summary of it that was asked for, a piece each."""
-    stem, name, index = "content_part", "output_text", "content_index"
-    pieces: Sequence[str] = choice.pieces
-    more: Item = {"logprobs": []}
-    if item["type"] == "reasoning":
-        name, pieces, more = "reasoning_text", choice.thoughts, {}
-    if item.get("summary"):
+    (part,) = item.get("summary") or item["content"]
+    stem, name, index = "content_part", part["type"], "content_index"
+    if name == "summary_text":
         stem, name, index = "reasoning_summary_part", "reasoning_summary_text", "summary_index"
+    more: Item = {"logprobs": []} if name == "output_text" else {}
     place = {**place, index: 0}
-    part = (item.get("summary") or item["content"])[0]
     yield f"{stem}.added", {**place, "part": {**part, "text": "", **more}}
     if not part.get("logprobs"):
+        pieces = choice.pieces if more else choice.thoughts
         yield f"{name}.delta", {**place, "delta": SLOT, **more}, pieces
-    for piece, logprobs in zip(pieces, part.get("logprobs", ())):
+    for piece, logprobs in zip(choice.pieces, part.get("logprobs", ())):
         yield f"{name}.delta", {**place, "delta": piece, "logprobs": [logprobs]}
     yield f"{name}.done", {**place, **{key: part[key] for key in ("text", *more)}}
     yield f"{stem}.done", {**place, "part": part}
@@ -8211,9 +8185,9 @@ def part_events(place: Item, item: Item, choice: Choice) -> Iterator[Any]:
 def call_events(place: Item, item: Item, choice: Choice) -> Iterator[Any]:
     """Yield the arguments of a call, a token each."""
     name, arguments = item["name"], item["arguments"]
-    deltas = {**place, "delta": SLOT}
-    cut = (call.get("pieces") for call in choice.tool_calls if call["id"] == item["call_id"])
-    yield "function_call_arguments.delta", deltas, next(cut, None) or split_tokens(arguments)
+    (call,) = (call for call in choice.tool_calls if call["id"] == item["call_id"])
+    pieces = call.get("pieces") or split_tokens(arguments)
+    yield "function_call_arguments.delta", {**place, "delta": SLOT}, pieces
     yield "function_call_arguments.done", {**place, "name": name, "arguments": arguments}
 
 
@@ -8269,12 +8243,11 @@ def create_response(server: TogetherAiServer, request: Request) -> Any:
     except ApiError as error:
         param = OTHER_IN_CHAT.get(error.param or "", error.param)
         raise ApiError(error.name, param=param, **error.facts) from None
-    items = list_items(answer.choices[0], bool((body.get("reasoning") or {}).get("summary")))
     digits = answer.key.hex()
+    summarised = bool((body.get("reasoning") or {}).get("summary"))
+    items = list_items(answer.choices[0], summarised, digits[32:62])
     if not (request.script or {}).get("id"):
         answer.id = request.id = "resp_" + digits[:32]
-    for at, item in enumerate(items):
-        item["id"] = f"{ITEM_PREFIXES[item['type']]}_{digits[32:62]}{at:02x}"
     echo = echo_request(body)
     if body.get("stream"):
         return Events(number_events(response_events(answer, echo, items)), encoded=True)
@@ -8324,7 +8297,6 @@ def read_inputs(value: Any, place: str) -> list[Any]:
 
 
 def input_text(value: Any) -> str:
-    """Return a text, or the words that stand for token ids."""
     return value if type(value) is str else " ".join([f"token{id}" for id in value])
 
 
@@ -8391,7 +8363,6 @@ EMBEDDING_FIELDS = Fields(
 
 
 def embed(model: Model, value: Any, dimensions: int | None) -> list[int]:
-    """Return the unit vector of a text or token list, in hundred-thousandths."""
     vector = make_vector(input_text(value), model.dimensions, model.id.encode())
     return truncate_vector(vector, dimensions) if dimensions else vector
 
@@ -8401,7 +8372,6 @@ def quote_bytes(data: bytes) -> str:
 
 
 def normalise_vectors(said: Item) -> Item:
-    """Return a fixture's embeddings as a list of vectors; a single one serves every input."""
     given = said["embedding"]
     return {"vectors": given if list in map(type, given) else [given]}
 
@@ -8462,7 +8432,6 @@ RERANK_FIELDS = Fields(
 
 
 def document_text(document: Any, names: list[str] | None) -> str:
-    """Return what of a document is compared with the query."""
     if type(document) is str:
         return document
     values = pick_given(document, document if names is None else names).values()
@@ -8571,7 +8540,6 @@ class Jobs:
         }
 
     def find(self, server: TogetherAiServer) -> Collection:
-        """Return the collection of a server's jobs."""
         jobs: Collection = getattr(server, self.collection)
         return jobs
 
@@ -8661,21 +8629,23 @@ INITIATE_FIELDS = Fields(
     *UPLOAD_FIELDS.values(), Field("file_size", int, required=True, low=1),
     Field("num_parts", int, required=True, low=1, high=MAX_PARTS),
 )  # fmt: skip
-PART_ROWS = (Field("part_number", int, required=True), Field("etag", str, required=True))
 ENDING_ROWS = rows_of("upload_id file_id", str, required=True)
-COMPLETE_FIELDS = Fields(*ENDING_ROWS, list_field("parts", *PART_ROWS, required=True))
+PART_ROWS = (Field("part_number", int, required=True), Field("etag", str))
+PARTS = list_field("parts", *PART_ROWS, required=True)
 LIST_FIELDS = Fields(Field("limit", int, low=1, high=10000), *rows_of("after purpose", str))
 MESSAGE_ROWS = (
     Field("role", str, required=True, choices=("system", "user", "assistant", "tool", "developer")),
     Field("content", str, list, each=Field("", dict)), Field("weight", float, low=0, high=1),
 )  # fmt: skip
 MESSAGES = list_field("messages", *MESSAGE_ROWS, required=True)
-ANSWERS = [list_field(f"{n}preferred_output", *MESSAGE_ROWS, required=True) for n in ("", "non_")]
 DATASETS = {  # what a line of a training file may be; its first required field tells which
     "CONVERSATION": Fields(MESSAGES),
     "INSTRUCTION": Fields(*rows_of("prompt completion", str, required=True)),
     "GENERAL": Fields(*rows_of("text", str, required=True)),
-    "PREFERENCE": Fields(object_field("input", MESSAGES, required=True), *ANSWERS),
+    "PREFERENCE": Fields(
+        object_field("input", MESSAGES, required=True),
+        *rows_of("preferred_output non_preferred_output", list, required=True, low=1),
+    ),
 }
 BATCH_LINE_FIELDS = Fields(
     Field("custom_id", str, required=True, low=1, high=64), Field("body", dict, required=True),
@@ -8694,7 +8664,6 @@ def read_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def parse_line(line: bytes) -> Item:
-    """Read the JSON object of a line."""
     value = parse_json(line)
     if type(value) is not dict:
         raise ApiError("bad_json", reason="a line must be a JSON object")
@@ -8764,7 +8733,6 @@ def file_object(server: TogetherAiServer, item: Item) -> Item:
 
 
 def complete_file(server: TogetherAiServer, id: str, data: bytes) -> Item:
-    """Give an announced file its data."""
     server._keep(id, data)
     return server.files.update(id, **describe_data(server.files.get(id), data))
 
@@ -8813,7 +8781,6 @@ def initiate_upload(server: TogetherAiServer, request: Request) -> Any:
 
 
 def admit_upload(server: TogetherAiServer, params: dict[str, str]) -> None:
-    """Refuse the data of a file that nobody has announced."""
     server.files.get(params["id"])
 
 
@@ -8835,7 +8802,7 @@ def put_file(server: TogetherAiServer, request: Request) -> Any:
     return Reply(headers={"ETag": f'"{len(request.raw):x}-{zlib.crc32(request.raw):08x}"'})
 
 
-@route("POST", "/v1/files/multipart/complete", body=COMPLETE_FIELDS)
+@route("POST", "/v1/files/multipart/complete", body=Fields(*ENDING_ROWS, PARTS))
 @route("POST", "/v1/files/multipart/abort", body=Fields(*ENDING_ROWS))
 def end_upload(server: TogetherAiServer, request: Request) -> Any:
     """Join the parts of a large file, or forget it."""
@@ -8910,7 +8877,6 @@ BATCH: Item = {
 
 @stored("batches")
 def batch_object(server: TogetherAiServer, item: Item) -> Item:
-    """Complete a batch job."""
     made, deadline = (format_time(server._now() + wait) for wait in (0, 86400))
     return complete(server, item, "", created_at=made, job_deadline=deadline, **BATCH)
 
@@ -9564,13 +9530,10 @@ EVALUATION_JOBS = Jobs(
     "evaluations", "pending queued running completed", enter_evaluation, show_evaluation
 )
 route("GET", "/v1/evaluation/{id}")(EVALUATION_JOBS.get)
-route("GET", "/v1/evaluations/{id}")(EVALUATION_JOBS.get)
 route("GET", "/v1/evaluation/{id}/status")(EVALUATION_JOBS.get)
-route("GET", "/v1/evaluations/{id}/status")(EVALUATION_JOBS.get)
 
 
 @route("POST", "/v1/evaluation", body=EVALUATION_FIELDS, kind="job", response=SCRIPTED_END)
-@route("POST", "/v1/evaluations", body=EVALUATION_FIELDS, kind="job", response=SCRIPTED_END)
 def create_evaluation(server: TogetherAiServer, request: Request) -> Any:
     """Start to judge the rows of a data file."""
     type, parameters = request.body["type"], request.body["parameters"]
@@ -9583,7 +9546,6 @@ def create_evaluation(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/v1/evaluation", query=LIST_EVALUATIONS)
-@route("GET", "/v1/evaluations", query=LIST_EVALUATIONS)
 def list_evaluations(server: TogetherAiServer, request: Request) -> Any:
     """List evaluations, newest first; they do not move."""
     status, most = request.args.get("status"), request.args.get("limit") or 10
@@ -9592,7 +9554,6 @@ def list_evaluations(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/v1/evaluation/model-list", query=Fields(Field("model_source", str)))
-@route("GET", "/v1/evaluations/model-list", query=Fields(Field("model_source", str)))
 def list_judges(server: TogetherAiServer, request: Request) -> Any:
     """Name the models that can judge."""
     return {"model_list": [id for id, model in list(server.models.items()) if model.type == "chat"]}
@@ -9617,12 +9578,10 @@ HARDWARE = (("h100", 80, "sxm", 5.65), ("a100", 80, "sxm", 4.28), ("l40s", 48, "
 
 
 def add_model(server: TogetherAiServer, name: str, base: str) -> None:
-    """Put a model that answers as another does into the catalogue."""
     server._add_model(server.models.get(base, UNKNOWN_MODEL).derive(name, USER))
 
 
 def enter_endpoint(server: TogetherAiServer, endpoint: Item, state: str) -> Item:
-    """Let an endpoint answer while it is started."""
     server.models.pop(endpoint["name"], None)
     if state == "STARTED":
         add_model(server, endpoint["name"], endpoint["model"])
@@ -9782,7 +9741,6 @@ def read_counts(pattern: str, text: Any, default: tuple[int, ...]) -> tuple[int,
 
 
 def read_pair(text: str, separator: str, place: str) -> tuple[int, ...]:
-    """Read `1024x768` or `16:9`; raise ApiError for anything else."""
     pair = read_counts(rf"([1-9]\d{{0,4}}){separator}([1-9]\d{{0,4}})", text, ())
     if not pair:
         raise refuse_value(place, f"must be two numbers such as 16{separator}9", text)
@@ -9945,7 +9903,6 @@ SPEECH_VOICES = {  # documented examples, by who made the model
 
 
 def normalise_audio(said: Item) -> Item:
-    """Decode a fixture's sound."""
     audio = said["audio"] if isinstance(said["audio"], dict) else {"b64Json": said["audio"]}
     data, content_type = DECODE_BASE64(audio["b64Json"]), audio.get("contentType")
     return {"audio": data, "content_type": content_type, "format": said.get("format")}
@@ -10130,13 +10087,11 @@ def video_object(server: TogetherAiServer, item: Item) -> Item:
 
 
 def enter_video(server: TogetherAiServer, job: Item, status: str) -> Item:
-    """Note when a video was completed, or that it was not."""
     failure = {"error": job["error"] or {"code": None, "message": "The video failed"}}
     return failure if status == "failed" else {"completed_at": server._now()}
 
 
 def show_video(server: TogetherAiServer, request: Request, job: Item) -> Item:
-    """Return a video job, with its outputs once it is completed."""
     done = job["status"] == "completed"
     return {**job, "outputs": job["outputs"] if done else None, "progress": 100 if done else 0}
 
@@ -10549,7 +10504,6 @@ def list_models(server: TogetherAiServer, request: Request) -> Any:
 
 
 def find_model(server: TogetherAiServer, id: str) -> Model:
-    """Return a model of the catalogue; raise ApiError 404 for any other."""
     if id not in server.models:
         raise ApiError("no_model", model=id[:100])
     return server.models[id]
@@ -10659,7 +10613,6 @@ def upload_job_object(server: TogetherAiServer, item: Item) -> Item:
 
 
 def enter_upload(server: TogetherAiServer, job: Item, status: str) -> Item:
-    """Let a model answer when its upload is complete."""
     if status == "Complete":
         add_model(server, job["args"]["modelName"], "")
     return note_status(server, status, job["status_updates"])
@@ -14842,8 +14795,7 @@ def print_line(line: str) -> None:
 def print_lines(lines: Iterable[str]) -> None:
     """Print lines, as long as somebody reads them."""
     try:
-        sys.stdout.write("".join(f"{line}\n" for line in lines))  # at once, for who reads it
-        sys.stdout.flush()
+        print("\n".join(lines), flush=True)  # at once, for who reads it
     except (OSError, ValueError, AttributeError):
         sys.stdout = None  # the interpreter would flush it again
 
