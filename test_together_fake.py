@@ -9,7 +9,6 @@ a missing one a failure.
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import base64
 import collections
@@ -44,6 +43,7 @@ import socket
 import stat
 import struct
 import subprocess
+import symtable
 import sys
 import tarfile
 import tempfile
@@ -148,12 +148,6 @@ def setUpModule() -> None:
     py_compile.compile(shutil.copy2(HERE / "together_fake.py", COPY), doraise=True)
     SERVER.start()
     unittest.addModuleCleanup(SERVER.stop)
-
-
-@functools.cache
-def list_nodes():
-    """Return the syntax tree of together_fake.py as the list of its nodes, the module first."""
-    return list(ast.walk(ast.parse((HERE / "together_fake.py").read_text("utf-8"))))
 
 
 # === Asking ===
@@ -536,7 +530,7 @@ class VectorTests(unittest.TestCase):
             "the",
             "caf\u00e9 \ud800",
             "x" * 999,
-            "word " * 9000,
+            "word " * 900,
             fake.make_text(golden(1)),
         ]
         for size in (1, 2, 3, 64, 1023, 4096):
@@ -613,7 +607,7 @@ class MediaTests(unittest.TestCase):
     def test_image_sizes(self):
         seen = set()
         for number, (width, height) in enumerate(
-            [(1, 1), (1, 2), (2, 1), (3, 200), (200, 3), (1, 2048), (2048, 1), (333, 77)] * 8
+            [(1, 1), (1, 2), (2, 1), (3, 200), (200, 3), (1, 2048), (2048, 1), (333, 77)] * 4
         ):
             image = fake.make_image(golden(number), width, height)
             wide, high, palette, rows = read_png(image)
@@ -622,7 +616,7 @@ class MediaTests(unittest.TestCase):
             indexes = set(rows)
             self.assertTrue(max(indexes) < len(palette) // 3 <= 256)
             seen.add(image)
-        self.assertEqual(len(seen), 64)
+        self.assertEqual(len(seen), 32)
 
     def test_wav(self):
         for encoding, letter in fake.ENCODINGS.items():
@@ -1754,19 +1748,12 @@ class ScriptTests(unittest.TestCase):
         self.assertEqual(error.message, start + " And 6 more.")
 
     def test_64_threads_share_one_sequence(self):
-        script = script_of(*[entry({}, str(index), times=1) for index in range(192)])
-        said = []
-
-        def take():
-            for _ in range(3):
-                said.append(content_of(find(script, talk("user: x"))))
-
-        threads = [threading.Thread(target=take) for _ in range(64)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(sorted(said, key=int), [str(index) for index in range(192)])
+        script = script_of(*[entry({}, str(index), times=1) for index in range(128)])
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        sys.setswitchinterval(1e-6)  # they meet within each other's steps
+        with concurrent.futures.ThreadPoolExecutor(64) as pool:
+            found = pool.map(lambda _: content_of(find(script, talk("user: x"))), range(128))
+        self.assertEqual(sorted(found, key=int), [str(index) for index in range(128)])
 
 
 def result_of(call):
@@ -1873,14 +1860,6 @@ class ScriptingTests(ScriptingCase):
             messages += [message, result_of(message["tool_calls"][0])]
         self.assertEqual(self.outcome(*messages), "Done.")
         self.server.assert_all_used()
-
-    def test_64_threads_share_a_sequence(self):
-        wanted = [f"item {index}" for index in range(64)]
-        for index, text in enumerate(wanted):
-            self.server.reply(text, user_message="next", sequence_index=index)
-        with concurrent.futures.ThreadPoolExecutor(64) as pool:
-            got = list(pool.map(lambda _: self.outcome("next"), wanted))
-        self.assertEqual(sorted(got), sorted(wanted))
 
     def test_parallel_callers_script_by_header_alone(self):
         wanted = [f"caller {number}" for number in range(8)] * 4
@@ -7219,15 +7198,17 @@ class CallTests(ScriptingCase):
 
 # What each of many programs does: it asks a server, and prints what it was told.
 TEST_PROGRAM = """
-import http.client, json, sys
+import json, socket, sys
 port, test = int(sys.argv[1]), sys.argv[2]
-connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-headers = {"Authorization": "Bearer x", "Content-Type": "application/json", "X-Test-Id": test}
 told = []
 for text in ["once", "once", "next", "next", "next", "who"]:
-    body = {"model": "m", "messages": [{"role": "user", "content": text}]}
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-    told.append(json.load(connection.getresponse())["choices"][0]["message"]["content"])
+    body = json.dumps({"model": "m", "messages": [{"role": "user", "content": text}]})
+    head = "POST /v1/chat/completions HTTP/1.0\\r\\nAuthorization: Bearer x\\r\\n"
+    head += f"X-Test-Id: {test}\\r\\nContent-Length: {len(body)}\\r\\n\\r\\n"
+    with socket.create_connection(("127.0.0.1", port), 60) as client:
+        client.sendall((head + body).encode())
+        answer = client.makefile().read().partition("\\n\\n")[2]
+    told.append(json.loads(answer)["choices"][0]["message"]["content"])
 print(json.dumps(told))
 """
 
@@ -7376,14 +7357,15 @@ class TypeTests(unittest.TestCase):
             return done.stdout
 
     def test_the_types_are_those_of_the_words_that_are_taken(self):
-        classes = {node.name: node for node in list_nodes() if isinstance(node, ast.ClassDef)}
+        source = (HERE / "together_fake.py").read_text("utf-8")
+        classes = dict(re.findall(r"^    class (\w+)\(.*\n((?: {8}.*\n|\n)*)", source, re.M))
         typed = set()
         for name, known in (
             ("CallWords", fake.CALL_WORDS),
             ("FailWords", fake.CALL_WORDS),
             ("ReplyWords", fake.REPLY_WORDS),
         ):
-            typed |= {row.target.id for row in classes[name].body}
+            typed |= set(re.findall(r"^ {8}(\w+):", classes[name], re.M))
             with self.subTest(name=name):
                 self.assertLessEqual(set(known) - {"content"}, typed)
         self.assertLessEqual(typed, set(fake.REPLY_WORDS))
@@ -8160,17 +8142,22 @@ class WorkTests(FakeCase):
 class HostileFormTests(LocalCase):
     """Forms and ranges that are meant to hurt."""
 
-    def form(self, name, value):
-        fields = urllib.parse.urlencode({"model": "openai/whisper-large-v3", name: value})
-        headers = {**KEY, "Content-Type": "application/x-www-form-urlencoded"}
-        return self.ask("POST", "/v1/audio/transcriptions", fields.encode(), headers)
-
     def test_commas_and_brackets(self):
-        for value in ("," * 100_000, "[" * 50_000, "[" * 500 + "]" * 500, "[NaN]", "9" * 5000):
-            for name in ("timestamp_granularities", "temperature", "diarize", "x"):
+        hearing, images = "/v1/audio/transcriptions", "/v1/images/generations"
+        for value in ("," * 20_000, "[" * 20_000, "[" * 500 + "]" * 500, "[NaN]", "9" * 5000):
+            for path, name, status in (
+                (hearing, "timestamp_granularities", 200),
+                (hearing, "temperature", 400),
+                (hearing, "diarize", 400),
+                (hearing, "x", 200),
+                (images, "reference_images", 400 if value[0] != "9" else 200),
+            ):
                 with self.subTest(name=name, value=value[:5]):
+                    fields = urllib.parse.urlencode({**VALID[f"POST {path}"], name: value})
+                    headers = {**KEY, "Content-Type": "application/x-www-form-urlencoded"}
                     began = time.process_time()
-                    self.assertEqual(self.form(name, value).status, 400)
+                    got = self.ask("POST", path, fields.encode(), headers)
+                    self.assertEqual(got.status, status, got.raw[:200])
                     self.assertLess(time.process_time() - began, PATIENCE / 4)
 
     def test_ranges(self):
@@ -9143,6 +9130,21 @@ class BoundTests(FakeCase):
             self.assertTrue(failed)
 
 
+@functools.cache
+def make_certificate():
+    """Return the TLS of a server on 127.0.0.1, and the file with its certificate."""
+    import ssl
+
+    key, certificate = str(COPY / "key.pem"), str(COPY / "certificate.pem")
+    words = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    names = ["-subj", "/CN=together.test", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", *words.split(), *names, "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return context, certificate
+
+
 class ForkTests(FakeCase):
     """Life beside other processes and threads."""
 
@@ -9216,15 +9218,7 @@ class ForkTests(FakeCase):
     def test_https(self):
         import ssl
 
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
-        key, certificate = os.path.join(folder, "key"), os.path.join(folder, "certificate")
-        command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
-        names = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-        files = ["-keyout", key, "-out", certificate]
-        subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate, key)
+        context, certificate = make_certificate()
         with TogetherAiServer(port=0, ssl_context=context) as server:
             self.assertEqual(server.url, f"https://127.0.0.1:{server.port}")
             silent = socket.create_connection(("127.0.0.1", server.port), PATIENCE)
@@ -10119,15 +10113,7 @@ class UpstreamTests(UpstreamCase):
 
     @unittest.skipUnless(shutil.which("openssl"), "needs the command openssl")
     def test_certificates_are_verified(self):
-        import ssl
-
-        key, certificate = str(self.folder / "key.pem"), str(self.folder / "certificate.pem")
-        words = "-x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
-        names = ["-subj", "/CN=together.test", "-addext", "subjectAltName=IP:127.0.0.1"]
-        command = ["openssl", "req", *words.split(), *names, "-keyout", key, "-out", certificate]
-        subprocess.run(command, check=True, capture_output=True)
-        tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        tls.load_cert_chain(certificate, key)
+        tls, certificate = make_certificate()
         answer = send(OK_HEAD + b"Content-Length: 2\r\n\r\n{}")
         service = self.stand_before_service(answer, tls)
         got = self.ask("POST", CHAT, HELLO)
@@ -10524,8 +10510,8 @@ class RecordingTests(RecordingCase):
             self.assertEqual(len(list(recording.rows())), count)
             return time.process_time() - began
 
-        few, many = (min(record(count) for _ in range(3)) for count in (50, 400))
-        self.assertLess(many, 24 * few)
+        few, many = (min(record(count) for _ in range(2)) for count in (30, 240))
+        self.assertLess(many, 40 * few)
 
     def test_a_disk_that_fails_costs_no_answer(self):
         self.file = self.folder / "new" / "recorded.json"
@@ -10789,12 +10775,12 @@ class SaveTests(RecordingCase):
         self.assertEqual(self.read_entries()[0]["response"]["content"], text)
 
     def test_two_saves_at_once(self):
-        for number in range(20):
+        for number in range(5):
             self.text(f"question {number}")
         self.service.save(self.file)
         wanted = self.file.read_bytes()
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            list(pool.map(self.service.save, [self.file] * 24))
+            list(pool.map(self.service.save, [self.file] * 16))
         self.assertEqual(self.file.read_bytes(), wanted)
         self.assertEqual(os.listdir(self.folder), ["recorded.json"])
 
@@ -11758,22 +11744,21 @@ class RepositoryTests(unittest.TestCase):
     source = (HERE / "together_fake.py").read_text("utf-8")
     readme = (HERE / "README.md").read_text("utf-8")
 
+    @unittest.skipIf(sys.version_info < (3, 10), "hints of types count as names there")
     def test_the_file_reads_downwards(self):
-        defined = {}
-        for node in list_nodes()[0].body:
-            targets = getattr(node, "targets", [getattr(node, "target", node)])
-            for target in targets:
-                name = getattr(target, "id", getattr(target, "name", None))
-                if name and not isinstance(node, (ast.If, ast.Expr)):
-                    defined.setdefault(name, node.lineno)
-        hints = set()
-        for node in list_nodes():
-            for part in (getattr(node, "annotation", None), getattr(node, "returns", None)):
-                hints.update(map(id, ast.walk(part)) if part is not None else ())
-        names = [node for node in list_nodes() if isinstance(node, ast.Name)]
-        read = [node for node in names if isinstance(node.ctx, ast.Load) and id(node) not in hints]
-        upward = [node for node in read if node.lineno < defined.get(node.id, 0)]
-        self.assertEqual([f"{node.id} at line {node.lineno}" for node in upward], [])
+        lines = {}
+        for number, line in enumerate(self.source.split("\n"), 1):
+            for name in re.findall(r"^(?:def |class |(?=[A-Z].* = ))(\w+)", line):
+                lines.setdefault(name, number)
+        self.assertIn("TogetherAiServer", lines)
+        tables, upward = [symtable.symtable(self.source, "together_fake.py", "exec")], []
+        for table in tables:
+            tables += table.get_children()
+            if table is not tables[0]:
+                names = [name.get_name() for name in table.get_symbols() if name.is_global()]
+                late = [name for name in names if lines.get(name, 0) > table.get_lineno()]
+                upward += [f"{name} in {table.get_name()}()" for name in late]
+        self.assertEqual(upward, [])
 
     def test_the_map_lists_the_sections(self):
         banners = re.findall(r"^# === (.+) ===$", self.source, re.M)
@@ -11781,12 +11766,7 @@ class RepositoryTests(unittest.TestCase):
         self.assertEqual(listed, banners)
 
     def test_only_the_standard_library_is_imported(self):
-        names = set()
-        for node in list_nodes():
-            if isinstance(node, ast.Import):
-                names.update(alias.name.partition(".")[0] for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                names.add(node.module.partition(".")[0])
+        names = set(re.findall(r"^ *(?:import|from) (\w+)", self.source, re.M))
         names -= {"typing_extensions"}  # for mypy alone: TestCaseTests import the file without it
         self.assertIn("json", names)
         library = Path(os.__file__).parent
@@ -11829,6 +11809,7 @@ class RepositoryTests(unittest.TestCase):
         with TogetherAiServer(port=0) as server:
             for command in commands:
                 here = command.replace("127.0.0.1:4863", f"127.0.0.1:{server.port}")
+                here = here.replace("python3 -m together_fake", " ".join(PROGRAM))
                 done = subprocess.run(
                     ["sh", "-ec", here], cwd=COPY, capture_output=True, timeout=3 * PATIENCE
                 )
