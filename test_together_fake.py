@@ -1449,7 +1449,6 @@ class FixtureTests(unittest.TestCase):
                 self.assertNotIn("\n", str(caught.exception))
 
     def test_keys_of_other_providers_are_ignored_with_one_warning(self):
-        warnings = []
         said = {"content": "x", "webSearches": ["a"], "provider": "p"}
         fixtures = fake.parse_fixtures(
             file_of(
@@ -1459,11 +1458,10 @@ class FixtureTests(unittest.TestCase):
                 entry({}, {"audio": "UklGRg==", "toolCalls": []}),
             ),
             "a.json",
-            warnings,
         )
         self.assertEqual(len(fixtures), 2)
         self.assertEqual(
-            warnings,
+            fixtures.warnings,
             [
                 "a.json: ignored, for other providers only: fixtures[0].metadata,"
                 " fixtures[0].openRouterProcessing, fixtures[0].response.webSearches,"
@@ -1482,9 +1480,8 @@ class FixtureTests(unittest.TestCase):
             ([], 0),
         ):
             with self.subTest(data=data):
-                warnings = []
-                fixtures = fake.parse_fixtures(data, "a.json", warnings)
-                self.assertEqual((len(fixtures), warnings), (count, []))
+                fixtures = fake.parse_fixtures(data, "a.json")
+                self.assertEqual((len(fixtures), fixtures.warnings), (count, []))
         self.assertEqual(fixtures, [])
         kept = fake.parse_fixtures(noted)[0].entry
         self.assertEqual(kept, {"match": {"userMessage": "hi"}, "response": {"content": "x"}})

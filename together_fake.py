@@ -111,10 +111,9 @@ if TYPE_CHECKING:
         Mapping,
         Sequence,
     )
-    from typing import Any, AnyStr, ClassVar, TypeVar, Union
+    from typing import Any, AnyStr, ClassVar, Union
 
     Item = dict[str, Any]  # a JSON object
-    Verb = TypeVar("Verb", bound=Callable[..., Any])
     TextMatch = Union[str, re.Pattern[str], Mapping[str, str]]  # a text, or a pattern
 
 __all__ = ["FAULTS", "ApiError", "Call", "TogetherAiServer", "main"]
@@ -4035,10 +4034,7 @@ def copy_json(value: Any) -> Any:
 
 
 def take_page(ids: list[str], limit: int | None, after: str | None) -> tuple[list[str], bool]:
-    """Return the ids that follow `after`, at most `limit`, and whether there are more.
-
-    Nothing follows an id that is not there.
-    """
+    """Return at most `limit` ids behind `after`, none where it is gone; and whether more follow."""
     if after is not None:
         ids = ids[ids.index(after) + 1 :] if after in ids else []
     page = ids if limit is None else ids[:limit]
@@ -4046,10 +4042,7 @@ def take_page(ids: list[str], limit: int | None, after: str | None) -> tuple[lis
 
 
 class Collection:
-    """Stored wire objects of one noun, in the order added; hands out copies, raises the 404.
-
-    The newest `MAX_OBJECTS` are kept.
-    """
+    """The newest objects of one noun; it hands out copies and raises the 404."""
 
     def __init__(
         self,
@@ -4063,7 +4056,7 @@ class Collection:
         self.forget = forget  # what else is kept of an object that goes
         self.key = key  # the name of the id
         self.status = status  # the name of a job's status
-        self._items: dict[str, dict[str, Any]] = {}
+        self._items: dict[str, Item] = {}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -4072,14 +4065,13 @@ class Collection:
     def __contains__(self, id: str) -> bool:
         return id in self._items
 
-    def __getitem__(self, id: str) -> dict[str, Any]:
+    def __getitem__(self, id: str) -> Item:
         return self.get(id)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Item]:
         return iter(self.list())
 
-    def add(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Store an object under its id; an older one of that id goes."""
+    def add(self, item: Item) -> Item:
         with self._lock:
             self._items[item[self.key]] = copy_json(item)
             gone = list(self._items)[:-MAX_OBJECTS] if len(self._items) > MAX_OBJECTS else []
@@ -4088,36 +4080,33 @@ class Collection:
                 self.remove(id)
         return item
 
-    def get(self, id: str) -> dict[str, Any]:
+    def get(self, id: str) -> Item:
         with self._lock:
-            item: dict[str, Any] | None = copy_json(self._items.get(id))
+            item: Item | None = copy_json(self._items.get(id))
         if item is None:
             raise ApiError("no_object", param="id", noun=self.noun, id=id)
         return item
 
-    def update(self, id: str, **changes: Any) -> dict[str, Any]:
+    def update(self, id: str, **changes: Any) -> Item:
         with self._lock:
             if id in self._items:
                 self._items[id].update(copy_json(changes))
         return self.get(id)
 
-    def remove(self, id: str) -> dict[str, Any]:
+    def remove(self, id: str) -> Item:
         item = self.get(id)
         with self._lock:
             self._items.pop(id, None)
         self.forget(id)
         return item
 
-    def page(
-        self, limit: int | None = None, after: str | None = None
-    ) -> tuple[list[dict[str, Any]], bool]:
-        """Return objects, newest first, from the one behind `after`; and whether there are more."""
+    def page(self, limit: int | None = None, after: str | None = None) -> tuple[list[Item], bool]:
+        """Return objects, newest first, from the one behind `after`; and whether more follow."""
         with self._lock:
             ids, more = take_page(list(self._items)[::-1], limit, after)
             return [copy_json(self._items[id]) for id in ids], more
 
-    def list(self, limit: int | None = None, after: str | None = None) -> list[dict[str, Any]]:
-        """Return objects, newest first: at most `limit`, from the one that follows `after`."""
+    def list(self, limit: int | None = None, after: str | None = None) -> list[Item]:
         return self.page(limit, after)[0]
 
 
@@ -4140,7 +4129,7 @@ def split_events(data: bytes) -> list[bytes]:
 
 
 def parse_events(data: bytes) -> list[Any]:
-    """Return the data of a stream's events as JSON; what is none, such as `[DONE]`, as text."""
+    """Return the data of events as JSON, or as text where it is none, such as `[DONE]`."""
     events: list[Any] = []
     for event in split_events(data):
         # Lines of bytes end with CR and LF alone; those of texts also where a text goes on.
@@ -4160,7 +4149,7 @@ def shorten_sound(found: re.Match[bytes]) -> bytes:
     return b'%b{"bytes": %d}' % (found[1], len(found[2]) * 3 // 4 - found[2].count(b"="))
 
 
-def find_usage(replies: Sequence[Any]) -> dict[str, Any] | None:
+def find_usage(replies: Sequence[Any]) -> Item | None:
     """Return the last usage that one of the replies or events tells of."""
     for reply in reversed(replies):
         places = [reply, get_path(reply, "response"), get_path(reply, "choices", "0")]
@@ -4183,9 +4172,10 @@ ROW_MORE = (
 
 
 class Call:
-    """One recorded request and what came of it, as users read it in their assertions."""
+    """One recorded request and what came of it."""
 
     kind = ""  # chat, response, completion, embedding, image, or the family of the path
+    route_kind = ""  # what fixtures call it
     status = 0  # of the reply; 0 until there is one
     duration = 0.0  # seconds until the reply was there; of a stream, until its end
     outcome = "running"  # then "complete", "cut" by a fault, "left" by the client
@@ -4239,13 +4229,13 @@ class Call:
             self._raw_reply.append(line if is_sent else b": " + line)
         self.events_sent += is_sent
 
-    def set_body(self, body: dict[str, Any]) -> None:
+    def set_body(self, body: Item) -> None:
         self._raw = ENCODE(body).encode()
 
     def watch_events(
         self, events: Iterable[Any], started: float, end: Callable[[Call, str], None]
     ) -> Generator[Any, None, None]:
-        """Pass a stream on; note its events, how it ended and how long it took, waits included."""
+        """Pass a stream on; note its events, how it ended and how long it took."""
         kept: list[bytes] = []
         self._raw_reply, room, outcome = kept, MAX_RECORDED_BODY_BYTES, "left"
         try:
@@ -4276,12 +4266,12 @@ class Call:
 
     @property
     def operation(self) -> str:
-        """The method and the path that was asked for, as `POST /v1/chat/completions`."""
+        """The method and path, as `POST /v1/chat/completions`."""
         return f"{self.method} {collapse_path(self.path, False)}"
 
     @property
     def body(self) -> Any:
-        """The body: JSON or form fields as a dict, files summarised, else None."""
+        """JSON or form fields as a dict, files summarised, else None."""
         if not self._raw:
             return None
         try:
@@ -4307,8 +4297,8 @@ class Call:
         return b"".join(raw) if isinstance(raw, list) else raw
 
     @property
-    def messages(self) -> list[dict[str, Any]]:
-        """What went over a socket, `from` whom, and the `message`; sound is told by its length."""
+    def messages(self) -> list[Item]:
+        """What went over a socket, `from` whom, and the `message`; of sound its length."""
         return [
             {
                 "from": "client" if event.startswith(b":") else "server",
@@ -4319,7 +4309,7 @@ class Call:
 
     @property
     def reply(self) -> Any:
-        """The reply: its JSON, the list of a stream's events, a text, or a file's type and size."""
+        """JSON, the list of a stream's events, a text, or a file's type and size."""
         if isinstance(self._raw_reply, list):
             return [event for event in parse_events(self.raw_reply) if event != "[DONE]"]
         if not self._raw_reply:
@@ -4332,6 +4322,9 @@ class Call:
                 return text
         return {"content_type": self.reply_type, "bytes": len(self._raw_reply)}
 
+    def is_of(self, operation: str) -> bool:
+        return operation in (self.kind, self.operation)
+
     @property
     def has_ended(self) -> bool:
         return self.outcome != "running"
@@ -4341,7 +4334,6 @@ class Call:
         return not text or text in self._raw.lower() or text in self.raw_reply.lower()
 
     def as_request(self) -> Request:
-        """Return the request again, as far as it was kept."""
         path = collapse_path(self.path, False)
         request = Request(self.method, path, self._raw, query=self.query, headers=self.headers)
         body = self.body
@@ -4349,8 +4341,8 @@ class Call:
         return request
 
     @property
-    def usage(self) -> dict[str, Any] | None:
-        """The tokens that the reply tells of; those of the Responses API by chat's names, too."""
+    def usage(self) -> Item | None:
+        """The tokens that the reply tells of, by chat's names too."""
         reply = self.reply
         found = find_usage(reply if isinstance(reply, list) else [reply])
         if found is not None and "input_tokens" in found:
@@ -4364,14 +4356,14 @@ class Call:
         return body.get("model") if type(body) is dict else None
 
     @property
-    def near_misses(self) -> list[dict[str, Any]]:
+    def near_misses(self) -> list[Item]:
         """The fixtures that did not answer, the nearest first, each with what differed."""
         return self.explain_misses(self) if self.misses else []
 
     def __repr__(self) -> str:
         return f"<Call {self.number}: {self.method} {self.path} -> {self.status}>"
 
-    def as_row(self) -> dict[str, Any]:
+    def as_row(self) -> Item:
         return {
             "n": self.number,
             "at": format_time(self.at),
@@ -4380,7 +4372,7 @@ class Call:
             "warnings": len(self.warnings),
         }
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Item:
         first = round(self.first_event * 1000, 3)
         more = {name: getattr(self, name) for name in ROW_MORE}
         return {**self.as_row(), "first_event_ms": first, **more}
@@ -4594,12 +4586,12 @@ MAX_DIFFS = 3  # of the nearest misses of one call
 MAX_SHOWN = 200  # characters of a text: where two differ, and in the list of calls
 
 
-def list_objects(value: Any) -> list[dict[str, Any]]:
+def list_objects(value: Any) -> list[Item]:
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def join_text(content: Any) -> Any:
-    """Join the text parts of a message's content; None when it has no text at all."""
+    """Join the text parts of a content; None where it has no text at all."""
     if not isinstance(content, list):
         return content
     parts = [part.get("text") for part in list_objects(content) if part.get("type") == "text"]
@@ -4609,37 +4601,37 @@ def join_text(content: Any) -> Any:
 OPERATIONS: dict[str, Route] = {}  # what fixtures call an operation, and its first route
 
 
-def convert_part(part: dict[str, Any]) -> dict[str, Any]:
-    kind = part.get("type")
+def convert_content(content: Any) -> Any:
+    """Return an item's content, or a part of it, as a chat has it."""
+    if isinstance(content, list):
+        return list(map(convert_content, list_objects(content)))
+    kind = get_path(content, "type")
     if kind in ("input_text", "output_text", "refusal"):
-        return {"type": "text", "text": part.get("refusal" if kind == "refusal" else "text")}
-    if kind == "input_image" and part.get("image_url"):
-        return {"type": "image_url", "image_url": {"url": part["image_url"]}}
-    return part if kind == "input_audio" else {"type": "file", "file": part}
+        return {"type": "text", "text": content.get("refusal" if kind == "refusal" else "text")}
+    if kind == "input_image" and content.get("image_url"):
+        return {"type": "image_url", "image_url": {"url": content["image_url"]}}
+    is_file = isinstance(content, dict) and kind != "input_audio"
+    return {"type": "file", "file": content} if is_file else content
 
 
-def convert_parts(content: Any) -> Any:
-    return list(map(convert_part, list_objects(content))) if isinstance(content, list) else content
-
-
-def find_turn(messages: list[dict[str, Any]], key: str = "") -> dict[str, Any]:
-    """Return the assistant's message at the end, or a new one where it has that key already."""
+def find_turn(messages: list[Item], key: str = "") -> Item:
+    """Return the assistant's message at the end; a new one where that has the key already."""
     if not messages or messages[-1]["role"] != "assistant" or key in messages[-1]:
         messages.append({"role": "assistant"})
     return messages[-1]
 
 
-def add_item(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
-    """Add an item to the messages of a chat; what the assistant did in a row is one message."""
+def add_item(messages: list[Item], item: Item) -> None:
+    """Add an item to a chat's messages; what the assistant did in a row is one message."""
     kind, role = item.get("type") or "message", item.get("role")
+    content = convert_content(item.get("content"))
     if kind == "message" and role != "assistant":
-        role = "system" if role == "developer" else role
-        messages.append({"role": role, "content": convert_parts(item.get("content"))})
+        messages.append({"role": "system" if role == "developer" else role, "content": content})
     elif kind == "message":
-        find_turn(messages, "content")["content"] = join_text(convert_parts(item.get("content")))
+        find_turn(messages, "content")["content"] = join_text(content)
     elif kind == "function_call_output":
-        result = convert_parts(item.get("output"))
-        messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": result})
+        result = {"role": "tool", "tool_call_id": item.get("call_id")}
+        messages.append({**result, "content": convert_content(item.get("output"))})
     elif kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         call = {"id": item.get("call_id"), "type": "function", "function": function}
@@ -4651,7 +4643,7 @@ def add_item(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
         turn["reasoning"] = turn.get("reasoning", "") + "".join(texts)
 
 
-def convert_items(body: dict[str, Any]) -> list[dict[str, Any]]:
+def convert_items(body: Item) -> list[Item]:
     given, instructions = body.get("input"), body.get("instructions")
     messages = [{"role": "system", "content": instructions}] if instructions else []
     if isinstance(given, str):
@@ -4663,8 +4655,8 @@ def convert_items(body: dict[str, Any]) -> list[dict[str, Any]]:
 
 def names_model(got: str, wanted: str) -> bool:
     """Compare names of models: one without a slash may be followed by `-` and a digit."""
-    more = got[len(wanted) :] if got.startswith(wanted) else " "
-    return not more or ("/" not in wanted and more[0] == "-" and more[1:2].isdigit())
+    versioned = "/" not in wanted and re.match(re.escape(wanted) + "-[0-9]", got)
+    return got == wanted or bool(versioned)
 
 
 # How a text that is there is compared with the one that is wanted, by match key.
@@ -4680,7 +4672,7 @@ TEXT_KEYS: dict[str, Callable[[str, str], bool]] = {
 
 
 def holds_text(key: str, wanted: Any, got: Any) -> bool:
-    """Compare a text, or one of several, with a text, with each of a list, or with a pattern."""
+    """Compare a text, or any of several, with a text, all of a list, or a pattern."""
     if isinstance(got, tuple):
         return any(holds_text(key, wanted, each) for each in got)
     if not isinstance(got, str):
@@ -4732,10 +4724,7 @@ COMPARES_ALL = Normaliser({})
 
 
 def contains_json(got: Any, wanted: Any) -> bool:
-    """Compare JSON where `wanted` may leave out keys and the end of lists.
-
-    A file is what the record shows of it.
-    """
+    """Compare JSON where `wanted` may leave out keys and the end of lists."""
     if isinstance(got, Upload):
         got = redact(got)
     if isinstance(wanted, dict):
@@ -4757,7 +4746,7 @@ def holds_key(key: str, wanted: Any, facts: MatchFacts) -> bool:
             return bool(facts[key] == wanted)
     if key == "headers":
         sent = facts[key]
-        return all(holds_text("context", text, sent.get(name)) for name, text in wanted.items())
+        return all(holds_text("context", wanted[name], sent.get(name)) for name in wanted)
     if key in TEXT_KEYS:
         return holds_text(key, wanted, facts[key])
     return contains_json(facts[key], wanted)
@@ -4774,25 +4763,16 @@ COMPARABLE = make_encoder(
 )
 
 
-def say_body(kind: str, body: dict[str, Any]) -> dict[str, Any]:
+def say_body(kind: str, body: Item) -> Item:
     return {name: body[name] for name in body if kind != "chat" or name not in UNSAID_FIELDS}
 
 
-def digest_body(kind: str, body: dict[str, Any]) -> str:
+def digest_body(kind: str, body: Item) -> str:
     return hashlib.sha256(COMPARABLE(say_body(kind, body)).encode("utf-8", "replace")).hexdigest()
 
 
-def list_messages(kind: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    if kind == "response":
-        return convert_items(body)
-    return list_objects(body.get("messages"))
-
-
 class MatchFacts(dict):  # type: ignore[type-arg]
-    """What fixtures ask about one request, by match key; its body is not checked yet.
-
-    A prompt counts as one user message.
-    """
+    """What fixtures ask about a request, by match key; a prompt counts as one user message."""
 
     def __init__(self, kind: str, request: Request, normaliser: Normaliser = COMPARES_ALL) -> None:
         body, headers = request.body, request.headers
@@ -4801,7 +4781,8 @@ class MatchFacts(dict):  # type: ignore[type-arg]
         known = OPERATIONS.get(kind)
         asked = body.get(known.prompt or known.input) if known is not None else None
         asked = " ".join(map(str, asked)) if isinstance(asked, list) else asked
-        messages = list_messages(kind, body)
+        is_chat = kind != "response"
+        messages = list_objects(body.get("messages")) if is_chat else convert_items(body)
         if known is not None and known.prompt:
             messages = [{"role": "user", "content": asked}]
         said = [(message.get("role"), join_text(message.get("content"))) for message in messages]
@@ -4809,14 +4790,13 @@ class MatchFacts(dict):  # type: ignore[type-arg]
         system = [text for role, text in said if role == "system" and isinstance(text, str)]
         turns = [role for role, _ in said if role in ("user", "tool")]
         last = messages[-1] if messages and messages[-1].get("role") == "tool" else {}
-        tools = list_objects(body.get("tools"))
-        names = [get_path(tool, "name") or get_path(tool, "function", "name") for tool in tools]
+        tools = [each.get("function") or each for each in list_objects(body.get("tools"))]
         format = body.get("response_format") or get_path(body, "text", "format")
         # Of a socket a status refuses the handshake; everything else happens in its turns.
         is_socket = request.route is not None and request.route.status == 101
         self.is_handshake = request.turn is None if is_socket else None
         self.request, self.kind, self.normaliser = request, kind, normaliser
-        self.answer: Any = None  # an iterator's, for this request
+        self.answer: Any = None  # an iterator's
         self.test = headers.get("x-test-id", "")
         super().__init__(
             endpoint=(kind, f"{request.method} {request.path}"),
@@ -4825,7 +4805,7 @@ class MatchFacts(dict):  # type: ignore[type-arg]
             inputText=asked,
             toolCallId=last.get("tool_call_id"),
             toolResultContains=join_text(last.get("content")),
-            toolName=tuple(name for name in names if isinstance(name, str)),
+            toolName=tuple(get_path(tool, "name") for tool in tools),
             model=body.get("model"),
             responseFormat=get_path(format, "type"),
             hasToolResult=turns[-1:] == ["tool"],
@@ -4847,7 +4827,7 @@ PATTERN = Keys(Field("pattern", str, required=True))
 
 
 # Numbers of fixtures stay as they were written: 5 is not made 5.0.
-def number_rows(names: str, low: float, high: float = 1e300) -> list[Field]:
+def number_rows(names: str, low: float, high: float = math.inf) -> list[Field]:
     return rows_of(names, int, float, low=low, high=high)
 
 
@@ -4871,16 +4851,14 @@ MATCH = Keys(
     Field("not", dict, low=1, fields=PLAIN_MATCH),
     *rows_of("turnIndex sequenceIndex", int, low=0),
 )
-CHAOS: dict[str, dict[str, Any]] = {  # what each rate's hit does, as options; the first wins
+CHAOS: dict[str, Item] = {  # what each rate's hit does, as options; the first wins
     "dropRate": {"status": 500},
     "malformedRate": {"malformed": True},
     "rateLimitRate": {"status": 429},
     "disconnectRate": {"disconnectAfterChunks": 0},
 }
 PROFILE = Keys(
-    *number_rows("ttft", 0, MAX_MS),
-    *number_rows("tps", 0.001),
-    *number_rows("jitter", 0, 1),
+    *number_rows("ttft", 0, MAX_MS), *number_rows("tps", 0.001), *number_rows("jitter", 0, 1)
 )
 TIMINGS = Keys(
     *number_rows("ttftMs totalDurationMs", 0, MAX_MS),
@@ -4977,7 +4955,7 @@ def to_camel(name: str) -> str:
     return re.sub("(?!^)_([a-z])", lambda found: found[1].upper(), name)
 
 
-def snake_keys(values: dict[str, Any]) -> dict[str, Any]:
+def snake_keys(values: Item) -> Item:
     return {to_snake(key): value for key, value in values.items()}
 
 
@@ -4985,42 +4963,34 @@ def dump_json(value: Any) -> str:
     return value if isinstance(value, str) else ENCODE(value)
 
 
-def normalise_block(block: dict[str, Any]) -> dict[str, Any]:
-    if block.get("type") == "text":
-        return {"type": "text", "text": dump_json(block["text"])}
-    call = {"type": "tool_call", "name": block["name"], "id": block.get("id")}
-    return {**call, "arguments": dump_json(block["arguments"])}
-
-
-def normalise_message(said: dict[str, Any]) -> dict[str, Any]:
-    """Normalise text and tool calls into blocks in stream order, beside the same by kind."""
+def normalise_message(said: Item) -> Item:
+    """Return text and tool calls as blocks in stream order, beside the same by kind."""
     spoken = [{"type": "text", "text": said["content"]}] if "content" in said else []
-    blocks = [
-        normalise_block(each) for each in said.get("blocks") or spoken + said.get("toolCalls", [])
-    ]
-    texts = [block["text"] for block in blocks if block["type"] == "text"]
-    return {
-        "blocks": blocks,
-        "content": "".join(texts) if texts else None,
-        "tool_calls": [block for block in blocks if block["type"] == "tool_call"],
-        "reasoning": said.get("reasoning"),
-        **snake_keys({key: said[key] for key in OVERRIDES if key in said}),
-    }
+    blocks, texts, calls = [], [], []
+    for block in said.get("blocks") or spoken + said.get("toolCalls", []):
+        if block.get("type") == "text":
+            texts.append(dump_json(block["text"]))
+            blocks.append({"type": "text", "text": texts[-1]})
+        else:
+            call = {"name": block["name"], "arguments": dump_json(block["arguments"])}
+            calls.append({"type": "tool_call", "id": block.get("id"), **call})
+            blocks.append(calls[-1])
+    more = snake_keys({key: said[key] for key in ("reasoning", *OVERRIDES) if key in said})
+    content = "".join(texts) if texts else None
+    return {"reasoning": None, "blocks": blocks, "content": content, "tool_calls": calls, **more}
 
 
-def normalise_error(said: dict[str, Any]) -> dict[str, Any]:
+def normalise_error(said: Item) -> Item:
     return {"status": 500, **snake_keys(said)}
 
 
-def normalise_body(said: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the `Reply` that a scripted body is."""
-    reply: dict[str, Any] = {key: said[key] for key in ("status", "headers") if key in said}
+def normalise_body(said: Item) -> Item:
+    reply: Item = {key: said[key] for key in ("status", "headers") if key in said}
     if "json" in said:
         return {**reply, "body": ENCODE(said["json"]).encode()}
-    raw = said["raw"]
-    data = DECODE_BASE64(raw["b64Json"]) if "b64Json" in raw else raw.get("text", "").encode()
-    kind = raw.get("contentType", "application/octet-stream")
-    return {**reply, "body": data, "content_type": kind}
+    raw = {"text": "", "contentType": "application/octet-stream", **said["raw"]}
+    data = DECODE_BASE64(raw["b64Json"]) if "b64Json" in raw else raw["text"].encode()
+    return {**reply, "body": data, "content_type": raw["contentType"]}
 
 
 RESPONSE_TYPES: list[ResponseType] = []  # where keys tell of two types, the later one is meant
@@ -5038,13 +5008,11 @@ class ResponseType:
         self,
         name: str,
         fields: Fields,
-        normalise: Callable[[dict[str, Any]], Any] = dict,
+        normalise: Callable[[Item], Any] = dict,
         told_by: tuple[str, ...] | None = None,
         everywhere: bool = False,
     ) -> None:
-        self.name = name
-        self.fields = fields
-        self.normalise = normalise
+        self.name, self.fields, self.normalise = name, fields, normalise
         self.told_by = (name,) if told_by is None else told_by
         self.everywhere = everywhere
         RESPONSE_TYPES.append(self)
@@ -5111,7 +5079,7 @@ def find_response_type(keys: Iterable[str]) -> ResponseType | None:
 
 @functools.cache
 def list_response_rows() -> Fields:
-    """Return the rows of all responses, where several have one as a text has it, and of options."""
+    """Return the rows of all responses and options; what several have, as a text has it."""
     tables = [*(type.fields for type in RESPONSE_TYPES), TEXT.fields, OPTIONS]
     foreign = " ".join(" ".join(table.ignored) for table in tables)
     return Keys(*itertools.chain(*(table.values() for table in tables)), ignored=foreign)
@@ -5123,15 +5091,15 @@ def suggest_operation(name: str) -> str:
     return f", did you mean {paths[path]}?" if path in paths else suggest(name, OPERATIONS)
 
 
-def check_match(match: dict[str, Any], type: ResponseType, place: str) -> None:
+def check_match(match: Item, type: ResponseType, place: str) -> None:
     name = match.get("endpoint", " ")
     if isinstance(name, dict) or " " in name:  # a pattern, or as in "POST /v1/files"
         return
+    reason = f"{name} cannot serve a response of type {type.name}"
     if name not in OPERATIONS:
-        near = suggest_operation(name)
-        raise ValueError(f"{place}.endpoint: {preview(name)} is unknown{near}")
-    if not type.fits(name):
-        raise ValueError(f"{place}.endpoint: {name} cannot serve a response of type {type.name}")
+        reason = f"{preview(name)} is unknown{suggest_operation(name)}"
+    if name not in OPERATIONS or not type.fits(name):
+        raise ValueError(f"{place}.endpoint: {reason}")
 
 
 def write_pattern(pattern: re.Pattern[str]) -> dict[str, str]:
@@ -5170,7 +5138,7 @@ def clean(value: Any, row: Field, place: str, ignored: list[str]) -> Any:
 
 
 def check_clean(value: Any, fields: Fields, place: str, ignored: list[str] | None = None) -> Any:
-    """Return a clean copy; raise ValueError naming the first place that its table forbids."""
+    """Return a clean copy; raise ValueError naming the first place that is wrong."""
     row = Field("", dict, fields=fields)
     try:
         return row.check(clean(value, row, place, [] if ignored is None else ignored))
@@ -5179,8 +5147,7 @@ def check_clean(value: Any, fields: Fields, place: str, ignored: list[str] | Non
         raise ValueError(f"{place}{error.param}: {reason}") from None
 
 
-def check_response(response: dict[str, Any], place: str) -> None:
-    """Refuse a response that says nothing, or in which keys do not go together."""
+def check_response(response: Item, place: str) -> None:
     empty = next((key for key in response if response[key] in ([], {}) and key != "json"), None)
     images = [response["image"]] if "image" in response else response.get("images", [])
     if empty or not all("url" in image or "b64Json" in image for image in images):
@@ -5219,8 +5186,8 @@ def parse_response(
 
 def parse_entry(
     given: Any, place: str, ignored: list[str] | None = None
-) -> tuple[ResponseType, dict[str, Any]]:
-    """Return the type of a fixture's response, and the fixture's entry, checked and clean."""
+) -> tuple[ResponseType, Item]:
+    """Return the type of a fixture's response, and its entry, checked and clean."""
     entry, type = check_clean(given, ENTRY, place, ignored), GENERATED
     if "response" in entry:
         type, entry["response"] = parse_response(given["response"], place + ".response", ignored)
@@ -5229,7 +5196,7 @@ def parse_entry(
     check_match(entry["match"], type, place + ".match")
     try:
         json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()
-    except ValueError as error:  # half of a surrogate pair, NaN or Infinity
+    except ValueError as error:
         raise ValueError(f"{place}: holds what JSON cannot say: {error}") from None
     return type, entry
 
@@ -5255,8 +5222,8 @@ def compile_pattern(wanted: Any, place: str, trusted: bool) -> Any:
     raise ValueError(f"{place}.pattern: {reason}")
 
 
-def compile_match(match: dict[str, Any], place: str, trusted: bool) -> dict[str, Any]:
-    """Return what the facts of a request are compared with: a match whose patterns are compiled."""
+def compile_match(match: Item, place: str, trusted: bool) -> Item:
+    """Return a match whose patterns are compiled."""
     wanted = {key: match[key] for key in PLAIN_MATCH if key in match}
     for key in wanted.keys() & TEXT_KEYS.keys():
         wanted[key] = compile_pattern(wanted[key], f"{place}.{key}", trusted)
@@ -5287,7 +5254,7 @@ async def settle(value: Any) -> Any:
 
 
 def run_code(source: str, code: Callable[..., Any], *args: Any) -> Any:
-    """Call the code of a test; what it raises is told by its place, and no client asks again."""
+    """Call a test's code; what it raises is told by its place, and no client asks again."""
     try:
         value = code(*args)
         if hasattr(value, "__await__"):
@@ -5310,7 +5277,7 @@ def run_code(source: str, code: Callable[..., Any], *args: Any) -> Any:
 
 
 class SharedIterator:
-    """An iterator whose answers each test has in turn; it is asked when one is needed."""
+    """An iterator whose answers each test has in turn, asked when one is needed."""
 
     def __init__(self, iterator: Iterator[Any], source: str) -> None:
         self.source = source  # of the fixture
@@ -5343,11 +5310,11 @@ class Response:
     normal  the same as the composers read it
     """
 
-    def __init__(self, type: ResponseType, said: dict[str, Any]) -> None:
+    def __init__(self, type: ResponseType, said: Item) -> None:
         self.type, self.said = type, said
         self.is_model = False  # what it says is a model of pydantic
         self._quotes = type is TEXT and "{{" in ENCODE(said)
-        self.normal: dict[str, Any] = type.normalise(said)
+        self.normal: Item = type.normalise(said)
         self.is_error = type in (ERROR, STATUS)
         self.closes = self.is_error and self.normal["status"] > 999  # a socket
 
@@ -5357,7 +5324,7 @@ class Response:
         is_calls = self.type is TEXT and self.normal["content"] is None
         return self.type.fits(kind) and not (is_calls and kind == "completion")
 
-    def render(self, kind: str, request: Request) -> dict[str, Any]:
+    def render(self, kind: str, request: Request) -> Item:
         """Return the normal form with each `{{path}}` quoting the request, but for its keys.
 
         What the request lacks is quoted as nothing; braces around anything else stay.
@@ -5374,12 +5341,12 @@ class Response:
             return "" if fact is None else ENCODE(dump_json(fact))[1:-1]
 
         said = json.loads(TEMPLATE.sub(quote_fact, ENCODE(self.said)))
-        normal: dict[str, Any] = self.type.normalise(said)
+        normal: Item = self.type.normalise(said)
         return normal
 
 
 def is_whole(response: Response, options: Mapping[str, Any]) -> bool:
-    """Tell whether a response is the reply, whatever the operation; a late error is not."""
+    """Tell whether a response is the reply of any operation; a late error is not."""
     late = not options.keys().isdisjoint(("errorAfterChunks", *STRIKE_PLACES))
     return response.type in (JSON_BODY, RAW_BODY) or (response.is_error and not late)
 
@@ -5425,7 +5392,7 @@ class Fixture:
         size = self.options.get("chunkSize", int("in" in self.options))
         self.chunk_sizes: list[int] = self.options.get("chunkSizes") or ([size] if size else [])
         self.faulty = not self.options.keys() <= set(QUIET_OPTIONS) - {"chaos"}
-        self.match: dict[str, Any] = entry["match"]
+        self.match: Item = entry["match"]
         self.turn: int | None = self.match.get("turnIndex")
         self.sequence: int | None = self.match.get("sequenceIndex")
         alike = {key: self.match[key] for key in self.match if key != "sequenceIndex"}
@@ -5437,7 +5404,7 @@ class Fixture:
         self.needle: str = self.match.get(self.needle_key, "")
 
     def find_obstacle(self, facts: MatchFacts) -> Obstacle | None:
-        """Return the first reason why it does not answer a request, whatever was served before."""
+        """Return the first reason why it does not answer, whatever was served before."""
         if not self.response.fits(facts.kind):
             kinds = ", ".join(filter(self.response.fits, OPERATIONS))
             return "response", kinds, facts.kind or "another operation"
@@ -5479,7 +5446,7 @@ class Fixture:
     def __repr__(self) -> str:
         return f"<Fixture {self.source}: {self.response.type.name}, served {self.served} times>"
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Item:
         number = {} if self.number < 0 else {"number": self.number}
         return {**self.entry, **number, "source": self.source, "served": self.served}
 
@@ -5488,7 +5455,6 @@ FOREIGN_ENDPOINTS = lazy_regex(r"(audio-gen|elevenlabs-.+|fal|fal-audio|openai-l
 
 
 def parse_models(rows: Mapping[str, Any]) -> dict[str, Model]:
-    """Return the models that a file or a test describes; raise ValueError naming what is wrong."""
     models = {}
     for id, row in rows.items():
         told = check_clean(row, OWN_MODEL, f"models[{id!r}]")
@@ -5511,38 +5477,43 @@ def list_entries(data: Any) -> list[Any]:
     """Return the entries of a file's JSON: an object with `fixtures`, a list, or a single entry."""
     if isinstance(data, list):
         return data
-    given: dict[str, Any] = data if isinstance(data, dict) else {}
-    if "fixtures" not in given and given.keys() & {"match", "response"}:
-        return [given]
-    if "models" in given:
-        given = {"fixtures": [], **given}
-    is_file = isinstance(given.get("fixtures"), list)
-    check_clean({**given, "fixtures": []} if is_file else data, FIXTURE_FILE, "file")
-    return list(given["fixtures"])
+    if isinstance(data, dict) and "fixtures" not in data:
+        if data.keys() & {"match", "response"}:
+            return [data]
+        data = {**data, "fixtures": []} if "models" in data else data
+    return list(check_clean(data, FIXTURE_FILE, "file")["fixtures"])
 
 
-def parse_fixtures(
-    data: Any,
-    place: str = "",
-    warnings: list[str] | None = None,
-    models: dict[str, Model] | None = None,
-) -> list[Fixture]:
-    """Build the fixtures of a file's JSON, all of them or none; its models are added to `models`.
+class Loaded(list):  # type: ignore[type-arg]
+    """Fixtures, and the models and warnings that came with them."""
 
-    Raises ValueError with a line for all that is wrong. What only other providers have is left
-    out, and named in one sentence added to `warnings`. What comes over HTTP has no place; its
-    patterns are never given to `re`.
+    def __init__(self, models: Mapping[str, Model] | None = None) -> None:
+        super().__init__()
+        self.models: dict[str, Model] = {**(models or {})}
+        self.warnings: list[str] = []
+
+    def add(self, more: Loaded) -> None:
+        self += more
+        self.models.update(more.models)
+        self.warnings += more.warnings
+
+
+def parse_fixtures(data: Any, place: str = "") -> Loaded:
+    """Build the fixtures of a file's JSON; raise ValueError with a line for all that is wrong.
+
+    What only other providers have is left out, and named in a warning. What comes over HTTP has no
+    place; its patterns are never given to `re`.
     """
     prefix = f"{place}: " if place else ""
     ignored: list[str] = []
     problems: list[str] = []
-    fixtures = []
     try:
-        entries, own = list_entries(data), parse_models(get_path(data, "models") or {})
+        entries, models = list_entries(data), parse_models(get_path(data, "models") or {})
     except ValueError as error:
         raise ValueError(f"{prefix}{error}") from None
-    if own and not place:
+    if models and not place:
         problems.append("models: are for files and TogetherAiServer(models=...) alone")
+    loaded, together = Loaded(models), place or len(entries) > 1
     for index, entry in enumerate(entries):
         at = f"fixtures[{index}]"
         source = f"file {place}[{index}]" if place else "run time"
@@ -5552,20 +5523,17 @@ def parse_fixtures(
             ignored.append(at)
             continue
         try:
-            type, clean_entry = parse_entry(entry, at, ignored)
-            fixtures.append(Fixture(type, clean_entry, source, trusted=bool(place), place=at))
-            together = bool(place) or len(entries) > 1
-            fixtures[-1].relaxed = together and not get_path(data, "exactTurns")
-            fixtures[-1].normalise = get_path(data, "normalise") or ()
+            checked = parse_entry(entry, at, ignored)
+            loaded.append(Fixture(*checked, source, trusted=bool(place), place=at))
+            loaded[-1].relaxed = together and not get_path(data, "exactTurns")
+            loaded[-1].normalise = get_path(data, "normalise") or ()
         except ValueError as error:
             problems.append(f"{prefix}{error}")
     if problems:
         raise ValueError("\n".join(problems))
-    if models is not None:
-        models.update(own)
-    if ignored and warnings is not None:
-        warnings.append(f"{prefix}ignored, for other providers only: {', '.join(ignored)}")
-    return fixtures
+    if ignored:
+        loaded.warnings = [f"{prefix}ignored, for other providers only: {', '.join(ignored)}"]
+    return loaded
 
 
 def list_fixture_files(path: str) -> list[str]:
@@ -5577,44 +5545,39 @@ def list_fixture_files(path: str) -> list[str]:
     return [name for name in names if name.endswith(".json") and os.path.isfile(name)]
 
 
-def load_fixtures(
-    path: str, warnings: list[str] | None = None, models: dict[str, Model] | None = None
-) -> list[Fixture]:
+def load_fixtures(path: str) -> Loaded:
     """Load a file or folder; raise ValueError with a line for all that is wrong in all of it."""
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise ValueError(f"{path}: is neither a file nor a folder")
-    fixtures: list[Fixture] = []
-    problems: list[str] = []
+    loaded, problems = Loaded(), []
     for full in list_fixture_files(path):
         name = os.path.basename(path) if full == path else os.path.relpath(full, path)
         name = name.replace(os.sep, "/")
-        try:
-            with open(full, encoding="utf-8-sig") as file:
+        with open(full, encoding="utf-8-sig") as file:
+            try:
                 data = json.load(file)
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{name}: is not JSON: {error}")
-            continue
+            except (ValueError, RecursionError) as error:
+                problems.append(f"{name}: is not JSON: {error}")
+                continue
         try:
-            fixtures += parse_fixtures(data, name, warnings, models=models)
+            loaded.add(parse_fixtures(data, name))
         except ValueError as error:
             problems.append(f"{error}")
     if problems:
         raise ValueError("\n".join(problems))
-    return fixtures
+    return loaded
 
 
 def find_unreachable(fixtures: Sequence[Fixture]) -> list[str]:
     """Return a sentence for each fixture of files that can never answer, since another does."""
     found = []
     first: dict[Any, Fixture] = {}
-    for fixture in fixtures:
-        if fixture.sequence is not None:
-            continue
+    for fixture in (each for each in fixtures if each.sequence is None):
         endpoint = {"endpoint": fixture.match.get("endpoint")}
         wider = [] if fixture.turn is not None else [CANONICAL({}), CANONICAL(endpoint)]
-        type = fixture.response.type
-        own = type.name if fixture.response.fits("completion") else f"{type.name} without content"
-        keys = itertools.product((type.name, own), (fixture.group[0], *wider))
+        type = fixture.response.type.name
+        own = type if fixture.response.fits("completion") else f"{type} without content"
+        keys = itertools.product((type, own), (fixture.group[0], *wider))
         other = next((first[key] for key in keys if key in first), None)
         if other is not None:
             same = "the same match" if other.match == fixture.match else "a wider match"
@@ -5634,7 +5597,7 @@ def stamp_files(paths: Iterable[str]) -> list[tuple[str, int, int]]:
 
 
 def parse_header(text: str) -> Fixture:
-    """Build the fixture of an X-Parlel-Fixture header: one entry, or a response and options."""
+    """Build the fixture of a header: one entry, or a response and options."""
     with contextlib.suppress(UnicodeError):  # header bytes are read as latin-1, curl sends UTF-8
         text = text.encode("latin-1").decode()
     at = "X-Parlel-Fixture"
@@ -5654,13 +5617,13 @@ def parse_header(text: str) -> Fixture:
 
 
 def says_response(value: Any) -> bool:
-    """Tell whether what a function gives is a response in a fixture's keys, rather than JSON."""
+    """Tell whether what a function gives is a response, rather than JSON."""
     said = {to_camel(str(key)): value[key] for key in value} if isinstance(value, dict) else {}
     type = find_response_type(said)
-    if type is None or not said.keys() <= type.fields.keys() | type.fields.ignored:
-        return False
-    told = [key for key in type.told_by if said.get(key) is not None]
-    return all(isinstance(said[key], type.fields[key].kinds) for key in told)
+    return type is not None and all(
+        key in type.fields and (said[key] is None or isinstance(said[key], type.fields[key].kinds))
+        for key in said
+    )
 
 
 def answer_with(fixture: Fixture, facts: MatchFacts) -> Response:
@@ -5709,10 +5672,10 @@ def show_difference(wanted: Any, got: Any) -> str:
     return "\n".join(map("{} {}".format, "-+", parts))
 
 
-def explain_text(name: str, wanted: Any, got: Any, contains: bool) -> str:
+def explain_value(name: str, wanted: Any, got: Any, contains: bool) -> str:
     if got in (None, ()):
         return f"there is no {name}, wanted {preview(wanted)}"
-    if isinstance(wanted, dict):
+    if isinstance(wanted, dict) and wanted.keys() == {"pattern"}:
         return f"{name} {preview(got)} does not match the pattern {preview(wanted['pattern'])}"
     if not contains:
         return f"{name} is {preview(got)}, wanted {preview(wanted)}"
@@ -5734,7 +5697,7 @@ OBSTACLES = {
 
 def explain_miss(
     fixture: Fixture, obstacle: Obstacle | None, facts: MatchFacts, with_diff: bool = True
-) -> dict[str, Any]:
+) -> Item:
     """Return why a fixture did not answer a request: what differs, and that in a sentence."""
     differs, wanted, got = obstacle or fixture.find_obstacle(facts) or ("match", None, None)
     key, name = differs[6:], fixture.spell(differs[6:])
@@ -5751,15 +5714,13 @@ def explain_miss(
         reason = f"{name} differs:\n{diff}\n"
     elif differs in OBSTACLES:
         reason = OBSTACLES[differs].format(wanted=wanted, got=got)
-    elif key in TEXT_KEYS:
-        reason = explain_text(name, wanted, got, TEXT_KEYS[key] is operator.contains)
     else:
-        reason = f"{name} is {preview(got)}, wanted {preview(wanted)}"
+        reason = explain_value(name, wanted, got, TEXT_KEYS.get(key) is operator.contains)
     told = {"differs": differs, "wanted": wanted, "got": got, "reason": reason}
     return {"fixture": fixture.source, **told}
 
 
-def explain_misses(misses: Sequence[Any], facts: MatchFacts) -> list[dict[str, Any]]:
+def explain_misses(misses: Sequence[Any], facts: MatchFacts) -> list[Item]:
     ranked = sorted(misses, key=lambda miss: -miss[0].count_holding(facts))
     return [
         explain_miss(fixture, obstacle, facts, index < MAX_DIFFS)
@@ -5767,17 +5728,11 @@ def explain_misses(misses: Sequence[Any], facts: MatchFacts) -> list[dict[str, A
     ]
 
 
-def list_misses(reasons: Mapping[Fixture, Any], chosen: Fixture | None, turn: int) -> list[Any]:
-    misses = []
-    for fixture, obstacle in itertools.islice(reasons.items(), MAX_NEAR_MISSES + 1):
-        if obstacle is None and fixture.turn not in (None, turn):
-            obstacle = ("match.turnIndex", fixture.turn, turn)
-        if obstacle is None and chosen is not None:
-            is_later = chosen.number > fixture.number >= 0
-            obstacle = ("shadowed", ", added later," if is_later else "", chosen.source)
-        if fixture is not chosen and obstacle is not None:
-            misses.append((fixture, obstacle))
-    return misses[:MAX_NEAR_MISSES]
+def explain_shadow(fixture: Fixture, chosen: Fixture, turn: int) -> Obstacle:
+    if fixture.turn not in (None, turn):
+        return "match.turnIndex", fixture.turn, turn
+    is_later = chosen.number > fixture.number >= 0
+    return "shadowed", ", added later," if is_later else "", chosen.source
 
 
 def join_fact(fact: Any) -> str:
@@ -5877,9 +5832,11 @@ class Fixtures:
             self._added, self._order = [*self._added, *fixtures], None
 
     def load(self, path: str) -> list[Fixture]:
-        fixtures = load_fixtures(path, self.warnings, self.models)
-        self.replace_files([*self.files, *fixtures])
-        return fixtures
+        loaded = load_fixtures(path)
+        self.warnings += loaded.warnings
+        self.models.update(loaded.models)
+        self.replace_files([*self.files, *loaded])
+        return loaded
 
     def replace_files(self, fixtures: Iterable[Fixture]) -> None:
         with self._lock:
@@ -5897,7 +5854,6 @@ class Fixtures:
             fixture.group_counts = self._sequences.setdefault(fixture.group, own)
 
     def make_normaliser(self, volatile: bool = False) -> Normaliser:
-        """Return what takes out what is not compared, if asked for also what is volatile."""
         change = self.normalise if callable(self.normalise) else None
         single = isinstance(self.normalise, (str, re.Pattern))
         given = () if change else [self.normalise] if single else self.normalise
@@ -5917,16 +5873,16 @@ class Fixtures:
             stamps = stamp_files(self.watched)
             if stamps == self._seen:
                 return
-            self._seen = stamps
+            self._seen, loaded = stamps, Loaded()
             try:
-                fixtures = [
-                    each for path in self.watched for each in load_fixtures(path, None, self.models)
-                ]
+                for path in self.watched:
+                    loaded.add(load_fixtures(path))
             except (OSError, ValueError) as error:
                 complain(f"cannot load fixtures: {error}\n")
                 return
-            self.replace_files(fixtures)
-            complain(f"loaded {len(fixtures)} fixtures again\n")
+            self.models.update(loaded.models)
+            self.replace_files(loaded)
+            complain(f"loaded {len(loaded)} fixtures again\n")
 
     # Which one is served
 
@@ -5941,7 +5897,7 @@ class Fixtures:
             return self._order
 
     def find(self, facts: MatchFacts) -> tuple[Fixture | None, str, list[Any]]:
-        """Return the fixture that answers, counted as served, a warning, and the other ones."""
+        """Return the fixture that answers, counted as served; a warning; and the other ones."""
         order = self._list_order()
         own = facts.request.headers.get("x-parlel-fixture")
         if facts.normaliser.only_equal:  # as recordings are compared, which are in files
@@ -5968,16 +5924,18 @@ class Fixtures:
             except StopIteration:  # it has ended; another one may answer
                 with self._lock:
                     chosen.count(facts.test, -1)
-        misses = list_misses(reasons, chosen, facts["turnIndex"])
-        others = ((each, None) for each in order if each not in found)  # why is told when asked
-        misses += itertools.islice(others, max(0, MAX_NEAR_MISSES - len(found)))
-        if chosen is None or chosen.turn in (None, facts["turnIndex"]):
+        turn, misses = facts["turnIndex"], []
+        asked = [*found, *(each for each in order if each not in found)]  # why is told when asked
+        for each in [each for each in asked if each is not chosen][:MAX_NEAR_MISSES]:
+            shadow = explain_shadow(each, chosen, turn) if chosen and each in found else None
+            misses.append((each, reasons.get(each) or shadow))
+        if chosen is None or chosen.turn in (None, turn):
             return chosen, "", misses
-        place = f"for turn {chosen.turn}, and this is turn {facts['turnIndex']}"
+        place = f"for turn {chosen.turn}, and this is turn {turn}"
         return chosen, f"{chosen.source} is {place}", misses
 
     def _find_use(self, fixture: Fixture, test: str) -> Obstacle | None:
-        """Return the reason why it does not answer once more, for what was served before."""
+        """Return the reason in what was served before."""
         count = fixture.group_counts.get(test, 0)
         if fixture.sequence not in (None, count):
             return "match.sequenceIndex", fixture.sequence, count
@@ -5991,7 +5949,7 @@ class Fixtures:
     def _choose(
         self, likely: list[Fixture], reasons: dict[Fixture, Obstacle | None], turn: int
     ) -> Fixture | None:
-        """Return the fixture that answers, of the first group that has one at its turn."""
+        """Return the fixture that answers, of the first rank that has one at its turn."""
         matching = [each for each in likely if reasons[each] is None]
         last_resort = None
         for _, group in itertools.groupby(matching, key=lambda each: each.rank):
@@ -6007,7 +5965,7 @@ class Fixtures:
         if isinstance(fixture.answers, SharedIterator):
             fixture.answers.give_back(facts.test, facts.answer)
 
-    def miss_error(self, request: Request, misses: list[dict[str, Any]]) -> ApiError:
+    def miss_error(self, request: Request, misses: list[Item]) -> ApiError:
         reasons = [f" {miss['fixture']}: {miss['reason']}." for miss in misses]
         more = len(self.every) - len(misses)
         reasons += [f" And {more} more."] if more > 0 else []
@@ -6018,7 +5976,7 @@ class Fixtures:
         mine = (each for each in self.every if not test or each.match.get("testId") == test)
         return [each for each in mine if not each.served]
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Item:
         every = [each.describe() for each in self.every]
         return {"fixtures": every, "count": len(every)}
 
@@ -6036,7 +5994,7 @@ RATE_LIMIT_HEADERS = {  # recorded, but for the seconds
 
 
 def name_request(request: Request) -> str:
-    """Return the id of an answer; a refused request has no other one than its bytes."""
+    """Return the id of an answer; a refused request has none but its bytes."""
     if not request.id:
         facts = f"{request.method} {request.path}\n".encode("utf-8", "replace")
         request.id = random_id(HashRandom.of_bytes(facts + request.raw[-NAMED_BYTES:]))
@@ -6089,7 +6047,6 @@ def scripted_close(status: int, **said: Any) -> Closed:
 
 
 def whole_reply(response: Response, options: Mapping[str, Any], request: Request) -> Reply:
-    """Build the reply of a response that is one: an error, a status, `json` or `raw`."""
     if response.type in (JSON_BODY, RAW_BODY):
         reply = Reply(**response.normal)
         if reply.content_type.startswith(EVENT_STREAM):  # whose events are its chunks
@@ -6114,7 +6071,7 @@ def halve(text: bytes) -> bytes:
 TOLD_OF_MESSAGES = {"role", "content", "reasoning", "reasoning_content", "tool_calls", "token_id"}
 
 
-def add_call_delta(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
+def add_call_delta(calls: list[Item], delta: Item) -> None:
     index = delta.get("index")
     call = next((each for each in calls if each["index"] == index), None)
     if call is None or (index is None and delta.get("id")):
@@ -6126,7 +6083,7 @@ def add_call_delta(calls: list[dict[str, Any]], delta: dict[str, Any]) -> None:
     call["function"]["arguments"] += made.get("arguments") or ""
 
 
-def add_delta(message: dict[str, Any], delta: dict[str, Any]) -> None:
+def add_delta(message: Item, delta: Item) -> None:
     message["role"] = delta.get("role") or message.get("role")
     if delta.get("content") and message["tool_calls"]:
         message["order"] = "a text after a tool call"  # as no fixture's words can say it
@@ -6138,10 +6095,10 @@ def add_delta(message: dict[str, Any], delta: dict[str, Any]) -> None:
         message[name] = message.get(name) or delta[name]
 
 
-def read_item_event(event: dict[str, Any]) -> dict[str, Any]:
-    """Return what an event of POST /v1/responses adds, as a part of a chunk."""
+def read_item_event(event: Item) -> Item:
+    """Return what an event of the Responses API adds, as a part of a chunk."""
     type, item = event.get("type"), event.get("item") or {}
-    call: dict[str, Any] = {"index": event.get("output_index")}
+    call: Item = {"index": event.get("output_index")}
     if type == "response.output_text.delta":
         return {"delta": {"content": event.get("delta")}}
     if type == "response.function_call_arguments.delta":
@@ -6153,12 +6110,12 @@ def read_item_event(event: dict[str, Any]) -> dict[str, Any]:
     return {"delta": {"tool_calls": [call]}}
 
 
-def fold_stream(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages that the events of a stream have told, cut or not."""
-    choices: dict[Any, dict[str, Any]] = {}
+def fold_stream(events: list[Item]) -> list[Item]:
+    """Return the messages that the events of a stream tell, cut or not."""
+    choices: dict[Any, Item] = {}
     for event in events:
         for part in list_objects(event.get("choices")) or [read_item_event(event)]:
-            blank: dict[str, Any] = {"content": "", "reasoning": "", "tool_calls": []}
+            blank: Item = {"content": "", "reasoning": "", "tool_calls": []}
             message = choices.setdefault(repr(part.get("index")), blank) if part else blank
             with contextlib.suppress(TypeError, AttributeError):  # of another form than chats have
                 message["finish_reason"] = part.get("finish_reason") or message.get("finish_reason")
@@ -6168,8 +6125,8 @@ def fold_stream(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**each, "role": each.get("role") or "assistant"} for each in choices.values()]
 
 
-def tell_event(event: bytes) -> dict[str, Any]:
-    """Return what an event of any stream tells: text, toolName, arguments, finish, usage, done."""
+def tell_event(event: bytes) -> Item:
+    """Return what an event tells: text, toolName, arguments, finish, usage, done."""
     values = list_objects(parse_events(event))
     said = fold_stream(values)
     calls = [call["function"] for message in said for call in message["tool_calls"]]
@@ -6200,12 +6157,12 @@ class Fault:
         rates = options.get("chaos", {})
         hits = (rate for rate in CHAOS if rng.child(rate).random() < rates.get(rate, 0))
         self.chaos = next(hits, "")
-        self.options: dict[str, Any] = {**options, **CHAOS.get(self.chaos, {})}
+        self.options: Item = {**options, **CHAOS.get(self.chaos, {})}
         self.latency = rates.get("latencyMs", 0)
         self.rng = rng.child("jitter")
 
     def describe(self) -> str:
-        """Name what goes wrong, for the record; nothing where chance let the call pass."""
+        """Name what goes wrong; nothing where chance let the call pass."""
         names = [self.chaos] if self.chaos else []
         names += [name for name in self.options if name not in (*QUIET_OPTIONS, "status")]
         return f"the fixture's {', '.join(names)}" if names else ""
@@ -6265,11 +6222,11 @@ class Fault:
 
     @property
     def place(self) -> str:
-        """Where the chunks are counted from: `after`, `in` or `before`; "" is the beginning."""
+        """Where chunks are counted from; "" is the beginning."""
         return next((place for place in STRIKE_PLACES if place in self.options), "")
 
     def find_hits(self, since: int, stream: bool) -> set[str]:
-        """Return what happens after so many chunks; all but a cut and a stall is for streams."""
+        """Return what happens after so many chunks; a whole reply is only cut, or stalls."""
         strikes = {name: self.options[name] for name in STRIKES if name in self.options}
         if self.options.get("malformed"):
             strikes["malformedAfterChunks"] = 0
@@ -6281,7 +6238,7 @@ class Fault:
         return {name for name in cuts if name in strikes and since == min(strikes[name], 1)}
 
     def locate(self, events: Iterable[bytes]) -> Iterator[tuple[bytes, int]]:
-        """Yield each event with the number of chunks since the place: -1 before it."""
+        """Yield each event with the number of chunks since the place; -1 before it."""
         place, text = self.place, ""
         wanted, since = self.options.get(place, ""), -1 if place else 0
         wanted = "toolName" if wanted == "tool_name" else wanted
@@ -6327,7 +6284,7 @@ def apply_fault(reply: Reply, fault: Fault, clock: Callable[[], float]) -> Reply
     return reply
 
 
-def call_wrongly(request: Request) -> dict[str, Any]:
+def call_wrongly(request: Request) -> Item:
     tool = next(iter(list_objects(request.body.get("tools"))), {})
     function = tool.get("function") or tool
     rows = get_path(function, "parameters", "properties") or {"value": {}}
@@ -6336,11 +6293,11 @@ def call_wrongly(request: Request) -> dict[str, Any]:
 
 
 FIRST_TOOL = "{{body.tools.0.function.name}}{{body.tools.0.name}}"  # a chat's, a response's
-CALLS_TOOLS: dict[str, Any] = {"body": {"tools": [{}]}}
+CALLS_TOOLS: Item = {"body": {"tools": [{}]}}
 HTML = "<html><head><title>524: A timeout occurred</title></head></html>"
 BLANK_CHUNK = {"id": "1", "object": "chat.completion.chunk", "created": CREATED, "choices": []}
 # What production and the ways to it are known for, as keywords of `reply()`.
-FAULTS: dict[str, dict[str, Any]] = {
+FAULTS: dict[str, Item] = {
     "rate_limit": {"status": 429, "retry_after": 1},
     "rate_limit_date": {"status": 429, "retry_after": 1, "retry_after_date": True},
     "model_rate_limit": {
@@ -6388,7 +6345,7 @@ class RateLimits(dict):  # type: ignore[type-arg]
     """Requests and tokens that come back evenly: so many a minute, and no more at once."""
 
     def take(self, limit: float | None, key: Any, count: float, now: float) -> float:
-        """Take so many of what is left; return the seconds until there is one again."""
+        """Take what is asked for; return the seconds until there is one again."""
         if not limit:
             return 0.0
         left, at = self.get(key, (limit, now))
@@ -10653,7 +10610,7 @@ REST = 4  # times as long as it wrote a recorder leaves the processor to the cli
 NUMBER_LINES = lazy_regex(r'\[\n\s+(-?[0-9][^"\[\]{}]*?)\n\s*\]')  # no text has a bare line end
 
 
-def find_timings(data: bytes, times: Iterable[tuple[int, float]]) -> dict[str, Any] | None:
+def find_timings(data: bytes, times: Iterable[tuple[int, float]]) -> Item | None:
     """Return when the events of a stream came, in ms; None where there are fewer than two.
 
     times  for each piece that came: the bytes so far, the seconds since the request
@@ -10674,8 +10631,8 @@ def find_timings(data: bytes, times: Iterable[tuple[int, float]]) -> dict[str, A
 # --- From an answer to what a fixture says: a chat in words, all else as it came
 
 
-def join_chunks(chunks: list[Any]) -> dict[str, Any] | None:
-    """Join the chunks of a chat into the whole reply; None where one is none, or the end lacks."""
+def join_chunks(chunks: list[Any]) -> Item | None:
+    """Join the chunks of a chat; None where one is none, or the end lacks."""
     said = fold_stream(list_objects(chunks))
     told = [get_path(chunk, "choices", "0", "logprobs") for chunk in chunks]
     are_chunks = all("choices" in chunk for chunk in chunks)
@@ -10685,7 +10642,7 @@ def join_chunks(chunks: list[Any]) -> dict[str, Any] | None:
     return {**chunks[0], "usage": find_usage(chunks), "choices": [choice]}
 
 
-def put_message(message: dict[str, Any]) -> dict[str, Any]:
+def put_message(message: Item) -> Item:
     text, calls = message.get("content"), list_objects(message.get("tool_calls"))
     said = {
         "reasoning": message.get("reasoning") or message.get("reasoning_content"),
@@ -10698,7 +10655,7 @@ def put_message(message: dict[str, Any]) -> dict[str, Any]:
     return {**words, **{name: value for name, value in said.items() if value}}
 
 
-def put_chat(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
+def put_chat(request: Request, reply: Item) -> Item | None:
     """Return a chat's answer in a fixture's words; None where they cannot hold it."""
     choices = list_objects(reply.get("choices"))
     message = get_path(reply, "choices", "0", "message")
@@ -10719,7 +10676,7 @@ def put_chat(request: Request, reply: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def list_chunk_sizes(chunks: list[Any]) -> list[int]:
-    """Return the characters in each chunk of a stream: of reasoning, of text, of arguments."""
+    """Return the characters in each chunk: of reasoning, of text, of arguments."""
     sizes: dict[Any, list[int]] = {"reasoning": [], "content": []}
     for said in (each for chunk in list_objects(chunks) for each in fold_stream([chunk])):
         texts: dict[Any, str] = {"reasoning": said["reasoning"], "content": said["content"]}
@@ -10730,8 +10687,8 @@ def list_chunk_sizes(chunks: list[Any]) -> list[int]:
     return [size for part in sizes.values() for size in part]
 
 
-def put_into_words(request: Request, reply: Reply) -> dict[str, Any] | None:
-    """Return a fixture's response and options for the answer of a chat, where words can say it."""
+def put_into_words(request: Request, reply: Reply) -> Item | None:
+    """Return the response and options for a chat's answer; None where words cannot say it."""
     chunks = [event for event in parse_events(reply.body) if event != "[DONE]"]
     is_stream = reply.content_type.startswith(EVENT_STREAM)
     try:
@@ -10747,11 +10704,10 @@ def put_into_words(request: Request, reply: Reply) -> dict[str, Any] | None:
         return None  # it is not of the form that chats have
 
 
-def keep_as_it_came(reply: Reply) -> dict[str, Any]:
-    """Return what a fixture says to send the same body again, whatever it is."""
+def keep_as_it_came(reply: Reply) -> Item:
     headers = {name: text for name, text in reply.headers.items() if KEPT_HEADER.fullmatch(name)}
     more = {"status": reply.status if reply.status != 200 else None, "headers": headers or None}
-    said: dict[str, Any] = {name: value for name, value in more.items() if value}
+    said: Item = {name: value for name, value in more.items() if value}
     kind = reply.content_type.partition(";")[0].strip().lower()
     with contextlib.suppress(ApiError):
         if kind == "application/json":
@@ -10763,7 +10719,7 @@ def keep_as_it_came(reply: Reply) -> dict[str, Any]:
     return {"response": {"raw": {**body, "contentType": reply.content_type}, **said}}
 
 
-def put_answer(kind: str, request: Request, reply: Reply, times: Any = ()) -> dict[str, Any]:
+def put_answer(kind: str, request: Request, reply: Reply, times: Any = ()) -> Item:
     words = put_into_words(request, reply) if kind == "chat" and reply.status == 200 else None
     answer = words or keep_as_it_came(reply)
     is_stream = reply.content_type.startswith(EVENT_STREAM)
@@ -10774,12 +10730,12 @@ def put_answer(kind: str, request: Request, reply: Reply, times: Any = ()) -> di
 # --- From a request to what a fixture matches
 
 
-def put_match(kind: str, facts: MatchFacts) -> dict[str, Any]:
+def put_match(kind: str, facts: MatchFacts) -> Item:
     """Return the keys by which aimock's recorder names a request, and its model.
 
     A call of a kind that it does not know is named by its method and path.
     """
-    match: dict[str, Any] = {}
+    match: Item = {}
     if kind != "chat":
         match["endpoint"] = facts["endpoint"][kind not in OPERATIONS or kind == "job"]
     text = "inputText" if kind in ("embedding", "rerank") else "userMessage"
@@ -10791,11 +10747,11 @@ def put_match(kind: str, facts: MatchFacts) -> dict[str, Any]:
     return match
 
 
-def is_named(match: dict[str, Any]) -> bool:
+def is_named(match: Item) -> bool:
     return "userMessage" in match or "inputText" in match
 
 
-def identify(kind: str, request: Request) -> tuple[dict[str, Any], dict[str, Any]]:
+def identify(kind: str, request: Request) -> tuple[Item, Item]:
     """Return the match that names a request, and the body that tells it from its namesakes.
 
     A body that is too large to be kept, that holds a secret or a file, or nothing, is known by its
@@ -10810,8 +10766,8 @@ def identify(kind: str, request: Request) -> tuple[dict[str, Any], dict[str, Any
     return {**name, "bodyDigest": digest_body(kind, request.body)}, {}
 
 
-def write_entry(entry: dict[str, Any], secrets: Iterable[str] = ()) -> str:
-    """Write a fixture as aimock does, but the numbers of a vector on one line and no key."""
+def write_entry(entry: Item, secrets: Iterable[str] = ()) -> str:
+    """Write a fixture as aimock does, but a vector on one line and no key."""
     text = json.dumps(entry, indent=2, ensure_ascii=False)
     text = NUMBER_LINES.sub(lambda found: "[" + re.sub(r"\s+", " ", found[1]) + "]", text)
     for secret in secrets:
@@ -10831,7 +10787,7 @@ if TYPE_CHECKING:
 UNRANKED: Rank = (-sys.maxsize, 0)
 
 
-def rank_match(match: dict[str, Any]) -> Rank:
+def rank_match(match: Item) -> Rank:
     """Return what sorts matches so that each request finds its own answers.
 
     A match that holds for another request, too, has a shorter name, or the same and less body.
@@ -10842,13 +10798,13 @@ def rank_match(match: dict[str, Any]) -> Rank:
 
 
 class Recording:
-    """Recorded calls, and the fixtures for them: a sequence where one had several answers."""
+    """Fixtures for recorded calls: a sequence where one had several answers."""
 
     def __init__(self) -> None:
         # Answers and what is secret in them, by the JSON of a request's name, then of its body.
-        self._names: dict[str, dict[str, list[tuple[dict[str, Any], Iterable[str]]]]] = {}
+        self._names: dict[str, dict[str, list[tuple[Item, Iterable[str]]]]] = {}
 
-    def add(self, identity: Any, answer: dict[str, Any], secrets: Iterable[str]) -> None:
+    def add(self, identity: Any, answer: Item, secrets: Iterable[str]) -> None:
         name, body = identity
         parse_entry({"match": {**name, "body": body}, **answer}, "")
         alike = self._names.setdefault(CANONICAL(name), {})
@@ -10906,7 +10862,7 @@ def check_target(path: str) -> str:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Replace a file at once, so that whoever is killed meanwhile leaves the old one or the new."""
+    """Replace a file at once: whoever is killed meanwhile leaves the old one or the new."""
     import tempfile  # only where something is written
 
     path = check_target(path)
@@ -10934,7 +10890,7 @@ def write_file(path: str, data: bytes) -> None:
 
 @contextlib.contextmanager
 def lock_folder(path: str) -> Iterator[None]:
-    """Have other programs wait that record to a file of this folder; on Windows they do not."""
+    """Keep out other programs that record to this folder, where the system can."""
     try:
         import fcntl
     except ImportError:
@@ -10974,7 +10930,7 @@ class Recorder:
         self._recording = Recording()
         self._mine: set[str] = set()  # entries, as they were written last
         self._others: dict[str, Rank] = {}  # the entries of others, by their JSON
-        self._more: dict[str, Any] = {}  # what the file says beside them
+        self._more: Item = {}  # what the file says beside them
         self._read()
         self._others = dict.fromkeys(self._others, UNRANKED)  # they may have been sorted by hand
         self._told = ""
@@ -10985,7 +10941,6 @@ class Recorder:
         self._writer: threading.Thread | None = None
 
     def add(self, kind: str, request: Request, reply: Reply, times: Any) -> None:
-        """Have an answer recorded: a reply with its whole body, and when its pieces came."""
         with self._lock:
             self._waiting.append((kind, request, reply, times))
             if self._writer is None:
@@ -10996,7 +10951,6 @@ class Recorder:
                     self._writer = None
 
     def finish(self) -> None:
-        """Wait until all is written."""
         with self._lock:  # a thread in there has been started
             writer = self._writer
         self._hurry.set()
@@ -11008,7 +10962,6 @@ class Recorder:
         self._hurry.clear()
 
     def _work(self) -> None:
-        """Write until nothing waits."""
         while True:
             with self._lock:
                 batch, self._waiting = self._waiting, []
@@ -11031,7 +10984,6 @@ class Recorder:
             self._tell(f"cannot record {request.method} {request.path}: {error!r}")
 
     def _read(self) -> None:
-        """Read what others have written into the file."""
         self._seen = stamp_files([self.path])
         if not self._seen:
             self._others = {}
@@ -11050,7 +11002,7 @@ class Recorder:
         }
 
     def _write(self) -> None:
-        """Write the file; where that fails, what is in it stays, and it is tried again later."""
+        """Write the file; where that fails, it is tried again later."""
         self._unwritten = True
         try:
             with lock_folder(self.path):
@@ -11085,7 +11037,7 @@ EARLY_SHARE, EARLY_SECONDS = 0.05, 0.01  # that a client may come too early: clo
 
 
 class Finding:
-    """One thing that a client did wrong: its name, a sentence, the calls that show it."""
+    """One thing that a client did wrong, and the calls that show it."""
 
     def __init__(self, name: str, text: str, *calls: Call) -> None:
         self.name = name
@@ -11105,7 +11057,7 @@ class Finding:
 
 
 def is_inference(call: Call) -> bool:
-    """Tell whether a client asked a model; lines of batches and sockets are not judged."""
+    """Tell whether a call is judged; lines of batches and sockets are not."""
     return call.kind in OPERATIONS and call.method == "POST" and not call.batch
 
 
@@ -11113,8 +11065,8 @@ def find_end(call: Call) -> float:
     return call.started + call.duration if call.has_ended else math.inf
 
 
-def list_asked(call: Call) -> list[dict[str, Any]]:
-    """Return what a call asks."""
+def list_asked(call: Call) -> list[Item]:
+    """Return what a call asks, as messages."""
     body = call.as_request().body
     if call.kind == "response":
         return convert_items(body)
@@ -11131,7 +11083,7 @@ FINISH = lazy_regex(rb'"finish_reason":\s*"|"response\.(?:completed|incomplete)"
 
 
 def find_half(call: Call) -> tuple[str, set[Any]] | None:
-    """Return the text and the ids of tool calls of a stream that had no end; else None."""
+    """Return the text and the ids of tool calls of a stream without an end; else None."""
     is_text = call.kind in ("chat", "completion", "response") and call.outcome != "left"
     if not (is_text and call.events_sent and call.is_kept) or FINISH.search(call.raw_reply):
         return None
@@ -11201,7 +11153,6 @@ def group_attempts(calls: Iterable[Call]) -> list[list[Call]]:
 
 
 def judge_retries(attempts: list[Call], most: int) -> Iterator[Finding]:
-    """Yield what was wrong about the attempts of one request."""
     last, pauses = attempts[-1], []
     for call, following in zip(attempts, attempts[1:]):
         by_server = following.at - call.at - call.duration  # whose clock a test may set
@@ -11226,7 +11177,7 @@ def judge_retries(attempts: list[Call], most: int) -> Iterator[Finding]:
 
 
 def judge_halves(calls: Sequence[Call]) -> Iterator[Finding]:
-    """Yield where half an answer was quoted later on, though it was never given whole."""
+    """Yield where half an answer was quoted as if it were whole."""
     whole = {repr(call.body_key) for call in calls if call.has_ended and not has_failed(call)}
     for call in calls:
         text, ids = find_half(call) or ("", set())
@@ -11243,8 +11194,8 @@ def judge_halves(calls: Sequence[Call]) -> Iterator[Finding]:
                 break
 
 
-def find_wrong_results(messages: list[dict[str, Any]]) -> Iterator[str]:
-    """Say which tool results answer no call, and which calls are left without one."""
+def find_wrong_results(messages: list[Item]) -> Iterator[str]:
+    """Say which tool results answer no call, and which calls have none."""
     made: set[Any] = set()
     waiting: list[Any] = []
     for message in messages:
@@ -11273,7 +11224,6 @@ def judge_tools(calls: Iterable[Call]) -> Iterator[Finding]:
 def judge_budget(
     calls: Sequence[Call], total_tokens: float | None, most: int | None, at_once: int | None
 ) -> Iterator[Finding]:
-    """Yield what was used of what was allowed, where that is more."""
     running: list[Call] = []
     crowd: list[Call] = []
     for call in calls:
@@ -11290,14 +11240,8 @@ def judge_budget(
             yield Finding("over_budget", f"used {used} {what}, of {allowed} allowed", *shown)
 
 
-def raise_wrongs(found: Iterable[Finding]) -> None:
-    told = "\n".join(map(str, found))
-    if told:
-        raise AssertionError(told)
-
-
 def judge(calls: Iterable[Call], most_attempts: int) -> list[Finding]:
-    """Return what the client of these calls did wrong, in the order in which it began."""
+    """Return what the client did wrong, in the order in which it began."""
     asked = list(filter(is_inference, calls))
     found = [*judge_halves(asked), *judge_tools(asked)]
     for attempts in group_attempts(asked):
@@ -11802,8 +11746,8 @@ SEED_FIELDS = {
 MAX_SEEDED_NUMBER = 2**53
 
 
-def check_seed(collection: str, item: dict[str, Any], place: str) -> None:
-    """Check what a seed gives as if it had been posted; nothing is required of it."""
+def check_seed(collection: str, item: Item, place: str) -> None:
+    """Check a seed as if it had been posted; nothing is required of it."""
     for name, value in item.items():
         field = SEED_FIELDS[collection].get(name)
         if field is not None and value is not None and name not in ("file", "purpose"):
@@ -11841,8 +11785,7 @@ RECORD_FILTERS = Fields(
 )
 
 
-def passes_filters(server: TogetherAiServer, call: Call, args: dict[str, Any]) -> bool:
-    """Tell whether a call is asked for by the query of the record."""
+def passes_filters(server: TogetherAiServer, call: Call, args: Item) -> bool:
     name, _, value = args.get("header", "").partition(":")  # "x-run: 7", or "x-run"
     header = call.headers.get(name.strip())
     alike = ("kind", "outcome", "test", "batch", "model")
@@ -11860,8 +11803,8 @@ def passes_filters(server: TogetherAiServer, call: Call, args: dict[str, Any]) -
 MAX_THUMBNAIL = 50_000  # characters of an image's base64
 
 
-def list_said(call: Call) -> list[dict[str, Any]]:
-    """Return what came back, over a socket what went both ways."""
+def list_said(call: Call) -> list[Item]:
+    """Return what came back; over a socket, what went both ways."""
     if call.status == 101:
         return [{"role": each["from"], "content": each["message"]} for each in call.messages]
     reply = call.reply
@@ -11893,7 +11836,7 @@ def list_said(call: Call) -> list[dict[str, Any]]:
     return choices or failed or shown or [{"role": "reply", "content": rest}]
 
 
-def tell_message(message: dict[str, Any]) -> str:
+def tell_message(message: Item) -> str:
     calls = [get_path(call, "function") or {} for call in list_objects(message.get("tool_calls"))]
     said = [f"{call.get('name')}({call.get('arguments')})" for call in calls]
     text = join_text(message.get("content"))
@@ -11902,16 +11845,15 @@ def tell_message(message: dict[str, Any]) -> str:
     return " ".join(" ".join([str(text or ""), *said])[: 2 * MAX_SHOWN].split())[:MAX_SHOWN]
 
 
-def find_thread(call: Call, asked: list[dict[str, Any]]) -> str:
-    """Return what the calls of one conversation share: all up to the user's first message."""
+def find_thread(call: Call, asked: list[Item]) -> str:
+    """Name a conversation by all up to the user's first message."""
     first = next((at for at, each in enumerate(asked) if each.get("role") == "user"), None)
     if first is None:
         return ""
     return hashlib.sha256(ENCODE([call.kind, asked[: first + 1]]).encode()).hexdigest()[:16]
 
 
-def show_row(call: Call) -> dict[str, Any]:
-    """Return what the page's list shows of a call."""
+def show_row(call: Call) -> Item:
     asked, said = list_asked(call), list_said(call)
     last = [each for each in asked if each.get("role") not in ("system", "tool", "assistant")]
     parts = [part for each in said for part in list_objects(each.get("content"))]
@@ -11960,7 +11902,7 @@ CONNECTION_HEADERS = {  # that concern one connection alone
 
 
 def list_body_options(call: Call) -> Iterator[tuple[str, str]]:
-    """Yield the options by which curl sends the body of a call; files by their names."""
+    """Yield the options by which curl sends a body; files by their names."""
     kind, body = call.headers.get("content-type", ""), call.body or {}
     is_multipart = kind.startswith("multipart/")
     if not is_multipart and not kind.startswith("application/x-www-form-urlencoded"):
@@ -11977,7 +11919,7 @@ def list_body_options(call: Call) -> Iterator[tuple[str, str]]:
 
 
 def write_curl(call: Call, origin: str) -> str:
-    """Return the shell's command that sends a recorded call again, with any key."""
+    """Return the command that sends a call again, with any key."""
     import shlex  # only where somebody copies
 
     method = "-I" if call.method == "HEAD" else f"-X {shlex.quote(call.method)}"
@@ -11991,8 +11933,8 @@ def write_curl(call: Call, origin: str) -> str:
     return " \\\n  ".join(f"{option} {shlex.quote(text)}" for option, text in options)
 
 
-def write_python(call: Call, entry: dict[str, Any]) -> str:
-    """Return the shortest call of `server.reply()` that answers this request so again."""
+def write_python(call: Call, entry: Item) -> str:
+    """Return the shortest `server.reply()` that answers this request so again."""
     match, said = entry["match"], list_said(call)
     words = entry["response"]
     if [message["role"] for message in said] == ["assistant"]:
@@ -12063,14 +12005,13 @@ def get_recorded_reply(server: TogetherAiServer, request: Request) -> Any:
 @route("POST", "/__parlel/fixtures", open=True)
 def add_fixtures(server: TogetherAiServer, request: Request) -> Any:
     """Add the fixtures of a file's JSON, all or none."""
-    warnings: list[str] = []
     try:
-        fixtures = parse_fixtures(parse_json(request.raw), warnings=warnings)
-        server.script.add(fixtures)
+        added = parse_fixtures(parse_json(request.raw))
+        server.script.add(added)
     except ValueError as error:
         raise ApiError("bad_fixture", reason=str(error)) from None
-    numbers = [fixture.number for fixture in fixtures]
-    return {"ok": True, "added": len(fixtures), "numbers": numbers, "warnings": warnings}
+    numbers = [fixture.number for fixture in added]
+    return {"ok": True, "added": len(added), "numbers": numbers, "warnings": added.warnings}
 
 
 @route(
@@ -13260,7 +13201,7 @@ CONTAINERS = {dict, list}
 
 
 def list_unread(values: dict[str, Any], fields: Fields, place: str = "") -> Iterator[str]:
-    """Yield the places of a body that no row of its table reads, nested ones too."""
+    """Yield the places of a body that no row of its table reads."""
     if not values.keys() <= fields.keys():
         for name in values:
             if name not in fields and name not in fields.ignored:
@@ -13280,7 +13221,7 @@ def list_unread(values: dict[str, Any], fields: Fields, place: str = "") -> Iter
 
 
 def warn_of_request(server: TogetherAiServer, route: Route, request: Request) -> Iterator[str]:
-    """Yield what production would not understand of a request, or not answer."""
+    """Yield what production would not understand, or not answer."""
     unread = ", ".join(list_unread(request.body, route.body))
     if unread:
         yield f"nothing reads {unread}"
@@ -13319,7 +13260,7 @@ def find_violation(reader: SchemaReader, schema: Any, value: Any, place: str = "
 
 
 def explain_violation(schema: Any, text: str) -> str:
-    """Say how a text is not JSON that a schema accepts; nothing where it is, or nobody can tell."""
+    """Say how a text misses a schema; nothing where it does not, or nobody can tell."""
     try:
         value = parse_json(text.encode("utf-8", "replace"))
         reader = SchemaReader(schema)
@@ -13331,8 +13272,8 @@ def explain_violation(schema: Any, text: str) -> str:
         return ""
 
 
-def warn_of_calls(body: dict[str, Any], said: dict[str, Any]) -> Iterator[str]:
-    """Yield how the tool calls of an answer are none that the request can get."""
+def warn_of_calls(body: Item, said: Item) -> Iterator[str]:
+    """Yield how tool calls are none that the request can get."""
     tools = {tool["name"]: tool for tool in find_tools(body)}
     mode, names = read_tool_choice(body)
     choice = f"and tool_choice is {preview(body.get('tool_choice'))}"
@@ -13353,7 +13294,7 @@ def warn_of_calls(body: dict[str, Any], said: dict[str, Any]) -> Iterator[str]:
                 yield f"it calls {name} with arguments that miss its schema: {problem}"
 
 
-def warn_of_text(body: dict[str, Any], said: dict[str, Any], model: Model | None) -> Iterator[str]:
+def warn_of_text(body: Item, said: Item, model: Model | None) -> Iterator[str]:
     yield from warn_of_calls(body, said)
     format, text = body.get("response_format"), said["content"]
     reason = said.get("finish_reason")
@@ -13374,18 +13315,14 @@ def warn_of_text(body: dict[str, Any], said: dict[str, Any], model: Model | None
         yield f"its finish_reason is {preview(reason)}{suggest(reason, FINISH_REASONS)}"
 
 
-def warn_of_vectors(
-    body: dict[str, Any], said: dict[str, Any], model: Model | None
-) -> Iterator[str]:
+def warn_of_vectors(body: Item, said: Item, model: Model | None) -> Iterator[str]:
     length = body.get("dimensions") or (model.dimensions if model is not None else None)
     for given in {len(vector) for vector in said["vectors"]} - {length}:
         if length is not None:
             yield f"its embedding has {given} numbers; {body['model']} makes {length}"
 
 
-def warn_of_scores(
-    body: dict[str, Any], said: dict[str, Any], model: Model | None
-) -> Iterator[str]:
+def warn_of_scores(body: Item, said: Item, model: Model | None) -> Iterator[str]:
     given, wanted = len(said["scores"]), len(body["documents"])
     if given != wanted:
         yield f"it has {given} scores, and the request has {wanted} documents"
@@ -13402,7 +13339,7 @@ DOUBTS: dict[ResponseType, Callable[..., Iterator[str]]] = {
 def warn_of_response(
     server: TogetherAiServer, fixture: Fixture, response: Response, request: Request, reply: Reply
 ) -> Iterator[str]:
-    """Yield what a fixture says or does that production could not, or that changes nothing."""
+    """Yield what a fixture says that production could not, or that changes nothing."""
     model = server.models.get(request.body.get("model", ""))
     if request.script is not None and response.type in DOUBTS:
         yield from DOUBTS[response.type](request.body, request.script, model)
@@ -13477,7 +13414,7 @@ def check_page(server: TogetherAiServer, request: Request) -> None:
 
 
 def brings_key(request: Request) -> bool:
-    """Tell whether a socket's key is where a page can put it: in the query, or a subprotocol."""
+    """Tell whether a page's socket brings a key, in the query or a subprotocol."""
     query = parse_form(request.query.encode())
     offered = request.headers.get("sec-websocket-protocol", "")
     found = query.get("api_key") or query.get("authorization") or KEY_PROTOCOL.search(offered)
@@ -13543,7 +13480,7 @@ class CallLog:
 
 
 def encode_events(chunks: Iterator[Any]) -> Iterator[bytes]:
-    """Yield JSON values as server-sent events, with the sentinel that clients wait for."""
+    """Yield JSON values as server-sent events, and the sentinel."""
     comment = ""
     for chunk in chunks:
         if type(chunk) is bytes:
@@ -13578,7 +13515,6 @@ def as_reply(value: Any, request: Request, status: int) -> Reply:
 
 
 def check_operation(operation: str) -> None:
-    """Raise ValueError for an operation that no call can have."""
     kinds = {known.recorded_kind for known in ROUTES} - {""}
     method, blank, path = operation.partition(" ")
     if operation in kinds:
@@ -13592,15 +13528,8 @@ def check_operation(operation: str) -> None:
     raise ValueError(f"no operation is called {operation!r}{near}")
 
 
-def find_kind(call: Call) -> str:
-    try:
-        return find_route(call.method, collapse_path(call.path, False))[0].kind
-    except ApiError:
-        return ""
-
-
 def list_refused_kinds(on_miss: Any) -> list[str]:
-    """Return the kinds of operation that are an error where no fixture matches."""
+    """Return the kinds of operation whose misses are an error."""
     if isinstance(on_miss, str):  # of texts
         texts = [kind for kind in OPERATIONS if OPERATIONS[kind].response is TEXT]
         on_miss = dict.fromkeys(texts, on_miss)
@@ -13615,15 +13544,12 @@ def list_refused_kinds(on_miss: Any) -> list[str]:
 
 
 def list_facts(call: Call) -> MatchFacts:
-    return MatchFacts(find_kind(call), call.as_request())
+    return MatchFacts(call.route_kind, call.as_request())
 
 
 def explain_mismatch(fixture: Fixture, call: Call) -> str:
-    facts = list_facts(call)
-    obstacle = dict(call.misses).get(fixture) or fixture.find_obstacle(facts)
-    if obstacle is None:
-        return "matches"
-    return str(explain_miss(fixture, obstacle, facts)["reason"]).replace("\n", "\n    ")
+    miss = explain_miss(fixture, dict(call.misses).get(fixture), list_facts(call))
+    return f"{call!r}: {miss['reason']}".replace("\n", "\n    ")
 
 
 KEYWORD_ROWS = {"response": list_response_rows(), "": OPTIONS, "match": MATCH}
@@ -13634,7 +13560,7 @@ KEYWORDS.update(not_=KEYWORDS.pop("not"), in_=KEYWORDS.pop("in"))
 
 
 def as_response(word: str, value: Any) -> Any:
-    """Return a keyword's value as a fixture has it: bytes as base64, a text as a transcription."""
+    """Return a keyword's value as a fixture has it: bytes as base64, ..."""
     if isinstance(value, (bytes, bytearray)) and word in ("image", "audio"):
         encoded = base64.b64encode(value).decode()
         return {"b64Json": encoded} if word == "image" else encoded
@@ -13646,43 +13572,47 @@ def as_response(word: str, value: Any) -> Any:
 
 
 def find_caller() -> str:
-    """Return the place from which this file was called, as `tests/test_bot.py:47`."""
+    """Return the line that called this file, as `tests/test_bot.py:47`."""
     frame = sys._getframe()
-    while frame.f_globals.get("__name__") in (__name__, "functools") and frame.f_back is not None:
+    while frame.f_globals.get("__name__") in (__name__, "contextlib") and frame.f_back is not None:
         frame = frame.f_back
     return f"{shorten_path(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
-def fixture_from_keywords(verb: str, keywords: Mapping[str, Any]) -> Fixture:
-    """Build the fixture of `server.reply(...)` and `server.fail(...)`; None counts as absent."""
-    words = dict(keywords)
-    when = words.pop("when", None)
-    entry: dict[str, Any] = {"match": {}, "response": {}}
-    for word, value in words.items():
-        part, key = KEYWORDS[word]
-        if value is not None:
-            (entry[part] if part else entry)[key] = as_response(word, value)
-    content = entry["response"].get("content")
+REPLY_WORDS = [*KEYWORDS, "when"]
+SCRIPT_WORDS = ("endpoint", "sequence_index")  # that say nothing of a recorded call
+CALL_WORDS = [
+    word for word in KEYWORDS if KEYWORDS[word][0] == "match" and word not in SCRIPT_WORDS
+]
+
+
+def fixture_from_keywords(
+    verb: str, words: Mapping[str, Any], known: Sequence[str] = REPLY_WORDS
+) -> Fixture:
+    """Build the fixture of `reply(...)` or `fail(...)`; None counts as absent."""
     place, source = f"{verb}()", f"{verb}() at {find_caller()}"
-    answers = None
+    entry: Item = {"match": {}, "response": {}, "": {}}
+    for word in words:
+        if word not in known:
+            hint = suggest_near(word, tuple(known)) or f" (of the body: body={{{word!r}: ...}})"
+            raise TypeError(f"{place} has no keyword {word!r}{hint}")
+        if words[word] is not None and word != "when":
+            part, key = KEYWORDS[word]
+            entry[part][key] = as_response(word, words[word])
+    entry.update(entry.pop(""))
+    content, answers = entry["response"].get("content"), None
     if hasattr(content, "__next__"):
         answers = SharedIterator(content, source)
     elif callable(content) and not hasattr(content, "model_dump"):
         answers = content
     if answers is not None:
         entry["response"]["content"] = ""
-    if not entry["response"]:
-        del entry["response"]
-    fixture = Fixture(*parse_entry(entry, place), source, when, place=place)
+    entry = {key: entry[key] for key in entry if entry[key] or key != "response"}
+    fixture = Fixture(*parse_entry(entry, place), source, words.get("when"), place=place)
     fixture.answers = answers
     fixture.response.is_model = as_json(content) is not content
     return fixture
 
-
-REPLY_WORDS = [*KEYWORDS, "when"]
-CALL_WORDS = [word for word in KEYWORDS if KEYWORDS[word][0] == "match"]
-for word_of_scripts in ("endpoint", "sequence_index"):
-    CALL_WORDS.remove(word_of_scripts)
 
 if TYPE_CHECKING:
     # The same words for mypy and editors, with their types.
@@ -13761,27 +13691,8 @@ if TYPE_CHECKING:
         role: str
 
 
-def take_words(*known: str) -> Callable[[Verb], Verb]:
-    """Have a function take these keywords alone, and list them in its help."""
-
-    def decorate(verb: Any) -> Any:
-        @functools.wraps(verb)
-        def call(*args: Any, **words: Any) -> Any:
-            for word in words:
-                if word not in known:
-                    hint = suggest_near(word, known) or f" (of the body: body={{{word!r}: ...}})"
-                    raise TypeError(f"{verb.__name__}() has no keyword {word!r}{hint}")
-            return verb(*args, **words)
-
-        told = (verb.__doc__ or "").rstrip()
-        call.__doc__ = f"{told}\n\n        Keywords: {', '.join(known)}"
-        return call
-
-    return decorate
-
-
 def explain_call(call: Call) -> str:
-    """Say why a call failed, or else which fixtures for its kind were passed over, and why."""
+    """Say why a call failed, or which fixtures for its kind were passed over, and why."""
     misses = [
         f"{miss['fixture']}: {miss['reason']}"
         for miss in call.near_misses
@@ -13792,7 +13703,7 @@ def explain_call(call: Call) -> str:
 
 
 def list_tool_calls(call: Call) -> Iterator[tuple[Any, Any]]:
-    for message in list_messages(call.kind, call.as_request().body):
+    for message in list_asked(call):
         for made in list_objects(message.get("tool_calls")):
             arguments = get_path(made, "function", "arguments")
             with contextlib.suppress(ValueError, TypeError):
@@ -13807,6 +13718,11 @@ def name_fault(name: str) -> Mapping[str, Any]:
     return faults[name]
 
 
+def make_probe(words: Mapping[str, Any]) -> Fixture:
+    """Build the fixture that calls are compared with."""
+    return fixture_from_keywords("assert_called", {**words, "latency": 0}, [*CALL_WORDS, "latency"])
+
+
 POLL_SECONDS = 0.005
 # What other libraries call it.
 OTHER_VERBS = {
@@ -13816,12 +13732,6 @@ OTHER_VERBS = {
 }  # fmt: skip
 
 
-def wait_until(condition: Callable[[], bool], timeout: float) -> None:
-    end = time.monotonic() + timeout
-    while not condition() and time.monotonic() < end:
-        threading.Event().wait(POLL_SECONDS)
-
-
 def refuse_lines(title: str, lines: Iterable[str]) -> None:
     told = "\n  ".join(lines)
     if told:
@@ -13829,7 +13739,7 @@ def refuse_lines(title: str, lines: Iterable[str]) -> None:
 
 
 class Scripting:
-    """Scripts answers and looks at what was asked: on a whole server, or for one test on it."""
+    """Scripts answers and looks at what was asked, on a whole server or for one test."""
 
     server: TogetherAiServer
     script: Fixtures
@@ -13842,7 +13752,6 @@ class Scripting:
             every = list(self.server._calls)
         return [call for call in every if call.test == self.test_id] if self.test_id else every
 
-    @take_words(*REPLY_WORDS)
     def reply(self, content: Any = None, **words: Unpack[ReplyWords]) -> Fixture:
         """Script an answer: `reply("Hi!", user_message="hello", times=1)`.
 
@@ -13857,10 +13766,11 @@ class Scripting:
             import warnings  # rare
 
             sentence = "a list of texts is sent as JSON; a sequence of answers is iter([...])"
-            warnings.warn(sentence, stacklevel=3)
+            warnings.warn(sentence, stacklevel=2)
         return self._add_fixture("reply", {"content": content, **words})
 
-    @take_words(*REPLY_WORDS)
+    reply.__doc__ = f"{reply.__doc__}\n        Keywords: {', '.join(REPLY_WORDS)}"
+
     def fail(
         self, status: int | str | Mapping[str, Any] | None = None, **words: Unpack[FailWords]
     ) -> Fixture:
@@ -13905,7 +13815,6 @@ class Scripting:
 
     @contextlib.contextmanager
     def _refuse_clients(self) -> Iterator[None]:
-        """Do not listen for a while, and then on the same port again."""
         server = self.server
         wanted, server._wanted_port = server._wanted_port, server.port
         server.stop()
@@ -13934,7 +13843,7 @@ class Scripting:
         for name in allowed.difference(WRONGS):
             raise ValueError(f"no wrong is called {name!r}{suggest(name, WRONGS)}")
         found = self.verdict(since, most_attempts)
-        raise_wrongs(each for each in found if each.name not in allowed)
+        refuse_lines("wrongs", (str(each) for each in found if each.name not in allowed))
 
     def assert_budget(
         self,
@@ -13945,7 +13854,7 @@ class Scripting:
     ) -> None:
         """Raise AssertionError where there were more tokens, calls, or calls at once."""
         asked = [call for call in self.requests if call.number > since and is_inference(call)]
-        raise_wrongs(judge_budget(asked, total_tokens, calls, at_once))
+        refuse_lines("wrongs", map(str, judge_budget(asked, total_tokens, calls, at_once)))
 
     if not TYPE_CHECKING:  # mypy finds it by itself
 
@@ -13970,7 +13879,6 @@ class Scripting:
         self.script.add([fixture])
         return fixture
 
-    @take_words(*CALL_WORDS)
     def calls_to(self, operation: str, **words: Unpack[CallWords]) -> list[Call]:
         """Return the recorded calls of an operation, `"chat"` or `"POST /v1/..."`, that match.
 
@@ -13978,7 +13886,6 @@ class Scripting:
         """
         return self._find_calls(operation, words)
 
-    @take_words("times", *CALL_WORDS)
     def assert_called(
         self, operation: str, *, times: int | None = None, **words: Unpack[CallWords]
     ) -> Call:
@@ -13989,8 +13896,7 @@ class Scripting:
         calls = self._find_calls(operation, words)
         if (len(calls) != times) if times is not None else not calls:
             raise self._miscounted(operation, times, words, len(calls))
-        nothing: Any = None
-        return calls[-1] if calls else nothing
+        return calls[-1] if calls else None  # type: ignore[return-value]  # only with times=0
 
     def assert_called_once(self, operation: str, **words: Unpack[CallWords]) -> Call:
         """Return the only such call; raise AssertionError where there are none or several."""
@@ -14000,27 +13906,26 @@ class Scripting:
         """Raise AssertionError where there was such a call."""
         self.assert_called(operation, times=0, **words)
 
-    @take_words("times", "timeout", *CALL_WORDS)
     def wait_for(
         self, operation: str, *, times: int = 1, timeout: float = 5, **words: Unpack[CallWords]
     ) -> list[Call]:
         """Wait `timeout` seconds at most for so many calls to have ended, and return them."""
-
-        def list_ended() -> list[Call]:
-            found = self._find_calls(operation, words)
-            return [call for call in found if call.has_ended]
-
-        wait_until(lambda: len(list_ended()) >= times, timeout)
-        calls = list_ended()
-        if len(calls) < times:
-            raise self._miscounted(operation, times, words, len(calls))
-        return calls
+        end = time.monotonic() + timeout
+        while True:
+            calls = [call for call in self._find_calls(operation, words) if call.has_ended]
+            if len(calls) >= times:
+                return calls
+            if time.monotonic() >= end:
+                raise self._miscounted(operation, times, words, len(calls))
+            threading.Event().wait(POLL_SECONDS)
 
     def wait_idle(self, timeout: float = 5) -> None:
         """Wait until every call has ended; raise AssertionError after `timeout` seconds."""
-        wait_until(lambda: all(call.has_ended for call in self.requests), timeout)
-        running = [call for call in self.requests if not call.has_ended]
-        refuse_lines("still running", map(repr, running))
+        end = time.monotonic() + timeout
+        while running := [call for call in self.requests if not call.has_ended]:
+            if time.monotonic() >= end:
+                refuse_lines("still running", map(repr, running))
+            threading.Event().wait(POLL_SECONDS)
 
     def assert_all_matched(self) -> None:
         """Raise AssertionError listing the texts (or what `on_miss` refuses) without a fixture."""
@@ -14058,10 +13963,12 @@ class Scripting:
     ) -> AssertionError:
         wanted = "a call" if times is None else f"{times} calls"
         given = "".join(f" {name}={value!r:.160}" for name, value in words.items() if value)
-        listing = "\n  ".join(self._show_nearest(operation, words)) or (
-            f"nothing reached {self.server.origin}; was the client built before the variables were"
-            " set?"
-        )
+        probe, lines = make_probe(words), []
+        for call in sorted(self.requests, key=lambda call: call.is_of(operation))[:-6:-1]:
+            other = f"{call!r}: another operation, {call.kind or call.path}"
+            lines.append(explain_mismatch(probe, call) if call.is_of(operation) else other)
+        nothing = f"nothing reached {self.server.origin}; was the client built before the variables"
+        listing = "\n  ".join(lines) or f"{nothing} were set?"
         return AssertionError(
             f"wanted {wanted} to {operation}{given}, saw {seen}; nearest:\n  {listing}"
         )
@@ -14084,29 +13991,19 @@ class Scripting:
         return "\n".join(shown)
 
     def _list_unused(self) -> list[str]:
-        """Return the fixtures that were never served, each with the call that came nearest."""
         calls, lines = self.requests[-MAX_NEAR_MISSES:], []
         for fixture in self.script.unused(self.test_id):
             lines.append(json.dumps(fixture.describe()))
             ranks = [(fixture.count_holding(list_facts(call)), call.number) for call in calls]
             if ranks:
                 call = calls[ranks.index(max(ranks))]
-                lines[-1] += f"\n    nearest: {call!r}: {explain_mismatch(fixture, call)}"
+                lines[-1] += f"\n    nearest: {explain_mismatch(fixture, call)}"
         return lines
 
     def _find_calls(self, operation: str, words: Mapping[str, Any]) -> list[Call]:
         check_operation(operation)
-        probe = fixture_from_keywords("assert_called", {**words, "latency": 0})
-        asked = [call for call in self.requests if operation in (call.kind, call.operation)]
+        probe, asked = make_probe(words), filter(lambda call: call.is_of(operation), self.requests)
         return [call for call in asked if probe.find_obstacle(list_facts(call)) is None]
-
-    def _show_nearest(self, operation: str, words: Mapping[str, Any]) -> list[str]:
-        probe = fixture_from_keywords("assert_called", {**words, "latency": 0})
-        same = [call for call in self.requests if operation in (call.kind, call.operation)]
-        lines = [f"{call!r}: {explain_mismatch(probe, call)}" for call in same[:-6:-1]]
-        rest = [call for call in self.requests if call not in same]
-        others = [f"{call!r}: another operation, {call.kind or call.path}" for call in rest[:-6:-1]]
-        return (lines + others)[:5]
 
 
 class OneTest(Scripting):
@@ -14140,7 +14037,6 @@ STARTED: weakref.WeakSet[TogetherAiServer] = weakref.WeakSet()  # servers, once 
 
 
 def leave_parents() -> None:
-    """Have the servers of a child process let go of sockets, or its parent's clients would wait."""
     for server in list(STARTED):
         server._leave_parent()
 
@@ -14238,7 +14134,6 @@ class TogetherAiServer(Scripting):
         self._prepare(models or {}, upstream, record)
 
     def _prepare(self, models: Mapping[str, Any], upstream: str | None, record: Any) -> None:
-        """Make what is there before the first start, and load the file that is recorded to."""
         self.server = self  # for what it shares with `test()`
         self._own_models = parse_models(models)
         self.models: dict[str, Model] = {}
@@ -14305,7 +14200,7 @@ class TogetherAiServer(Scripting):
                 self._log.close()
 
     def _leave_parent(self) -> None:
-        """Let go, in a child process, of what belongs to its parent: it has no threads here."""
+        """Let go, in a child process, of what belongs to its parent."""
         http_server, self._http = self._http, None
         if http_server is not None:
             self._parent_port = http_server.server_port
@@ -14424,7 +14319,7 @@ class TogetherAiServer(Scripting):
         return int(self._read_clock())
 
     def _read_clock(self) -> float:
-        """The time of calls and limits; one that raises, as a test's may, breaks none."""
+        """The time of calls and limits; one that raises breaks none."""
         try:
             return self.clock()
         except Exception:
@@ -14436,7 +14331,7 @@ class TogetherAiServer(Scripting):
             count = self._counts[prefix] = self._counts.get(prefix, 0) + 1
         return prefix + random_uuid(HashRandom.of(prefix, count))
 
-    def _store(self, collection: str, item: Mapping[str, Any]) -> dict[str, Any]:
+    def _store(self, collection: str, item: Mapping[str, Any]) -> Item:
         jobs: Collection = getattr(self, collection)
         given = dict(item)
         id = given.pop(jobs.key, None) or given.pop("id", None)
@@ -14468,7 +14363,7 @@ class TogetherAiServer(Scripting):
         rows = record_calls(self.requests, self.secrets).rows()
         write_file(os.fspath(path), write_fixtures(rows, {}))
 
-    def seed(self, collection: str, items: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def seed(self, collection: str, items: Iterable[Mapping[str, Any]]) -> list[Item]:
         """Store objects under ids of your choice; what an item lacks gets a default.
 
         The collections are files (`content` is a text or bytes), batches, fine_tunes, ...
@@ -14483,7 +14378,7 @@ class TogetherAiServer(Scripting):
         filename: str = "data.jsonl",
         purpose: str = "fine-tune",
         id: str | None = None,
-    ) -> dict[str, Any]:
+    ) -> Item:
         """Store a file as an upload would, under an id of your choice."""
         item = {"id": id, "content": data, "filename": filename, "purpose": purpose}
         return self._store("files", item)
@@ -14543,7 +14438,7 @@ class TogetherAiServer(Scripting):
         return reply
 
     def _find_reader(self, request: Request) -> str:
-        """Return the origin whose pages may read the reply: any, its own where that is known."""
+        """Return the origin whose pages may read the reply: "*", or its own where that matters."""
         if not STORED_PATH.match(request.path):
             return "*"
         try:
@@ -14553,7 +14448,7 @@ class TogetherAiServer(Scripting):
         return clean_header(request.headers.get("origin", ""))
 
     def _record(self, request: Request) -> Call:
-        """Keep the call, unless it is one of those that look after the server."""
+        """Keep the call, unless it only looks after the server."""
         at = self._read_clock()
         if is_unrecorded(request):
             return Call(0, request, at)
@@ -14574,7 +14469,6 @@ class TogetherAiServer(Scripting):
         return call
 
     def _end_call(self, call: Call, outcome: str) -> None:
-        """Note how a call ended."""
         call.excused = call.excused or self.stopping.is_set()
         if self.tpm:
             with self._lock:
@@ -14590,7 +14484,6 @@ class TogetherAiServer(Scripting):
             self._log.put(call)
 
     def _respond(self, request: Request, call: Call) -> Reply:
-        """Answer by a fixture, or by the handler."""
         if request.method == "OPTIONS":
             return answer_preflight(request, self._find_reader(request))
         route = request.route or self._open(request, call)
@@ -14611,12 +14504,15 @@ class TogetherAiServer(Scripting):
             raise error
         return reply
 
-    def _take(self, unit: str, model: Any, count: float) -> float:
-        """Count requests or tokens to a limit; return the seconds until one is left."""
+    def _find_limit(self, unit: str, model: Any) -> tuple[float | None, Any]:
+        """Return a limit, and the model that it is for, if it is for one."""
         given: Any = getattr(self, unit)
-        limit = given.get(model) if isinstance(given, dict) else given
-        key = (unit, model if isinstance(given, dict) else "")
-        return self._limits.take(limit, key, count, self._read_clock())
+        return (given.get(model), model) if isinstance(given, dict) else (given, "")
+
+    def _take(self, unit: str, model: Any, count: float) -> float:
+        """Count to a limit; return the seconds until one is left."""
+        limit, key = self._find_limit(unit, model)
+        return self._limits.take(limit, (unit, key), count, self._read_clock())
 
     def _limit(self, request: Request) -> Reply | None:
         """Count a request to the limits; return the 429 where one is reached."""
@@ -14626,20 +14522,19 @@ class TogetherAiServer(Scripting):
             if not wait:
                 self._take("rpm", model, 1)
                 return None
-        limits = {"rpm": self.rpm, "tpm": self.tpm}
-        told = {n: v.get(model) if isinstance(v, dict) else v for n, v in limits.items()}
-        facts: dict[str, Any] = {name: limit for name, limit in told.items() if limit}
-        if dict in map(type, limits.values()):
-            facts["name"] = "model_rate_limit"
+        limits = {unit: self._find_limit(unit, model)[0] for unit in ("rpm", "tpm")}
+        facts: Any = {unit: limit for unit, limit in limits.items() if limit}
+        name = "model_rate_limit" if dict in (type(self.rpm), type(self.tpm)) else ""
         id, seconds = name_request(request), math.ceil(wait)
-        return name_reply(status_reply(429, None, seconds, model=model, id=id, **facts), request)
+        reply = status_reply(429, None, seconds, model=model, id=id, name=name, **facts)
+        return name_reply(reply, request)
 
     def _open(self, request: Request, call: Call) -> Route:
-        """Return the route, with the key checked and query and body read."""
+        """Check page and key, read query and body; return the route."""
         if is_guarded(request):
             check_page(self, request)
         route = EXACT.get((request.method, request.path)) or self._find_route(request, call)
-        call.kind = route.recorded_kind
+        call.kind, call.route_kind = route.recorded_kind, route.kind
         has_key = request.headers.has_key or (route.status == 101 and brings_key(request))
         if route.status == 101 and not has_key:
             check_page(self, request)
@@ -14679,7 +14574,7 @@ class TogetherAiServer(Scripting):
         return route
 
     def _handle(self, route: Route, request: Request, call: Call) -> Reply:
-        """Check the fields and let the handler answer, or the upstream where no fixture does."""
+        """Let the handler answer, or the upstream where no fixture does."""
         is_socket = route.status == 101  # which no upstream is asked for
         if self._upstream is not None and not (call.fixture or route.open or is_socket):
             call.fixture = "upstream"
@@ -14745,7 +14640,7 @@ class TogetherAiServer(Scripting):
         return name_reply(error.as_reply(self.strict, name), request)
 
     def _begin(self, request: Request) -> str:
-        """Record a request and read it; return who shall answer it: see `HttpServer`."""
+        """Record and read a request; return who shall answer it: see `HttpServer`."""
         call = request.call = self._record(request)
         if len(request.raw) > MAX_QUICK_BYTES:
             return HEAVY
@@ -14871,14 +14766,13 @@ def read_options(args: Sequence[str] | None) -> Any:
 
 def check_fixtures(path: str) -> int:
     """Say what is wrong in fixture files, and what can never answer; return the exit status."""
-    warnings: list[str] = []
     try:
-        fixtures = load_fixtures(path, warnings)
+        loaded = load_fixtures(path)
     except (OSError, ValueError) as error:
         print_line(f"{error}")
         return 1
-    warnings += find_unreachable(fixtures)
-    print_lines([*warnings, f"{path}: {len(fixtures)} fixtures, nothing wrong"])
+    told = [*loaded.warnings, *find_unreachable(loaded)]
+    print_lines([*told, f"{path}: {len(loaded)} fixtures, nothing wrong"])
     return 0
 
 
