@@ -41,7 +41,7 @@ IMAGE_MODEL = "black-forest-labs/FLUX.1-schnell"
 NEW_AT_ONCE = 4  # connections in flight where each request has its own
 # The share of its target below which a row fails --check: LENIENT, because CI may share its cores,
 # and less for rows that fall short of their target, or that few rounds cannot tell.
-LENIENT = 0.3
+LENIENT = 0.2
 FLOORS = {
     "embeddings, texts of 50 words by plain replies": 0.2,
     "spawn to first answer": 0.15,
@@ -808,12 +808,16 @@ def print_table(names: list[str], check: bool) -> int:
     """Measure and print row by row; return the exit status."""
     began = time.perf_counter()
     plan = Plan(4, 0.3, 7, 20_000) if check else Plan(8, 0.4, 15, 100_000)
-    rows = []
+    below: list[str] = []
     for name in names:
-        for row in measure(name, plan):
+        for _ in range(3 if check else 1):  # what else the machine does passes; a defect stays
+            rows = list(measure(name, plan))
+            worse = [row.name for row in rows if row.share() < FLOORS.get(row.name, LENIENT)]
+            if not worse:
+                break
+        below += worse
+        for row in rows:
             print(row.line(), flush=True)
-            rows.append(row)
-    below = [row.name for row in rows if row.share() < FLOORS.get(row.name, LENIENT)]
     print(f"{time.perf_counter() - began:.0f} s")
     if check and below:
         print(f"far worse than last measured: {'; '.join(below)}")
