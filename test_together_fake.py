@@ -1242,7 +1242,7 @@ class FrameTests(unittest.TestCase):
         socket.open, socket.hear = bool, hear
         line = Line(socket)
         for at in range(0, len(data), step):
-            socket.on_bytes(data[at : at + step])
+            line.on_bytes(data[at : at + step])
             found += [(9, each) if isinstance(each, bytes) else each for each in line.take()]
         return found
 
@@ -1310,6 +1310,10 @@ class FrameTests(unittest.TestCase):
             self.check((f"6.2 {text!r}", b"".join(pieces) + mask(0), (1, text)))
         for text in bad:
             self.check((f"6 {text!r}", mask(1, text), 1007))
+        for text in bad[:-2]:  # told as soon as it is known
+            self.check((f"6.4.1 {text!r}", mask(1, kosme + text, last=False), 1007))
+            parts = mask(1, kosme + text[:1], last=False) + mask(0, text[1:] + b"a", last=False)
+            self.check((f"6.4.2 {text!r}", parts, 1007))
 
     def test_a_close_has_a_code_that_may_be_sent(self):
         good = (1000, 1001, 1002, 1003, 1007, 1008, 1009, 1010, 1011, 3000, 3999, 4000, 4503, 4999)
@@ -1369,10 +1373,8 @@ class HandshakeTests(LocalCase):
         self.assertEqual(self.refuse("/v1/realtime"), 400)
         self.assertEqual(self.refuse("/v1/realtime?model=no/such"), 404)
         self.assertEqual(self.refuse(REALTIME + "&input_audio_format=mp3"), 400)
-        self.assertEqual(self.refuse(VOICE + "?model=no/such"), 101)
-        strict = TogetherAiServer(port=0, strict=True)
-        self.server = strict
         self.assertEqual(self.refuse(VOICE + "?model=no/such"), 404)
+        self.assertEqual(self.refuse(VOICE), 101)
 
     def test_a_page_brings_its_key_where_it_can(self):
         protocols = "realtime, openai-insecure-api-key.SECRET, openai-beta.realtime-v1"
@@ -5425,38 +5427,30 @@ class Line:
     def __init__(self, handler, is_held=False):
         self.handler, self.is_held = handler, is_held
         self.sent, self.pauses = b"", []
-        self.reply = None
-        self.is_ended = self.is_cut = False
+        self.is_cut = False
         handler.on_open(self)
-
-    @property
-    def is_streaming(self):
-        return self.reply is not None
+        self.go_on()
 
     def write(self, data):
         self.sent += data
 
-    def end(self):
-        self.is_ended = True
-
-    def stream(self, events):
-        self.reply = events
-        if not self.is_held:
+    def on_bytes(self, data):
+        self.handler.on_bytes(data)
+        if self.handler.closed or not self.is_held:
             self.go_on()
 
     def go_on(self):
         try:
-            for piece in self.reply:
-                if isinstance(piece, float):
-                    self.pauses.append(piece)
-                else:
-                    self.sent += piece
+            while self.handler.turns and not self.handler.closed:
+                for piece in self.handler.next_turn().events:
+                    if isinstance(piece, float):
+                        self.pauses.append(piece)
+                    else:
+                        self.sent += piece
         except fake.Cut:
             self.is_cut = True
-            self.handler.on_close()
-        else:
-            self.reply = None
-            self.handler.on_sent()
+        if self.handler.closed or self.is_cut:
+            self.write(self.handler.on_close())
 
     def take(self):
         """Return what was sent since: messages, pongs as bytes, the code of a close."""
@@ -5494,7 +5488,7 @@ class TalkCase(LocalCase):
 
     def say(self, type, **fields):
         """Send a message and return the answers."""
-        self.line.handler.on_bytes(mask(1, json.dumps({"type": type, **fields}).encode()))
+        self.line.on_bytes(mask(1, json.dumps({"type": type, **fields}).encode()))
         return self.line.take()
 
     def texts(self, answers, type, key):
@@ -5649,14 +5643,13 @@ class RealtimeTests(TalkCase):
         ):
             with self.subTest(frame=frame):
                 self.connect()
-                self.line.handler.on_bytes(frame)
+                self.line.on_bytes(frame)
                 failed, code = self.line.take()
                 self.assertEqual((failed["type"], code), (TURN + "failed", 1000))
                 self.assertEqual(failed["error"]["type"], "invalid_request_error")
                 self.assertIn(reason, failed["error"]["message"])
                 self.assertNotIn("event_type", failed)
-                self.assertTrue(self.line.is_ended)
-                self.line.handler.on_bytes(mask(1, b'{"type":"echo"}'))
+                self.line.on_bytes(mask(1, b'{"type":"echo"}'))
                 self.assertEqual(self.line.take(), [])
                 self.assertEqual((self.call.outcome, self.call.close_code), ("cut", 1000))
 
@@ -5764,7 +5757,7 @@ class VoiceTests(TalkCase):
 
     def test_an_error_in_a_message_is_told_and_is_not_the_end(self):
         self.connect()
-        self.line.handler.on_bytes(mask(1, b"{"))
+        self.line.on_bytes(mask(1, b"{"))
         (failed,) = self.line.take()
         self.assertEqual(failed["type"], "conversation.item.tts.failed")
         (failed,) = self.say("input_text_buffer.append", text=5)
@@ -5775,16 +5768,15 @@ class VoiceTests(TalkCase):
 
     def test_pings_and_closes(self):
         self.connect()
-        self.line.handler.on_bytes(mask(9, b"hi") + mask(10, b"x") + mask(8, b"\x0f\xa0bye"))
+        self.line.on_bytes(mask(9, b"hi") + mask(10, b"x") + mask(8, b"\x0f\xa0bye"))
         self.assertEqual(self.line.take(), [b"hi", 4000])
-        self.assertTrue(self.line.is_ended)
         self.line.handler.on_close()
         self.assertEqual((self.call.outcome, self.call.close_code), ("complete", 4000))
         self.connect()
         self.line.handler.on_close()
         self.assertEqual((self.call.outcome, self.call.close_code), ("left", 0))
         self.connect()
-        self.line.handler.on_bytes(mask(1, b"\xff"))
+        self.line.on_bytes(mask(1, b"\xff"))
         self.assertEqual(self.line.take(), [1007])
         self.assertEqual(self.call.error, "a text is not UTF-8")
 
@@ -5918,7 +5910,7 @@ class SocketScriptTests(TalkCase):
 
     def test_the_record_has_one_call_with_its_messages(self):
         self.speak("Hello there.")
-        self.line.handler.on_bytes(mask(8))
+        self.line.on_bytes(mask(8))
         (call,) = self.server.calls_to(
             "voice", input_text="Hello there", model="hexgrad/Kokoro-82M"
         )
@@ -5932,6 +5924,48 @@ class SocketScriptTests(TalkCase):
         row = call.as_json()
         self.assertEqual((row["close_code"], row["messages"]), (0, call.messages))
         self.server.assert_called("voice", times=1)
+
+    def test_the_page_plays_the_sound(self):
+        self.speak("Hello there.")
+        self.path = REALTIME
+        self.connect("input_audio_format=pcm_s16le_8000")
+        heard = tone(0.5, 8000)
+        for at in range(0, len(heard), 4000):
+            audio = base64.b64encode(heard[at : at + 4000]).decode()
+            self.say("input_audio_buffer.append", audio=audio)
+        for call, rate in zip(self.server.requests, (24000, 8000)):
+            place = f"/__parlel/requests/{call.number}"
+            (part,) = self.ask("GET", place).json["said"][-1]["content"]
+            self.assertEqual(part, {"type": "audio", "url": f"{place}/reply"})
+            got = self.ask("GET", part["url"])
+            with wave.open(io.BytesIO(got.raw)) as sound:
+                self.assertEqual(got.headers["content-type"], "audio/wav")
+                self.assertEqual(sound.getframerate(), rate)
+                played = sound.readframes(10**6)
+        self.assertEqual(played, heard)
+        self.assertNotIn(base64.b64encode(heard[:300]).decode(), json.dumps(call.as_json()))
+
+    def test_the_verdict_knows_reconnects(self):
+        def judge():
+            names = [finding.name for finding in self.server.verdict()]
+            self.server.reset()
+            return names
+
+        self.path = REALTIME
+        self.server.fail(4503, times=1)
+        self.connect()
+        self.connect()
+        self.assertEqual(judge(), [])
+        self.server.fail(4503)
+        self.connect()
+        self.assertEqual(judge(), ["no_retry"])
+        self.server.fail(4503)
+        for _ in range(6):
+            self.connect()
+        self.assertEqual(judge(), ["retry_storm", "gave_up"])
+        self.connect()
+        self.line.on_bytes(mask(1, b"\xff"))  # which is its own fault
+        self.assertEqual(judge(), [])
 
 
 class VideoTests(LocalCase):
@@ -8441,24 +8475,28 @@ class Doubler:
 
     def __init__(self):
         self.left = threading.Event()
+        self.turns, self.closed = [], False
 
     def on_open(self, connection):
         self.connection = connection
         connection.write(b"hello\n")
 
     def on_bytes(self, data):
-        if data == b"end\n":
-            self.connection.end()
-        elif data == b"wait\n":
-            self.connection.stream(piece for piece in (0.001, b"later\n"))
-        else:
-            self.connection.stream(piece for piece in (data, data))
+        for line in data.splitlines(True):
+            if line == b"end\n":
+                self.closed = True
+            elif line == b"now\n":
+                self.connection.write(line)
+            else:
+                pause = {b"wait\n": 0.001, b"wait long\n": 60.0}.get(line, line)
+                self.turns.append([pause, line, pause])
 
-    def on_sent(self):
-        pass
+    def next_turn(self):
+        return pace(piece for piece in self.turns.pop(0) if not self.closed)
 
     def on_close(self):
         self.left.set()
+        return b"bye\n"
 
 
 class HandOverTests(SocketCase):
@@ -8483,12 +8521,15 @@ class HandOverTests(SocketCase):
         self.assertIn(b"\r\nUpgrade: echo\r\nConnection: Upgrade", head)
         self.assertEqual(said, b"hello\n")
         client.sendall(b"wait\n")
-        self.assertEqual(receive_until(client, b"\n"), b"later\n")
+        self.assertEqual(receive_until(client, b"\n"), b"wait\n")
         client.sendall(b"ab\n")
-        self.assertEqual(receive_until(client, b"ab\nab\n"), b"ab\nab\n")
+        self.assertEqual(receive_until(client, b"ab\n" * 3), b"ab\n" * 3)
+        client.sendall(b"wait long\n")
+        client.sendall(b"now\n")
+        self.assertEqual(receive_until(client, b"\n"), b"now\n")
         self.assertFalse(handler.left.is_set())
         client.sendall(b"end\n")
-        self.assertEqual(receive_all(client), b"")
+        self.assertEqual(receive_all(client), b"bye\n")
         self.assertTrue(handler.left.wait(PATIENCE))
 
     def test_it_is_told_that_the_client_left(self):
@@ -8506,6 +8547,7 @@ class HandOverTests(SocketCase):
         receive_until(client, b"hello\n")
         self.server.stop()
         self.assertTrue(handler.left.is_set())
+        self.assertEqual(receive_all(client), b"bye\n")
 
 
 class LiveSocketTests(FakeCase):
@@ -8567,13 +8609,31 @@ class LiveSocketTests(FakeCase):
         self.assertTrue(receive_all(client).endswith(b"\x11\x97no_healthy_workers"))
         self.assertEqual(self.wait_for_end().close_code, 4503)
 
+    def test_a_client_that_leaves_while_a_turn_is_made_is_noticed_at_once(self):
+        entered, leave = threading.Event(), threading.Event()
+        self.addCleanup(leave.set)
+
+        def make(*args):
+            entered.set()
+            leave.wait(2 * PATIENCE)
+            return b"ab"
+
+        client = self.connect()
+        with mock.patch.object(fake, "make_speech", make):
+            client.sendall(mask(1, b'{"type":"input_text_buffer.append","text":"Hi."}'))
+            self.assertTrue(entered.wait(PATIENCE))
+            client.close()
+            self.assertEqual(self.wait_for_end().outcome, "left")
+            leave.set()
+
     def test_stop_and_a_lost_connection_end_the_call(self):
         self.connect().close()
         self.assertEqual(self.wait_for_end().outcome, "left")
         client = self.connect(REALTIME)
         self.server.stop()
-        self.assertEqual(self.server.requests[-1].outcome, "left")
-        self.assertEqual(receive_all(client), b"")
+        call = self.server.requests[-1]
+        self.assertEqual((call.outcome, call.close_code), ("left", 1001))
+        self.assertEqual(receive_all(client), b"\x88\x02\x03\xe9")
 
 
 class LifeCycleTests(SocketCase):

@@ -70,6 +70,7 @@ PYTEST_DONT_REWRITE: nothing here is an assertion of a test.
 from __future__ import annotations
 
 import base64
+import codecs
 import contextlib
 import copy
 import errno
@@ -4181,6 +4182,8 @@ class Call:
     outcome = "running"  # then "complete", "cut" by a fault, "left" by the client
     events_sent = 0  # of a stream or a socket
     close_code = 0  # of a socket
+    sound: bytes | bytearray = b""  # that went over it
+    sound_rate = 0  # samples a second
     first_event = 0.0  # seconds until the first of them was there
     error = ""  # why it failed, where it did
     warnings: tuple[str, ...] = ()  # fields that nothing reads, what production would never say
@@ -4228,6 +4231,11 @@ class Call:
             self.reply_size += len(line)
             self._raw_reply.append(line if is_sent else b": " + line)
         self.events_sent += is_sent
+
+    def add_sound(self, data: bytes, rate: int) -> None:
+        """Keep what a socket heard or said, as far as there is room for it."""
+        self.sound, self.sound_rate = self.sound or bytearray(), rate
+        self.sound += data[: MAX_RECORDED_BODY_BYTES - len(self.sound)]
 
     def set_body(self, body: Item) -> None:
         self._raw = ENCODE(body).encode()
@@ -4382,7 +4390,8 @@ class Call:
 
 MAX_MESSAGE_BYTES = 4 * 2**20  # of a message, all of its fragments together
 MAX_WAITING_BYTES = 16 * 2**20  # that a client sends without taking the answers
-TOO_LARGE_MESSAGE = f"a message has more than {MAX_MESSAGE_BYTES} bytes"
+TOO_LONG = 1009, f"a message has more than {MAX_MESSAGE_BYTES} bytes"
+NO_TEXT = 1007, "a text is not UTF-8"
 TEXT_FRAME, BINARY_FRAME, CLOSE, PING, PONG = 1, 2, 8, 9, 10  # 0 goes on with a message
 
 
@@ -4439,19 +4448,13 @@ def take_frame(data: bytearray) -> tuple[bool, int, bytes] | None:
     start = 6 + {126: 2, 127: 8}.get(size, 0)
     size = int.from_bytes(data[2 : start - 4], "big") if start > 6 else size
     if len(data) >= start and size > MAX_MESSAGE_BYTES:
-        raise Closed(1009, TOO_LARGE_MESSAGE)
+        raise Closed(*TOO_LONG)
     if len(data) < start + size:
         return None
     mask, payload = data[start - 4 : start] * (size // 4 + 1), data[start : start + size]
     number = int.from_bytes(payload, "big") ^ int.from_bytes(mask[:size], "big")
     del data[: start + size]
     return is_last, kind, number.to_bytes(size, "big")
-
-
-def check_text(data: bytes) -> None:
-    """Raise Closed for what is not UTF-8."""
-    if not succeeds(bytes.decode, data):
-        raise Closed(1007, "a text is not UTF-8")
 
 
 class Socket:
@@ -4470,6 +4473,7 @@ class Socket:
         self.server, self.request, self.call = server, request, request.call
         self.unread = bytearray()
         self.message, self.kind = b"", 0  # as far as its fragments have come
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode  # of its text
         self.turns: list[Iterator[Any]] = []
         self.waiting = 0  # bytes received since all turns had been sent
         self.closed: Closed | None = None
@@ -4483,46 +4487,43 @@ class Socket:
 
     def on_bytes(self, data: bytes) -> None:
         self.unread += data
-        self.waiting += len(data)
+        self.waiting = len(data) + (self.waiting if self.turns else 0)
         self.act(self.read)
 
-    def on_sent(self) -> None:
-        """Send the next turn, or close the socket behind the last word, once."""
-        if self.call.has_ended:
-            return
-        if self.closed is not None:
-            if self.closed.error is not None:
-                self.tell(self.closed.error)
-            code, reason = self.closed.args
-            data = struct.pack(">H", code) + reason.encode("ascii", "replace")[:120]
-            self.connection.write(write_frame(CLOSE, data if code else b""))
-            self.connection.end()
-            self.call.close_code, self.call.error = code, self.call.error or reason
-            self.finish(self.closed.outcome)
-        elif self.turns:
-            self.connection.stream(self.draw(self.turns.pop(0)))
-        else:
-            self.waiting = 0
+    def next_turn(self) -> Reply:
+        """Return what is to be sent next, drawn by workers."""
+        turn = Reply(events=self.draw(self.turns[0]))
+        turn.waits = True
+        return turn
 
-    def on_close(self) -> None:
-        self.finish("left")
+    def on_close(self) -> bytes:
+        """End the call, once; return the frame that says why, behind the last word."""
+        if self.call.has_ended:
+            return b""
+        code = 1001 if self.server.stopping.is_set() else 0
+        closed = self.closed or Closed(code, "", "left")
+        if closed.error is not None:
+            self.tell(closed.error)
+        code, reason = closed.args
+        self.call.close_code, self.call.error = code, self.call.error or reason
+        self.finish(closed.outcome)
+        data = struct.pack(">H", code) + reason.encode("ascii", "replace")[:120]
+        return write_frame(CLOSE, data if code else b"")
 
     def finish(self, outcome: str) -> None:
-        """End the call; what is said first counts."""
-        if not self.call.has_ended:
-            self.call.duration = time.perf_counter() - self.call.started
-            self.server._end_call(self.call, outcome)
+        self.call.duration = time.perf_counter() - self.call.started
+        self.server._end_call(self.call, outcome)
 
     def act(self, act: Callable[[], None]) -> None:
-        """Do something, and go on with what is to be sent."""
-        if self.call.has_ended:
-            return
+        """Do something, if it is not over yet."""
         try:
-            act()
+            if not self.closed:
+                act()
         except Closed as closed:
-            self.closed = self.closed or closed
-        if self.closed or not self.connection.is_streaming:
-            self.on_sent()
+            self.closed = closed
+        except Exception:
+            self.call.error = complain_of_bug()
+            self.closed = Closed(1011, "this is a bug of together_fake")
 
     def read(self) -> None:
         if self.waiting > MAX_WAITING_BYTES:
@@ -4541,34 +4542,37 @@ class Socket:
         code = int.from_bytes(data[:2], "big")
         if data and (len(data) < 2 or not is_close_code(code)):
             raise Closed(1002, "the code of a close is none that may be sent")
-        check_text(data[2:])
-        raise Closed(code, "", "complete")
+        raise Closed(code, "", "complete") if succeeds(bytes.decode, data[2:]) else Closed(*NO_TEXT)
 
     def read_fragment(self, is_last: bool, kind: int, data: bytes) -> None:
         """Add to a message, and answer it once it is whole."""
         if (kind == 0) != (self.kind > 0):
             raise Closed(1002, "a fragment is missing, or belongs to no message")
-        message, kind = self.message + data, self.kind or kind
-        if len(message) > MAX_MESSAGE_BYTES:
-            raise Closed(1009, TOO_LARGE_MESSAGE)
-        self.message, self.kind = (b"", 0) if is_last else (message, kind)
-        if is_last and kind == BINARY_FRAME:
+        if kind == BINARY_FRAME:
             raise Closed(1003, "a message is a text")
+        message = self.message + data
+        if len(message) > MAX_MESSAGE_BYTES:
+            raise Closed(*TOO_LONG)
+        if not succeeds(lambda data: self.decode(data, is_last), data):
+            raise Closed(*NO_TEXT)
+        self.message, self.kind = (b"", 0) if is_last else (message, TEXT_FRAME)
         if is_last:
-            check_text(message)
             self.call.add_message(message, is_sent=False)
             self.hear(message)
 
     def draw(self, turn: Iterator[Any]) -> Generator[Any, None, None]:
-        """Yield the events of a turn in their frames, and its pauses; a worker draws them."""
+        """Yield the events of a turn in their frames, and its pauses, until the socket closes."""
         try:
             for event in turn:
+                if self.closed:
+                    return
                 yield event if type(event) is float else self.frame(event)
         except Closed as closed:
             self.closed = self.closed or closed
         except Cut:
             self.finish("cut")
             raise
+        self.turns.remove(turn)
 
     def frame(self, event: bytes) -> bytes:
         """Return the frame of an event, which is recorded."""
@@ -10149,6 +10153,9 @@ class Session(Socket):
     def __init__(self, server: TogetherAiServer, request: Request) -> None:
         super().__init__(server, request)
         self.settings = pick_given(request.args, request.route.query)
+        model = self.settings.setdefault("model", "hexgrad/Kokoro-82M")
+        if model not in server.models:
+            raise ApiError("no_model", model=model[:100])
         self.count = 0  # of turns
 
     def open(self) -> None:
@@ -10216,8 +10223,12 @@ def take_event(events: Iterator[Any]) -> Iterator[Any]:
             return
 
 
+@route(
+    "GET", "/v1/realtime", query=Fields(MODEL_ROW, *REALTIME_ROWS), kind="realtime",
+    input="prompt", response=HEARING["response"], status=101, slow=False,
+)  # fmt: skip
 class HearingSession(Session):
-    """Speech to text: turns are told apart by silence, words are drawn from what is loud.
+    """Write down over a WebSocket what is said; turns are told apart by silence.
 
     All of it follows from the sound alone, not from the pieces in which it comes.
     """
@@ -10263,7 +10274,9 @@ class HearingSession(Session):
 
     def append(self, message: dict[str, Any]) -> None:
         """Hear some sound, a frame after the other."""
-        self.unheard += DECODE_BASE64(message["audio"])
+        sound = DECODE_BASE64(message["audio"])
+        self.call.add_sound(sound, self.second // 2)
+        self.unheard += sound
         size, limits = self.second // FRAMES_A_SECOND, self.limits
         while len(self.unheard) >= size:
             frame = bytes(self.unheard[:size])
@@ -10278,7 +10291,7 @@ class HearingSession(Session):
         threshold = min(limits["threshold"], 0.99)
         level = LOUDNESS * threshold / (1 - threshold)
         samples = struct.unpack(f"<{len(frame) // 2}h", frame[: len(frame) // 2 * 2])
-        is_loud = sum(map(operator.mul, samples, samples)) > level * level * len(samples)
+        is_loud = math.hypot(*samples) > level * math.sqrt(len(samples))  # by their energy
         self.sound += frame if is_loud or self.sound else b""
         self.speech = len(self.sound) if is_loud else self.speech
         if not self.sound:
@@ -10349,8 +10362,12 @@ class HearingSession(Session):
         self.send({**message, "type": "echo.response", **times})
 
 
+@route(
+    "GET", "/v1/audio/speech/websocket", query=Fields(*VOICE_ROWS), kind="voice", prompt="input",
+    response=SCRIPTED_SPEECH, status=101, slow=False,
+)  # fmt: skip
 class VoiceSession(Session):
-    """Text to speech: each sentence is spoken as an item of its own, once it is complete."""
+    """Speak over a WebSocket what is written, each sentence as an item, once it is complete."""
 
     object = "realtime.tts.session"
     modalities = ("text", "audio")
@@ -10366,8 +10383,8 @@ class VoiceSession(Session):
 
     def __init__(self, server: TogetherAiServer, request: Request) -> None:
         super().__init__(server, request)
-        model = self.settings.setdefault("model", "hexgrad/Kokoro-82M")
-        voices = SPEECH_VOICES.get(model.partition("/")[0], ("default",))
+        resolve_model(server, self.settings["model"], "audio")
+        voices = SPEECH_VOICES.get(self.settings["model"].partition("/")[0], ("default",))
         self.settings.setdefault("voice", voices[0])
         self.text = ""  # not spoken yet
         self.spoken = ""
@@ -10408,6 +10425,7 @@ class VoiceSession(Session):
         rng = HashRandom.of("speech", pick_given(settings, SPEECH_FACTS))
         sound = script["audio"] if script else make_speech(rng, text, VOICE_RATE, "pcm_s16le")
         sound = sound[sound.find(b"data") + 8 :] if sound[:4] == b"RIFF" else sound
+        self.call.add_sound(sound, VOICE_RATE)
         size = VOICE_RATE * SPEECH_EVENT_MS // 1000 * 2
         for at in range(0, len(sound), size):
             delta = base64.b64encode(sound[at : at + size]).decode()
@@ -10421,28 +10439,6 @@ class VoiceSession(Session):
                 "end_seconds": [word.end() * CHARACTER_MS / 1000 for word in words],
             }  # fmt: skip
         yield {"type": "conversation.item.audio_output.done", "item_id": item_id}
-
-
-@route(
-    "GET", "/v1/realtime", query=Fields(MODEL_ROW, *REALTIME_ROWS), kind="realtime",
-    input="prompt", response=HEARING["response"], status=101, slow=False,
-)  # fmt: skip
-def open_realtime(server: TogetherAiServer, request: Request) -> Any:
-    """Write down over a WebSocket what is said, turn by turn."""
-    if request.args["model"] not in server.models:
-        raise ApiError("no_model", model=request.args["model"][:100])
-    return HearingSession(server, request)
-
-
-@route(
-    "GET", "/v1/audio/speech/websocket", query=Fields(*VOICE_ROWS), kind="voice", prompt="input",
-    response=SCRIPTED_SPEECH, status=101, slow=False,
-)  # fmt: skip
-def open_voice(server: TogetherAiServer, request: Request) -> Any:
-    """Speak over a WebSocket what is written, sentence by sentence."""
-    session = VoiceSession(server, request)
-    resolve_model(server, session.settings["model"], "audio")
-    return session
 
 
 # === Account endpoints ===
@@ -11057,8 +11053,9 @@ class Finding:
 
 
 def is_inference(call: Call) -> bool:
-    """Tell whether a call is judged; lines of batches and sockets are not."""
-    return call.kind in OPERATIONS and call.method == "POST" and not call.batch
+    """Tell whether a client asked a model; lines of batches are not judged."""
+    asks = call.kind in OPERATIONS and call.method == OPERATIONS[call.kind].method
+    return asks and not call.batch
 
 
 def find_end(call: Call) -> float:
@@ -11138,7 +11135,8 @@ def group_attempts(calls: Iterable[Call]) -> list[list[Call]]:
     unclear = set()
     for call in calls:
         agent, count = (call.headers.get(n) for n in ("user-agent", "x-stainless-retry-count"))
-        key = repr((call.episode, call.operation, call.query, call.test, agent, call.body_key))
+        body = call.method == "POST" and call.body_key  # not what went over a socket
+        key = repr((call.episode, call.operation, call.query, call.test, agent, body))
         chains = groups.setdefault(key, [])
         running = [chain for chain in chains if find_end(chain[-1]) > call.started]
         failed = [chain for chain in chains if chain not in running and has_failed(chain[-1])]
@@ -11170,7 +11168,8 @@ def judge_retries(attempts: list[Call], most: int) -> Iterator[Finding]:
         how = "with pauses that do not grow" if alike else f"where {most} are allowed"
         yield Finding("retry_storm", f"made {len(attempts)} attempts {how}", *attempts)
     may_retry = lower_headers(last).get("x-should-retry") != "false"
-    if may_retry and (last.outcome == "cut" or last.status in TEMPORARY):
+    blamed = 0 < last.close_code < 1011  # for what it sent over a socket
+    if may_retry and not blamed and (last.outcome == "cut" or last.status in TEMPORARY):
         reason = "a connection that was cut" if last.outcome == "cut" else f"a {last.status}"
         name = "gave_up" if len(attempts) > 1 else "no_retry"
         yield Finding(name, f"gave up at {reason}, attempt {len(attempts)}", *attempts)
@@ -11804,10 +11803,12 @@ MAX_THUMBNAIL = 50_000  # characters of an image's base64
 
 
 def list_said(call: Call) -> list[Item]:
-    """Return what came back; over a socket, what went both ways."""
+    """Return what came back, over a socket what went both ways."""
+    place, reply = f"/__parlel/requests/{call.number}/reply", call.reply
     if call.status == 101:
-        return [{"role": each["from"], "content": each["message"]} for each in call.messages]
-    reply = call.reply
+        played = [{"role": "sound", "content": [{"type": "audio", "url": place}]}]
+        said = [{"role": each["from"], "content": each["message"]} for each in call.messages]
+        return said + played * bool(call.sound)
     events = list_objects(reply) if call.events_sent else [reply]
     whole = events[-1] if events else None
     output = get_path(whole, "output") or get_path(whole, "response", "output")
@@ -11818,7 +11819,6 @@ def list_said(call: Call) -> list[Item]:
     if call.events_sent:
         return fold_stream(events) + failed
     if get_path(reply, "content_type"):
-        place = f"/__parlel/requests/{call.number}/reply"
         file = {"type": reply["content_type"].partition("/")[0], "url": place}
         return [{"role": f"{reply['content_type']}, {reply['bytes']} bytes", "content": [file]}]
     choices = [
@@ -11997,6 +11997,8 @@ def get_recorded_reply(server: TogetherAiServer, request: Request) -> Any:
     """Return the bytes that one call got."""
     call = find_numbered("Call", server.requests, request)
     reply = serve_bytes(request, call.raw_reply, call.reply_type)
+    if call.sound:
+        reply = serve_bytes(request, wrap_wav(bytes(call.sound), call.sound_rate), "audio/wav")
     policy = {"Content-Security-Policy": "sandbox; default-src 'none'"}
     reply.headers = {**reply.headers, "X-Content-Type-Options": "nosniff", **policy}
     return reply
@@ -12428,7 +12430,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.is_over = False  # nothing follows what is still to be sent
         self.has_ended = False  # the client sends no more
         self.is_closed = False
-        self.is_streaming = False  # for a handler
+        self.handler: Any = None  # once it is handed over
         self.interest = 0  # what the selector watches
         self.life: Any = self.converse()
         self.awaited = next(self.life)  # what for
@@ -12461,7 +12463,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def linger(self) -> Generator[Any, Any, None]:
         """Let the client read what was sent last: closing before it ends would reset that away."""
-        yield ROOM
+        while self.unsent:
+            yield ROOM
         self.socket.shutdown(socket.SHUT_WR)
         while not self.has_ended:
             yield END
@@ -12503,27 +12506,33 @@ class Connection(http.server.BaseHTTPRequestHandler):
                     if len(self.unsent) >= MAX_GATHERED_BYTES:
                         yield ROOM
         finally:
-            reply.events.close()
+            with contextlib.suppress(ValueError):  # a worker still draws from it
+                reply.events.close()
 
     def hand_over(self, handler: Any) -> Generator[Any, Any, None]:
-        """Let a handler take the connection over.
+        """Let a handler take the connection over; all that it does has to be quick.
 
-        `on_open(connection)` is called once, `on_bytes(data)` whenever something has come,
-        `on_sent()` after each `stream()`, and `on_close()` once. They have to be quick.
+        on_open(connection)  is called once; `connection.write()` sends something
+        on_bytes(data)       is called whenever something has come
+        turns, next_turn()   what is to be streamed, one after the other
+        closed               whether there is no more to be said
+        on_close()           returns what the client is told last; it may be called twice
         """
-        self.handler, self.closes = handler, False
+        self.handler, self.closes = handler, True
         try:
             handler.on_open(self)
-            while not self.closes:
-                data = self.reader.data[self.reader.at :]
-                self.reader.data, self.reader.at = b"", 0
-                if data:
-                    handler.on_bytes(data)
-                if not self.closes:
+            handler.on_bytes(self.reader.data[self.reader.at :])
+            while not handler.closed:
+                if handler.turns:
+                    turn = handler.next_turn()
+                    yield from self.send_events(turn, turn.events)
+                else:
                     yield SOCKET
+            self.write(handler.on_close())
             yield from self.linger()
         finally:
-            handler.on_close()
+            with contextlib.suppress(OSError):
+                self.socket.send(handler.on_close())
 
     # What the loop does with it
 
@@ -12538,20 +12547,25 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.is_over, self.awaited = True, ROOM
             if not isinstance(end, (StopIteration, Cut, OSError)):
                 complain_of_bug()
-        if self.awaited != before:
+        if type(self.awaited) is tuple:
+            self.server.run(*self.awaited, self.end_work)
+        elif type(self.awaited) is float:
+            self.server.call_later(self.awaited, self.go_on)
+        elif self.awaited is not before:
             self.since = self.server.now
-            if type(self.awaited) is tuple:
-                self.server.run(*self.awaited, self.end_work)
-            elif type(self.awaited) is float:
-                self.server.call_later(self.awaited, self.go_on)
         self.server.held.append(self)
 
     def end_work(self, result: Any, error: BaseException | None) -> None:
         """Go on with what a worker returned or raised."""
         self.awaited = None
         self.go_on(result, error)
-        if self.is_closed:
-            self.close()
+        if self.handler is not None:
+            self.wake()
+
+    def wake(self) -> None:
+        """Go on where a handler waits for its client, or has no more to say."""
+        if self.awaited is SOCKET or (self.handler.closed and type(self.awaited) is float):
+            self.go_on()
 
     def act(self, mask: int) -> None:
         """Receive what has come, or send on, as far as there is something."""
@@ -12567,8 +12581,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
         except OSError:
             self.close()
             return
-        self.reader.feed(data)
         self.has_ended = not data
+        if data and self.handler is not None:
+            self.handler.on_bytes(data)
+            self.wake()
+            return
+        self.reader.feed(data)
         if data and self.awaited in BYTES:
             self.go_on()
         else:
@@ -12590,7 +12608,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         usual = self.awaited is IDLE and self.interest == selectors.EVENT_READ
         if usual and not (self.unsent or self.has_ended):
             return
-        if self.has_ended and (self.awaited in BYTES or type(self.awaited) is float):
+        waits = self.awaited in BYTES or type(self.awaited) is float or self.handler is not None
+        if self.has_ended and waits:
             self.is_over, self.awaited = True, ROOM  # it has left, or has all it asked for
         if self.unsent or self.awaited is not ROOM:
             self.watch()
@@ -12617,57 +12636,22 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.close()
 
     def close(self) -> None:
-        """End its life and close the socket; a worker has to come back before."""
+        """End its life and close the socket; what a worker does for it is dropped."""
         self.is_closed = self.is_over = True
         self.unsent = b""
         self.watch()
-        if type(self.awaited) is tuple or self.life.gi_running:
-            return
         try:
             self.life.close()
         except Exception:
             complain_of_bug()
         self.server.forget(self)
 
-    # What a handler may do
-
     def write(self, data: bytes) -> None:
         """Send something before long; who does not read loses the connection."""
         self.unsent += data
         self.server.held.append(self)
         if len(self.unsent) > MAX_UNREAD_BYTES:
-            self.close()
-
-    def stream(self, events: Generator[Any, None, None]) -> None:
-        """Send events and pause between them, drawn by workers; then `on_sent()` is called."""
-        if not self.is_closed:
-            self.is_streaming = True
-            draw = functools.partial(next, events, None)
-            self.server.run(WAITING, draw, functools.partial(self.take_event, events))
-
-    def take_event(self, events: Generator[Any, None, None], event: Any, error: Any) -> None:
-        """Send one event of such a stream, or pause; nothing follows `end()`."""
-        if self.is_closed:
-            return
-        if error is not None:
-            self.is_over, self.awaited = True, ROOM
-            self.server.held.append(self)
-            complain("" if isinstance(error, Cut) else f"{error!r}\n")
-        elif event is None or self.closes:
-            self.is_streaming = False
-            self.handler.on_sent()
-        else:
-            pause = event if type(event) is float else 0
-            if not pause:
-                self.write(event)
-                pause = LOOK_SECONDS if len(self.unsent) > MAX_GATHERED_BYTES else 0
-            self.server.call_later(pause, functools.partial(self.stream, events))
-
-    def end(self) -> None:
-        """Close the connection when all is sent, and the client has had time to read it."""
-        self.closes = True
-        if self.awaited is SOCKET and not self.life.gi_running:
-            self.go_on()
+            self.unsent, self.has_ended = b"", True
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
@@ -14477,7 +14461,7 @@ class TogetherAiServer(Scripting):
         with self._lock:
             if call.revision:  # it is in the record
                 call.revision = next(self._revisions)
-                size = len(call._raw) + call.reply_size
+                size = len(call._raw) + call.reply_size + len(call.sound)
                 self._recorded_bytes += size - call.kept
                 call.kept = size
         if self._log is not None and not call.batch:
