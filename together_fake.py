@@ -141,6 +141,13 @@ class BoundedDict(dict):  # type: ignore[type-arg]
             del self[next(iter(self))]
 
 
+class Regex:
+    """What a `LazyRegex` becomes: its methods are found without a detour."""
+
+
+REGEX_METHODS = ("findall", "finditer", "fullmatch", "match", "search", "split", "sub", "subn")
+
+
 class LazyRegex:
     """A regular expression that is compiled at its first use: compiling all takes 5 ms."""
 
@@ -148,9 +155,10 @@ class LazyRegex:
         self.source = (source, flags)
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(re.compile(*self.source), name)
-        setattr(self, name, found)
-        return found
+        pattern = re.compile(*self.source)
+        vars(self).update((each, getattr(pattern, each)) for each in REGEX_METHODS)
+        self.__class__ = Regex  # type: ignore[assignment]  # it needs this method no more
+        return getattr(pattern, name)
 
 
 def lazy_regex(source: AnyStr, flags: int = 0) -> re.Pattern[AnyStr]:
@@ -654,9 +662,9 @@ class Fields(dict):  # type: ignore[type-arg]
         """Check values in place; unknown names pass, unless closed; `null` counts as absent."""
         if self.closed:
             self.check_names(values, place)
-        for name in self.required:
-            if values.get(name) is None:
-                raise ApiError("missing", param=place + name)
+        if None in map(values.get, self.required):
+            name = next(name for name in self.required if values.get(name) is None)
+            raise ApiError("missing", param=place + name)
         for name, value in values.items():
             field = self.get(name)
             if field is None or value is None or type(value) in field.free:
@@ -5779,7 +5787,8 @@ class Fixtures:
 
     @property
     def slow(self) -> bool:
-        self._list_order()
+        if self._order is None:
+            self._list_order()
         return self._slow
 
     @property
@@ -7222,8 +7231,9 @@ def encode_answer(answer: Answer) -> bytes:
     key = (form, answer.objects, choice.finish_reason, *map(bool, values.values()))
     if key not in TEMPLATES:
         TEMPLATES[key] = make_template(answer, values)
-    texts = {name: QUOTE(values[name]) for name in ("id", "model", "text", "thoughts")}
-    return (TEMPLATES[key] % {**values, **texts}).encode()
+    values["id"], values["model"] = QUOTE(answer.id), QUOTE(answer.model)
+    values["text"], values["thoughts"] = QUOTE(choice.text), QUOTE(values["thoughts"])
+    return (TEMPLATES[key] % values).encode()
 
 
 # --- Chat completions
@@ -7638,7 +7648,7 @@ def make_calls(
 
 def choose_calls(rng: HashRandom, form: Form, body: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the tool calls of an answer; with `auto`, none that was made before."""
-    calls = [] if TOOL_KEYS.isdisjoint(body) else make_calls(rng, form, choose_tools(body))
+    calls = make_calls(rng, form, choose_tools(body))
     if not calls or body.get("tool_choice") not in (None, "auto"):
         return calls
     given = [call for message in body["messages"] for call in message.get("tool_calls") or ()]
@@ -7718,13 +7728,14 @@ def make_content(
     return text, count_tokens(text)
 
 
+THINKING_FIELDS = ("chat_template_kwargs", "reasoning")
 THINKING_SWITCHES = {"enabled", "thinking", "enable_thinking"}
 
 
 def find_effort(body: dict[str, Any], model: Model) -> str:
     """Return how much a model shall think, in the words of `reasoning_effort`."""
-    told = {**(body.get("chat_template_kwargs") or {}), **(body.get("reasoning") or {})}
-    off = any(told[name] is False for name in THINKING_SWITCHES & told.keys()) if told else False
+    told = [given for name in THINKING_FIELDS if (given := body.get(name))]
+    off = any(given.get(name) is False for given in told for name in THINKING_SWITCHES)
     effort: str = body.get("reasoning_effort") or "medium"
     if effort not in EFFORT_THOUGHTS and not FORMS[model.engine].any_effort:
         raise refuse_value(
@@ -7744,7 +7755,8 @@ def compose_choice(
 ) -> Choice:
     """Write one choice of a chat answer."""
     choice, form, thoughts = Choice(index), FORMS[model.engine].adapt(body), ""
-    calls = choose_calls(rng.child("tools", index), form, body)
+    asks = not TOOL_KEYS.isdisjoint(body)
+    calls = choose_calls(rng.child("tools", index), form, body) if asks else []
     if model.thinks and not form.skips_reasoning:
         length = EFFORT_THOUGHTS.get(effort, 1) or int("always-thinks" in model.traits)
         own = rng.child("reasoning", index)
@@ -12140,7 +12152,7 @@ def parse_fields(lines: str) -> Headers:
 
 def clean_header(text: str) -> str:
     """Return a header without what would start a header of its own."""
-    return UNSAFE.sub("", text)
+    return text if text.isprintable() else UNSAFE.sub("", text)
 
 
 def frame_chunk(event: bytes) -> bytes:
@@ -12342,7 +12354,9 @@ class ReplyWriter:
         """Return the status line and the headers; `framing` tells where the reply ends."""
         fields = self.common_headers()
         if reply.reader:
-            fields += CROSS_ORIGIN.replace("*", reply.reader)
+            fields += (
+                CROSS_ORIGIN if reply.reader == "*" else CROSS_ORIGIN.replace("*", reply.reader)
+            )
         for name, value in reply.headers.items():
             if name.lower() not in OWN:
                 fields += clean_header(f"{name}: {value}") + "\r\n"
