@@ -4891,7 +4891,7 @@ class FileTests(StoreCase):
         self.assertEqual(self.server.add_file(TRAIN)["id"], first)
 
     def test_seed_over_http(self):
-        files = [{"id": "f", "content_base64": base64.b64encode(TRAIN).decode()}]
+        files = [{"id": "f", "content": TRAIN.decode()}]
         jobs = [{"id": "t", "status": "completed"}]
         self.json("POST", "/__parlel/seed", {"files": files, "fine_tunes": jobs})
         self.assertEqual(self.server.contents["f"], TRAIN)

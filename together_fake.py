@@ -8512,19 +8512,15 @@ class Jobs:
             for before, after in zip(ladder, ladder[1:])
         }
 
-    def find(self, server: TogetherAiServer) -> Collection:
-        jobs: Collection = getattr(server, self.collection)
-        return jobs
-
     def advance(self, server: TogetherAiServer, id: str) -> Item:
         """Take a job to its next status, or to its last where jobs are instant, and return it."""
-        jobs = self.find(server)
+        jobs: Collection = getattr(server, self.collection)
         with server.job_lock:
             job = jobs.get(id)
             while job[jobs.status] in self.following:
-                status = self.following[job[jobs.status]]
-                if status == self.statuses[:4][-1]:  # where most of the work is done
-                    status = server.outcomes.get(id, status)
+                status, end = self.following[job[jobs.status]], server.outcomes.get(id, "")
+                if end not in ("", *self.statuses) and status == self.statuses[:4][-1]:
+                    status = end  # before the last of the work
                 job = jobs.update(id, **{jobs.status: status, **self.enter(server, job, status)})
                 if not server.instant_jobs:
                     break
@@ -8533,9 +8529,8 @@ class Jobs:
     def start(self, server: TogetherAiServer, request: Request, item: Item) -> Item:
         """Store a new job, whose it is and how it shall end; finish it where jobs are instant."""
         job = server._store(self.collection, item)
-        id, end = job[self.find(server).key], (request.script or {}).get("status", "")
-        if end and end not in self.statuses:
-            server.outcomes[id] = end
+        id = job[getattr(server, self.collection).key]
+        server.outcomes[id] = (request.script or {}).get("status", "")
         server.job_tests[id] = request.headers.get("x-test-id", "")
         return self.advance(server, id) if server.instant_jobs else job
 
@@ -8545,7 +8540,7 @@ class Jobs:
 
     def cancel(self, server: TogetherAiServer, request: Request) -> Any:
         """Cancel a job that has not ended."""
-        jobs, status = self.find(server), self.cancelled[0]
+        jobs, status = getattr(server, self.collection), self.cancelled[0]
         with server.job_lock:
             job = jobs.get(request.params["id"])
             if job["status"] in self.following:
@@ -8689,25 +8684,18 @@ def describe_data(file: Item, data: bytes) -> Item:
 
 @stored("files")
 def file_object(server: TogetherAiServer, item: Item) -> Item:
-    """Complete a file; `content` (text or bytes) or `content_base64` holds its data."""
-    data, encoded = item.pop("content", None), item.pop("content_base64", None)
+    """Complete a file; its `content`, a text or bytes, is its data."""
+    data = item.pop("content", None)
     server._drop(item.get("id") or "")  # of an older file
     item["purpose"] = OPENAI_PURPOSES.get(item.get("purpose", ""), item.get("purpose"))
     suffix = (item.get("filename") or "").rpartition(".")[2].lower()
     kind = suffix if suffix in FILE_TYPES else "jsonl"
     file = complete(server, item, "file-", created_at=server._now(), FileType=kind, **FILE)
-    if encoded is not None:
-        data = base64.b64decode(encoded)
     if data is None:
         return file
     data = data.encode() if type(data) is str else data
     server._keep(file["id"], data)
     return merge({**file, **describe_data(file, data)}, item)
-
-
-def complete_file(server: TogetherAiServer, id: str, data: bytes) -> Item:
-    server._keep(id, data)
-    return server.files.update(id, **describe_data(server.files.get(id), data))
 
 
 def find_file(server: TogetherAiServer, id: str, param: str, purpose: str = "") -> Item:
@@ -8762,12 +8750,14 @@ def admit_upload(server: TogetherAiServer, params: dict[str, str]) -> None:
 def put_file(server: TogetherAiServer, request: Request) -> Any:
     """Take the data of an announced file, or one part of it; it needs no key."""
     id, part = request.params["id"], request.params.get("part")
-    status = server.files.get(id)["processing_status"]
+    file = server.files.get(id)
+    status = file["processing_status"]
     if status != "PENDING" and server.contents.get(id) != request.raw:  # the same again is fine
         reason = "its data cannot change any more"
         raise ApiError("bad_state", noun="File", id=id, status=status, reason=reason)
     if part is None:
-        complete_file(server, id, request.raw)
+        server._keep(id, request.raw)
+        server.files.update(id, **describe_data(file, request.raw))
     elif part in map(str, range(1, MAX_PARTS + 1)):
         server._keep(f"{id}/{part.zfill(3)}", request.raw)
     else:
@@ -8783,16 +8773,18 @@ def end_upload(server: TogetherAiServer, request: Request) -> Any:
     if server.uploads.get(upload_id) != id:
         raise ApiError("no_object", param="upload_id", noun="Upload", id=upload_id)
     if request.route.path.endswith("abort"):
-        server.uploads.pop(upload_id, None)
         server.files.remove(id)
-        return {"success": True}
-    parts = sorted(part for part in list(server.contents.items()) if part[0].startswith(f"{id}/"))
-    given = [f"{id}/{part['part_number']:03}" for part in request.body["parts"]]
-    if sorted(given) != [name for name, _ in parts]:
-        raise ApiError("invalid", param="parts", reason="must be the parts that were put")
+        answer: Item = {"success": True}
+    else:
+        names = sorted(name for name in list(server.contents) if name.startswith(f"{id}/"))
+        given = sorted(f"{id}/{part['part_number']:03}" for part in request.body["parts"])
+        if given != names:
+            raise ApiError("invalid", param="parts", reason="must be the parts that were put")
+        data = b"".join([server.contents.pop(name) for name in names])
+        server._keep(id, data)
+        answer = {"file": server.files.update(id, **describe_data(server.files.get(id), data))}
     server.uploads.pop(upload_id, None)
-    server._drop(id)
-    return {"file": complete_file(server, id, b"".join([data for _, data in parts]))}
+    return answer
 
 
 @route("GET", "/v1/files", query=LIST_FIELDS)
