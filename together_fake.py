@@ -1299,8 +1299,7 @@ STOPWORDS = frozenset(
 BUCKETS = 4096
 MAX_WORDS = 8192  # whose vectors are remembered, of each of four models
 LEVELS = bytes(range(32)) * 8  # a random byte as one of 32 levels
-BLOCK_BUCKETS = 2112  # of 31, whose sums stay below 2 ** 16
-BLOCK_WORDS = 48  # so many words of 44 buckets
+BLOCK_WORDS = 48  # of at most 44 buckets of 31, whose sums stay below 2 ** 16
 MAX_TEXT_WORDS = 32768  # that count for a vector
 QUANTUM = 100000  # steps from 0 to 1
 
@@ -1367,11 +1366,8 @@ def make_vector(text: str, size: int, model_key: bytes) -> list[int]:
     vectors = word_vectors(model_key, size)
     words = find_words(text)[:MAX_TEXT_WORDS]
     lanes: list[int] = []
-    # A word has two buckets more than letters, so most texts are one block.
-    small = sum(map(len, words)) + 2 * len(words) <= BLOCK_BUCKETS
-    step = len(words) if small else BLOCK_WORDS
-    for start in range(0, len(words), step):
-        total = sum(map(vectors.__getitem__, words[start : start + step]))
+    for start in range(0, len(words), BLOCK_WORDS):
+        total = sum(map(vectors.__getitem__, words[start : start + BLOCK_WORDS]))
         block = struct.unpack(f"<{size + 1}H", total.to_bytes(2 * size + 2, "little"))
         lanes = list(map(operator.add, lanes, block)) if lanes else list(block)
     # One standard deviation above the mean: unrelated texts have a cosine of about 0.1.
@@ -8253,20 +8249,16 @@ COMPLETION_FACTS = frozenset((
 
 def read_inputs(value: Any, place: str) -> list[Any]:
     """Return a list of texts or token lists from the four forms that clients send them in."""
-    if type(value) is str:
-        return [value]
-    if len(value) > MAX_INPUT_ITEMS and type(value[0]) is not int:
-        raise refuse_value(place, f"must have at most {MAX_INPUT_ITEMS} items", len(value))
-    if value and all(type(item) is str for item in value):
-        return list(value)
-    if value and all(type(item) is int and item >= 0 for item in value):
-        return [value]
-    if value and all(type(item) is list for item in value):
-        for index, item in enumerate(value):
-            if not item or not all(type(token) is int and token >= 0 for token in item):
-                raise refuse_value(f"{place}[{index}]", "must be an array of token ids", item)
-        return list(value)
-    raise refuse_value(place, "must be a string, or an array of strings or token ids", value)
+    kinds = {str} if type(value) is str else set(map(type, value))
+    if kinds not in ({str}, {int}, {list}):
+        raise refuse_value(place, "must be a string, or an array of strings or token ids", value)
+    inputs = [value] if type(value) is str or kinds == {int} else value
+    if len(inputs) > MAX_INPUT_ITEMS:
+        raise refuse_value(place, f"must have at most {MAX_INPUT_ITEMS} items", len(inputs))
+    for index, item in enumerate(inputs):
+        if type(item) is list and not (item and all(type(id) is int and id >= 0 for id in item)):
+            raise refuse_value(f"{place}[{index}]", "must be an array of token ids", item)
+    return list(inputs)
 
 
 def input_text(value: Any) -> str:
@@ -8363,8 +8355,7 @@ def embed_inputs(request: Request, model: Model, inputs: list[Any]) -> Iterator[
             yield quote_bytes(pack_floats(vector)) if packed else f"[{format_floats(vector)}]"
         return
     vectors = request.script["vectors"] or [[]]
-    for index in range(len(inputs)):
-        numbers = vectors[min(index, len(vectors) - 1)]
+    for numbers in [*vectors, *vectors[-1:] * len(inputs)][: len(inputs)]:
         floats = struct.pack(f"<{len(numbers)}f", *numbers)
         yield quote_bytes(floats) if packed else ENCODE(numbers)
 
