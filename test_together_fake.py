@@ -5048,7 +5048,6 @@ class FineTuningTests(StoreCase):
             ({"training_file": self.server.add_file(b"{]")["id"]}, 400),
             ({"training_file": self.server.add_file("{}", purpose="eval")["id"]}, 400),
             ({"validation_file": "none"}, 404),
-            ({"training_method": {"method": "dpo"}}, 400),
             ({"batch_size": "max"}, 200),
             ({"batch_size": 32}, 200),
             ({"batch_size": "most"}, 400),

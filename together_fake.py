@@ -112,9 +112,10 @@ if TYPE_CHECKING:
         Mapping,
         Sequence,
     )
-    from typing import Any, AnyStr, ClassVar, Union
+    from typing import Any, AnyStr, ClassVar, TypeAlias, Union
 
     Item = dict[str, Any]  # a JSON object
+    Server: TypeAlias = "TogetherAiServer"  # what the endpoints serve
     TextMatch = Union[str, re.Pattern[str], Mapping[str, str]]  # a text, or a pattern
 
 __all__ = ["FAULTS", "ApiError", "Call", "TogetherAiServer", "main"]
@@ -6491,7 +6492,7 @@ def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
 SERVED_AS = {"language": "chat", "code": "chat", "moderation": "chat"}
 
 
-def resolve_model(server: TogetherAiServer, id: str, type: str) -> Model:
+def resolve_model(server: Server, id: str, type: str) -> Model:
     """Return the model of an id; an unknown one answers too, unless the server is strict."""
     model = server.models.get(id)
     if model is None:
@@ -8198,7 +8199,7 @@ def number_events(events: Iterable[Any]) -> Iterator[bytes]:
 
 
 @route("POST", "/v1/responses", body=RESPONSE_FIELDS, kind="response", response=TEXT)
-def create_response(server: TogetherAiServer, request: Request) -> Any:
+def create_response(server: Server, request: Request) -> Any:
     """Answer a conversation in items, whole or as a stream of named events."""
     body = request.body
     if body.get("previous_response_id"):
@@ -8226,7 +8227,7 @@ def create_response(server: TogetherAiServer, request: Request) -> Any:
 @route("GET", "/v1/responses/{id}")
 @route("DELETE", "/v1/responses/{id}")
 @route("POST", "/v1/responses/{id}/cancel")
-def refuse_response(server: TogetherAiServer, request: Request) -> Any:
+def refuse_response(server: Server, request: Request) -> Any:
     """Answer that there is no such response: none is stored."""
     raise ApiError("no_response", id=request.params["id"], param="response_id")
 
@@ -8257,7 +8258,8 @@ def read_inputs(value: Any, place: str) -> list[Any]:
         raise refuse_value(place, f"must have at most {MAX_INPUT_ITEMS} items", len(inputs))
     for index, item in enumerate(inputs):
         if type(item) is list and not (item and all(type(id) is int and id >= 0 for id in item)):
-            raise refuse_value(f"{place}[{index}]", "must be an array of token ids", item)
+            where = f"{place}[{index}]" if kinds == {list} else place
+            raise refuse_value(where, "must be an array of token ids", item)
     return list(inputs)
 
 
@@ -8265,7 +8267,7 @@ def input_text(value: Any) -> str:
     return value if type(value) is str else " ".join([f"token{id}" for id in value])
 
 
-def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
+def compose_completion(server: Server, request: Request) -> Answer:
     """Write the continuations of each prompt."""
     body = request.body
     prompts = read_inputs(body["prompt"], "prompt")
@@ -8308,7 +8310,7 @@ def compose_completion(server: TogetherAiServer, request: Request) -> Answer:
     prompt="prompt",
     response=TEXT,
 )
-def create_completion(server: TogetherAiServer, request: Request) -> Any:
+def create_completion(server: Server, request: Request) -> Any:
     """Continue a prompt, whole or as a stream."""
     answer = compose_completion(server, request)
     if request.body.get("stream"):
@@ -8368,7 +8370,7 @@ def embed_inputs(request: Request, model: Model, inputs: list[Any]) -> Iterator[
     input="input",
     response=SCRIPTED_VECTORS,
 )
-def create_embeddings(server: TogetherAiServer, request: Request) -> Any:
+def create_embeddings(server: Server, request: Request) -> Any:
     """Embed texts: those that share words are close."""
     body = request.body
     inputs = read_inputs(body["input"], "input")
@@ -8412,7 +8414,7 @@ SCRIPTED_SCORES = ResponseType(
 @route(
     "POST", "/v1/rerank", body=RERANK_FIELDS, kind="rerank", input="query", response=SCRIPTED_SCORES
 )
-def rerank(server: TogetherAiServer, request: Request) -> Any:
+def rerank(server: Server, request: Request) -> Any:
     """Sort documents by their likeness to a query."""
     body, documents = request.body, request.body["documents"]
     model = resolve_model(server, body["model"], "rerank")
@@ -8470,7 +8472,7 @@ def merge(template: Item, changes: Item) -> Item:
     return merged
 
 
-def complete(server: TogetherAiServer, item: Item, prefix: str, **template: Any) -> Item:
+def complete(server: Server, item: Item, prefix: str, **template: Any) -> Item:
     """Return an object with an id, and with the template's values for what it lacks."""
     return merge({"id": item.get("id") or server._next_id(prefix), **template}, item)
 
@@ -8503,7 +8505,7 @@ class Jobs:
             for before, after in zip(ladder, ladder[1:])
         }
 
-    def advance(self, server: TogetherAiServer, id: str) -> Item:
+    def advance(self, server: Server, id: str) -> Item:
         """Take a job to its next status, or to its last where jobs are instant, and return it."""
         jobs: Collection = getattr(server, self.collection)
         with server.job_lock:
@@ -8517,7 +8519,7 @@ class Jobs:
                     break
         return job
 
-    def start(self, server: TogetherAiServer, request: Request, item: Item) -> Item:
+    def start(self, server: Server, request: Request, item: Item) -> Item:
         """Store a new job, whose it is and how it shall end; finish it where jobs are instant."""
         job = server._store(self.collection, item)
         id = job[getattr(server, self.collection).key]
@@ -8525,11 +8527,11 @@ class Jobs:
         server.job_tests[id] = request.headers.get("x-test-id", "")
         return self.advance(server, id) if server.instant_jobs else job
 
-    def get(self, server: TogetherAiServer, request: Request) -> Any:
+    def get(self, server: Server, request: Request) -> Any:
         """Describe a job, one step on."""
         return self.view(server, request, self.advance(server, request.params["id"]))
 
-    def cancel(self, server: TogetherAiServer, request: Request) -> Any:
+    def cancel(self, server: Server, request: Request) -> Any:
         """Cancel a job that has not ended."""
         jobs, status = getattr(server, self.collection), self.cancelled[0]
         with server.job_lock:
@@ -8674,7 +8676,7 @@ def describe_data(file: Item, data: bytes) -> Item:
 
 
 @stored("files")
-def file_object(server: TogetherAiServer, item: Item) -> Item:
+def file_object(server: Server, item: Item) -> Item:
     """Complete a file; its `content`, a text or bytes, is its data."""
     data = item.pop("content", None)
     server._drop(item.get("id") or "")  # of an older file
@@ -8689,20 +8691,24 @@ def file_object(server: TogetherAiServer, item: Item) -> Item:
     return merge({**file, **describe_data(file, data)}, item)
 
 
-def find_file(server: TogetherAiServer, id: str, param: str, purpose: str = "") -> Item:
-    """Return the file that a body names, which must be for a purpose where one is given."""
+def find_file(server: Server, id: str, param: str, purpose: str = "") -> Item:
+    """Return the file that a body names; where a purpose is given, it must serve that."""
     if id not in server.files:
         raise ApiError("no_object", param=param, noun="File", id=id)
-    file = server.files.get(id)
-    if purpose and file["purpose"] != purpose:
+    file, reason = server.files.get(id), ""
+    report = file.get("validation_report") or {"valid": file["Processed"]}
+    if purpose not in ("", file["purpose"]):
         reason = f"its purpose is {file['purpose']}, not {purpose}"
+    elif purpose == "fine-tune" and not report["valid"]:
+        reason = report.get("error") or "its data was never put"
+    if reason:
         raise ApiError("bad_file", param=param, id=id, reason=reason)
     return file
 
 
 @route("POST", "/v1/files", body=UPLOAD_FIELDS, max_bytes=STORAGE_LIMIT)
 @route("POST", "/v1/files/upload", body=WHOLE_UPLOAD_FIELDS, max_bytes=STORAGE_LIMIT)
-def create_file(server: TogetherAiServer, request: Request) -> Any:
+def create_file(server: Server, request: Request) -> Any:
     """Store a file from a multipart body, or say where its data is to be put."""
     body, upload = request.body, request.body.get("file")
     name = body.get("file_name") or (upload.filename if upload else "")
@@ -8718,7 +8724,7 @@ def create_file(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("POST", "/v1/files/multipart/initiate", body=INITIATE_FIELDS)
-def initiate_upload(server: TogetherAiServer, request: Request) -> Any:
+def initiate_upload(server: Server, request: Request) -> Any:
     """Announce a large file that comes in parts."""
     server._check_room(request.body["file_size"])
     request.body.pop("file", None)  # none of it is there yet
@@ -8732,13 +8738,13 @@ def initiate_upload(server: TogetherAiServer, request: Request) -> Any:
     return {"upload_id": upload_id, "file_id": id, "parts": parts}
 
 
-def admit_upload(server: TogetherAiServer, params: dict[str, str]) -> None:
+def admit_upload(server: Server, params: dict[str, str]) -> None:
     server.files.get(params["id"])
 
 
 @route("PUT", "/__upload/{id}", open=True, max_bytes=STORAGE_LIMIT, admit=admit_upload)
 @route("PUT", "/__upload/{id}/{part}", open=True, max_bytes=STORAGE_LIMIT, admit=admit_upload)
-def put_file(server: TogetherAiServer, request: Request) -> Any:
+def put_file(server: Server, request: Request) -> Any:
     """Take the data of an announced file, or one part of it; it needs no key."""
     id, part = request.params["id"], request.params.get("part")
     file = server.files.get(id)
@@ -8758,7 +8764,7 @@ def put_file(server: TogetherAiServer, request: Request) -> Any:
 
 @route("POST", "/v1/files/multipart/complete", body=Fields(*ENDING_ROWS, PARTS))
 @route("POST", "/v1/files/multipart/abort", body=Fields(*ENDING_ROWS))
-def end_upload(server: TogetherAiServer, request: Request) -> Any:
+def end_upload(server: Server, request: Request) -> Any:
     """Join the parts of a large file, or forget it."""
     upload_id, id = request.body["upload_id"], request.body["file_id"]
     if server.uploads.get(upload_id) != id:
@@ -8779,7 +8785,7 @@ def end_upload(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/v1/files", query=LIST_FIELDS)
-def list_files(server: TogetherAiServer, request: Request) -> Any:
+def list_files(server: Server, request: Request) -> Any:
     """List the stored files, newest first."""
     limit, purpose = request.args.get("limit") or 10000, request.args.get("purpose", "")
     files = server.files.list(after=request.args.get("after"))
@@ -8790,13 +8796,13 @@ def list_files(server: TogetherAiServer, request: Request) -> Any:
 
 @route("GET", "/v1/files/{id}")
 @route("POST", "/v1/files/{id}/preprocess")
-def get_file(server: TogetherAiServer, request: Request) -> Any:
+def get_file(server: Server, request: Request) -> Any:
     """Describe a file."""
     return server.files.get(request.params["id"])
 
 
 @route("GET", "/v1/files/{id}/content")
-def get_file_content(server: TogetherAiServer, request: Request) -> Any:
+def get_file_content(server: Server, request: Request) -> Any:
     """Return a file's bytes, or a range of them."""
     id = server.files.get(request.params["id"])["id"]
     if id not in server.contents:
@@ -8805,7 +8811,7 @@ def get_file_content(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("DELETE", "/v1/files/{id}")
-def delete_file(server: TogetherAiServer, request: Request) -> Any:
+def delete_file(server: Server, request: Request) -> Any:
     """Delete a file."""
     id = server.files.remove(request.params["id"])["id"]
     return {"id": id, "object": "file", "deleted": True}
@@ -8832,13 +8838,13 @@ BATCH: Item = {
 
 
 @stored("batches")
-def batch_object(server: TogetherAiServer, item: Item) -> Item:
+def batch_object(server: Server, item: Item) -> Item:
     made, deadline = (format_time(server._now() + wait) for wait in (0, 86400))
     return complete(server, item, "", created_at=made, job_deadline=deadline, **BATCH)
 
 
 def run_line(
-    server: TogetherAiServer, job: Item, line: bytes, number: int, seen: dict[str, int]
+    server: Server, job: Item, line: bytes, number: int, seen: dict[str, int]
 ) -> tuple[Any, Reply]:
     """Answer one line as if it had come by itself; return its custom_id, noted in `seen`, too."""
     id = None
@@ -8863,7 +8869,7 @@ def run_line(
     return id, reply
 
 
-def run_batch(server: TogetherAiServer, job: Item, data: bytes) -> Item:
+def run_batch(server: Server, job: Item, data: bytes) -> Item:
     """Answer every line of a batch and store what came of them."""
     results: dict[str, list[bytes]] = {"output": [], "error": []}
     seen: dict[str, int] = {}
@@ -8898,7 +8904,7 @@ def run_batch(server: TogetherAiServer, job: Item, data: bytes) -> Item:
     return changes
 
 
-def enter_batch(server: TogetherAiServer, job: Item, status: str) -> Item:
+def enter_batch(server: Server, job: Item, status: str) -> Item:
     """Count the lines of a batch when it is validated, run them when it completes."""
     data = server.contents.get(job["input_file_id"], b"")
     ended: Item = {"completed_at": format_time(server._now())}
@@ -8925,7 +8931,7 @@ SCRIPTED_END = ResponseType(
 
 
 @route("POST", "/v1/batches", body=BATCH_FIELDS, kind="job", response=SCRIPTED_END, status=201)
-def create_batch(server: TogetherAiServer, request: Request) -> Any:
+def create_batch(server: Server, request: Request) -> Any:
     """Start a batch job from a file of requests."""
     file = find_file(server, request.body["input_file_id"], "input_file_id", "batch-api")
     kept = ("endpoint", "input_file_id", "model_id", "metadata")
@@ -8935,7 +8941,7 @@ def create_batch(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/v1/batches", query=LIST_FIELDS)
-def list_batches(server: TogetherAiServer, request: Request) -> Any:
+def list_batches(server: Server, request: Request) -> Any:
     """List the batch jobs, newest first; they do not move."""
     jobs, more = server.batches.page(request.args.get("limit"), request.args.get("after"))
     return wrap_list(request, jobs, server.strict, more)
@@ -8988,7 +8994,8 @@ SECRETS = ("wandb_api_key", "hf_api_token")  # no answer shows them
 FINE_TUNE_FIELDS = Fields(
     *ESTIMATE_FIELDS.values(), *rows_of(" ".join(SECRETS), str), ON_INPUTS,
     Field("n_epochs", int, low=1, high=20), Field("n_checkpoints", int, low=1, high=100),
-    Field("batch_size", int, str, low=1, high=1024), Field("max_seq_length", int, low=1),
+    Field("batch_size", int, str, low=1, high=128, test=('"max"', ["max"].index)),
+    Field("max_seq_length", int, low=1),
     Field("learning_rate", float, low=1e-06, high=1), Field("warmup_ratio", float, low=0, high=1),
     object_field(
         "lr_scheduler",
@@ -9062,7 +9069,7 @@ cancelled job_stopped Job cancelled"""
 
 
 def complete_training(item: Item) -> Item:
-    """Return the nested settings of a job with defaults, and a batch size that its type allows."""
+    """Return the nested settings of a job with defaults, and the batch size."""
     settings: Item = {}
     for name, (key, forms) in TRAINING_FORMS.items():
         given = item.get(name) or {}
@@ -9070,10 +9077,8 @@ def complete_training(item: Item) -> Item:
         settings[name] = merge({key: form, **forms[form]}, given)
     limits = LIMITS[f"{settings['training_type']['type'].lower()}_training"]
     dpo = settings["training_method"]["method"] == "dpo"
-    most, size = limits["max_batch_size_dpo" if dpo else "max_batch_size"], item.get("batch_size")
-    if size not in (None, "max") and (type(size) is not int or size > most):
-        raise refuse_value("batch_size", f'must be an integer up to {most} or "max"', size)
-    return {**settings, "batch_size": size if type(size) is int else most}
+    size, most = item.get("batch_size"), limits["max_batch_size_dpo" if dpo else "max_batch_size"]
+    return {**settings, "batch_size": min(size, most) if type(size) is int else most}
 
 
 def list_steps(job: Item, count: int) -> list[int]:
@@ -9101,7 +9106,7 @@ def list_new_events(job: Item, status: str) -> list[Item]:
     return events
 
 
-def enter_fine_tune(server: TogetherAiServer, job: Item, status: str) -> Item:
+def enter_fine_tune(server: Server, job: Item, status: str) -> Item:
     """Return what changes in a job when it reaches a status; add the model when it is made."""
     changes: Item = {"updated_at": format_time(server._now())}
     if status == "running":
@@ -9115,7 +9120,7 @@ def enter_fine_tune(server: TogetherAiServer, job: Item, status: str) -> Item:
     return {**changes, "events": job["events"] + list_new_events({**job, **changes}, status)}
 
 
-def show_fine_tune(server: TogetherAiServer, request: Request, job: Item) -> Item:
+def show_fine_tune(server: Server, request: Request, job: Item) -> Item:
     """Return a job; one that is asked for by its id has its events, typed as the client has it."""
     events = job["events"] if request.method == "GET" and request.params else []
     if "x-stainless-lang" not in request.headers:
@@ -9132,7 +9137,7 @@ route("POST", "/v1/fine-tunes/{id}/cancel")(FINE_TUNES.cancel)
 
 
 @stored("fine_tunes")
-def fine_tune_object(server: TogetherAiServer, item: Item) -> Item:
+def fine_tune_object(server: Server, item: Item) -> Item:
     """Complete a fine-tuning job, with the events up to its status."""
     now, file_id = format_time(server._now()), item.get("training_file") or ""
     file = server.files.get(file_id) if file_id in server.files else FILE
@@ -9150,21 +9155,7 @@ def fine_tune_object(server: TogetherAiServer, item: Item) -> Item:
     return merge(job, {**item, "batch_size": job["batch_size"], "events": events or None})
 
 
-def check_training_file(server: TogetherAiServer, id: str, param: str, method: str) -> Item:
-    """Return the report on a file; refuse one that no model can be trained on in this way."""
-    file = find_file(server, id, param, "fine-tune")
-    report: Item = file.get("validation_report") or {"valid": file["Processed"]}
-    form, reason = report.get("dataset_format"), ""
-    if not report["valid"]:
-        reason = report.get("error") or "its data was never put"
-    elif form and (form == "PREFERENCE") != (method == "dpo"):
-        reason = f"its format is {form}, which the training method {method} does not take"
-    if reason:
-        raise ApiError("bad_file", param=param, id=id, reason=reason)
-    return report
-
-
-def resolve_trainable(server: TogetherAiServer, id: str) -> Model:
+def resolve_trainable(server: Server, id: str) -> Model:
     """Return a model that can be trained; unknown ones can, unless the server is strict."""
     model = resolve_model(server, id, "chat")
     if model.type not in TRAINABLE:
@@ -9173,7 +9164,7 @@ def resolve_trainable(server: TogetherAiServer, id: str) -> Model:
 
 
 @route("POST", "/v1/fine-tunes", body=FINE_TUNE_FIELDS, kind="job", response=SCRIPTED_END)
-def create_fine_tune(server: TogetherAiServer, request: Request) -> Any:
+def create_fine_tune(server: Server, request: Request) -> Any:
     """Start a fine-tuning job."""
     body, jobs = request.body, server.fine_tunes
     base = (body.get("from_checkpoint") or "").partition(":")[0]
@@ -9182,31 +9173,29 @@ def create_fine_tune(server: TogetherAiServer, request: Request) -> Any:
     model = body.get("model") or (jobs.get(base)["model"] if base in jobs else base)
     if not model:
         raise ApiError("missing", param="model")
-    method = complete_training(body)["training_method"]["method"]
-    for name in ("training_file", "validation_file"):
-        if body.get(name):
-            check_training_file(server, body[name], name, method)
+    for name, id in pick_given(body, ("training_file", "validation_file")).items():
+        find_file(server, id, name, "fine-tune")
     item = {name: body[name] for name in body if name in FINE_TUNE_FIELDS and name not in SECRETS}
     item["model"] = resolve_trainable(server, model).id
     return show_fine_tune(server, request, FINE_TUNES.start(server, request, item))
 
 
 @route("GET", "/v1/fine-tunes", query=LIST_FIELDS)
-def list_fine_tunes(server: TogetherAiServer, request: Request) -> Any:
+def list_fine_tunes(server: Server, request: Request) -> Any:
     """List the fine-tuning jobs, newest first; they do not move."""
     jobs = server.fine_tunes.list(request.args.get("limit"), request.args.get("after"))
     return {"data": [show_fine_tune(server, request, job) for job in jobs]}
 
 
 @route("GET", "/v1/fine-tunes/{id}/events")
-def list_events(server: TogetherAiServer, request: Request) -> Any:
+def list_events(server: Server, request: Request) -> Any:
     """List what a fine-tuning job has reported."""
     job = server.fine_tunes.get(request.params["id"])
     return {"data": show_fine_tune(server, request, job)["events"]}
 
 
 @route("DELETE", "/v1/fine-tunes/{id}", query=Fields(Field("force", bool)))
-def delete_fine_tune(server: TogetherAiServer, request: Request) -> Any:
+def delete_fine_tune(server: Server, request: Request) -> Any:
     """Delete a fine-tuning job and the model it made."""
     job = server.fine_tunes.remove(request.params["id"])
     server.models.pop(job["model_output_name"], None)
@@ -9214,7 +9203,7 @@ def delete_fine_tune(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/v1/fine-tunes/{id}/checkpoints")
-def list_checkpoints(server: TogetherAiServer, request: Request) -> Any:
+def list_checkpoints(server: Server, request: Request) -> Any:
     """List the checkpoints of a fine-tuning job, the final ones when it has completed."""
     job = server.fine_tunes.get(request.params["id"])
     *steps, last = list_steps(job, job["n_checkpoints"])
@@ -9233,7 +9222,7 @@ def list_checkpoints(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/v1/fine-tunes/{id}/metrics", query=METRIC_FIELDS)
-def list_metrics(server: TogetherAiServer, request: Request) -> Any:
+def list_metrics(server: Server, request: Request) -> Any:
     """List the loss curve of a fine-tuning job as far as it has come; it falls."""
     job, args = server.fine_tunes.get(request.params["id"]), request.args
     total, rate, rng = list_steps(job, 1)[0], job["learning_rate"], HashRandom.of("loss", job["id"])
@@ -9254,7 +9243,7 @@ def list_metrics(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("POST", "/v1/fine-tunes/estimate-price", body=ESTIMATE_FIELDS)
-def estimate_price(server: TogetherAiServer, request: Request) -> Any:
+def estimate_price(server: Server, request: Request) -> Any:
     """Estimate what a fine-tuning job would cost."""
     body, tokens, reasons = request.body, {"train": 0, "eval": 0}, []
     uses = {"train": ("training_file", "n_epochs", 1), "eval": ("validation_file", "n_evals", 0)}
@@ -9273,7 +9262,7 @@ def estimate_price(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/v1/fine-tunes/models/limits", query=LIMIT_FIELDS)
-def get_training_limits(server: TogetherAiServer, request: Request) -> Any:
+def get_training_limits(server: Server, request: Request) -> Any:
     """Say within which limits a model can be trained."""
     id = request.args.get("model_name") or request.args.get("model")
     if not id:
@@ -9282,7 +9271,7 @@ def get_training_limits(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/v1/fine-tunes/models/supported", query=LIMIT_FIELDS)
-def list_trainable(server: TogetherAiServer, request: Request) -> Any:
+def list_trainable(server: Server, request: Request) -> Any:
     """List the models that can be trained."""
     wanted = request.args.get("model_name")
     ids = [model.id for model in list(server.models.values()) if model.type in TRAINABLE]
@@ -9290,7 +9279,7 @@ def list_trainable(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/v1/finetune/download", query=DOWNLOAD_FIELDS)
-def download_model(server: TogetherAiServer, request: Request) -> Any:
+def download_model(server: Server, request: Request) -> Any:
     """Return the archive of a trained model, or a range of it."""
     import tarfile
 
@@ -9318,7 +9307,7 @@ def download_model(server: TogetherAiServer, request: Request) -> Any:
     return serve_bytes(request, head + packed[len(head) :], "application/x-tar")
 
 
-def tokenize_file(server: TogetherAiServer, id: str, count: int, on_inputs: bool) -> list[Item]:
+def tokenize_file(server: Server, id: str, count: int, on_inputs: bool) -> list[Item]:
     """Return the first examples of a file as tokens; a label of -100 is not learned from."""
     examples: list[Item] = []
     for _, line in itertools.islice(read_lines(server.contents.get(id, b"")), count):
@@ -9339,20 +9328,21 @@ def tokenize_file(server: TogetherAiServer, id: str, count: int, on_inputs: bool
 
 
 @route("POST", "/v1/fine-tunes/preview", body=PREVIEW_FIELDS)
-def preview_training(server: TogetherAiServer, request: Request) -> Any:
+def preview_training(server: Server, request: Request) -> Any:
     """Show the first examples of a training file as tokens."""
     body, id = request.body, request.body["training_file"]
-    form = check_training_file(server, id, "training_file", "sft").get("dataset_format", "general")
+    report = find_file(server, id, "training_file", "fine-tune")["validation_report"]
+    form = report.get("dataset_format", "GENERAL").lower()
     on_inputs, count = bool(body.get("train_on_inputs")), body.get("top_k") or 5
     return {
-        "model": body["model"], "dataset_format": form.lower(), "train_on_inputs": on_inputs,
+        "model": body["model"], "dataset_format": form, "train_on_inputs": on_inputs,
         "max_seq_length": LIMITS["max_seq_length_sft"],
         "rows": tokenize_file(server, id, count, on_inputs),
     }  # fmt: skip
 
 
 @route("GET", "/__tokenized/{id}.jsonl", open=True)
-def serve_tokenized_dataset(server: TogetherAiServer, request: Request) -> Any:
+def serve_tokenized_dataset(server: Server, request: Request) -> Any:
     """Serve the tokens of a job's training file; it needs no key."""
     job = server.fine_tunes.get(request.params["id"])
     on_inputs = job["train_on_inputs"] is True
@@ -9362,7 +9352,7 @@ def serve_tokenized_dataset(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/v1/fine-tunes/{id}/download-tokenized-dataset")
-def get_tokenized_dataset(server: TogetherAiServer, request: Request) -> Any:
+def get_tokenized_dataset(server: Server, request: Request) -> Any:
     """Say where the tokens of a job's training file can be fetched."""
     id = request.params["id"]
     return {
@@ -9418,7 +9408,7 @@ def summarize_verdicts(type: str, verdicts: list[Any], said: Item) -> Item:
     return {"aggregated_scores": scores, "failed_samples": 0, "invalid_score_count": 0}
 
 
-def judge_rows(server: TogetherAiServer, job: Item) -> Item:
+def judge_rows(server: Server, job: Item) -> Item:
     """Judge every row of the data, store the outcome and return the results."""
     type, facts = job["type"], dict(job["parameters"])
     id = server.files.get(facts.pop("input_data_file_path", ""))["id"]
@@ -9434,7 +9424,7 @@ def judge_rows(server: TogetherAiServer, job: Item) -> Item:
     return {**summarize_verdicts(type, [row["verdict"] for row in judged], facts), **counts}
 
 
-def note_status(server: TogetherAiServer, status: str, updates: Any = ()) -> Item:
+def note_status(server: Server, status: str, updates: Any = ()) -> Item:
     """Return what a change of status adds to a job that keeps its history."""
     now = format_time(server._now())
     update = {"status": status, "message": f"Job is {status}", "timestamp": now}
@@ -9442,7 +9432,7 @@ def note_status(server: TogetherAiServer, status: str, updates: Any = ()) -> Ite
 
 
 @stored("evaluations")
-def evaluation_object(server: TogetherAiServer, item: Item) -> Item:
+def evaluation_object(server: Server, item: Item) -> Item:
     """Complete an evaluation job."""
     ids = (f"{server._next_id('eval-')[:9]}-{server._now()}" for _ in itertools.count())
     template: Item = {
@@ -9457,7 +9447,7 @@ def evaluation_object(server: TogetherAiServer, item: Item) -> Item:
     return merge(template, item)
 
 
-def enter_evaluation(server: TogetherAiServer, job: Item, status: str) -> Item:
+def enter_evaluation(server: Server, job: Item, status: str) -> Item:
     """Judge the data when the job is to complete; what goes wrong is in the results."""
     changes: Item = {}
     if status == "completed":
@@ -9471,7 +9461,7 @@ def enter_evaluation(server: TogetherAiServer, job: Item, status: str) -> Item:
     return {**note_status(server, status, job["status_updates"]), **changes}
 
 
-def show_evaluation(server: TogetherAiServer, request: Request, job: Item) -> Item:
+def show_evaluation(server: Server, request: Request, job: Item) -> Item:
     """Return a job; the generated clients want the counts of labels as JSON text."""
     results = job["results"]
     generated = is_together(request) and "x-stainless-lang" in request.headers
@@ -9490,7 +9480,7 @@ route("GET", "/v1/evaluation/{id}/status")(EVALUATION_JOBS.get)
 
 
 @route("POST", "/v1/evaluation", body=EVALUATION_FIELDS, kind="job", response=SCRIPTED_END)
-def create_evaluation(server: TogetherAiServer, request: Request) -> Any:
+def create_evaluation(server: Server, request: Request) -> Any:
     """Start to judge the rows of a data file."""
     type, parameters = request.body["type"], request.body["parameters"]
     EVALUATIONS[type][0].check(parameters, "parameters.")
@@ -9502,7 +9492,7 @@ def create_evaluation(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/v1/evaluation", query=LIST_EVALUATIONS)
-def list_evaluations(server: TogetherAiServer, request: Request) -> Any:
+def list_evaluations(server: Server, request: Request) -> Any:
     """List evaluations, newest first; they do not move."""
     status, most = request.args.get("status"), request.args.get("limit") or 10
     jobs = [job for job in server.evaluations if status in (None, job["status"])]
@@ -9510,7 +9500,7 @@ def list_evaluations(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/v1/evaluation/model-list", query=Fields(Field("model_source", str)))
-def list_judges(server: TogetherAiServer, request: Request) -> Any:
+def list_judges(server: Server, request: Request) -> Any:
     """Name the models that can judge."""
     return {"model_list": [id for id, model in list(server.models.items()) if model.type == "chat"]}
 
@@ -9533,11 +9523,11 @@ ADAPTER_FIELDS = Fields(Field("model_id", str, required=True, low=1))
 HARDWARE = (("h100", 80, "sxm", 5.65), ("a100", 80, "sxm", 4.28), ("l40s", 48, "pcie", 3.5))
 
 
-def add_model(server: TogetherAiServer, name: str, base: str) -> None:
+def add_model(server: Server, name: str, base: str) -> None:
     server._add_model(server.models.get(base, UNKNOWN_MODEL).derive(name, USER))
 
 
-def enter_endpoint(server: TogetherAiServer, endpoint: Item, state: str) -> Item:
+def enter_endpoint(server: Server, endpoint: Item, state: str) -> Item:
     server.models.pop(endpoint["name"], None)
     if state == "STARTED":
         add_model(server, endpoint["name"], endpoint["model"])
@@ -9549,7 +9539,7 @@ route("GET", "/v1/endpoints/{id}")(ENDPOINTS.get)
 
 
 @stored("endpoints")
-def endpoint_object(server: TogetherAiServer, item: Item) -> Item:
+def endpoint_object(server: Server, item: Item) -> Item:
     """Complete an endpoint; a started one answers under its name."""
     id = item.get("id") or server._next_id("endpoint-")
     model = item.get("model", "meta-llama/Llama-3.3-70B-Instruct-Turbo")
@@ -9574,14 +9564,14 @@ def endpoint_object(server: TogetherAiServer, item: Item) -> Item:
 
 
 @route("GET", "/v1/endpoints", query=LIST_ENDPOINTS)
-def list_endpoints(server: TogetherAiServer, request: Request) -> Any:
+def list_endpoints(server: Server, request: Request) -> Any:
     """List the dedicated on-demand endpoints, newest first: there are no others."""
     none = {"serverless", "reserved"} & {request.args.get(name) for name in ("type", "usage_type")}
     return {"object": "list", "data": [] if none else server.endpoints.list()}
 
 
 @route("POST", "/v1/endpoints", body=ENDPOINT_FIELDS, kind="job", response=SCRIPTED_END)
-def create_endpoint(server: TogetherAiServer, request: Request) -> Any:
+def create_endpoint(server: Server, request: Request) -> Any:
     """Create an endpoint; it is pending, then starting, then started."""
     if server.strict:
         raise ApiError("no_new_endpoints")
@@ -9592,7 +9582,7 @@ def create_endpoint(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("PATCH", "/v1/endpoints/{id}", body=CHANGE_FIELDS)
-def update_endpoint(server: TogetherAiServer, request: Request) -> Any:
+def update_endpoint(server: Server, request: Request) -> Any:
     """Start or stop an endpoint, or change its settings."""
     id, changes = request.params["id"], pick_given(request.body, CHANGE_FIELDS)
     with server.job_lock:
@@ -9605,7 +9595,7 @@ def update_endpoint(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("DELETE", "/v1/endpoints/{id}", status=204)
-def delete_endpoint(server: TogetherAiServer, request: Request) -> Any:
+def delete_endpoint(server: Server, request: Request) -> Any:
     """Delete an endpoint."""
     endpoint = server.endpoints.remove(request.params["id"])
     for id in (endpoint["name"], *server.adapters.pop(endpoint["id"], ())):
@@ -9616,7 +9606,7 @@ def delete_endpoint(server: TogetherAiServer, request: Request) -> Any:
 @route("GET", "/v1/endpoints/{id}/adapters")
 @route("POST", "/v1/endpoints/{id}/adapters", body=ADAPTER_FIELDS)
 @route("DELETE", "/v1/endpoints/{id}/adapters", body=ADAPTER_FIELDS)
-def handle_adapters(server: TogetherAiServer, request: Request) -> Any:
+def handle_adapters(server: Server, request: Request) -> Any:
     """List, load or unload the LoRA adapters of an endpoint, which answer as `endpoint:adapter`."""
     endpoint, id = server.endpoints.get(request.params["id"]), request.body.get("model_id", "")
     adapters = server.adapters.setdefault(endpoint["id"], [])
@@ -9639,7 +9629,7 @@ def handle_adapters(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/v1/hardware", query=Fields(Field("model", str)))
-def list_hardware(server: TogetherAiServer, request: Request) -> Any:
+def list_hardware(server: Server, request: Request) -> Any:
     """List what endpoints run on; for a given model, whether it is available too."""
     model = request.args.get("model")
     if server.strict and model and model not in server.models:
@@ -9658,7 +9648,7 @@ def list_hardware(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/v1/clusters/availability-zones")
-def list_availability_zones(server: TogetherAiServer, request: Request) -> Any:
+def list_availability_zones(server: Server, request: Request) -> Any:
     """List where endpoints can run."""
     return {"avzones": ["us-central-4b", "us-east-1a", "us-west-2b"]}
 
@@ -9750,9 +9740,7 @@ def render_image(token: str) -> tuple[bytes, str]:
     return make_image(rng, width, height, format), format
 
 
-def show_image(
-    server: TogetherAiServer, request: Request, rng: HashRandom, size: tuple[int, int]
-) -> Item:
+def show_image(server: Server, request: Request, rng: HashRandom, size: tuple[int, int]) -> Item:
     """Return one image as a URL or as base64.
 
     Where nothing was asked it is both, unless the server is strict: as the original has it.
@@ -9788,7 +9776,7 @@ SCRIPTED_IMAGES = ResponseType(
     prompt="prompt",
     response=SCRIPTED_IMAGES,
 )
-def create_images(server: TogetherAiServer, request: Request) -> Any:
+def create_images(server: Server, request: Request) -> Any:
     """Paint images of a prompt."""
     body = request.body
     if not body["prompt"]:
@@ -9814,7 +9802,7 @@ def create_images(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/shrt/{token}", open=True)
-def get_image(server: TogetherAiServer, request: Request) -> Any:
+def get_image(server: Server, request: Request) -> Any:
     """Serve an image that an answer pointed to; it needs no key."""
     data, format = render_image(request.params["token"])
     headers = {"Cache-Control": "max-age=31536000"}
@@ -9896,7 +9884,7 @@ HEARING["response"] = ResponseType(
     prompt="input",
     response=SCRIPTED_SPEECH,
 )
-def create_speech(server: TogetherAiServer, request: Request) -> Any:
+def create_speech(server: Server, request: Request) -> Any:
     """Hum a text: WAV or raw samples, whole or as a stream; an MP3 is silent."""
     body, script, streams = request.body, request.script or {}, request.body.get("stream")
     form = body.get("response_format") or ("raw" if streams else "wav")
@@ -9956,7 +9944,7 @@ def make_segments(words: list[str], seconds: float, speakers: int) -> list[Item]
 
 @route("POST", "/v1/audio/transcriptions", kind="transcription", **HEARING)
 @route("POST", "/v1/audio/translations", kind="translation", **HEARING)
-def create_transcript(server: TogetherAiServer, request: Request) -> Any:
+def create_transcript(server: Server, request: Request) -> Any:
     """Write down what an audio file says, or a translation: words drawn from its bytes."""
     body, script = request.body, request.script or {}  # a fixture says all or some of it
     resolve_model(server, body.get("model") or "openai/whisper-large-v3", "transcribe")
@@ -9981,7 +9969,7 @@ def create_transcript(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/v1/voices", query=Fields(Field("model", str)))
-def list_voices(server: TogetherAiServer, request: Request) -> Any:
+def list_voices(server: Server, request: Request) -> Any:
     """List the voices of each speech model."""
     found = []
     for id, model in list(server.models.items()):
@@ -10021,7 +10009,7 @@ def read_video_size(body: Item) -> str:
 
 
 @stored("videos")
-def video_object(server: TogetherAiServer, item: Item) -> Item:
+def video_object(server: Server, item: Item) -> Item:
     """Complete a video job; the URL of its file holds all there is to know about that."""
     (seconds,) = read_counts(r"(\d{1,2})", item.get("seconds"), (DEFAULT_VIDEO_SECONDS,))
     item.update(size=read_video_size(item), seconds=str(min(seconds, MAX_VIDEO_SECONDS)))
@@ -10042,12 +10030,12 @@ def video_object(server: TogetherAiServer, item: Item) -> Item:
     return merge(template, item)
 
 
-def enter_video(server: TogetherAiServer, job: Item, status: str) -> Item:
+def enter_video(server: Server, job: Item, status: str) -> Item:
     failure = {"error": job["error"] or {"code": None, "message": "The video failed"}}
     return failure if status == "failed" else {"completed_at": server._now()}
 
 
-def show_video(server: TogetherAiServer, request: Request, job: Item) -> Item:
+def show_video(server: Server, request: Request, job: Item) -> Item:
     done = job["status"] == "completed"
     return {**job, "outputs": job["outputs"] if done else None, "progress": 100 if done else 0}
 
@@ -10076,7 +10064,7 @@ SCRIPTED_VIDEO = Keys(
     ),
     max_bytes=MAX_AUDIO_BYTES,
 )
-def create_video(server: TogetherAiServer, request: Request) -> Any:
+def create_video(server: Server, request: Request) -> Any:
     """Start a video; it is completed when it is first retrieved."""
     body, script = request.body, request.script or {}
     item = {
@@ -10091,7 +10079,7 @@ def create_video(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/shrt/videos/{name}", open=True)
-def get_video_file(server: TogetherAiServer, request: Request) -> Any:
+def get_video_file(server: Server, request: Request) -> Any:
     """Serve a video that an answer pointed to; it needs no key."""
     found = VIDEO_URL.fullmatch(request.params["name"])
     facts = [int(number) for number in found.groups()[1:]] if found else [0, 0, 0, 0]
@@ -10443,7 +10431,7 @@ class VoiceSession(Session):
 
 
 @route("GET", "/v1/models", query=Fields(Field("dedicated", bool)))
-def list_models(server: TogetherAiServer, request: Request) -> Any:
+def list_models(server: Server, request: Request) -> Any:
     """List the catalogue and the models that jobs have made."""
     items = [model_object(model) for model in list(server.models.values())]
     if is_openai(request):
@@ -10451,21 +10439,21 @@ def list_models(server: TogetherAiServer, request: Request) -> Any:
     return wrap_list(request, items, server.strict)
 
 
-def find_model(server: TogetherAiServer, id: str) -> Model:
+def find_model(server: Server, id: str) -> Model:
     if id not in server.models:
         raise ApiError("no_model", model=id[:100])
     return server.models[id]
 
 
 @route("GET", "/v1/models/{id...}")
-def get_model(server: TogetherAiServer, request: Request) -> Any:
+def get_model(server: Server, request: Request) -> Any:
     """Describe one model; its slashes may come as they are or as %2F."""
     item = model_object(find_model(server, request.params["id"]))
     return {**item, "owned_by": item["organization"] or "user"}
 
 
 @route("GET", "/v1/autoscale/models")
-def list_autoscale_models(server: TogetherAiServer, request: Request) -> Any:
+def list_autoscale_models(server: Server, request: Request) -> Any:
     """Name the models that can have an endpoint of their own."""
     return [{"name": model.id} for model in list(server.models.values()) if model.type == "chat"]
 
@@ -10483,13 +10471,13 @@ PAGE_FIELDS = Fields(Field("limit", int, low=0, high=1000), Field("after", str))
 
 
 @route("GET", "/v2/supported-models", query=PAGE_FIELDS)
-def list_supported_models(server: TogetherAiServer, request: Request) -> Any:
+def list_supported_models(server: Server, request: Request) -> Any:
     """List the catalogue in the second API's form, page by page."""
     return list_page(request, [supported_model(model) for model in list(server.models.values())])
 
 
 @route("GET", "/v2/supported-models/{id...}")
-def get_supported_model(server: TogetherAiServer, request: Request) -> Any:
+def get_supported_model(server: Server, request: Request) -> Any:
     """Describe one model in the second API's form, by id or by name."""
     wanted = request.params["id"]
     for model in list(server.models.values()):
@@ -10512,7 +10500,7 @@ MODEL_UPLOAD_FIELDS = Fields(
 
 
 @route("GET", "/v1/projects", query=PAGE_FIELDS)
-def list_projects(server: TogetherAiServer, request: Request) -> Any:
+def list_projects(server: Server, request: Request) -> Any:
     """List the one project there is."""
     owner = {f"organization_{name}": value for name, value in ORGANIZATION.items()}
     return list_page(request, [{**PROJECT, **owner}])
@@ -10531,7 +10519,7 @@ def project_model(model: Model) -> Item:
 
 
 @route("GET", "/v2/projects/{project}/models", query=PAGE_FIELDS)
-def list_project_models(server: TogetherAiServer, request: Request) -> Any:
+def list_project_models(server: Server, request: Request) -> Any:
     """List the models that jobs and uploads have made."""
     own = [model for id, model in list(server.models.items()) if id not in MODELS]
     return list_page(request, [project_model(model) for model in own])
@@ -10539,7 +10527,7 @@ def list_project_models(server: TogetherAiServer, request: Request) -> Any:
 
 @route("GET", "/v2/whoami")
 @route("GET", "/v3/whoami")
-def get_identity(server: TogetherAiServer, request: Request) -> Any:
+def get_identity(server: Server, request: Request) -> Any:
     """Say whose key this is: flat for Together's Python 2.x and nested for 3.x."""
     named = {"organization": ORGANIZATION, "project": PROJECT}
     flat = {f"{kind}_{name}": said[name] for kind, said in named.items() for name in said}
@@ -10548,7 +10536,7 @@ def get_identity(server: TogetherAiServer, request: Request) -> Any:
 
 
 @stored("jobs")
-def upload_job_object(server: TogetherAiServer, item: Item) -> Item:
+def upload_job_object(server: Server, item: Item) -> Item:
     """Complete the job that uploads a model."""
     template: Item = {
         "type": "model_upload",
@@ -10560,7 +10548,7 @@ def upload_job_object(server: TogetherAiServer, item: Item) -> Item:
     return merge(template, item)
 
 
-def enter_upload(server: TogetherAiServer, job: Item, status: str) -> Item:
+def enter_upload(server: Server, job: Item, status: str) -> Item:
     if status == "Complete":
         add_model(server, job["args"]["modelName"], "")
     return note_status(server, status, job["status_updates"])
@@ -10571,7 +10559,7 @@ route("GET", "/v1/jobs/{id}")(UPLOADS.get)
 
 
 @route("POST", "/v1/models", body=MODEL_UPLOAD_FIELDS)
-def upload_model(server: TogetherAiServer, request: Request) -> Any:
+def upload_model(server: Server, request: Request) -> Any:
     """Start to upload a model or an adapter from elsewhere."""
     name, source = request.body["model_name"], request.body["model_source"].partition("?")[0]
     name = name if "/" in name else f"{USER}/{name}"  # and no query: its signature is a secret
@@ -10584,7 +10572,7 @@ def upload_model(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("GET", "/v1/jobs")
-def list_upload_jobs(server: TogetherAiServer, request: Request) -> Any:
+def list_upload_jobs(server: Server, request: Request) -> Any:
     """List the uploads of models, newest first."""
     return {"data": server.jobs.list()}
 
