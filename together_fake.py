@@ -8924,9 +8924,9 @@ def enter_batch(server: Server, job: Item, status: str) -> Item:
 BATCHES = Jobs("batches", "VALIDATING IN_PROGRESS COMPLETED", enter_batch, cancelled="CANCELLED")
 route("GET", "/v1/batches/{id}")(BATCHES.get)
 route("POST", "/v1/batches/{id}/cancel")(BATCHES.cancel)
-SCRIPTED_STATUS = Keys(Field("status", str, required=True))
+ENDS = Keys(Field("status", str, required=True))
 SCRIPTED_END = ResponseType(
-    "job", Keys(Field("job", dict, fields=SCRIPTED_STATUS)), operator.itemgetter("job")
+    "job", Keys(Field("job", dict, fields=ENDS)), operator.itemgetter("job")
 )
 
 
@@ -9435,16 +9435,12 @@ def note_status(server: Server, status: str, updates: Any = ()) -> Item:
 def evaluation_object(server: Server, item: Item) -> Item:
     """Complete an evaluation job."""
     ids = (f"{server._next_id('eval-')[:9]}-{server._now()}" for _ in itertools.count())
-    template: Item = {
+    return merge({
         "workflow_id": next(id for id in ids if id not in server.evaluations),
-        "type": "classify",
-        "owner_id": USER_ID,
-        "results": None,
+        "type": "classify", "owner_id": USER_ID, "results": None,
         "created_at": format_time(server._now()),
-        **note_status(server, item.get("status", "pending")),
-        "parameters": {},
-    }
-    return merge(template, item)
+        **note_status(server, item.get("status", "pending")), "parameters": {},
+    }, item)  # fmt: skip
 
 
 def enter_evaluation(server: Server, job: Item, status: str) -> Item:
@@ -9544,21 +9540,12 @@ def endpoint_object(server: Server, item: Item) -> Item:
     id = item.get("id") or server._next_id("endpoint-")
     model = item.get("model", "meta-llama/Llama-3.3-70B-Instruct-Turbo")
     name = f"{USER}/{model}-{HashRandom.of('endpoint', id).hex(8)}"
-    template: Item = {
-        "object": "endpoint",
-        "id": id,
-        "name": name,
-        "display_name": name,
-        "model": model,
-        "hardware": "1x_nvidia_h100_80gb_sxm",
-        "type": "dedicated",
-        "owner": USER,
-        "state": "PENDING",
-        "autoscaling": {"min_replicas": 1, "max_replicas": 1},
-        "inactive_timeout": None,
-        "created_at": format_time(server._now()),
-    }
-    endpoint = merge(template, item)
+    endpoint = merge({
+        "object": "endpoint", "id": id, "name": name, "display_name": name, "model": model,
+        "hardware": "1x_nvidia_h100_80gb_sxm", "type": "dedicated", "owner": USER,
+        "state": "PENDING", "autoscaling": {"min_replicas": 1, "max_replicas": 1},
+        "inactive_timeout": None, "created_at": format_time(server._now()),
+    }, item)  # fmt: skip
     enter_endpoint(server, endpoint, endpoint["state"])
     return endpoint
 
@@ -10017,17 +10004,11 @@ def video_object(server: Server, item: Item) -> Item:
     name = random_letters(HashRandom.of("video", item.pop("facts", id)), 16)
     name = f"{name}-{item['size']}-{item['seconds']}s{item.pop('fps', DEFAULT_FPS)}.mp4"
     url = f"{item.pop('origin', server.origin)}/shrt/videos/{name}"
-    template: Item = {
-        "id": id,
-        "object": "video",
-        "model": "minimax/hailuo-02",
-        "status": "in_progress",
-        "created_at": now,
-        "completed_at": now if item.get("status") == "completed" else None,
-        "outputs": {"cost": 0, "video_url": item.pop("url", url)},
-        "error": None,
-    }
-    return merge(template, item)
+    return merge({
+        "id": id, "object": "video", "model": "minimax/hailuo-02", "status": "in_progress",
+        "created_at": now, "completed_at": now if item.get("status") == "completed" else None,
+        "outputs": {"cost": 0, "video_url": item.pop("url", url)}, "error": None,
+    }, item)  # fmt: skip
 
 
 def enter_video(server: Server, job: Item, status: str) -> Item:
@@ -10538,14 +10519,12 @@ def get_identity(server: Server, request: Request) -> Any:
 @stored("jobs")
 def upload_job_object(server: Server, item: Item) -> Item:
     """Complete the job that uploads a model."""
-    template: Item = {
-        "type": "model_upload",
-        "job_id": server._next_id("job-"),
+    return merge({
+        "type": "model_upload", "job_id": server._next_id("job-"),
         "args": {"description": "", "modelName": f"{USER}/model", "modelSource": ""},
         "created_at": format_time(server._now()),
         **note_status(server, item.get("status", "Queued")),
-    }
-    return merge(template, item)
+    }, item)  # fmt: skip
 
 
 def enter_upload(server: Server, job: Item, status: str) -> Item:
