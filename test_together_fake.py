@@ -520,7 +520,7 @@ class VectorTests(unittest.TestCase):
         self.assertEqual(fake.format_floats(vector[5:8]), "0.0,0.10784,0.0")
         digest = hashlib.sha256(fake.pack_floats(vector)).hexdigest()
         self.assertEqual(digest[:16], "6da40ef7015c5dba")
-        fake.word_vectors.cache_clear()
+        fake.make_word_vector.cache_clear()
         self.assertEqual(vector, fake.make_vector("THE LLAMA is a camelid: Andes", 768, b"model"))
 
     def test_norm(self):

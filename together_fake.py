@@ -1298,7 +1298,7 @@ STOPWORDS = frozenset(
     b" which who why will with would you your".split()
 )
 BUCKETS = 4096
-MAX_WORDS = 8192  # whose vectors are remembered, of each of four models
+MAX_WORDS = 32768  # whose vectors are remembered
 LEVELS = bytes(range(32)) * 8  # a random byte as one of 32 levels
 BLOCK_WORDS = 48  # of at most 44 buckets of 31, whose sums stay below 2 ** 16
 MAX_TEXT_WORDS = 32768  # that count for a vector
@@ -1314,24 +1314,12 @@ def draw_bucket(key: bytes, size: int, bucket: int) -> int:
     return int.from_bytes(lanes, "little")
 
 
-class WordVectors(BoundedDict):
-    """The vectors of a model's words: a word's bucket counts twice, that of each trigram once."""
-
-    def __init__(self, key: bytes, size: int) -> None:
-        super().__init__(MAX_WORDS)
-        self.key = key
-        self.size = size
-
-    def __missing__(self, word: bytes) -> int:
-        padded = b"<%b>" % word[:MAX_WORD_BYTES]
-        grams = [word, word, *[padded[at : at + 3] for at in range(len(padded) - 2)]]
-        buckets = [zlib.crc32(gram) % BUCKETS for gram in grams]
-        total = sum([draw_bucket(self.key, self.size, bucket) for bucket in buckets])
-        self[word] = total
-        return total
-
-
-word_vectors = functools.lru_cache(maxsize=4)(WordVectors)
+@functools.lru_cache(maxsize=MAX_WORDS)
+def make_word_vector(key: bytes, size: int, word: bytes) -> int:
+    """Return a word's vector: its bucket counts twice, that of each trigram once."""
+    padded = b"<%b>" % word[:MAX_WORD_BYTES]
+    grams = [word, word, *[padded[at : at + 3] for at in range(len(padded) - 2)]]
+    return sum([draw_bucket(key, size, zlib.crc32(gram) % BUCKETS) for gram in grams])
 
 
 def find_words(text: str) -> list[bytes]:
@@ -1364,13 +1352,13 @@ def make_vector(text: str, size: int, model_key: bytes) -> list[int]:
 
     copies = 1 if size % 2 else 2
     size //= copies
-    vectors = word_vectors(model_key, size)
     words = find_words(text)[:MAX_TEXT_WORDS]
     lanes: list[int] = []
     for start in range(0, len(words), BLOCK_WORDS):
-        total = sum(map(vectors.__getitem__, words[start : start + BLOCK_WORDS]))
-        block = struct.unpack(f"<{size + 1}H", total.to_bytes(2 * size + 2, "little"))
-        lanes = list(map(operator.add, lanes, block)) if lanes else list(block)
+        block = words[start : start + BLOCK_WORDS]
+        total = sum([make_word_vector(model_key, size, word) for word in block])
+        sums = struct.unpack(f"<{size + 1}H", total.to_bytes(2 * size + 2, "little"))
+        lanes = list(map(operator.add, lanes, sums)) if lanes else list(sums)
     # One standard deviation above the mean: unrelated texts have a cosine of about 0.1.
     floor = lanes[-1] * 31 // 2 + isqrt(lanes[-1] * 85)
     vector = normalise(lanes[:-1], floor, copies)
