@@ -175,9 +175,9 @@ SECRET_NAME = lazy_regex(  # of a header, or in a query
     re.IGNORECASE,
 )
 SECRET_FIELD = lazy_regex(  # of a body, as `hf_token` is one, and `tokens` are none
-    r"(?:(?:(?:^|[^a-z]|(?-i:[a-z](?=[A-Z])))(?:auth|authorization|authz|bearer|jwt|key|credentials?)"
+    r"(?:(?:^|[^a-z]|(?-i:[a-z](?=[A-Z])))(?:auth|authorization|authz|bearer|jwt|key|credentials?)"
     r"|(?:api|access|secret|private|auth)[-_]?keys?|passphrase|passwd|passwords?|secrets?|token"
-    r"|cookies?)(?:value|string|text|pem|header|[^a-z])*)\Z",
+    r"|cookies?)(?:value|string|text|pem|header|[^a-z])*\Z",
     re.IGNORECASE,
 )
 URL = lazy_regex(r"[A-Za-z][\w+.-]*://[^\s\"'<>`]+")
@@ -692,6 +692,7 @@ NO_FIELDS = Fields()
 class Field:
     """One row of a table of fields: what a value must be, by name.
 
+    name      one that ends in `!` must be there
     kinds     Python types of the JSON value; an integer is a number, `True` is not an integer
     low, high bounds of a number, or of the length of a string, array or object
     choices   the values allowed
@@ -704,7 +705,6 @@ class Field:
         self,
         name: str,
         *kinds: type,
-        required: bool = False,
         low: float = -math.inf,
         high: float = math.inf,
         choices: Sequence[Any] = (),
@@ -712,10 +712,10 @@ class Field:
         each: Field | None = None,
         fields: Fields | None = None,
     ) -> None:
-        self.name = name
+        self.name = name.rstrip("!")
         self.kinds = kinds
         self.types = frozenset(kinds)
-        self.required = required
+        self.required = name.endswith("!")
         self.low = low
         self.high = high
         self.choices = choices
@@ -788,17 +788,15 @@ def rows_of(names: str, *kinds: type, **rules: Any) -> list[Field]:
     return [Field(name, *kinds, **rules) for name in names.split()]
 
 
-def object_field(name: str, *inner: Field, required: bool = False, ignored: str = "") -> Field:
+def object_field(name: str, *inner: Field, ignored: str = "") -> Field:
     """Return the row of an object with rows of its own."""
-    return Field(name, dict, required=required, fields=Fields(*inner, ignored=ignored))
+    return Field(name, dict, fields=Fields(*inner, ignored=ignored))
 
 
-def list_field(
-    name: str, *inner: Field, required: bool = False, low: int = 1, ignored: str = ""
-) -> Field:
+def list_field(name: str, *inner: Field, low: int = 1, ignored: str = "") -> Field:
     """Return the row of an array of such objects, at least one."""
     each = object_field("", *inner, ignored=ignored)
-    return Field(name, list, required=required, low=low, each=each)
+    return Field(name, list, low=low, each=each)
 
 
 def read_float(text: str) -> float:
@@ -4820,7 +4818,7 @@ class MatchFacts(dict):  # type: ignore[type-arg]
 DECODE_BASE64 = functools.partial(base64.b64decode, validate=True)
 
 
-PATTERN = Keys(Field("pattern", str, required=True))
+PATTERN = Keys(Field("pattern!", str))
 
 
 # Numbers of fixtures stay as they were written: 5 is not made 5.0.
@@ -4896,13 +4894,13 @@ OPTIONS = Keys(
     ignored="openRouterProcessing metadata",
 )
 ENTRY = Keys(
-    Field("match", dict, required=True, fields=MATCH),
+    Field("match!", dict, fields=MATCH),
     Field("response", dict),
     *OPTIONS.values(),
     ignored="openRouterProcessing metadata",
 )
 FIXTURE_FILE = Keys(
-    Field("fixtures", list, required=True),
+    Field("fixtures!", list),
     Field("models", dict),
     Field("exactTurns", bool),
     Field("normalise", list, each=Field("", str, test=("a regular expression", re.compile))),
@@ -4926,17 +4924,17 @@ OVERRIDES = Fields(
     Field("usage", dict, each=Field("", int, float, bool, dict, low=0)),
 )
 TOOL_CALL = Keys(
-    Field("name", str, required=True),
-    Field("arguments", *JSON_TEXT, required=True),
+    Field("name!", str),
+    Field("arguments!", *JSON_TEXT),
     Field("id", str),
 )
 BLOCK = Keys(
-    Field("type", str, required=True, choices=("text", "toolCall")),
+    Field("type!", str, choices=("text", "toolCall")),
     *rows_of("text name id", str),
     Field("arguments", *JSON_TEXT),
 )
 ENVELOPE = Keys(
-    Field("message", str, dict, required=True),  # an engine's own error is an object
+    Field("message!", str, dict),  # an engine's own error is an object
     *rows_of("type param code", str),
     ignored="metadata",
 )
@@ -7232,7 +7230,7 @@ CACHED_TOKENS = 64  # the cached part of a prompt is a multiple of so many (reco
 
 EFFORT_THOUGHTS = {"none": 0, "minimal": 1, "low": 1, "medium": 1, "high": 2, "xhigh": 3, "max": 4}
 
-MODEL_ROW, TEXT_ROW = Field("model", str, required=True, low=1), Field("", str)
+MODEL_ROW, TEXT_ROW = Field("model!", str, low=1), Field("", str)
 SAMPLING_FIELDS = (
     MODEL_ROW,
     Field("temperature", float, low=0, high=2),
@@ -7255,30 +7253,28 @@ SAMPLING_FIELDS = (
     *rows_of("safety_model user", str),
 )
 FUNCTION_FIELDS = Fields(
-    Field("name", str, required=True, low=1),
+    Field("name!", str, low=1),
     Field("description", str),
     Field("parameters", dict),
     ignored="strict",
 )
 # What SDKs send back of a message is ignored by name, as production does.
-CALL_FIELDS = Fields(
-    Field("name", str, required=True), Field("arguments", str), ignored="parsed_arguments"
-)
-URL_FIELDS = Fields(Field("url", str, required=True), ignored="detail format")
+CALL_FIELDS = Fields(Field("name!", str), Field("arguments", str), ignored="parsed_arguments")
+URL_FIELDS = Fields(Field("url!", str), ignored="detail format")
 PART_TYPES = (
     "text", "image_url", "video_url", "audio_url", "input_audio", "file", "refusal", "reasoning",
     "thinking",
 )  # fmt: skip
 PART_FIELDS = Fields(
-    Field("type", str, required=True, choices=PART_TYPES),
+    Field("type!", str, choices=PART_TYPES),
     Field("text", str),
     *rows_of("image_url video_url audio_url", dict, fields=URL_FIELDS),
-    object_field("input_audio", Field("data", str, required=True), ignored="format"),
+    object_field("input_audio", Field("data!", str), ignored="format"),
     ignored="file refusal reasoning thinking signature annotations cache_control",
 )
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MESSAGE_FIELDS = Fields(
-    Field("role", str, required=True, choices=ROLES),
+    Field("role!", str, choices=ROLES),
     Field("content", str, list, each=Field("", dict, fields=PART_FIELDS)),
     *rows_of("name tool_call_id reasoning reasoning_content", str),
     list_field(
@@ -7293,7 +7289,7 @@ MESSAGE_FIELDS = Fields(
 RESPONSE_FORMATS = ("text", "json_object", "json_schema", "regex")
 TEXT_FORMAT = {"type": "text"}
 FORMAT_FIELDS = Fields(
-    Field("type", str, required=True, choices=RESPONSE_FORMATS),
+    Field("type!", str, choices=RESPONSE_FORMATS),
     object_field(
         "json_schema",
         Field("name", str, high=64),
@@ -7304,9 +7300,7 @@ FORMAT_FIELDS = Fields(
     Field("schema", dict, bool),
     Field("pattern", str),
 )
-TOOL_FIELDS = Fields(
-    Field("type", str), Field("function", dict, required=True, fields=FUNCTION_FIELDS)
-)
+TOOL_FIELDS = Fields(Field("type", str), Field("function!", dict, fields=FUNCTION_FIELDS))
 NAME_ROW = Field("name", str)
 NAMED_ROWS = (Field("type", str), NAME_ROW, object_field("function", NAME_ROW))
 TOOL_CHOICE = Fields(
@@ -7319,7 +7313,7 @@ TOOL_CHOICE = Fields(
 )
 CHAT_FIELDS = Fields(
     *SAMPLING_FIELDS,
-    Field("messages", list, required=True, low=1, each=Field("", dict, fields=MESSAGE_FIELDS)),
+    Field("messages!", list, low=1, each=Field("", dict, fields=MESSAGE_FIELDS)),
     Field("max_completion_tokens", int, low=0),
     Field("logprobs", int, bool, low=0, high=20),
     Field("top_logprobs", int, low=0, high=20),
@@ -7901,48 +7895,48 @@ class Variants(Fields):
     def __init__(self, tables: dict[str, Fields], default: str = "", known: Any = None) -> None:
         self.tables = tables
         self.default = default
-        super().__init__(Field("type", str, required=not default, choices=known))
+        super().__init__(Field("type" if default else "type!", str, choices=known))
 
     def check(self, values: Item, place: str = "") -> None:
         super().check(values, place)
         self.tables.get(values.get("type") or self.default, NO_FIELDS).check(values, place)
 
 
-TEXT_FIELDS = Fields(Field("text", str, required=True))
+TEXT_FIELDS = Fields(Field("text!", str))
 CONTENT_PARTS = {
     "input_text": TEXT_FIELDS,
     "output_text": TEXT_FIELDS,
     "input_image": Fields(*rows_of("image_url file_id detail", str)),
-    "input_audio": Fields(object_field("input_audio", Field("data", str), required=True)),
+    "input_audio": Fields(object_field("input_audio!", Field("data", str))),
 }
 CONTENT_PART = Field("", dict, fields=Variants(CONTENT_PARTS))
 ITEM_ROLES = ("user", "assistant", "system", "developer")
 ITEMS = {
     "message": Fields(
-        Field("role", str, required=True, choices=ITEM_ROLES),
-        Field("content", str, list, required=True, each=CONTENT_PART),
+        Field("role!", str, choices=ITEM_ROLES),
+        Field("content!", str, list, each=CONTENT_PART),
     ),
     "function_call": Fields(
-        *rows_of("call_id name", str, required=True, low=1),
-        Field("arguments", str, required=True),
+        *rows_of("call_id! name!", str, low=1),
+        Field("arguments!", str),
     ),
     "function_call_output": Fields(
-        Field("call_id", str, required=True, low=1),
-        Field("output", str, list, required=True, each=CONTENT_PART),
+        Field("call_id!", str, low=1),
+        Field("output!", str, list, each=CONTENT_PART),
     ),
 }
 ITEM_ROW = Field("", dict, fields=Variants(ITEMS, "message"))
 FUNCTION_TOOL = Fields(*FUNCTION_FIELDS.values(), Field("strict", bool))
 TOOL_ROW = Field("", dict, fields=Variants({"function": FUNCTION_TOOL}))
-TOOL_CHOICES = {"function": Fields(Field("name", str, required=True))}
+TOOL_CHOICES = {"function": Fields(Field("name!", str))}
 ALLOWED_TOOLS = Fields(
-    Field("mode", str, required=True, choices=("auto", "required")),
-    Field("tools", list, required=True, each=Field("", dict, fields=Variants(TOOL_CHOICES))),
+    Field("mode!", str, choices=("auto", "required")),
+    Field("tools!", list, each=Field("", dict, fields=Variants(TOOL_CHOICES))),
 )
 CHOICE_FIELDS = Variants({**TOOL_CHOICES, "allowed_tools": ALLOWED_TOOLS})
 JSON_FORMAT = Fields(
-    Field("name", str, required=True, low=1, high=64),
-    Field("schema", dict, required=True),
+    Field("name!", str, low=1, high=64),
+    Field("schema!", dict),
     Field("strict", bool),
 )
 TEXT_FORMAT_FIELDS = Variants({"json_schema": JSON_FORMAT}, known=RESPONSE_FORMATS)
@@ -7950,7 +7944,7 @@ TEXT_FORMAT_FIELDS = Variants({"json_schema": JSON_FORMAT}, known=RESPONSE_FORMA
 SAME_IN_CHAT = ("model", "temperature", "top_p", "parallel_tool_calls", "stream")
 RESPONSE_FIELDS = Fields(
     *[CHAT_FIELDS[name] for name in (*SAME_IN_CHAT, "top_logprobs")],
-    Field("input", str, list, required=True, each=ITEM_ROW),
+    Field("input!", str, list, each=ITEM_ROW),
     Field("tools", list, high=MAX_TOOLS, each=TOOL_ROW),
     Field("tool_choice", str, dict, choices=("none", "auto", "required"), fields=CHOICE_FIELDS),
     object_field(
@@ -8226,7 +8220,7 @@ MAX_INPUT_ITEMS = 2048  # texts of one embedding request
 
 COMPLETION_FIELDS = Fields(
     *SAMPLING_FIELDS,
-    Field("prompt", str, list, required=True),
+    Field("prompt!", str, list),
     Field("logprobs", int, low=0, high=20),
 )
 TEXT_FORMS = {False: CompletionForm(), True: TurboCompletionForm()}  # by whether a seed is told
@@ -8310,7 +8304,7 @@ def create_completion(server: Server, request: Request) -> Any:
 
 EMBEDDING_FIELDS = Fields(
     MODEL_ROW,
-    Field("input", str, list, required=True),
+    Field("input!", str, list),
     Field("encoding_format", str, choices=("float", "base64")),
     Field("dimensions", int, low=1, high=MAX_DIMENSIONS),
     Field("user", str),
@@ -8379,8 +8373,8 @@ def create_embeddings(server: Server, request: Request) -> Any:
 # --- Rerank
 
 RERANK_FIELDS = Fields(
-    MODEL_ROW, Field("query", str, required=True), Field("top_n", int, low=1),
-    Field("documents", list, required=True, low=1, high=MAX_INPUT_ITEMS, each=Field("", str, dict)),
+    MODEL_ROW, Field("query!", str), Field("top_n", int, low=1),
+    Field("documents!", list, low=1, high=MAX_INPUT_ITEMS, each=Field("", str, dict)),
     Field("return_documents", bool), Field("rank_fields", list, each=TEXT_ROW),
 )  # fmt: skip
 
@@ -8570,34 +8564,34 @@ PURPOSES = (
 MAX_PARTS = 250  # of an upload
 FILE_TYPES = ("jsonl", "csv", "parquet")
 UPLOAD_FIELDS = Fields(
-    Field("purpose", str, required=True, choices=PURPOSES), Field("file_name", str, low=1),
+    Field("purpose!", str, choices=PURPOSES), Field("file_name", str, low=1),
     Field("file_type", str, choices=FILE_TYPES), Field("checksum", str), Field("file", Upload),
 )  # fmt: skip
-WHOLE_UPLOAD_FIELDS = Fields(*UPLOAD_FIELDS.values(), Field("file", Upload, required=True))
+WHOLE_UPLOAD_FIELDS = Fields(*UPLOAD_FIELDS.values(), Field("file!", Upload))
 INITIATE_FIELDS = Fields(
-    *UPLOAD_FIELDS.values(), Field("file_size", int, required=True, low=1),
-    Field("num_parts", int, required=True, low=1, high=MAX_PARTS),
+    *UPLOAD_FIELDS.values(), Field("file_size!", int, low=1),
+    Field("num_parts!", int, low=1, high=MAX_PARTS),
 )  # fmt: skip
-ENDING_ROWS = rows_of("upload_id file_id", str, required=True)
-PART_ROWS = (Field("part_number", int, required=True), Field("etag", str))
-PARTS = list_field("parts", *PART_ROWS, required=True)
+ENDING_ROWS = rows_of("upload_id! file_id!", str)
+PART_ROWS = (Field("part_number!", int), Field("etag", str))
+PARTS = list_field("parts!", *PART_ROWS)
 LIST_FIELDS = Fields(Field("limit", int, low=1, high=10000), *rows_of("after purpose", str))
 MESSAGE_ROWS = (
-    Field("role", str, required=True, choices=("system", "user", "assistant", "tool", "developer")),
+    Field("role!", str, choices=("system", "user", "assistant", "tool", "developer")),
     Field("content", str, list, each=Field("", dict)), Field("weight", float, low=0, high=1),
 )  # fmt: skip
-MESSAGES = list_field("messages", *MESSAGE_ROWS, required=True)
+MESSAGES = list_field("messages!", *MESSAGE_ROWS)
 DATASETS = {  # what a line of a training file may be; its first required field tells which
     "CONVERSATION": Fields(MESSAGES),
-    "INSTRUCTION": Fields(*rows_of("prompt completion", str, required=True)),
-    "GENERAL": Fields(*rows_of("text", str, required=True)),
+    "INSTRUCTION": Fields(*rows_of("prompt! completion!", str)),
+    "GENERAL": Fields(*rows_of("text!", str)),
     "PREFERENCE": Fields(
-        object_field("input", MESSAGES, required=True),
-        *rows_of("preferred_output non_preferred_output", list, required=True, low=1),
+        object_field("input!", MESSAGES),
+        *rows_of("preferred_output! non_preferred_output!", list, low=1),
     ),
 }
 BATCH_LINE_FIELDS = Fields(
-    Field("custom_id", str, required=True, low=1, high=64), Field("body", dict, required=True),
+    Field("custom_id!", str, low=1, high=64), Field("body!", dict),
     Field("method", str, choices=("POST",)), Field("url", str),
 )  # fmt: skip
 FILE: Item = {
@@ -8814,8 +8808,8 @@ BATCH_ENDPOINTS = (
     "/v1/audio/transcriptions", "/v1/audio/translations",
 )  # fmt: skip
 BATCH_FIELDS = Fields(
-    Field("endpoint", str, required=True, choices=BATCH_ENDPOINTS), Field("metadata", dict),
-    Field("input_file_id", str, required=True), *rows_of("completion_window model_id", str),
+    Field("endpoint!", str, choices=BATCH_ENDPOINTS), Field("metadata", dict),
+    Field("input_file_id!", str), *rows_of("completion_window model_id", str),
     Field("priority", int),
 )  # fmt: skip
 BATCH: Item = {
@@ -8912,7 +8906,7 @@ def enter_batch(server: Server, job: Item, status: str) -> Item:
 BATCHES = Jobs("batches", "VALIDATING IN_PROGRESS COMPLETED", enter_batch, cancelled="CANCELLED")
 route("GET", "/v1/batches/{id}")(BATCHES.get)
 route("POST", "/v1/batches/{id}/cancel")(BATCHES.cancel)
-ENDS = Keys(Field("status", str, required=True))
+ENDS = Keys(Field("status!", str))
 SCRIPTED_END = ResponseType(
     "job", Keys(Field("job", dict, fields=ENDS)), operator.itemgetter("job")
 )
@@ -8962,18 +8956,18 @@ LIMITS: Item = {  # documented, but for the flags
 }  # fmt: skip
 ON_INPUTS = Field("train_on_inputs", bool, str, choices=(True, False, "auto"))
 ESTIMATE_FIELDS = Fields(
-    Field("training_file", str, required=True, low=1),
+    Field("training_file!", str, low=1),
     *rows_of("validation_file model from_checkpoint", str),
     Field("n_epochs", int, low=0, high=20), Field("n_evals", int, low=0, high=100),
     object_field(
         "training_method",
-        Field("method", str, required=True, choices=("sft", "dpo")), ON_INPUTS,
+        Field("method!", str, choices=("sft", "dpo")), ON_INPUTS,
         *rows_of("dpo_beta rpo_alpha simpo_gamma", float),
         *rows_of("dpo_normalize_logratios_by_length dpo_reference_free", bool),
     ),
     object_field(
         "training_type",
-        Field("type", str, required=True, choices=("Full", "Lora")),
+        Field("type!", str, choices=("Full", "Lora")),
         Field("lora_r", int, low=1, high=64), Field("lora_alpha", int, low=1),
         Field("lora_dropout", float, low=0, high=1), Field("lora_trainable_modules", str),
     ),
@@ -8987,7 +8981,7 @@ FINE_TUNE_FIELDS = Fields(
     Field("learning_rate", float, low=1e-06, high=1), Field("warmup_ratio", float, low=0, high=1),
     object_field(
         "lr_scheduler",
-        Field("lr_scheduler_type", str, required=True, choices=("linear", "cosine")),
+        Field("lr_scheduler_type!", str, choices=("linear", "cosine")),
         object_field("lr_scheduler_args", *rows_of("min_lr_ratio num_cycles", float)),
     ),
     *rows_of("max_grad_norm weight_decay", float, low=0), Field("random_seed", int),
@@ -9002,11 +8996,11 @@ METRIC_FIELDS = Fields(
 )  # fmt: skip
 LIMIT_FIELDS = Fields(*rows_of("model_name model", str))
 DOWNLOAD_FIELDS = Fields(
-    Field("ft_id", str, required=True), Field("checkpoint_step", int),
+    Field("ft_id!", str), Field("checkpoint_step", int),
     Field("checkpoint", str, choices=("merged", "adapter", "model_output_path")),
 )  # fmt: skip
 PREVIEW_FIELDS = Fields(
-    *rows_of("model training_file", str, required=True), Field("top_k", int, low=1, high=100),
+    *rows_of("model! training_file!", str), Field("top_k", int, low=1, high=100),
     Field("train_on_inputs", bool), Field("training_method", str, choices=("sft",)),
 )  # fmt: skip
 # The nested settings: the member that chooses among their forms, and the documented defaults
@@ -9353,20 +9347,20 @@ def get_tokenized_dataset(server: Server, request: Request) -> Any:
 # --- Evaluations
 
 JUDGE_ROWS = (
-    *rows_of("model system_template", str, required=True, low=1),
-    Field("model_source", str, required=True, choices=("serverless", "dedicated", "external")),
+    *rows_of("model! system_template!", str, low=1),
+    Field("model_source!", str, choices=("serverless", "dedicated", "external")),
     *rows_of("external_api_token external_base_url", str),
     *rows_of("num_workers max_tokens", int, low=1),
     Field("temperature", float, low=0, high=2),
 )  # fmt: skip
-JUDGED_FIELDS = Fields(*JUDGE_ROWS, Field("input_template", str, required=True))
+JUDGED_FIELDS = Fields(*JUDGE_ROWS, Field("input_template!", str))
 PARAMETER_ROWS = (
-    Field("judge", dict, required=True, fields=Fields(*JUDGE_ROWS)),
-    Field("input_data_file_path", str, required=True, low=1),
+    Field("judge!", dict, fields=Fields(*JUDGE_ROWS)),
+    Field("input_data_file_path!", str, low=1),
     *rows_of("model_to_evaluate model_a model_b", str, dict, fields=JUDGED_FIELDS),
 )
-LABELS = rows_of("labels pass_labels", list, required=True, low=1, each=TEXT_ROW)
-SCORES = rows_of("min_score max_score pass_threshold", float, required=True, low=-1e9, high=1e9)
+LABELS = rows_of("labels! pass_labels!", list, low=1, each=TEXT_ROW)
+SCORES = rows_of("min_score! max_score! pass_threshold!", float, low=-1e9, high=1e9)
 EVALUATIONS: dict[str, tuple[Fields, Callable[[Any], Sequence[Any]]]] = {
     # by type: its parameters, and the verdicts that a row may get
     "classify": (Fields(*PARAMETER_ROWS, *LABELS), lambda p: p["labels"]),
@@ -9374,8 +9368,8 @@ EVALUATIONS: dict[str, tuple[Fields, Callable[[Any], Sequence[Any]]]] = {
     "score": (Fields(*PARAMETER_ROWS, *SCORES), lambda p: [
         p["min_score"] + (p["max_score"] - p["min_score"]) * step / 20 for step in range(21)]),
 }  # fmt: skip
-TYPE_ROW = Field("type", str, required=True, choices=tuple(EVALUATIONS))
-EVALUATION_FIELDS = Fields(TYPE_ROW, Field("parameters", dict, required=True))
+TYPE_ROW = Field("type!", str, choices=tuple(EVALUATIONS))
+EVALUATION_FIELDS = Fields(TYPE_ROW, Field("parameters!", dict))
 LIST_EVALUATIONS = Fields(Field("status", str), Field("limit", int, low=0))
 
 
@@ -9491,18 +9485,18 @@ def list_judges(server: Server, request: Request) -> Any:
 
 # --- Dedicated endpoints
 
-SCALING = Fields(*rows_of("min_replicas max_replicas", int, required=True, low=0))
+SCALING = Fields(*rows_of("min_replicas! max_replicas!", int, low=0))
 CHANGE_FIELDS = Fields(
     Field("display_name", str), Field("state", str, choices=("STARTED", "STOPPED")),
     Field("autoscaling", dict, fields=SCALING), Field("inactive_timeout", int, low=0),
 )  # fmt: skip
 ENDPOINT_FIELDS = Fields(
-    *CHANGE_FIELDS.values(), *rows_of("model hardware", str, required=True, low=1),
-    Field("autoscaling", dict, required=True, fields=SCALING), Field("availability_zone", str),
+    *CHANGE_FIELDS.values(), *rows_of("model! hardware!", str, low=1),
+    Field("autoscaling!", dict, fields=SCALING), Field("availability_zone", str),
     *rows_of("disable_prompt_cache disable_speculative_decoding", bool),
 )  # fmt: skip
 LIST_ENDPOINTS = Fields(*rows_of("type usage_type", str), Field("mine", bool))
-ADAPTER_FIELDS = Fields(Field("model_id", str, required=True, low=1))
+ADAPTER_FIELDS = Fields(Field("model_id!", str, low=1))
 # GPU, its GB, link and cents a minute for one; prices chosen
 HARDWARE = (("h100", 80, "sxm", 5.65), ("a100", 80, "sxm", 4.28), ("l40s", 48, "pcie", 3.5))
 
@@ -9636,13 +9630,13 @@ def list_availability_zones(server: Server, request: Request) -> Any:
 MAX_IMAGES = 4  # of one request; documented
 
 IMAGE_FIELDS = Fields(
-    MODEL_ROW, Field("prompt", str, required=True), Field("n", int, low=0, high=MAX_IMAGES),
+    MODEL_ROW, Field("prompt!", str), Field("n", int, low=0, high=MAX_IMAGES),
     *rows_of("width height", int, low=0, high=MAX_IMAGE_SIDE), Field("seed", int),
     Field("steps", int, low=0, high=100), *rows_of("guidance_scale guidance", float),
     *rows_of("size aspect_ratio image_url image_base64 negative_prompt user", str),
     Field("reference_images", list, each=TEXT_ROW),
     Field("image_loras", list, each=object_field(
-        "", Field("path", str, required=True), Field("scale", float, required=True)
+        "", Field("path!", str), Field("scale!", float)
     )),
     *rows_of("disable_safety_checker prompt_upsampling", bool),
     Field("response_format", str, choices=("base64", "b64_json", "url")),
@@ -9792,8 +9786,8 @@ MAX_SPEAKERS = 32  # of one transcription
 
 MP3_SILENCE = {32000: 0x10, 64000: 0x50, 96000: 0x70, 128000: 0x90, 192000: 0xB0}  # rate's bits
 SPEECH_FIELDS = Fields(
-    MODEL_ROW, Field("input", str, required=True, low=1, high=MAX_SPEECH_CHARACTERS),
-    Field("voice", str, required=True), *rows_of("language instructions", str),
+    MODEL_ROW, Field("input!", str, low=1, high=MAX_SPEECH_CHARACTERS),
+    Field("voice!", str), *rows_of("language instructions", str),
     Field("response_format", str, choices=("wav", "mp3", "raw", "pcm")),
     Field("response_encoding", str, choices=tuple(ENCODINGS)), Field("extra_params", dict),
     Field("sample_rate", int, low=8000, high=48000), Field("stream", bool),
@@ -9806,7 +9800,7 @@ SPEECH_EVENT = {  # has the keys of the older and of the newer documentation
 }  # fmt: skip
 SPEECH_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg"}  # without parameters: Python 1.x compares
 TRANSCRIPTION_FIELDS = Fields(
-    Field("file", Upload, str, required=True), *rows_of("model language prompt", str),
+    Field("file!", Upload, str), *rows_of("model language prompt", str),
     Field("response_format", str, choices=("json", "verbose_json")),
     Field("temperature", float, low=0, high=1), Field("diarize", bool),
     Field("timestamp_granularities", str, list, each=Field("", str, choices=("segment", "word"))),
@@ -9827,7 +9821,7 @@ def normalise_audio(said: Item) -> Item:
     return {"audio": data, "content_type": content_type, "format": said.get("format")}
 
 
-SOUND = Keys(Field("b64Json", str, required=True, test=BASE64), Field("contentType", str))
+SOUND = Keys(Field("b64Json!", str, test=BASE64), Field("contentType", str))
 SCRIPTED_SPEECH = ResponseType(
     "audio",
     Keys(
@@ -9838,7 +9832,7 @@ SCRIPTED_SPEECH = ResponseType(
     normalise_audio,
 )
 TRANSCRIPT = Keys(
-    Field("text", str, required=True),
+    Field("text!", str),
     Field("language", str),
     *number_rows("duration", 0, MAX_MS),
     *rows_of("words segments", list, each=Field("", dict)),
@@ -10013,8 +10007,8 @@ VIDEOS = Jobs("videos", "in_progress completed", enter_video, show_video)
 route("GET", "/v2/videos/{id}")(VIDEOS.get)
 VIDEO_ENDS = {"completed": "completed", "processing": "completed", "failed": "failed"}
 SCRIPTED_VIDEO = Keys(
-    Field("id", str, required=True),
-    Field("status", str, required=True, choices=tuple(VIDEO_ENDS)),
+    Field("id!", str),
+    Field("status!", str, choices=tuple(VIDEO_ENDS)),
     *rows_of("url error", str),
     ignored="b64 cost duration",
 )
@@ -10190,10 +10184,8 @@ class HearingSession(Session):
     failure = prefix + "failed"
     is_strict = True
     messages: Mapping[str, Fields] = {
-        "input_audio_buffer.append": Fields(Field("audio", str, required=True, test=BASE64)),
-        "transcription_session.updated": Fields(
-            object_field("session", *REALTIME_ROWS, required=True)
-        ),
+        "input_audio_buffer.append": Fields(Field("audio!", str, test=BASE64)),
+        "transcription_session.updated": Fields(object_field("session!", *REALTIME_ROWS)),
         "input_audio_buffer.commit": NO_FIELDS,
         "input_audio_buffer.clear": NO_FIELDS,
         "echo": NO_FIELDS,
@@ -10325,10 +10317,8 @@ class VoiceSession(Session):
     modalities = ("text", "audio")
     failure = "conversation.item.tts.failed"
     messages: Mapping[str, Fields] = {
-        "input_text_buffer.append": Fields(
-            Field("text", str, required=True, high=MAX_SPEECH_CHARACTERS)
-        ),
-        "tts_session.updated": Fields(object_field("session", *VOICE_ROWS, required=True)),
+        "input_text_buffer.append": Fields(Field("text!", str, high=MAX_SPEECH_CHARACTERS)),
+        "tts_session.updated": Fields(object_field("session!", *VOICE_ROWS)),
         "input_text_buffer.commit": NO_FIELDS,
         "input_text_buffer.clear": NO_FIELDS,
     }
@@ -10462,7 +10452,7 @@ ORGANIZATION = {"id": "66a1b2c3d4e5f60718293a4b", "name": "Parlel"}  # pragma: a
 PROJECT = {"id": "proj-5f0e1d2c3b4a", "name": "Default", "slug": "default"}
 API_KEY_ID = "key-9a8b7c6d5e4f"
 MODEL_UPLOAD_FIELDS = Fields(
-    *rows_of("model_name model_source", str, required=True, low=1),
+    *rows_of("model_name! model_source!", str, low=1),
     Field("model_type", str, choices=("model", "adapter")),
     *rows_of("hf_token description base_model lora_model", str),
 )
