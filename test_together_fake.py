@@ -830,6 +830,10 @@ HEAVY = (
 )
 
 
+def read_schema(schema):
+    return fake.SchemaReader(schema, fake.Budget(fake.MAX_STEPS))
+
+
 def make_instance(schema, number=0):
     return fake.make_instance(fake.HashRandom.of("schema", number), schema)
 
@@ -839,14 +843,14 @@ class SchemaTests(unittest.TestCase):
 
     def test_keywords(self):
         for schema, met, missed in KEYWORDS:
-            reader = fake.SchemaReader(schema)
+            reader = read_schema(schema)
             for number, value in enumerate(met + missed):
                 with self.subTest(schema=schema, value=value):
                     self.assertIs(reader.accepts(reader.root, value), number < len(met))
 
     def test_instances(self):
         for schema in (*(row[0] for row in KEYWORDS), *ENTANGLED):
-            reader = fake.SchemaReader(schema)
+            reader = read_schema(schema)
             for number in range(3):
                 with self.subTest(schema=schema, number=number):
                     value = make_instance(schema, number)
@@ -868,7 +872,7 @@ class SchemaTests(unittest.TestCase):
         for schema, _, missed in KEYWORDS:
             if missed and "$" not in str(schema):
                 with self.subTest(schema=schema):
-                    reader = fake.SchemaReader(schema)
+                    reader = read_schema(schema)
                     try:
                         value = make_instance({"not": schema})
                     except fake.Unsatisfiable:
@@ -8077,6 +8081,22 @@ class WorkTests(FakeCase):
         self.assertEqual((got.status, got.json["error"]["param"]), (400, "n"))
         self.assertIn("81600 > 50000", got.json["error"]["message"])
         self.post("/v1/completions", {**body, "n": 1, "prompt": "a"})
+
+    def test_the_values_of_a_request_share_a_limit(self):
+        schema = {"type": "array", "items": WHOLE, "minItems": 100}
+        held = {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+        for kind in (
+            {"response_format": {"type": "json_schema", "schema": schema}},
+            {"response_format": {"type": "regex", "pattern": "[ab]{500}"}},
+            {"tools": [tool("f", parameters=held)], "tool_choice": "required"},
+        ):
+            body = {"model": LLAMA, "messages": say("hi"), **kind}
+            with mock.patch.object(fake, "MAX_REQUEST_STEPS", 8_000):
+                self.post(CHAT, {**body, "n": 3})
+                got = self.ask("POST", CHAT, {**body, "n": 128})
+            self.assertEqual(got.status, 400, kind)
+            self.assertIn("for the values that are asked for", got.json["error"]["message"])
+            self.assertEqual(fake.WORK.steps, math.inf)
 
     def test_many_choices_are_written_one_by_one(self):
         """While JSON is written no other thread runs, and somebody may ask for /health."""

@@ -1732,7 +1732,8 @@ def make_video(rng: HashRandom, width: int, height: int, seconds: float, fps: in
 
 # === Schemas ===
 
-MAX_STEPS = 40_000  # of work for one schema, some 0.2 seconds
+MAX_STEPS = 40_000  # of work for one value, some 0.2 seconds
+MAX_REQUEST_STEPS = 500_000  # for all values of one request, some two seconds
 MAX_TEXT = 10_000  # characters that a schema may ask of one string
 MAX_ITEMS = 500  # items or properties that a schema may ask of one value
 MAX_MORE_DEPTH = 30  # levels that a schema may need beyond the depth it is meant to have
@@ -1740,7 +1741,6 @@ MAX_BRANCHES = 48  # ways through anyOf and oneOf that are tried in one place
 TRIES = 12  # values made for one way before it is given up
 MAX_SEARCHED = 1_000_000  # characters in which a pattern is looked for
 MANY_STEPS = 10_000  # after which optional properties are left out
-TOO_MUCH = "the schema is too large, too deep or too entangled to make a value for"
 
 
 class Unsatisfiable(Exception):
@@ -1764,6 +1764,29 @@ class Budget:
             raise OutOfSteps
 
 
+class RequestWork(threading.local):
+    """What the request that this thread answers may still spend on values."""
+
+    steps: float = math.inf  # none is answered
+
+
+WORK = RequestWork()
+
+
+@contextlib.contextmanager
+def bound_work() -> Iterator[Budget]:
+    """Bound the work for a value, alone and together with the others of a request."""
+    most = min(MAX_STEPS, WORK.steps)
+    budget = Budget(int(most))
+    try:
+        yield budget
+    except (OutOfSteps, RecursionError):
+        reason = "is too large, too deep or too entangled for the values that are asked for"
+        raise Unsatisfiable(f"the schema {reason}") from None
+    finally:
+        WORK.steps -= most - max(0, budget.steps)
+
+
 # Only what ECMA-262 and Python read alike. Whether a repeat is lazy does not change the texts.
 ESCAPE = r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[dDwWsStnrfv]|[^0-9A-Za-z])"
 PATTERN_TOKEN = lazy_regex(
@@ -1773,29 +1796,32 @@ PATTERN_TOKEN = lazy_regex(
     r"|(?P<text>(?:[^\\()\[|^$.*+?{](?![*+?{]))+|[^\\(\[*+?{]|\{(?![0-9,]))|(?P<rest>.)",
     re.DOTALL,
 )
-TOKEN_MEANINGS = {".": r"[^\n\r\u2028\u2029]", "$": r"\Z"}  # in Python
 SET_OPERATOR = lazy_regex(r"\\.|(?!^)[\[&|~]", re.DOTALL)  # some day Python may read sets in sets
 REPEATS = {"*": (0, MAX_TEXT), "+": (1, MAX_TEXT), "?": (0, 1)}
 PRINTABLE = "".join(map(chr, range(32, 127)))
+
+
+@functools.lru_cache(maxsize=1000)
+def list_members(expression: re.Pattern[str]) -> str:
+    """Return the printable characters of a set, or some others."""
+    plain = expression.findall(PRINTABLE) or expression.findall("\t\n\r")
+    others = filter(expression.match, map(chr, range(161, 0xD800)))
+    return "".join(plain or itertools.islice(others, 64))
 
 
 class Pattern:
     """A regular expression, for making texts and for matching them.
 
     Matching follows all ways at once, so that no expression takes exponential time. Tree nodes:
-    ("text", text), ("set", expression, characters), ("at", expression), ("all", nodes),
-    ("any", nodes), ("repeat", node, low, high, expression of a run), ("look", node, wanted).
+    ("text", expression, text), ("set", expression, characters), ("at", expression, ""), ("all",
+    nodes), ("any", nodes), ("repeat", node, low, high, expression of a run), ("look", node, wanted)
 
-    in_python  it has Python's meanings, and no texts are made
-    whole      it is for whole texts
+    whole  it is for whole texts
     """
 
-    def __init__(
-        self, source: str, budget: Budget, in_python: bool = False, whole: bool = False
-    ) -> None:
+    def __init__(self, source: str, budget: Budget, whole: bool = False) -> None:
         self.source = source
         self.budget = budget
-        self._in_python = in_python
         self._spare = 0  # characters that repeats may still add
         budget.spend(len(source))
         found = [(token.lastgroup or "", token) for token in PATTERN_TOKEN.finditer(source)]
@@ -1806,7 +1832,7 @@ class Pattern:
         if self._tokens:
             raise self._refusal("a parenthesis closes nothing")
         if whole:
-            start, end = self._read_set("at", r"\A"), self._read_set("at", "$")
+            start, end = self._read_set("at", r"\A"), self._read_set("at", r"\Z")
             self.tree = ("all", [start, self.tree, end])
 
     def _refusal(self, reason: str) -> Unsatisfiable:
@@ -1825,10 +1851,11 @@ class Pattern:
                 options[-1].append(self._read_group(text))
             elif kind == "rest":
                 raise self._refusal(f"{text}, as it stands there, is not supported")
-            elif kind == "text" and self._flags & re.IGNORECASE:
-                options[-1] += [self._read_set("set", re.escape(letter)) for letter in text]
+            elif kind == "text":  # an expression that finds it where it overlaps, too
+                source = f"{re.escape(text[0])}(?={re.escape(text[1:])})"
+                options[-1].append((kind, re.compile(source, self._flags), text))
             else:
-                options[-1].append((kind, text) if kind == "text" else self._read_set(kind, text))
+                options[-1].append(self._read_set(kind, text))
         nodes = [option[0] if len(option) == 1 else ("all", option) for option in options]
         return nodes[0] if len(nodes) == 1 else ("any", nodes)
 
@@ -1838,9 +1865,8 @@ class Pattern:
         if not before or before[-1][0] == "at" or low > min(high, MAX_TEXT):
             raise self._refusal(f"{text} repeats nothing, or not as often as it says")
         part, run = before.pop(), None
-        if part[0] in ("text", "set"):  # of one character
-            one = re.escape(part[1]) if part[0] == "text" else part[1].pattern
-            run = re.compile(f"(?:{one})*", self._flags)
+        if part[0] == "set" or (part[0] == "text" and len(part[2]) == 1):
+            run = re.compile(f"(?:{part[1].pattern})*", self._flags)
         return ("repeat", part, low, min(high, MAX_TEXT), run)
 
     def _read_group(self, start: str) -> Any:
@@ -1851,32 +1877,24 @@ class Pattern:
         return ("look", node, start == "(?=") if start in ("(?=", "(?!") else node
 
     def _read_set(self, kind: str, text: str) -> Any:
-        """Read a set of characters or an anchor, as Python sees it both for ASCII and Unicode."""
-        if not self._in_python:
-            text = TOKEN_MEANINGS.get(text) or SET_OPERATOR.sub(lambda m: "\\" + m[0][-1], text)
-            text = f"(?=(?a:{text})){text}"
+        """Read a set of characters or an anchor."""
+        text = SET_OPERATOR.sub(lambda found: "\\" + found[0][-1], text)
         try:
             expression = re.compile(text, self._flags)
-        except (re.error, Warning):
+        except re.error:
             raise self._refusal(f"{text[:60]} is not supported") from None
-        if kind == "at" or self._in_python:
-            return (kind, expression, "")
-        members = expression.findall(PRINTABLE)
-        if not members:
-            self.budget.spend(4000)
-            members = expression.findall("\t\n\r" + "".join(map(chr, range(161, 0xD800))))[:64]
-        if not members:
-            raise self._refusal(f"{text[:60]} has no characters that can be written")
-        return (kind, expression, "".join(members))
+        members = list_members(expression) if kind == "set" else " "
+        if max(members, default="\x7f") > "~":  # which took long to find
+            self.budget.spend(2000)
+        return (kind, expression, members)
 
     def _ends(self, node: Any, text: str, starts: set[int], budget: Budget) -> set[int]:
         """Return where the node can end, given where it may start."""
         budget.spend(1 + len(starts) // 8)
         kind, content = node[:2]
-        if kind == "text":
-            return {at + len(content) for at in starts if text.startswith(content, at)}
-        if kind in ("set", "at"):
-            return {at + (kind == "set") for at in starts if content.match(text, at)}
+        if kind in ("text", "set", "at"):
+            size = len(node[2]) if kind == "text" else int(kind == "set")
+            return {at + size for at in starts if content.match(text, at)}
         if kind == "look":
             return {at for at in starts if bool(self._ends(content, text, {at}, budget)) is node[2]}
         if kind == "any":
@@ -1919,9 +1937,10 @@ class Pattern:
         first = self.tree
         while first[0] == "all" and first[1]:
             first = first[1][0]
-        starts = set(range(len(text) + 1))
-        if first[0] == "text":
-            starts = {found.start() for found in re.finditer(f"(?={re.escape(first[1])})", text)}
+        if first[0] in ("text", "set", "at"):
+            starts = {found.start() for found in first[1].finditer(text)}
+        else:
+            starts = set(range(len(text) + 1))
         return bool(self._ends(self.tree, text, starts, budget or self.budget))
 
     def search(self, text: str) -> bool:
@@ -1936,8 +1955,10 @@ class Pattern:
         self.budget.spend()
         kind, content = node[:2]
         if kind == "text":
-            return str(content)
+            return str(node[2])
         if kind == "set":
+            if not node[2]:
+                raise self._refusal(f"{content.pattern[:60]} has no characters")
             return str(rng.choice("".join(filter(str.islower, node[2])) * plain or node[2]))
         if kind == "any":
             return self._write(rng, rng.choice(content), plain)
@@ -2214,6 +2235,7 @@ def accepts_unevaluated(reader: Any, other: Any, value: Any, schema: Any) -> boo
     return all(reader.accepts(other, item) for key, item in inner if key not in covered)
 
 
+SIZED = {"Length": "string", "Items": "array", "Properties": "object"}
 # keyword: (the shape of its argument, the kind of value it speaks of, or "" for all, whether
 # schema `s`, in which it has the argument `a`, accepts value `v`). `r` is the `SchemaReader`.
 VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
@@ -2230,11 +2252,9 @@ VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
     "exclusiveMinimum": ("limit", "number", lambda r, a, v, s: v > a),
     "exclusiveMaximum": ("limit", "number", lambda r, a, v, s: v < a),
     "multipleOf": ("step", "number", lambda r, a, v, s: is_multiple(v, a)),
-    "minLength": ("count", "string", lambda r, a, v, s: len(v) >= a),
-    "maxLength": ("count", "string", lambda r, a, v, s: len(v) <= a),
+    **{f"min{end}": ("count", kind, lambda r, a, v, s: len(v) >= a) for end, kind in SIZED.items()},
+    **{f"max{end}": ("count", kind, lambda r, a, v, s: len(v) <= a) for end, kind in SIZED.items()},
     "pattern": ("text", "string", lambda r, a, v, s: r.matches(a, v)),
-    "minItems": ("count", "array", lambda r, a, v, s: len(v) >= a),
-    "maxItems": ("count", "array", lambda r, a, v, s: len(v) <= a),
     "uniqueItems": ("switch", "array", lambda r, a, v, s: len({*map(canonical, v)}) >= len(v) * a),
     "prefixItems": ("schemas", "array", lambda r, a, v, s: all(map(r.accepts, a, v))),
     "items": ("items", "array", lambda r, a, v, s: all(
@@ -2243,14 +2263,13 @@ VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
     "unevaluatedItems": ("schema", "array", accepts_unevaluated),
     "dependents": ("pairs", "object", lambda r, a, v, s: all(
         r.accepts(part, v) for key, part in a if key in v)),
-    "minProperties": ("count", "object", lambda r, a, v, s: len(v) >= a),
-    "maxProperties": ("count", "object", lambda r, a, v, s: len(v) <= a),
     "required": ("names", "object", lambda r, a, v, s: all(name in v for name in a)),
     "propertyNames": ("schema", "object", lambda r, a, v, s: all(r.accepts(a, key) for key in v)),
     "properties": ("map", "object", lambda r, a, v, s: all(
         r.accepts(a[name], v[name]) for name in v if name in a)),
     "patternProperties": ("map", "object", lambda r, a, v, s: all(
-        r.accepts(part, v[name]) for name in v for part in r.find_by_pattern(a, name))),
+        r.accepts(part, v[name]) for source, part in a.items() for name in v
+        if r.matches(source, name))),
     "additionalProperties": ("schema", "object", lambda r, a, v, s: all(
         r.accepts(a, v[name]) for name in v if r.for_property(s, name)[-1] is a)),
     "unevaluatedProperties": ("schema", "object", accepts_unevaluated),
@@ -2268,7 +2287,6 @@ VOCABULARY.update(
 )
 RENAMED = {"$dynamicRef": "$ref", "$recursiveRef": "$ref"}
 META_SCHEMA = lazy_regex(r"https?://json-schema\.org/draft[^#]*#")
-SIZED = {"Length": "string", "Items": "array", "Properties": "object"}
 
 
 def fail_limit(kind: str, opposite: str, more: int = 0) -> Any:
@@ -2300,7 +2318,6 @@ NEGATIONS: dict[str, Callable[[Any, Any], list[list[Any]]]] = {
 
 def rewrite(schema: dict[str, Any]) -> dict[str, Any]:
     """Say all in few keywords of draft 2020-12, with the types as a tuple."""
-    more: list[Any] = []  # to be met, too
     for side in ("Minimum", "Maximum"):
         strict = f"exclusive{side}"
         if isinstance(schema.get(strict), bool) and schema.pop(strict) and side.lower() in schema:
@@ -2313,13 +2330,12 @@ def rewrite(schema: dict[str, Any]) -> dict[str, Any]:
         part = {"required": part} if isinstance(part, list) else part
         schema.setdefault("dependents", []).append((key, part))
     if "const" in schema:
-        more += [{"enum": schema["enum"]}] if "enum" in schema else []
+        if "enum" in schema:
+            schema["allOf"] = [*schema.get("allOf", ()), {"enum": schema["enum"]}]
         schema["enum"] = [schema.pop("const")]
     if "type" in schema:  # integers are among the numbers
         names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
         schema["type"] = (*names, "integer") if "number" in names else tuple(names)
-    if more:
-        schema["allOf"] = [*schema.get("allOf", ()), *more]
     return schema
 
 
@@ -2338,11 +2354,13 @@ class SchemaReader:
     A read schema is True, False, or a dict of well-formed `VOCABULARY` after `rewrite()`.
     """
 
-    def __init__(self, document: Any) -> None:
-        self.budget = Budget(MAX_STEPS)
-        self.spend = self.budget.spend
-        self._patterns: dict[str, Pattern] = {}
-        self._matches: dict[tuple[str, str], bool] = {}  # whether a pattern is in a text
+    def __init__(self, document: Any, budget: Budget) -> None:
+        self.budget = budget
+        self.spend = budget.spend
+        self.pattern = functools.lru_cache(None)(lambda source: Pattern(source, budget))
+        self.matches = functools.lru_cache(None)(
+            lambda source, text: self.pattern(source).is_in(text)
+        )
         self._bases: dict[int, str] = {}  # the URIs that references start from, by id() of parts
         self._named: dict[str, Any] = {"#": document}  # parts by URI
         self._resolved: dict[str, Any] = {}  # what a $ref has named, by URI
@@ -2351,17 +2369,6 @@ class SchemaReader:
             self._named[f"{base}#"] = document
             self._list_parts(document, base)
         self.root = self.read(document, "#")
-
-    def pattern(self, source: str) -> Pattern:
-        if source not in self._patterns:
-            self._patterns[source] = Pattern(source, self.budget)
-        return self._patterns[source]
-
-    def matches(self, source: str, text: str) -> bool:
-        """Tell whether a pattern is in a text, which is asked often."""
-        if (source, text) not in self._matches:
-            self._matches[source, text] = self.pattern(source).is_in(text)
-        return self._matches[source, text]
 
     def is_late(self) -> bool:
         """Tell whether so much work is done that only what must be there is made."""
@@ -2448,7 +2455,6 @@ class SchemaReader:
         return True
 
     def accepts_all(self, schemas: Any, value: Any) -> bool:
-        """Tell whether the value is valid for each of the schemas."""
         return all(map(self.accepts, schemas, itertools.repeat(value)))
 
     def is_among(self, value: Any, choices: Any) -> bool:
@@ -2457,16 +2463,12 @@ class SchemaReader:
         self.spend((len(choices) + len(own)) // 16)
         return any(own == canonical(choice) for choice in choices if choice == value)
 
-    def find_by_pattern(self, parts: Any, name: str) -> list[Any]:
-        """Return what patternProperties asks of a property."""
-        return [parts[source] for source in parts if self.matches(source, name)]
-
     def for_property(self, schema: Any, name: str) -> list[Any]:
         """Return all that a schema asks of a property."""
         declared = schema.get("properties", {})
         parts = [declared[name]] if name in declared else []
-        if "patternProperties" in schema:
-            parts += self.find_by_pattern(schema["patternProperties"], name)
+        for source, part in schema.get("patternProperties", {}).items():
+            parts += [part] if self.matches(source, name) else []
         if not parts and "additionalProperties" in schema:
             return [schema["additionalProperties"]]
         return parts
@@ -2546,33 +2548,19 @@ class ValueMaker:
     """One place of an instance: makes its value, which meets all of `schemas`, and those inside."""
 
     keywords: dict[str, list[Any]]  # the arguments that the schemas give to each
+    attempt = 0  # how many values were made that did not pass
+    depth = 6  # levels that are left before only what must be there is made
+    minimal = False  # only that is made
+    path = "#"  # where this is in the instance
+    name = ""  # of the property, for values that look natural
+    trail = frozenset(("#",))  # references on the way
 
-    def __init__(
-        self,
-        reader: SchemaReader,
-        rng: HashRandom,
-        schemas: list[Any],
-        within: ValueMaker | None = None,
-        key: str | int = "#",
-        name: str = "",
-    ) -> None:
+    def __init__(self, reader: SchemaReader, rng: HashRandom, schemas: list[Any]) -> None:
         self.reader = reader
         self.rng = rng
         self.schemas = schemas
-        self.within = within  # the place around this one
-        self.key = key  # there
-        self.name = name  # of the property, for values that look natural
-        self.depth: int = within.depth - 1 if within else 6  # levels that are left
-        self.minimal: bool = self.depth <= 0 or bool(within and within.minimal)  # only what must be
-        self.trail: set[str] = within.trail if within else {"#"}  # references on the way
-
-    @property
-    def path(self) -> str:
-        """Where this is in the instance, for errors."""
-        return f"{self.within.path}/{self.key}"[:200] if self.within else str(self.key)
 
     def arguments(self, keyword: str) -> list[Any]:
-        """Return the arguments that the parts give to a keyword."""
         return self.keywords.get(keyword, [])
 
     def count_range(self, what: str, limit: int) -> tuple[int, int]:
@@ -2588,22 +2576,22 @@ class ValueMaker:
         keywords = [keyword for keyword in self.keywords if VOCABULARY[keyword][1] in ("", kind)]
         return Unsatisfiable(f"{self.path}: no {kind} was found that meets {', '.join(keywords)}")
 
-    def make_inside(self, key: str | int, schemas: list[Any], name: str, attempt: int) -> Any:
+    def make_inside(self, key: str | int, schemas: list[Any], name: str) -> Any:
         """Return a value for an item, a property or a property's name."""
-        return ValueMaker(
-            self.reader, self.rng.child(key, attempt), schemas, self, key, name
-        ).make()
+        inner = ValueMaker(self.reader, self.rng.child(key, self.attempt), schemas)
+        inner.path, inner.name = f"{self.path}/{key}"[:200], name
+        inner.depth, inner.minimal, inner.trail = self.depth - 1, self.minimal, self.trail
+        return inner.make()
 
     def make(self) -> Any:
         """Return a value by the first way that is not blocked."""
         if self.depth < -MAX_MORE_DEPTH:
             raise Unsatisfiable(f"{self.path}: nests too deep")
         self.reader.spend(4)
-        trail, minimal = self.trail, self.minimal or self.reader.is_late()
-        self.minimal = minimal
-        is_plain = all(s is not True and s and COMBINING.isdisjoint(s) for s in self.schemas)
-        ways = [self.schemas] if is_plain else self._ways(self.schemas, [], [])
-        problem = None
+        self.minimal = self.minimal or self.depth <= 0 or self.reader.is_late()
+        trail, minimal, problem = self.trail, self.minimal, None
+        plain = all(isinstance(each, dict) and COMBINING.isdisjoint(each) for each in self.schemas)
+        ways = [self.schemas] if plain else self._ways(self.schemas, [], [])
         for schemas in itertools.islice(ways, MAX_BRANCHES):
             refs = {schema["$ref"] for schema in schemas if "$ref" in schema}
             self.minimal, self.trail = minimal or not refs.isdisjoint(trail), trail | refs
@@ -2692,8 +2680,8 @@ class ValueMaker:
         problem = None
         for kind in kinds:
             try:
-                for attempt in range(TRIES if tested else 1):
-                    value = getattr(self, f"make_{kind}")(attempt)
+                for self.attempt in range(TRIES if tested else 1):
+                    value = getattr(self, f"make_{kind}")()
                     if self.reader.accepts_all(tested, value):
                         return value
             except Unsatisfiable as error:
@@ -2701,26 +2689,20 @@ class ValueMaker:
         raise problem or self.refusal("value")
 
     def _list_known_values(self) -> list[Any]:
-        """Return the values that are named: by enum only, else as examples."""
-        if "enum" in self.keywords:
-            values, defaults = self.keywords["enum"][0], []
-        else:
-            examples = [each for each in self.arguments("examples") if isinstance(each, list)]
-            values = list(itertools.chain(*examples))
-            defaults = [
-                each for each in self.arguments("default") if each not in (None, "", [], {})
-            ]
+        """Return the values that are named: by enum, else as examples or defaults."""
+        examples = [each for each in self.arguments("examples") if isinstance(each, list)]
+        values = list(itertools.chain(*self.arguments("enum")[:1] or examples))
+        defaults = [each for each in self.arguments("default") if each not in (None, "", [], {})]
         start = self.rng.randbelow(len(values)) if values else 0
         return [*values[start:], *values[:start], *defaults]
 
-    def make_null(self, attempt: int) -> None:
-        """Return null."""
+    def make_null(self) -> None:
+        return None
 
-    def make_boolean(self, attempt: int) -> bool:
-        """Return true or false, the other one at the next attempt."""
-        return (self.rng.key[0] + attempt) % 2 == 0
+    def make_boolean(self) -> bool:
+        return (self.rng.key[0] + self.attempt) % 2 == 0
 
-    def make_string(self, attempt: int) -> str:
+    def make_string(self) -> str:
         """Return a text by format, by name or by pattern."""
         low, high = self.count_range("Length", MAX_TEXT)
         patterns = list(map(self.reader.pattern, self.arguments("pattern")))
@@ -2737,14 +2719,13 @@ class ValueMaker:
                 return text
         if not patterns:
             raise Unsatisfiable(f"{self.path}: no {formats[0]} has {low} to {high} characters")
-        rng = self.rng.child(attempt) if attempt else self.rng
+        rng = self.rng.child(self.attempt) if self.attempt else self.rng
         return patterns[0].make(rng, low, high, patterns[1:])
 
-    def make_integer(self, attempt: int) -> Any:
-        """Return a whole number."""
-        return as_whole(self.make_number(attempt, 1))
+    def make_integer(self) -> Any:
+        return as_whole(self.make_number(1))
 
-    def make_number(self, attempt: int, least_step: float = 0) -> Any:
+    def make_number(self, least_step: float = 0) -> Any:
         """Return a multiple of the step, else of 0.01: the first that is valid in a range."""
         low, high, *flag = map(int, find_by_name(NUMBERS, self.name).split())
         natural: tuple[Any, Any] = (low, 100 if high == least_step and not flag else high)
@@ -2756,7 +2737,7 @@ class ValueMaker:
         for start, end in self._list_ranges(natural, step):
             first = int(-(-start // step))
             count = int(end // step) - first + 1
-            chosen = attempt + (self.rng.randbelow(count) if count > 0 else 0)
+            chosen = self.attempt + (self.rng.randbelow(count) if count > 0 else 0)
             for more in range(min(count, MAX_ITEMS)):
                 times = first + (chosen + more) % count
                 for value in (round(times * step, 10), times * step):
@@ -2772,12 +2753,12 @@ class ValueMaker:
         high = min([math.inf, *self.arguments("maximum"), *self.arguments("exclusiveMaximum")])
         reach, beyond = 100 * step, natural[1] + MAX_ITEMS * step
         near = [natural, (low, low + reach), (high - reach, high), (0, reach)]
-        for start, end in (*near, (natural[1], beyond), (low, high), (low, low), (high, high)):
+        for start, end in (*near, (natural[1], beyond), (low, high)):
             start, end = max(start, low), min(end, high)
             if -1e300 <= start <= end <= 1e300:
                 yield start, end
 
-    def make_array(self, attempt: int) -> list[Any]:
+    def make_array(self) -> list[Any]:
         """Return a list; items beyond the least number end where they cannot be made."""
         low, high = self.count_range("Items", MAX_ITEMS)
         fixed = max(map(len, self.arguments("prefixItems")), default=0)
@@ -2788,7 +2769,7 @@ class ValueMaker:
                 contained += [schema["contains"]] * int(min(schema.get("minContains", 1), high))
                 full += [{"not": schema["contains"]}] if "maxContains" in schema else []
         low = max(low, min(fixed + len(contained), high))
-        some = 0 if self.minimal or attempt else 1 + self.rng.randbelow(3)
+        some = 0 if self.minimal or self.attempt else 1 + self.rng.randbelow(3)
         items: list[Any] = []
         for index in range(min(high, max(low, fixed, some))):
             schemas = [rule for s in self.schemas for rule in self.reader.for_item(s, index)]
@@ -2799,62 +2780,61 @@ class ValueMaker:
             if True in self.arguments("uniqueItems"):
                 schemas.append({"not": {"enum": list(items)}})
             try:
-                items.append(self.make_inside(index, schemas, self.name, attempt))
+                items.append(self.make_inside(index, schemas, self.name))
             except Unsatisfiable:
                 if index < low:
                     raise
                 break
         return items
 
-    def make_object(self, attempt: int) -> dict[str, Any]:
+    def make_object(self) -> dict[str, Any]:
         """Return an object with what is required, most of what is declared, and extras."""
         low, high = self.count_range("Properties", MAX_ITEMS)
         declared = dict.fromkeys(name for schema in self.arguments("properties") for name in schema)
         required = dict.fromkeys(name for names in self.arguments("required") for name in names)
         if len(required) > high:
             raise self.refusal("object")
-        made = {name: self._make_property(name, attempt) for name in required}
-        skipped = self.rng.child("skip", attempt).randbytes(len(declared) * (attempt > 0))
+        made = {name: self._make_property(name) for name in required}
+        skipped = self.rng.child("skip", self.attempt).randbytes(len(declared) * bool(self.attempt))
         if not self.minimal:
-            wanted = [name for n, name in enumerate(declared) if not attempt or skipped[n] % 2]
+            wanted = [name for n, name in enumerate(declared) if not skipped or skipped[n] % 2]
             in_time = (name for name in wanted if name in made or not self.reader.is_late())
-            self._add(made, in_time, high, attempt)
-        self._add(made, declared, low, attempt)
+            self._add(made, in_time, high)
+        self._add(made, declared, low)
         is_map = any(any(self.arguments(keyword)) for keyword in MAPS)
-        if is_map and not (declared or required or self.minimal or attempt):
+        if is_map and not (declared or required or self.minimal or self.attempt):
             low = max(low, min(2, high))
-        names = (self._random_name(number, attempt) for number in range(4 * low + TRIES))
-        self._add(made, names, low, attempt)
+        self._add(made, map(self._random_name, range(4 * low + TRIES)), low)
         return {name: made[name] for name in (*declared, *made) if name in made}
 
-    def _add(self, made: dict[str, Any], names: Iterable[str], enough: int, attempt: int) -> None:
+    def _add(self, made: dict[str, Any], names: Iterable[str], enough: int) -> None:
         """Add properties until there are enough, without those that cannot be made."""
-        if len(made) >= enough:
-            return
-        for name in names:
+        todo = iter(names)
+        while len(made) < enough:
+            name = next(todo, None)
+            if name is None:
+                return
             if name not in made:
                 with contextlib.suppress(Unsatisfiable):
-                    made[name] = self._make_property(name, attempt)
-            if len(made) >= enough:
-                return
+                    made[name] = self._make_property(name)
 
-    def _make_property(self, name: str, attempt: int) -> Any:
+    def _make_property(self, name: str) -> Any:
         rules = self.arguments("propertyNames")
         if not self.reader.accepts_all(rules, name):
             raise Unsatisfiable(f"{self.path}: propertyNames forbids the name {name[:60]!r}")
         schemas = [rule for s in self.schemas for rule in self.reader.for_property(s, name)]
         schemas = schemas or self.arguments("unevaluatedProperties")
-        return self.make_inside(name, schemas, name, attempt)
+        return self.make_inside(name, schemas, name)
 
-    def _random_name(self, number: int, attempt: int) -> str:
+    def _random_name(self, number: int) -> str:
         """Draw a name for an extra property: from the patterns, propertyNames or a word list."""
-        rng = self.rng.child("name", number, attempt)
+        rng = self.rng.child("name", number, self.attempt)
         patterns = [source for schema in self.arguments("patternProperties") for source in schema]
         if patterns and (number % 3 != 2 or "additionalProperties" not in self.keywords):
             return self.reader.pattern(rng.choice(patterns)).make(rng, 0, MAX_TEXT)
         if "propertyNames" in self.keywords:
             schemas = [*self.arguments("propertyNames"), {"type": ("string",)}]
-            return str(self.make_inside(f"propertyNames {number}", schemas, "word", attempt))
+            return str(self.make_inside(f"propertyNames {number}", schemas, "word"))
         return fill_template(rng, "{noun}" if number < TRIES else "{adjective}_{noun}{d3}")
 
 
@@ -2864,24 +2844,21 @@ def make_instance(rng: HashRandom, schema: Any) -> Any:
     Unknown keywords are ignored. Beyond six levels, and inside a recursive schema, only
     what must be there is made. Raises `Unsatisfiable` where no valid value is found.
     """
-    try:
-        reader = SchemaReader(schema)
-        value = ValueMaker(reader, rng, [reader.root]).make()
-        if reader.accepts(reader.root, value):
-            return value
-    except (OutOfSteps, RecursionError):
-        raise Unsatisfiable(TOO_MUCH) from None
-    except ValueError as error:  # from urljoin()
-        raise Unsatisfiable(f"a URI is malformed: {error}") from None
+    with bound_work() as budget:
+        try:
+            reader = SchemaReader(schema, budget)
+            value = ValueMaker(reader, rng, [reader.root]).make()
+            if reader.accepts(reader.root, value):
+                return value
+        except ValueError as error:  # from urljoin()
+            raise Unsatisfiable(f"a URI is malformed: {error}") from None
     raise Unsatisfiable("no value that was tried meets all of the schema")
 
 
 def make_matching(rng: HashRandom, pattern: str) -> str:
     """Return a text that the pattern matches as a whole, or raise `Unsatisfiable`."""
-    try:
-        return Pattern(pattern, Budget(MAX_STEPS), whole=True).make(rng, 0, MAX_TEXT)
-    except (OutOfSteps, RecursionError):
-        raise Unsatisfiable(TOO_MUCH) from None
+    with bound_work() as budget:
+        return Pattern(pattern, budget, whole=True).make(rng, 0, MAX_TEXT)
 
 
 # === Prompts ===
@@ -5207,7 +5184,7 @@ def compile_pattern(wanted: Any, place: str, trusted: bool) -> Any:
     source = wanted["pattern"]
     try:
         re.compile(source)
-        return Pattern(source, Budget(MAX_STEPS), in_python=True)
+        return Pattern(source, Budget(MAX_STEPS))
     except (Unsatisfiable, OutOfSteps) as error:
         if trusted:
             return re.compile(source)
@@ -13189,7 +13166,7 @@ def explain_violation(schema: Any, text: str) -> str:
     """Say how a text misses a schema; nothing where it does not, or nobody can tell."""
     try:
         value = parse_json(text.encode("utf-8", "replace"))
-        reader = SchemaReader(schema)
+        reader = SchemaReader(schema, Budget(MAX_STEPS))
         is_valid = reader.accepts(reader.root, value)
         return "" if is_valid else find_violation(reader, reader.root, value)
     except ApiError:
@@ -14518,7 +14495,11 @@ class TogetherAiServer(Scripting):
                 rule = f"{reason} ({request.answers} > {MAX_ANSWERS})"
                 raise ApiError("invalid", param="n", reason=rule)
         handler: Any = request.turn or route.handler
-        reply = as_reply(handler(self, request), request, route.status)
+        WORK.steps = MAX_REQUEST_STEPS
+        try:
+            reply = as_reply(handler(self, request), request, route.status)
+        finally:
+            WORK.steps = math.inf
         call.form = request.form
         return reply if route.open else name_reply(reply, request)
 
