@@ -99,7 +99,7 @@ import time
 import weakref
 import zlib
 from collections import deque
-from email.utils import formatdate
+from email.utils import formatdate, parsedate_to_datetime
 from urllib.parse import parse_qsl, quote, unquote, urljoin
 
 TYPE_CHECKING = False  # as in typing, whose import would cost a cold start 4 ms
@@ -3992,8 +3992,8 @@ def completion_objects(request: Request, strict: bool) -> tuple[str, str]:
 # === Collections ===
 
 MAX_RECORDED_BODY_BYTES = 4 * 2**20  # a larger body is not kept with its call
-MAX_RECORD_BYTES = 64 * 2**20  # bodies of all recorded calls
-MAX_OBJECTS = 10_000  # of one collection
+MAX_RECORD_BYTES = 64 * 2**20
+MAX_OBJECTS = 10_000
 
 
 def copy_json(value: Any) -> Any:
@@ -4023,7 +4023,7 @@ class Collection:
     ) -> None:
         self.noun = noun
         self.forget = forget  # what else is kept of an object that goes
-        self.key = key  # the name of the id
+        self.key = key
         self.status = status  # the name of a job's status
         self._items: dict[str, Item] = {}
         self._lock = threading.Lock()
@@ -4148,27 +4148,27 @@ class Call:
     status = 0  # of the reply; 0 until there is one
     duration = 0.0  # seconds until the reply was there; of a stream, until its end
     outcome = "running"  # then "complete", "cut" by a fault, "left" by the client
-    events_sent = 0  # of a stream or a socket
-    close_code = 0  # of a socket
-    sound: bytes | bytearray = b""  # that went over it
+    events_sent = 0
+    close_code = 0
+    sound: bytes | bytearray = b""  # that went over a socket
     sound_rate = 0  # samples a second
     first_event = 0.0  # seconds until the first of them was there
-    error = ""  # why it failed, where it did
+    error = ""
     warnings: tuple[str, ...] = ()  # fields that nothing reads, what production would never say
     notes: tuple[str, ...] = ()  # a path that was read as another, a fault
     fixture = ""  # the source of the one that answered
     form = ""  # of the answer, as the prompt asks for it, and the message that says so
-    reply_type = ""  # the content type of the reply
+    reply_type = ""
     reply_headers: Mapping[str, str] = {}  # but those of every reply
-    reply_size = 0  # bytes of it that are kept
+    reply_size = 0
     revision = 0  # rises whenever something about the call changes
     identity: Any = None  # what a fixture would match, where the body is not kept
     excused = False  # a client that leaves: the stream was slow, or the server stopped
     episode = 0  # of the record: a request that comes again in another one is another request
     _raw_reply: bytes | list[bytes] = b""
     misses: Sequence[Any] = ()  # the fixtures that did not answer, and why
-    explain_misses: Any = None  # says so
-    answered_by: Any = None  # the fixture
+    explain_misses: Any = None
+    answered_by: Any = None
 
     def __init__(self, number: int, request: Request, at: float) -> None:
         self.number = number
@@ -4179,7 +4179,7 @@ class Call:
         self.test: str = request.headers.get("x-test-id", "")
         self.batch = request.batch  # the job whose line this is
         self.peer = request.peer
-        self.at = at  # Unix seconds
+        self.at = at
         self.started = time.perf_counter()
         self._raw = request.raw if len(request.raw) <= MAX_RECORDED_BODY_BYTES else b""
         self.kept = len(self._raw)  # bytes of the body and, once it has ended, of the reply
@@ -4224,7 +4224,7 @@ class Call:
                     self.events_sent += bool(event)
                     if not self.first_event:
                         self.first_event = time.perf_counter() - started
-                elif event > 0:  # a pause
+                elif event > 0:
                     self.excused = True
                 yield event
             outcome = "complete"
@@ -4298,6 +4298,10 @@ class Call:
                 return text
         return {"content_type": self.reply_type, "bytes": len(self._raw_reply)}
 
+    def get_header(self, name: str, default: str = "") -> str:
+        """Return a header of the reply."""
+        return {key.lower(): text for key, text in self.reply_headers.items()}.get(name, default)
+
     def is_of(self, operation: str) -> bool:
         return operation in (self.kind, self.operation)
 
@@ -4334,7 +4338,7 @@ class Call:
     @property
     def near_misses(self) -> list[Item]:
         """The fixtures that did not answer, the nearest first, each with what differed."""
-        return self.explain_misses(self) if self.misses else []
+        return self.explain_misses() if self.misses else []
 
     def __repr__(self) -> str:
         return f"<Call {self.number}: {self.method} {self.path} -> {self.status}>"
@@ -4550,8 +4554,8 @@ class Socket:
 
 # === Fixtures ===
 
-MAX_NEAR_MISSES = 20  # of one call
-MAX_FIXTURES = 10_000  # added at run time
+MAX_NEAR_MISSES = 20
+MAX_FIXTURES = 10_000
 MAX_TESTS = 10_000  # whose calls are counted apart
 MAX_COMPARED = 4000  # characters of two texts that are compared
 MAX_DIFFS = 3  # of the nearest misses of one call
@@ -4725,7 +4729,7 @@ def holds_key(key: str, wanted: Any, facts: MatchFacts) -> bool:
 
 
 if TYPE_CHECKING:
-    Obstacle = tuple[str, Any, Any]  # why a fixture does not answer: key, what it wants, what is
+    Obstacle = tuple[str, str]  # why a fixture does not answer: a key, a sentence if it is known
 
 
 # What does not change what a chat says, so that it does not tell two of them apart.
@@ -4764,7 +4768,6 @@ class MatchFacts(dict):  # type: ignore[type-arg]
         last = messages[-1] if messages and messages[-1].get("role") == "tool" else {}
         tools = [each.get("function") or each for each in list_objects(body.get("tools"))]
         format = body.get("response_format") or get_path(body, "text", "format")
-        # Of a socket a status refuses the handshake; everything else happens in its turns.
         is_socket = request.route is not None and request.route.status == 101
         self.is_handshake = request.turn is None if is_socket else None
         self.request, self.kind, self.normaliser = request, kind, normaliser
@@ -4808,7 +4811,7 @@ def text_row(name: str) -> Field:
 
 
 JSON_KINDS = (str, int, float, bool, list, dict)
-MAX_MS = 86_400_000  # a day
+MAX_MS = 86_400_000
 BASE64 = ("base64", DECODE_BASE64)
 PLAIN_MATCH = Keys(
     *[text_row(key) for key in TEXT_KEYS if key != "systemMessage"],
@@ -5230,14 +5233,14 @@ def run_code(source: str, code: Callable[..., Any], *args: Any) -> Any:
     try:
         value = code(*args)
         if hasattr(value, "__await__"):
-            import asyncio  # where a function is `async`
+            import asyncio
 
             value = asyncio.run(settle(value))
         return value
     except ApiError:
         raise
     except BaseException as error:  # SystemExit, too
-        import traceback  # only for a bug
+        import traceback
 
         own = run_code.__code__.co_filename
         frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != own]
@@ -5252,7 +5255,7 @@ class SharedIterator:
     """An iterator whose answers each test has in turn, asked when one is needed."""
 
     def __init__(self, iterator: Iterator[Any], source: str) -> None:
-        self.source = source  # of the fixture
+        self.source = source
         self._lock = threading.Lock()  # of this iterator alone: its code may take its time
         (self._first,) = itertools.tee(iterator, 1)
         self._rests: dict[str, Iterator[Any]] = BoundedDict(MAX_TESTS)  # by test
@@ -5284,11 +5287,11 @@ class Response:
 
     def __init__(self, type: ResponseType, said: Item) -> None:
         self.type, self.said = type, said
-        self.is_model = False  # what it says is a model of pydantic
+        self.is_model = False
         self._quotes = type is TEXT and "{{" in ENCODE(said)
         self.normal: Item = type.normalise(said)
         self.is_error = type in (ERROR, STATUS)
-        self.closes = self.is_error and self.normal["status"] > 999  # a socket
+        self.closes = self.is_error and self.normal["status"] > 999
 
     def fits(self, kind: str) -> bool:
         if self.closes:
@@ -5378,17 +5381,16 @@ class Fixture:
     def find_obstacle(self, facts: MatchFacts) -> Obstacle | None:
         """Return the first reason why it does not answer, whatever was served before."""
         if not self.response.fits(facts.kind):
-            kinds = ", ".join(filter(self.response.fits, OPERATIONS))
-            return "response", kinds, facts.kind or "another operation"
+            return "response", ""
         if facts.is_handshake not in (None, is_whole(self.response, self.options)):
-            return "response", "a handshake", "a turn"
+            return "response", "of a socket a status refuses the handshake, all else is a turn"
         for key, wanted in self.wanted.items():
             if not holds_key(key, wanted, facts):
-                return f"match.{key}", None, None
+                return f"match.{key}", ""
         if not self.relaxed and self.turn not in (None, facts["turnIndex"]):
-            return "match.turnIndex", self.turn, facts["turnIndex"]
+            return "match.turnIndex", ""
         if self.when is not None and not run_code(self.source, self.when, facts.request):
-            return "when", True, False
+            return "when", "its function says no"
         return None
 
     @property
@@ -5656,40 +5658,32 @@ def explain_value(name: str, wanted: Any, got: Any, contains: bool) -> str:
     return f"{name} {preview(got)} does not contain {preview(wanted)}{hint}"
 
 
-# Why a fixture did not answer, where it is no key of its match.
-OBSTACLES = {
-    "response": "it answers {wanted}, and this is {got}",
-    "when": "its function says no",
-    "match.not": "what it excludes holds",
-    "times": "it is used up: served {got} of {wanted}",
-    "answers": "it is used up: its iterator ended after {got}",
-    "shadowed": "it matched, but {got}{wanted} was served",
-}
+def explain_key(fixture: Fixture, key: str, facts: MatchFacts, with_diff: bool) -> str:
+    """Say how a request differs from what a fixture wants of it."""
+    if key == "not":
+        return "what it excludes holds"
+    name, wanted, got = fixture.spell(key), fixture.match[key], facts[key]
+    if key == "headers":  # only those asked about, and no secret
+        names = [name.lower() for name in wanted if not is_secret_header(name)]
+        got = {name: got.get(name) for name in names}
+    elif key == "body":
+        got = redact({name: got[name] for name in wanted if name in got})
+    diff = show_difference(wanted, got) if with_diff else ""
+    if diff:
+        return f"{name} differs:\n{diff}\n"
+    return explain_value(name, wanted, got, TEXT_KEYS.get(key) is operator.contains)
 
 
 def explain_miss(
     fixture: Fixture, obstacle: Obstacle | None, facts: MatchFacts, with_diff: bool = True
 ) -> Item:
     """Return why a fixture did not answer a request: what differs, and that in a sentence."""
-    differs, wanted, got = obstacle or fixture.find_obstacle(facts) or ("match", None, None)
-    key, name = differs[6:], fixture.spell(differs[6:])
-    if differs.startswith("match.") and wanted is None:
-        wanted, got = fixture.match[key], facts.get(key, "it holds")
-        if key == "headers":  # only those asked about, and no secret
-            names = [name.lower() for name in wanted if not is_secret_header(name)]
-            got = {name: got.get(name) for name in names}
-        elif key == "body":  # likewise
-            got = redact({name: got[name] for name in wanted if name in got})
-    has_diff = with_diff and key in (*TEXT_KEYS, "body", "headers")
-    diff = show_difference(wanted, got) if has_diff else ""
-    if diff:
-        reason = f"{name} differs:\n{diff}\n"
-    elif differs in OBSTACLES:
-        reason = OBSTACLES[differs].format(wanted=wanted, got=got)
-    else:
-        reason = explain_value(name, wanted, got, TEXT_KEYS.get(key) is operator.contains)
-    told = {"differs": differs, "wanted": wanted, "got": got, "reason": reason}
-    return {"fixture": fixture.source, **told}
+    differs, reason = obstacle or fixture.find_obstacle(facts) or ("", "it matches")
+    if not reason and differs == "response":
+        kinds = ", ".join(filter(fixture.response.fits, OPERATIONS))
+        reason = f"it answers {kinds}, and this is {facts.kind or 'another operation'}"
+    reason = reason or explain_key(fixture, differs[6:], facts, with_diff)
+    return {"fixture": fixture.source, "differs": differs, "reason": reason}
 
 
 def explain_misses(misses: Sequence[Any], facts: MatchFacts) -> list[Item]:
@@ -5702,13 +5696,9 @@ def explain_misses(misses: Sequence[Any], facts: MatchFacts) -> list[Item]:
 
 def explain_shadow(fixture: Fixture, chosen: Fixture, turn: int) -> Obstacle:
     if fixture.turn not in (None, turn):
-        return "match.turnIndex", fixture.turn, turn
-    is_later = chosen.number > fixture.number >= 0
-    return "shadowed", ", added later," if is_later else "", chosen.source
-
-
-def join_fact(fact: Any) -> str:
-    return "\n".join(fact) if isinstance(fact, tuple) else fact if isinstance(fact, str) else ""
+        return "match.turnIndex", ""
+    later = ", added later," if chosen.number > fixture.number >= 0 else ""
+    return "shadowed", f"it matched, but {chosen.source}{later} was served"
 
 
 class Fixtures:
@@ -5730,8 +5720,8 @@ class Fixtures:
         self.exact_turns = exact_turns  # in files, too
         self.normalise = normalise  # patterns, or a function of the body
         self.warnings: list[str] = []
-        self.models: dict[str, Model] = {}  # of files
-        self.list_calls = list_calls  # the recorded ones
+        self.models: dict[str, Model] = {}
+        self.list_calls = list_calls
         self._slow = False  # one of them asks a pattern or a function
         self.is_copy = False  # in a child process, whose requests another one answers
         self._lock = threading.RLock()
@@ -5762,7 +5752,7 @@ class Fixtures:
             self._order: list[Fixture] | None = None
             self._numbers = itertools.count()
             self._sequences: dict[Any, dict[str, int]] = {}  # how often each was served, by test
-            self.draws = itertools.count(1)  # of faults
+            self.draws = itertools.count(1)
             self.forget()
 
     def forget(self, test: str | None = None) -> None:
@@ -5804,7 +5794,7 @@ class Fixtures:
                 self._adopt(fixture)
             self._added, self._order = [*self._added, *fixtures], None
 
-    def load(self, path: str) -> list[Fixture]:
+    def load(self, path: str) -> Loaded:
         loaded = load_fixtures(path)
         self.warnings += loaded.warnings
         self.models.update(loaded.models)
@@ -5877,10 +5867,11 @@ class Fixtures:
             order = self.files
         elif own:
             order = [parse_header(own), *order]
-        texts = {key: join_fact(facts[key]) for key in TEXT_KEYS}
-        texts[""] = ""
+        texts = {key: facts[key] for key in TEXT_KEYS if isinstance(facts[key], (str, tuple))}
         is_plain = facts.normaliser is COMPARES_ALL
-        likely = [f for f in order if f.needle in texts[f.needle_key]] if is_plain else order
+        likely = order
+        if is_plain:
+            likely = [f for f in order if not f.needle or f.needle in texts.get(f.needle_key, "")]
         # Patterns and functions may take their time: they are asked without the lock.
         found = {each: each.find_obstacle(facts) for each in likely}
         while True:
@@ -5911,12 +5902,13 @@ class Fixtures:
         """Return the reason in what was served before."""
         count = fixture.group_counts.get(test, 0)
         if fixture.sequence not in (None, count):
-            return "match.sequenceIndex", fixture.sequence, count
+            name = fixture.spell("sequenceIndex")
+            return "match.sequenceIndex", f"{name} is {count}, wanted {fixture.sequence}"
         served = fixture.counts.get(test, 0)
         if fixture.times is not None and served >= fixture.times:
-            return "times", fixture.times, served
+            return "times", f"it is used up: served {served} of {fixture.times}"
         if isinstance(fixture.answers, SharedIterator) and test in fixture.answers.ended:
-            return "answers", "one more", served
+            return "answers", f"it is used up: its iterator ended after {served}"
         return None
 
     def _choose(
@@ -5956,7 +5948,7 @@ class Fixtures:
 
 # === Faults ===
 
-NAMED_BYTES = 2**20  # at the end of a body, to name its answer
+NAMED_BYTES = 2**20
 STATUS_ERRORS = {401: "bad_key", 404: "no_model"}  # for the others: status_...
 PROXY_STATUSES = (520, 521, 522, 523, 524)  # sent as text by the proxy in front of production
 RATE_LIMIT_HEADERS = {  # recorded, but for the seconds
@@ -5996,8 +5988,6 @@ def status_reply(
     names = () if seconds is None else RATE_LIMIT_HEADERS if status == 429 else ("retry-after",)
     headers = {name: RATE_LIMIT_HEADERS[name].format(seconds=seconds) for name in names}
     if retry_after_date and seconds is not None:
-        from email.utils import formatdate  # only here
-
         headers["retry-after"] = formatdate(time.time() + seconds + 1, usegmt=True)
     if status in PROXY_STATUSES and error is None:
         return Reply(b"error code: %d" % status, status, "text/plain; charset=UTF-8", headers)
@@ -6084,7 +6074,7 @@ def read_item_event(event: Item) -> Item:
 
 
 def fold_stream(events: list[Item]) -> list[Item]:
-    """Return the messages that the events of a stream tell, cut or not."""
+    """Return the messages that the events of a stream tell, cut or not, or a whole reply."""
     choices: dict[Any, Item] = {}
     for event in events:
         for part in list_objects(event.get("choices")) or [read_item_event(event)]:
@@ -6093,7 +6083,8 @@ def fold_stream(events: list[Item]) -> list[Item]:
             with contextlib.suppress(TypeError, AttributeError):  # of another form than chats have
                 message["finish_reason"] = part.get("finish_reason") or message.get("finish_reason")
                 message["is_odd"] = True
-                add_delta(message, part.get("delta") or {"content": part.get("text")})
+                told = part.get("delta") or part.get("message") or {"content": part.get("text")}
+                add_delta(message, told)
                 del message["is_odd"]
     return [{**each, "role": each.get("role") or "assistant"} for each in choices.values()]
 
@@ -6133,6 +6124,7 @@ class Fault:
         self.options: Item = {**options, **CHAOS.get(self.chaos, {})}
         self.latency = rates.get("latencyMs", 0)
         self.rng = rng.child("jitter")
+        self.place = next((place for place in STRIKE_PLACES if place in options), "")
 
     def describe(self) -> str:
         """Name what goes wrong; nothing where chance let the call pass."""
@@ -6165,8 +6157,9 @@ class Fault:
         due = start + self.latency / 1000
         end = start + options.get("disconnectAfterMs", float("inf")) / 1000
         delays, inserted = self.delays(stream), options.get("insert") if stream else None
+        strikes = self.list_strikes(stream)
         for event, since in self.locate(events) if stream else zip(events, itertools.count()):
-            hits = self.find_hits(since, stream)
+            hits = {name for name in strikes if strikes[name] == since}
             if "malformedAfterChunks" in hits:
                 head, mark, data = event.partition(b"data: ")
                 event = head + mark + halve(data.rstrip()) + (b"\n\n" if len(hits) == 1 else b"")
@@ -6193,33 +6186,27 @@ class Fault:
                 yield inserted.encode()
             yield event
 
-    @property
-    def place(self) -> str:
-        """Where chunks are counted from; "" is the beginning."""
-        return next((place for place in STRIKE_PLACES if place in self.options), "")
-
-    def find_hits(self, since: int, stream: bool) -> set[str]:
-        """Return what happens after so many chunks; a whole reply is only cut, or stalls."""
+    def list_strikes(self, stream: bool) -> dict[str, int]:
+        """Return after how many chunks what happens; a whole reply is only cut, or stalls."""
         strikes = {name: self.options[name] for name in STRIKES if name in self.options}
+        if not stream:
+            cuts = ("disconnectAfterChunks", "stallAfterChunks")
+            return {name: min(strikes[name], 1) for name in cuts if name in strikes}
         if self.options.get("malformed"):
             strikes["malformedAfterChunks"] = 0
         if self.place and not strikes and "insert" not in self.options:
             strikes["errorAfterChunks" if self.has_error else "disconnectAfterChunks"] = 0
-        if stream:
-            return {name for name in strikes if strikes[name] == since}
-        cuts = ("disconnectAfterChunks", "stallAfterChunks")
-        return {name for name in cuts if name in strikes and since == min(strikes[name], 1)}
+        return strikes
 
     def locate(self, events: Iterable[bytes]) -> Iterator[tuple[bytes, int]]:
         """Yield each event with the number of chunks since the place; -1 before it."""
-        place, text = self.place, ""
-        wanted, since = self.options.get(place, ""), -1 if place else 0
-        wanted = "toolName" if wanted == "tool_name" else wanted
+        wanted, text = self.options.get(self.place, ""), ""
+        wanted, since = "toolName" if wanted == "tool_name" else wanted, -1 if self.place else 0
         for event in events:
             told = tell_event(event) if since < 0 else {}
             text += told.get("text", "")
             met = wanted in told or (wanted[:5] == "text:" and wanted[5:] in text)
-            since += place == "before" and met
+            since += self.place == "before" and met
             yield event, since
             since += since >= 0 or met
 
@@ -10528,13 +10515,11 @@ def find_timings(data: bytes, times: Iterable[tuple[int, float]]) -> Item | None
 
     times  for each piece that came: the bytes so far, the seconds since the request
     """
-    stamps, pieces, end = [], iter(times), 0
-    so_far, seconds = 0, 0.0
-    for event in split_events(data):
-        end += len(event)
-        while so_far < end:
-            so_far, seconds = next(pieces, (end, seconds))
-        stamps.append(min(round(seconds * 1000), MAX_MS))
+    stamps, pieces = [], deque(times)
+    for end in itertools.accumulate(map(len, split_events(data))):
+        while len(pieces) > 1 and pieces[0][0] < end:
+            pieces.popleft()
+        stamps.append(min(round(pieces[0][1] * 1000), MAX_MS))
     if len(stamps) < 2:
         return None
     delays = [later - earlier for earlier, later in zip(stamps, stamps[1:])]
@@ -10542,17 +10527,6 @@ def find_timings(data: bytes, times: Iterable[tuple[int, float]]) -> Item | None
 
 
 # --- From an answer to what a fixture says: a chat in words, all else as it came
-
-
-def join_chunks(chunks: list[Any]) -> Item | None:
-    """Join the chunks of a chat; None where one is none, or the end lacks."""
-    said = fold_stream(list_objects(chunks))
-    told = [get_path(chunk, "choices", "0", "logprobs") for chunk in chunks]
-    are_chunks = all("choices" in chunk for chunk in chunks)
-    if not are_chunks or any(told) or len(said) != 1 or not said[0]["finish_reason"]:
-        return None
-    choice = {"message": said[0], "finish_reason": said[0].pop("finish_reason")}
-    return {**chunks[0], "usage": find_usage(chunks), "choices": [choice]}
 
 
 def put_message(message: Item) -> Item:
@@ -10568,24 +10542,21 @@ def put_message(message: Item) -> Item:
     return {**words, **{name: value for name, value in said.items() if value}}
 
 
-def put_chat(request: Request, reply: Item) -> Item | None:
-    """Return a chat's answer in a fixture's words; None where they cannot hold it."""
-    choices = list_objects(reply.get("choices"))
-    message = get_path(reply, "choices", "0", "message")
-    if len(choices) != 1 or not isinstance(message, dict) or choices[0].get("logprobs"):
+def put_chat(request: Request, events: list[Any]) -> Item | None:
+    """Return a chat's answer, whole or in chunks, in a fixture's words; None where they lack."""
+    messages = fold_stream(list_objects(events))
+    scores = [get_path(event, "choices", "0", "logprobs") for event in events]
+    if len(messages) != 1 or any(scores) or not all("choices" in event for event in events):
         return None
-    if any(message[name] for name in message.keys() - TOLD_OF_MESSAGES):
+    message = messages[0]
+    finish = message.pop("finish_reason")
+    if not finish or any(message[name] for name in message.keys() - TOLD_OF_MESSAGES):
         return None
-    model, role = reply.get("model"), message.get("role")
-    said = {
-        "id": reply.get("id"),
-        "created": reply.get("created"),
-        "model": model if model != request.body.get("model") else None,
-        "usage": reply.get("usage"),
-        "finishReason": choices[0].get("finish_reason"),
-        "role": role if role != "assistant" else None,
-    }
-    return {**put_message(message), **{name: value for name, value in said.items() if value}}
+    said = {name: events[0].get(name) for name in ("id", "created", "model")}
+    said.update(usage=find_usage(events), finishReason=finish, role=message["role"])
+    usual = {"model": request.body.get("model"), "role": "assistant"}
+    more = {name: said[name] for name in said if said[name] and said[name] != usual.get(name)}
+    return {**put_message(message), **more}
 
 
 def list_chunk_sizes(chunks: list[Any]) -> list[int]:
@@ -10605,8 +10576,7 @@ def put_into_words(request: Request, reply: Reply) -> Item | None:
     chunks = [event for event in parse_events(reply.body) if event != "[DONE]"]
     is_stream = reply.content_type.startswith(EVENT_STREAM)
     try:
-        whole = join_chunks(chunks) if is_stream else parse_json(reply.body)
-        said = put_chat(request, whole) if isinstance(whole, dict) else None
+        said = put_chat(request, chunks if is_stream else [parse_json(reply.body)])
         if said is None or TEMPLATE.search(ENCODE(said)):  # it would quote a request
             return None
         sizes = list_chunk_sizes(chunks)
@@ -10619,8 +10589,8 @@ def put_into_words(request: Request, reply: Reply) -> Item | None:
 
 def keep_as_it_came(reply: Reply) -> Item:
     headers = {name: text for name, text in reply.headers.items() if KEPT_HEADER.fullmatch(name)}
-    more = {"status": reply.status if reply.status != 200 else None, "headers": headers or None}
-    said: Item = {name: value for name, value in more.items() if value}
+    said: Item = {"headers": headers} if headers else {}
+    said.update({"status": reply.status} if reply.status != 200 else {})
     kind = reply.content_type.partition(";")[0].strip().lower()
     with contextlib.suppress(ApiError):
         if kind == "application/json":
@@ -10660,8 +10630,7 @@ def put_match(kind: str, facts: MatchFacts) -> Item:
     return match
 
 
-def is_named(match: Item) -> bool:
-    return "userMessage" in match or "inputText" in match
+NAMES = {"userMessage", "inputText"}  # keys that tell most requests from others
 
 
 def identify(kind: str, request: Request) -> tuple[Item, Item]:
@@ -10672,7 +10641,8 @@ def identify(kind: str, request: Request) -> tuple[Item, Item]:
     """
     name, body = put_match(kind, MatchFacts(kind, request)), say_body(kind, request.body)
     large = len(request.raw) > MAX_RECORDED_BODY_BYTES
-    if body == redact(body) and not large and (body or is_named(name) or kind not in OPERATIONS):
+    told = body or not NAMES.isdisjoint(name) or kind not in OPERATIONS
+    if body == redact(body) and not large and told:
         return name, body
     for key in [key for key in name if type(name[key]) is str and large]:
         name[key] = name[key][:MAX_SHOWN]
@@ -10697,7 +10667,6 @@ def read_loosely(request: Request) -> None:
 
 if TYPE_CHECKING:
     Rank = tuple[int, int]
-UNRANKED: Rank = (-sys.maxsize, 0)
 
 
 def rank_match(match: Item) -> Rank:
@@ -10731,7 +10700,7 @@ class Recording:
                 rank = rank_match({**match, "body": json.loads(body)})
                 if any(answer["response"].keys() & {"json", "raw"} for answer, _ in answers):
                     match = {"endpoint": "chat", **match}  # the answer does not say what it is
-                if body != "{}" and (len(alike) > 1 or not is_named(match)):
+                if body != "{}" and (len(alike) > 1 or NAMES.isdisjoint(match)):
                     match["body"] = json.loads(body)
                 secrets = {secret for _, found in answers for secret in found}
                 for at, (answer, _) in enumerate(answers):
@@ -10776,7 +10745,7 @@ def check_target(path: str) -> str:
 
 def write_file(path: str, data: bytes) -> None:
     """Replace a file at once: whoever is killed meanwhile leaves the old one or the new."""
-    import tempfile  # only where something is written
+    import tempfile
 
     path = check_target(path)
     number, draft = tempfile.mkstemp(".tmp", os.path.basename(path) + ".", os.path.dirname(path))
@@ -10841,11 +10810,11 @@ class Recorder:
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         tempfile.TemporaryFile(dir=os.path.dirname(self.path)).close()  # there can be a draft
         self._recording = Recording()
-        self._mine: set[str] = set()  # entries, as they were written last
+        self._mine: set[str] = set()
         self._others: dict[str, Rank] = {}  # the entries of others, by their JSON
-        self._more: Item = {}  # what the file says beside them
+        self._more: Item = {}
         self._read()
-        self._others = dict.fromkeys(self._others, UNRANKED)  # they may have been sorted by hand
+        self._others = dict.fromkeys(self._others, (-sys.maxsize, 0))  # sorted by hand, maybe
         self._told = ""
         self._unwritten = False
         self._waiting: list[tuple[str, Request, Reply, Any]] = []
@@ -10904,15 +10873,13 @@ class Recorder:
         load_fixtures(self.path)  # names what is wrong
         with open(self.path, encoding="utf-8-sig") as file:
             data = json.load(file)
-        self._more = (
-            {name: data[name] for name in data if name != "fixtures"} if "fixtures" in data else {}
-        )
-        entries = {write_entry(entry): entry for entry in list_entries(data)}
-        self._others = {
-            text: self._others.get(text) or rank_match(entry["match"])
-            for text, entry in entries.items()
-            if text not in self._mine
-        }
+        self._more = {**data, "fixtures": None} if "fixtures" in data else {}
+        self._more.pop("fixtures", None)
+        known, self._others = self._others, {}
+        for entry in list_entries(data):
+            text = write_entry(entry)
+            if text not in self._mine:
+                self._others[text] = known.get(text) or rank_match(entry["match"])
 
     def _write(self) -> None:
         """Write the file; where that fails, it is tried again later."""
@@ -10942,7 +10909,7 @@ WRONGS = (
     "retry_after_ignored", "retried_refusal", "retry_storm", "no_retry", "gave_up",
     "half_answer_taken", "tool_call_invented", "stream_left", "over_budget",
 )  # fmt: skip
-MAX_ATTEMPTS = 5  # of one request
+MAX_ATTEMPTS = 5
 REFUSED = frozenset((400, 401, 402, 403, 404, 405, 413, 415, 422))
 TEMPORARY = frozenset((408, 409, 429, *range(500, 600)))
 MIN_QUOTE = 8  # characters of half an answer, which nobody says by chance
@@ -11014,17 +10981,11 @@ def has_failed(call: Call) -> bool:
     return call.has_ended and (failed or find_half(call) is not None)
 
 
-def lower_headers(call: Call) -> dict[str, str]:
-    return {name.lower(): text for name, text in call.reply_headers.items()}
-
-
 def find_wait(call: Call) -> float:
-    text = lower_headers(call).get("retry-after", "0")
+    text = call.get_header("retry-after", "0")
     try:
         return float(text)
     except ValueError:
-        from email.utils import parsedate_to_datetime  # only here
-
         with contextlib.suppress(ValueError, TypeError):
             ended = time.time() - time.perf_counter() + find_end(call)
             return parsedate_to_datetime(text).timestamp() - ended
@@ -11039,8 +11000,7 @@ def follows(call: Call, earlier: Call) -> bool:
     count, before = (c.headers.get("x-stainless-retry-count", "0") for c in (call, earlier))
     if count != "0":
         return bool(before.isdecimal() and count == str(int(before) + 1))
-    (address, others), (known, _) = call.peer, earlier.peer
-    return bool(address == known or not others)
+    return bool(call.peer[0] == earlier.peer[0] or not call.peer[1])
 
 
 def group_attempts(calls: Iterable[Call]) -> list[list[Call]]:
@@ -11072,7 +11032,7 @@ def judge_retries(attempts: list[Call], most: int) -> Iterator[Finding]:
     for call, following in zip(attempts, attempts[1:]):
         by_server = following.at - call.at - call.duration  # whose clock a test may set
         pause, wait = max(following.started - find_end(call), by_server), find_wait(call)
-        if call.status in REFUSED and lower_headers(call).get("x-should-retry") != "true":
+        if call.status in REFUSED and call.get_header("x-should-retry") != "true":
             text = f"repeated what was refused by a {call.status}"
             yield Finding("retried_refusal", text, call, following)
         elif pause < wait * (1 - EARLY_SHARE) - EARLY_SECONDS:
@@ -11084,7 +11044,7 @@ def judge_retries(attempts: list[Call], most: int) -> Iterator[Finding]:
     if alike or len(attempts) > most:
         how = "with pauses that do not grow" if alike else f"where {most} are allowed"
         yield Finding("retry_storm", f"made {len(attempts)} attempts {how}", *attempts)
-    may_retry = lower_headers(last).get("x-should-retry") != "false"
+    may_retry = last.get_header("x-should-retry") != "false"
     blamed = 0 < last.close_code < 1011  # for what it sent over a socket
     if may_retry and not blamed and (last.outcome == "cut" or last.status in TEMPORARY):
         reason = "a connection that was cut" if last.outcome == "cut" else f"a {last.status}"
@@ -11098,7 +11058,9 @@ def judge_halves(calls: Sequence[Call]) -> Iterator[Finding]:
     for call in calls:
         text, ids = find_half(call) or ("", set())
         text = text if len(text) >= MIN_QUOTE else ""
-        for following in calls if repr(call.body_key) not in whole and (text or ids) else ():
+        if repr(call.body_key) in whole or not (text or ids):
+            continue
+        for following in calls:
             said = [each for each in list_asked(following) if each.get("role") == "assistant"]
             texts = [str(join_text(each.get("content"))).strip() for each in said]
             called = {
@@ -11130,8 +11092,9 @@ def find_wrong_results(messages: list[Item]) -> Iterator[str]:
 def judge_tools(calls: Iterable[Call]) -> Iterator[Finding]:
     told: list[str] = []
     for call in calls:
-        refers = "item_reference" in ENCODE(call.body)  # to what is not here
-        for text in () if refers else find_wrong_results(list_asked(call)):
+        if "item_reference" in ENCODE(call.body):  # to what is not here
+            continue
+        for text in find_wrong_results(list_asked(call)):
             if text not in told:
                 told.append(text)
                 yield Finding("tool_call_invented", text, call)
@@ -11662,37 +11625,38 @@ SEED_FIELDS = {
 MAX_SEEDED_NUMBER = 2**53
 
 
-def check_seed(collection: str, item: Item, place: str) -> None:
-    """Check a seed as if it had been posted; nothing is required of it."""
-    for name, value in item.items():
-        field = SEED_FIELDS[collection].get(name)
-        if field is not None and value is not None and name not in ("file", "purpose"):
-            try:
-                item[name] = field.check(value)
-            except ApiError as error:
-                raise error.inside(f"{place}.{name}") from None
-        elif isinstance(value, (int, float)) and not 0 <= value <= MAX_SEEDED_NUMBER:
-            raise refuse_value(f"{place}.{name}", f"must be from 0 to {MAX_SEEDED_NUMBER}", value)
+def make_seed_row(name: str) -> Field:
+    """Return the row of seeds, checked as if they had been posted; nothing is required of one."""
+    rows = [row for row in SEED_FIELDS[name].values() if row.name not in ("file", "purpose")]
+    fields = Fields(*rows)
+    fields.required = ()
+    return Field(name, list, each=Field("", dict, fields=fields))
 
 
-@route("POST", "/__parlel/seed", open=True, max_bytes=STORAGE_LIMIT)
+@route(
+    "POST",
+    "/__parlel/seed",
+    open=True,
+    body=Keys(*map(make_seed_row, SEED_FIELDS)),
+    max_bytes=STORAGE_LIMIT,
+)
 def seed_objects(server: TogetherAiServer, request: Request) -> Any:
     """Store objects with chosen ids: `{"files": [{"id": "file-1", "content": "..."}], ...}`."""
-    seeds, names = parse_json(request.raw), " ".join(BUILDERS)
-    if type(seeds) is not dict or not set(seeds) <= set(BUILDERS):
-        raise ApiError("bad_body", reason=f"it must be an object with lists among {names}")
-    Fields(*rows_of(names, list, each=Field("", dict))).check(seeds)
+    seeds = {name: items for name, items in request.body.items() if items is not None}
     for name, items in seeds.items():
-        for index, item in enumerate(items or ()):
-            check_seed(name, item, f"{name}[{index}]")
+        for index, item in enumerate(items):
+            for key, value in item.items():
+                if isinstance(value, (int, float)) and not 0 <= value <= MAX_SEEDED_NUMBER:
+                    place, rule = f"{name}[{index}].{key}", f"must be from 0 to {MAX_SEEDED_NUMBER}"
+                    raise refuse_value(place, rule, value)
     try:
-        return {name: server.seed(name, seeds[name]) for name in seeds if seeds[name] is not None}
+        return {name: server.seed(name, items) for name, items in seeds.items()}
     except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         reason = f"a seed has a value of a wrong kind ({error!r})"
         raise ApiError("bad_body", reason=reason) from None
 
 
-RECORD_FILTERS = Fields(
+RECORD_FILTERS = Keys(
     *rows_of("path model kind outcome header test text batch", str),
     Field("status", int, str),
     Field("since", int, low=0),
@@ -11720,37 +11684,32 @@ MAX_THUMBNAIL = 50_000  # characters of an image's base64
 
 
 def list_said(call: Call) -> list[Item]:
-    """Return what came back, over a socket what went both ways."""
+    """Return what came back; over a socket, what went both ways."""
     place, reply = f"/__parlel/requests/{call.number}/reply", call.reply
     if call.status == 101:
         played = [{"role": "sound", "content": [{"type": "audio", "url": place}]}]
         said = [{"role": each["from"], "content": each["message"]} for each in call.messages]
         return said + played * bool(call.sound)
-    events = list_objects(reply) if call.events_sent else [reply]
+    events = list_objects(reply if call.events_sent else [reply])
     whole = events[-1] if events else None
     output = get_path(whole, "output") or get_path(whole, "response", "output")
     if output:
         return convert_items({"input": output})
     error = next(filter(None, (get_path(event, "error", "message") for event in events)), None)
-    failed = [{"role": "error", "content": error}] if error else []
-    if call.events_sent:
-        return fold_stream(events) + failed
+    said = fold_stream(events) + ([{"role": "error", "content": error}] if error else [])
+    if said or call.events_sent:
+        return said
     if get_path(reply, "content_type"):
         file = {"type": reply["content_type"].partition("/")[0], "url": place}
         return [{"role": f"{reply['content_type']}, {reply['bytes']} bytes", "content": [file]}]
-    choices = [
-        {**(choice.get("message") or {"content": choice.get("text")}), "role": "assistant",
-         "finish_reason": choice.get("finish_reason")}
-        for choice in list_objects(get_path(reply, "choices"))
-    ]  # fmt: skip
     images = [
         {"type": "image", "url": item.get("url") or f"data:image/png;base64,{item['b64_json']}"}
         for item in list_objects(get_path(reply, "data"))
         if item.keys() & {"url", "b64_json"}
     ]
-    shown = [{"role": "images", "content": images}] if images else []
     rest = get_path(reply, "results") or get_path(reply, "data") or reply
-    return choices or failed or shown or [{"role": "reply", "content": rest}]
+    shown = {"role": "images", "content": images}
+    return [shown if images else {"role": "reply", "content": rest}]
 
 
 def tell_message(message: Item) -> str:
@@ -11789,10 +11748,6 @@ def show_row(call: Call) -> Item:
 def list_requests(server: TogetherAiServer, request: Request) -> Any:
     """List the record, oldest first; a query may ask for a kind, a status, a test, a text ..."""
     args = request.args
-    unknown = sorted(args.keys() - RECORD_FILTERS.keys())
-    if unknown:
-        name = unknown[0]
-        raise refuse_value(name, f"must be one of {', '.join(RECORD_FILTERS)}", name)
     rows, since = args.get("view") == "rows", args.get("since") or 0
     calls, epoch = server.requests, server.epoch
     last = calls[-1].number if calls else 0
@@ -11837,7 +11792,7 @@ def list_body_options(call: Call) -> Iterator[tuple[str, str]]:
 
 def write_curl(call: Call, origin: str) -> str:
     """Return the command that sends a call again, with any key."""
-    import shlex  # only where somebody copies
+    import shlex
 
     method = "-I" if call.method == "HEAD" else f"-X {shlex.quote(call.method)}"
     url = f"{origin}{call.path}?{call.query}" if call.query else origin + call.path
@@ -11937,7 +11892,7 @@ def add_fixtures(server: TogetherAiServer, request: Request) -> Any:
     "GET",
     "/__parlel/fixtures",
     open=True,
-    query=Fields(Field("from", str, choices=("requests",)), *RECORD_FILTERS.values()),
+    query=Keys(Field("from", str, choices=("requests",)), *RECORD_FILTERS.values()),
 )
 def list_fixtures(server: TogetherAiServer, request: Request) -> Any:
     """List the fixtures with how often each was served, or make them from the record."""
@@ -13433,7 +13388,7 @@ def check_operation(operation: str) -> None:
 
 def list_refused_kinds(on_miss: Any) -> list[str]:
     """Return the kinds of operation whose misses are an error."""
-    if isinstance(on_miss, str):  # of texts
+    if isinstance(on_miss, str):
         texts = [kind for kind in OPERATIONS if OPERATIONS[kind].response is TEXT]
         on_miss = dict.fromkeys(texts, on_miss)
     is_told = isinstance(on_miss, dict) and {"generate", "error"}.issuperset(on_miss.values())
@@ -13614,11 +13569,14 @@ def list_tool_calls(call: Call) -> Iterator[tuple[Any, Any]]:
             yield get_path(made, "function", "name"), arguments
 
 
-def name_fault(name: str) -> Mapping[str, Any]:
+def read_fault(fault: Any) -> Item:
+    """Return the keywords of a fault: a name, a status, or they themselves."""
     faults = {**FAULTS, "timeout": {"latency": MAX_MS}}
-    if name not in faults:
-        raise ValueError(f"no fault is called {name!r}{suggest(name, faults)}")
-    return faults[name]
+    if not isinstance(fault, str):
+        return fault if isinstance(fault, dict) else {"status": fault}
+    if fault not in faults:
+        raise ValueError(f"no fault is called {fault!r}{suggest(fault, faults)}")
+    return faults[fault]
 
 
 def make_probe(words: Mapping[str, Any]) -> Fixture:
@@ -13666,7 +13624,7 @@ class Scripting:
         wrong.
         """
         if isinstance(content, list) and content and all(isinstance(it, str) for it in content):
-            import warnings  # rare
+            import warnings
 
             sentence = "a list of texts is sent as JSON; a sequence of answers is iter([...])"
             warnings.warn(sentence, stacklevel=2)
@@ -13682,9 +13640,7 @@ class Scripting:
         `fail(429, retry_after=1, times=2)`, `fail(disconnect_after_chunks=3)`, `fail("stall")` or
         another name in `FAULTS`; `fail("timeout")` never answers.
         """
-        given = name_fault(status) if isinstance(status, str) else status
-        given = given if isinstance(given, dict) else {"status": given}
-        return self._add_fixture("fail", {**given, **words})
+        return self._add_fixture("fail", {**read_fault(status), **words})
 
     @contextlib.contextmanager
     def fault(self, fault: str | Mapping[str, Any], times: int | None = 1) -> Iterator[None]:
@@ -13693,17 +13649,18 @@ class Scripting:
         fault  a name in `FAULTS`, or the keywords of one
         times  how many requests meet it (default: the first; None: all)
         """
-        words = name_fault(fault) if isinstance(fault, str) else fault
+        words, server, wanted = read_fault(fault), self.server, self.server._wanted_port
         self.mark()
-        if words == FAULTS["refused"]:
-            with self._refuse_clients():
-                yield
-        else:
-            fixture = self._add_fixture("fault", {"times": times, **words})
-            try:
-                yield
-            finally:
-                fixture.remove()
+        if words != FAULTS["refused"]:
+            undo: Any = self._add_fixture("fault", {"times": times, **words}).remove
+        else:  # nobody listens for a while
+            server._wanted_port, undo = server.port, server.start
+            server.stop()
+        try:
+            yield
+        finally:
+            undo()
+            server._wanted_port = wanted
         self.mark()
 
     def mark(self) -> int:
@@ -13715,17 +13672,6 @@ class Scripting:
             self.server._episode += 1
             calls = self.server._calls
             return calls[-1].number if calls else 0
-
-    @contextlib.contextmanager
-    def _refuse_clients(self) -> Iterator[None]:
-        server = self.server
-        wanted, server._wanted_port = server._wanted_port, server.port
-        server.stop()
-        try:
-            yield
-        finally:
-            server.start()
-            server._wanted_port = wanted
 
     def verdict(self, since: int = 0, most_attempts: int = MAX_ATTEMPTS) -> list[Finding]:
         """Return what the client did wrong, each with the calls that show it; see `WRONGS`.
@@ -13948,9 +13894,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=leave_parents)
 
 
-# What clients read beside TOGETHER_API_KEY and TOGETHER_BASE_URL.
-KEY_VARIABLES = ("TOGETHERAI_API_KEY", "OPENAI_API_KEY")
+KEY_VARIABLES = ("TOGETHER_API_KEY", "TOGETHERAI_API_KEY", "OPENAI_API_KEY")
 URL_VARIABLES = (
+    "TOGETHER_BASE_URL",
     "TOGETHER_API_BASE",
     "TOGETHER_AI_API_BASE",
     "TOGETHERAI_API_BASE",
@@ -13962,7 +13908,7 @@ URL_VARIABLES = (
 class TogetherAiServer(Scripting):
     """The emulator: `with TogetherAiServer(port=0) as server:` and point a client at `.base_url`.
 
-    life      start(), stop(), reset(); `with` does the first two
+    life      start(), stop(), reset(); or `with`
     address   url, base_url, port, env
     script    reply(), fail(), load(), test()
     record    requests, calls_to(), assert_called(), assert_all_used(), save()
@@ -13970,29 +13916,29 @@ class TogetherAiServer(Scripting):
 
     Everything else is for the handlers in this file, and may change. The options:
 
-    port          0 takes any free one (default: 4863)
+    port          0 takes any free one
     host          the address to listen on (default: this machine alone)
-    require_auth  answer 401 without `Authorization: Bearer <anything>`
-    strict        behave as production does where this file is more helpful, see the README
-    instant_jobs  finish batches, fine-tunes and the like when they are created
-    max_stored_bytes  of all files together; what would go over it answers 413
+    require_auth  answer 401 where no key comes
+    strict        behave as production does where this file is more helpful
+    instant_jobs  finish jobs when they are created
+    max_stored_bytes  of all files; more is a 413
     seed          what the chances in faults are drawn from
-    read_prompts  answer in the form that a prompt asks for (JSON, one of a list, ...)
+    read_prompts  answer in the form that a prompt asks for
     models        more models: {"acme/llama": {"engine": "B", "context_length": 8192}}
-    on_miss       where no fixture matches: "generate" an answer, or an "error" for texts (chats,
-                  responses, completions); or what for each kind, as {"embedding": "error"}
-    exact_turns   turns of fixture files hold exactly, too
-    warnings      "record" them with their calls, or answer such a call with an "error" 500
+    on_miss       where no fixture matches: "generate", or an "error" for texts; or what for each
+                  kind, as {"embedding": "error"}
+    exact_turns   turns of fixture files hold exactly
+    warnings      "record" them with their calls, or answer those with an "error" 500
     normalise     patterns of what fixtures do not compare, or a function of the body
-    rpm, tpm      requests and tokens a minute, of all or {model: number}; more is a 429
-    upstream      the URL of a server that answers instead where no fixture matches
-    record        the fixture file to which the upstream's answers are added; it is loaded first
+    rpm, tpm      requests and tokens a minute, of all or {model: number}
+    upstream      the URL of a server that answers where no fixture matches
+    record        the fixture file to which its answers are added
     record_limit  how many calls `.requests` keeps
-    allow_origin  pages that may reach what is stored, too: ["https://app.test"]
+    allow_origin  pages that may reach what is stored: ["https://app.test"]
     allow_host    names of this server beside localhost and the machine's own
-    ssl_context   an ssl.SSLContext for programs that insist on https://
-    log           called with one line for every request (default: silence)
-    clock         where the time of stored objects and limits comes from, in Unix seconds
+    ssl_context   an ssl.SSLContext, for https://
+    log           called with a line for every request
+    clock         the time of stored objects and limits, in Unix seconds
     """
 
     def __init__(
@@ -14052,13 +13998,13 @@ class TogetherAiServer(Scripting):
         self.epoch = int(time.time() * 1000)  # of the record: changes when that is reset
         self.reset()
 
-    _parent_port = 0  # in a child process
+    _parent_port = 0
 
     def _make_locks(self) -> None:
         """Make what threads share; anew in a child process, where nobody would give it back."""
         # Held while a job takes a step, a whole batch too; its lines may retrieve jobs.
         self.job_lock = threading.RLock()
-        self._life = threading.Lock()  # held while it starts
+        self._life = threading.Lock()
         self._lock = threading.RLock()  # a clock may ask for it again
         self._log = CallLog(self.log) if self.log is not None else None
         recorder = getattr(self._upstream, "recorder", None)
@@ -14128,21 +14074,17 @@ class TogetherAiServer(Scripting):
 
         test  forget the calls, counts and fixtures of this X-Test-Id alone
         """
-        if test is not None:
-            self.script.remove_test(test)
-            with self._lock:
-                self._calls = deque(call for call in self._calls if call.test != test)
-                self._recorded_bytes = sum(call.kept for call in self._calls)
-                self.epoch += 1
-            return
         with self._lock:
+            self._calls = deque(call for call in self._calls if test not in (None, call.test))
+            self._recorded_bytes = sum(call.kept for call in self._calls)
+            self.epoch += 1
+            if test is not None:
+                self.script.remove_test(test)
+                return
             self.script.reset()
             self.models = {**MODELS, **self.script.models, **self._own_models}
-            self._calls = deque()
             # Keys of the calls, which nothing that is written of them shall hold.
             self.secrets: dict[str, None] = BoundedDict(MAX_OBJECTS)
-            self.epoch += 1
-            self._recorded_bytes = 0
             self._episode = 0
             self._limits = RateLimits()
             self._numbers = itertools.count(1)
@@ -14153,13 +14095,13 @@ class TogetherAiServer(Scripting):
             self.videos = Collection("Video")
             self.evaluations = Collection("Evaluation", key="workflow_id")
             self.endpoints = Collection("Endpoint", status="state")
-            self.jobs = Collection("Job", key="job_id")  # uploads of models
-            self.adapters: dict[str, list[str]] = BoundedDict(MAX_OBJECTS)  # by endpoint
+            self.jobs = Collection("Job", key="job_id")
+            self.adapters: dict[str, list[str]] = BoundedDict(MAX_OBJECTS)
             self.contents: dict[str, bytes] = {}  # by file id; parts by "file id/number"
-            self.uploads: dict[str, str] = BoundedDict(MAX_OBJECTS)  # files of open uploads
-            self.outcomes: dict[str, str] = BoundedDict(MAX_OBJECTS)  # how each job shall end
+            self.uploads: dict[str, str] = BoundedDict(MAX_OBJECTS)
+            self.outcomes: dict[str, str] = BoundedDict(MAX_OBJECTS)
             self.job_tests: dict[str, str] = BoundedDict(MAX_OBJECTS)  # whose each job is
-            self._counts: dict[str, int] = {}  # of ids, by their prefix
+            self._counts: dict[str, int] = {}
 
     @property
     def on_miss(self) -> str | Mapping[str, str]:
@@ -14209,8 +14151,6 @@ class TogetherAiServer(Scripting):
         Each is read by some client of Together or OpenAI; see the table in the README.
         """
         return {
-            "TOGETHER_API_KEY": DEFAULT_KEY,
-            "TOGETHER_BASE_URL": self.base_url,
             **dict.fromkeys(KEY_VARIABLES, DEFAULT_KEY),
             **dict.fromkeys(URL_VARIABLES, self.base_url),
             "TOGETHER_PROJECT_ID": PROJECT["id"],
@@ -14250,16 +14190,15 @@ class TogetherAiServer(Scripting):
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Load a fixture file, or a folder of them; ValueError names the place that is wrong."""
-        known = len(self.script.warnings)
-        self._load(os.fspath(path))
-        for warning in self.script.warnings[known:]:
-            import warnings  # rare
+        for warning in self._load(os.fspath(path)).warnings:
+            import warnings
 
             warnings.warn(warning, stacklevel=2)
 
-    def _load(self, path: str) -> None:
-        self.script.load(path)
+    def _load(self, path: str) -> Loaded:
+        loaded = self.script.load(path)
         self.models.update({**self.script.models, **self._own_models})
+        return loaded
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a fixture file that answers every recorded call as it was answered."""
@@ -14309,16 +14248,16 @@ class TogetherAiServer(Scripting):
 
     # The pipeline
 
-    def answer(self, request: Request) -> Reply:
+    def answer(self, request: Request, refusal: ApiError | None = None) -> Reply:
         """Answer a request; this is all there is behind the sockets, and it never raises."""
         call = request.call = request.call or self._record(request)
-        reply = self._settle(request, call)
+        reply = self._settle(request, call, refusal)
         call.duration = time.perf_counter() - call.started
         call.keep_reply(reply)
         if len(request.raw) > MAX_RECORDED_BODY_BYTES and request.body:
             call.identity = identify(call.kind, request)
         if reply.handler is not None:
-            return reply  # whose handler ends the call
+            return reply
         if reply.events is None:
             self._end_call(call, "complete")
         else:
@@ -14326,9 +14265,11 @@ class TogetherAiServer(Scripting):
             next(reply.events)
         return reply
 
-    def _settle(self, request: Request, call: Call) -> Reply:
+    def _settle(self, request: Request, call: Call, refusal: ApiError | None = None) -> Reply:
         """Return the reply or the error, whatever happens."""
         try:
+            if refusal is not None:
+                raise refusal
             reply = self._respond(request, call)
         except ApiError as error:
             call.error = error.message
@@ -14378,7 +14319,7 @@ class TogetherAiServer(Scripting):
                 self._take("tpm", call.model, (call.usage or {}).get("total_tokens") or 0)
         call.outcome = outcome
         with self._lock:
-            if call.revision:  # it is in the record
+            if call.revision:
                 call.revision = next(self._revisions)
                 size = len(call._raw) + call.reply_size + len(call.sound)
                 self._recorded_bytes += size - call.kept
@@ -14511,7 +14452,7 @@ class TogetherAiServer(Scripting):
             facts = MatchFacts(route.kind, request, self.script.make_normaliser(True))
             fixture, warning, _ = self.script.find(facts)
             warning = warning or f"{fixture and fixture.source} has another date, time or uuid"
-        call.explain_misses = lambda call: explain_misses(call.misses, list_facts(call))
+        call.explain_misses = lambda: explain_misses(call.misses, list_facts(call))
         if fixture is None:
             return self._handle(route, request, call)
         if warning:
@@ -14577,12 +14518,9 @@ class TogetherAiServer(Scripting):
         return route.max_bytes or self.max_stored_bytes + MAX_PART_HEAD_BYTES
 
     def _refuse(self, error: ApiError, request: Request) -> Reply:
-        call = self._record(request)
-        call.kind, call.error = read_family(request.path), error.message
-        reply = self._shape_error(error, request)
-        call.keep_reply(reply)
-        self._end_call(call, "complete")
-        return reply
+        request.call = self._record(request)
+        request.call.kind = read_family(request.path)
+        return self.answer(request, error)
 
 
 # === Command line ===
