@@ -8075,11 +8075,6 @@ def response_object(answer: Answer, echo: Item, items: Any = None) -> Item:
     }
 
 
-if TYPE_CHECKING:
-    # Its type, its fields and, where it comes for each piece of a text, those.
-    ResponseEvent = tuple[str, Item, Sequence[str]]
-
-
 def part_events(place: Item, item: Item, choice: Choice) -> Iterator[Any]:
     """Yield a text, reasoning, or the summary of it that was asked for, a piece each."""
     (part,) = item.get("summary") or item["content"]
@@ -8870,13 +8865,11 @@ def enter_batch(server: Server, job: Item, status: str) -> Item:
 BATCHES = Jobs("batches", "VALIDATING IN_PROGRESS COMPLETED", enter_batch, cancelled="CANCELLED")
 route("GET", "/v1/batches/{id}")(BATCHES.get)
 route("POST", "/v1/batches/{id}/cancel")(BATCHES.cancel)
-ENDS = Keys(Field("status!", str))
-SCRIPTED_END = ResponseType(
-    "job", Keys(Field("job", dict, fields=ENDS)), operator.itemgetter("job")
-)
+ENDS = Keys(Field("job", dict, fields=Keys(Field("status!", str))))
+JOB: Any = {"kind": "job", "response": ResponseType("job", ENDS, operator.itemgetter("job"))}
 
 
-@route("POST", "/v1/batches", body=BATCH_FIELDS, kind="job", response=SCRIPTED_END, status=201)
+@route("POST", "/v1/batches", body=BATCH_FIELDS, status=201, **JOB)
 def create_batch(server: Server, request: Request) -> Any:
     """Start a batch job from a file of requests."""
     file = find_file(server, request.body["input_file_id"], "input_file_id", "batch-api")
@@ -9109,7 +9102,7 @@ def resolve_trainable(server: Server, id: str) -> Model:
     return model
 
 
-@route("POST", "/v1/fine-tunes", body=FINE_TUNE_FIELDS, kind="job", response=SCRIPTED_END)
+@route("POST", "/v1/fine-tunes", body=FINE_TUNE_FIELDS, **JOB)
 def create_fine_tune(server: Server, request: Request) -> Any:
     """Start a fine-tuning job."""
     body, jobs = request.body, server.fine_tunes
@@ -9421,7 +9414,7 @@ route("GET", "/v1/evaluation/{id}")(EVALUATION_JOBS.get)
 route("GET", "/v1/evaluation/{id}/status")(EVALUATION_JOBS.get)
 
 
-@route("POST", "/v1/evaluation", body=EVALUATION_FIELDS, kind="job", response=SCRIPTED_END)
+@route("POST", "/v1/evaluation", body=EVALUATION_FIELDS, **JOB)
 def create_evaluation(server: Server, request: Request) -> Any:
     """Start to judge the rows of a data file."""
     type, parameters = request.body["type"], request.body["parameters"]
@@ -9503,7 +9496,7 @@ def list_endpoints(server: Server, request: Request) -> Any:
     return {"object": "list", "data": [] if none else server.endpoints.list()}
 
 
-@route("POST", "/v1/endpoints", body=ENDPOINT_FIELDS, kind="job", response=SCRIPTED_END)
+@route("POST", "/v1/endpoints", body=ENDPOINT_FIELDS, **JOB)
 def create_endpoint(server: Server, request: Request) -> Any:
     """Create an endpoint; it is pending, then starting, then started."""
     if server.strict:
