@@ -1235,7 +1235,6 @@ does not ask for a long list / likely knows the basics""")
 
 
 def make_thought(rng: HashRandom) -> str:
-    """Write what a model might think before it answers."""
     data = rng.randbytes(4)
     return (
         f"We need to{TASKS[data[0]]}. The user{REQUESTS[data[1]]}. So it is best to"
@@ -3853,7 +3852,6 @@ def read_model(type: str, row: str) -> Model:
 
 
 def read_models(table: str) -> dict[str, Model]:
-    """Return the models of a table by id."""
     models: dict[str, Model] = {}
     for group in table.split("= ")[1:]:
         type, *rows = group.splitlines()
@@ -8754,7 +8752,8 @@ def get_file_content(server: Server, request: Request) -> Any:
 @route("DELETE", "/v1/files/{id}")
 def delete_file(server: Server, request: Request) -> Any:
     """Delete a file."""
-    id = server.files.remove(request.params["id"])["id"]
+    id = request.params["id"]
+    server.files.remove(id)
     return {"id": id, "object": "file", "deleted": True}
 
 
@@ -8822,16 +8821,15 @@ def run_batch(server: Server, job: Item, data: bytes) -> Item:
             break  # the storing will say so
         id, reply = run_line(server, job, line, number, seen)
         said = json.loads(reply.body) if succeeds(json.loads, reply.body) else None
+        kind, row = "output", {"id": f"br_{source.child(number).hex(24)}", "custom_id": id}
         if reply.status == 200 and said is not None:  # a fault may have cut it
-            kind, result = "output", b'"response":{"status_code":200,"body":%b}' % reply.body
+            row["response"] = {"status_code": 200, "body": said}
         else:
-            reason = f"The request failed with status {reply.status}."
+            kind, reason = "error", f"The request failed with status {reply.status}."
             message = get_path(said, "error", "message") or reason
             code = get_path(said, "error", "code") or get_path(said, "error", "type")
-            error = ENCODE({"message": message, "code": code})
-            kind, result = "error", b'"error":%b' % error.encode()
-        names = f'"id":"br_{source.child(number).hex(24)}","custom_id":{ENCODE(id)}'
-        results[kind].append(b"{%b,%b}\n" % (names.encode(), result))
+            row["error"] = {"message": message, "code": code}
+        results[kind].append(ENCODE(row).encode() + b"\n")
         size += len(results[kind][-1])
     changes: Item = {"progress": 100.0}
     try:
@@ -9897,9 +9895,9 @@ def create_transcript(server: Server, request: Request) -> Any:
 @route("GET", "/v1/voices", query=Fields(Field("model", str)))
 def list_voices(server: Server, request: Request) -> Any:
     """List the voices of each speech model."""
-    found = []
+    found, wanted = [], request.args.get("model")
     for id, model in list(server.models.items()):
-        if model.type == "audio" and request.args.get("model") in (None, id):
+        if model.type == "audio" and wanted in (None, id):
             names = SPEECH_VOICES.get(id.partition("/")[0], ())
             found.append({"model": id, "voices": [{"id": name, "name": name} for name in names]})
     return {"data": found}
@@ -10002,12 +10000,12 @@ def create_video(server: Server, request: Request) -> Any:
 def get_video_file(server: Server, request: Request) -> Any:
     """Serve a video that an answer pointed to; it needs no key."""
     found = VIDEO_URL.fullmatch(request.params["name"])
-    facts = [int(number) for number in found.groups()[1:]] if found else [0, 0, 0, 0]
+    letters, *facts = found.groups() if found else ("", 0)
     limits = (MAX_IMAGE_SIDE, MAX_IMAGE_SIDE, MAX_VIDEO_SECONDS, MAX_FPS)
-    if found is None or not all(0 < fact <= limit for fact, limit in zip(facts, limits)):
+    if not all(0 < int(fact) <= limit for fact, limit in zip(facts, limits)):
         raise ApiError("no_object", param="name", noun="Video", id=request.params["name"][:100])
-    rng = HashRandom.of_bytes(found.group(1).encode())
-    return serve_bytes(request, make_video(rng, *facts), "video/mp4")
+    video = make_video(HashRandom.of_bytes(letters.encode()), *map(int, facts))
+    return serve_bytes(request, video, "video/mp4")
 
 
 # === Realtime endpoints ===
@@ -10355,16 +10353,13 @@ def list_models(server: Server, request: Request) -> Any:
     return wrap_list(request, items, server.strict)
 
 
-def find_model(server: Server, id: str) -> Model:
-    if id not in server.models:
-        raise ApiError("no_model", model=id[:100])
-    return server.models[id]
-
-
 @route("GET", "/v1/models/{id...}")
 def get_model(server: Server, request: Request) -> Any:
     """Describe one model; its slashes may come as they are or as %2F."""
-    item = model_object(find_model(server, request.params["id"]))
+    model = server.models.get(request.params["id"])
+    if model is None:
+        raise ApiError("no_model", model=request.params["id"][:100])
+    item = model_object(model)
     return {**item, "owned_by": item["organization"] or "user"}
 
 
@@ -10396,11 +10391,10 @@ def list_supported_models(server: Server, request: Request) -> Any:
 def get_supported_model(server: Server, request: Request) -> Any:
     """Describe one model in the second API's form, by id or by name."""
     wanted = request.params["id"]
-    for model in list(server.models.values()):
-        item = supported_model(model)
+    for item in map(supported_model, list(server.models.values())):
         if wanted in (item["id"], item["name"]):
             return item
-    return supported_model(find_model(server, wanted))
+    raise ApiError("no_model", model=wanted[:100])
 
 
 # --- Projects and uploads of models
@@ -10422,23 +10416,17 @@ def list_projects(server: Server, request: Request) -> Any:
     return list_page(request, [{**PROJECT, **owner}])
 
 
-def project_model(model: Model) -> Item:
-    """Return a model of one's own as the second API lists it."""
-    return {
-        "id": "ml_" + HashRandom.of("project model", model.id).hex(24),
-        "name": model.id,
-        "organizationId": ORGANIZATION["id"],
-        "projectId": PROJECT["id"],
-        "visibility": "VISIBILITY_PRIVATE",
-        "weights": {"contextLength": str(model.context_length or 0)},
-    }
-
-
 @route("GET", "/v2/projects/{project}/models", query=PAGE_FIELDS)
 def list_project_models(server: Server, request: Request) -> Any:
     """List the models that jobs and uploads have made."""
-    own = [model for id, model in list(server.models.items()) if id not in MODELS]
-    return list_page(request, [project_model(model) for model in own])
+    return list_page(request, [
+        {"id": "ml_" + HashRandom.of("project model", id).hex(24), "name": id,
+         "organizationId": ORGANIZATION["id"], "projectId": PROJECT["id"],
+         "visibility": "VISIBILITY_PRIVATE",
+         "weights": {"contextLength": str(model.context_length or 0)}}
+        for id, model in list(server.models.items())
+        if id not in MODELS
+    ])  # fmt: skip
 
 
 @route("GET", "/v2/whoami")
@@ -10453,7 +10441,6 @@ def get_identity(server: Server, request: Request) -> Any:
 
 @stored("jobs")
 def upload_job_object(server: Server, item: Item) -> Item:
-    """Complete the job that uploads a model."""
     return merge({
         "type": "model_upload", "job_id": server._next_id("job-"),
         "args": {"description": "", "modelName": f"{USER}/model", "modelSource": ""},
@@ -14615,7 +14602,6 @@ def check_fixtures(path: str) -> int:
 
 
 def catch_signals(handler: Any) -> None:
-    """Handle the signals that end a program."""
     import signal
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
