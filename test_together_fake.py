@@ -1264,6 +1264,16 @@ class FrameTests(unittest.TestCase):
         long = mask(1, b"abc", size=(127, 8))
         self.check(("a size that takes more bytes than it needs", long, (1, b"abc")))
 
+    def test_frames_of_the_server_have_the_shortest_head(self):
+        for size, head in (
+            (0, b"\x81\0"),
+            (125, b"\x81\x7d"),
+            (126, b"\x81\x7e\0\x7e"),
+            (65535, b"\x81\x7e\xff\xff"),
+            (65536, b"\x81\x7f\0\0\0\0\0\1\0\0"),
+        ):
+            self.assertEqual(fake.write_frame(1, bytes(size)), head + bytes(size))
+
     def test_pings_and_pongs(self):
         self.check(
             ("2.1", mask(9), (9, b"")),
@@ -2250,8 +2260,10 @@ class PlaceTests(LocalCase):
         self.server.fail(429, retry_after=60, retry_after_date=True)
         headers = {"authorization": "Bearer x"}
         reply = self.server.answer(Request("POST", CHAT, HELLO, headers=headers))
-        then = email.utils.parsedate_to_datetime(reply.headers["retry-after"]).timestamp()
-        self.assertTrue(58 < then - time.time() < 62, then - time.time())
+        then = reply.headers["retry-after"]
+        self.assertRegex(then, r"^\w{3}, \d\d \w{3} \d{4} [\d:]{8} GMT$")
+        left = email.utils.parsedate_to_datetime(then).timestamp() - time.time()
+        self.assertTrue(60 - PATIENCE < left <= 61, left)
 
 
 class StatusTests(unittest.TestCase):
@@ -2284,9 +2296,12 @@ class StatusTests(unittest.TestCase):
                 error = json.loads(reply.body)["error"]
                 self.assertEqual((reply.status, error["type"]), (status, kind))
                 self.assertTrue(error["message"].startswith(start), error["message"])
-        reply = self.send({"status": 521})
-        self.assertEqual((reply.status, reply.body), (521, b"error code: 521"))
-        self.assertTrue(reply.content_type.startswith("text/plain"))
+        for status in range(520, 525):
+            reply = self.send({"status": status})
+            self.assertEqual((reply.status, reply.body), (status, b"error code: %d" % status))
+            self.assertTrue(reply.content_type.startswith("text/plain"))
+        for model, said in (("m", "60 RPM (1 QPS) and 60000 TPM (1000 TPS)"), ("m-Free", "10.0 q")):
+            self.assertIn(said.encode(), fake.status_reply(429, model=model).body)
 
     def test_headers(self):
         for said, options, headers in (
@@ -2383,7 +2398,11 @@ class ScriptedFaultTests(ScriptingCase):
         def run(seed):
             self.server = TogetherAiServer(port=0, seed=seed)
             self.server.fail(chaos={"dropRate": 0.4, "rateLimitRate": 0.4})
-            return [self.answer("POST", CHAT, HELLO).status for _ in range(20)]
+            found = [self.answer("POST", CHAT, HELLO).status for _ in range(20)]
+            for call in self.server.requests:
+                rate = {429: "rateLimitRate", 500: "dropRate"}.get(call.status)
+                self.assertEqual(call.notes, (f"the fixture's {rate}",) if rate else ())
+            return found
 
         first = run(1)
         self.assertEqual(run(1), first)
@@ -5421,6 +5440,7 @@ class Line:
         """Return what was sent since: messages, pongs as bytes, the code of a close."""
         found, data, self.sent = [], self.sent, b""
         while data:
+            assert data[0] in (0x81, 0x88, 0x8A), data[:2]  # a text, a close, a pong
             kind, size, start = data[0] & 15, data[1], 2
             if size > 125:
                 start = 4 if size == 126 else 10
@@ -10871,6 +10891,7 @@ class VerdictTests(LocalCase):
         self.send({"model": "m", "messages": "no list"})
         for body in (HELLO, HELLO):
             self.send(body, 0.1)
+            self.assertEqual(self.ask("GET", "/v1/files/none").status, 404)
         self.assertEqual(self.names(), [])
         self.server.assert_resilient()
 
@@ -10940,6 +10961,10 @@ class VerdictTests(LocalCase):
             ({"status": 503}, False, True),
             ({"status": 503, "should_retry": False}, False, False),
             ({"status": 400}, False, False),
+            ({"status": 408}, False, True),
+            ({"status": 409}, False, True),
+            ({"status": 418}, False, False),
+            ({"status": 599}, False, True),
             ({"disconnect_after_chunks": 0}, False, True),
             ({"disconnect_after_chunks": 2}, True, True),
         ):
@@ -10983,11 +11008,24 @@ class VerdictTests(LocalCase):
                     self.send(quote(said), 1)
                     self.assertEqual("half_answer_taken" in self.names(), wanted, self.names())
 
-    def test_few_letters_are_quoted_by_chance(self):
-        self.server.reply("Yes, of course.", chunk_size=1, times=1, end_after_chunks=3)
-        self.send({**HELLO, "stream": True})
-        turn = {"role": "assistant", "content": "Yes"}
+    def quote_first(self, count):
+        """Ask for a stream that ends after so many letters, and quote them."""
+        self.server.reply("Certainly.", chunk_size=1, times=1, end_after_chunks=count)
+        self.send({**HELLO, "stream": True}, 1)
+        turn = {"role": "assistant", "content": "Certainly."[:count]}
         self.send({"model": "m", "messages": [*say("hello"), turn, *say("go on")]}, 1)
+
+    def test_few_letters_are_quoted_by_chance(self):
+        self.quote_first(7)
+        self.assertEqual(self.names(), [])
+        self.server.reset()
+        self.quote_first(8)
+        self.assertEqual(self.names(), ["half_answer_taken"])
+
+    def test_what_was_too_large_to_keep_is_not_judged(self):
+        with mock.patch.object(fake, "MAX_RECORDED_BODY_BYTES", 100):
+            for _ in range(4):
+                self.quote_first(9)
         self.assertEqual(self.names(), [])
 
     def test_counts_tell_who_of_two_comes_again(self):
@@ -11031,17 +11069,19 @@ class VerdictTests(LocalCase):
             return [*say("hi"), *([said] if made else []), *told]
 
         for messages, wanted in (
-            (turns("a", "b", results=("b", "a")), 0),
-            (turns("a", "b", results=("a",)), 0),  # more may come
-            (turns("a", "b", results=("a",)) + say("go on"), 1),
-            (turns("a", results=("x",)), 1),
-            (turns(results=("x",)), 1),
+            (turns("a", "b", results=("b", "a")), ""),
+            (turns("a", "b", results=("a",)), ""),  # more may come
+            (turns("a", "b", results=("a",)) + say("go on"), "b"),
+            (turns("a", results=("x",)), "x"),
+            (turns(results=("x",)), "x"),
         ):
             with self.subTest(messages=messages):
                 self.server.reset()
                 for _ in range(2):  # told once
                     self.send({"model": "m", "messages": messages})
-                self.assertEqual(self.names(), ["tool_call_invented"] * wanted)
+                self.assertEqual(self.names(), ["tool_call_invented"] * len(wanted))
+                for finding in self.server.verdict():
+                    self.assertRegex(finding.text, f'^sent .* result for "{wanted}"')
 
     def test_a_stream_is_left(self):
         for words, wanted in (
