@@ -6361,21 +6361,18 @@ class Route:
         kind = self.kind
         self.slow = self.slow and kind not in QUICK_KINDS
         self.recorded_kind = read_family(path) if kind in ("", "job") else kind
-        self.names = re.findall(r"{(\w+)(?:\.\.\.)?}", path)
         # Paths with fewer parameters go first, then those with a longer template.
-        self.rank = (len(self.names) + path.count("...}"), -len(path))
-        self._pattern: re.Pattern[str] | None = None
+        self.rank = (path.count("{") + path.count("...}"), -len(path))
+        rest = path.replace("...}", ">.+)").replace("}", ">[^/]+)")
+        self.pattern = lazy_regex(rest.replace("{", "(?P<"))
 
     def __call__(self, handler: Any) -> Any:
         """Declare the handler below this route."""
         self.handler = handler
-        key = (self.method, self.path)
-        if any((known.method, known.path) == key for known in ROUTES):
-            raise ValueError(f"{self.method} {self.path} is declared twice")
         after = (at for at, known in enumerate(ROUTES) if known.rank > self.rank)
         ROUTES.insert(next(after, len(ROUTES)), self)
-        if not self.names:
-            EXACT[key] = self
+        if not self.rank[0]:
+            EXACT[self.method, self.path] = self
         if self.kind:
             OPERATIONS.setdefault(self.kind, self)
         return handler
@@ -6393,13 +6390,10 @@ class Route:
 
     def match(self, path: str) -> dict[str, str] | None:
         """Return the parameters of a path that fits: `{id}` one segment, `{id...}` the rest."""
-        if not self.names:
+        if not self.rank[0]:
             return {} if path == self.path else None
-        if self._pattern is None:
-            pattern = re.sub(r"\\{\w+\\}", "([^/]+)", re.escape(self.path))
-            self._pattern = re.compile(re.sub(r"\\{\w+\\\.\\\.\\\.\\}", "(.+)", pattern))
-        found = self._pattern.fullmatch(path)
-        return found and dict(zip(self.names, map(unquote, found.groups())))
+        found = self.pattern.fullmatch(path)
+        return found and {name: unquote(part) for name, part in found.groupdict().items()}
 
 
 route = Route  # `@route(...)` above a handler declares it
@@ -9028,18 +9022,16 @@ def list_new_events(job: Item, status: str) -> list[Item]:
     """Return what a job reports when it reaches a status; an epoch's end once for each."""
     artifact = "output" if job["training_type"]["type"] == "Full" else "adapter"
     steps, events = list_steps(job, job["n_epochs"]), []
-    for line in FINE_TUNE_EVENTS.split("\n"):
-        entered, type, message = line.split(" ", 2)
+    common = {
+        **EVENT, "created_at": job["updated_at"], "level": "error" if status == "error" else "info",
+        "total_steps": steps[-1], "model_path": job["model_output_path"],
+    }  # fmt: skip
+    rows = [line.split(" ", 2) for line in FINE_TUNE_EVENTS.split("\n")]
+    for type, message in [row[1:] for row in rows if row[0] == status]:
         last = steps[-1:] if status == "uploading" else [0]
         for step in steps if type == "epoch_complete" else last:
-            facts = {
-                "created_at": job["updated_at"],
-                "level": "error" if status == "error" else "info",
-                "total_steps": steps[-1], "model_path": job["model_output_path"],
-                "type": type, "step": step,
-                "message": message.format_map({**job, "step": step, "artifact": artifact}),
-            }  # fmt: skip
-            events += [{**EVENT, **facts}] if entered == status else []
+            told = message.format_map({**job, "step": step, "artifact": artifact})
+            events.append({**common, "type": type, "step": step, "message": told})
     return events
 
 
@@ -9079,9 +9071,12 @@ def fine_tune_object(server: Server, item: Item) -> Item:
     now, file_id = format_time(server._now()), item.get("training_file") or ""
     file = server.files.get(file_id) if file_id in server.files else FILE
     job = complete(server, item, "ft-", created_at=now, updated_at=now, **FINE_TUNE)
-    mark = HashRandom.of("fine-tune", job["id"]).hex(8)
-    words = filter(None, (job["model"].rpartition("/")[2], job.get("suffix"), mark))
-    job["model_output_name"] = f"{USER}/{'-'.join(words)}"
+    words = [
+        job["model"].rpartition("/")[2],
+        job.get("suffix"),
+        HashRandom.of("fine-tune", job["id"]).hex(8),
+    ]
+    job["model_output_name"] = f"{USER}/{'-'.join(filter(None, words))}"
     job.update(TrainingFileNumLines=file["LineCount"], TrainingFileSize=file["bytes"])
     job = merge(job, {**item, **complete_training(item), "events": []})
     status, ladder = job["status"], FINE_TUNES.statuses
@@ -9147,7 +9142,9 @@ def list_checkpoints(server: Server, request: Request) -> Any:
     found = [("Intermediate", step) for step in steps]
     if job["status"] == "completed":
         full = job["training_type"]["type"] == "Full"
-        found += [(f"Final{of}", last) for of in ([""] if full else [" Merged", " Adapter"])]
+        found += [
+            (name, last) for name in (["Final"] if full else ["Final Merged", "Final Adapter"])
+        ]
     elif job["status"] != "uploading":
         found = []
     place, made = f"s3://{USER}/{job['id']}", job["updated_at"]
@@ -9239,9 +9236,9 @@ def download_model(server: Server, request: Request) -> Any:
             entry.size = len(data)
             archive.addfile(entry, io.BytesIO(data))
     packer = zlib.compressobj(0, zlib.DEFLATED, 16 + zlib.MAX_WBITS)  # gzip
-    packed = packer.compress(tar.getvalue()) + packer.flush()
-    head = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"  # zlib's own names the system
-    return serve_bytes(request, head + packed[len(head) :], "application/x-tar")
+    packed = bytearray(packer.compress(tar.getvalue()) + packer.flush())
+    packed[8:10] = b"\0\xff"  # no word of the level and the system: the same on all
+    return serve_bytes(request, bytes(packed), "application/x-tar")
 
 
 def tokenize_file(server: Server, id: str, count: int, on_inputs: bool) -> list[Item]:
@@ -9257,7 +9254,7 @@ def tokenize_file(server: Server, id: str, count: int, on_inputs: bool) -> list[
             row["labels"] += [token_id(piece) if trained else -100 for piece in pieces]
             row["trained_spans"] += [[start, start + len(pieces)]] if trained else []
             row["tokens"] += pieces
-        row["input_ids"] = [token_id(piece) for piece in row["tokens"]]
+        row["input_ids"] = list(map(token_id, row["tokens"]))
         row["num_tokens"] = len(row["tokens"])
         row["num_trained_tokens"] = sum(end - start for start, end in row["trained_spans"])
         examples.append(row)
