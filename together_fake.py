@@ -9105,8 +9105,9 @@ def create_fine_tune(server: Server, request: Request) -> Any:
     model = body.get("model") or (jobs.get(base)["model"] if base in jobs else base)
     if not model:
         raise ApiError("missing", param="model")
-    for name, id in pick_given(body, ("training_file", "validation_file")).items():
-        find_file(server, id, name, "fine-tune")
+    for name in ("training_file", "validation_file"):
+        if body.get(name):
+            find_file(server, body[name], name, "fine-tune")
     item = {name: body[name] for name in body if name in FINE_TUNE_FIELDS and name not in SECRETS}
     item["model"] = resolve_trainable(server, model).id
     return show_fine_tune(server, request, FINE_TUNES.start(server, request, item))
@@ -14517,25 +14518,25 @@ def print_lines(lines: Iterable[str]) -> None:
         sys.stdout = None  # the interpreter would flush it again
 
 
-COMMAND_OPTIONS = (  # each with its type and default; a switch has no type
-    ("host", str, "127.0.0.1", "address to listen on"),
-    ("port", int, None, f"0 takes any free one ({DEFAULT_PORT}; with --run 0)"),
-    ("strict", None, False, "be no more helpful than production"),
-    ("no-auth", None, False, "answer without a key too"),
-    ("no-read-prompts", None, False, "answer in prose, whatever form a prompt asks for"),
-    ("on-miss", str, "generate", "without a fixture: generate, error, or kinds: chat,embedding"),
-    ("exact-turns", None, False, "turns of fixture files hold exactly, too"),
-    ("strict-scripts", None, False, "a call with a warning is a 500 that tells it"),
-    ("upstream", str, None, "the URL where to send what no fixture answers"),
-    ("record", str, None, "fixture file to which its answers are added"),
-    ("instant-jobs", None, False, "jobs finish when they are created"),
-    ("max-stored-bytes", int, MAX_STORED_BYTES, "of files"),
-    ("record-limit", int, DEFAULT_RECORD_LIMIT, "calls to keep"),
-    ("seed", int, 0, "of the chances in faults"),
-    ("allow-origin", str, "", "pages that may reach what is stored"),
-    ("allow-host", str, "", "more names of this server"),
-    ("quiet", None, False, "no line for each request"),
-    ("watch", None, False, "follow changes of the fixture files"),
+COMMAND_OPTIONS = (  # each with its default, or its type where there is none
+    ("host", "127.0.0.1", "address to listen on"),
+    ("port", int, f"0 takes any free one ({DEFAULT_PORT}; with --run 0)"),
+    ("strict", False, "be no more helpful than production"),
+    ("no-auth", False, "answer without a key too"),
+    ("no-read-prompts", False, "answer in prose, whatever form a prompt asks for"),
+    ("on-miss", "generate", "without a fixture: generate, error, or kinds: chat,embedding"),
+    ("exact-turns", False, "turns of fixture files hold exactly, too"),
+    ("strict-scripts", False, "a call with a warning is a 500 that tells it"),
+    ("upstream", str, "the URL where to send what no fixture answers"),
+    ("record", str, "fixture file to which its answers are added"),
+    ("instant-jobs", False, "jobs finish when they are created"),
+    ("max-stored-bytes", MAX_STORED_BYTES, "of files"),
+    ("record-limit", DEFAULT_RECORD_LIMIT, "calls to keep"),
+    ("seed", 0, "of the chances in faults"),
+    ("allow-origin", "", "pages that may reach what is stored"),
+    ("allow-host", "", "more names of this server"),
+    ("quiet", False, "no line for each request"),
+    ("watch", False, "follow changes of the fixture files"),
 )
 
 
@@ -14551,13 +14552,13 @@ def read_options(args: Sequence[str] | None) -> Any:
     variables = []
 
     def read_variable(option: str, default: Any) -> Any:
-        """Return the default of an option, which a variable may give."""
         variables.append("TOGETHER_FAKE_" + option.upper().replace("-", "_"))
         return os.environ.get(variables[-1]) or default
 
-    for name, kind, default, help in COMMAND_OPTIONS:
+    for name, default, help in COMMAND_OPTIONS:
+        kind, default = (default, None) if type(default) is type else (type(default), default)
         value = read_variable(name, default)
-        if kind is None:
+        if kind is bool:
             on = value is not False and value.lower() not in ("0", "false", "no", "off")
             parser.add_argument(f"--{name}", action="store_true", default=on, help=help)
         else:
