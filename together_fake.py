@@ -2002,7 +2002,7 @@ def read_table(text: str) -> dict[str, str]:
 
 # What `{kind}` or `{kind4}` in a template stands for: one draw, or so many in a row. A template
 # may also name its own choices: `{this|that}`.
-SAMPLES = read_table("""\
+SAMPLE_ROWS = read_table("""\
 d: 0|1|2|3|4|5|6|7|8|9
 c: 1|2|3|4|5|6|7|8|9
 s: 0|1|2|3|4|5
@@ -2015,6 +2015,7 @@ adjective: bright|calm|clear|careful|fresh|gentle|modern|quick|quiet|simple|stea
 noun: bridge|garden|harbor|journey|letter|market|meadow|notebook|plan|river|signal
 verb: check|compare|explain|improve|measure|prepare|review|share|update
 """)
+SAMPLES = {kind: row.split("|") for kind, row in SAMPLE_ROWS.items()}
 # By format, or by a name that calls for it; Base64 takes four characters for three bytes.
 FORMATS = read_table("""\
 date day birthday deadline dob: 202{d}-0{c}-1{d}
@@ -2111,23 +2112,14 @@ def find_by_name(table: Mapping[str, str], name: str) -> str:
     return table["*"]
 
 
-@functools.lru_cache(maxsize=256)  # the tables have about so many
-def read_template(template: str) -> list[tuple[str, list[str]]]:
-    """Return each text of a template with the choices for what follows it, as often as it does."""
-    parts = SAMPLE.split(template)  # text, kind, count, text, ...
-    read: list[tuple[str, list[str]]] = []
-    for text, kind, count in zip(parts[::3], parts[1::3], parts[2::3]):
-        choices = SAMPLES.get(kind, kind).split("|")
-        read += [(text, choices), *[("", choices)] * (int(count or 1) - 1)]
-    return [*read, (parts[-1], [""])]
-
-
 def fill_template(rng: HashRandom, template: str) -> str:
     """Replace each `{kind}` of a template by a draw from `SAMPLES`."""
-    made = ""
-    for text, choices in read_template(template):
-        made += text + (rng.choice(choices) if len(choices) > 1 else choices[0])
-    return made
+
+    def draw(found: re.Match[str]) -> str:
+        choices = SAMPLES.get(found[1]) or found[1].split("|")
+        return "".join([rng.choice(choices) for _ in range(int(found[2] or 1))])
+
+    return SAMPLE.sub(draw, template)
 
 
 def as_whole(number: Any) -> Any:
@@ -2141,11 +2133,6 @@ def canonical(value: Any) -> str:
         return '"' + value  # most are texts, and this is the short way for them
     plain = json.loads(json.dumps(value), parse_float=lambda digits: as_whole(float(digits)))
     return json.dumps(plain, sort_keys=True)
-
-
-def is_finite(argument: Any, low: float = -1e300) -> bool:
-    """Tell whether it is a number that arithmetic can bear."""
-    return type(argument) in (int, float) and low <= argument <= 1e300
 
 
 def is_multiple(value: float, step: float) -> bool:
@@ -2190,55 +2177,25 @@ KINDS: dict[type, str] = {
 }
 
 
-def is_of_type(value: Any, types: Sequence[str]) -> bool:
-    """Tell whether a value is of one of the types; 2.0 is an integer, True is no number."""
-    kind = KINDS[type(value)]
-    return kind in types or (kind == "number" and "integer" in types and value == value // 1)
-
-
-def has_type(*kinds: type) -> Callable[[Any], bool]:
-    return lambda argument: isinstance(argument, kinds)
-
-
-def are_names(argument: Any) -> bool:
-    return isinstance(argument, list) and all(isinstance(name, str) for name in argument)
-
-
-# shape: whether an argument can be what a keyword of this shape takes.
-SHAPES: dict[str, Callable[[Any], bool]] = {
-    "any": has_type(object), "pairs": has_type(), "text": has_type(str), "list": has_type(list),
-    "switch": has_type(bool), "schema": has_type(dict, bool), "schemas": has_type(list),
-    "items": has_type(dict, bool, list), "map": has_type(dict),  # items: a list until 2019-09
-    "types": lambda a: a in TYPES or (a and are_names(a) and {*a} <= {*TYPES}),
-    "names": are_names,
-    "number": is_finite,
-    "limit": lambda a: is_finite(a) or isinstance(a, bool),  # a switch in draft 4
-    "step": lambda a: is_finite(a, 1e-8),
-    "count": lambda a: is_finite(a, 0) and a % 1 == 0,
-    "dependents": lambda a: isinstance(a, dict) and all(
-        isinstance(part, (dict, bool)) or are_names(part) for part in a.values()),
+# What a keyword of each shape takes; those of any shape are in no row.
+SHAPES = {
+    "text": Field("", str), "list": Field("", list), "switch": Field("", bool),
+    "names": Field("", list, each=Field("", str)),
+    "types": Field("", str, list, low=1, choices=TYPES, each=Field("", str, choices=TYPES)),
+    "number": Field("", float, low=-1e300, high=1e300),  # that arithmetic can bear
+    "limit": Field("", float, bool, low=-1e300, high=1e300),  # a switch in draft 4
+    "step": Field("", float, low=1e-8, high=1e300), "count": Field("", int, low=0, high=1e300),
+    "schema": Field("", dict, bool), "schemas": Field("", list), "map": Field("", dict),
+    "items": Field("", dict, bool, list), "needs": Field("", dict),  # items: a list until 2019-09
 }  # fmt: skip
-
-
-def contains_enough(reader: Any, wanted: Any, value: Any, schema: Any) -> bool:
-    """Tell whether as many items are as wanted as minContains and maxContains say."""
-    count = sum(reader.accepts(wanted, item) for item in value)
-    return bool(schema.get("minContains", 1) <= count <= schema.get("maxContains", count))
-
-
-def accepts_unevaluated(reader: Any, other: Any, value: Any, schema: Any) -> bool:
-    """Tell whether each property or item is valid that nothing else in the schema covers."""
-    rest = {key: part for key, part in schema.items() if not key.startswith("unevaluated")}
-    covered = reader.find_covered(rest, value)
-    inner = value.items() if isinstance(value, dict) else enumerate(value)
-    return all(reader.accepts(other, item) for key, item in inner if key not in covered)
 
 
 SIZED = {"Length": "string", "Items": "array", "Properties": "object"}
 # keyword: (the shape of its argument, the kind of value it speaks of, or "" for all, whether
 # schema `s`, in which it has the argument `a`, accepts value `v`). `r` is the `SchemaReader`.
 VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
-    "type": ("types", "", lambda r, a, v, s: is_of_type(v, a)),
+    "type": ("types", "", lambda r, a, v, s: KINDS[type(v)] in a or (  # 2.0 is an integer
+        "integer" in a and type(v) in (int, float) and v == v // 1)),
     "enum": ("list", "", lambda r, a, v, s: r.is_among(v, a)),
     "$ref": ("text", "", lambda r, a, v, s: r.accepts(r.resolve(a), v)),
     "allOf": ("schemas", "", lambda r, a, v, s: r.accepts_all(a, v)),
@@ -2258,9 +2215,11 @@ VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
     "prefixItems": ("schemas", "array", lambda r, a, v, s: all(map(r.accepts, a, v))),
     "items": ("items", "array", lambda r, a, v, s: all(
         r.accepts(a, item) for item in v[len(s.get("prefixItems", ())) :])),
-    "contains": ("schema", "array", contains_enough),
-    "unevaluatedItems": ("schema", "array", accepts_unevaluated),
-    "dependents": ("pairs", "object", lambda r, a, v, s: all(
+    "contains": ("schema", "array", lambda r, a, v, s: s.get("minContains", 1)
+        <= sum(r.accepts(a, item) for item in v) <= s.get("maxContains", len(v))),
+    "unevaluatedItems": ("schema", "array", lambda r, a, v, s: all(
+        r.accepts(a, v[number]) for number in r.find_rest(s, v, range(len(v))))),
+    "dependents": ("no shape", "object", lambda r, a, v, s: all(
         r.accepts(part, v) for key, part in a if key in v)),
     "required": ("names", "object", lambda r, a, v, s: all(name in v for name in a)),
     "propertyNames": ("schema", "object", lambda r, a, v, s: all(r.accepts(a, key) for key in v)),
@@ -2270,16 +2229,16 @@ VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
         r.accepts(part, v[name]) for source, part in a.items() for name in v
         if r.matches(source, name))),
     "additionalProperties": ("schema", "object", lambda r, a, v, s: all(
-        r.accepts(a, v[name]) for name in v if r.for_property(s, name)[-1] is a)),
-    "unevaluatedProperties": ("schema", "object", accepts_unevaluated),
+        r.accepts(a, v[name]) for name in v if r.list_inside([s], name)[-1] is a)),
+    "unevaluatedProperties": ("schema", "object", lambda r, a, v, s: all(
+        r.accepts(a, v[name]) for name in r.find_rest(s, v, v))),
 }  # fmt: skip
 # Keywords that others look at, or that are rewritten: the shape of the argument.
 LOOKED_AT = {
     "default": "any", "examples": "any", "description": "any", "format": "text",
     "contentMediaType": "text", "minContains": "count", "maxContains": "count", "const": "any",
     "then": "schema", "else": "schema", "additionalItems": "schema",
-    "dependencies": "dependents", "dependentRequired": "dependents",
-    "dependentSchemas": "dependents",
+    "dependencies": "needs", "dependentRequired": "needs", "dependentSchemas": "needs",
 }  # fmt: skip
 VOCABULARY.update(
     (keyword, (shape, "no kind", lambda r, a, v, s: True)) for keyword, shape in LOOKED_AT.items()
@@ -2325,9 +2284,8 @@ def rewrite(schema: dict[str, Any]) -> dict[str, Any]:
         schema["prefixItems"] = schema["items"]
         schema["items"] = schema.get("additionalItems", True)
     needs = [schema.pop(f"depend{rest}", {}) for rest in ("encies", "entRequired", "entSchemas")]
-    for key, part in itertools.chain(*[each.items() for each in needs]):
-        part = {"required": part} if isinstance(part, list) else part
-        schema.setdefault("dependents", []).append((key, part))
+    if any(needs):
+        schema["dependents"] = [pair for each in needs for pair in each.items()]
     if "const" in schema:
         if "enum" in schema:
             schema["allOf"] = [*schema.get("allOf", ()), {"enum": schema["enum"]}]
@@ -2401,9 +2359,12 @@ class SchemaReader:
             if name not in VOCABULARY:
                 continue
             shape = VOCABULARY[name][0]
-            if not SHAPES[shape](argument):
-                raise Unsatisfiable(f"{place[:200]}: {keyword} cannot be {str(argument)[:60]}")
-            if shape in ("schema", "schemas", "items", "map", "dependents"):
+            try:
+                shape in SHAPES and SHAPES[shape].check(argument)
+            except ApiError as error:
+                reason = error.facts["reason"]
+                raise Unsatisfiable(f"{place[:200]}: {keyword} {reason}") from None
+            if shape in ("schema", "schemas", "map", "items", "needs"):
                 argument = self._read_inner(argument, shape, f"{place}/{keyword}")
             elif name == "$ref":
                 base = self._bases[id(schema)]
@@ -2413,15 +2374,17 @@ class SchemaReader:
         return rewrite(read)
 
     def _read_inner(self, argument: Any, shape: str, place: str) -> Any:
+        """Read the schemas inside an argument."""
         if isinstance(argument, list):
             return [self.read(part, f"{place}/{number}") for number, part in enumerate(argument)]
         if shape in ("schema", "items"):
             return self.read(argument, place)
-        return {
-            name: part if isinstance(part, list) and shape == "dependents"
-            else self.read(part, f"{place}/{name}")
-            for name, part in argument.items()
-        }  # fmt: skip
+        read = {}
+        for name, part in argument.items():
+            if isinstance(part, list) and shape == "needs":
+                part = {"required": part}
+            read[name] = self.read(part, f"{place}/{name}")
+        return read
 
     def resolve(self, uri: str) -> Any:
         """Return the read schema that a reference names, in this document."""
@@ -2462,49 +2425,45 @@ class SchemaReader:
         self.spend((len(choices) + len(own)) // 16)
         return any(own == canonical(choice) for choice in choices if choice == value)
 
-    def for_property(self, schema: Any, name: str) -> list[Any]:
-        """Return all that a schema asks of a property."""
-        declared = schema.get("properties", {})
-        parts = [declared[name]] if name in declared else []
-        for source, part in schema.get("patternProperties", {}).items():
-            parts += [part] if self.matches(source, name) else []
-        if not parts and "additionalProperties" in schema:
-            return [schema["additionalProperties"]]
-        return parts
-
-    def for_item(self, schema: Any, index: int) -> list[Any]:
-        """Return all that a schema asks of an item."""
-        fixed = schema.get("prefixItems", ())
-        if index < len(fixed):
-            return [fixed[index]]
-        return [schema["items"]] if "items" in schema else []
+    def list_inside(self, schemas: Sequence[Any], key: str | int) -> list[Any]:
+        """Return all that schemas ask of a property, or of an item by its number."""
+        asked: list[Any] = []
+        for schema in schemas:
+            if type(key) is int:
+                fixed = schema.get("prefixItems", ())[key : key + 1]
+                asked += fixed or ([schema["items"]] if "items" in schema else [])
+                continue
+            named = schema.get("properties", {})
+            parts = [named[key]] if key in named else []
+            for source, part in schema.get("patternProperties", {}).items():
+                parts += [part] if self.matches(source, key) else []
+            if not parts and "additionalProperties" in schema:
+                parts = [schema["additionalProperties"]]
+            asked += parts
+        return asked
 
     def find_branch(self, schema: Any, value: Any) -> Any:
         """Return what an `if` asks of a value: `then` or `else`."""
         return schema.get("then" if self.accepts(schema["if"], value) else "else", True)
 
-    def find_covered(self, schema: Any, value: Any) -> set[Any]:
-        """Return the properties or items of a value that a schema, which it meets, speaks of."""
-        if isinstance(schema, bool):
-            return set()
+    def find_rest(self, schema: Any, value: Any, keys: Iterable[Any]) -> list[Any]:
+        """Return those properties or items that a schema, which the value meets, speaks not of."""
         self.spend(len(value))
-        covered: set[Any]
-        if isinstance(value, dict):
-            rest = "unevaluatedProperties" in schema
-            covered = {name for name in value if rest or self.for_property(schema, name)}
-        else:
-            rest, wanted = "unevaluatedItems" in schema, schema.get("contains", False)
-            covered = {
-                index
-                for index, item in enumerate(value)
-                if rest or self.for_item(schema, index) or self.accepts(wanted, item)
-            }
+        wanted = isinstance(value, list) and schema.get("contains", False)
+        all_others = "unevaluatedItems" if isinstance(value, list) else "unevaluatedProperties"
+        rest = [
+            key
+            for key in keys
+            if not (self.list_inside([schema], key) or self.accepts(wanted, value[key]))
+        ]
         parts = [*schema.get("allOf", ()), *schema.get("anyOf", ()), *schema.get("oneOf", ())]
         parts += [self.resolve(schema["$ref"])] if "$ref" in schema else []
         parts += [schema["if"], self.find_branch(schema, value)] if "if" in schema else []
         parts += [part for key, part in schema.get("dependents", ()) if key in value]
-        met = [part for part in parts if self.accepts(part, value)]
-        return covered.union(*[self.find_covered(part, value) for part in met])
+        for part in parts:
+            if isinstance(part, dict) and self.accepts(part, value):
+                rest = [] if all_others in part else self.find_rest(part, value, rest)
+        return rest
 
     def negate(self, schema: Any) -> list[list[Any]]:
         """Return the ways to fail a schema, each as schemas to meet; none where tests must do."""
@@ -2532,8 +2491,7 @@ class SchemaReader:
         names = (name for schema in schemas for name in schema.get("required", ()))
         required = dict.fromkeys(names) if within else ()
         return not list_types(schemas) or any(
-            self.is_hopeless([r for s in schemas for r in self.for_property(s, name)], False)
-            for name in required
+            self.is_hopeless(self.list_inside(schemas, name), False) for name in required
         )
 
 
@@ -2771,7 +2729,7 @@ class ValueMaker:
         some = 0 if self.minimal or self.attempt else 1 + self.rng.randbelow(3)
         items: list[Any] = []
         for index in range(min(high, max(low, fixed, some))):
-            schemas = [rule for s in self.schemas for rule in self.reader.for_item(s, index)]
+            schemas = self.reader.list_inside(self.schemas, index)
             if 0 <= index - (low - len(contained)) < len(contained):
                 schemas.append(contained[index - low])
             else:
@@ -2821,15 +2779,15 @@ class ValueMaker:
         rules = self.arguments("propertyNames")
         if not self.reader.accepts_all(rules, name):
             raise Unsatisfiable(f"{self.path}: propertyNames forbids the name {name[:60]!r}")
-        schemas = [rule for s in self.schemas for rule in self.reader.for_property(s, name)]
-        schemas = schemas or self.arguments("unevaluatedProperties")
+        asked = self.reader.list_inside(self.schemas, name)
+        schemas = asked or self.arguments("unevaluatedProperties")
         return self.make_inside(name, schemas, name)
 
     def _random_name(self, number: int) -> str:
         """Draw a name for an extra property: from the patterns, propertyNames or a word list."""
         rng = self.rng.child("name", number, self.attempt)
         patterns = [source for schema in self.arguments("patternProperties") for source in schema]
-        if patterns and (number % 3 != 2 or "additionalProperties" not in self.keywords):
+        if patterns:
             return self.reader.pattern(rng.choice(patterns)).make(rng, 0, MAX_TEXT)
         if "propertyNames" in self.keywords:
             schemas = [*self.arguments("propertyNames"), {"type": ("string",)}]
