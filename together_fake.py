@@ -855,31 +855,28 @@ def parse_json(raw: bytes) -> Any:
     return value
 
 
-def read_text(field: Field, text: str) -> Any:
+def read_text(field: Field | None, value: Any) -> Any:
     """Read a form or query value as one of the declared kinds, or leave it as it is."""
-    if str in field.kinds:
-        return text
-    if list in field.kinds and not text.startswith("["):
-        parts = text.split(",", MAX_FORM_FIELDS)
-        if len(parts) > MAX_FORM_FIELDS:
-            raise refuse_value(field.name, f"must have at most {MAX_FORM_FIELDS} parts", text)
-        return [read_text(field.each, part) if field.each else part for part in parts]
+    if field is None:
+        return value
+    is_text = type(value) is str and str not in field.kinds
+    if is_text and list in field.kinds and not value.startswith("["):
+        value = value.split(",", MAX_FORM_FIELDS)
+        if len(value) > MAX_FORM_FIELDS:
+            raise refuse_value(field.name, f"must have at most {MAX_FORM_FIELDS} parts", value)
+    if type(value) is list:
+        return [read_text(field.each, part) for part in value]
     try:
         # Together's Python 1.x sends "True" in forms.
-        return parse_json((text.lower() if bool in field.kinds else text).encode())
+        text = value.lower() if bool in field.kinds else value
+        return parse_json(text.encode()) if is_text else value
     except (ApiError, ValueError):
-        return text
+        return value
 
 
 def read_texts(values: dict[str, Any], fields: Fields) -> dict[str, Any]:
-    """Give the texts of a form or query the types of their fields, in place."""
-    for name, value in values.items():
-        field = fields.get(name)
-        if field is not None and type(value) is str:
-            values[name] = read_text(field, value)
-        elif field is not None and type(value) is list and field.each is not None:
-            values[name] = [read_text(field.each, v) if type(v) is str else v for v in value]
-    return values
+    """Give the texts of a form or query the types of their fields."""
+    return {name: read_text(fields.get(name), value) for name, value in values.items()}
 
 
 def collect_fields(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -2036,7 +2033,7 @@ uri-reference iri-reference json-pointer path directory folder: /{noun}/{adjecti
 uuid: {x8}-{x4}-4{x3}-a{x3}-{x12}
 regex: ^{noun}[a-z]+$
 byte base64 base64url: {YXNo|ZWxt|YmVl|bWFw}{cGVu|cmVk|dGVh|cGll}
-json-string: ["{noun}", {c}]
+json-string application/json: ["{noun}", {c}]
 directory-path: /
 """)
 FORMATS.update((f"uuid{n}", FORMATS["uuid"].replace("-4", f"-{n}")) for n in range(1, 9))
@@ -2663,8 +2660,8 @@ class ValueMaker:
         """Return a text by format, by name or by pattern."""
         low, high = self.count_range("Length", MAX_TEXT)
         patterns = list(map(self.reader.pattern, self.arguments("pattern")))
-        formats = list(filter(FORMATS.__contains__, self.arguments("format")))
-        formats += ["json-string"] * ("application/json" in self.arguments("contentMediaType"))
+        named = [*self.arguments("format"), *self.arguments("contentMediaType")]
+        formats = list(filter(FORMATS.__contains__, named))
         template = FORMATS[formats[0]] if formats else find_by_name(TEXTS, self.name)
         for _ in range(TRIES):
             text = fill_template(self.rng, template)
@@ -2709,7 +2706,7 @@ class ValueMaker:
         low = max([-math.inf, *self.arguments("minimum"), *self.arguments("exclusiveMinimum")])
         high = min([math.inf, *self.arguments("maximum"), *self.arguments("exclusiveMaximum")])
         reach, beyond = 100 * step, natural[1] + MAX_ITEMS * step
-        near = [natural, (low, low + reach), (high - reach, high), (0, reach)]
+        near = [natural, (low, low + reach), (high - reach, high)]
         for start, end in (*near, (natural[1], beyond), (low, high)):
             start, end = max(start, low), min(end, high)
             if -1e300 <= start <= end <= 1e300:
@@ -14321,8 +14318,7 @@ class TogetherAiServer(Scripting):
         if self.require_auth and not route.open and not has_key:
             raise ApiError("unauthorized" if route.path == "/v1/models" else "bad_key")
         if route.query and (request.query or route.query.required):
-            request.args = parse_form(request.query.encode())
-            read_texts(request.args, route.query)
+            request.args = read_texts(parse_form(request.query.encode()), route.query)
             route.query.check(request.args)
         coding = request.headers.get("content-encoding", "identity")
         if coding != "identity":
