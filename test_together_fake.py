@@ -3270,8 +3270,11 @@ class PromptTests(LocalCase):
     def test_the_words_that_end_a_task_come_when_something_was_done(self):
         asked = 'Run the tests. Reply "TERMINATE" when everything is done.'
         self.assertIsNone(self.read(asked))
-        form = self.read(asked, "running", "Result: 3 passed")
-        self.assertTrue(form.write(fake.HashRandom.of("test", 1)).endswith("TERMINATE"))
+        system = {"role": "system", "content": asked}
+        self.assertIsNone(fake.read_form([system, *say("Go!")]))
+        later = [system, *say("Go!"), {"role": "assistant", "content": "Done."}, *say("And?")]
+        for form in (self.read(asked, "running", "Result: 3 passed"), fake.read_form(later)):
+            self.assertTrue(form.write(fake.HashRandom.of("test", 1)).endswith("TERMINATE"))
 
     def test_it_is_told_in_the_record(self):
         self.assertEqual(list(json.loads(self.text(self.ASKED))), ["age"])
@@ -7731,9 +7734,17 @@ class RequestBodyTests(SocketCase):
         self.assertEqual(receive_until(client, b"\r\n\r\n"), said)
         self.assertEqual(self.status(client, BODY), 200)
 
-    def test_no_100_continue_when_the_body_is_there(self):
+    def test_no_100_continue_when_nobody_waits_for_it(self):
+        read = threading.Event()
+        self.app._limit_body = lambda request: read.set() or fake.MAX_JSON_BYTES
         expecting = RAW_CHAT.replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
-        self.assertEqual(self.statuses(expecting + HEALTH), [200, 200])
+        old = expecting[:-57].replace(b"HTTP/1.1", b"HTTP/1.0")
+        for first, rest in ((RAW_CHAT[:-57], BODY), (expecting[:-1], BODY[-1:]), (old, BODY)):
+            client = self.connect()
+            client.sendall(first)
+            self.assertTrue(read.wait(PATIENCE))
+            read.clear()
+            self.assertEqual(self.status(client, rest), 200)
 
     def test_too_large_is_refused_before_it_is_read(self):
         client = self.connect()
