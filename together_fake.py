@@ -255,7 +255,7 @@ def escape_unprintable(text: str) -> str:
 
 
 def complain(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, MemoryError):
         sys.stderr.write(escape_unprintable(text))
 
 
@@ -265,9 +265,12 @@ def format_time(at: float) -> str:
 
 def complain_of_bug() -> str:
     """Write where the exception that is handled came from; return that."""
-    import traceback
+    try:
+        import traceback
 
-    told = traceback.format_exc()
+        told = traceback.format_exc()
+    except MemoryError:
+        told = "MemoryError\n"
     complain(told)
     return told
 
@@ -331,7 +334,7 @@ class Headers(dict):  # type: ignore[type-arg]
 class Request:
     """One request as the pipeline sees it; HTTP, tests and batch lines all build these."""
 
-    client: Any  # the socket, where a thread waits for somebody else on this request's behalf
+    client: Any  # the connection, where a worker waits for somebody else on its behalf
     id = ""  # of the answer, once it is drawn
     script: Item | None = None  # what a fixture says instead of the generators
     form = ""  # of the answer, as the prompt asks for it
@@ -12202,13 +12205,15 @@ MAX_UNREAD_BYTES = 4 * 2**20  # of a handler
 STOP_SECONDS = 0.25  # for workers to end what they do; a test's function may sleep for longer
 
 QUICK, HEAVY, WAITING = "quick", "heavy", "waiting"  # who answers, see `HttpServer`
-MAX_WORKERS = {HEAVY: 2, WAITING: math.inf}  # at once
-ROOM, END, SOCKET = "room", "end", "socket"  # what a connection waits for beside those of HTTP
+MAX_WORKERS = {HEAVY: 2, WAITING: 10**6}  # at once
+# What a connection waits for beside those of HTTP; behind OVER nothing follows.
+ROOM, OVER, END, SOCKET = "room", "over", "end", "socket"
 BYTES = (IDLE, PARTIAL, END, SOCKET)  # those that end when something comes
 PATIENCE = {  # for how many seconds it does so
     IDLE: 60.0,
     PARTIAL: 30.0,  # from the first byte of a request to its last
     ROOM: 30.0,  # for a client to take what is sent to it
+    OVER: 30.0,
     END: 1.0,  # for a refused one to read why
 }
 
@@ -12234,7 +12239,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.unsent: Any = b""
         self.since = server.now  # when it began to wait
         self.closes = False  # after this reply
-        self.is_over = False  # nothing follows what is still to be sent
         self.has_ended = False  # the client sends no more
         self.is_closed = False
         self.handler: Any = None  # once it is handed over
@@ -12255,7 +12259,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 if kind is QUICK:
                     reply = app.answer(request)
                 else:
-                    request.client = self.socket
+                    request.client = self
                     reply = yield kind, functools.partial(app.answer, request)
                 yield from self.send_reply(reply)
         except ApiError as error:
@@ -12317,13 +12321,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 reply.events.close()
 
     def hand_over(self, handler: Any) -> Generator[Any, Any, None]:
-        """Let a handler take the connection over; all that it does has to be quick.
+        """Let a handler, a `Socket`, take the connection over; what it does has to be quick.
 
-        on_open(connection)  is called once; `connection.write()` sends something
-        on_bytes(data)       is called whenever something has come
-        turns, next_turn()   what is to be streamed, one after the other
-        closed               whether there is no more to be said
-        on_close()           returns what the client is told last; it may be called twice
+        `on_bytes()` hears what comes, until it is `closed`; `next_turn()` is sent while there are
+        `turns`; `on_close()` returns what the client is told last, and may be called again.
         """
         self.handler, self.closes = handler, True
         try:
@@ -12351,28 +12352,17 @@ class Connection(http.server.BaseHTTPRequestHandler):
         try:
             self.awaited = self.life.send(result) if error is None else self.life.throw(error)
         except BaseException as end:
-            self.is_over, self.awaited = True, ROOM
+            self.awaited = OVER
             if not isinstance(end, (StopIteration, Cut, OSError)):
                 complain_of_bug()
         if type(self.awaited) is tuple:
-            self.server.run(*self.awaited, self.end_work)
+            self.server.run(*self.awaited, self.go_on)
         elif type(self.awaited) is float:
-            self.server.call_later(self.awaited, self.go_on)
+            is_closed = self.handler is not None and self.handler.closed
+            self.server.call_later(0 if is_closed else self.awaited, self.go_on)
         elif self.awaited is not before:
             self.since = self.server.now
         self.server.held.append(self)
-
-    def end_work(self, result: Any, error: BaseException | None) -> None:
-        """Go on with what a worker returned or raised."""
-        self.awaited = None
-        self.go_on(result, error)
-        if self.handler is not None:
-            self.wake()
-
-    def wake(self) -> None:
-        """Go on where a handler waits for its client, or has no more to say."""
-        if self.awaited is SOCKET or (self.handler.closed and type(self.awaited) is float):
-            self.go_on()
 
     def act(self, mask: int) -> None:
         """Receive what has come, or send on, as far as there is something."""
@@ -12385,19 +12375,30 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 data += self.socket.recv(self.reader.wanted)
         except self.server.not_yet:
             return
-        except OSError:
+        except OSError as error:
+            if getattr(error, "reason", "") and self.awaited is IDLE:
+                self.refuse_plain(error.reason)  # type: ignore[attr-defined]
             self.close()
             return
         self.has_ended = not data
         if data and self.handler is not None:
             self.handler.on_bytes(data)
-            self.wake()
+            pauses = type(self.awaited) is float
+            if self.awaited is SOCKET or (pauses and self.handler.closed):
+                self.go_on()
             return
         self.reader.feed(data)
         if data and self.awaited in BYTES:
             self.go_on()
         else:
             self.server.held.append(self)
+
+    def refuse_plain(self, reason: str) -> None:
+        """Record a client that shakes no hands, and answer it without TLS."""
+        self.go_on(error=ApiError("bad_http", reason=f"this port speaks TLS ({reason})"))
+        with contextlib.suppress(OSError):
+            socket.socket.recv(self.socket, RECEIVE_BYTES)  # unread, it would reset the answer away
+            socket.socket.send(self.socket, self.unsent)
 
     def flush(self) -> None:
         """Send what is to be sent; go on where that was waited for."""
@@ -12417,10 +12418,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return
         waits = self.awaited in BYTES or type(self.awaited) is float or self.handler is not None
         if self.has_ended and waits:
-            self.is_over, self.awaited = True, ROOM  # it has left, or has all it asked for
-        if self.unsent or self.awaited is not ROOM:
+            self.awaited = OVER  # it has left, or has all it asked for
+        if self.unsent or self.awaited not in (ROOM, OVER):
             self.watch()
-        elif self.is_over:
+        elif self.awaited is OVER:
             self.close()
         else:
             self.go_on()
@@ -12444,7 +12445,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def close(self) -> None:
         """End its life and close the socket; what a worker does for it is dropped."""
-        self.is_closed = self.is_over = True
+        self.is_closed = self.has_ended = True
         self.unsent = b""
         self.watch()
         try:
@@ -12501,7 +12502,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.held: list[Connection] = []  # that may have something to be sent
         self.timers: list[tuple[float, int, Callable[[], None]]] = []  # a heap
         self.timer_numbers = itertools.count()
-        self.looks = False  # now and then at who keeps us waiting
         self.soon: deque[Callable[[], None]] = deque()  # what workers want to be called
         self.threads: list[threading.Thread] = []
         self.tasks: dict[str, Any] = {kind: queue.SimpleQueue() for kind in MAX_WORKERS}
@@ -12540,6 +12540,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Be the loop until `stop()`."""
+        self.look()
         while not self.stopping.is_set():
             try:
                 self.serve_round()
@@ -12592,8 +12593,10 @@ class HttpServer(http.server.ThreadingHTTPServer):
     # Clients
 
     def accept_clients(self, mask: int) -> None:
-        """Accept clients that wait, as far as there are places."""
-        while self.accepting:
+        """Accept some of the clients that wait, as far as there are places."""
+        for _ in range(MAX_HELD):
+            if not self.accepting:
+                return
             try:
                 client, address = self.socket.accept()
                 client.setblocking(False)
@@ -12610,11 +12613,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
             self.accept_or_not()
             self.held.append(connection)
             connection.act(selectors.EVENT_READ)  # it mostly has asked already
-            if not self.looks:
-                self.looks = True
-                self.call_later(LOOK_SECONDS, self.look)
-            if len(self.held) >= MAX_HELD:
-                self.send_held()
 
     def accept_or_not(self, room: bool = True) -> None:
         """Accept clients while there are not too many."""
@@ -12644,9 +12642,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
                 connection.go_on(error=ApiError("slow_request", seconds=patience))
             else:
                 connection.close()
-        self.looks = bool(self.clients)
-        if self.looks:
-            self.call_later(LOOK_SECONDS, self.look)
+        self.call_later(LOOK_SECONDS, self.look)
 
     # Workers
 
@@ -12659,14 +12655,18 @@ class HttpServer(http.server.ThreadingHTTPServer):
                 self.start_thread(self.work, kind)
                 self.workers[kind] += 1
                 self.idle[kind] += 1
-            except RuntimeError:  # no more threads: the next worker that is free takes it
+            except (RuntimeError, MemoryError):  # the next worker that is free takes it
                 if not self.workers[kind]:
                     self.do(kind, *self.tasks[kind].get())
 
     def start_thread(self, target: Callable[..., None], *args: Any) -> None:
         thread = threading.Thread(target=target, args=args, name="together-fake", daemon=True)
-        thread.start()
         self.threads.append(thread)
+        try:
+            thread.start()
+        except BaseException:
+            self.threads.remove(thread)
+            raise
 
     def work(self, kind: str) -> None:
         while task := self.tasks[kind].get():
@@ -12674,9 +12674,12 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.threads.remove(threading.current_thread())
 
     def do(self, kind: str, work: Callable[[], Any], take: Callable[[Any, Any], None]) -> None:
-        result = error = None
+        result: Any = None
+        error: Any = None
         try:
             result = work()
+        except MemoryError:  # without its frames, which hold what there is
+            error = MemoryError()
         except BaseException as caught:
             error = caught
         self.call_soon(functools.partial(self.end_work, kind, take, result, error))
@@ -12725,7 +12728,6 @@ VIA = "via"
 # Request headers that concern this connection alone, or this server.
 NOT_PASSED = {*CONNECTION_HEADERS, "x-parlel-fixture", "x-aimock-context", VIA}
 NOT_RETURNED = NOT_PASSED - {VIA} | {"alt-svc"}
-DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def drop_headers(pairs: Iterable[tuple[str, str]], names: set[str]) -> dict[str, str]:
@@ -12753,7 +12755,7 @@ class UpstreamReader(io.RawIOBase):
     head_end  when the whole head must be here; 0 once it is, and each byte has its own time
     """
 
-    def __init__(self, sock: Any, client: socket.socket | None, stopping: Any, seconds: float):
+    def __init__(self, sock: Any, client: Any, stopping: Any, seconds: float):
         sock.settimeout(min(seconds, WATCH_SECONDS))
         self.sock = sock
         self.client = client
@@ -12777,7 +12779,8 @@ class UpstreamReader(io.RawIOBase):
         while size is None:
             with contextlib.suppress(socket.timeout):
                 size = self.sock.recv_into(buffer)
-            if self.stopping.is_set() or (size is None and self.has_left()):
+            has_left = size is None and getattr(self.client, "has_ended", False)
+            if self.stopping.is_set() or has_left:
                 raise Cut
             if time.monotonic() >= end:
                 raise socket.timeout
@@ -12785,13 +12788,6 @@ class UpstreamReader(io.RawIOBase):
             raise http.client.HTTPException("its head was cut")
         self.begun = True
         return int(size)
-
-    def has_left(self) -> bool:
-        """Tell whether the client, whose socket never blocks, has closed its connection."""
-        try:
-            return self.client is not None and self.client.recv(1, socket.MSG_PEEK) == b""
-        except OSError as error:
-            return not isinstance(error, BlockingIOError)
 
 
 def read_pieces(response: Any, connection: Any) -> Generator[bytes, None, None]:
@@ -12829,21 +12825,19 @@ class Upstream:
         from urllib.parse import urlsplit
 
         parts = urlsplit(url)
-        if parts.scheme not in DEFAULT_PORTS or not parts.hostname or parts.query or parts.fragment:
-            raise ValueError(
-                f"upstream must be an http:// or https:// URL, not {hide_in_url(url)!r}"
-            )
-        if parts.username is not None or parts.password is not None:
-            raise ValueError("upstream must not have a name or password; clients send their keys")
+        is_known = parts.scheme in ("http", "https") and parts.hostname
+        if not is_known or parts.query or parts.fragment or "@" in parts.netloc:
+            rule = "must be an http:// or https:// URL without a name, a password or a query"
+            raise ValueError(f"upstream {rule}, not {hide_in_url(url)!r}")
         self.url = url
-        self.secure = parts.scheme == "https"
-        self.host = parts.hostname
-        self.port = parts.port or DEFAULT_PORTS[parts.scheme]
+        is_secure = parts.scheme == "https"
+        kind: Any = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
+        seconds = min(self.seconds, CONNECT_SECONDS)
+        self.connect = functools.partial(kind, parts.hostname, parts.port, timeout=seconds)
         self.prefix = re.sub(r"(?:/v1)?/*$", "", parts.path.rstrip("/"))
         self.recorder = recorder
         self.stopping = stopping
         self.name = f"1.1 together-fake-{os.getpid():x}-{id(self):x}"  # in `Via`
-        self._tls: Any = None  # read once, when it is needed
 
     def pass_on(self, kind: str, request: Request) -> Reply:
         """Return what the upstream answers, as it comes; raise ApiError 502 where it does not."""
@@ -12876,17 +12870,6 @@ class Upstream:
         """Return the error for an upstream that does not answer."""
         return ApiError("bad_upstream", url=self.url, reason=reason)
 
-    def connect(self) -> Any:
-        """Return a connection that is not open yet."""
-        seconds = min(self.seconds, CONNECT_SECONDS)
-        if not self.secure:
-            return http.client.HTTPConnection(self.host, self.port, timeout=seconds)
-        if self._tls is None:
-            import ssl
-
-            self._tls = ssl.create_default_context()
-        return http.client.HTTPSConnection(self.host, self.port, timeout=seconds, context=self._tls)
-
     def send(self, connection: Any, request: Request, headers: dict[str, str]) -> Any:
         """Send a request and return the head of the answer, from which its body can be read."""
         connection.connect()
@@ -12913,12 +12896,8 @@ class Upstream:
             headers["Content-Length"] = size
         reply = Reply(b"", response.status, content_type, headers)
         reply.waits = True
-        if request.method == "HEAD" or response.status in BODILESS:
-            response.close()
-            connection.close()
-            reply.events = iter(()) if request.method == "HEAD" else None
-        else:
-            reply.events = read_pieces(response, connection)
+        pieces = read_pieces(response, connection)
+        reply.events = next(pieces, None) if response.status in BODILESS else pieces
         return reply
 
     def keep(
@@ -12951,10 +12930,7 @@ class Upstream:
 
 
 def open_upstream(url: Any, record: Any, stopping: Any, change: Any) -> Upstream | None:
-    """Return the upstream that a server's options ask for, if they do.
-
-    Raises ValueError naming what is wrong with them.
-    """
+    """Return the upstream that a server's options ask for; raise ValueError where they cannot."""
     if url is None:
         if record is not None:
             raise ValueError("record needs an upstream, whose answers it records")
@@ -13939,6 +13915,7 @@ class TogetherAiServer(Scripting):
         self.job_lock = threading.RLock()
         self._life = threading.Lock()
         self._lock = threading.RLock()  # a clock may ask for it again
+        self._heavy = threading.Semaphore(MAX_WORKERS[HEAVY])
         self._log = CallLog(self.log) if self.log is not None else None
         recorder = getattr(self._upstream, "recorder", None)
         for each in (self.script, recorder, *vars(self).values()):
@@ -14421,21 +14398,28 @@ class TogetherAiServer(Scripting):
 
     def _begin(self, request: Request) -> str:
         """Record and read a request; return who shall answer it: see `HttpServer`."""
-        call = request.call = self._record(request)
-        if len(request.raw) > MAX_QUICK_BYTES:
-            return HEAVY
-        try:
-            route = self._open(request, call)
-        except Exception:  # answer() meets it again, and tells
-            return QUICK
-        if route.open and not route.slow:
-            return QUICK
-        script = self.script
+        call, script, heavy = self._record(request), self.script, True
+        request.call = call
+        if len(request.raw) <= MAX_QUICK_BYTES:
+            try:
+                route = self._open(request, call)
+            except Exception:  # answer() meets it again, and tells
+                return QUICK
+            if route.open and not route.slow:
+                return QUICK
+            asks = request.answers > QUICK_ANSWERS or not HEAVY_FIELDS.isdisjoint(request.body)
+            heavy = route.slow or asks
         waits = script.slow or script.watched or "x-parlel-fixture" in request.headers
-        if self._upstream is not None or waits:
-            return WAITING
-        asks = request.answers > QUICK_ANSWERS or not HEAVY_FIELDS.isdisjoint(request.body)
-        return HEAVY if route.slow or asks else QUICK
+        if self._upstream is None and not waits:
+            return HEAVY if heavy else QUICK
+        if heavy:
+            request.turn = self._take_turn
+        return WAITING
+
+    def _take_turn(self, server: TogetherAiServer, request: Request) -> Any:
+        """Handle what is heavy behind what waits, of which there may be many."""
+        with self._heavy:
+            return request.route.handler(self, request)
 
     def _limit_body(self, request: Request) -> int:
         """Return how many bytes a request may carry; raise ApiError for one that may not ask."""
