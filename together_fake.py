@@ -7790,6 +7790,7 @@ def create_chat_completion(server: TogetherAiServer, request: Request) -> Any:
 
 INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 ITEM_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}  # of ids
+BROUGHT_LATER = ("summary", "content", "arguments")  # by the events of an item
 ECHO: Item = {  # what a response repeats of its request, and the defaults
     "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "temperature": 1.0,
     "top_p": 1.0, "max_output_tokens": None, "max_tool_calls": None,
@@ -7943,29 +7944,24 @@ def list_items(choice: Choice, summarised: bool, digits: str) -> list[Item]:
 
     Reasoning is a summary where one was asked for.
     """
-    said: list[tuple[str, Item]] = []  # the types of the items, and what they hold
+    items: list[Item] = []
+
+    def add(type: str, **fields: Any) -> None:
+        id = f"{ITEM_PREFIXES[type]}_{digits}{len(items):02x}"
+        items.append({"id": id, "type": type, "status": "completed", **fields})
+
     if choice.thoughts:
         kind = "summary_text" if summarised else "reasoning_text"
         parts = [{"type": kind, "text": "".join(choice.thoughts)}]
         summary, content = (parts, []) if summarised else ([], parts)
-        item = {"summary": summary, "content": content, "encrypted_content": None}
-        said.append(("reasoning", item))
+        add("reasoning", summary=summary, content=content, encrypted_content=None)
     cut = choice.finish_reason in INCOMPLETE
     if choice.text or not (choice.tool_calls or (choice.thoughts and cut)):
         logprobs = list_logprobs(choice.pieces, choice.scores)
         part = {"type": "output_text", "text": choice.text, "annotations": [], "logprobs": logprobs}
-        said.append(("message", {"role": "assistant", "content": [part]}))
+        add("message", role="assistant", content=[part])
     for call in choice.tool_calls:
-        said.append(("function_call", {"call_id": call["id"], **call["function"]}))
-    items = [
-        {
-            "id": f"{ITEM_PREFIXES[type]}_{digits}{at:02x}",
-            "type": type,
-            "status": "completed",
-            **item,
-        }
-        for at, (type, item) in enumerate(said)
-    ]
+        add("function_call", call_id=call["id"], **call["function"])
     items[-1]["status"] = "incomplete" if cut else "completed"
     return items
 
@@ -8046,18 +8042,10 @@ def part_events(place: Item, item: Item, choice: Choice) -> Iterator[Any]:
 def call_events(place: Item, item: Item, choice: Choice) -> Iterator[Any]:
     """Yield the arguments of a call, a token each."""
     name, arguments = item["name"], item["arguments"]
-    (call,) = (call for call in choice.tool_calls if call["id"] == item["call_id"])
-    pieces = call.get("pieces") or split_tokens(arguments)
+    cut = [call.get("pieces") for call in choice.tool_calls if call["id"] == item["call_id"]]
+    pieces = cut[0] or split_tokens(arguments)
     yield "function_call_arguments.delta", {**place, "delta": SLOT}, pieces
     yield "function_call_arguments.done", {**place, "name": name, "arguments": arguments}
-
-
-# type of an item: (what it lacks when it is added, the events that bring it)
-ITEM_EVENTS: dict[str, tuple[Item, Callable[..., Iterator[Any]]]] = {
-    "message": ({"status": "in_progress", "content": []}, part_events),
-    "reasoning": ({"status": "in_progress", "summary": [], "content": []}, part_events),
-    "function_call": ({"status": "in_progress", "arguments": ""}, call_events),
-}
 
 
 def response_events(answer: Answer, echo: Item, items: list[Any]) -> Iterator[Any]:
@@ -8069,8 +8057,10 @@ def response_events(answer: Answer, echo: Item, items: list[Any]) -> Iterator[An
     yield "created", opened
     yield "in_progress", opened
     for at, item in enumerate(items):
-        lacks, write_item = ITEM_EVENTS[item["type"]]
-        yield "output_item.added", {"output_index": at, "item": {**item, **lacks}}
+        blank = {key: type(item[key])() for key in BROUGHT_LATER if key in item}
+        added = {**item, "status": "in_progress", **blank}
+        yield "output_item.added", {"output_index": at, "item": added}
+        write_item = call_events if "arguments" in item else part_events
         place = {"item_id": item["id"], "output_index": at}
         yield from write_item(place, item, answer.choices[0])
         yield "output_item.done", {"output_index": at, "item": item}
