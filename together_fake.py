@@ -1329,13 +1329,11 @@ def normalise(lanes: Sequence[int], floor: int, copies: int = 1) -> list[int]:
 
     Nothing is below 0, so that no two texts point away from each other.
     """
-    from math import isqrt
-
     lanes = [lane - floor if lane > floor else 0 for lane in lanes]
     square = sum(map(operator.mul, lanes, lanes))
     if not square:
         return [QUANTUM] + [0] * (len(lanes) - 1)
-    scale = (QUANTUM << 64) // isqrt(copies * square << 64)
+    scale = (QUANTUM << 64) // math.isqrt(copies * square << 64)
     half = 1 << 31  # rounds
     return [lane * scale + half >> 32 for lane in lanes]
 
@@ -1345,8 +1343,6 @@ def make_vector(text: str, size: int, model_key: bytes) -> list[int]:
 
     Vectors of an even size are a half and its mirror image: half the work, the same likeness.
     """
-    from math import isqrt
-
     copies = 1 if size % 2 else 2
     size //= copies
     words = find_words(text)[:MAX_TEXT_WORDS]
@@ -1357,7 +1353,7 @@ def make_vector(text: str, size: int, model_key: bytes) -> list[int]:
         sums = struct.unpack(f"<{size + 1}H", total.to_bytes(2 * size + 2, "little"))
         lanes = list(map(operator.add, lanes, sums)) if lanes else list(sums)
     # One standard deviation above the mean: unrelated texts have a cosine of about 0.1.
-    floor = lanes[-1] * 31 // 2 + isqrt(lanes[-1] * 85)
+    floor = lanes[-1] * 31 // 2 + math.isqrt(lanes[-1] * 85)
     vector = normalise(lanes[:-1], floor, copies)
     return vector + vector[::-1] if copies == 2 else vector
 
@@ -1418,10 +1414,6 @@ LENGTHS = bytes(range(1, 9))
 DC_CODES = bytes([1, 0, 0, 0, 8]) + bytes(11) + b"\0" + LENGTHS
 AC_CODES = bytes([1, 0, 0, 0, 0, 0, 32]) + bytes(9) + b"\0"
 AC_CODES += bytes([run << 4 | length for run in range(4) for length in LENGTHS])
-RUNS = ("1000", "1001", "1010", "1011")
-
-if TYPE_CHECKING:
-    Block = tuple[int, int, int, int]  # four palette indices: the upper two and the lower two
 
 
 @functools.lru_cache(maxsize=5 * 511)  # all there are
@@ -1443,7 +1435,7 @@ def code_block(quarters: Iterable[Sequence[int]]) -> tuple[list[int], list[str]]
         # In zigzag order, where a whole wave down comes before half a wave both ways.
         for value in (a - b + c - d + 2 >> 2, a + b - c - d + 2 >> 2, 0, a - b - c + d + 2 >> 2):
             if value:
-                code += code_number(value, RUNS[zeros])
+                code += code_number(value, f"10{zeros:02b}")
                 zeros = 0
             else:
                 zeros += 1
@@ -1451,9 +1443,9 @@ def code_block(quarters: Iterable[Sequence[int]]) -> tuple[list[int], list[str]]
     return means, bits
 
 
-def convert_colours(palette: bytes) -> list[tuple[int, int, int]]:
-    """Return the brightness, blueness and redness of each colour; 0 is a medium grey."""
-    return [
+def code_scan(rows: Sequence[bytes], palette: bytes) -> str:
+    """Return the bits of all blocks; most rows are a few long runs of the same block."""
+    colours = [  # brightness, blueness and redness; 0 is a medium grey
         (
             (77 * red + 150 * green + 29 * blue + 128 >> 8) - 128,
             128 * blue - 43 * red - 85 * green + 128 >> 8,
@@ -1461,12 +1453,7 @@ def convert_colours(palette: bytes) -> list[tuple[int, int, int]]:
         )
         for red, green, blue in zip(palette[::3], palette[1::3], palette[2::3])
     ]
-
-
-def code_scan(rows: Sequence[bytes], palette: bytes) -> str:
-    """Return the bits of all blocks; most rows are a few long runs of the same block."""
-    colours = convert_colours(palette)
-    coded: dict[Block, tuple[list[int], list[str]]] = {}
+    coded: dict[Any, tuple[list[int], list[str]]] = {}  # by four indices of the palette
     scan, before = [], [0, 0, 0]
     for upper, lower in zip(rows[::2], rows[1::2]):
         blocks = zip(upper[1::2], upper[2::2], lower[1::2], lower[2::2])
@@ -1596,8 +1583,6 @@ class Canvas:
 
 def paint_landscape(rng: HashRandom, width: int, height: int) -> Canvas:
     """Paint a landscape; it is the same on every machine."""
-    from math import isqrt
-
     data = rng.randbytes(64)
     codes, scene = PALETTES[data[3]].split(), SCENES[data[4]].split()
     top, horizon, sun, far, near = [blend(bytes.fromhex(code), data[:3], 3) for code in codes]
@@ -1607,7 +1592,7 @@ def paint_landscape(rng: HashRandom, width: int, height: int) -> Canvas:
     x, y = width * (12 + data[6] % 76) // 100, skyline * (25 + data[7] % 70) // 100
     for light, size, shades in HALOS:
         radius = side * (5 + data[8] % 7) * size // 1000
-        half = [isqrt(radius * radius - step * step) for step in range(-radius, radius + 1)]
+        half = [math.isqrt(radius * radius - step * step) for step in range(-radius, radius + 1)]
         thing = canvas.add(blend(top, sun, light), blend(horizon, sun, light), shades, 0, skyline)
         canvas.paint(x - radius, [y - rows for rows in half], thing - 1, thing)
         canvas.paint(x - radius, [y + rows + 1 for rows in half], thing, thing - 1)
@@ -9567,21 +9552,19 @@ def read_image_size(body: Item) -> tuple[int, int]:
     """Return width and height from whichever fields give them; 0 counts as not given."""
     given = {name: body[name] for name in ("width", "height") if body.get(name)}
     size, ratio = body.get("size"), body.get("aspect_ratio")
-    sides = {"width": DEFAULT_IMAGE_SIDE, "height": DEFAULT_IMAGE_SIDE}
-    place = ""
+    sides, place = dict.fromkeys(("width", "height"), DEFAULT_IMAGE_SIDE), ""
     if size and size != "auto":
         sides, place = dict(zip(sides, read_pair(size, "x", "size"))), "size"
     elif ratio and not given:
         across, down = read_pair(ratio, ":", "aspect_ratio")
         root = min(max(across / down, 1 / 16), 16) ** 0.5
-        # Steps of 16 pixels, which every model takes.
-        sides = {"width": round(64 * root) * 16, "height": round(64 / root) * 16}
-        sides = {name: min(side, MAX_IMAGE_SIDE) for name, side in sides.items()}
+        steps = {"width": round(64 * root), "height": round(64 / root)}  # that every model takes
+        sides = {name: min(16 * count, MAX_IMAGE_SIDE) for name, count in steps.items()}
     sides.update(given)
     rule = f"must be from {MIN_IMAGE_SIDE} to {MAX_IMAGE_SIDE} pixels"
     for name, side in sides.items():
         if not MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE:
-            raise refuse_value(place if place and name not in given else name, rule, side)
+            raise refuse_value(name if name in given else place or name, rule, side)
     return sides["width"], sides["height"]
 
 
