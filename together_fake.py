@@ -8478,6 +8478,7 @@ BATCH_LINE_FIELDS = Fields(
     Field("custom_id!", str, low=1, high=64), Field("body!", dict),
     Field("method", str, choices=("POST",)), Field("url", str),
 )  # fmt: skip
+LINES = {"fine-tune": DATASETS, "batch-api": {"": BATCH_LINE_FIELDS}, "eval": {"": NO_FIELDS}}
 FILE: Item = {
     "object": "file", "filename": "data.jsonl", "bytes": 0, "purpose": "fine-tune",
     "Processed": False, "LineCount": 0, "processing_status": "PENDING",
@@ -8497,34 +8498,30 @@ def parse_line(line: bytes) -> Item:
     return value
 
 
-def check_line(line: bytes, purpose: str, format: str) -> str:
-    """Check one line by the purpose of its file; return the format of a training example."""
+def check_line(line: bytes, formats: dict[str, Fields]) -> dict[str, Fields]:
+    """Check one line, which must have one of these formats; return that."""
     row = parse_line(line)
-    if purpose == "batch-api":
-        BATCH_LINE_FIELDS.check(row)
-    if purpose != "fine-tune":
-        return ""
-    formats = {format: DATASETS[format]} if format else DATASETS
     for name, fields in formats.items():
-        if fields.required[0] in row:
+        if len(formats) == 1 or fields.required[0] in row:
             fields.check(row)
-            return name
+            return {name: fields}
     wanted = " or ".join("+".join(fields.required) for fields in formats.values())
     raise ApiError("missing", param=wanted)
 
 
 def validate_lines(data: bytes, purpose: str) -> Item:
     """Return the report on a JSONL file, whose first `PARSED_BYTES` are parsed."""
-    count, size, format = 0, 0, ""
+    count, size, formats = 0, 0, LINES[purpose]
     for number, line in read_lines(data):
         count, size = count + 1, size + len(line)
         try:
-            format = check_line(line, purpose, format) if size <= PARSED_BYTES else format
+            formats = check_line(line, formats) if size <= PARSED_BYTES else formats
         except ApiError as error:
             report = {"valid": False, "error": f"Line {number}: {error.message}"}
             return {**report, "error_type": "INVALID_FORMAT", "line_number": number}
     if not count:
         return {"valid": False, "error": "The file has no lines.", "error_type": "INVALID_FORMAT"}
+    format = next(iter(formats)) if len(formats) == 1 else ""
     return {"valid": True, "nlines": count, **({"dataset_format": format} if format else {})}
 
 
@@ -8822,9 +8819,8 @@ MAX_METRICS = 1000  # points of a curve
 PLAIN = (("prompt", "user"), ("completion", "assistant"), ("text", "assistant"))
 NDJSON = "application/x-ndjson"
 MAX_TOKENIZED = 1000  # examples of a tokenized dataset
-BATCH_SIZES = {"max_batch_size": 96, "max_batch_size_dpo": 48, "min_batch_size": 8}
 LIMITS: Item = {  # documented, but for the flags
-    "full_training": BATCH_SIZES,
+    "full_training": {"max_batch_size": 96, "max_batch_size_dpo": 48, "min_batch_size": 8},
     "lora_training": {
         "max_batch_size": 128, "max_batch_size_dpo": 64, "min_batch_size": 8, "default_rank": 64,
         "max_rank": 64,
@@ -9254,8 +9250,9 @@ EVALUATIONS: dict[str, tuple[Fields, Callable[[Any], Sequence[Any]]]] = {
     "score": (Fields(*PARAMETER_ROWS, *SCORES), lambda p: [
         p["min_score"] + (p["max_score"] - p["min_score"]) * step / 20 for step in range(21)]),
 }  # fmt: skip
-TYPE_ROW = Field("type!", str, choices=tuple(EVALUATIONS))
-EVALUATION_FIELDS = Fields(TYPE_ROW, Field("parameters!", dict))
+EVALUATION_FIELDS = Fields(
+    Field("type!", str, choices=tuple(EVALUATIONS)), Field("parameters!", dict)
+)
 LIST_EVALUATIONS = Fields(Field("status", str), Field("limit", int, low=0))
 
 
@@ -9381,7 +9378,6 @@ ENDPOINT_FIELDS = Fields(
     Field("autoscaling!", dict, fields=SCALING), Field("availability_zone", str),
     *rows_of("disable_prompt_cache disable_speculative_decoding", bool),
 )  # fmt: skip
-LIST_ENDPOINTS = Fields(*rows_of("type usage_type", str), Field("mine", bool))
 ADAPTER_FIELDS = Fields(Field("model_id!", str, low=1))
 # GPU, its GB, link and cents a minute for one; prices chosen
 HARDWARE = (("h100", 80, "sxm", 5.65), ("a100", 80, "sxm", 4.28), ("l40s", 48, "pcie", 3.5))
@@ -9418,7 +9414,7 @@ def endpoint_object(server: Server, item: Item) -> Item:
     return endpoint
 
 
-@route("GET", "/v1/endpoints", query=LIST_ENDPOINTS)
+@route("GET", "/v1/endpoints", query=Fields(*rows_of("type usage_type", str), Field("mine", bool)))
 def list_endpoints(server: Server, request: Request) -> Any:
     """List the dedicated on-demand endpoints, newest first: there are no others."""
     none = {"serverless", "reserved"} & {request.args.get(name) for name in ("type", "usage_type")}
@@ -9568,7 +9564,6 @@ def read_image_size(body: Item) -> tuple[int, int]:
     return sides["width"], sides["height"]
 
 
-IMAGE_PLACE = "-SEA"  # what the ids of images end with: where they were made
 IMAGE_FORMATS = ("png", "jpeg")
 TOKEN_LETTERS = string.digits + string.ascii_letters
 
@@ -9641,7 +9636,7 @@ def create_images(server: Server, request: Request) -> Any:
             raise ApiError("no_parameter", parameter=name)
     size = read_image_size(body)
     rng = HashRandom.of("image", pick_facts(body, IMAGE_FACTS))
-    request.id = random_id(rng) + IMAGE_PLACE
+    request.id = random_id(rng) + "-SEA"  # where it was made
     items = []
     scripted = request.script["images"] if request.script else [{}] * (body.get("n") or 1)
     for index, image in enumerate(scripted):
