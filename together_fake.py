@@ -5086,16 +5086,14 @@ def parse_response(
     given: Any, place: str, ignored: list[str] | None = None
 ) -> tuple[ResponseType, Any]:
     """Tell a response's type by its keys, and return it clean."""
-    said = {to_camel(key): given[key] for key in given if given[key] is not None or key == "json"}
-    type, every = find_response_type(said), list_response_rows()
-    fields = type.fields if type is not None else every
-    stray = next((key for key in said if key in every and key not in fields), None)
-    if type is not None and stray is not None and stray not in fields.ignored:
-        raise ValueError(f"{place}.{stray}: does not go with a response of type {type.name}")
-    response = check_clean(said, fields, place, ignored)
+    said = check_clean(given, list_response_rows(), place, ignored)
+    type = find_response_type(said)
     if type is None:
         keys = ", ".join(key for each in RESPONSE_TYPES for key in each.told_by)
         raise ValueError(f"{place}: has none of the keys that say what to answer: {keys}")
+    for key in sorted(said.keys() - type.fields.keys() - type.fields.ignored):
+        raise ValueError(f"{place}.{key}: does not go with a response of type {type.name}")
+    response = check_clean(said, type.fields, place, ignored)
     check_response(response, place)
     return type, response
 
@@ -5154,8 +5152,7 @@ def compile_match(match: Item, place: str, trusted: bool) -> Item:
 
 
 TEMPLATE = lazy_regex(r"\{\{\s*([A-Za-z]\w*)((?:\.[\w-]+)*)\s*\}\}", re.ASCII)
-QUOTABLE = {key: key for key in ("model", "systemMessage", "inputText", "body", "headers")}
-QUOTABLE["lastUserMessage"] = "userMessage"
+QUOTABLE = ("model", "systemMessage", "inputText", "body", "headers", "userMessage")
 
 
 def shorten_path(path: str) -> str:
@@ -5251,9 +5248,10 @@ class Response:
         facts["headers"] = request.headers.masked
 
         def quote_fact(found: re.Match[str]) -> str:
-            if found[1] not in QUOTABLE:
+            key = "userMessage" if found[1] == "lastUserMessage" else found[1]
+            if key not in QUOTABLE:
                 return found[0]
-            fact = get_path(facts[QUOTABLE[found[1]]], *found[2].split(".")[1:])
+            fact = get_path(facts[key], *found[2].split(".")[1:])
             return "" if fact is None else ENCODE(dump_json(fact))[1:-1]
 
         said = json.loads(TEMPLATE.sub(quote_fact, ENCODE(self.said)))
@@ -5660,13 +5658,11 @@ class Fixtures:
         self.seed = seed
         self.exact_turns = exact_turns  # in files, too
         self.normalise = normalise  # patterns, or a function of the body
-        self.warnings: list[str] = []
-        self.models: dict[str, Model] = {}
         self.list_calls = list_calls
         self._slow = False  # one of them asks a pattern or a function
         self.is_copy = False  # in a child process, whose requests another one answers
         self._lock = threading.RLock()
-        self.files: list[Fixture] = []
+        self.files = Loaded()
         self.normaliser = self.make_normaliser()
         self.watched: Sequence[str] = ()
         self._seen: list[tuple[str, int, int]] = []
@@ -5737,14 +5733,13 @@ class Fixtures:
 
     def load(self, path: str) -> Loaded:
         loaded = load_fixtures(path)
-        self.warnings += loaded.warnings
-        self.models.update(loaded.models)
-        self.replace_files([*self.files, *loaded])
+        self.files.add(loaded)
+        self.replace_files(self.files)
         return loaded
 
-    def replace_files(self, fixtures: Iterable[Fixture]) -> None:
+    def replace_files(self, fixtures: Loaded) -> None:
         with self._lock:
-            self.files, self._order = list(fixtures), None
+            self.files, self._order = fixtures, None
             self.normaliser = self.make_normaliser()
             for fixture in self.files:
                 fixture.rank = LAST
@@ -5784,7 +5779,6 @@ class Fixtures:
             except (OSError, ValueError) as error:
                 complain(f"cannot load fixtures: {error}\n")
                 return
-            self.models.update(loaded.models)
             self.replace_files(loaded)
             complain(f"loaded {len(loaded)} fixtures again\n")
 
@@ -5808,11 +5802,11 @@ class Fixtures:
             order = self.files
         elif own:
             order = [parse_header(own), *order]
-        texts = {key: facts[key] for key in TEXT_KEYS if isinstance(facts[key], (str, tuple))}
+        texts = {key: facts[key] for key in TEXT_KEYS}
+        texts = {key: texts[key] if type(texts[key]) in (str, tuple) else "" for key in texts}
+        texts[""] = ""
         is_plain = facts.normaliser is COMPARES_ALL
-        likely = order
-        if is_plain:
-            likely = [f for f in order if not f.needle or f.needle in texts.get(f.needle_key, "")]
+        likely = [f for f in order if f.needle in texts[f.needle_key]] if is_plain else order
         # Patterns and functions may take their time: they are asked without the lock.
         found = {each: each.find_obstacle(facts) for each in likely}
         while True:
@@ -5830,10 +5824,11 @@ class Fixtures:
                 with self._lock:
                     chosen.count(facts.test, -1)
         turn, misses = facts["turnIndex"], []
-        asked = [*found, *(each for each in order if each not in found)]  # why is told when asked
-        for each in [each for each in asked if each is not chosen][:MAX_NEAR_MISSES]:
+        others = (each for each in order if each not in found)  # why is told when asked
+        for each in itertools.islice(itertools.chain(found, others), MAX_NEAR_MISSES + 1):
             shadow = explain_shadow(each, chosen, turn) if chosen and each in found else None
             misses.append((each, reasons.get(each) or shadow))
+        misses = [miss for miss in misses if miss[0] is not chosen][:MAX_NEAR_MISSES]
         if chosen is None or chosen.turn in (None, turn):
             return chosen, "", misses
         place = f"for turn {chosen.turn}, and this is turn {turn}"
@@ -10411,7 +10406,6 @@ KEPT_HEADER = lazy_regex(
 )
 REPLACE_TRIES, REPLACE_SECONDS = 20, 0.05  # for others to close a file
 REST = 4  # times as long as it wrote a recorder leaves the processor to the clients
-NUMBER_LINES = lazy_regex(r'\[\n\s+(-?[0-9][^"\[\]{}]*?)\n\s*\]')  # no text has a bare line end
 
 
 def find_timings(data: bytes, times: Iterable[tuple[int, float]]) -> Item | None:
@@ -10554,9 +10548,8 @@ def identify(kind: str, request: Request) -> tuple[Item, Item]:
 
 
 def write_entry(entry: Item, secrets: Iterable[str] = ()) -> str:
-    """Write a fixture as aimock does, but a vector on one line and no key."""
+    """Write a fixture as aimock does, but no key."""
     text = json.dumps(entry, indent=2, ensure_ascii=False)
-    text = NUMBER_LINES.sub(lambda found: "[" + re.sub(r"\s+", " ", found[1]) + "]", text)
     for secret in secrets:
         text = text.replace(ENCODE(secret)[1:-1], "***")
     return "    " + text.replace("\n", "\n    ")
@@ -13250,16 +13243,13 @@ def as_reply(value: Any, request: Request, status: int) -> Reply:
 
 
 def check_operation(operation: str) -> None:
-    kinds = {known.recorded_kind for known in ROUTES} - {""}
-    method, blank, path = operation.partition(" ")
-    if operation in kinds:
-        return
-    if path.startswith("/"):
-        with contextlib.suppress(ApiError):  # the nearest one is told below
-            find_route(method, path)
+    method, _, path = operation.partition(" ")
+    near = suggest_operation(operation)
+    try:
+        if operation in {known.recorded_kind for known in ROUTES} or find_route(method, path):
             return
-    names = [*kinds, *(f"{known.method} {known.path}" for known in ROUTES)]
-    near = suggest(operation, sorted(names)) if blank else suggest_operation(operation)
+    except ApiError as error:
+        near = f": {error.message}" if path else near
     raise ValueError(f"no operation is called {operation!r}{near}")
 
 
@@ -13464,9 +13454,8 @@ def make_probe(words: Mapping[str, Any]) -> Fixture:
 POLL_SECONDS = 0.005
 # What other libraries call it.
 OTHER_VERBS = {
-    "respond": "reply()", "respond_with": "reply()", "on_message": "reply(user_message=...)",
-    "add_fixture": "reply() or load()", "add_fixtures": "load()", "calls": "requests",
-    "clear": "reset()",
+    "respond": "reply()", "on_message": "reply(user_message=...)", "clear": "reset()",
+    "add_fixture": "reply() or load()", "calls": "requests",
 }  # fmt: skip
 
 
@@ -13711,7 +13700,7 @@ class Scripting:
         parts = {
             "answered by no fixture": [f"{call!r}{reason}" for call, reason in missed if reason],
             "never served": self._list_unused(),
-            "warnings": [*self.script.warnings, *told],
+            "warnings": [*self.script.files.warnings, *told],
         }
         shown = [f"{title}:\n  " + "\n  ".join(lines) for title, lines in parts.items() if lines]
         return "\n".join(shown)
@@ -13960,7 +13949,7 @@ class TogetherAiServer(Scripting):
                 self.script.remove_test(test)
                 return
             self.script.reset()
-            self.models = {**MODELS, **self.script.models, **self._own_models}
+            self.models = {**MODELS, **self.script.files.models, **self._own_models}
             # Keys of the calls, which nothing that is written of them shall hold.
             self.secrets: dict[str, None] = BoundedDict(MAX_OBJECTS)
             self._episode = 0
@@ -14075,7 +14064,7 @@ class TogetherAiServer(Scripting):
 
     def _load(self, path: str) -> Loaded:
         loaded = self.script.load(path)
-        self.models.update({**self.script.models, **self._own_models})
+        self.models.update({**self.script.files.models, **self._own_models})
         return loaded
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -14215,7 +14204,7 @@ class TogetherAiServer(Scripting):
             return limited
         if self.script.watched:
             self.script.follow_files()
-            self.models.update(self.script.models)
+            self.models.update(self.script.files.models)
         if route.open or (self.script.empty and "x-parlel-fixture" not in request.headers):
             reply = self._handle(route, request, call)
         else:
@@ -14559,7 +14548,7 @@ def build_server(options: Any) -> TogetherAiServer:
         server._load(path)
     if options.watch:
         server.script.watch(options.fixtures)
-    for warning in server.script.warnings:
+    for warning in server.script.files.warnings:
         print_line(warning)
     return server
 
