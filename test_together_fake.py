@@ -9321,13 +9321,16 @@ class ForkTests(FakeCase):
         server.stop()
         TogetherAiServer(port).start().stop()
 
-    def test_where_no_thread_can_be_made_the_port_stays_free(self):
+    def test_where_no_thread_can_be_made_the_port_stays_free_and_one_answers(self):
         server = TogetherAiServer(port=0)
         no_thread = mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("none"))
         with no_thread, self.assertRaises(RuntimeError):
             server.start()
-        with server:
+        with server as self.server:
             self.assertGreater(server.port, 0)
+            server.reply(lambda request: "late")
+            with no_thread:  # its only thread answers
+                self.assertEqual(self.text(), "late")
 
     @unittest.skipUnless(shutil.which("sh"), "there is no shell")
     def test_closed_and_unread_streams(self):
