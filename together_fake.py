@@ -7519,10 +7519,14 @@ def make_calls(
     return calls
 
 
-def choose_calls(rng: HashRandom, form: Form, body: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the tool calls of an answer; with `auto`, none that was made before."""
-    calls = make_calls(rng, form, choose_tools(body))
-    if not calls or body.get("tool_choice") not in (None, "auto"):
+def choose_calls(
+    rng: HashRandom, form: Form, body: dict[str, Any], index: int
+) -> list[dict[str, Any]]:
+    """Return the tool calls of one choice; with `auto`, none that was made before."""
+    if TOOL_KEYS.isdisjoint(body):
+        return []
+    calls = make_calls(rng.child("tools", index), form, choose_tools(body))
+    if body.get("tool_choice") not in (None, "auto"):
         return calls
     given = [call for message in body["messages"] for call in message.get("tool_calls") or ()]
     made = [call.get("function") for call in given]
@@ -7628,8 +7632,7 @@ def compose_choice(
 ) -> Choice:
     """Write one choice of a chat answer."""
     choice, form, thoughts = Choice(index), FORMS[model.engine].adapt(body), ""
-    asks = not TOOL_KEYS.isdisjoint(body)
-    calls = choose_calls(rng.child("tools", index), form, body) if asks else []
+    calls = choose_calls(rng, form, body, index)
     if model.thinks and not form.skips_reasoning:
         length = EFFORT_THOUGHTS.get(effort, 1) or int("always-thinks" in model.traits)
         own = rng.child("reasoning", index)
