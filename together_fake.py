@@ -9515,17 +9515,15 @@ IMAGE_FIELDS = Fields(
     Field("steps", int, low=0, high=100), *rows_of("guidance_scale guidance", float),
     *rows_of("size aspect_ratio image_url image_base64 negative_prompt user", str),
     Field("reference_images", list, each=TEXT_ROW),
-    Field("image_loras", list, each=object_field(
-        "", Field("path!", str), Field("scale!", float)
-    )),
+    list_field("image_loras", Field("path!", str), Field("scale!", float), low=0),
     *rows_of("disable_safety_checker prompt_upsampling", bool),
     Field("response_format", str, choices=("base64", "b64_json", "url")),
     Field("output_format", str, choices=("jpeg", "png")),
 )  # fmt: skip
-IMAGE_FACTS = frozenset((
-    "model", "prompt", "width", "height", "steps", "seed", "image_url", "reference_images",
-    "image_loras", "guidance_scale", "guidance", "negative_prompt", "image_base64",
-))  # fmt: skip
+IMAGE_FACTS = frozenset(IMAGE_FIELDS) - {  # what draws another picture
+    "n", "size", "aspect_ratio", "user", "disable_safety_checker", "prompt_upsampling",
+    "response_format", "output_format",
+}  # fmt: skip
 
 
 def read_counts(pattern: str, text: Any, default: tuple[int, ...]) -> tuple[int, ...]:
