@@ -3578,18 +3578,14 @@ def read_form(messages: list[dict[str, Any]], json_mode: bool = False) -> Wanted
 
 # === Catalogue ===
 
-TRAITS = {
-    "thinks": "writes its reasoning before it answers",
-    "always-thinks": "does so also where that is switched off",
-    "sees": "takes images",
-    "watches": "takes videos",
-    "hears": "takes sound",
-    "retired": "is served no more without a dedicated endpoint",
-    "no-steps": "takes no number of steps for an image",
-    "loras": "takes adapters for an image",
-    "no-grammar": "cannot be made to call a tool",
-    "sockets-only": "transcribes what comes over a WebSocket alone",
-}
+TRAITS = (
+    "thinks always-thinks"  # before it answers; also where that is switched off
+    " sees watches hears"  # takes images, videos, sound
+    " retired"  # is served no more without a dedicated endpoint
+    " no-steps loras"  # for an image: takes no number of steps, takes adapters
+    " no-grammar"  # cannot be made to call a tool
+    " sockets-only"  # transcribes what comes over a WebSocket alone
+).split()
 
 
 MAX_DIMENSIONS = 16384  # of an embedding
@@ -3788,7 +3784,7 @@ def read_model(type: str, row: str) -> Model:
         int(context_length) if context_length else None,
         [float(price) for price in prices.split("/")] if prices else (0, 0),
         engine=facts.get("engine", ""),
-        traits=["known", *TRAITS.keys() & facts],
+        traits=["known", *facts.keys() & TRAITS],
         dimensions=int(facts.get("dimensions", 768)),
         pricing=pricing,
     )
