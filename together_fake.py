@@ -3579,13 +3579,13 @@ def read_form(messages: list[dict[str, Any]], json_mode: bool = False) -> Wanted
 # === Catalogue ===
 
 TRAITS = (
-    "thinks always-thinks"  # before it answers; also where that is switched off
-    " sees watches hears"  # takes images, videos, sound
-    " retired"  # is served no more without a dedicated endpoint
-    " no-steps loras"  # for an image: takes no number of steps, takes adapters
-    " no-grammar"  # cannot be made to call a tool
-    " sockets-only"  # transcribes what comes over a WebSocket alone
-).split()
+    "thinks", "always-thinks",  # before it answers; also where that is switched off
+    "sees", "watches", "hears",  # takes images, videos, sound
+    "retired",  # is served no more without a dedicated endpoint
+    "no-steps", "loras",  # for an image: takes no number of steps, takes adapters
+    "no-grammar",  # cannot be made to call a tool
+    "sockets-only",  # transcribes what comes over a WebSocket alone
+)  # fmt: skip
 
 
 MAX_DIMENSIONS = 16384  # of an embedding
@@ -4829,7 +4829,7 @@ OWN_MODEL = Keys(  # one that the catalogue lacks, or has otherwise
     Field("engine", str, choices=ENGINE_NAMES),
     Field("contextLength", int, low=1),
     Field("dimensions", int, low=1, high=MAX_DIMENSIONS),
-    Field("traits", list, each=Field("", str, choices=tuple(TRAITS))),
+    Field("traits", list, each=Field("", str, choices=TRAITS)),
     object_field("price", *number_rows("input output cachedInput", 0)),
     *rows_of("organization displayName", str),
 )
