@@ -4609,8 +4609,8 @@ VOLATILE = {
 class Normaliser:
     """Takes out of requests and fixtures what is not compared.
 
-    patterns    the text that stands in the place of what each matches
-    change      a function of a request's body, which returns the one to be compared
+    patterns    what stands in the place of their matches
+    change      returns of a request's body what is compared
     only_equal  texts must be equal then, not only hold what is wanted
     """
 
@@ -5112,10 +5112,9 @@ def parse_entry(
 
 
 def compile_pattern(wanted: Any, place: str, trusted: bool) -> Any:
-    """Return the pattern that `{"pattern": ...}` stands for; a text stays as it is.
+    """Compile `{"pattern": ...}`; a text stays as it is.
 
     What the bounded matcher cannot read goes to `re`, where it comes from the test's author.
-    Raises ValueError naming the place.
     """
     if not isinstance(wanted, dict):
         return wanted
@@ -5261,7 +5260,7 @@ def is_whole(response: Response, options: Mapping[str, Any]) -> bool:
     return response.type in (JSON_BODY, RAW_BODY) or (response.is_error and not late)
 
 
-# What sorts fixtures: that of a header, limited ones, steps (the later the lower), files.
+# What sorts fixtures: a header's, limited ones, steps (a reply(), a POST; the last first), files.
 FIRST, LIMITED, LAST = -math.inf, -sys.maxsize, 1
 
 
@@ -5536,9 +5535,9 @@ def says_response(value: Any) -> bool:
 
 
 def answer_with(fixture: Fixture, facts: MatchFacts) -> Response:
-    """Return what a fixture says this time, or what its iterator or function does.
+    """Return what a fixture, its iterator or its function says this time.
 
-    A text, a model or other JSON is the content; a dict of the keys of a response is that response.
+    A dict of a response's keys is that response; all else is the content.
     """
     if fixture.answers is None:
         return fixture.response
@@ -5555,8 +5554,8 @@ def answer_with(fixture: Fixture, facts: MatchFacts) -> Response:
 def select_turn(fixtures: list[Fixture], turn: int) -> Fixture | None:
     """Choose among fixtures that all match, by the number of assistant messages so far.
 
-    The latest scripted turn that was reached wins, except at its exact turn against an
-    earlier fixture without one; a turn that lies ahead is the last resort.
+    The latest turn that was reached wins, except at its exact turn against an earlier fixture
+    without one; a turn that lies ahead is the last resort.
     """
     plain = next((each for each in fixtures if each.turn is None), None)
     reached = [each for each in fixtures if each.turn is not None and each.turn <= turn]
@@ -5567,10 +5566,7 @@ def select_turn(fixtures: list[Fixture], turn: int) -> Fixture | None:
 
 
 def show_difference(wanted: Any, got: Any) -> str:
-    """Return the parts in which two values differ; nothing where what is wanted is short.
-
-    A wanted text may stand anywhere in a longer one, so it is looked for by its first letters.
-    """
+    """Return where two long values differ; a wanted text is looked for by its first letters."""
     one, other = (v if isinstance(v, str) else preview(v, MAX_COMPARED) for v in (wanted, got))
     if len(one) <= 60 and (len(other) <= 60 or isinstance(got, str)):
         return ""
@@ -5639,9 +5635,7 @@ def explain_shadow(fixture: Fixture, chosen: Fixture, turn: int) -> Obstacle:
 class Fixtures:
     """The fixtures of one server: which is served next, counted under one lock.
 
-    In this order: the request's own header; of those added at run time the limited ones as they
-    were added, then the step (a `reply()`, a POST) that was added last; files. Of the fixtures of
-    one step, or of the files, that match, `select_turn` takes one.
+    They are asked by rank; of those of one rank that match, `select_turn` takes one.
     """
 
     def __init__(
@@ -5911,10 +5905,8 @@ def status_reply(
 ) -> Reply:
     """Build an error reply; without `error` with that status's real body.
 
-    retry_after       seconds; a 429 always has some (1)
-    retry_after_date  they are told as the date when they are over
-    name              of the error, where the status does not tell it
-    rpm, tpm          the limits that a 429 tells
+    name      of the error, where the status does not tell it
+    rpm, tpm  the limits that a 429 tells
     """
     seconds = 1 if retry_after is None and status == 429 else retry_after
     names = () if seconds is None else RATE_LIMIT_HEADERS if status == 429 else ("retry-after",)
@@ -6040,9 +6032,8 @@ def tell_event(event: bytes) -> Item:
 class Fault:
     """How one reply goes wrong on its way, drawn from a fixture's options.
 
-    chaos    the rate that hit, or ""
-    options  the fixture's, with what the hit adds; `status` replaces the reply
-    error    what a fixture says of an error in the stream
+    chaos  the rate that hit, or ""
+    error  what a fixture says of an error in the stream
     """
 
     def __init__(
@@ -6081,10 +6072,7 @@ class Fault:
     def pace(
         self, events: Iterable[bytes], stream: bool, clock: Callable[[], float]
     ) -> Generator[bytes | float, None, None]:
-        """Yield events, and the seconds until the next one is due, until the fault ends them.
-
-        Raises Cut where the connection ends, after enough chunks or ms.
-        """
+        """Yield events, and the seconds until the next one is due; Cut ends the connection."""
         options, start = self.options, clock()
         due = start + self.latency / 1000
         end = start + options.get("disconnectAfterMs", float("inf")) / 1000
@@ -6152,10 +6140,7 @@ def draw_fault(script: Fixtures, fixture: Fixture, response: Response) -> Fault 
 
 
 def apply_fault(reply: Reply, fault: Fault, clock: Callable[[], float]) -> Reply:
-    """Return the reply as it arrives under a fault; its events say how long to pause.
-
-    A whole reply that waits or is cut becomes raw pieces with a Content-Length.
-    """
+    """Return the reply as it arrives; a whole one that waits or is cut becomes raw pieces."""
     options = fault.options
     if "status" in options:
         reply = status_reply(options["status"], id=reply.id)
@@ -10408,7 +10393,7 @@ REST = 4  # times as long as it wrote a recorder leaves the processor to the cli
 def find_timings(data: bytes, times: Iterable[tuple[int, float]]) -> Item | None:
     """Return when the events of a stream came, in ms; None where there are fewer than two.
 
-    times  for each piece that came: the bytes so far, the seconds since the request
+    times  the bytes so far and the seconds, for each piece that came
     """
     stamps, pieces = [], deque(times)
     for end in itertools.accumulate(map(len, split_events(data))):
@@ -10508,33 +10493,25 @@ def put_answer(kind: str, request: Request, reply: Reply, times: Any = ()) -> It
 # --- From a request to what a fixture matches
 
 
-def put_match(kind: str, facts: MatchFacts) -> Item:
-    """Return the keys by which aimock's recorder names a request, and its model.
-
-    A call of a kind that it does not know is named by its method and path.
-    """
-    match: Item = {}
-    if kind != "chat":
-        match["endpoint"] = facts["endpoint"][kind not in OPERATIONS or kind == "job"]
-    text = "inputText" if kind in ("embedding", "rerank") else "userMessage"
-    for key in (text, "model", "context"):
-        if isinstance(facts[key], str) and facts[key]:
-            match[key] = facts[key]
-    if kind in ("chat", "response"):
-        match.update(turnIndex=facts["turnIndex"], hasToolResult=facts["hasToolResult"])
-    return match
-
-
 NAMES = {"userMessage", "inputText"}  # keys that tell most requests from others
 
 
 def identify(kind: str, request: Request) -> tuple[Item, Item]:
     """Return the match that names a request, and the body that tells it from its namesakes.
 
-    A body that is too large to be kept, that holds a secret or a file, or nothing, is known by its
-    digest.
+    It has the keys of aimock's recorder, and the model. A body that is too large to be kept, that
+    holds a secret or a file, or nothing, is known by its digest.
     """
-    name, body = put_match(kind, MatchFacts(kind, request)), say_body(kind, request.body)
+    facts, body = MatchFacts(kind, request), say_body(kind, request.body)
+    name: Item = {}
+    if kind != "chat":
+        name["endpoint"] = facts["endpoint"][kind not in OPERATIONS or kind == "job"]
+    text = "inputText" if kind in ("embedding", "rerank") else "userMessage"
+    for key in (text, "model", "context"):
+        if isinstance(facts[key], str) and facts[key]:
+            name[key] = facts[key]
+    if kind in ("chat", "response"):
+        name.update(turnIndex=facts["turnIndex"], hasToolResult=facts["hasToolResult"])
     large = len(request.raw) > MAX_RECORDED_BODY_BYTES
     told = body or not NAMES.isdisjoint(name) or kind not in OPERATIONS
     if body == redact(body) and not large and told:
@@ -10564,10 +10541,7 @@ if TYPE_CHECKING:
 
 
 def rank_match(match: Item) -> Rank:
-    """Return what sorts matches so that each request finds its own answers.
-
-    A match that holds for another request, too, has a shorter name, or the same and less body.
-    """
+    """Return what sorts matches: one that holds for other requests, too, has fewer words."""
     said = (("endpoint", "chat"), ("sequenceIndex", match.get("sequenceIndex")))
     name = {key: match[key] for key in match if key != "body" and (key, match[key]) not in said}
     return -len(CANONICAL(name)), -len(CANONICAL(match.get("body", {})))
@@ -10603,10 +10577,7 @@ class Recording:
 
 
 def write_fixtures(rows: Iterable[tuple[Rank, str]], more: Mapping[str, Any]) -> bytes:
-    """Return a fixture file: what a match of fewer words holds for goes first.
-
-    more  what the file says beside its fixtures
-    """
+    """Return a fixture file; `more` is what it says beside its fixtures."""
     inner = ",\n".join(text for _, text in sorted(rows, key=lambda row: row[0]))
     others = "".join(f"  {ENCODE(name)}: {json.dumps(more[name])},\n" for name in more)
     return f'{{\n{others}  "fixtures": [\n{inner}\n  ]\n}}\n'.encode()
@@ -10615,7 +10586,7 @@ def write_fixtures(rows: Iterable[tuple[Rank, str]], more: Mapping[str, Any]) ->
 def record_calls(calls: Iterable[Call], secrets: Iterable[str]) -> Recording:
     """Return the fixtures that answer recorded calls as they were answered.
 
-    Calls that this server refused for their key or their JSON would refuse others again.
+    What was refused for its key or JSON would refuse others again.
     """
     recording = Recording()
     for call in calls:
@@ -10682,10 +10653,9 @@ def lock_folder(path: str) -> Iterator[None]:
 
 
 class Recorder:
-    """Adds answers to a fixture file, off the way of the clients.
+    """Adds answers to a fixture file, which may be there already, and be others' too.
 
-    A thread writes all that has come since it last wrote, and ends when nothing has: the end of
-    the program waits for it. A file that is there already is continued, also by several programs.
+    A thread writes what has come since it last wrote, and ends when nothing has.
     """
 
     def __init__(self, path: str, change: Any = None) -> None:
@@ -10889,7 +10859,7 @@ def find_wait(call: Call) -> float:
 def follows(call: Call, earlier: Call) -> bool:
     """Tell whether a call can be another attempt of an equal one that failed.
 
-    That is so by the counts that SDKs send, on the same connection, or where there is no other.
+    SDKs count; else it comes on the same connection, or there is no other.
     """
     count, before = (c.headers.get("x-stainless-retry-count", "0") for c in (call, earlier))
     if count != "0":
@@ -10898,10 +10868,7 @@ def follows(call: Call, earlier: Call) -> bool:
 
 
 def group_attempts(calls: Iterable[Call]) -> list[list[Call]]:
-    """Return calls in the attempts of one request each: equal ones, of which each one failed.
-
-    What may be attempts of several requests at once is left out.
-    """
+    """Return calls in the attempts of one request each; what may be of several is left out."""
     groups: dict[str, list[list[Call]]] = {}
     unclear = set()
     for call in calls:
@@ -11465,7 +11432,7 @@ def page_policy() -> str:
 
 
 @route("GET", "/", open=True, slow=False)
-def get_root(server: TogetherAiServer, request: Request) -> Any:
+def get_root(server: Server, request: Request) -> Any:
     """Say what this is: to a browser by a page that shows the record."""
     if "text/html" in request.headers.get("accept", ""):
         headers = {"Content-Security-Policy": page_policy(), "Vary": "Accept"}
@@ -11488,20 +11455,20 @@ def list_route_lines() -> list[str]:
 
 
 @route("GET", "/docs/together-ai.md", open=True)
-def get_documentation(server: TogetherAiServer, request: Request) -> Any:
+def get_documentation(server: Server, request: Request) -> Any:
     """Return what this file says of itself, and the table of routes."""
     lines = ["# together_fake", "", "```", __doc__, "```", "", *list_route_lines(), ""]
     return Reply("\n".join(lines).encode(), 200, "text/markdown; charset=utf-8")
 
 
 @route("GET", "/health", open=True, slow=False)
-def get_health(server: TogetherAiServer, request: Request) -> Any:
+def get_health(server: Server, request: Request) -> Any:
     """Say that the server answers."""
     return {"status": "ok"}
 
 
 @route("POST", "/__parlel/reset", open=True, query=Fields(Field("test", str)))
-def reset_server(server: TogetherAiServer, request: Request) -> Any:
+def reset_server(server: Server, request: Request) -> Any:
     """Go back to the state after the start, or forget what belongs to one test."""
     server.reset(test=request.args.get("test"))
     return {"ok": True}
@@ -11534,7 +11501,7 @@ def make_seed_row(name: str) -> Field:
     body=Keys(*map(make_seed_row, SEED_FIELDS)),
     max_bytes=STORAGE_LIMIT,
 )
-def seed_objects(server: TogetherAiServer, request: Request) -> Any:
+def seed_objects(server: Server, request: Request) -> Any:
     """Store objects with chosen ids: `{"files": [{"id": "file-1", "content": "..."}], ...}`."""
     seeds = {name: items for name, items in request.body.items() if items is not None}
     for name, items in seeds.items():
@@ -11559,7 +11526,7 @@ RECORD_FILTERS = Keys(
 )
 
 
-def passes_filters(server: TogetherAiServer, call: Call, args: Item) -> bool:
+def passes_filters(server: Server, call: Call, args: Item) -> bool:
     name, _, value = args.get("header", "").partition(":")  # "x-run: 7", or "x-run"
     header = call.headers.get(name.strip())
     alike = ("kind", "outcome", "test", "batch", "model")
@@ -11615,16 +11582,11 @@ def tell_message(message: Item) -> str:
     return " ".join(" ".join([str(text or ""), *said])[: 2 * MAX_SHOWN].split())[:MAX_SHOWN]
 
 
-def find_thread(call: Call, asked: list[Item]) -> str:
-    """Name a conversation by all up to the user's first message."""
-    first = next((at for at, each in enumerate(asked) if each.get("role") == "user"), None)
-    if first is None:
-        return ""
-    return hashlib.sha256(ENCODE([call.kind, asked[: first + 1]]).encode()).hexdigest()[:16]
-
-
 def show_row(call: Call) -> Item:
     asked, said = list_asked(call), list_said(call)
+    first = next((at for at, each in enumerate(asked, 1) if each.get("role") == "user"), None)
+    # A conversation is known by all up to the user's first message.
+    thread = hashlib.sha256(ENCODE([call.kind, asked[:first]]).encode()).hexdigest()[:16]
     last = [each for each in asked if each.get("role") not in ("system", "tool", "assistant")]
     parts = [part for each in said for part in list_objects(each.get("content"))]
     images = [part["url"] for part in parts if part.get("type") == "image"]
@@ -11634,12 +11596,12 @@ def show_row(call: Call) -> Item:
         "answer": call.error or " / ".join(map(tell_message, said[:4])),
         "images": [url for url in images if len(url) < MAX_THUMBNAIL][:4],
         "warning": call.warnings[0][:MAX_SHOWN] if call.warnings else "",
-        "thread": find_thread(call, asked),
+        "thread": thread if first else "",
     }
 
 
 @route("GET", "/__parlel/requests", open=True, query=RECORD_FILTERS)
-def list_requests(server: TogetherAiServer, request: Request) -> Any:
+def list_requests(server: Server, request: Request) -> Any:
     """List the record, oldest first; a query may ask for a kind, a status, a test, a text ..."""
     args = request.args
     rows, since = args.get("view") == "rows", args.get("since") or 0
@@ -11726,15 +11688,6 @@ def write_python(call: Call, entry: Item) -> str:
     return short if len(short) <= 88 else "server.reply(\n    " + ",\n    ".join(lines) + ",\n)"
 
 
-def copy_call(server: TogetherAiServer, call: Call, origin: str) -> dict[str, str]:
-    rows = list(record_calls([call], server.secrets).rows())
-    return {
-        "curl": write_curl(call, origin),
-        "python": write_python(call, json.loads(rows[0][1])) if rows else "",
-        "fixture": write_fixtures(rows, {}).decode() if rows else "",
-    }
-
-
 def find_numbered(noun: str, items: Iterable[Any], request: Request) -> Any:
     number = request.params["number"]
     for item in items:
@@ -11744,9 +11697,10 @@ def find_numbered(noun: str, items: Iterable[Any], request: Request) -> Any:
 
 
 @route("GET", "/__parlel/requests/{number}", open=True)
-def get_recorded_call(server: TogetherAiServer, request: Request) -> Any:
+def get_recorded_call(server: Server, request: Request) -> Any:
     """Describe one recorded call, with what came back and ways to say it again."""
     call = find_numbered("Call", server.requests, request)
+    rows = list(record_calls([call], server.secrets).rows())
     return {
         **call.as_json(),
         "asked": list_asked(call),
@@ -11754,12 +11708,16 @@ def get_recorded_call(server: TogetherAiServer, request: Request) -> Any:
         "verdict": [
             f"{each.name}: it {each.text}" for each in server.verdict() if call in each.calls
         ],
-        "copy": copy_call(server, call, request.origin),
+        "copy": {
+            "curl": write_curl(call, request.origin),
+            "python": write_python(call, json.loads(rows[0][1])) if rows else "",
+            "fixture": write_fixtures(rows, {}).decode() if rows else "",
+        },
     }
 
 
 @route("GET", "/__parlel/requests/{number}/reply", open=True)
-def get_recorded_reply(server: TogetherAiServer, request: Request) -> Any:
+def get_recorded_reply(server: Server, request: Request) -> Any:
     """Return the bytes that one call got."""
     call = find_numbered("Call", server.requests, request)
     reply = serve_bytes(request, call.raw_reply, call.reply_type)
@@ -11771,7 +11729,7 @@ def get_recorded_reply(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("POST", "/__parlel/fixtures", open=True)
-def add_fixtures(server: TogetherAiServer, request: Request) -> Any:
+def add_fixtures(server: Server, request: Request) -> Any:
     """Add the fixtures of a file's JSON, all or none."""
     try:
         added = parse_fixtures(parse_json(request.raw))
@@ -11788,7 +11746,7 @@ def add_fixtures(server: TogetherAiServer, request: Request) -> Any:
     open=True,
     query=Keys(Field("from", str, choices=("requests",)), *RECORD_FILTERS.values()),
 )
-def list_fixtures(server: TogetherAiServer, request: Request) -> Any:
+def list_fixtures(server: Server, request: Request) -> Any:
     """List the fixtures with how often each was served, or make them from the record."""
     if request.args.get("from") is None:
         return server.script.describe()
@@ -11797,14 +11755,14 @@ def list_fixtures(server: TogetherAiServer, request: Request) -> Any:
 
 
 @route("DELETE", "/__parlel/fixtures", open=True)
-def remove_fixtures(server: TogetherAiServer, request: Request) -> Any:
+def remove_fixtures(server: Server, request: Request) -> Any:
     """Remove the fixtures that were added at run time; those of files stay."""
     server.script.remove_run_time()
     return {"ok": True}
 
 
 @route("DELETE", "/__parlel/fixtures/{number}", open=True)
-def remove_fixture(server: TogetherAiServer, request: Request) -> Any:
+def remove_fixture(server: Server, request: Request) -> Any:
     """Remove one fixture that was added at run time, by its number."""
     find_numbered("Fixture", server.script.every, request).remove()
     return {"ok": True}
@@ -12945,7 +12903,7 @@ def list_unread(values: dict[str, Any], fields: Fields, place: str = "") -> Iter
                 yield from list_unread(item, inner, f"{place}{name}[{index}].")
 
 
-def warn_of_request(server: TogetherAiServer, route: Route, request: Request) -> Iterator[str]:
+def warn_of_request(server: Server, route: Route, request: Request) -> Iterator[str]:
     """Yield what production would not understand, or not answer."""
     unread = ", ".join(list_unread(request.body, route.body))
     if unread:
@@ -13019,7 +12977,7 @@ def warn_of_calls(body: Item, said: Item) -> Iterator[str]:
                 yield f"it calls {name} with arguments that miss its schema: {problem}"
 
 
-def warn_of_text(body: Item, said: Item, model: Model | None) -> Iterator[str]:
+def warn_of_text(body: Item, said: Item) -> Iterator[str]:
     yield from warn_of_calls(body, said)
     format, text = body.get("response_format"), said["content"]
     reason = said.get("finish_reason")
@@ -13040,41 +12998,27 @@ def warn_of_text(body: Item, said: Item, model: Model | None) -> Iterator[str]:
         yield f"its finish_reason is {preview(reason)}{suggest(reason, FINISH_REASONS)}"
 
 
-def warn_of_vectors(body: Item, said: Item, model: Model | None) -> Iterator[str]:
-    length = body.get("dimensions") or (model.dimensions if model is not None else None)
-    for given in {len(vector) for vector in said["vectors"]} - {length}:
-        if length is not None:
-            yield f"its embedding has {given} numbers; {body['model']} makes {length}"
-
-
-def warn_of_scores(body: Item, said: Item, model: Model | None) -> Iterator[str]:
-    given, wanted = len(said["scores"]), len(body["documents"])
-    if given != wanted:
-        yield f"it has {given} scores, and the request has {wanted} documents"
-
-
-# type of response: what asks whether production could ever say so
-DOUBTS: dict[ResponseType, Callable[..., Iterator[str]]] = {
-    TEXT: warn_of_text,
-    SCRIPTED_VECTORS: warn_of_vectors,
-    SCRIPTED_SCORES: warn_of_scores,
-}
-
-
 def warn_of_response(
-    server: TogetherAiServer, fixture: Fixture, response: Response, request: Request, reply: Reply
+    server: Server, fixture: Fixture, response: Response, request: Request, reply: Reply
 ) -> Iterator[str]:
     """Yield what a fixture says that production could not, or that changes nothing."""
-    model = server.models.get(request.body.get("model", ""))
-    if request.script is not None and response.type in DOUBTS:
-        yield from DOUBTS[response.type](request.body, request.script, model)
+    body, said = request.body, request.script or {}
+    if "blocks" in said:
+        yield from warn_of_text(body, said)
+    model = server.models.get(body.get("model", ""))
+    length = body.get("dimensions") or (model.dimensions if model is not None else None)
+    for given in {len(vector) for vector in said.get("vectors", ())} - {length}:
+        if length is not None:
+            yield f"its embedding has {given} numbers; {body['model']} makes {length}"
+    given, wanted = len(said.get("scores", ())), len(body.get("documents", ()))
+    if "scores" in said and given != wanted:
+        yield f"it has {given} scores, and the request has {wanted} documents"
     idle = [name for name in STREAM_OPTIONS if name in fixture.options]
     if reply.events is None and idle:
         yield f"{', '.join(idle)} had no effect on a whole reply"
-    elif fixture.chunk_sizes and response.type is TEXT:
-        said = response.normal
-        if not (said["content"] or said["reasoning"] or said["tool_calls"]):
-            yield "chunkSize had no effect without a text"
+    is_silent = not any(map(said.get, ("content", "reasoning", "tool_calls")))
+    if reply.events is not None and fixture.chunk_sizes and is_silent and "blocks" in said:
+        yield "chunkSize had no effect without a text"
     if "shouldRetry" in fixture.options and reply.status < 400:
         yield "shouldRetry had no effect on a good reply"
 
@@ -13119,7 +13063,7 @@ def is_guarded(request: Request) -> bool:
     return CONTROL_PATH.match(request.path) is not None
 
 
-def check_page(server: TogetherAiServer, request: Request) -> None:
+def check_page(server: Server, request: Request) -> None:
     """Refuse the pages of others, and names that others can point here.
 
     A page that a developer visits may send requests anywhere, so the browser's word on where they
@@ -13159,10 +13103,7 @@ def answer_preflight(request: Request, reader: str) -> Reply:
 
 
 class CallLog:
-    """Writes a line for each call in a thread of its own, so that nobody waits for it.
-
-    A line that cannot be written is dropped, and so are those for which there is no room.
-    """
+    """Writes a line for each call in a thread of its own; one that cannot be written is dropped."""
 
     def __init__(self, write: Callable[[str], None]) -> None:
         self.write = write
@@ -13189,13 +13130,11 @@ class CallLog:
         row = call.as_row()
         path = call.path + (f"?{call.query}" if call.query else "")
         parts = [f'{row["at"]} "{call.method} {path}" {call.status} {row["duration_ms"]:.1f} ms']
-        parts += [row["model"]] if isinstance(row["model"], str) else []
-        usage = row["usage"] or {}
-        if "total_tokens" in usage:
-            parts.append(f"{usage['total_tokens']} tokens")
-        parts += [call.fixture] if call.fixture else []
-        parts += [call.outcome] if call.outcome != "complete" else []
-        return escape_unprintable(" ".join(parts).replace("\n", "\\n"))
+        parts.append(row["model"] if isinstance(row["model"], str) else "")
+        tokens = get_path(row["usage"], "total_tokens")
+        parts.append("" if tokens is None else f"{tokens} tokens")
+        parts += [call.fixture, "" if call.outcome == "complete" else call.outcome]
+        return escape_unprintable(" ".join(filter(None, parts)).replace("\n", "\\n"))
 
     def close(self) -> None:
         thread, self._thread = self._thread, None
@@ -13424,15 +13363,6 @@ def explain_call(call: Call) -> str:
     return "".join("\n    " + reason.rstrip().replace("\n", "\n    ") for reason in reasons)
 
 
-def list_tool_calls(call: Call) -> Iterator[tuple[Any, Any]]:
-    for message in list_asked(call):
-        for made in list_objects(message.get("tool_calls")):
-            arguments = get_path(made, "function", "arguments")
-            with contextlib.suppress(ValueError, TypeError):
-                arguments = json.loads(arguments)
-            yield get_path(made, "function", "name"), arguments
-
-
 def read_fault(fault: Any) -> Item:
     """Return the keywords of a fault: a name, a status, or they themselves."""
     faults = {**FAULTS, "timeout": {"latency": MAX_MS}}
@@ -13465,7 +13395,7 @@ def refuse_lines(title: str, lines: Iterable[str]) -> None:
 class Scripting:
     """Scripts answers and looks at what was asked, on a whole server or for one test."""
 
-    server: TogetherAiServer
+    server: Server
     script: Fixtures
     test_id = ""  # the test whose answers and calls these are; "" for all
 
@@ -13652,15 +13582,18 @@ class Scripting:
 
     def assert_tool_called(self, name: str, /, **arguments: Any) -> Call:
         """Return the last call whose conversation has a call of a tool, with these arguments."""
-        seen = []
+        seen: dict[str, None] = {}
         for call in reversed(self.requests):
-            for made, given in list_tool_calls(call):
-                if made == name and contains_json(given, arguments):
+            tools = (list_objects(message.get("tool_calls")) for message in list_asked(call))
+            for made in itertools.chain(*tools):
+                tool, given = (get_path(made, "function", key) for key in ("name", "arguments"))
+                given = json.loads(given) if succeeds(json.loads, given) else given
+                if tool == name and contains_json(given, arguments):
                     return call
-                seen.append(f"{made}({preview(given, 200)})")
-        told = dict.fromkeys(seen or ["no tool call came back to the service"])
-        refuse_lines(f"wanted a call of {name}({preview(arguments, 200)}), saw", told)
-        raise AssertionError  # for mypy
+                seen[f"{tool}({preview(given, MAX_SHOWN)})"] = None
+        told = "\n  ".join(seen) or "no tool call came back to the service"
+        wanted = f"{name}({preview(arguments, MAX_SHOWN)})"
+        raise AssertionError(f"wanted a call of {wanted}, saw:\n  {told}")
 
     def assert_usage(self, **counts: int) -> None:
         """Raise AssertionError where the usage of all calls adds up to other counts of tokens."""
@@ -13719,12 +13652,9 @@ class Scripting:
 
 
 class OneTest(Scripting):
-    """One of many tests on a server, told apart by the header `X-Test-Id`: `server.test("id")`.
+    """One of many tests on a server, told apart by `X-Test-Id`: it scripts and sees its own."""
 
-    It scripts for that test alone, sees its calls alone, and forgets nothing else.
-    """
-
-    def __init__(self, server: TogetherAiServer, name: str) -> None:
+    def __init__(self, server: Server, name: str) -> None:
         self.server, self.script = server, server.script
         self.test_id = quote(name, safe="/:[]()=,.-_ ")  # what a header can carry
 
@@ -14370,7 +14300,7 @@ class TogetherAiServer(Scripting):
             request.turn = self._take_turn
         return WAITING
 
-    def _take_turn(self, server: TogetherAiServer, request: Request) -> Any:
+    def _take_turn(self, server: Server, request: Request) -> Any:
         """Handle what is heavy behind what waits, of which there may be many."""
         with self._heavy:
             return request.route.handler(self, request)
