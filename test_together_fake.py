@@ -5909,6 +5909,11 @@ class SocketScriptTests(TalkCase):
                 self.assertEqual(sound.getframerate(), rate)
                 played = sound.readframes(10**6)
         self.assertEqual(played, heard)
+        self.say("input_audio_buffer.commit")
+        rows = self.ask("GET", "/__parlel/requests?view=rows").json["rows"]
+        said = call.reply[-2]["transcript"]
+        answers = ["0.7 s of sound", f"{said} / 0.5 s of sound"]
+        self.assertEqual([row["answer"] for row in rows], answers)
         self.assertNotIn(base64.b64encode(heard[:300]).decode(), json.dumps(call.as_json()))
 
     def test_the_verdict_knows_reconnects(self):
@@ -11707,7 +11712,7 @@ class PageTests(FakeCase):
             b'data: {"type": "session.created"}\n\n',
         ]
         self.assertEqual([each["role"] for each in fake.list_said(call)], ["client", "server"])
-        self.assertIn("session.created", fake.show_row(call)["answer"])
+        self.assertEqual(fake.show_row(call)["answer"], "0.0 s of sound")
 
     def copied(self, number):
         return self.json("GET", f"/__parlel/requests/{number}")["copy"]["python"]

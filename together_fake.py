@@ -11577,7 +11577,7 @@ def tell_message(message: Item) -> str:
     calls = [get_path(call, "function") or {} for call in list_objects(message.get("tool_calls"))]
     said = [f"{call.get('name')}({call.get('arguments')})" for call in calls]
     text = join_text(message.get("content"))
-    if message.get("role") in ("reply", "client", "server") and not isinstance(text, str):
+    if message.get("role") == "reply" and not isinstance(text, str):
         text = ENCODE(message["content"])
     return " ".join(" ".join([str(text or ""), *said])[: 2 * MAX_SHOWN].split())[:MAX_SHOWN]
 
@@ -11590,6 +11590,10 @@ def show_row(call: Call) -> Item:
     last = [each for each in asked if each.get("role") not in ("system", "tool", "assistant")]
     parts = [part for each in said for part in list_objects(each.get("content"))]
     images = [part["url"] for part in parts if part.get("type") == "image"]
+    if call.status == 101:
+        heard = [get_path(each, "content", "transcript") for each in said]
+        sound = f"{len(call.sound) / 2 / (call.sound_rate or 1):.1f} s of sound"
+        said = [{"content": text} for text in filter(None, [*heard, sound])]
     return {
         **call.as_row(),
         "question": tell_message(last[-1]) if last else "",
@@ -12286,9 +12290,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.flush()
             return
         try:
-            data = self.socket.recv(self.reader.wanted)
-            while self.server.ssl_context and self.socket.pending():  # type: ignore[attr-defined]
-                data += self.socket.recv(self.reader.wanted)
+            data = self.socket.recv(self.reader.wanted)  # more than a record of TLS has
         except self.server.not_yet:
             return
         except OSError as error:
@@ -12465,7 +12467,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
                 self.stopping.wait(0.01)
         for connection in list(self.clients):
             connection.close()
-            self.forget(connection)  # whose worker will not be heard any more
         with contextlib.suppress(OSError):  # a process that has just been forked has it, too
             self.socket.shutdown(socket.SHUT_RDWR)
         self.close_sockets()
@@ -12562,7 +12563,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     # Workers
 
-    def run(self, kind: str, work: Callable[[], Any], take: Callable[[Any, Any], None]) -> None:
+    def run(self, kind: str, work: Callable[[], Any], take: Callable[..., None]) -> None:
         """Have a worker do something; the loop is then given its result and its error."""
         self.tasks[kind].put((work, take))
         self.idle[kind] -= 1
@@ -12577,39 +12578,32 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def start_thread(self, target: Callable[..., None], *args: Any) -> None:
         thread = threading.Thread(target=target, args=args, name="together-fake", daemon=True)
-        self.threads.append(thread)
-        try:
-            thread.start()
-        except BaseException:
-            self.threads.remove(thread)
-            raise
+        thread.start()
+        self.threads = [*filter(threading.Thread.is_alive, self.threads), thread]
 
     def work(self, kind: str) -> None:
         while task := self.tasks[kind].get():
             self.do(kind, *task)
-        self.threads.remove(threading.current_thread())
 
-    def do(self, kind: str, work: Callable[[], Any], take: Callable[[Any, Any], None]) -> None:
-        result: Any = None
-        error: Any = None
+    def do(self, kind: str, work: Callable[[], Any], take: Callable[..., None]) -> None:
+        """Do something, and have the loop take what came of it."""
+        came: tuple[Any, Any]  # a result and an error
         try:
-            result = work()
+            came = work(), None
         except MemoryError:  # without its frames, which hold what there is
-            error = MemoryError()
-        except BaseException as caught:
-            error = caught
-        self.call_soon(functools.partial(self.end_work, kind, take, result, error))
+            came = None, MemoryError()
+        except BaseException as error:
+            came = None, error
+        self.call_soon(functools.partial(self.end_work, kind, take, *came))
 
-    def end_work(
-        self, kind: str, take: Callable[[Any, Any], None], result: Any, error: Any
-    ) -> None:
+    def end_work(self, kind: str, take: Callable[..., None], *came: Any) -> None:
         """Take what a worker has done; one too many ends."""
         self.idle[kind] += 1
         if self.idle[kind] > MAX_IDLE_WORKERS:
             self.idle[kind] -= 1
             self.workers[kind] -= 1
             self.tasks[kind].put(None)
-        take(result, error)
+        take(*came)
 
     # The end
 
