@@ -1253,16 +1253,11 @@ MARKS = phrases("""\
 on / at / by / from / as / it / that / this / 0 / 1 / 2""")
 
 
-def make_logprob(data: bytes) -> float:
-    """Turn two bytes into a natural logarithm: mostly near 0, never below -3.5."""
-    unit = int.from_bytes(data, "big") / 65536
-    return -round(unit * unit * unit * unit * 3.5 + 0.00001, 6)
-
-
 def make_alternatives(rng: HashRandom, piece: str, count: int) -> list[tuple[str, float]]:
     """Return the chosen token and up to 19 less likely ones; at most 1 in probability."""
     data = rng.randbytes(24)
-    chosen = make_logprob(data[:2])
+    unit = int.from_bytes(data[:2], "big") / 65536
+    chosen = -round(unit * unit * unit * unit * 3.5 + 0.00001, 6)  # mostly near 0
     # exp(x) > 1 + x leaves the others a share of at least x / (1 + x), more than twice
     # 2 ** -halvings; each next one gets less than half of the one before.
     millionths = round(-chosen * 1000000)
@@ -8439,11 +8434,11 @@ ENDING_ROWS = rows_of("upload_id! file_id!", str)
 PART_ROWS = (Field("part_number!", int), Field("etag", str))
 PARTS = list_field("parts!", *PART_ROWS)
 LIST_FIELDS = Fields(Field("limit", int, low=1, high=10000), *rows_of("after purpose", str))
-MESSAGE_ROWS = (
+MESSAGES = list_field(
+    "messages!",
     Field("role!", str, choices=("system", "user", "assistant", "tool", "developer")),
-    Field("content", str, list, each=Field("", dict)), Field("weight", float, low=0, high=1),
-)  # fmt: skip
-MESSAGES = list_field("messages!", *MESSAGE_ROWS)
+    Field("content", str, list, each=Field("", dict)),
+)
 DATASETS = {  # what a line of a training file may be; its first required field tells which
     "CONVERSATION": Fields(MESSAGES),
     "INSTRUCTION": Fields(*rows_of("prompt! completion!", str)),
