@@ -241,7 +241,6 @@ ENCODE = make_encoder(ensure_ascii=False)
 # The same for every order of keys: what draws are made from.
 CANONICAL = make_encoder(sort_keys=True)
 QUOTE = json.encoder.encode_basestring  # of a string alone
-TIME_FORMAT = "%Y-%m-%dT%H:%M:%S"
 DONE = b"data: [DONE]\n\n"  # the last event of every stream of chunks
 KEEPALIVE = b": keepalive\n\n"  # a comment between the events of some
 
@@ -260,7 +259,7 @@ def complain(text: str) -> None:
 
 
 def format_time(at: float) -> str:
-    return f"{time.strftime(TIME_FORMAT, time.gmtime(at))}.{int(at % 1 * 1000):03}Z"
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at)) + f".{int(at % 1 * 1000):03}Z"
 
 
 def complain_of_bug() -> str:
