@@ -192,12 +192,12 @@ TYPES = ("string", "number", "integer", "object", "array", "boolean", "null")
 
 @functools.lru_cache(maxsize=1000)  # names come again with each request
 def is_secret_header(name: str) -> bool:
-    """Tell whether a header's value is hidden, whatever its scheme, or that of a query's name."""
+    """Tell whether what a header or a query's field holds is hidden."""
     return SECRET_NAME.search(name) is not None
 
 
 def hide_in_url(url: str) -> str:
-    """Write stars for who logs in with an URL, and for the keys in its query."""
+    """Hide who logs in with a URL, and the keys in its query."""
 
     def hide(found: re.Match[str]) -> str:
         if found[1] is None:
@@ -217,7 +217,7 @@ def is_secret(name: str) -> bool:
 
 
 def is_schema(value: Item) -> bool:
-    """Tell whether an object describes a field, as the schema of a tool's arguments does."""
+    """Tell whether an object is a JSON schema."""
     kind = value.get("type")
     return kind in TYPES if type(kind) is str else not SCHEMA_WORDS.isdisjoint(value)
 
@@ -308,7 +308,7 @@ class Headers(dict):  # type: ignore[type-arg]
 
     @functools.cached_property
     def secrets(self) -> set[str]:
-        """The keys themselves, where they are too long to stand in a text by chance."""
+        """The keys that are too long to stand in a text by chance."""
         values = [self[name] for name in self if is_secret_header(name)]
         words = [word for value in values for word in re.split("[ ,;=]", value)]
         return {word for word in words if len(word) >= MIN_KEY_LENGTH}
@@ -325,13 +325,13 @@ class Headers(dict):  # type: ignore[type-arg]
 
     @functools.cached_property
     def has_key(self) -> bool:
-        """Whether there is a non-empty bearer token, whatever the case of the word before it."""
+        """Whether there is a bearer token."""
         scheme, _, key = self.get("authorization", "").partition(" ")
         return scheme.lower() == "bearer" and bool(key.strip())
 
 
 class Request:
-    """One request as the pipeline sees it; HTTP, tests and batch lines all build these."""
+    """One request, from HTTP, a test or the line of a batch."""
 
     client: Any  # the connection, where a worker waits for somebody else on its behalf
     id = ""  # of the answer, once it is drawn
@@ -397,7 +397,7 @@ def redact(value: Any, secret: bool = False) -> Any:
 
 
 class Cut(Exception):
-    """Raised by a stream to end its connection here, without the rest of the reply."""
+    """Raised by a stream to cut its connection."""
 
 
 class Reply:
@@ -571,7 +571,7 @@ class ApiError(Exception):
         super().__init__(self.message)
 
     def inside(self, place: str) -> ApiError:
-        """Return the same error where the field stands inside of another: `messages`, `[0].`."""
+        """Return the error of a field inside of another: `messages`, `[0].`."""
         return ApiError(self.name, param=f"{place}{self.param}", **self.facts)
 
     def as_reply(self, recorded: bool = False, id: str = "") -> Reply:
@@ -582,7 +582,7 @@ class ApiError(Exception):
         return reply
 
     def envelope(self, recorded: bool = False) -> Item:
-        """Return what clients read, with production's own words where `recorded` asks for them."""
+        """Return what clients read, where `recorded` in production's own words."""
         if self.name == "unauthorized":
             return {"message": self.message}
         usual = "invalid_request_error" if self.status < 500 else "server_error"
@@ -1200,7 +1200,7 @@ def count_tokens(text: str) -> int:
 
 @functools.lru_cache(maxsize=256 * PLACES)  # all there are
 def make_sentence(place: int, number: int) -> tuple[str, int]:
-    """Write one of the 256 sentences for a place in a text, and count its tokens."""
+    """Write one of a place's 256 sentences, and count its tokens."""
     rng = HashRandom(b"sentence").child(place, number)
     tables = rng.choice(LATER_FORMS if place else OPENING_FORMS)
     text = "".join([rng.choice(table) for table in tables])
@@ -1275,7 +1275,7 @@ def make_alternatives(rng: HashRandom, piece: str, count: int) -> list[tuple[str
 
 
 def make_scores(rng: HashRandom, pieces: list[str], count: int) -> list[Any]:
-    """Return for each token its logprob and its `count` likeliest alternatives, itself first."""
+    """Return each token's logprob and its likeliest alternatives, itself first."""
     tops = [make_alternatives(rng, piece, max(count, 1)) for piece in pieces]
     return [(top[0][1], top[:count]) for top in tops]
 
@@ -1307,7 +1307,7 @@ def draw_bucket(key: bytes, size: int, bucket: int) -> int:
 
 @functools.lru_cache(maxsize=MAX_WORDS)
 def make_word_vector(key: bytes, size: int, word: bytes) -> int:
-    """Return a word's vector: its bucket counts twice, that of each trigram once."""
+    """Add the bucket of a word, twice, and those of its trigrams."""
     padded = b"<%b>" % word[:MAX_WORD_BYTES]
     grams = [word, word, *[padded[at : at + 3] for at in range(len(padded) - 2)]]
     return sum([draw_bucket(key, size, zlib.crc32(gram) % BUCKETS) for gram in grams])
@@ -1412,7 +1412,7 @@ AC_CODES += bytes([run << 4 | length for run in range(4) for length in LENGTHS])
 
 @functools.lru_cache(maxsize=5 * 511)  # all there are
 def code_number(value: int, start: str = "10") -> str:
-    """Return the Huffman code of a number, given its start, and the digits of the number."""
+    """Return a number's Huffman code, which has this start, and its digits."""
     if not value:
         return "0"
     length = abs(value).bit_length()
@@ -1421,7 +1421,7 @@ def code_number(value: int, start: str = "10") -> str:
 
 
 def code_block(quarters: Iterable[Sequence[int]]) -> tuple[list[int], list[str]]:
-    """Return the DC of each component of a block, and the bits of its AC."""
+    """Return each component's DC, and the bits of its AC."""
     means, bits = [], []
     for a, b, c, d in zip(*quarters):
         means.append(a + b + c + d + 2 >> 2)
@@ -1438,7 +1438,7 @@ def code_block(quarters: Iterable[Sequence[int]]) -> tuple[list[int], list[str]]
 
 
 def code_scan(rows: Sequence[bytes], palette: bytes) -> str:
-    """Return the bits of all blocks; most rows are a few long runs of the same block."""
+    """Return the bits of all blocks, which mostly come in long runs."""
     colours = [  # brightness, blueness and redness; 0 is a medium grey
         (
             (77 * red + 150 * green + 29 * blue + 128 >> 8) - 128,
@@ -1543,7 +1543,7 @@ class Canvas:
         self.palette = b""
 
     def add(self, first: bytes, last: bytes, shades: int, top: int, bottom: int) -> int:
-        """Add a thing that changes from the first colour at `top` to the last at `bottom`."""
+        """Add a thing of one colour at `top` and another at `bottom`."""
         offset = len(self.palette) // 3
         cuts = [top + (bottom - top) * shade // shades for shade in range(1, shades)]
         cuts = [0, *[min(max(cut, 0), self.height) for cut in cuts], self.height]
@@ -1560,7 +1560,7 @@ class Canvas:
             steps[0 if row < 0 else last if row > last else row].append(column << 16 | change)
 
     def rows(self) -> list[bytes]:
-        """Return the palette indices of each row behind a zero byte, as a PNG has them."""
+        """Return the rows, palette indices behind a zero byte, as a PNG has them."""
         rows = []
         row = bytearray([255]) + bytes(self.width)  # 255 becomes the filter byte 0
         shades, line, last = b"".join(self.columns), b"", b""
@@ -1682,7 +1682,7 @@ MAX_FRAMES = 7200
 
 
 def make_video(rng: HashRandom, width: int, height: int, seconds: float, fps: int) -> bytes:
-    """Film a landscape, which holds still, as an MP4 file with one track of PNG frames."""
+    """Build an MP4 file of a landscape, which holds still, from PNG frames."""
     frame = make_image(rng, width, height)
     count = min(max(round(seconds * fps), 1), MAX_FRAMES)
     start = mp4_box(b"ftyp", b"isom\0\0\2\0isomiso2mp41")
@@ -6291,7 +6291,7 @@ class Route:
         return handler
 
     def count_answers(self, body: Item) -> int:
-        """Return how many plain answers a body is worth: inputs by choices by logprobs."""
+        """Return how many plain answers a body is worth."""
         inputs = body.get(QUICK_KINDS.get(self.kind, ""))
         several = isinstance(inputs, list) and inputs and type(inputs[0]) is not int
         if not several and MULTIPLIERS.isdisjoint(body):
@@ -6330,7 +6330,7 @@ def refuse_path(method: str, path: str, allowed: list[str]) -> ApiError:
 
 
 def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
-    """Return the route and the path's parameters; raise ApiError 404 or 405 with `Allow`."""
+    """Return the route and the path's parameters; raise ApiError 404 or 405."""
     method = "GET" if method == "HEAD" else method
     allowed: list[str] = []
     for known in ROUTES:
@@ -7898,7 +7898,7 @@ def chat_body(body: Item) -> Item:
 
 
 def list_items(choice: Choice, summarised: bool, digits: str) -> list[Item]:
-    """Return what an answer says as items: reasoning, text, calls; the last one may be cut.
+    """Return reasoning, text and calls as items; the last one may be cut.
 
     Reasoning is a summary where one was asked for.
     """
@@ -7925,7 +7925,7 @@ def list_items(choice: Choice, summarised: bool, digits: str) -> list[Item]:
 
 
 def response_usage(answer: Answer) -> Item:
-    """Return a chat's usage in the words of the Responses API; a fixture may use these too."""
+    """Return the usage in the words of the Responses API, which fixtures may use."""
     usage = {"cached_tokens": answer.cached_tokens, **answer.usage}
     cached = (usage.get("prompt_tokens_details") or usage).get("cached_tokens", 0)
     thought = (usage.get("completion_tokens_details") or usage).get("reasoning_tokens", 0)
@@ -7955,7 +7955,7 @@ def echo_request(body: Item) -> Item:
 
 
 def response_object(answer: Answer, echo: Item, items: Any = None) -> Item:
-    """Return a response, which is in progress where its items are still to come."""
+    """Return a response, in progress where it has no items yet."""
     created = (answer.request.script or {}).get("created") or CREATED
     reason, status = INCOMPLETE.get(answer.choices[0].finish_reason), "completed"
     if items is None:
@@ -7980,7 +7980,7 @@ def response_object(answer: Answer, echo: Item, items: Any = None) -> Item:
 
 
 def part_events(place: Item, item: Item, choice: Choice) -> Iterator[Any]:
-    """Yield a text, reasoning, or the summary of it that was asked for, a piece each."""
+    """Yield a text, or reasoning or its summary, piece by piece."""
     (part,) = item.get("summary") or item["content"]
     stem, name, index = "content_part", part["type"], "content_index"
     if name == "summary_text":
@@ -8007,7 +8007,7 @@ def call_events(place: Item, item: Item, choice: Choice) -> Iterator[Any]:
 
 
 def response_events(answer: Answer, echo: Item, items: list[Any]) -> Iterator[Any]:
-    """Yield each event of a response as its type and its fields; the last one has all of it.
+    """Yield the type and the fields of each event; the last one has all of the response.
 
     An event that comes for each piece of a text is yielded once, with the pieces.
     """
@@ -8027,7 +8027,7 @@ def response_events(answer: Answer, echo: Item, items: list[Any]) -> Iterator[An
 
 
 def number_events(events: Iterable[Any]) -> Iterator[bytes]:
-    """Yield the bytes of the events of a response, each under the next number."""
+    """Yield the bytes of numbered events."""
     number = 0
     for type, fields, *pieces in events:
         head = f'event: response.{type}\ndata: {{"type":"response.{type}","sequence_number":'
@@ -8088,7 +8088,7 @@ COMPLETION_FACTS = frozenset((
 
 
 def read_inputs(value: Any, place: str) -> list[Any]:
-    """Return a list of texts or token lists from the four forms that clients send them in."""
+    """Return a list of texts or token lists, whichever way they were sent."""
     kinds = {str} if type(value) is str else set(map(type, value))
     if kinds not in ({str}, {int}, {list}):
         raise refuse_value(place, "must be a string, or an array of strings or token ids", value)
@@ -8290,7 +8290,7 @@ RANGE = lazy_regex(r"bytes=(?=-?[0-9])([0-9]*)-([0-9]*)")
 
 
 def stored(name: str) -> Callable[[Any], Any]:
-    """Declare the function below it as what completes a partial object of that collection."""
+    """Declare what completes the objects of a collection."""
     return lambda builder: BUILDERS.setdefault(name, builder)
 
 
@@ -8312,7 +8312,7 @@ def merge(template: Item, changes: Item) -> Item:
 
 
 def complete(server: Server, item: Item, prefix: str, **template: Any) -> Item:
-    """Return an object with an id, and with the template's values for what it lacks."""
+    """Return an object with an id and what it lacks of the template."""
     return merge({"id": item.get("id") or server._next_id(prefix), **template}, item)
 
 
@@ -8345,7 +8345,7 @@ class Jobs:
         }
 
     def advance(self, server: Server, id: str) -> Item:
-        """Take a job to its next status, or to its last where jobs are instant, and return it."""
+        """Take a job to its next status, or to its last where jobs are instant."""
         jobs: Collection = getattr(server, self.collection)
         with server.job_lock:
             job = jobs.get(id)
@@ -8359,7 +8359,7 @@ class Jobs:
         return job
 
     def start(self, server: Server, request: Request, item: Item) -> Item:
-        """Store a new job, whose it is and how it shall end; finish it where jobs are instant."""
+        """Store a new job, whose it is and how it shall end."""
         job = server._store(self.collection, item)
         id = job[getattr(server, self.collection).key]
         server.outcomes[id] = (request.script or {}).get("status", "")
@@ -8459,7 +8459,7 @@ FILE: Item = {
 
 
 def read_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield number and bytes of the lines that are not blank, one at a time."""
+    """Yield the numbers and bytes of the lines that are not blank."""
     lines = enumerate(map(bytes.rstrip, io.BytesIO(data)), 1)
     return ((number, line) for number, line in lines if line)
 
@@ -8483,7 +8483,7 @@ def check_line(line: bytes, formats: dict[str, Fields]) -> dict[str, Fields]:
 
 
 def validate_lines(data: bytes, purpose: str) -> Item:
-    """Return the report on a JSONL file, whose first `PARSED_BYTES` are parsed."""
+    """Check the first `PARSED_BYTES` of a JSONL file; return the report."""
     count, size, formats = 0, 0, LINES[purpose]
     for number, line in read_lines(data):
         count, size = count + 1, size + len(line)
@@ -8528,7 +8528,7 @@ def file_object(server: Server, item: Item) -> Item:
 
 
 def find_file(server: Server, id: str, param: str, purpose: str = "") -> Item:
-    """Return the file that a body names; where a purpose is given, it must serve that."""
+    """Return the file that a body names, which must serve a purpose."""
     if id not in server.files:
         raise ApiError("no_object", param=param, noun="File", id=id)
     file, reason = server.files.get(id), ""
@@ -8683,7 +8683,7 @@ def batch_object(server: Server, item: Item) -> Item:
 def run_line(
     server: Server, job: Item, line: bytes, number: int, seen: dict[str, int]
 ) -> tuple[Any, Reply]:
-    """Answer one line as if it had come by itself; return its custom_id, noted in `seen`, too."""
+    """Answer a line of a batch; return its custom_id, too, which is noted in `seen`."""
     id = None
     try:
         row = parse_line(line)
@@ -8938,7 +8938,7 @@ def list_new_events(job: Item, status: str) -> list[Item]:
 
 
 def enter_fine_tune(server: Server, job: Item, status: str) -> Item:
-    """Return what changes in a job when it reaches a status; add the model when it is made."""
+    """Return what changes with a status; add the model when it is made."""
     changes: Item = {"updated_at": format_time(server._now())}
     if status == "running":
         changes["started_at"] = changes["updated_at"]
@@ -8952,7 +8952,7 @@ def enter_fine_tune(server: Server, job: Item, status: str) -> Item:
 
 
 def show_fine_tune(server: Server, request: Request, job: Item) -> Item:
-    """Return a job; one that is asked for by its id has its events, typed as the client has it."""
+    """Return a job, with its events, in the client's case, where its id was asked for."""
     events = job["events"] if request.method == "GET" and request.params else []
     if "x-stainless-lang" not in request.headers:
         events = [{**event, "type": event["type"].upper()} for event in events]
@@ -8990,7 +8990,7 @@ def fine_tune_object(server: Server, item: Item) -> Item:
 
 
 def resolve_trainable(server: Server, id: str) -> Model:
-    """Return a model that can be trained; unknown ones can, unless the server is strict."""
+    """Return a model that can be trained, as unknown ones can unless the server is strict."""
     model = resolve_model(server, id, "chat")
     if model.type not in TRAINABLE:
         raise ApiError("no_model", param="model", model=id)
@@ -9145,7 +9145,7 @@ def download_model(server: Server, request: Request) -> Any:
 
 
 def tokenize_file(server: Server, id: str, count: int, on_inputs: bool) -> list[Item]:
-    """Return the first examples of a file as tokens; a label of -100 is not learned from."""
+    """Return the first examples of a file as tokens; -100 labels what is not learned."""
     examples: list[Item] = []
     for _, line in itertools.islice(read_lines(server.contents.get(id, b"")), count):
         given = parse_line(line)
@@ -9247,7 +9247,7 @@ def summarize_verdicts(type: str, verdicts: list[Any], said: Item) -> Item:
 
 
 def judge_rows(server: Server, job: Item) -> Item:
-    """Judge every row of the data, store the outcome and return the results."""
+    """Judge every row, store the outcome and return the results."""
     type, facts = job["type"], dict(job["parameters"])
     id = server.files.get(facts.pop("input_data_file_path", ""))["id"]
     judged = [parse_line(line) for _, line in read_lines(server.contents.get(id, b""))]
@@ -9263,7 +9263,7 @@ def judge_rows(server: Server, job: Item) -> Item:
 
 
 def note_status(server: Server, status: str, updates: Any = ()) -> Item:
-    """Return what a change of status adds to a job that keeps its history."""
+    """Return what a status adds to a job that keeps its history."""
     now = format_time(server._now())
     update = {"status": status, "message": f"Job is {status}", "timestamp": now}
     return {"status": status, "updated_at": now, "status_updates": [*updates, update]}
@@ -9282,7 +9282,7 @@ def evaluation_object(server: Server, item: Item) -> Item:
 
 
 def enter_evaluation(server: Server, job: Item, status: str) -> Item:
-    """Judge the data when the job is to complete; what goes wrong is in the results."""
+    """Judge the data at the end; what goes wrong is in the results."""
     changes: Item = {}
     if status == "completed":
         try:
@@ -9296,7 +9296,7 @@ def enter_evaluation(server: Server, job: Item, status: str) -> Item:
 
 
 def show_evaluation(server: Server, request: Request, job: Item) -> Item:
-    """Return a job; the generated clients want the counts of labels as JSON text."""
+    """Return a job; generated clients want the counts of labels as JSON text."""
     results = job["results"]
     generated = is_together(request) and "x-stainless-lang" in request.headers
     if generated and type(results) is dict and "label_counts" in results:
@@ -9431,7 +9431,7 @@ def delete_endpoint(server: Server, request: Request) -> Any:
 @route("POST", "/v1/endpoints/{id}/adapters", body=ADAPTER_FIELDS)
 @route("DELETE", "/v1/endpoints/{id}/adapters", body=ADAPTER_FIELDS)
 def handle_adapters(server: Server, request: Request) -> Any:
-    """List, load or unload the LoRA adapters of an endpoint, which answer as `endpoint:adapter`."""
+    """List, load or unload LoRA adapters, which answer as `endpoint:adapter`."""
     endpoint, id = server.endpoints.get(request.params["id"]), request.body.get("model_id", "")
     adapters = server.adapters.setdefault(endpoint["id"], [])
     found = id in adapters
@@ -9502,7 +9502,7 @@ IMAGE_FACTS = frozenset(IMAGE_FIELDS) - {  # what draws another picture
 
 
 def read_counts(pattern: str, text: Any, default: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the numbers of a text such as `720p`; the default where it is none, or holds a 0."""
+    """Return the numbers of a text such as `720p`, or the default."""
     found = re.fullmatch(pattern, str(text), re.ASCII)
     counts = tuple(map(int, found.groups())) if found else default
     return counts if all(counts) else default
@@ -9516,7 +9516,7 @@ def read_pair(text: str, separator: str, place: str) -> tuple[int, ...]:
 
 
 def read_image_size(body: Item) -> tuple[int, int]:
-    """Return width and height from whichever fields give them; 0 counts as not given."""
+    """Return width and height from whichever fields give them."""
     given = {name: body[name] for name in ("width", "height") if body.get(name)}
     size, ratio = body.get("size"), body.get("aspect_ratio")
     sides, place = dict.fromkeys(("width", "height"), DEFAULT_IMAGE_SIDE), ""
@@ -9540,7 +9540,7 @@ TOKEN_LETTERS = string.digits + string.ascii_letters
 
 
 def write_token(letters: str, width: int, height: int, format: str) -> str:
-    """Return the name of an image, which holds all there is to know about it, size and format too.
+    """Return the name of an image, which says all that is needed to make it.
 
     It has 16 letters, as production's have; the last four are a number of base 62.
     """
@@ -9733,7 +9733,7 @@ def create_speech(server: Server, request: Request) -> Any:
 
 
 def transcribe(body: Item, task: str) -> tuple[list[str], float]:
-    """Return the words that an audio's bytes (or its URL) stand for, and its seconds."""
+    """Return the words that a sound or its URL stands for, and its seconds."""
     file = body["file"]
     data = file.encode("utf-8", "replace") if type(file) is str else file.data
     if not data:
@@ -9747,7 +9747,7 @@ def transcribe(body: Item, task: str) -> tuple[list[str], float]:
 
 
 def make_segments(words: list[str], seconds: float, speakers: int) -> list[Item]:
-    """Spread words over the time, by their letters; speakers take turns, a segment each."""
+    """Spread words over the time; speakers take turns, a segment each."""
     ends = [0, *itertools.accumulate(len(word) + 1 for word in words)]
     times = [round(seconds * end / ends[-1], 2) for end in ends]
     timed = [{"word": w, "start": s, "end": e} for w, s, e in zip(words, times, times[1:])]
@@ -9764,7 +9764,7 @@ def make_segments(words: list[str], seconds: float, speakers: int) -> list[Item]
 @route("POST", "/v1/audio/transcriptions", kind="transcription", **HEARING)
 @route("POST", "/v1/audio/translations", kind="translation", **HEARING)
 def create_transcript(server: Server, request: Request) -> Any:
-    """Write down what an audio file says, or a translation: words drawn from its bytes."""
+    """Write down what a sound says, or a translation: words drawn from its bytes."""
     body, script = request.body, request.script or {}  # a fixture says all or some of it
     resolve_model(server, body.get("model") or "openai/whisper-large-v3", "transcribe")
     task = "translate" if "translations" in request.path else "transcribe"
@@ -9829,7 +9829,7 @@ def read_video_size(body: Item) -> str:
 
 @stored("videos")
 def video_object(server: Server, item: Item) -> Item:
-    """Complete a video job; the URL of its file holds all there is to know about that."""
+    """Complete a video job; its URL says all that is needed to make the file."""
     (seconds,) = read_counts(r"(\d{1,2})", item.get("seconds"), (DEFAULT_VIDEO_SECONDS,))
     item.update(size=read_video_size(item), seconds=str(min(seconds, MAX_VIDEO_SECONDS)))
     id, now = item.get("id") or server._next_id("video-"), server._now()
@@ -10265,7 +10265,7 @@ def list_autoscale_models(server: Server, request: Request) -> Any:
 
 
 def list_page(request: Request, items: list[Item]) -> Item:
-    """Return one page of the second API: `limit` items after the id that `after` names."""
+    """Return `limit` items after the id `after`, as the second API does."""
     by_id = {item["id"]: item for item in items}
     limit, after = request.args.get("limit") or 100, request.args.get("after") or None
     ids, more = take_page(list(by_id), limit, after)
@@ -14315,7 +14315,7 @@ class TogetherAiServer(Scripting):
 
 
 def print_line(line: str) -> None:
-    """Write a line to standard error, past what the interpreter would have to flush at its end."""
+    """Write a line to standard error, with nothing left to flush at the end."""
     with contextlib.suppress(OSError):  # nobody reads it
         os.write(2, f"{line}\n".encode("utf-8", "replace"))
 
@@ -14398,7 +14398,7 @@ def read_options(args: Sequence[str] | None) -> Any:
 
 
 def check_fixtures(path: str) -> int:
-    """Say what is wrong in fixture files, and what can never answer; return the exit status."""
+    """Say what is wrong in fixtures and which never answer; return the exit status."""
     try:
         loaded = load_fixtures(path)
     except (OSError, ValueError) as error:
@@ -14441,7 +14441,7 @@ def serve(server: TogetherAiServer) -> int:
 
 
 def reserve_streams() -> None:
-    """Open what was closed of the three standard streams: a socket would take its number."""
+    """Open closed standard streams, whose numbers sockets would take."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -14469,7 +14469,7 @@ def build_server(options: Any) -> TogetherAiServer:
 
 
 def run_command(server: TogetherAiServer, command: Sequence[str]) -> int:
-    """Start a server, run a command with its variables, say what missed; return the status."""
+    """Run a command beside a server, say what missed; return the exit status."""
     import shutil
     import signal
     import subprocess
@@ -14492,7 +14492,7 @@ def run_command(server: TogetherAiServer, command: Sequence[str]) -> int:
 
 
 def describe_version() -> str:
-    """Return the version and the digest of this file, and whether it is as it was released."""
+    """Return version and digest, and whether this file is as released."""
     with open(__file__, encoding="utf-8") as file:
         source = file.read()
     digest = hashlib.sha256(source.replace(f'"{RELEASED}"', '""', 1).encode()).hexdigest()
@@ -14529,7 +14529,7 @@ def make_pytest_plugin() -> Any:
     pytest: Any = importlib.import_module("pytest")
 
     def together_fake_server(pytestconfig: Any) -> Iterator[TogetherAiServer]:
-        """The server of the session; a fixture of this name in a conftest.py goes before it."""
+        """The server of the session, which a conftest.py may override."""
         options = read_options(["--port=0", "--quiet", *pytestconfig.getini("together_fake")])
         options.fixtures = [os.path.join(pytestconfig.rootpath, path) for path in options.fixtures]
         with build_server(options) as server:
@@ -14538,7 +14538,7 @@ def make_pytest_plugin() -> Any:
     def together_fake(
         request: Any, monkeypatch: Any, together_fake_server: TogetherAiServer
     ) -> TogetherAiServer:
-        """The server in a fresh state, which clients that are built in the test find."""
+        """The server in a fresh state, found by clients that the test builds."""
         server = together_fake_server
         server.reset()
         for mark in reversed(list(request.node.iter_markers("together_fake"))):
@@ -14558,7 +14558,7 @@ def make_pytest_plugin() -> Any:
             report.sections.append(("together_fake", told))
 
     def together_fault(request: Any, together_fake: TogetherAiServer) -> Iterator[str]:
-        """The name of a fault that the first request of the test meets; one test for each."""
+        """The fault that the test's first request meets; one test for each."""
         with together_fake.fault(request.param):
             yield request.param
 
@@ -14573,7 +14573,7 @@ def make_pytest_plugin() -> Any:
 
 
 def pytest_addoption(parser: Any) -> None:
-    """Declare what pytest's configuration may say; pytest calls this where the file is a plugin."""
+    """Declare what pytest's configuration may say; pytest calls this."""
     help = "the server's options, as on its command line"
     parser.addini("together_fake", help, type="args", default=[])
 
@@ -14586,7 +14586,7 @@ def pytest_configure(config: Any) -> None:
 
 
 class ExplainedResult:
-    """A result of unittest or pytest; failures are told what the server has to say of them."""
+    """A result of unittest or pytest, whose failures say what the server knows."""
 
     def __init__(self, result: Any, server: TogetherAiServer) -> None:
         self.result, self.server = result, server
@@ -14611,7 +14611,7 @@ def make_test_case() -> Any:
     from unittest import mock
 
     class TogetherTestCase(unittest.TestCase):
-        """A test with a server in a fresh state, which clients that are built in the test find.
+        """A test with a server in a fresh state, found by clients that it builds.
 
         The options of the class's server: `class MyTest(TogetherTestCase, on_miss="error")`.
         """
@@ -14630,7 +14630,7 @@ def make_test_case() -> Any:
             cls.addClassCleanup(cls.server.stop)
 
         def run(self, result: Any = None) -> Any:
-            """Run the test in the environment of the server, and explain its failures."""
+            """Run the test in the server's environment; explain its failures."""
             if not hasattr(self, "server"):  # the class is skipped
                 return super().run(result)
             self.server.reset()
