@@ -1057,114 +1057,238 @@ MAX_COUNTED_TEXT = 2**20  # characters of a text whose tokens are counted at onc
 
 
 def phrases(text: str, first: str = " ", last: str = "") -> tuple[str, ...]:
-    """Split a list at " / " and repeat it up to 256 entries, so that any byte picks one."""
-    found = [first + phrase + last for phrase in text.replace("\n", " ").split(" / ")]
+    """Split a list at slashes and line ends; repeat it, so that any byte picks one."""
+    found = [first + phrase + last for phrase in text.replace("\n", "/").split("/")]
     return tuple(found * (256 // len(found)))
 
 
 # Every subject is singular, every verb fits a singular subject, every adjective may follow "a".
-DETERMINERS = """\
-a / the / this / every / one / each / that / a / the / some / any / a / the / our / your / their"""
+DETERMINERS = phrases("a/the/this/every/one/each/that/a/the/some/any/a/the/our/your/their")
 ADJECTIVES = phrases("""\
-quiet / small / careful / gentle / simple / patient / steady / familiar / bright / calm / clear /
-modest / narrow / wide / warm / cool / soft / slow / long / short / deep / light / plain / fresh /
-kind / brave / thoughtful / generous / playful / practical / humble / curious / lively / peaceful /
-friendly / faithful / sturdy / rural / local / distant / nearby / hidden / silver / golden / green /
-blue / grey / pale / wooden / little / large / useful / common / rare / natural / modern /
-timeless / seasonal / daily / hopeful / graceful / tidy / mild / new""")
+quiet/small/careful/gentle/simple/patient/steady/familiar/bright/calm/clear/modest/narrow/wide/warm
+cool/soft/slow/long/short/deep/light/plain/fresh/kind/brave/thoughtful/generous/playful/practical
+humble/curious/lively/peaceful/friendly/faithful/sturdy/rural/local/distant/nearby/hidden/silver
+golden/green/blue/grey/pale/wooden/little/large/useful/common/rare/natural/modern/timeless/seasonal
+daily/hopeful/graceful/tidy/mild/new""")
 NOUNS = phrases("""\
-garden / river / letter / library / kitchen / morning / evening / journey / question / answer /
-story / idea / plan / habit / lesson / village / market / bridge / window / mountain / valley /
-forest / harbor / road / path / map / book / page / song / melody / painting / workshop / project /
-team / teacher / student / neighbor / friend / traveler / gardener / conversation / meeting /
-memory / pattern / signal / system / process / method / draft / design / tool / table / lamp /
-clock / season / breeze / meadow / lake / island / shore / field / orchard / notebook / harvest""")
+garden/river/letter/library/kitchen/morning/evening/journey/question/answer/story/idea/plan/habit
+lesson/village/market/bridge/window/mountain/valley/forest/harbor/road/path/map/book/page/song
+melody/painting/workshop/project/team/teacher/student/neighbor/friend/traveler/gardener
+conversation/meeting/memory/pattern/signal/system/process/method/draft/design/tool/table/lamp/clock
+season/breeze/meadow/lake/island/shore/field/orchard/notebook/harvest""")
 VERBS = phrases("""\
-rewards / invites / needs / brings / shows / teaches / suggests / supports / shapes / reflects /
-offers / reveals / welcomes / deserves / inspires / encourages / protects / restores / explains /
-creates / provides / requires / promises / values / holds / builds / lends / adds / gives /
-demands / calls for / points to""")
+rewards/invites/needs/brings/shows/teaches/suggests/supports/shapes/reflects/offers/reveals
+welcomes/deserves/inspires/encourages/protects/restores/explains/creates/provides/requires/promises
+values/holds/builds/lends/adds/gives/demands/calls for/points to""")
 OBJECTS = phrases("""\
-a steady kind of attention / a little more patience / the value of a good rest /
-a sense of quiet order / room for a second thought / a clear view of the whole /
-more than first meets the eye / a feeling of shared purpose / the comfort of routine /
-a calm and open mind / small signs of progress / a fair balance of work and play /
-the kind of trust that lasts / simple answers to hard problems / an honest look at the facts /
-a slower and kinder pace / new ways of seeing old things / a lasting interest in detail /
-the courage to begin again / a good deal of practice / time for the things that matter /
-a fresh start for everyone / both skill and good humor / a warm welcome for strangers /
-the pleasure of a task well done / plenty of light and air / a better grasp of the basics /
-deep roots and wide branches / a thread that ties things together / the first step toward change /
-useful hints for later / a story worth telling twice""")
+a steady kind of attention
+a little more patience
+the value of a good rest
+a sense of quiet order
+room for a second thought
+a clear view of the whole
+more than first meets the eye
+a feeling of shared purpose
+the comfort of routine
+a calm and open mind
+small signs of progress
+a fair balance of work and play
+the kind of trust that lasts
+simple answers to hard problems
+an honest look at the facts
+a slower and kinder pace
+new ways of seeing old things
+a lasting interest in detail
+the courage to begin again
+a good deal of practice
+time for the things that matter
+a fresh start for everyone
+both skill and good humor
+a warm welcome for strangers
+the pleasure of a task well done
+plenty of light and air
+a better grasp of the basics
+deep roots and wide branches
+a thread that ties things together
+the first step toward change
+useful hints for later
+a story worth telling twice""")
 TAILS = phrases("""\
-over the course of a year / when nobody is in a hurry / long before the work is done /
-in ways that are easy to miss / from the very first day / as the days grow longer /
-even on a rainy afternoon / without any need for noise / at almost every turn /
-in the middle of a busy week / once the basics are in place / far more often than expected /
-with a little help from others / at the end of a long day / one small step at a time /
-before the first cup of tea / when the evening light comes in / as long as people stay curious /
-in every part of the country / after a short period of rest / for those who take the time /
-in the company of good friends / whenever the weather allows it / on both sides of the river /
-by the time spring returns / across many different fields / through practice and repetition /
-if the conditions are right / in a way that feels natural / from one generation to the next /
-without losing sight of the goal / as any beginner soon finds out""", last=".")  # fmt: skip
+over the course of a year
+when nobody is in a hurry
+long before the work is done
+in ways that are easy to miss/from the very first day
+as the days grow longer
+even on a rainy afternoon
+without any need for noise
+at almost every turn
+in the middle of a busy week
+once the basics are in place
+far more often than expected
+with a little help from others
+at the end of a long day
+one small step at a time
+before the first cup of tea
+when the evening light comes in
+as long as people stay curious
+in every part of the country
+after a short period of rest
+for those who take the time
+in the company of good friends
+whenever the weather allows it
+on both sides of the river
+by the time spring returns
+across many different fields
+through practice and repetition
+if the conditions are right
+in a way that feels natural/from one generation to the next
+without losing sight of the goal
+as any beginner soon finds out""", last=".")  # fmt: skip
 CLAUSES = phrases("""\
-people notice the small details first / a short walk clears the mind /
-the best ideas arrive without much effort / clear notes save a lot of time /
-the simple version is usually the right one / good tools make slow work pleasant /
-children ask the most useful questions / a shared meal brings people together /
-the weather sets the mood of the day / careful reading pays off later /
-small changes add up quickly / there is more than one good answer / the details decide the outcome /
-most plans improve after a pause / the numbers tell only part of the story /
-a good question opens many doors / the old path still leads home / practice turns effort into ease /
-everyone learns at a different speed / the first draft is rarely the last /
-some problems solve themselves / a calm voice carries further /
-the light changes from hour to hour / good company shortens any road /
-the work feels lighter in the morning / a clean desk helps the mind settle /
-mistakes are often the best teachers / the quiet hours are the most productive /
-patience matters more than talent / water finds its own way / a second look reveals new patterns /
+people notice the small details first
+a short walk clears the mind
+the best ideas arrive without much effort
+clear notes save a lot of time
+the simple version is usually the right one
+good tools make slow work pleasant
+children ask the most useful questions
+a shared meal brings people together
+the weather sets the mood of the day
+careful reading pays off later
+small changes add up quickly
+there is more than one good answer
+the details decide the outcome
+most plans improve after a pause
+the numbers tell only part of the story
+a good question opens many doors
+the old path still leads home
+practice turns effort into ease
+everyone learns at a different speed
+the first draft is rarely the last
+some problems solve themselves
+a calm voice carries further
+the light changes from hour to hour
+good company shortens any road
+the work feels lighter in the morning
+a clean desk helps the mind settle
+mistakes are often the best teachers
+the quiet hours are the most productive
+patience matters more than talent
+water finds its own way
+a second look reveals new patterns
 nothing has to be perfect at once""")
 CAUSES = phrases("""\
-because good work takes time / since every place has its own pace / so there is no need to rush /
-while the rest can safely wait / and the results speak for themselves /
-because simple things tend to last / which makes the next step easier / and that is often enough /
-so the outcome stays open / because nobody sees the whole picture / and a little order helps /
-which is a comfort to many / since the basics rarely change / so it pays to stay flexible /
-and most people come to agree / because trust grows slowly / while the seasons come and go /
-and the effort is soon repaid / which leaves room for surprise /
-because curiosity keeps things moving / so a clear plan is worth having /
-and few would want it otherwise / since balance is easily lost /
-because small habits shape long years / which explains its lasting appeal /
-and there is always more to learn / so a short break does no harm / because the details matter /
-while the main idea stays the same / and the view is better from there /
-since good advice is hard to find / which is how most good things begin""", ", ", ".")  # fmt: skip
+because good work takes time
+since every place has its own pace
+so there is no need to rush
+while the rest can safely wait
+and the results speak for themselves
+because simple things tend to last
+which makes the next step easier
+and that is often enough
+so the outcome stays open
+because nobody sees the whole picture
+and a little order helps
+which is a comfort to many
+since the basics rarely change
+so it pays to stay flexible
+and most people come to agree
+because trust grows slowly
+while the seasons come and go
+and the effort is soon repaid
+which leaves room for surprise
+because curiosity keeps things moving
+so a clear plan is worth having
+and few would want it otherwise
+since balance is easily lost
+because small habits shape long years
+which explains its lasting appeal
+and there is always more to learn
+so a short break does no harm
+because the details matter
+while the main idea stays the same
+and the view is better from there
+since good advice is hard to find
+which is how most good things begin""", ", ", ".")  # fmt: skip
 STEPS = phrases("""\
-start with a short list / leave room for a second try / look at the problem from both sides /
-ask a friend for an honest opinion / write down what is already known /
-keep the first version small / compare the options side by side / rest before making a decision /
-read the instructions twice / measure before and after each change /
-begin with the part that is clear / listen before offering an answer / put the hardest task first /
-take a walk and come back later / explain the idea in plain words /
+start with a short list
+leave room for a second try
+look at the problem from both sides
+ask a friend for an honest opinion
+write down what is already known
+keep the first version small
+compare the options side by side
+rest before making a decision
+read the instructions twice
+measure before and after each change
+begin with the part that is clear
+listen before offering an answer
+put the hardest task first
+take a walk and come back later
+explain the idea in plain words
 check the facts one more time""")
 OPENINGS = phrases("""\
-In most places, / As a rule, / On a calm day, / In the long run, / For many people, /
-More often than not, / In quiet moments, / At first glance, / With some practice, /
-Over the years, / In a small way, / Under an open sky, / Near the coast, / In the early hours, /
-By all accounts, / To a curious mind,""")
+In most places,
+As a rule,
+On a calm day,
+In the long run,
+For many people,
+More often than not,
+In quiet moments,
+At first glance,
+With some practice,
+Over the years,
+In a small way,
+Under an open sky,
+Near the coast,
+In the early hours,
+By all accounts,
+To a curious mind,""")
 LINKS = phrases("""\
-At the same time, / Even so, / For the same reason, / In much the same way, / After a while, /
-Of course, / As a result, / On the other hand, / Besides, / In turn, / Once in a while, /
-Most of all, / In the end, / Little by little, / Of all these things, / Seen in this light,""")
+At the same time,
+Even so,
+For the same reason,
+In much the same way,
+After a while,
+Of course,
+As a result,
+On the other hand,
+Besides,
+In turn,
+Once in a while,
+Most of all,
+In the end,
+Little by little,
+Of all these things,
+Seen in this light,""")
 RESULTS = phrases("""\
-The result / Such a choice / This way of working / All of this / The whole experience /
-That simple fact / Such an approach / The idea behind it / This kind of care / Each of these steps /
-Every part of it / The long tradition / That sort of thing / The effort / Such a view /
+The result
+Such a choice
+This way of working
+All of this
+The whole experience
+That simple fact
+Such an approach
+The idea behind it
+This kind of care
+Each of these steps
+Every part of it
+The long tradition
+That sort of thing
+The effort
+Such a view
 The change""")
 ADVICE = phrases("""\
-It helps to / It is wise to / It is often enough to / The best step is to / One good way is to /
-It never hurts to / A sensible rule is to / It is worth the time to""")
+It helps to
+It is wise to
+It is often enough to
+The best step is to
+One good way is to
+It never hurts to
+A sensible rule is to
+It is worth the time to""")
 
-SUBJECT = (phrases(DETERMINERS), ADJECTIVES, NOUNS)
+SUBJECT = (DETERMINERS, ADJECTIVES, NOUNS)
 NEW_SUBJECT = (tuple(" " + word[1:].capitalize() for word in SUBJECT[0]), ADJECTIVES, NOUNS)
 PREDICATE = (VERBS, OBJECTS, TAILS)
 OPENING_FORMS = (
@@ -1224,13 +1348,23 @@ def make_text(rng: HashRandom, sentences: int | None = None) -> str:
 
 
 TASKS = phrases("""\
-answer in a helpful way / keep the answer short and clear / find out what is really being asked /
-look at the question first / stay close to the facts / choose a friendly tone /
-consider what the reader needs / weigh a few possible answers""")
+answer in a helpful way
+keep the answer short and clear
+find out what is really being asked
+look at the question first
+stay close to the facts
+choose a friendly tone
+consider what the reader needs
+weigh a few possible answers""")
 REQUESTS = phrases("""\
-asks for a direct reply / wants something they can use / seems to expect a few sentences /
-gives enough context to begin / asks an open question / wants a clear explanation /
-does not ask for a long list / likely knows the basics""")
+asks for a direct reply
+wants something they can use
+seems to expect a few sentences
+gives enough context to begin
+asks an open question
+wants a clear explanation
+does not ask for a long list
+likely knows the basics""")
 
 
 def make_thought(rng: HashRandom) -> str:
@@ -1248,8 +1382,7 @@ def token_id(piece: str) -> int:
 
 
 MARKS = phrases("""\
-, / . / ; / : / ! / ? / - / ( / ) / and / or / but / so / to / of / in / is / the / a / with / for /
-on / at / by / from / as / it / that / this / 0 / 1 / 2""")
+,/./;/:/!/?/-/(/)/and/or/but/so/to/of/in/is/the/a/with/for/on/at/by/from/as/it/that/this/0/1/2""")
 
 
 def make_alternatives(rng: HashRandom, piece: str, count: int) -> list[tuple[str, float]]:
@@ -1481,20 +1614,32 @@ def encode_jpeg(width: int, height: int, rows: Sequence[bytes], palette: bytes) 
 
 # Colours of the sky's top, the horizon, the sun or moon, the farthest and the nearest layer.
 PALETTES = phrases("""\
-5b7db1 f7d9c4 fff1c9 c9a9b8 3d4a63 / 2d2a55 f08a6c ffd9a0 a35d78 241f3d /
-0d1530 3c5480 f4f1de 2f4468 0a1022 / 4a9bd6 dff1f7 fffbe6 9cc7c4 2f6b55 /
-7cc4b5 f3f5dc fffdf0 a5cfae 2c5f5a / e8b77a fbe6c2 fff8e8 d99a6c 7a3f35 /
-c98bab fbe3dc fff4ea c58ca2 5a3358 / a9cbb7 eef3dc ffffff 8fb38d 1f4037 /
-1f5f8b a8dadc fdf0d5 5fa8bd 12344d / 6c63a8 e6d5f0 fff3e6 a694c9 34295a /
-d98555 f9dfa8 fff6d6 c9733f 4e2a1e / 8fb8de eef6fb ffffff b4cfe4 41607f /
-3a1c3f e4572e ffd07b 8f2f4a 1d0f26 / 062c36 2a8c82 e9f5db 1d6a6a 04191f /
-b59f84 efe3cc fffaf0 b39a7c 52432f / 141e46 41b3a3 f6fff8 2b6777 0b132b""")
+5b7db1 f7d9c4 fff1c9 c9a9b8 3d4a63
+2d2a55 f08a6c ffd9a0 a35d78 241f3d
+0d1530 3c5480 f4f1de 2f4468 0a1022
+4a9bd6 dff1f7 fffbe6 9cc7c4 2f6b55
+7cc4b5 f3f5dc fffdf0 a5cfae 2c5f5a
+e8b77a fbe6c2 fff8e8 d99a6c 7a3f35
+c98bab fbe3dc fff4ea c58ca2 5a3358
+a9cbb7 eef3dc ffffff 8fb38d 1f4037
+1f5f8b a8dadc fdf0d5 5fa8bd 12344d
+6c63a8 e6d5f0 fff3e6 a694c9 34295a
+d98555 f9dfa8 fff6d6 c9733f 4e2a1e
+8fb8de eef6fb ffffff b4cfe4 41607f
+3a1c3f e4572e ffd07b 8f2f4a 1d0f26
+062c36 2a8c82 e9f5db 1d6a6a 04191f
+b59f84 efe3cc fffaf0 b39a7c 52432f
+141e46 41b3a3 f6fff8 2b6777 0b132b""")
 # Layers from far to near: the shape and its height in percent of the picture's smaller side.
 SCENES = phrases("""\
-peaks-20 peaks-16 hills-9 hills-7 / hills-8 hills-9 hills-9 hills-8 hills-7 /
-peaks-18 hills-6 hills-4 hills-8 / peaks-13 waves-1 waves-1 waves-1 waves-2 /
-peaks-12 peaks-12 peaks-11 peaks-10 peaks-8 / hills-9 peaks-9 hills-6 hills-8 /
-peaks-14 hills-8 waves-1 waves-1 / peaks-14 peaks-9 hills-5 waves-1""")
+peaks-20 peaks-16 hills-9 hills-7
+hills-8 hills-9 hills-9 hills-8 hills-7
+peaks-18 hills-6 hills-4 hills-8
+peaks-13 waves-1 waves-1 waves-1 waves-2
+peaks-12 peaks-12 peaks-11 peaks-10 peaks-8
+hills-9 peaks-9 hills-6 hills-8
+peaks-14 hills-8 waves-1 waves-1
+peaks-14 peaks-9 hills-5 waves-1""")
 # One turn of a smooth wave and of a jagged one, from -256 to 256 in 1024 steps.
 WAVE = [step * (512 - step) >> 8 for step in range(512)]
 WAVE += [-height for height in WAVE]
