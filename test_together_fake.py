@@ -1735,10 +1735,8 @@ def result_of(call):
     return {"role": "tool", "tool_call_id": call["id"], "content": "42"}
 
 
-class ScriptingCase(FakeCase):
+class ScriptingCase(LocalCase):
     """A test with a server of its own, since loaded files outlive a reset."""
-
-    options = MappingProxyType({})
 
     def outcome(self, *messages, fixture=None, **fields):
         """Return the text of an answer, the names of its tool calls, or the status of an error."""
@@ -1763,6 +1761,8 @@ class ScriptingCase(FakeCase):
 
 class ScriptingTests(ScriptingCase):
     """What a test's author scripts, over HTTP."""
+
+    over_http = True
 
     def test_one_mechanism_for_python_files_http_and_header(self):
         self.load(one=[entry({"userMessage": "hi"}, "from a file")])
@@ -1890,7 +1890,7 @@ class ScriptingTests(ScriptingCase):
         self.assertNotIn('"userMessage": "hi"', str(caught.exception))
 
 
-class ScriptedMissTests(FakeCase):
+class ScriptedMissTests(LocalCase):
     """Servers that answer nothing but what is scripted."""
 
     options = MappingProxyType({"on_miss": "error"})
@@ -2313,6 +2313,8 @@ class StatusTests(unittest.TestCase):
 class ScriptedFaultTests(ScriptingCase):
     """Faults as a client meets them."""
 
+    over_http = True
+
     def follow(self):
         """Return the texts of a stream's chunks, as far as it comes, and how it ends early."""
         got = self.ask("POST", CHAT, {**HELLO, "stream": True})
@@ -2682,6 +2684,29 @@ class PathTests(FakeCase):
             got, 401, "invalid_request_error", None, message, code="invalid_api_key"
         )
 
+    def test_the_id_is_in_the_headers_too(self):
+        got = self.ask("POST", CHAT, HELLO)
+        self.assertEqual(got.headers["cf-ray"], got.json["id"][-16:] + "-SEA")
+        for method, path, body in (
+            ("POST", CHAT, HELLO),
+            ("POST", CHAT, {**HELLO, "model": KIMI}),
+            ("POST", CHAT, {**HELLO, "model": ""}),  # an error
+            ("POST", "/v1/completions", {"model": LLAMA, "prompt": "x"}),
+            ("POST", RESPONSES_PATH, {"model": LLAMA, "input": "x"}),
+            ("GET", "/v1/files/file-none", None),
+        ):
+            got = self.ask(method, path, body)
+            self.assertEqual(got.headers["x-request-id"], got.json["id"])
+        for path in (CHAT, RESPONSES_PATH):
+            got = self.ask("POST", path, {**HELLO, "input": "x", "stream": True})
+            first = json.loads(got.raw.split(b"data: ")[1].split(b"\n")[0])
+            first = first.get("response", first)
+            self.assertEqual(got.headers["x-request-id"], first["id"])
+        self.assertTrue(self.ask("GET", "/v1/models").headers["x-request-id"])
+        self.server.fail(503, times=1)
+        got = self.ask("POST", CHAT, HELLO)
+        self.assertEqual(got.headers["x-request-id"], got.json["id"])
+
     def test_no_key_is_needed_where_none_is_required(self):
         self.server = TogetherAiServer(port=0, require_auth=False)
         self.assertEqual(self.answer("GET", "/v1/models", headers={}).status, 200)
@@ -2773,7 +2798,7 @@ class PathTests(FakeCase):
 # === Inference endpoints ===
 
 
-class ToolTests(FakeCase):
+class ToolTests(LocalCase):
     """What is called, and when an agent's loop ends."""
 
     def called(self, *args, **fields):
@@ -2904,7 +2929,7 @@ class ToolTests(FakeCase):
         self.assertEqual(folded["choices"][0]["function_call"], message["function_call"])
 
 
-class FormatTests(FakeCase):
+class FormatTests(LocalCase):
     """Content that is valid, or refused."""
 
     def value(self, format, text="hello"):
@@ -3313,7 +3338,7 @@ class PromptTests(LocalCase):
             self.assertNotIn("age", content)
 
 
-class ThoughtTests(FakeCase):
+class ThoughtTests(LocalCase):
     def thoughts(self, model=THINKER, **fields):
         got = self.chat(model=model, **fields)
         message, usage = got["choices"][0]["message"], got["usage"]
@@ -3339,7 +3364,7 @@ class ThoughtTests(FakeCase):
         self.assertGreater(len(high), len(low))
 
 
-class LogprobTests(FakeCase):
+class LogprobTests(LocalCase):
     def test_both_forms_join_to_the_content(self):
         for fields in ({"logprobs": True, "top_logprobs": 3}, {"logprobs": 3}):
             choice = self.chat(**fields)["choices"][0]
@@ -3370,7 +3395,7 @@ class LogprobTests(FakeCase):
         self.assertEqual(named["choices"][0]["logprobs"], asked)
 
 
-class ChatTests(FakeCase):
+class ChatTests(LocalCase):
     def test_the_shape_of_an_answer(self):
         got = self.chat()
         self.assertEqual(
@@ -3387,29 +3412,6 @@ class ChatTests(FakeCase):
         self.assertEqual(choice["finish_reason"], "stop")
         usage = got["usage"]
         self.assertEqual(usage["total_tokens"], usage["prompt_tokens"] + usage["completion_tokens"])
-
-    def test_the_id_is_in_the_headers_too(self):
-        got = self.ask("POST", CHAT, HELLO)
-        self.assertEqual(got.headers["cf-ray"], got.json["id"][-16:] + "-SEA")
-        for method, path, body in (
-            ("POST", CHAT, HELLO),
-            ("POST", CHAT, {**HELLO, "model": KIMI}),
-            ("POST", CHAT, {**HELLO, "model": ""}),  # an error
-            ("POST", "/v1/completions", {"model": LLAMA, "prompt": "x"}),
-            ("POST", RESPONSES_PATH, {"model": LLAMA, "input": "x"}),
-            ("GET", "/v1/files/file-none", None),
-        ):
-            got = self.ask(method, path, body)
-            self.assertEqual(got.headers["x-request-id"], got.json["id"])
-        for path in (CHAT, RESPONSES_PATH):
-            got = self.ask("POST", path, {**HELLO, "input": "x", "stream": True})
-            first = json.loads(got.raw.split(b"data: ")[1].split(b"\n")[0])
-            first = first.get("response", first)
-            self.assertEqual(got.headers["x-request-id"], first["id"])
-        self.assertTrue(self.ask("GET", "/v1/models").headers["x-request-id"])
-        self.server.fail(503, times=1)
-        got = self.ask("POST", CHAT, HELLO)
-        self.assertEqual(got.headers["x-request-id"], got.json["id"])
 
     def test_what_changes_an_answer_and_what_does_not(self):
         plain = self.text()
@@ -3746,10 +3748,9 @@ STREAMS = {
 }
 
 
-class FormTests(FakeCase):
+class FormTests(LocalCase):
     """The form that each engine of production gives its answers, as recordings show it."""
 
-    over_http = False
     WEATHER = MappingProxyType({"messages": say("the weather in Rome"), "tools": [WEATHER]})
     MODELS = MappingProxyType(
         {**{engine: model for engine, (model, *_) in WHOLES.items()}, "Qwen": QWEN}
@@ -4099,7 +4100,7 @@ class BudgetTests(LocalCase):
         self.assertEqual(free["choices"][0]["finish_reason"], "stop")
 
 
-class CompletionTests(FakeCase):
+class CompletionTests(LocalCase):
     def complete(self, prompt="Once upon", headers=KEY, **fields):
         body = {"model": "mistralai/Mixtral-8x7B-v0.1", "prompt": prompt, **fields}
         return self.ask("POST", "/v1/completions", body, headers).json
@@ -4194,7 +4195,7 @@ class CompletionTests(FakeCase):
         self.assertEqual(whole["choices"][0]["finish_reason"], "length")
 
 
-class EmbeddingTests(FakeCase):
+class EmbeddingTests(LocalCase):
     def embed(self, input, model="BAAI/bge-base-en-v1.5", **fields):
         body = {"model": model, "input": input, **fields}
         got = self.post("/v1/embeddings", body).json
@@ -4295,7 +4296,7 @@ def text_of_item(item):
     return parts[0]["text"] if parts else item["arguments"]
 
 
-class ResponseCase(FakeCase):
+class ResponseCase(LocalCase):
     def respond(self, given="hello", **fields):
         return self.post(RESPONSES_PATH, {"model": LLAMA, "input": given, **fields}).json
 
@@ -4632,7 +4633,7 @@ class ResponseScriptTests(ResponseCase):
         self.server.fail(disconnect_after_chunks=3, times=1)
         body = {"model": LLAMA, "input": "x", "stream": True}
         got = self.ask("POST", RESPONSES_PATH, body)
-        self.assertEqual((got.is_cut, got.raw.count(b"\n\n")), (True, 3))
+        self.assertEqual((self.server.requests[-1].outcome, got.raw.count(b"\n\n")), ("cut", 3))
         self.server.fail(error={"message": "It broke."}, error_after_chunks=2, times=1)
         last = self.ask("POST", RESPONSES_PATH, body).raw.split(b"\n\n")[2]
         self.assertIn(b"It broke.", last)
@@ -5176,7 +5177,7 @@ class EndpointTests(LocalCase):
         self.assertIn("availability", self.json("GET", "/v1/hardware?model=x")["data"][0])
 
 
-class JobScriptTests(FakeCase):
+class JobScriptTests(LocalCase):
     """How jobs end when a fixture says so."""
 
     def setUp(self):
@@ -5214,7 +5215,7 @@ class JobScriptTests(FakeCase):
 # === Media endpoints ===
 
 
-class ImageTests(FakeCase):
+class ImageTests(LocalCase):
     def draw(self, prompt="a lake", **fields):
         body = {"model": FLUX, "prompt": prompt, "width": 64, "height": 48, **fields}
         return self.ask("POST", "/v1/images/generations", body)
@@ -5224,7 +5225,7 @@ class ImageTests(FakeCase):
         self.assertEqual(set(both), {"index", "url", "b64_json", "timings"})
         png = base64.b64decode(both["b64_json"])
         self.assertEqual(png_size(png), (64, 48))
-        got = self.ask("GET", both["url"].partition(str(self.server.port))[2], headers={})
+        got = self.ask("GET", urllib.parse.urlsplit(both["url"]).path, headers={})
         self.assertEqual((got.headers["content-type"], got.raw), ("image/png", png))
         for form, key in (("base64", "b64_json"), ("b64_json", "b64_json"), ("url", "url")):
             item = self.draw(response_format=form).json["data"][0]
@@ -6047,7 +6048,7 @@ class OwnModelTests(LocalCase):
         self.assertIn("models", got.json["error"]["message"])
 
 
-class ModelTests(FakeCase):
+class ModelTests(LocalCase):
     def test_clients_made_from_openais_are_known_by_their_own_header(self):
         for headers, is_list in (
             ({"User-Agent": "MyApp/1", "X-Stainless-Lang": "js"}, False),
@@ -6509,10 +6510,10 @@ class AnswerTests(ScriptingCase):
             self.server.load(Path(folder, "a.json"))
             said = self.outcome("hi")
             self.server.save(Path(folder, "b.json"))
-            upstream = {"upstream": self.server.url, "record": Path(folder, "b.json")}
-            with TogetherAiServer(port=0, **upstream) as self.server:
-                self.assertEqual([said, self.outcome("hi")], ["from a file"] * 2)
-                self.assertEqual(self.server.requests[0].fixture, "file b.json[0]")
+            upstream = {"upstream": "http://127.0.0.1:1", "record": Path(folder, "b.json")}
+            self.server = TogetherAiServer(port=0, **upstream)
+            self.assertEqual([said, self.outcome("hi")], ["from a file"] * 2)
+            self.assertEqual(self.server.requests[0].fixture, "file b.json[0]")
 
 
 CITY_FORMAT = {"type": "json_schema", "json_schema": {"name": "city", "schema": CITY}}
@@ -6738,8 +6739,9 @@ class MessageTests(ScriptingCase):
         self.assertNotIn("matches", said)
 
     def test_nothing_came_at_all(self):
-        said = self.refused(self.server.assert_called, "chat")
-        self.assertIn(f"nothing reached {self.server.url}; ", said)
+        with self.server:
+            said = self.refused(self.server.assert_called, "chat")
+            self.assertIn(f"nothing reached {self.server.url}; ", said)
         self.assertIn("was the client built before the variables were set?", said)
 
     def test_case_is_told_where_it_alone_differs(self):
@@ -6793,8 +6795,10 @@ class MessageTests(ScriptingCase):
         self.assertIn("content: must be a string", self.ask("POST", CHAT, HELLO).raw.decode())
 
     def test_a_taken_port_is_named(self):
-        said = self.refused(TogetherAiServer(self.server.port).start, error=OSError)
-        self.assertIn(f"port {self.server.port} is taken; port 0 takes any free one", said)
+        with self.server:
+            port = self.server.port
+            said = self.refused(TogetherAiServer(port).start, error=OSError)
+        self.assertIn(f"port {port} is taken; port 0 takes any free one", said)
 
     def test_there_is_no_address_before_the_start(self):
         server = TogetherAiServer(port=0)
@@ -6835,17 +6839,15 @@ class MessageTests(ScriptingCase):
 
     def test_a_child_process_is_told_that_nobody_would_see_its_script(self):
         self.server.script.is_copy = True  # as after a fork
-        self.server._http, running = None, self.server._http
-        try:
-            said = self.refused(self.server.reply, "x", error=RuntimeError)
-            self.assertIn("nobody would see this script", said)
-            self.refused(self.server.test("a").fail, 500, error=RuntimeError)
-        finally:
-            self.server._http = running
+        said = self.refused(self.server.reply, "x", error=RuntimeError)
+        self.assertIn("nobody would see this script", said)
+        self.refused(self.server.test("a").fail, 500, error=RuntimeError)
 
 
 class CountTests(ScriptingCase):
     """What was asked is counted, waited for and looked through."""
+
+    over_http = True
 
     def refuse(self, sentence, act, *args, **words):
         with self.assertRaises(AssertionError) as caught:
@@ -7077,6 +7079,8 @@ class DifferenceTests(ScriptingCase):
 class CallTests(ScriptingCase):
     """A call in the record tells the whole story, in Python and over HTTP."""
 
+    over_http = True
+
     def listed(self, query=""):
         return self.json("GET", "/__parlel/requests" + query)["requests"]
 
@@ -7212,6 +7216,8 @@ print(json.dumps(told))
 class SharedServerTests(ScriptingCase):
     """Many tests, one server: an X-Test-Id separates them."""
 
+    over_http = True
+
     def script(self, tests):
         self.server.reply("again", user_message="once")
         self.server.reply("first", user_message="once", times=1)
@@ -7254,6 +7260,8 @@ class SharedServerTests(ScriptingCase):
 
 class OneTestTests(ScriptingCase):
     """`server.test("id")` scripts, sees and forgets one test alone."""
+
+    over_http = True
 
     def setUp(self):
         super().setUp()
