@@ -10121,7 +10121,7 @@ class UpstreamTests(UpstreamCase):
             client.sendall(OK_HEAD + b"Content-Length: 2\r\n\r\n{}")
 
         left = threading.Event()
-        with mock.patch.object(fake, "WATCH_SECONDS", 0.02):
+        with mock.patch.object(fake, "LOOK_SECONDS", 0.02):
             self.stand_before_service(act)
             self.assertEqual(self.post(CHAT, HELLO).json, {})
 

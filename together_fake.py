@@ -7213,9 +7213,11 @@ def encode_answer(answer: Answer) -> bytes:
     form, choice = answer.form, answer.choices[0]
     is_plain = len(answer.choices) == 1 and vars(choice).keys() <= PLAIN_CHOICE
     if not is_plain or answer.request.script or answer.prompt:
-        whole = form.whole(answer)
-        head, mark, tail = ENCODE({**whole, "choices": []}).partition('"choices":[')
-        return f"{head}{mark}{','.join(map(ENCODE, whole['choices']))}{tail}".encode()
+        blank = copy.copy(answer)
+        blank.choices = []
+        head, mark, tail = ENCODE(form.whole(blank)).partition('"choices":[')
+        choices = ",".join([ENCODE(form.choice(answer, each)) for each in answer.choices])
+        return f"{head}{mark}{choices}{tail}".encode()
     values: Item = {
         "id": answer.id,
         "model": answer.model,
@@ -12259,7 +12261,7 @@ BACKLOG = 1024  # connections that wait to be accepted
 CROWDED_SECONDS = 1.0  # to ask, send on or read, where all places are taken and somebody waits
 MAX_HELD = 8  # replies that are sent at once
 MAX_IDLE_WORKERS = 16
-LOOK_SECONDS = 0.25  # between two looks at who is slow
+LOOK_SECONDS = 0.25  # between two looks at who is slow or has left
 MAX_UNREAD_BYTES = 4 * 2**20  # of a handler
 STOP_SECONDS = 0.25  # for workers to end what they do; a test's function may sleep for longer
 
@@ -12772,7 +12774,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
 UPSTREAM_SECONDS = 300.0  # for its answer to begin, and then without a byte: models may be slow
 CONNECT_SECONDS = 10.0  # for it to be reached
-WATCH_SECONDS = 0.25  # between two looks at whether this server stops
 VIA = "via"
 # Request headers that concern this connection alone, or this server.
 NOT_PASSED = {*CONNECTION_HEADERS, "x-parlel-fixture", "x-aimock-context", VIA}
@@ -12805,7 +12806,7 @@ class UpstreamReader(io.RawIOBase):
     """
 
     def __init__(self, sock: Any, client: Any, stopping: Any, seconds: float):
-        sock.settimeout(min(seconds, WATCH_SECONDS))
+        sock.settimeout(min(seconds, LOOK_SECONDS))
         self.sock = sock
         self.client = client
         self.stopping = stopping
@@ -12860,11 +12861,7 @@ def read_pieces(response: Any, connection: Any) -> Generator[bytes, None, None]:
 
 
 class Upstream:
-    """Sends what no fixture answers to another server, and records what that one answers.
-
-    url       http:// or https://, with or without /v1, with or without a path before it
-    recorder  what records the answers, if anything shall
-    """
+    """Sends what no fixture answers to another server; a recorder, if any, keeps the answers."""
 
     seconds = UPSTREAM_SECONDS
     max_recorded = MAX_RECORDED_ANSWER_BYTES
