@@ -8321,6 +8321,13 @@ class CrowdTests(SocketCase):
             self.assertEqual({self.status(client) for client in clients}, {200})
         self.assertLessEqual(count_new_threads(before, FEW_THREADS), FEW_THREADS)
 
+    def test_who_waits_for_nobody_takes_no_time(self):
+        selector = self.serve().selector
+        self.assertEqual(self.status(self.connect()), 200)
+        with mock.patch.object(selector, "select", wraps=selector.select) as asked:
+            threading.Event().wait(0.05)
+        self.assertLess(asked.call_count, 5)
+
     def test_streams_leave_no_threads_behind(self):
         before = set(threading.enumerate())
         self.serve(lambda request: stream([b"data: 1\n\n", b"data: [DONE]\n\n"]))
@@ -10025,7 +10032,8 @@ class UpstreamTests(UpstreamCase):
             ("stall", lambda client: client.recv(1), "nothing came from it within 0.2 seconds"),
             ("drip", drip, "nothing came from it within 0.2 seconds"),
         ):
-            with self.subTest(name), mock.patch.object(fake.Upstream, "seconds", 0.2):
+            seconds = 0.2 if name in ("stall", "drip") else PATIENCE
+            with self.subTest(name), mock.patch.object(fake.Upstream, "seconds", seconds):
                 service = self.stand_before_service(act, record=self.file)
                 got = self.ask("POST", CHAT, HELLO)
                 self.assertEqual((got.status, got.json["error"]["type"]), (502, "server_error"))
@@ -10054,7 +10062,8 @@ class UpstreamTests(UpstreamCase):
             ("chunk without a size", send(EVENTS_HEAD + first + b"zz\r\n")),
             ("stall", lambda client: (client.sendall(size + b'{"a": '), client.recv(1))),
         ):
-            with self.subTest(name), mock.patch.object(fake.Upstream, "seconds", 0.2):
+            seconds = 0.2 if name in ("stall", "drip") else PATIENCE
+            with self.subTest(name), mock.patch.object(fake.Upstream, "seconds", seconds):
                 self.stand_before_service(act, record=self.file)
                 got = self.ask("POST", CHAT, HELLO)
                 self.assertEqual((got.status, got.is_cut), (200, True))
