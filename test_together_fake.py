@@ -3033,6 +3033,7 @@ FORMS = {
         "and 10.",
         "Please respond with a JSON object with two fields:\n- `score`: an integer from 0 to 10\n"
         "- `reason`: one sentence",
+        'Respond in JSON with "score" set to an integer between 0 and 10 and "reason" as a text.',
     ),
     "JSON by keys with their types": (
         r'\{"score": [0-5], "sure": (true|false), "why": "[^"]+"\}',
@@ -3063,6 +3064,17 @@ FORMS = {
         "Choose one of the following categories:\n- billing: money\n- bug: it fails\n- other\n\n"
         "Reply with the category only.",
         'What is it about? Your answer must be "billing", "bug" or "other".',
+    ),
+    "one that another sentence names": (
+        r"friendly|hostile|neutral",
+        "What is the tone (friendly, hostile or neutral)? Respond with a single word.\n\nText: ok",
+        "Allowed tones: friendly, hostile, neutral. Reply with the tone and nothing else.",
+        "Name its tone. Possible values: friendly, hostile, neutral. Return just the value.",
+    ),
+    "a number that another sentence bounds": (
+        r"[0-5]",
+        "How close are they, from 0 (unrelated) to 5 (equal)? Output the number alone.",
+        "On a scale of 0-5, how polite is it? Your answer should be only a digit.",
     ),
     "JSON with a letter": (
         r'\{"category": "[ABC]", "reason": "[^"]+"\}',
@@ -3124,6 +3136,12 @@ FORMS = {
         f"{CHOICES}\nThink step by step and finish with a line of the form 'ANSWER: X' where X is "
         "the letter.",
         'Solve it, explain why, and finish with a line in the form "ANSWER: X", X being A, B or C.',
+        f"Explain why. On the last line write ANSWER: followed by the letter.{CHOICES}",
+    ),
+    "a last line that is one of two": (
+        r"[^\n]+\n\nVERDICT: (PASS|FAIL)",
+        "Explain briefly, then on a new line write VERDICT: PASS or VERDICT: FAIL.",
+        'Finish with "VERDICT: PASS" or with "VERDICT: FAIL", after your reasoning.',
     ),
     "a score of so many": (
         r"[^\n]+\n\nScore: [0-5]/5",
@@ -3139,6 +3157,11 @@ FORMS = {
         r"<answer>[^<]+</answer>",
         "Think about it, then put your final answer in <answer></answer> tags.",
         "Write nothing else and wrap the result in <answer> tags.",
+    ),
+    "elements with attributes": (
+        r'<rating value="[1-5]">[^<]+</rating>',
+        'Answer in this format:\n<rating value="1-5">one sentence</rating>',
+        'Reply with XML exactly like this:\n<rating value="1-5">why</rating>',
     ),
     "nested elements": (
         r"<tasks>\n(<task>[^<]+</task>\n){2}</tasks>",
@@ -3159,6 +3182,7 @@ FORMS = {
         r"1\. .+\n2\. .+\n3\. .+",
         "Give me the steps as a numbered list.",
         "Your response should be a numbered list with each item on a new line.",
+        "Name three European rivers as a numbered list.",
     ),
     "commas": (
         r"[\w ]+, [\w ]+, [\w ]+",
@@ -3189,12 +3213,15 @@ FORMS = {
         r"\w+( \w+){4}",
         "Generate a title of five words for this chat.",
         "Respond with a 3-5 word title.",
+        "Suggest a name of no more than 5 words.",
     ),
     "a text as it stands": (
         r"pong",
         "Reply with exactly 'pong'.",
         "Repeat exactly: pong",
         "Say only the word pong.",
+        'Please respond with the word "pong" and nothing else.',
+        "Echo this back verbatim: pong",
     ),
     "an action": (r"[^\n]*\nAction: (search|calc)\nAction Input: .+", REACT),
     "one of the tools": (
@@ -3208,10 +3235,6 @@ FORMS = {
         "Respond in YAML with the following keys.\n\nname: <name>\nage: <integer>\n",
     ),
     "a final answer": (r"[^\n]*\nFinal Answer: .+", REACT + SEEN),
-    "what a series goes on with": (
-        r"good|bad",
-        "Text: I love it\nMood: good\n\nText: It broke\nMood: bad\n\nText: meh\nMood:",
-    ),
 }
 # What only looks as if it asked for a form.
 PROSE = (
@@ -3246,6 +3269,13 @@ PROSE = (
     "What does the <answer> element in my XML do?",
     "What trends do you see in this data?\n\nname,age\nann,3\nbob,5",
     "How many of the numbers between 1 and 10 are prime?",
+    "What single word would you use to describe autumn?",
+    'I get this response from the API:\n\n{"error": {"code": 429}}\n\nHow should I handle it?',
+    "Translate the following text into Spanish.\n\nChoose one of these options: red, blue.",
+    "Here is the log. What happened?\n\n2026-01-01 ERROR output must be one of: a, b",
+    "My notes:\n1. Buy milk\n2. Choose a category for the blog\n\nHow can I get this done?",
+    "Create a table-top game for two people.",
+    'Give me feedback on this JSON schema:\n{"type": "object", "properties": {"a": {}}}',
     "Here is my config:\n```yaml\nname: x\nsteps:\n  - a\n```\nWhat is wrong with it?",
 )
 

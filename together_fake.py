@@ -2945,28 +2945,33 @@ def make_matching(rng: HashRandom, pattern: str) -> str:
 # === Prompts ===
 
 PROMPT_WINDOW = 8192  # characters at either end of a message in which a form is looked for
-MAX_PROMPT_LINES = 150  # at either end, likewise
-MAX_ASKING = 15  # sentences at either end of these, and lines of a template
-MAX_BRACKETS = 1500  # of the examples in a message
-MAX_SHORT = 600  # characters in which the rarer of these count, too
-HINTS = (  # what asks for a form has one at its start or end
+MAX_PARTS = 60  # lines at either end, and values
+MAX_SAID = 2000  # characters of sentences at either end
+MAX_ASKING = 10  # sentences that ask at either end
+MAX_SHORT = 600  # characters in which all of these count
+HINTS = (  # what asks for a form has one at an end
     "{", "<", "`", "nswer", "espon", "eturn", "utput", "ormat", "eply", "lassif", "ategor",
-    "NSWER", "JSON", "YAML", "CSV", "omma",
-    "hoose", "elect", "abel", "itle", " list", " table", "epeat", "core", "ay only",
-    "ay the", "es or ", "List",
+    "NSWER", "JSON", "YAML", "CSV", "omma", "hoose", "elect", "abel", "itle", "ist", " table",
+    "epeat", "core", "only", " line", "Say", "ay the", "inish", "ullet", "word", "one-", "scale",
+    "erbatim",
 )  # fmt: skip
-JSON_MODE_SCHEMA = {  # what a model answers that shall write JSON and is not told which
-    "type": "object",
-    "properties": {
-        "title": {"type": "string"},
-        "summary": {"type": "string"},
-        "tags": {"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 4},
-        "confidence": {"type": "number", "minimum": 0, "maximum": 1},
-    },
-    "required": ["title", "summary", "tags", "confidence"],
-}
 TEXT_SCHEMA = {"type": "string"}
-FEW = {"minItems": 1, "maxItems": 3}  # entries of a list
+FEW = {"minItems": 2, "maxItems": 2}  # in each of several answers
+
+
+def as_object(properties: dict[str, Any]) -> dict[str, Any]:
+    """Return the schema of an object that has all of these properties."""
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+JSON_MODE_SCHEMA = as_object(  # of JSON that is not told
+    {
+        "title": TEXT_SCHEMA,
+        "summary": TEXT_SCHEMA,
+        "tags": {"type": "array", "items": TEXT_SCHEMA, "minItems": 2, "maxItems": 4},
+        "confidence": {"type": "number", "minimum": 0, "maximum": 1},
+    }
+)
 
 
 def message_text(message: dict[str, Any]) -> str:
@@ -2979,37 +2984,40 @@ def message_text(message: dict[str, Any]) -> str:
 
 QUOTED = r"""(?:"[^"\n]{1,60}"|'[^'\n]{1,60}'|`[^`\n]{1,60}`)"""
 ONE_WORD = r"[\w'-]{1,30}"
+WORDS_OFFERED = rf"(?:{ONE_WORD}(?:, ?| ?[/|] ?)){{0,20}}{ONE_WORD}(?:,? or | ?[/|] ?){ONE_WORD}"
+BARE_OFFER = lazy_regex(WORDS_OFFERED)
 QUOTED_OFFER = lazy_regex(
     rf"{QUOTED}(?:(?:\s?\([^()\n]{{0,160}}\)|: [^,;\n\"'`]{{0,80}})?"
     rf"(?:\s?[|/,;]\s?(?:or |and )?| or ){QUOTED})+"
 )
-LISTED_OFFER = lazy_regex(  # behind words that say so
-    r"\b(?:(?:one|any|some)(?: or more)? of|either|single (?:letter|word|character)|(?:categories|"
-    r"category|labels?|options?|choices|values?|answers?)(?= ?:| are))(?: (?:the|these|following|"
-    r"words|labels|categories|options|values|are|letters)\b)*\s?:?\s?[\[({]?([^\n.:?!\])}]{2,400})",
-    re.IGNORECASE,
+LISTED_OFFER = lazy_regex(
+    r"(?i)\b(yes ?(?:/|\||or) ?no|true ?(?:/|\||or) ?false)\b|\b(?:(?:one|any|some)(?: or more)? "
+    r"of|either|single (?:letter|word|character)|(?:categor|label|option|choice|value|answer)"
+    r"\w*(?= ?:| are))(?: (?:the|these|following|words|labels|categories|options|values|are|"
+    r"letters)\b)*\s?:?\s?[\[({]?([^\n.:?!\])}]{2,400})"
 )
-BARE_OFFER = lazy_regex(
-    rf"{ONE_WORD}(?:\s?[/|]\s?{ONE_WORD})+|(?:{ONE_WORD}, ){{0,20}}{ONE_WORD},? or {ONE_WORD}"
+WEAK_OFFER = lazy_regex(  # where the answer is such a word alone
+    rf"(?i:\b(?:with|as|is|are|only|just|either))[: ]+({WORDS_OFFERED})|\(({WORDS_OFFERED})\)"
+    r"|^[^.:?!]{0,80}\b(?:list|[a-z]+s)(?: are)?: ([^.:?!]{3,300})\.?$"
 )
 ARRAY = lazy_regex(  # not a property's value
-    r"(?:(?!key|field|propert)[^\"'`:]){0,60}\b(?:JSON (?:array|list)|(?:array|list) of)", re.I
+    r"(?i)(?:(?!key|field|propert)[^\"'`:]){0,60}\b(?:JSON (?:array|list)|(?:array|list) of)"
 )
-MANY = lazy_regex(r"(?:an? )?(?:list|array)(?: of |\[)([^\n]{1,60}?)\]?|([^\n]{1,60}?)\[\]", re.I)
+MANY = lazy_regex(r"(?i)(?:an? )?(?:list|array)(?: of |\[)([^\n]{1,60}?)\]?|([^\n]{1,60}?)\[\]")
 TYPE_WORD = lazy_regex(
-    r"(?:an? |one |<|single )?(?:(str|text)|(int|whole)|(float|num|double|decimal|percent)"
-    r"|(bool|true.false))",
-    re.IGNORECASE,
+    r"(?i)(?:an? |one |<|single )?(?:(str|text)|(int|whole|digit)|(float|num|double|decimal|"
+    r"percent)|(bool|true(?:.| or )false)|(dict|object))"
 )
 NUMBER_WORD = lazy_regex(
-    r"integer|\bint\b|float|number|scor|rat(?:e|ing)|scale|probab|confiden", re.I
+    r"(?i)integer|\bint\b|float|decimal|number|digit|\bscor|\brat(?:e|ing)|scale|probab|confiden|"
+    r"\bmark\b"
 )
 
 
 def read_type(text: str) -> str:
-    """Return the type whose name some words begin with, or nothing."""
     found = TYPE_WORD.match(text)
-    return ("", "string", "integer", "number", "boolean")[found.lastindex or 0] if found else ""
+    types = ("", "string", "integer", "number", "boolean", "object")
+    return types[found.lastindex or 0] if found else ""
 
 
 def as_enum(text: str) -> dict[str, Any]:
@@ -3032,7 +3040,7 @@ def read_offer(text: str) -> dict[str, Any]:
     if found:
         return as_enum(" | ".join(re.findall(QUOTED, IN_BRACKETS.sub("", found[0]))))
     found = LISTED_OFFER.search(text)
-    return as_enum(found[1]) if found else {}
+    return as_enum(found[1] or found[2]) if found else {}
 
 
 def read_phrase(text: str, note: str = "") -> dict[str, Any]:
@@ -3043,31 +3051,29 @@ def read_phrase(text: str, note: str = "") -> dict[str, Any]:
     if many:
         return {"type": "array", "items": read_phrase(many[1] or many[2], note), **FEW}
     if BARE_OFFER.fullmatch(plain) or QUOTED_OFFER.fullmatch(text):
-        return as_enum(text) or {"type": "string"}
+        return as_enum(text) or TEXT_SCHEMA
     kind = read_type(plain)
     offer = read_offer(plain if re.search(r"\bone of\b|^either\b", plain) else note)
     if offer and kind in ("", "string"):
         return offer
     bounds = NUMBER_RANGE.search(plain)
-    near = bounds and (NUMBER_WORD.search(plain[: bounds.start() + 8]) or len(plain) < 16)
+    near = bounds and len(plain) < 40
     if kind in ("integer", "number") or near or (not kind and NUMBER_WORD.search(note[:60])):
         numbers = read_numbers(f"{plain} {note}")
         if numbers or kind:
-            return {**({"type": kind} if kind else {}), **numbers}
+            return {"type": kind or "number", **numbers}
     if plain.lower() in ("yes", "no"):
         return {"enum": ["yes", "no"] if plain.islower() else ["Yes", "No"]}
-    if not kind and re.match(r"[^.:]{0,40}\b(?:list|array) of", note):
-        return {"type": "array", "items": TEXT_SCHEMA, **FEW}
-    return {"enum": [text]} if text.isupper() and text.isalpha() else {"type": kind or "string"}
+    return {"type": kind or "string"}
 
 
 # --- A prompt, taken apart
 
 EXAMPLE_TOKEN = lazy_regex(
-    r"(?P<note>(?://|\#)[^\n]*)|(?P<dots>(?:\.\.\.|\u2026))|(?P<end>;)"
-    r"|(?P<name>[\"']?[\w$-]{1,60}[\"']?)\??(?=\s*:(?!//))"
-    r"|(?P<text>\"[^\n]*?(?:\"(?=\s*[,;}\]]|\s*(?://|#|\n|\Z))|(?=\n)|\Z)"
-    r"|'[^'\n]*'(?=\s*[,;}\]])|[^\s{}\[\],:;](?:\[\]|<[^<>\n]*>|[^,;\n{}\]/]|/(?!/))*)"
+    r"(?://|\#)[^\n]*|\.\.\.|\u2026|(?P<end>;)"
+    r"|(?P<name>[\"']?[\w$-]{1,60}[\"']?)\??(?=\s{0,9}:(?!//))"
+    r"|(?P<text>\"[^\n]*?(?:\"(?=\s{0,99}[,;}\]]|\s{0,99}(?://|#|\n|\Z))|(?=\n)|\Z)"
+    r"|'[^'\n]*'(?=\s{0,99}[,;}\]])|[^\s{}\[\],:;](?:\[\]|<[^<>\n]*>|[^,;\n{}\]/]|/(?!/))*)"
 )
 
 
@@ -3088,155 +3094,153 @@ def read_example(text: str) -> Any:
     with contextlib.suppress(ValueError, RecursionError, ApiError):
         return DECODER.decode(text)
     with contextlib.suppress(ValueError, RecursionError, ApiError):
-        text = EXAMPLE_TOKEN.sub(rewrite_token, text)
-        return DECODER.decode(re.sub(r",(?=[\s,]*[,}\]])", "", text))
+        text = EXAMPLE_TOKEN.sub(rewrite_token, text[: 50 * MAX_PARTS])
+        return DECODER.decode(re.sub(r",(?=[\s,]{0,99}[,}\]])", "", text))
     return None
 
 
-def as_object(properties: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of an object that has all of these properties."""
-    return {"type": "object", "properties": properties, "required": list(properties)}
-
-
 def as_schema(value: Any) -> Any:
-    """Return the schema that an object is, or has one of for each field, as agno; or None."""
-    if type(value) is not dict or not value:
-        return None
-    if type(value.get("properties")) is dict or ("type" in value and "items" in value):
-        return value
-    each = all(type(field) is dict and "type" in field for field in value.values())
-    return as_object(value) if each else None
+    """Return the schema that an object is, or None."""
+    known = type(value) is dict and (
+        type(value.get("properties")) is dict or {"type", "items"} <= value.keys()
+    )
+    return value if known else None
 
 
 DATA = (
     "context|documents?|text|data|input|article|content|e-?mails?|transcript|conversation|passages?"
     "|history|sources?|reviews?|messages?|file|diff|code|logs?|report|submission"
 )
-DATA_LABEL = lazy_regex(rf"(?:[#*\[-]{{1,4}} ?)?(?:{DATA})[\]*\s]{{0,4}}:", re.IGNORECASE)
+LABEL = lazy_regex(  # of a question, or else of data
+    r"(?i)[#*\s>\[-]{0,6}(?:((?:question|query|user|task|instructions?|now)\b[^:]{0,20})"
+    rf"|(?:{DATA})[\]*\s]{{0,4}}):"
+)
 CONTEXT = lazy_regex(
-    rf"(?:following|below|these|this)\b.{{0,60}}\b(?:{DATA}|pieces)\b|^\W{{0,8}}context",
-    re.IGNORECASE,
+    rf"(?i)(?:following|below|these|this)\b.{{0,60}}\b(?:{DATA}|pieces)\b|^\W{{0,8}}context"
 )
-QUESTION = lazy_regex(
-    r"[#*\s]{0,4}(?:question|query|user|task|instructions?|now)\b[^:]{0,20}:", re.I
+PROSE_TASK = lazy_regex(  # and where what it is about begins
+    r"(?i)\s{0,9}(?:please |can you |could you )?(?:summari[sz]e|translate|proofread|rewrite|"
+    r"paraphrase|correct|explain|review|reply to|draft|describe|fix|debug|refactor|improve|what|"
+    r"why|how|who|help)\b(?:[^\n:]{0,200}:(?=\s{0,9}[\n\"'])"
+    r"|[^\n:]{0,99}\b(?:following|this|these|below)\b[^\n:]{0,99}(?=\n+[^\n]+\Z))"
+    r"|(?:translate|rewrite)\b[^\n:.]{0,99}:(?= \w+ [a-z])"
 )
-PROSE_TASK = lazy_regex(
-    r"\s{0,9}(?:please |can you |could you )?(?:summari[sz]e|translate|proofread|rewrite|"
-    r"explain|review|reply to|draft|describe|fix|debug|refactor|improve|what|why|how|who|help)"
-    r"\b[^\n:]{0,200}:(?=\s{0,9}[\n\"'])|(?:translate|rewrite)\b[^\n:.]{0,99}:(?= \w+ [a-z])",
-    re.IGNORECASE,
+NOTE = lazy_regex(  # behind a name
+    r"(?i)[\"'`*#>\] ]{0,9}(\(.*)"
+    r"|(?:[\"'`*]+:? (?!only|and\b|[\"'`])|[\"'`]?\??:.*?(?://|#))(.{3,}?)(?:\.\s|(?:,? and|,) "
+    r"[\"'`]\w+[\"'`] (?!or)|\b[0-9]\)|\Z)"
 )
 EXAMPLE_START = lazy_regex(
-    r"(?<![$\w{])\{\s{0,99}(?:\n|[\"'][^\"'\n]{0,60}[\"']\s?:|[\w-]{1,60}\??\s?:\s|//|#)"
-    r"|(?:^|[:=])[ \t]{0,9}((?!\[\[\w+\]\])\[\s{0,99}(?:\n|[{\"\[]|\d{1,9}\s?,))",
-    re.MULTILINE,
+    r"(?<![$\w])\{\s{0,99}(?:\n|[\"'][^\"'\n]{0,60}[\"']\s?:|[\w-]{1,60}\??\s?:\s|//|#)"
+    r"|(?:(?<=[\n:=])|(?<=[:=] )|\A)(?!\[\[\w+\]\])\[\s{0,99}(?:\n|[{\"\[]|\d{1,9}\s?,)"
 )
-FENCE = lazy_regex(
-    r"^([^\n`]{0,30})```[ \t]?([\w+-]*)[^\n`]*\n(.*?)(?:^\s{0,9}```|\Z)", re.M | re.S
+BRACKET = lazy_regex(r"[\[\]{}]")
+FENCE = lazy_regex(r"```[ \t]?([\w+-]*)[ \t]*\n(.*?)(?:^\s{0,9}```|\Z)", re.M | re.S)
+ASKS = lazy_regex(
+    r"(?:\A[\W\d]{0,8}|[,;:(] ?\W?|\b(?:please|only|just|always|and|then|now|finally|must|should|"
+    r"simply|strictly|step|you|you to|will|has to|end|line) \W?)(?:answer|respond|reply|return|"
+    r"output|provide|give|print|write|produce|generate|choose|select|pick|classify|categorize|"
+    r"label|rate|score|judge|decide|use|end|finish|say|put|wrap|format|present|list|extract|assign|"
+    r"repeat|be|convert|follow|evaluate|keep|compare|create|name|suggest|summari[sz]e|describe|"
+    r"solve|assess|identify|tag|echo|enclose|mark|grade|parse|contain|conform|adhere|match)\b"
+    r"|\A\W{0,8}(?:(?:expected|output|response|json) ){1,3}(?:format|schema|structure|template)"
+    r"|\([^()]{1,99}\)\?|\A\W?\w+(?:/| or )\w+\W{0,3}\Z"
 )
-ASKING_VERBS = frozenset((
-    "answer", "respond", "reply", "return", "output", "provide", "give", "print", "write",
-    "produce", "generate", "choose", "select", "pick", "classify", "categorize", "label", "rate",
-    "score", "judge", "decide", "use", "end", "finish", "say", "put", "wrap",
-    "format", "present", "list", "extract", "assign", "repeat", "convert", "follow", "evaluate",
-    "keep", "compare", "create",
-))  # fmt: skip
-ASKING_LEADS = frozenset((
-    "", "please", "only", "just", "always", "and", "then", "now", "finally", "must", "should",
-    "simply", "strictly", "step", "you", "will", "end", "line",
-))  # fmt: skip
-DUTY = lazy_regex(
-    r"^(?!My |Our ).*"
-    r"\b(?:answer|response|reply|output|verdict|line|label|json|key)s?\b.*\b(?:must|should|has)\b"
-    r"|\byour \w* ?(?:answer|response|reply|output)|^\W{0,8}(?:(?:expected|output|response|json) )+"
-    r"(?:format|schema|structure|template)|\([^()]{1,99}\)\?|^\W?\w+(?:/| or )\w+\W{0,3}$",
-    re.IGNORECASE,
+TOLD = lazy_regex(
+    r"\d\d|[>|]|\W*(?:(?:my|our|i|i'm|he|she|they|we|it|"
+    r"the (?!.{0,30}(?:answer|response|output|reply|line|label|verdict|json)))\b|"
+    r"(?:\w+ )?(?:how|why|what|who)\b)"
 )
+SAID_END = lazy_regex(r"\n|(?<=[.!?])(?<!\n\d\.)\s{1,9}(?=[^a-z])")
 LIST_ITEM = lazy_regex(
     r"\s{0,9}(?:(?:[-*]|\(?([A-Za-z0-9]{1,2})[.):]) +|(?=\w+ \([^()\n]+\):))(\S.*)"
 )
 ASKS_LINES = lazy_regex(
-    r"\b(?:format|template|follows|structure|exactly|like this)\b.{0,80}\Z", re.I
+    r"(?i)\b(?:format|template|follows|structure|exactly|like this|XML|lines|tags)\b.{0,60}\Z"
 )
-SHOWN_LINE = lazy_regex(r"[ \t>*]{0,9}(?:[A-Z][\w /()-]{0,40}\**:\**[ \t]+\S|</?\w+>)")
+SHOWN_LINE = lazy_regex(r"[ \t>*]{0,9}(?:[A-Z][\w /()-]{0,40}\**:\**(?:[ \t]+\S|$)|</?\w+[^<>]*>)")
+
+
+def keep_ends(whole: Any, size: int) -> Any:
+    """Return both ends of a text or list."""
+    return whole[:size] + whole[size:][-size:]
 
 
 def is_asking(sentence: str) -> bool:
-    """Tell whether a sentence says what to answer: by its verb, or of the answer."""
-    words = sentence[:400].split()
-    bare = [word.strip("*_#\"'`(-.,:;!0123456789)").lower() for word in words]
-    for at, word in enumerate(bare):
-        if word in ASKING_VERBS and (
-            at == 0 or bare[at - 1] in ASKING_LEADS or words[at - 1][-1] in ",;:("
-        ):
-            return True
-    return DUTY.search(sentence[:400]) is not None
+    """Tell whether a sentence says what to answer."""
+    sentence = sentence[:250].lower()
+    found = ASKS.search(sentence)
+    return found is not None and (found[0][0] in ",;:(" or not TOLD.match(sentence))
 
 
 class Prompt:
-    """One message, taken apart: sentences that ask for something, examples, lists, and the rest."""
+    """One message, taken apart into sentences that ask, examples, lists, and the rest."""
 
-    def __init__(self, text: str, about: str = "", answered: bool = False) -> None:
-        self.about = about  # what the user says, where that is another message
+    def __init__(self, text: str, about: str = "", answered: bool = False, more: str = "") -> None:
+        self.about = about  # what the user says elsewhere
         self.answered = answered  # something was said or done since
-        if len(text) > 2 * PROMPT_WINDOW:
-            text = f"{text[:PROMPT_WINDOW]}\n{text[-PROMPT_WINDOW:]}"
-        self.text = text
+        self.text = text = keep_ends(text, PROMPT_WINDOW)
+        self.notes = more + text  # where names are explained
+        self.keys: list[str] = []  # of the JSON that is wanted
         self.examples: list[tuple[str, str, str]] = []  # the line before it, language, text
-        self.lines: list[str] = []  # of what is neither data nor an example
-        self.lists: dict[str, list[str]] = {}  # items, or their letters, by the line before
+        self.lines: list[str] = []  # neither data nor examples
+        self.lists: dict[str, list[tuple[str, str]]] = {}  # marks and items, by the line before
         self.shown: list[str] = []  # lines of a template
-        marks = {(f"<{name}", f"</{name}>") for name in re.findall(rf"</({DATA})>", text)}
-        for opening, closing in [*sorted(marks), ('"""', '"""'), ("BEGIN", "END")]:
+        self.unread = MAX_PARTS
+        tags = itertools.islice(re.finditer(rf"</((?!code){DATA})>", text), MAX_PARTS)
+        marks = dict.fromkeys((f"<{tag[1]}", f"</{tag[1]}>") for tag in tags)
+        for opening, closing in [*marks, ('"""', '"""'), ("BEGIN", "END")]:
             start, end = text.find(opening), text.rfind(closing)
             if 0 <= start < end:
                 self.about = text[start:end] + self.about
                 text = text[:start] + "\0" + text[end + len(closing) :]
-        text = FENCE.sub(self._take_fence, text)
+        text = FENCE.sub(self._take_fence, text, MAX_ASKING)
         task = PROSE_TASK.match(text)
         if task and "\0" not in text:
             text = task[0]  # what follows is what it is about
-        lines = self._take_examples(text).split("\n")
-        self._read_lines(lines[:MAX_PROMPT_LINES] + lines[MAX_PROMPT_LINES:][-MAX_PROMPT_LINES:])
-        said = [part for line in self.lines for part in re.split(r"(?<=[.!?])\s+(?=[^a-z])", line)]
-        asking = [part[:400] for part in said if is_asking(part)]
-        self.asking = asking[:MAX_ASKING] + asking[MAX_ASKING:][-MAX_ASKING:]
+        self._read_lines(keep_ends(self._take_examples(text).split("\n"), MAX_PARTS))
+        said = keep_ends("\n".join(self.lines), MAX_SAID)
+        self.said = list(filter(None, SAID_END.split(said)))
+        asking = [part[:250] for part in self.said if is_asking(part)]
+        self.asking = keep_ends(asking, MAX_ASKING)
+        self.whole = " ".join(self.asking)
         last = self.lines[-1].strip(" #*") if self.lines and not task else ""
         self.tail = last[:-1] if last.endswith(":") and len(last) < 60 else ""
 
+    def _add_example(self, before: str, language: str, text: str) -> str:
+        intro = before[-150:].rstrip().rpartition("\n")[2].strip()
+        self.examples.append((intro, language, text))
+        return f"\0{len(self.examples)}\0"
+
     def _take_fence(self, found: re.Match[str]) -> str:
-        before = found[1].strip() or found.string[: found.start()].rstrip().rpartition("\n")[2]
-        shown = re.sub(r"\A(?:export )?(?:interface|type) \w+\W*(?=\{)", "", found[3].strip())
-        self.examples.append((before.strip(), found[2].lower(), shown))
-        return f"\n\0{len(self.examples)}\0\n"
+        text = re.sub(r"\A(?:export )?(?:interface|type) \w+\W*(?=\{)", "", found[2].strip())
+        return f"\n{self._add_example(found.string[: found.start()], found[1].lower(), text)}\n"
 
     def _take_examples(self, text: str) -> str:
         """Return a prompt without its objects and lists; a mark stands for each."""
-        starts = {found.start(found.lastindex or 0) for found in EXAMPLE_START.finditer(text)}
-        kept = ""
-        at = depth = start = 0
-        for bracket in itertools.islice(re.finditer(r"[\[\]{}]", text), MAX_BRACKETS):
-            if depth == 0 and bracket.start() not in starts:
-                continue
-            start = start if depth else bracket.start()
-            depth += 1 if bracket[0] in "[{" else -1
+        kept, at, depth, start = "", 0, 0, 0
+        for bracket in itertools.islice(BRACKET.finditer(text), 10 * MAX_PARTS):
             if depth == 0:
-                intro = text[at:start].rstrip().rpartition("\n")[2].strip()
-                self.examples.append((intro, "", text[start : bracket.end()]))
-                kept += f"{text[at:start]}\0{len(self.examples)}\0"
-                at = bracket.end()
+                start = bracket.start()
+            if depth or (len(self.examples) < 2 * MAX_ASKING and EXAMPLE_START.match(text, start)):
+                depth += 1 if bracket[0] in "[{" else -1
+                if depth == 0:
+                    shown = text[start : bracket.end()]
+                    kept += text[at:start] + self._add_example(text[:start], "", shown)
+                    at = bracket.end()
         return kept + text[at:]
 
     def _read_lines(self, lines: list[str]) -> None:
         """Sort lines into what is said, lists, templates and data."""
-        questions = [at for at, line in enumerate(lines) if QUESTION.match(line)]
-        until = 0  # the line with a question, before which all is context
+        labels = [LABEL.match(line) if ":" in line else None for line in lines]
+        asked = max((at for at, label in enumerate(labels) if label and label[1]), default=0)
+        until = 0  # the question, before which all is context
         data = showing = False
         before = ""
-        for at, line in enumerate(lines):
+        for at, (line, label) in enumerate(zip(lines, labels)):
             bare = line.strip(" \t\0")
-            data = bool(data and bare and not re.match(r"[A-Z][\w ]{0,20}:", bare))
-            data = data or DATA_LABEL.match(line) is not None
+            if label or not bare or (data and re.match(r"[A-Z][\w ]{0,20}:", bare)):
+                data = label is not None and not label[1]
             if data or at < until:
                 self.about = f"{line}\n{self.about}"
                 for number in re.findall(r"\0(\d+)\0", line):
@@ -3246,76 +3250,83 @@ class Prompt:
             item = LIST_ITEM.match(line)
             if item:
                 head = re.split(r":| [-(]", item[2].strip("*\"'` "))[0].strip("*\"'` ")
-                lettered = (item[1] or "").isalpha()
-                self.lists.setdefault(before, []).append(item[1] if lettered else head)
+                head = head if len(item[2]) < 150 else ""  # no option
+                self.lists.setdefault(before, []).append((item[1] or "", head))
             elif bare.strip("-=_"):
                 before = bare
             if showing and SHOWN_LINE.match(line) and len(self.shown) < MAX_ASKING:
-                self.shown.append(line)
+                self.shown.append(line[:250])
             elif bare and bare[:3] != "...":
-                showing = not self.shown and ASKS_LINES.search(bare[-120:]) is not None
-            if questions and questions[-1] > at and CONTEXT.search(line[:400]):
-                until = questions[-1]
+                showing = not self.shown and ASKS_LINES.search(bare[-100:]) is not None
+            if asked > at and CONTEXT.search(line[:400]):
+                until = asked
+
+    def listed(self, pattern: str) -> list[str]:
+        lists = [items for before, items in self.lists.items() if re.search(pattern, before, re.I)]
+        return [head for items in lists for _, head in items]
+
+    def items(self) -> list[str]:
+        """Return the last list that is one to choose from: its letters or items."""
+        for items in reversed(self.lists.values()):
+            heads = [mark if mark.isalpha() else head for mark, head in items]
+            if len(heads) > 1 and all(0 < len(head) < 40 for head in heads):
+                return heads
+        return []
 
     def read(self, value: Any, name: str = "") -> dict[str, Any]:
         """Return the schema that a value stands for, as itself or as an example."""
         schema: dict[str, Any] | None = as_schema(value)
+        self.unread -= 1
         if schema is not None:
             return schema
         if type(value) is dict:
             return as_object({key: self.read(field, key) for key, field in value.items()})
         if type(value) is list:
-            items = [item for item in value if item != "..."] or [""]
+            items = [item for item in value[:MAX_PARTS] if item != "..."] or [""]
             if all(type(item) is dict for item in items):
                 items = [{key: field for item in items for key, field in item.items()}]
             each = self.read(items[0], name)
             each = each.get("items", each) if type(items[0]) is str else each
-            return {"type": "array", "items": each, **self.count()}
+            return {"type": "array", "items": each, **FEW}
         if type(value) is float and 0 <= value <= 1:
             return {"type": "number", "minimum": 0, "maximum": 1}
-        if type(value) not in (str, int, float):
+        if type(value) not in (str, int, float) or self.unread < 0:
             return {"type": KINDS[type(value)]}
-        text = value if type(value) is str else "int" if type(value) is int else "number"
-        note = self.note(name) if name else ""
-        if not text and note[:1] == "(":
-            text = note[1:].partition(")")[0]
-        taken = " " in text and text[0].isupper() and self.text.count(text) > 1
+        return self.read_text(value if type(value) is str else type(value).__name__, name)
+
+    def read_text(self, text: str, name: str) -> dict[str, Any]:
+        """Return the schema that a text stands for in an example."""
         if text in self.lists:  # the name of a type
-            return {"enum": self.lists[text]}
+            return {"enum": [head for _, head in self.lists[text]]}
+        note = self.note(name) if name else ""
+        words = re.search(
+            r"\b(?:an? |list|array|int|num|float|bool|true|str|dict|one of)\b", note[:60]
+        )
+        text = text or (note[words.start() :].partition(")")[0] if words else note)
         schema = read_phrase(text, note)
-        if schema == TEXT_SCHEMA and self.about and "xtract" in " ".join(self.asking):
-            taken = taken or bool(
-                re.search("name|person|people|place|compan|entit|cit(y|ies)", name)
-            )
+        if schema != TEXT_SCHEMA:
+            return schema
+        named = re.search("name|person|people|place|compan|entit|cit(y|ies)", name)
+        taken = named and self.about and "xtract" in self.whole
         if taken or re.search(r"verbatim|\bexact (?:text|word)|as it appears", text + note, re.I):
             return {"enum": self.copies()}
         return schema
-
-    def count(self) -> dict[str, int]:
-        """Return how many entries a list shall have: those of the last one, where it says so."""
-        given = re.findall(r"^\[.+\]$", self.text, re.M) if "equal" in self.text.lower() else []
-        value = read_example(given[-1]) if given else None
-        number = len(value) if type(value) is list else 0
-        return {"minItems": number, "maxItems": number} if 0 < number < 50 else FEW
 
     def note(self, name: str) -> str:
         """Return what the prompt says behind the name of a property."""
         at = -1
         for _ in range(6):
-            at = self.text.find(name, at + 1)
-            rest = self.text[at + len(name) : at + len(name) + 240].partition("\n")[0]
-            if re.match(r"[\"'`*]* ?\(", rest) and not self.text[at - 1 : at].isalnum():
-                return re.split(r"\)(?:,|,? and) ", rest.lstrip("\"'`* "))[0]
-            said = re.match(r"[\"'`*]+:? (?!only|and\b|[\"'`])(.{3,})", rest, re.IGNORECASE)
-            said = said or re.match(r"[\"'`]?\??:.*?(?://|#)(.+)", rest)
-            if at < 0 or said:
-                return re.split(r"\.\s|\b[0-9]\)", said[1])[0] if said and at >= 0 else ""
+            at = self.notes.find(name, at + 1)
+            rest = self.notes[at + len(name) : at + len(name) + 240].partition("\n")[0]
+            said = NOTE.match(rest) if at >= 0 and not self.notes[at - 1 : at].isalnum() else None
+            if said:
+                return said[2] or re.split(r"\)(?:,|,? and) ", said[1])[0]
         return ""
 
     def copies(self) -> list[str]:
         """Return names that stand in what the prompt is about, up to three."""
-        about = (self.about or self.text)[-3000:]
-        found = re.findall(r"\b[A-Z][\w'-]{2,}(?: [A-Z][\w'-]+){0,3}(?![\w:])", about)
+        about = (self.about or self.text)[-2000:]
+        found = re.findall(r"\b[A-Z][\w'-]{2,30}(?: [A-Z][\w'-]{1,30}){0,3}(?![\w:])", about)
         return list(dict.fromkeys(found))[-3:] or ["Alpha", "Beta"]
 
 
@@ -3323,133 +3334,114 @@ class Prompt:
 
 
 class WantedForm:
-    """The form that a prompt asks its answer in: texts, and slots with a name and a schema.
+    """The form that a prompt asks its answer in: a text, and schemas of its slots.
 
-    The name makes what looks natural; without a schema it is prose.
+    A slot is a name between two \\1; without a name it is prose.
     """
 
-    def __init__(self, label: str, *parts: Any) -> None:
+    def __init__(self, label: str, text: str, schemas: dict[str, Any] | None = None) -> None:
         self.label = label  # for the record
-        self.parts = parts
+        self.text, self.schemas = text, schemas or {}
 
     def write(self, rng: HashRandom) -> str:
         """Return an answer of this form, or raise `Unsatisfiable`."""
-        texts = []
-        for at, part in enumerate(self.parts):
-            own = rng.child("slot", at)
-            if type(part) is str:
-                texts.append(part)
-            elif part[0] == "JSON":
-                texts.append(json.dumps(make_instance(own, part[1]), ensure_ascii=False))
-            elif part[1] is None:
-                texts.append(make_text(own, 2))
-            else:
-                value = make_instance(own, as_object({part[0]: part[1]}))[part[0]]
-                texts.append(value if type(value) is str else json.dumps(value))
-        return "".join(texts)
+        pieces = self.text.split("\1")
+        for at, name in enumerate(pieces[1::2]):
+            own, schema = rng.child("slot", at), self.schemas.get(name, TEXT_SCHEMA)
+            whole = name in ("", "JSON")
+            made = make_instance(own, schema if whole else as_object({name: schema}))
+            value = made if whole else made[name]
+            text = value if type(value) is str else json.dumps(value, ensure_ascii=False)
+            pieces[2 * at + 1] = text if name else make_text(own, 2)
+        return "".join(pieces)
 
 
+JSON_ASKED = lazy_regex(
+    r"(?i)(?<!bout )(?<!ompare )(?<!this )(?<!my )(?<!escribe a )\bJSON\b(?![.(_]| (?:API|file|"
+    r"output schema))"
+)
 OUTPUT_INTRO = lazy_regex(
-    r"output|respon|answer|reply|return|format|schema|structure|generate|must|example json", re.I
+    r"(?i)output|respon|answer|reply|return|format|schema|structure|generate|must"
 )
 INPUT_INTRO = lazy_regex(
-    r"\b(?:input|context|documents?|messages?|history|rubric|trace|previous|tools?|given|existing|"
-    r"this (?:json|data|object)(?! format| schema| of)|summar\w*|explain|what|why|does|request|"
-    r"well-formatted|for the schema)\b",
-    re.IGNORECASE,
+    r"(?i)\b(?:input|context|documents?|messages?|rubric|previous|tools?|given|existing|summar\w*|"
+    r"explain|well-formatted|feedback|for the schema)\b"
 )
 NAMED = rf"(?:{QUOTED}|[a-z][\w-]{{0,40}})"
 KEY_WORD = r"\b(?:keys?|fields?|properties|property|attributes?)\b"
 KEYS = lazy_regex(
-    rf"({QUOTED}(?:(?:,? and |, ){QUOTED})*) {KEY_WORD}|{KEY_WORD}(?: (?:named|called|of|are|is))*"
-    rf":? ?({NAMED}(?:(?:,? and |, ){NAMED})*)"
+    rf"({QUOTED}(?:(?:,? and |, ){QUOTED}){{0,20}}) {KEY_WORD}|{KEY_WORD}(?: (?:named|called|of|are"
+    rf"|is)){{0,2}}:? ?({NAMED}(?:(?:,? and |,? then |, ){NAMED}){{0,20}})"
 )
-FENCED = lazy_regex(r"```|code ?-?(?:block|snippet)|backtick", re.IGNORECASE)
-UNFENCED = lazy_regex(r"(?:\bno|n't|without|avoid)\b[^.]{0,60}(?:```|code|fence|tick)", re.I)
+FENCED = lazy_regex(r"(?i)```|code ?-?(?:block|snippet)|backtick")
+UNFENCED = lazy_regex(r"(?i)(?:\bno|n't|without|avoid)\b[^.]{0,60}(?:```|code|fence|tick)")
 
 
-def read_keys(prompt: Prompt) -> list[str]:
+def read_keys(prompt: Prompt, asked: str) -> list[str]:
     """Return the names of properties that a prompt asks for."""
     bare = IN_BRACKETS.sub("", "\n".join(prompt.asking))
     texts = [found[1] or found[2] for found in KEYS.finditer(bare)]
-    texts += re.findall(rf"({QUOTED}) \(", " ".join(prompt.asking))
-    names = [name.strip("\"'` ") for text in texts for name in re.split(r",? and |, ", text)]
-    for before in filter(re.compile(KEY_WORD).search, prompt.lists):
-        names += prompt.lists[before]
+    texts += re.findall(rf"({QUOTED}) \(", prompt.whole)
+    texts = texts or re.findall(
+        rf"(?:with|and|,|ing) ({QUOTED})(?! or|,? and [\"'])", asked.partition("JSON")[2]
+    )
+    names = [
+        name.strip("\"'` ") for text in texts for name in re.split(r",? and |,? then |, ", text)
+    ]
+    names += prompt.listed(KEY_WORD)
     return [name for name in dict.fromkeys(names) if re.fullmatch(r"[A-Za-z_][\w-]*", name)]
 
 
-def rank_example(prompt: Prompt, example: tuple[str, str, str], keys: list[str]) -> int:
-    """Tell how likely an example shows the answer; below 0 where it seems to be input."""
-    intro, language, text = example
-    if prompt.tail and intro.startswith(prompt.tail):
-        return 3
-    rank = 3 * bool(OUTPUT_INTRO.search(intro)) - 4 * bool(INPUT_INTRO.search(intro))
-    rank += 4 * any(f'"{key}"' in text or f"{key}:" in text for key in keys)
-    rank += (language == "json") - 2 * (": []" in text)
+def rank_example(prompt: Prompt, asked: list[str], example: tuple[str, str, str]) -> int:
+    """Tell how likely an example shows the answer."""
+    intro, _, text = example
+    meant = asked or intro.count(" ") < 4 or is_asking(intro)
+    rank = 3 * bool(meant and OUTPUT_INTRO.search(intro)) - 4 * bool(INPUT_INTRO.search(intro))
+    rank += 4 * any(f'"{key}"' in text or f"{key}:" in text for key in prompt.keys)
     return rank - 9 * (text[:1] not in ("{", "["))
 
 
+def find_json(prompt: Prompt, asked: list[str]) -> tuple[str, Any]:
+    """Return how JSON is told, and its schema, or nothing."""
+    rank = functools.partial(rank_example, prompt, asked)
+    for example in sorted(prompt.examples, key=rank)[:-4:-1]:
+        value = read_example(example[2]) if rank(example) >= (0 if asked else 3) else None
+        if value and as_schema(value):
+            return "JSON by schema", as_schema(value)
+        if value and type(value) in (dict, list):
+            return "JSON by example", prompt.read(value)
+    keys: Any = dict.fromkeys(prompt.keys, "") or ""
+    array = any(map(ARRAY.match, asked))
+    if not keys and not array:
+        return "JSON", asked and JSON_MODE_SCHEMA
+    return f"JSON with {', '.join(keys) or 'a list'}", prompt.read([keys] if array else keys)
+
+
 def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
-    """Read JSON: by its schema, by an example, or by the names of its properties."""
-    demand = re.compile(r"(?<!bout )(?<!ompare )\bJSON\b(?![.(_])", re.I)
-    asked = list(filter(demand.search, prompt.asking))
-    least = 0 if asked or prompt.tail.upper().endswith("JSON") else 3
-    asked += ["JSON"] if wanted or prompt.tail.upper().endswith("JSON") else []
+    """Read JSON: by its schema, an example, or the names of its properties."""
+    asked = list(filter(JSON_ASKED.search, prompt.asking))
+    if wanted or prompt.tail.upper().endswith("JSON"):
+        asked.append("JSON")
     said = " ".join(asked)
+    prompt.keys = read_keys(prompt, said) if asked else []
+    label, schema = find_json(prompt, asked)
     fenced = FENCED.search(said) and not UNFENCED.search(said)
-    start, end = ("```json\n", "\n```") if fenced else ("", "")
-    keys = read_keys(prompt) if asked else []
-    ranks = [
-        (rank_example(prompt, example, keys), at) for at, example in enumerate(prompt.examples)
-    ]
-    for rank, at in sorted(ranks, reverse=True)[:4]:
-        intro, _, text = prompt.examples[at]
-        value = read_example(text) if rank >= least else None
-        if type(value) in (dict, list) and value:
-            schema = prompt.read(value)
-            kind = "schema" if as_schema(value) else "example"
-            if ARRAY.match(intro) and type(value) is dict and kind == "example":
-                schema = {"type": "array", "items": schema, **FEW}
-            return WantedForm(f"JSON by {kind}", start, ("JSON", schema), end)
-    array = next(filter(None, map(ARRAY.match, asked)), None)
-    if keys or array:
-        schema = prompt.read(dict.fromkeys(keys, "")) if keys else TEXT_SCHEMA
-        if array:
-            schema = {"type": "array", "items": schema, **FEW}
-        return WantedForm(f"JSON with {', '.join(keys) or 'a list'}", start, ("JSON", schema), end)
-    return WantedForm("JSON", start, ("JSON", JSON_MODE_SCHEMA), end) if asked else None
+    text = "```json\n\1JSON\1\n```" if fenced else "\1JSON\1"
+    return WantedForm(label, text, {"JSON": schema}) if schema else None
 
 
+SPOKEN = r"\b(?:repeat|echo|reply|respond|answer|say|output|return|print)\b"
 EXACTLY = lazy_regex(
-    r"\b(?:repeat|reply|respond|answer|say|output|return|print)\b(?: back| with| only| just| the|"
-    r" exactly| verbatim| words?| phrase| text| following|:)*"
-    rf"(?:\s({QUOTED})[.!]?\Z|(?<=xactly:|rbatim:)\s(\S.*)| only the word (\w+)[.!]?\Z)",
-    re.IGNORECASE,
+    rf"(?i){SPOKEN}(?: (?:back|with|only|just|the|exactly|words?|phrase|text)\b|:)*\s(?:({QUOTED})"
+    rf"(?:[.!]?\Z| and nothing)|(?<=only the word )(\w+)[.!]?\Z)|{SPOKEN}[^:\n]{{0,30}}(?:exactly|"
+    rf"verbatim|"
+    r"(?:only|just)\b[^:\n]{0,20}(?:text|phrase|words?|message)):\s(\S.*)"
 )
 ENDING = lazy_regex(
     r"(?i:(?:repl|respond|say|output|return|issu|end|append|command)[^.\n]{0,60}?[\"'`]?"
     r"((?-i:(?:echo )?(?<![|\w])<?[A-Z][A-Z_]{5,60}>?))[\"'`]?)"
 )
-LABELLED = lazy_regex(
-    r"[\"'`]([A-Z][\w ]{0,30}):[ ]?(\$\w+|<[^<>\n]{1,80}>|\[[^\[\]\n]{1,80}\]|\{[^{}\n]{1,80}\}|"
-    r"[A-Z]|)(/\d{1,3})?\W?[\"'`]"
-)
-SLOT_SHOWN = lazy_regex(
-    r"([A-Za-z][\w /-]{0,40}?)\**:\**[ \t]+([^\s|>][^\n]*)|<([\w-]{1,40})>([^<>\n]+)</|()(\.\.\.)"
-)
-WRAPPED = lazy_regex(r"\btags?\b|wrap|inside|enclos|surround|</|xml", re.I)
-THINKING = lazy_regex(
-    r"step by step|reasoning|explain|last line|the end|(?:end|finish) (?:your|with)|think",
-    re.I,
-)
-
-
-def name_choice(schema: dict[str, Any]) -> str:
-    """Describe a choice."""
-    if "minimum" in schema:
-        return f"{schema['type']} from {schema['minimum']} to {schema['maximum']}"
-    return "one of " + ", ".join(map(str, schema.get("enum", [schema.get("type")])))[:200]
+ENDED = lazy_regex(r"(?i)done|complet|finish|solved|submit|terminat|address")
 
 
 def read_said(prompt: Prompt) -> WantedForm | None:
@@ -3460,256 +3452,281 @@ def read_said(prompt: Prompt) -> WantedForm | None:
             text = found[1][1:-1] if found[1] else (found[2] or found[3]).strip()
             return WantedForm(f"exactly {text[:60]}", text)
         found = ENDING.search(said) if prompt.answered else None
-        if found and re.search(r"done|complet|finish|solved|submit|terminat|over\b", said, re.I):
-            fences = [f"\n```{kind}\n{found[1]}\n```" for _, kind, _ in prompt.examples if kind]
-            end = fences[0] if fences and found[1][:4] == "echo" else f"\n{found[1]}"
-            return WantedForm(f"the end, {found[1]}", ("", None), end)
+        if found and ENDED.search(said):
+            kinds = [kind for _, kind, _ in prompt.examples if kind and found[1][:4] == "echo"]
+            end = f"```{kinds[0]}\n{found[1]}\n```" if kinds else found[1]
+            return WantedForm(f"the end, {found[1]}", f"\1\1\n{end}")
     return None
+
+
+SLOT_SHOWN = lazy_regex(  # a name and a value
+    r"([A-Za-z][\w /-]{0,40}?)(\**:\**[ \t]+)([^\s|>\0][^\n]*)|(?<=<)([\w-]{1,40})(>)([^<>\n]+)"
+    r"(?=</)|([\w-]{1,40})(=\")([^\"\n]+)|()((?<=\">))([^<>\n]+)(?=</)|()()(\.\.\.|\0\d*\0)"
+)
 
 
 def fill_shown(prompt: Prompt, lines: list[str]) -> WantedForm | None:
     """Return the form of shown lines, whose values become slots."""
-    listed = [names for before, names in prompt.lists.items() if "tool" in before.lower()]
-    tools = re.findall(r"\b(\w+)(?:\[\w+\]|\(\w+: [^()\n]*\))", prompt.text) or [*listed, []][0]
-    parts: list[Any] = []
-    text, at = re.sub(r"\0\d*\0?", "...", "\n".join(lines)).strip(), 0
-    for found in SLOT_SHOWN.finditer(text):
-        group = 1 if found[1] else 3 if found[3] else 5
-        value = found[group + 1].strip()
-        schema = prompt.read(int(value) if value.isdecimal() else value, found[group])
-        if tools and found[group] == "Action" and "enum" not in schema:
-            schema = {"enum": tools}
-        parts += [text[at : found.start(group + 1)], (found[group] or "note", schema)]
-        at = found.end(group + 1)
-    names = ", ".join([name for name, _ in parts[1::2]])[:200]
-    return WantedForm(f"lines {names}", *parts, text[at:]) if parts else None
+    schemas: dict[str, Any] = {}
+    tools = []
+    if "Action" in prompt.text:
+        tools = re.findall(r"\b(\w+)(?:\[\w+\]|\(\w+: [^()\n]*\))", prompt.text)
+        tools = tools or prompt.listed("tool")
+
+    def fill(found: re.Match[str]) -> str:
+        """Put a slot where a value is shown."""
+        name, between, value = filter(lambda part: part is not None, found.groups())
+        slot, value = name.strip() or "note", value.strip()
+        schema = prompt.read(int(value) if value.isdecimal() else value, slot)
+        chosen = slot == "Action" and tools and "enum" not in schema
+        schemas.setdefault(slot, {"enum": tools} if chosen else schema)
+        return f"{name}{between}\1{slot}\1"
+
+    text = SLOT_SHOWN.sub(fill, "\n".join(lines).strip(), MAX_PARTS)
+    return WantedForm(f"lines {', '.join(schemas)[:200]}", text, schemas) if schemas else None
 
 
 def read_shown(prompt: Prompt) -> WantedForm | None:
-    """Read the lines of an agent that acts by text, YAML, records, or others that are shown."""
-    heads = [line.split(":")[0].strip() for line in prompt.shown]
-    if "Observation" in heads and "Action Input" in heads:
+    """Read YAML, or shown lines: of an agent, those that come next."""
+    lines = prompt.shown
+    heads = [line.partition(":")[0].strip() for line in [*lines, "Observation"]]
+    if "Thought" in heads and "Action" in heads:
         begun = max(prompt.text.rfind("\nQuestion:"), prompt.text.rfind("Begin!"), 0)
         acted = prompt.answered or "\nObservation:" in prompt.text[begun:]
-        at = heads.index("Observation")
-        lines = prompt.shown[at + 1 :] if acted else prompt.shown[heads.index("Thought") : at]
-        return fill_shown(prompt, lines)
-    if re.search(r"\bYAML\b", " ".join(prompt.asking)):
-        shown = [text for _, kind, text in prompt.examples if kind in ("yaml", "yml", "")]
-        bare = re.findall(r"^(?: *[\w-]+:(?: [^\n]*)?| +- [^\n]*)$", prompt.text, re.M)
-        keys = [f"{key}: text" for key in read_keys(prompt)]
-        return fill_shown(prompt, shown[-1:] or keys or bare)
-    return fill_shown(prompt, prompt.shown)
+        stop = heads.index("Observation")
+        rest = lines[stop + 1 :] if acted else []
+        lines = rest or lines[heads.index("Thought") : stop]
+    elif re.search(r"(?<!this )(?<!my )(?<!bout )\bYAML\b(?! (?:file|for))", prompt.whole):
+        blocks = [text for _, kind, text in prompt.examples if kind in ("yaml", "yml", "")]
+        rows = re.compile(r" *[\w-]+:(?: [^\n]*)?\Z| +- [^\n]*\Z")
+        keys = [f"{key}: text" for key in read_keys(prompt, "")]
+        lines = blocks[-1:] or keys or list(filter(rows.match, prompt.lines))
+    return fill_shown(prompt, lines) if lines else None
 
 
-def read_frame(prompt: Prompt) -> WantedForm | None:
-    """Read elements that the answer stands in, the label of its last line, or a block of code."""
+SLOT = r"\$\w+|<[^<>\n]{1,80}>|\[(?!\[)[^\[\]\n]{1,80}\]|\{[^{}\n]{1,80}\}|[A-Z](?!\w|'\w)"
+LABELLED = lazy_regex(
+    r"(?:([\"'`])|\b(?:line|form|write|with|as|put)\b[ :]*|:[ ]*)([A-Z][\w ]{0,30}(?::[ ]?|[ ]\())"
+    rf"({SLOT}|)(/\d{{1,3}}|\)|)"
+)
+WRAPPED = lazy_regex(r"(?i)\btags?\b|wrap|inside|enclos|surround|between|ending|</|xml")
+
+
+def read_marks(prompt: Prompt) -> WantedForm | None:
+    """Read elements for the answer to stand in."""
     tags: dict[str, Any] = {}
-    for said in prompt.asking:
-        near = (
-            re.split(r"<([A-Za-z][\w-]{0,40})>", said) if WRAPPED.search(said) else []
-        )  # words, name, words, ...
-        for at in range(1, len(near), 2):
-            about = near[at - 1] + (near[at + 1] if at == len(near) - 2 else "")
-            if f"\n</{near[at]}>" not in prompt.text:  # else it names a part of the prompt
-                tags.setdefault(near[at], read_offer(about) or TEXT_SCHEMA)
-    if tags:
-        parts = [part for tag in tags for part in (f"<{tag}>", (tag, tags[tag]), f"</{tag}>\n")]
-        return WantedForm(f"elements {', '.join(tags)}", *parts[:-1], f"</{[*tags][-1]}>")
-    said = " ".join(prompt.asking)
-    found = LABELLED.search(said)
-    if found:
-        rest = said[found.end() : found.end() + 200]
-        schema = read_phrase(found[2]) if len(found[2]) > 1 else TEXT_SCHEMA
+    for said in filter(WRAPPED.search, prompt.asking):
+        for tag in re.findall(r"<([A-Za-z][\w-]{0,40})(?: [^<>]*)?>", said):
+            tags[tag] = read_offer(said) or prompt.read("", tag)
+    text = "\n".join(f"<{tag}>\1{tag}\1</{tag}>" for tag in tags)
+    return WantedForm(f"elements {', '.join(tags)}", text, tags) if tags else None
+
+
+def as_choice(schema: dict[str, Any], text: str, name: str = "") -> WantedForm:
+    """Return the form of a text with a slot that is chosen."""
+    told = "one of " + ", ".join(map(str, schema.get("enum", [schema.get("type")])))[:200]
+    if "minimum" in schema:
+        told = f"{schema['type']} from {schema['minimum']} to {schema['maximum']}"
+    return WantedForm(f"line {name}: {told}" if name else told, text, {name or "answer": schema})
+
+
+def read_label(prompt: Prompt) -> WantedForm | None:
+    """Read a line whose label is told."""
+    whole = prompt.whole
+    for found in LABELLED.finditer(whole):
+        quoted, label, slot, end = found.groups()
+        rest = whole[found.end() : found.end() + 200]
+        if not slot and not label[:-2].isupper() and not (quoted and rest[:1] == quoted):
+            continue
+        values = re.findall(rf"{re.escape(label.strip())} ?[\"'`]?([A-Z]{{1,12}}|\d+)\b", whole)
+        letters = [name for name in re.findall(r"\b[A-Z]\b", rest[:60]) if name != slot]
+        options = list(dict.fromkeys(values))
+        if len(options) < 2:
+            options = letters if len(letters) > 1 else prompt.items()
+        schema = read_phrase(slot) if len(slot) > 1 else TEXT_SCHEMA
         if schema.keys().isdisjoint(("enum", "minimum")):
-            limit = read_numbers(f"out of {found[3][1:]}" if found[3] else rest[:60])
-            letters = [name for name in re.findall(r"\b[A-Z]\b", rest[:60]) if name != found[2]]
-            letters = letters or [[], *prompt.lists.values()][-1]
-            lettered = len(letters) > 1 and len(found[2]) == 1
-            schema = read_offer(rest) or limit or ({"enum": letters} if lettered else schema)
-        before = (("", None), "\n\n") if THINKING.search(said) else ()
-        label = f"line {found[1]}: {name_choice(schema)}"
-        return WantedForm(label, *before, f"{found[1]}: ", (found[1], schema), found[3] or "")
-    if FENCED.search(said) and not UNFENCED.search(said):
-        kinds = re.findall(r"```(\w+)", said) + [kind for _, kind, _ in prompt.examples if kind]
-        kind = (kinds or re.findall(r"(\w+) (?:code )?(?:block|snippet)", said) or ["code"])[0]
-        return WantedForm(f"block of {kind}", f"```{kind}\n", (kind, TEXT_SCHEMA), "\n```")
+            limit = read_numbers(f"out of {end[1:]}" if end[:1] == "/" else rest[:60])
+            lettered = options and (len(slot) < 2 or "etter" in slot)
+            schema = read_offer(rest) or limit or ({"enum": options} if lettered else schema)
+        name = label.rstrip(" :(")
+        text = "\1\1\n\n" * ("ntire" not in whole) + label.rstrip()
+        return as_choice(schema, f"{text}{' ' * (':' in label)}\1{name}\1{end}", name)
     return None
 
 
-FIELD_MARK = lazy_regex(r"<\|[^|\w]{0,9}\|?>|\|\|\|")
-LISTS = (  # what asks for one, and what stands before each entry; N is its number
+def read_block(prompt: Prompt) -> WantedForm | None:
+    """Read a block of code."""
+    if not FENCED.search(prompt.whole) or UNFENCED.search(prompt.whole):
+        return None
+    kinds = re.findall(r"```(\w+)", prompt.whole) + [kind for _, kind, _ in prompt.examples if kind]
+    kinds += re.findall(r"(?!code|an? )\b(\w+) (?:code )?(?:block|snippet)", prompt.whole)
+    kind = (kinds or ["code"])[0]
+    return WantedForm(f"block of {kind}", f"```{kind}\n\1{kind}\1\n```")
+
+
+FIELD_MARK = lazy_regex(r"<\|[^|\w]{0,9}\|?>")
+LISTS = (  # what asks for one, and what stands before each entry
     (r"numbered list|ordered list", "\nN. "),
     (r"bullet|markdown list", "\n- "),
     (r"comma[ -]separated|separated by commas", ", "),
+    (r"\b(?:one|each) (?:\w+ )?(?:per|on (?:a|its own)) line", "\n"),
 )
 TABLE = lazy_regex(
-    r"\bCSV\b(?! file)|markdown table|table (?:with|of|that has) |"
-    r"\b(?:as|in|into|return|output|create|make) an? (?:\w+ )?table",
-    re.IGNORECASE,
+    r"(?i)\bCSV\b(?! file)|markdown table"
+    r"|table (?:with|of|that has) |\b(?:as|in|into|return|output|make) an? (?:\w+ )?table\b"
 )
+COLUMN = r"[\"'`]?\w+(?: [A-Z]\w*)?[\"'`]?"
 COLUMNS = lazy_regex(
-    r"(?:columns?|headers?)(?: row| are| is|:)* (\w+(?: [A-Z]\w*)?"
-    r"(?:\s?[,|]\s?(?:and )?\w+(?: [A-Z]\w*)?| and \w+(?: [A-Z]\w*)?(?=\W*\Z|[.:;\n]))*)"
+    r"(?:columns?|headers?)(?: row| are| is|:)* "
+    rf"({COLUMN}(?:\s?[,|]\s?(?:and )?{COLUMN}| and {COLUMN}(?=\W*\Z|[.:;\n])){{0,20}})"
 )
 COUNTS = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-ENTRIES = lazy_regex(rf"(?<![\w.-])(\d{{1,2}}{'|'.join(COUNTS)}) (?!columns|words|\w+ words)[a-z]")
-WORDS_ASKED = lazy_regex(rf"\b(?:\d{{1,3}}(?:-| to ))?(\d{{1,3}}{'|'.join(COUNTS)})[- ]words?\b")
+COUNT = rf"(\d{{1,2}}{'|'.join(COUNTS)})"
+ENTRIES = lazy_regex(rf"(?<![\w.-]){COUNT} (?!columns|words|\w+ words|per )[A-Za-z]")
+WORDS_ASKED = lazy_regex(rf"\b(?:\d{{1,2}}(?:-| to ))?{COUNT}[- ]words?\b")
 
 
-def count_entries(said: str) -> int:
-    """Return how many entries a sentence asks for; three where it does not say."""
-    found = ENTRIES.search(said)
-    word = found[1] if found else "3"
-    number = COUNTS.index(word) if word in COUNTS else int(word)
-    return min(number, 20) if number > 1 else 3
+def read_count(word: str) -> int:
+    return COUNTS.index(word) if word in COUNTS else int(word)
+
+
+def read_records(prompt: Prompt) -> WantedForm | None:
+    """Read records whose fields a mark divides."""
+    mark = FIELD_MARK.search(prompt.text)
+    for line in prompt.text.split("\n") if mark else ():
+        head, *fields = line.split(mark[0] if mark else "")
+        if mark and len(fields) > 1:
+            head = head.rpartition(" ")[2].strip("`")
+            names = [re.split(r"\W", field.strip("<{"))[0] for field in fields]
+            schemas = {name: {"enum": prompt.copies()} for name in names if "name" in name}
+            row = mark[0].join([head, *(f"\1{name}\1" for name in names)])
+            end = re.findall(r"<\|[A-Z_]{3,20}\|>", prompt.text)[-1:]
+            return WantedForm("records", "\n".join([row, row, *end]), schemas)
+    return None
 
 
 def read_list(prompt: Prompt) -> WantedForm | None:
-    """Read records, a list or a table."""
-    mark = FIELD_MARK.search(prompt.text)
-    for line in prompt.text.split("\n") if mark else ():
-        fields = line.split(mark[0] if mark else "")
-        if mark and len(fields) > 2:
-            head = re.split(r"[\s`(\"]", fields[0])[-1]
-            names = [re.split(r"[^\w]", field.strip("<{"))[0] for field in fields[1:]]
-            known = {name: {"enum": prompt.copies()} for name in names if "name" in name}
-            row: list[Any] = [head]
-            for name in names:
-                row += [mark[0], (name, known.get(name, TEXT_SCHEMA))]
-            end = re.findall(r"<\|[A-Z_]{3,20}\|>", prompt.text)[-1:]
-            return WantedForm("records", *[*row, "\n"] * 2, *end)
+    """Read a list or a table."""
     for said in prompt.asking:
+        found = ENTRIES.search(said)
+        count = min(read_count(found[1]) if found else 3, 20)
+        count = count if count > 1 else 3
         for pattern, before in LISTS:
             if re.search(pattern, said, re.I):
-                slot = ("item", TEXT_SCHEMA)
-                numbers = range(1, count_entries(said) + 1)
-                marks = [before.replace("N", str(number)) for number in numbers]
-                more = [part for mark in marks[1:] for part in (mark, slot)]
-                return WantedForm("list", marks[0].lstrip("\n, "), slot, *more)
+                marks = [before.replace("N", str(number + 1)) for number in range(count)]
+                return WantedForm("list", "\1item\1".join([*marks, ""]).lstrip("\n, "))
+        found = WORDS_ASKED.search(said)
+        if found and found[1] != "one":
+            return WantedForm("words", " ".join(["\1word\1"] * min(read_count(found[1]), 12)))
         found = TABLE.search(said)
         if found:
             named = COLUMNS.search(said)
             names = re.split(r"\s?[,|]\s?(?:and )?| and ", named[1]) if named else ["name", "note"]
-            kind = "CSV" if found[0].upper() == "CSV" else "table"
-            edge, between = ("", ",") if kind == "CSV" else ("|", " | ")
-            cells = [part for name in names for part in (between, (name, TEXT_SCHEMA))][1:]
-            rule = "\n|" + "---|" * len(names) if edge else ""
-            head = f"{edge} {between.join(names)} {edge}".strip() + rule
-            start, stop = (f"\n{edge} ", f" {edge}") if edge else ("\n", "")
-            return WantedForm(kind, head, *[start, *cells, stop] * count_entries(said))
+            names = [name.strip("\"'`") for name in names]
+            rows = [names, *[[f"\1{name}\1" for name in names]] * count]
+            if "table" not in found[0].lower():
+                return WantedForm("CSV", "\n".join(map(",".join, rows)))
+            head, *lines = [f"| {' | '.join(row)} |" for row in rows]
+            return WantedForm("table", "\n".join([head, "|" + "---|" * len(names), *lines]))
     return None
 
 
-CHOOSING = lazy_regex(
-    r"answer|respond|reply|return|output|choose|select|pick|classif|categor|label|decid|determin|"
-    r"\bsay\b|print|judge|grade|rate\b|score|must|should|verdict|one of|only|\?",
-    re.IGNORECASE,
+OF_LIST = lazy_regex(r"(?i)categor|option|choice|label|letter|following|with a single word")
+RESTRICTED = lazy_regex(
+    r"(?i)\b(?:only|just)(?! about| on| if| when| in\b)|\balone\b|nothing (?:else|more)|do not "
+    r"explain|\b(?:one|single) (?:word|letter|digit|number|label)|exactly one|\b(?:as|output|"
+    r"with) (?:an? )?(?:single )?(?:int|float|num|bool)|"
+    r"(?-i:[A-Z]{3,} or [A-Z]{3,})|classif|categor|\blabel"
 )
-VERDICT = lazy_regex(
-    r"\b(yes) ?(?:/|\||or) ?(no)\b|\b(true) ?(?:/|\||or) ?(false)\b|\b(?:with|as|is|are|only|just|"
-    rf"either)[: ]+((?:{ONE_WORD}(?:, ?| ?[/|] ?)){{0,20}}{ONE_WORD}(?:,? or |[/|]){ONE_WORD})",
-    re.IGNORECASE,
-)
-ONLY = lazy_regex(
-    r"\b(?:only|just|one word|single|(?-i:[A-Z]{3,} or [A-Z]{3,})|classif|categor|label)", re.I
-)
-OF_LIST = lazy_regex(
-    r"categor|one of|option|choice|label|letter|class|following|intent|with a single word", re.I
-)
-OF_TYPE = lazy_regex(
-    r"(?:\bas|\bwith|\bonly|\bjust|single|output) (?:an? )?(?:single )?(int|float|num|bool)"
-    r"\w*\b(?! (?:list|of|each))",
-    re.IGNORECASE,
-)
+
+
+def read_elsewhere(prompt: Prompt, said: str) -> dict[str, Any]:
+    """Return the schema of what a sentence restricts to and another one may name."""
+    numeric = NUMBER_WORD.search(said)
+    for other in (said, *reversed(prompt.said[-40:])):
+        if numeric:
+            schema = read_numbers(other) or read_numbers(IN_BRACKETS.sub("", other))
+        else:
+            found = WEAK_OFFER.search(other[:400])
+            schema = as_enum(" ".join(filter(None, found.groups()))) if found else {}
+        if schema:
+            return schema
+    kind = re.search(r"\b(?:int|float|num|bool|digit)(?:eger|ber|ean)?\b(?! of)", said)
+    return {"type": read_type(kind[0])} if kind else {}
+
+
+def read_offered(prompt: Prompt, said: str) -> dict[str, Any]:
+    """Return the schema of what a sentence lets one choose, or nothing."""
+    letters = re.findall(r"\[\[([A-Z])\]\]", said)
+    offer = {"enum": letters} if letters else read_offer(said)
+    if offer:
+        return offer
+    bounds, numeric = NUMBER_RANGE.search(said), NUMBER_WORD.search(said)
+    if bounds and numeric and numeric.start() < bounds.end():
+        return read_numbers(said)
+    items = prompt.items()
+    listed = {"enum": items} if items and not LIST_ITEM.match(said) else {}
+    if OF_LIST.search(said) and listed:
+        return listed
+    return (read_elsewhere(prompt, said) or listed) if RESTRICTED.search(said) else {}
 
 
 def read_choice(prompt: Prompt) -> WantedForm | None:
-    """Read one of a list, of a range, or of a type, or a text of so many words."""
-    lists = [heads for heads in prompt.lists.values() if all(0 < len(h) < 40 for h in heads)]
+    """Read a choice, or a short text."""
     for said in reversed(prompt.asking):
-        if not CHOOSING.search(said):
-            continue
-        verdict, bounds = VERDICT.search(said), NUMBER_RANGE.search(said)
-        letters = re.findall(r"\[\[([A-Z])\]\]", said)
-        kind = OF_TYPE.search(said)
-        schema = {"enum": letters} if letters else read_offer(said)
-        if not schema and verdict and (verdict[5] is None or ONLY.search(said)):
-            schema = as_enum(" | ".join(filter(None, verdict.groups())))
-        if not schema and bounds and NUMBER_WORD.search(said[: bounds.end()]):
-            schema = read_numbers(said)
-        if not schema and kind:
-            schema = {"type": read_type(kind[1])}
-        if not schema and lists and OF_LIST.search(said):
-            schema = {"enum": lists[-1]}
+        schema = read_offered(prompt, said)
         if schema:
             if schema.get("enum") == ["Yes", "No"] and re.search("block|harm|unsafe", said):
                 schema = {"enum": ["No"]}
-            start, end = ("[[", "]]") if "[[" in said else ("", "")
-            return WantedForm(name_choice(schema), start, ("", schema), end)
-    label = prompt.tail + ":"
-    shown = [line[len(label) :].strip() for line in prompt.lines[:-1] if line.startswith(label)]
-    if lists and prompt.tail.lower() in ("answer", "category", "label"):
-        shown = lists[-1]
-    if prompt.tail and len(shown) > 1 and all(len(word.split()) <= 3 for word in shown):
-        schema = {"enum": list(dict.fromkeys(shown))}
-        return WantedForm(name_choice(schema), ("", schema))
-    for said in prompt.asking:
-        found = WORDS_ASKED.search(said.replace("single", "one"))
-        if found:
-            count = COUNTS.index(found[1]) if found[1] in COUNTS else min(int(found[1]), 12)
-            words = [("word", TEXT_SCHEMA), " "] * count
-            return WantedForm(f"{count} words", *words[:-1])
-        if re.search(r"\b(?:one|single) (?:line|sentence)\b", said):
-            return WantedForm("one sentence", ("description", TEXT_SCHEMA))
-    return None
+            return as_choice(schema, "[[\1answer\1]]" if "[[" in said else "\1answer\1")
+    items = prompt.items()
+    if items and prompt.tail.lower() in ("answer", "category", "label"):
+        return as_choice({"enum": items}, "\1answer\1")
+    short = re.search(r"\b(?:one|single)[ -](line|sentence|word)\b", prompt.whole)
+    name = "word" if short and short[1] == "word" else "description"
+    return WantedForm(f"one {short[1]}", f"\1{name}\1") if short else None
 
 
-FORM_READERS = (read_json, read_said, read_shown, read_frame, read_list, read_choice)
+FORM_READERS = (
+    read_json, read_said, read_shown, read_marks, read_label, read_block, read_records,
+    read_list, read_choice,
+)  # fmt: skip
 RESULT = lazy_regex(
-    r"\A\W*(?:observation|tool|result|output|returncode|error|format error|for context|continue|"
-    r"please (?:proceed|continue)|your (?:previous|last))|validation error|try again",
-    re.IGNORECASE,
+    r"(?i)\A\W*(?:observation|tool|result|output|returncode|error|format error|for context|"
+    r"continue|please (?:proceed|continue)|your (?:previous|last))|validation error|try again"
 )
 
 
 def is_hinted(text: str) -> bool:
-    """Tell whether a message can ask for a form."""
-    if len(text) <= MAX_SHORT:
-        return any(map(text.__contains__, HINTS)) or text[-1:] == ":"
-    ends = text[:MAX_SHORT] + text[-MAX_SHORT:]
-    return any(map(ends.__contains__, HINTS[:16])) or text[-1] == ":"
+    hints = HINTS if len(text) <= MAX_SHORT else HINTS[:16]
+    return any(map(keep_ends(text, MAX_SHORT).__contains__, hints)) or text[-1:] == ":"
 
 
 def read_form(messages: list[dict[str, Any]], json_mode: bool = False) -> WantedForm | None:
     """Return the form that is asked for: by the user's last message, else by the system's.
 
-    Where the user's last message is a result, those before it ask, too.
+    Where that is a result, the one before it that is none asks, too.
     """
     if not any(map(is_hinted, map(message_text, messages))):
         return None
-    users: list[tuple[int, str, bool]] = []
-    systems: list[tuple[int, str, bool]] = []
-    answered = spoken = False
-    for number in range(len(messages) - 1, -1, -1):
-        role, text = messages[number]["role"], message_text(messages[number])
-        if role in ("system", "developer"):
-            systems.append((number, text, answered))
-        elif role == "user" and not spoken:
-            users.append((number, text, answered))
-            spoken = number == 0 or not RESULT.search(text[:80])
-        answered = answered or role in ("tool", "function", "assistant")
+    roles = [message["role"] for message in messages]
+    users = [at for at, role in enumerate(roles) if role == "user"][::-1]
+    systems = [at for at, role in enumerate(roles) if role in ("system", "developer")][::-1]
+    asked = [at for at in users if not RESULT.search(message_text(messages[at])[:80])] or users[-1:]
+    said = "".join([message_text(messages[at])[-PROMPT_WINDOW:] for at in users[:1]])
+    told = "".join([message_text(messages[at])[:PROMPT_WINDOW] for at in systems[:1]])
     vague = None
-    for number, text, answered in users + systems:
+    for number in dict.fromkeys([*users[:1], *asked[:1], *systems[:2]]):
+        text = message_text(messages[number])
         if not is_hinted(text):
             continue
-        about = users[0][1][-PROMPT_WINDOW:] if users and number != users[0][0] else ""
-        prompt = Prompt(text, about, answered)
+        answered = not {"tool", "function", "assistant"}.isdisjoint(roles[number:])
+        prompt = Prompt(text, "" if number in users[:1] else said, answered, told)
         tried = (read(prompt) for read in FORM_READERS)
         form = read_json(prompt, True) if json_mode else next(filter(None, tried), None)
         if form is not None:
             form.label += f", from messages[{number}]"
-            if ("JSON", JSON_MODE_SCHEMA) not in form.parts:
+            if form.schemas.get("JSON") is not JSON_MODE_SCHEMA:
                 return form
             vague = vague or form
     return vague
@@ -7722,7 +7739,7 @@ def make_content(
     else:
         schema = find_schema(format)
         if schema is None:
-            schema = form.parts[1][1] if form else JSON_MODE_SCHEMA  # within a fence, perhaps
+            schema = form.schemas["JSON"] if form else JSON_MODE_SCHEMA  # within a fence, perhaps
         text = make_valid(rng, schema, "response_format")
     return text, count_tokens(text)
 
