@@ -3991,10 +3991,10 @@ def model_object(model: Model) -> Item:
 
 
 CAPABILITIES = {
-    "embedding": "CAPABILITY_EMBEDDING",
-    "rerank": "CAPABILITY_RERANKING",
-    "image": "CAPABILITY_IMAGE_GENERATION",
-    "video": "CAPABILITY_VIDEO_GENERATION",
+    "embedding": "EMBEDDING",
+    "rerank": "RERANKING",
+    "image": "IMAGE_GENERATION",
+    "video": "VIDEO_GENERATION",
 }
 # By the type of a model: what it takes, what it makes.
 MODALITIES = {
@@ -4019,7 +4019,7 @@ def supported_model(model: Model) -> Item:
         "publisher": model.organization,
         "baseModel": "",
         "baseModelId": "",
-        "capabilities": [CAPABILITIES.get(model.type, "CAPABILITY_CHAT")],
+        "capabilities": ["CAPABILITY_" + CAPABILITIES.get(model.type, "CHAT")],
         "inputModalities": ["MODALITY_" + takes],
         "outputModalities": ["MODALITY_" + gives],
         "products": ["PRODUCT_SERVERLESS"],
@@ -8245,10 +8245,9 @@ COMPLETION_FIELDS = Fields(
     Field("logprobs", int, low=0, high=20),
 )
 TEXT_FORMS = {False: CompletionForm(), True: TurboCompletionForm()}  # by whether a seed is told
-COMPLETION_FACTS = frozenset((
-    "model", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
-    "presence_penalty", "frequency_penalty", "logit_bias", "seed", "n", "suffix", "safety_model",
-))  # fmt: skip
+COMPLETION_FACTS = frozenset((*COMPLETION_FIELDS, "suffix")) - {  # what draws another text
+    "prompt", "max_tokens", "stop", "stream", "stream_options", "echo", "logprobs", "user",
+}  # fmt: skip
 
 
 def read_inputs(value: Any, place: str) -> list[Any]:
