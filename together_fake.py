@@ -8501,11 +8501,8 @@ class Jobs:
         self.enter = enter
         self.view = view
         self.cancelled = cancelled.split()
-        self.following = {
-            before: after
-            for ladder in (self.statuses, self.cancelled)
-            for before, after in zip(ladder, ladder[1:])
-        }
+        ladders = (self.statuses, self.cancelled)
+        self.following = {one: next for each in ladders for one, next in zip(each, each[1:])}
 
     def advance(self, server: Server, id: str) -> Item:
         """Take a job to its next status, or to its last where jobs are instant."""
@@ -9608,11 +9605,9 @@ def handle_adapters(server: Server, request: Request) -> Any:
             adapters.remove(id)
             server.models.pop(id, None)
         return {"model_id": id, "deleted": found}
-    items = []
-    for id in adapters:
-        name, _, adapter = id.partition(":")
-        items.append({"model_id": id, "endpoint_name": name, "adapter_name": adapter})
-    return {"object": "list", "data": items}
+    parts = [(id, *id.split(":", 1), "") for id in adapters]
+    names = ("model_id", "endpoint_name", "adapter_name")
+    return {"object": "list", "data": [dict(zip(names, each)) for each in parts]}
 
 
 @route("GET", "/v1/hardware", query=Fields(Field("model", str)))
@@ -10429,10 +10424,9 @@ def list_autoscale_models(server: Server, request: Request) -> Any:
 
 def list_page(request: Request, items: list[Item]) -> Item:
     """Return `limit` items after the id `after`, as the second API does."""
-    by_id = {item["id"]: item for item in items}
     limit, after = request.args.get("limit") or 100, request.args.get("after") or None
-    ids, more = take_page(list(by_id), limit, after)
-    page = [by_id[id] for id in ids]
+    ids, more = take_page([item["id"] for item in items], limit, after)
+    page = [item for item in items if item["id"] in ids]
     return {"object": "list", "data": page, "next_cursor": ids[-1] if more else None}
 
 
