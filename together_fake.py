@@ -1823,13 +1823,12 @@ def mp4_box(kind: bytes, *parts: bytes | int) -> bytes:
 
 
 MATRIX = (0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)  # pictures stay as they are
-MAX_FRAMES = 7200
 
 
-def make_video(rng: HashRandom, width: int, height: int, seconds: float, fps: int) -> bytes:
+def make_video(rng: HashRandom, width: int, height: int, seconds: int, fps: int) -> bytes:
     """Build an MP4 file of a landscape, which holds still, from PNG frames."""
     frame = make_image(rng, width, height)
-    count = min(max(round(seconds * fps), 1), MAX_FRAMES)
+    count = seconds * fps
     start = mp4_box(b"ftyp", b"isom\0\0\2\0isomiso2mp41")
     entry = struct.pack(">6xH16xHHIIIH", 1, width, height, 0x480000, 0x480000, 0, 1)
     table = mp4_box(
@@ -3957,18 +3956,18 @@ def read_models(table: str) -> dict[str, Model]:
 MODELS = read_models(MODEL_TABLE)
 LISTED_TYPES = tuple(dict.fromkeys(model.type for model in MODELS.values()))
 
-# What a model's chat template ends a turn with, by the start of its id (recorded).
+# What a chat template ends a turn with, by the maker of the model (recorded).
 STOP_TOKENS = {
-    "meta-llama/": ["<|eot_id|>", "<|eom_id|>"],
-    "openai/": ["<|return|>"],
-    "Qwen/": ["<|im_end|>"],
+    "meta-llama": ["<|eot_id|>", "<|eom_id|>"],
+    "openai": ["<|return|>"],
+    "Qwen": ["<|im_end|>"],
 }
 PRICING_KEYS = ("hourly", "base", "finetune", "image_pixel", "transcribe", "image", "video")
 
 
 def model_object(model: Model) -> Item:
     """Return a model as `GET /v1/models` lists it."""
-    stop = next((s for start, s in STOP_TOKENS.items() if model.id.startswith(start)), [])
+    stop = STOP_TOKENS.get(model.id.partition("/")[0], [])
     pricing: Item = dict.fromkeys(PRICING_KEYS, 0)
     pricing.update(zip(("input", "output", "cached_input"), model.prices), **model.pricing)
     item: Item = {
