@@ -11754,7 +11754,8 @@ class PageTests(FakeCase):
     def test_a_socket_shows_what_went_both_ways(self):
         call = fake.Call(1, Request("GET", "/v1/realtime"), 0.0)
         call.status = 101
-        call._raw_reply = [
+        call.is_stream = True
+        call._pieces = [
             b': data: {"type": "echo"}\n\n',
             b'data: {"type": "session.created"}\n\n',
         ]

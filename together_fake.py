@@ -4257,7 +4257,8 @@ class Call:
     identity: Any = None  # what a fixture would match, where the body is not kept
     excused = False  # a client that leaves: the stream was slow, or the server stopped
     episode = 0  # of the record: a request that comes again in another one is another request
-    _raw_reply: bytes | list[bytes] = b""
+    is_stream = False  # of events, or of a socket's messages
+    _pieces: Any = ()  # of the reply
     misses: Sequence[Any] = ()  # the fixtures that did not answer, and why
     explain_misses: Any = None
     answered_by: Any = None
@@ -4280,16 +4281,16 @@ class Call:
         self.status, self.reply_type = reply.status, reply.content_type
         self.reply_headers = reply.headers
         if reply.events is None and len(reply.body) <= MAX_RECORDED_BODY_BYTES:
-            self._raw_reply = reply.body
-            self.reply_size = len(reply.body)
+            self._pieces, self.reply_size = [reply.body], len(reply.body)
 
     def add_message(self, message: bytes, is_sent: bool) -> None:
-        """Keep a message of a socket; a client's is a comment between the events."""
-        self._raw_reply = self._raw_reply or []
+        """Keep a message of a socket; a client's is a comment between events."""
         line = b"data: %b\n\n" % b" ".join(BASE64_SOUND.sub(shorten_sound, message).splitlines())
-        if self.reply_size + len(line) <= MAX_RECORDED_BODY_BYTES and type(self._raw_reply) is list:
+        if not self.is_stream:
+            self._pieces, self.is_stream = [], True
+        if self.reply_size + len(line) <= MAX_RECORDED_BODY_BYTES:
             self.reply_size += len(line)
-            self._raw_reply.append(line if is_sent else b": " + line)
+            self._pieces.append(line if is_sent else b": " + line)
         self.events_sent += is_sent
 
     def add_sound(self, data: bytes, rate: int) -> None:
@@ -4305,7 +4306,8 @@ class Call:
     ) -> Generator[Any, None, None]:
         """Pass a stream on; note its events, how it ended and how long it took."""
         kept: list[bytes] = []
-        self._raw_reply, room, outcome = kept, MAX_RECORDED_BODY_BYTES, "left"
+        self._pieces, self.is_stream = kept, True
+        room, outcome = MAX_RECORDED_BODY_BYTES, "left"
         try:
             yield 0.0  # has begun, so that closing it is noted
             for event in events:
@@ -4350,8 +4352,7 @@ class Call:
 
     @property
     def is_kept(self) -> bool:
-        kept = self._raw_reply
-        return bool(kept) and (not isinstance(kept, list) or len(kept) >= self.events_sent)
+        return any(self._pieces) and len(self._pieces) >= self.events_sent
 
     @property
     def body_key(self) -> Any:
@@ -4361,8 +4362,7 @@ class Call:
 
     @property
     def raw_reply(self) -> bytes:
-        raw = self._raw_reply
-        return b"".join(raw) if isinstance(raw, list) else raw
+        return b"".join(self._pieces)
 
     @property
     def messages(self) -> list[Item]:
@@ -4372,23 +4372,19 @@ class Call:
                 "from": "client" if event.startswith(b":") else "server",
                 "message": parse_events(event.lstrip(b": "))[0],
             }
-            for event in (self._raw_reply if isinstance(self._raw_reply, list) else ())
+            for event in (self._pieces if self.is_stream else ())
         ]
 
     @property
     def reply(self) -> Any:
         """JSON, the list of a stream's events, a text, or a file's type and size."""
-        if isinstance(self._raw_reply, list):
-            return [event for event in parse_events(self.raw_reply) if event != "[DONE]"]
-        if not self._raw_reply:
-            return None
-        if "json" in self.reply_type or "text" in self.reply_type:
-            text = self._raw_reply.decode("utf-8", "replace")
-            try:
-                return json.loads(text)
-            except ValueError:
-                return text
-        return {"content_type": self.reply_type, "bytes": len(self._raw_reply)}
+        raw = self.raw_reply
+        if self.is_stream:
+            return [event for event in parse_events(raw) if event != "[DONE]"]
+        if raw and ("json" in self.reply_type or "text" in self.reply_type):
+            text = raw.decode("utf-8", "replace")
+            return json.loads(text) if succeeds(json.loads, text) else text
+        return {"content_type": self.reply_type, "bytes": len(raw)} if raw else None
 
     def get_header(self, name: str, default: str = "") -> str:
         """Return a header of the reply."""
@@ -5031,7 +5027,7 @@ def dump_json(value: Any) -> str:
 
 
 def normalise_message(said: Item) -> Item:
-    """Return text and tool calls as blocks in stream order, beside the same by kind."""
+    """Return text and calls as blocks in stream order, and by kind."""
     spoken = [{"type": "text", "text": said["content"]}] if "content" in said else []
     blocks, texts, calls = [], [], []
     for block in said.get("blocks") or spoken + said.get("toolCalls", []):
@@ -5158,17 +5154,6 @@ def suggest_operation(name: str) -> str:
     return f", did you mean {paths[path]}?" if path in paths else suggest(name, OPERATIONS)
 
 
-def check_match(match: Item, type: ResponseType, place: str) -> None:
-    name = match.get("endpoint", " ")
-    if isinstance(name, dict) or " " in name:  # a pattern, or as in "POST /v1/files"
-        return
-    reason = f"{name} cannot serve a response of type {type.name}"
-    if name not in OPERATIONS:
-        reason = f"{preview(name)} is unknown{suggest_operation(name)}"
-    if name not in OPERATIONS or not type.fits(name):
-        raise ValueError(f"{place}.endpoint: {reason}")
-
-
 def write_pattern(pattern: re.Pattern[str]) -> dict[str, str]:
     flags = "".join(letter for letter in "aimsx" if pattern.flags & re.RegexFlag[letter.upper()])
     return {"pattern": f"(?{flags}){pattern.pattern}" if flags else pattern.pattern}
@@ -5258,7 +5243,13 @@ def parse_entry(
         type, entry["response"] = parse_response(given["response"], place + ".response", ignored)
     elif entry.keys() == {"match"} and not ("response" in given or "endpoint" in entry["match"]):
         raise ValueError(f"{place}: needs a response, or an option such as latency")
-    check_match(entry["match"], type, place + ".match")
+    name = entry["match"].get("endpoint", " ")
+    is_kind = isinstance(name, str) and " " not in name  # no pattern, no "POST /v1/files"
+    if is_kind and not type.fits(name):
+        reason = f"{name} cannot serve a response of type {type.name}"
+        if name not in OPERATIONS:
+            reason = f"{preview(name)} is unknown{suggest_operation(name)}"
+        raise ValueError(f"{place}.match.endpoint: {reason}")
     try:
         json.dumps(entry, ensure_ascii=False, allow_nan=False).encode()
     except ValueError as error:
@@ -5632,7 +5623,7 @@ def load_fixtures(path: str) -> Loaded:
 
 
 def find_unreachable(fixtures: Sequence[Fixture]) -> list[str]:
-    """Return a sentence for each fixture of files that can never answer, since another does."""
+    """Return a sentence for each fixture that can never answer, since another does."""
     found = []
     first: dict[Any, Fixture] = {}
     for fixture in (each for each in fixtures if each.sequence is None):
@@ -5732,18 +5723,6 @@ def show_difference(wanted: Any, got: Any) -> str:
     return "\n".join(map("{} {}".format, "-+", parts))
 
 
-def explain_value(name: str, wanted: Any, got: Any, contains: bool) -> str:
-    if got in (None, ()):
-        return f"there is no {name}, wanted {preview(wanted)}"
-    if isinstance(wanted, dict) and wanted.keys() == {"pattern"}:
-        return f"{name} {preview(got)} does not match the pattern {preview(wanted['pattern'])}"
-    if not contains:
-        return f"{name} is {preview(got)}, wanted {preview(wanted)}"
-    is_near = isinstance(wanted, str) and wanted.lower() in got.lower()
-    hint = ", but it does where case is ignored" if is_near else ""
-    return f"{name} {preview(got)} does not contain {preview(wanted)}{hint}"
-
-
 def explain_key(fixture: Fixture, key: str, facts: MatchFacts, with_diff: bool) -> str:
     """Say how a request differs from what a fixture wants of it."""
     if key == "not":
@@ -5757,13 +5736,21 @@ def explain_key(fixture: Fixture, key: str, facts: MatchFacts, with_diff: bool) 
     diff = show_difference(wanted, got) if with_diff else ""
     if diff:
         return f"{name} differs:\n{diff}\n"
-    return explain_value(name, wanted, got, TEXT_KEYS.get(key) is operator.contains)
+    if got in (None, ()):
+        return f"there is no {name}, wanted {preview(wanted)}"
+    if isinstance(wanted, dict) and wanted.keys() == {"pattern"}:
+        return f"{name} {preview(got)} does not match the pattern {preview(wanted['pattern'])}"
+    if TEXT_KEYS.get(key) is not operator.contains:
+        return f"{name} is {preview(got)}, wanted {preview(wanted)}"
+    is_near = isinstance(wanted, str) and wanted.lower() in got.lower()
+    hint = ", but it does where case is ignored" if is_near else ""
+    return f"{name} {preview(got)} does not contain {preview(wanted)}{hint}"
 
 
 def explain_miss(
     fixture: Fixture, obstacle: Obstacle | None, facts: MatchFacts, with_diff: bool = True
 ) -> Item:
-    """Return why a fixture did not answer a request: what differs, and that in a sentence."""
+    """Return why a fixture did not answer: what differs, and that in a sentence."""
     differs, reason = obstacle or fixture.find_obstacle(facts) or ("", "it matches")
     if not reason and differs == "response":
         kinds = ", ".join(filter(fixture.response.fits, OPERATIONS))
@@ -5778,13 +5765,6 @@ def explain_misses(misses: Sequence[Any], facts: MatchFacts) -> list[Item]:
         explain_miss(fixture, obstacle, facts, index < MAX_DIFFS)
         for index, (fixture, obstacle) in enumerate(ranked)
     ]
-
-
-def explain_shadow(fixture: Fixture, chosen: Fixture, turn: int) -> Obstacle:
-    if fixture.turn not in (None, turn):
-        return "match.turnIndex", ""
-    later = ", added later," if chosen.number > fixture.number >= 0 else ""
-    return "shadowed", f"it matched, but {chosen.source}{later} was served"
 
 
 class Fixtures:
@@ -5843,9 +5823,6 @@ class Fixtures:
                 for counts in (each.counts, each.group_counts):
                     counts.clear() if test is None else counts.pop(test, None)
 
-    def covers(self, operation: str) -> bool:
-        return any(fixture.match.get("endpoint") == operation for fixture in self.every)
-
     def remove_run_time(self) -> None:
         with self._lock:
             for fixture in self._added:
@@ -5863,7 +5840,7 @@ class Fixtures:
             self._added, self._order = [each for each in self._added if each not in gone], None
 
     def add(self, fixtures: Sequence[Fixture]) -> None:
-        """Add fixtures at run time, in one step; raise ValueError where there are too many."""
+        """Add fixtures in one step; raise ValueError where there are too many."""
         with self._lock:
             if len(self._added) + len(fixtures) > MAX_FIXTURES:
                 raise ValueError(f"there may be at most {MAX_FIXTURES} fixtures; remove some")
@@ -5947,8 +5924,7 @@ class Fixtures:
             order = self.files
         elif own:
             order = [parse_header(own), *order]
-        texts = {key: facts[key] for key in TEXT_KEYS}
-        texts = {key: texts[key] if type(texts[key]) in (str, tuple) else "" for key in texts}
+        texts = {key: t if type(t := facts[key]) in (str, tuple) else "" for key in TEXT_KEYS}
         texts[""] = ""
         is_plain = facts.normaliser is COMPARES_ALL
         likely = [f for f in order if f.needle in texts[f.needle_key]] if is_plain else order
@@ -5971,8 +5947,12 @@ class Fixtures:
         turn, misses = facts["turnIndex"], []
         others = (each for each in order if each not in found)  # why is told when asked
         for each in itertools.islice(itertools.chain(found, others), MAX_NEAR_MISSES + 1):
-            shadow = explain_shadow(each, chosen, turn) if chosen and each in found else None
-            misses.append((each, reasons.get(each) or shadow))
+            reason = reasons.get(each)
+            if chosen is not None and reason is None and each in found:
+                later = ", added later," if chosen.number > each.number >= 0 else ""
+                shadow = "shadowed", f"it matched, but {chosen.source}{later} was served"
+                reason = shadow if each.turn in (None, turn) else ("match.turnIndex", "")
+            misses.append((each, reason))
         misses = [miss for miss in misses if miss[0] is not chosen][:MAX_NEAR_MISSES]
         if chosen is None or chosen.turn in (None, turn):
             return chosen, "", misses
@@ -10573,7 +10553,7 @@ def put_message(message: Item) -> Item:
 
 
 def put_chat(request: Request, events: list[Any]) -> Item | None:
-    """Return a chat's answer, whole or in chunks, in a fixture's words; None where they lack."""
+    """Return a chat's answer, whole or in chunks, in a fixture's words; or None."""
     messages = fold_stream(list_objects(events))
     scores = [get_path(event, "choices", "0", "logprobs") for event in events]
     if len(messages) != 1 or any(scores) or not all("choices" in event for event in events):
@@ -10809,10 +10789,6 @@ class Recorder:
     """
 
     def __init__(self, path: str, change: Any = None) -> None:
-        """Read the file if there is one; raise ValueError or OSError where it cannot be.
-
-        change  returns what is compared of a request's body
-        """
         import tempfile
 
         self._change = change
@@ -13548,12 +13524,10 @@ class Scripting:
     def reply(self, content: Any = None, **words: Unpack[ReplyWords]) -> Fixture:
         """Script an answer: `reply("Hi!", user_message="hello", times=1)`.
 
-        content  a text; a dict, list or pydantic model, whose JSON is the text; an iterator, which
-                 gives one answer after the other; a function of the request, which gives a text,
-                 JSON, or a dict of the keys of a response
+        content  a text; JSON or a pydantic model, which becomes one; an iterator of answers; a
+                 function of the request, which returns a text, JSON, or a dict of a response's keys
 
-        The keywords are the keys of fixture files in snake case. Raises ValueError naming what is
-        wrong.
+        The keywords are the keys of fixture files in snake case.
         """
         if isinstance(content, list) and content and all(isinstance(it, str) for it in content):
             import warnings
@@ -13569,8 +13543,8 @@ class Scripting:
     ) -> Fixture:
         """Script a fault: a status with its real body, or a reply that goes wrong on its way.
 
-        `fail(429, retry_after=1, times=2)`, `fail(disconnect_after_chunks=3)`, `fail("stall")` or
-        another name in `FAULTS`; `fail("timeout")` never answers.
+        `fail(429, retry_after=1, times=2)`, `fail(disconnect_after_chunks=3)`, a name in `FAULTS`,
+        or `fail("timeout")`, which never answers.
         """
         return self._add_fixture("fail", {**read_fault(status), **words})
 
@@ -13578,8 +13552,7 @@ class Scripting:
     def fault(self, fault: str | Mapping[str, Any], times: int | None = 1) -> Iterator[None]:
         """Have the next request meet a fault: `for name in FAULTS: with server.fault(name): ...`.
 
-        fault  a name in `FAULTS`, or the keywords of one
-        times  how many requests meet it (default: the first; None: all)
+        times  how many requests meet it (None: all)
         """
         words, server, wanted = read_fault(fault), self.server, self.server._wanted_port
         self.mark()
@@ -13608,7 +13581,7 @@ class Scripting:
     def verdict(self, since: int = 0, most_attempts: int = MAX_ATTEMPTS) -> list[Finding]:
         """Return what the client did wrong, each with the calls that show it; see `WRONGS`.
 
-        since          the number of the last call that does not count, as `mark()` returns it
+        since          the number of the last call that does not count, from `mark()`
         most_attempts  how often one request may be sent
         """
         return judge([call for call in self.requests if call.number > since], most_attempts)
@@ -13616,7 +13589,7 @@ class Scripting:
     def assert_resilient(
         self, allow: str | Iterable[str] = (), since: int = 0, most_attempts: int = MAX_ATTEMPTS
     ) -> None:
-        """Raise AssertionError telling what the client did wrong, in order and with times.
+        """Fail where the client did something wrong; tell it in order and with times.
 
         allow  names in `WRONGS` that are no wrongs here
         """
@@ -13633,7 +13606,7 @@ class Scripting:
         at_once: int | None = None,
         since: int = 0,
     ) -> None:
-        """Raise AssertionError where there were more tokens, calls, or calls at once."""
+        """Fail where there were more tokens, calls, or calls at once."""
         asked = [call for call in self.requests if call.number > since and is_inference(call)]
         refuse_lines("wrongs", map(str, judge_budget(asked, total_tokens, calls, at_once)))
 
@@ -13661,16 +13634,13 @@ class Scripting:
         return fixture
 
     def calls_to(self, operation: str, **words: Unpack[CallWords]) -> list[Call]:
-        """Return the recorded calls of an operation, `"chat"` or `"POST /v1/..."`, that match.
-
-        The keywords mean what they mean in `reply()`; `body` is contained in the request's.
-        """
+        """Return the calls of an operation, `"chat"` or `"POST /v1/..."`, that match."""
         return self._find_calls(operation, words)
 
     def assert_called(
         self, operation: str, *, times: int | None = None, **words: Unpack[CallWords]
     ) -> Call:
-        """Return the last such call; raise AssertionError showing how the nearest ones differ.
+        """Return the last such call; fail showing how the nearest ones differ.
 
         times  how many there have to be (default: at least one)
         """
@@ -13680,17 +13650,17 @@ class Scripting:
         return calls[-1] if calls else None  # type: ignore[return-value]  # only with times=0
 
     def assert_called_once(self, operation: str, **words: Unpack[CallWords]) -> Call:
-        """Return the only such call; raise AssertionError where there are none or several."""
+        """Return the only such call; fail where there are none or several."""
         return self.assert_called(operation, times=1, **words)
 
     def assert_not_called(self, operation: str, **words: Unpack[CallWords]) -> None:
-        """Raise AssertionError where there was such a call."""
+        """Fail where there was such a call."""
         self.assert_called(operation, times=0, **words)
 
     def wait_for(
         self, operation: str, *, times: int = 1, timeout: float = 5, **words: Unpack[CallWords]
     ) -> list[Call]:
-        """Wait `timeout` seconds at most for so many calls to have ended, and return them."""
+        """Wait `timeout` seconds at most for so many calls to have ended; return them."""
         end = time.monotonic() + timeout
         while True:
             calls = [call for call in self._find_calls(operation, words) if call.has_ended]
@@ -13701,7 +13671,7 @@ class Scripting:
             threading.Event().wait(POLL_SECONDS)
 
     def wait_idle(self, timeout: float = 5) -> None:
-        """Wait until every call has ended; raise AssertionError after `timeout` seconds."""
+        """Wait until every call has ended; fail after `timeout` seconds."""
         end = time.monotonic() + timeout
         while running := [call for call in self.requests if not call.has_ended]:
             if time.monotonic() >= end:
@@ -13709,18 +13679,18 @@ class Scripting:
             threading.Event().wait(POLL_SECONDS)
 
     def assert_all_matched(self) -> None:
-        """Raise AssertionError listing the texts (or what `on_miss` refuses) without a fixture."""
+        """Fail where no fixture answered a text (or what `on_miss` refuses)."""
         kinds = self.server._refused or list_refused_kinds("error")
         missed = [each for each in self.requests if each.kind in kinds and not each.fixture]
         refuse_lines("answered by no fixture", (f"{call!r}{explain_call(call)}" for call in missed))
 
     def assert_no_warnings(self) -> None:
-        """Raise AssertionError listing the calls with warnings."""
+        """Fail where there are warnings."""
         lines = (f"{call!r}: {text}" for call in self.requests for text in call.warnings)
         refuse_lines("there are warnings", lines)
 
     def assert_tool_called(self, name: str, /, **arguments: Any) -> Call:
-        """Return the last call whose conversation has a call of a tool, with these arguments."""
+        """Return the last call that sent back such a call of a tool; else fail."""
         seen: dict[str, None] = {}
         for call in reversed(self.requests):
             tools = (list_objects(message.get("tool_calls")) for message in list_asked(call))
@@ -13735,7 +13705,7 @@ class Scripting:
         raise AssertionError(f"wanted a call of {wanted}, saw:\n  {told}")
 
     def assert_usage(self, **counts: int) -> None:
-        """Raise AssertionError where the usage of all calls adds up to other counts of tokens."""
+        """Fail where the usage of all calls adds up to other counts of tokens."""
         usages = [call.usage or {} for call in self.requests]
         for name, wanted in counts.items():
             each = [usage.get(name) or 0 for usage in usages]
@@ -13758,11 +13728,11 @@ class Scripting:
         )
 
     def assert_all_used(self) -> None:
-        """Raise AssertionError listing the fixtures that were never served, and why not."""
+        """Fail where fixtures were never served, and say why not."""
         refuse_lines("never served", self._list_unused())
 
     def explain(self) -> str:
-        """Tell of calls that no fixture answered, fixtures never served, warnings; or nothing."""
+        """Tell of misses, fixtures never served, and warnings; or nothing."""
         calls = self.requests[-MAX_NEAR_MISSES:]
         missed = [(call, explain_call(call)) for call in calls if not call.fixture]
         told = [f"{call!r}: {warning}" for call in calls for warning in call.warnings]
@@ -13799,18 +13769,18 @@ class OneTest(Scripting):
 
     @property
     def headers(self) -> dict[str, str]:
-        """The header by which its calls are known."""
+        """The header that names it."""
         return {"X-Test-Id": self.test_id}
 
     @property
     def env(self) -> dict[str, str]:
-        """The server's variables, and those by which SDKs send the header with every call."""
+        """The server's variables, and those by which SDKs send the header."""
         header = f"X-Test-Id: {self.test_id}"
         variables = ("TOGETHER_CUSTOM_HEADERS", "OPENAI_CUSTOM_HEADERS")
         return {**self.server.env, **dict.fromkeys(variables, header)}
 
     def reset(self) -> None:
-        """Forget the calls, counts and fixtures of this test."""
+        """Forget its calls, counts and fixtures."""
         self.server.reset(test=self.test_id)
 
 
@@ -13933,7 +13903,7 @@ class TogetherAiServer(Scripting):
     _parent_port = 0
 
     def _make_locks(self) -> None:
-        """Make what threads share; anew in a child process, where nobody would give it back."""
+        """Make what threads share; anew in a child process."""
         # Held while a job takes a step, a whole batch too; its lines may retrieve jobs.
         self.job_lock = threading.RLock()
         self._life = threading.Lock()
@@ -13969,7 +13939,7 @@ class TogetherAiServer(Scripting):
         return self
 
     def stop(self) -> None:
-        """End live connections and leave neither a thread nor a socket; start() works again."""
+        """End live connections, threads and sockets; start() works again."""
         with self._lock:  # a start() in between would be lost
             http_server, self._http = self._http, None
         if http_server is not None:
@@ -14038,7 +14008,7 @@ class TogetherAiServer(Scripting):
 
     @property
     def on_miss(self) -> str | Mapping[str, str]:
-        """What happens where no fixture matches, for all kinds of operation or for each."""
+        """What happens where no fixture matches, for all kinds or for each."""
         return self._on_miss
 
     @on_miss.setter
@@ -14067,7 +14037,7 @@ class TogetherAiServer(Scripting):
 
     @property
     def url(self) -> str:
-        """`http://127.0.0.1:PORT`, for clients that add the version themselves."""
+        """`http://127.0.0.1:PORT`."""
         if self._http is None:
             raise RuntimeError("the server has no address yet: call start() first")
         return self.origin
@@ -14079,10 +14049,7 @@ class TogetherAiServer(Scripting):
 
     @property
     def env(self) -> dict[str, str]:
-        """The variables to put into a program's environment before it builds its client.
-
-        Each is read by some client of Together or OpenAI; see the table in the README.
-        """
+        """The variables to set before a program builds its client; see the README."""
         return {
             **dict.fromkeys(KEY_VARIABLES, DEFAULT_KEY),
             **dict.fromkeys(URL_VARIABLES, self.base_url),
@@ -14118,11 +14085,11 @@ class TogetherAiServer(Scripting):
     # Scripts and stored objects
 
     def test(self, name: str) -> OneTest:
-        """Return a view of one test, by its `X-Test-Id`: what it scripts and asks is its own."""
+        """Return a view of one test, by its `X-Test-Id`."""
         return OneTest(self, name)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Load a fixture file, or a folder of them; ValueError names the place that is wrong."""
+        """Load a fixture file or folder; ValueError names the place that is wrong."""
         for warning in self._load(os.fspath(path)).warnings:
             import warnings
 
@@ -14134,7 +14101,7 @@ class TogetherAiServer(Scripting):
         return loaded
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a fixture file that answers every recorded call as it was answered."""
+        """Write a fixture file that answers every recorded call again."""
         rows = record_calls(self.requests, self.secrets).rows()
         write_file(os.fspath(path), write_fixtures(rows, {}))
 
@@ -14154,7 +14121,7 @@ class TogetherAiServer(Scripting):
         purpose: str = "fine-tune",
         id: str | None = None,
     ) -> Item:
-        """Store a file as an upload would, under an id of your choice."""
+        """Store a file as an upload would."""
         item = {"id": id, "content": data, "filename": filename, "purpose": purpose}
         return self._store("files", item)
 
@@ -14342,7 +14309,8 @@ class TogetherAiServer(Scripting):
         try:
             route, request.params = find_route(request.method, path)
         except ApiError:
-            known = self._upstream is not None or self.script.covers(f"{request.method} {path}")
+            scripted = (fixture.match.get("endpoint") for fixture in self.script.every)
+            known = self._upstream is not None or f"{request.method} {path}" in scripted
             if not known or not path.startswith("/v"):
                 raise
             route = Route(request.method, path)  # which is the upstream's or a fixture's to know
