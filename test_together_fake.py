@@ -11049,6 +11049,9 @@ class VerdictTests(LocalCase):
                 self.break_next(times=None, **words)
                 self.send({**HELLO, "stream": stream})
                 self.assertEqual(self.names(), ["no_retry"] if wanted else [])
+                how = f"a {words['status']}" if "status" in words else "a connection that was cut"
+                for finding in self.server.verdict():
+                    self.assertEqual(finding.text, f"gave up at {how}, attempt 1")
                 self.send({**HELLO, "stream": stream}, 1)
                 if wanted:
                     self.assertEqual(self.names(), ["gave_up"])
@@ -11096,7 +11099,8 @@ class VerdictTests(LocalCase):
         self.assertEqual(self.names(), [])
         self.server.reset()
         self.quote_first(8)
-        self.assertEqual(self.names(), ["half_answer_taken"])
+        (finding,) = self.server.verdict()
+        self.assertEqual(repr(finding), '<half_answer_taken: took for whole "Certainl">')
 
     def test_what_was_too_large_to_keep_is_not_judged(self):
         with mock.patch.object(fake, "MAX_RECORDED_BODY_BYTES", 100):
@@ -11133,6 +11137,8 @@ class VerdictTests(LocalCase):
                     body = {"input": [{"role": "user", "content": "hi"}, item, output]}
                 self.send({"model": THINKER, **body}, 1, path=path)
                 self.assertEqual(set(self.names()), {"no_retry", "half_answer_taken"})
+                found = self.server.verdict()
+                self.assertIn("took for whole a tool call", [each.text for each in found])
 
     def test_results_without_calls_and_calls_without_results(self):
         def turns(*calls, results=()):
@@ -11167,8 +11173,10 @@ class VerdictTests(LocalCase):
         ):
             with self.subTest(words):
                 self.server.reset()
-                self.server.reply("One two three four five.", **words)
+                self.server.reply("One two three four five.", chunk_size=8, times=1, **words)
                 self.send({**HELLO, "stream": True}, leave=2)
+                said = {"role": "assistant", "content": "One two three four five."}
+                self.send({"model": "m", "messages": [*say("hello"), said]}, 1)
                 self.assertEqual(self.names(), wanted)
 
     def test_equal_requests_at_once_are_no_attempts(self):
