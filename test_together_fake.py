@@ -9011,6 +9011,25 @@ class CallbackTests(FakeCase):
             said = list(pool.map(lambda number: self.text(f"hello {number}"), range(10)))
         self.assertEqual((said, len(asked)), (["late"] * 10, 10))
 
+    def test_the_record_tells_that_a_client_left_before_its_answer(self):
+        entered, leave = threading.Event(), threading.Event()
+        self.addCleanup(leave.set)
+
+        def reply(request):
+            entered.set()
+            leave.wait(2 * PATIENCE)
+            return "late"
+
+        self.server.reply(reply)
+        with socket.create_connection(("127.0.0.1", self.server.port), PATIENCE) as client:
+            client.sendall(RAW_CHAT)
+            self.assertTrue(entered.wait(PATIENCE))
+        (call,), clients = self.server.requests, self.server._http.clients
+        self.assertTrue(wait_until(lambda: any(client.has_ended for client in clients)))
+        leave.set()
+        self.assertTrue(wait_until(lambda: call.has_ended))
+        self.assertEqual((call.status, call.outcome), (200, "left"))
+
     def test_a_clock_that_raises_or_stops_the_server_breaks_no_call(self):
         calls = []
 

@@ -333,7 +333,7 @@ class Headers(dict):  # type: ignore[type-arg]
 class Request:
     """One request, from HTTP, a test or the line of a batch."""
 
-    client: Any  # the connection, where a worker waits for somebody else on its behalf
+    client: Any = None  # the connection on whose behalf a worker answers
     id = ""  # of the answer, once it is drawn
     script: Item | None = None  # what a fixture says instead of the generators
     form = ""  # of the answer, as the prompt asks for it
@@ -4586,6 +4586,7 @@ class Socket:
             self.closed = Closed(1011, "this is a bug of together_fake")
 
     def read(self) -> None:
+        """Act on the frames that are whole."""
         if self.waiting > MAX_WAITING_BYTES:
             raise Closed(1008, "too much waits to be answered")
         while frame := take_frame(self.unread):
@@ -10072,15 +10073,12 @@ SENTENCE_END = lazy_regex(  # a full stop behind a digit may be a decimal point
 
 
 class Session(Socket):
-    """A client that is heard over a socket, or spoken to.
+    """A client that is heard over a socket, or spoken to."""
 
-    failure   the type of the message that tells of an error
-    messages  that it may send, and their fields; the method that answers is called as the type ends
-    """
-
-    failure = object = ""
+    object = ""  # what it is called
+    failure = ""  # the type of a message that tells of an error
     modalities: tuple[str, ...] = ("audio",)
-    messages: Mapping[str, Fields] = {}
+    messages: Mapping[str, Fields] = {}  # by type, which ends in the name of the method for it
     is_strict = False  # an error in a message ends it
 
     def __init__(self, server: TogetherAiServer, request: Request) -> None:
@@ -10103,6 +10101,7 @@ class Session(Socket):
         self.send({**created, "session": session})
 
     def hear(self, data: bytes) -> None:
+        """Answer a message, or tell what is wrong with it."""
         try:
             message = parse_body(data, "", NO_FIELDS)
             type = str(message.get("type"))
@@ -10126,10 +10125,7 @@ class Session(Socket):
         self.send(message)
 
     def answer(self, item_id: str, say: Any, facts: Any, **body: Any) -> Iterator[Any]:
-        """Have a turn go the way of a request; yield its events and pauses.
-
-        say  yields its messages, given what a fixture says, the item's id and the facts
-        """
+        """Have a turn, whose messages `say()` yields, go the way of a request; yield its events."""
         turn = Request("GET", self.request.path, headers=self.request.headers)
         turn.call, turn.route, self.call.fixture = self.call, self.request.route, ""
         turn.body = {**self.settings, **body}
@@ -11269,11 +11265,10 @@ function readPart(part) {
 
 function readMessage({ role = "", content, tool_calls: calls, ...more }) {
   const thought = more.reasoning || more.reasoning_content;
-  const shown = thought && make("div", "dim", toText(thought));
   const called = (calls ?? []).map(({ function: { name, arguments: given } }) =>
     make("div", "", "calls " + name, makePre(given)));
   return makeCard(role, more.tool_call_id ?? more.finish_reason,
-    shown, [content ?? []].flat().map(readPart), called);
+    thought && make("div", "dim", toText(thought)), [content ?? []].flat().map(readPart), called);
 }
 
 function readTool({ name, description, parameters, function: nested }) {
@@ -11405,13 +11400,12 @@ function place(call) {
 
 function drawEmpty(filtered) {
   const base = location.origin + "/v1";
-  const lines = ["export TOGETHER_BASE_URL=" + base + " TOGETHER_API_KEY=any",
-    "export OPENAI_BASE_URL=" + base + " OPENAI_API_KEY=any",
-    "curl " + base + "/chat/completions -H 'Authorization: Bearer any' \\",
-    `  -d '{"model": "m", "messages": [{"role": "user", "content": "hello"}]}'`];
+  const shell = `export TOGETHER_BASE_URL=${base} TOGETHER_API_KEY=any
+export OPENAI_BASE_URL=${base} OPENAI_API_KEY=any
+curl ${base}/chat/completions -H 'Authorization: Bearer any' \\
+  -d '{"model": "m", "messages": [{"role": "user", "content": "hello"}]}'`;
   byId("list").replaceChildren(filtered ? "No call passes the filter." : make("div", "",
-    "No calls yet. Set these before a client is built, or try the curl:",
-    makePre(lines.join("\n"))));
+    "No calls yet. Set these before a client is built, or try the curl:", makePre(shell)));
 }
 
 function clear() {
@@ -12242,7 +12236,6 @@ class ReplyWriter:
 
 # At once; further ones wait in the backlog. select() alone, on Windows, watches 512.
 MAX_CONNECTIONS = 4000 if hasattr(select, "poll") else 500
-BACKLOG = 1024  # connections that wait to be accepted
 CROWDED_SECONDS = 1.0  # to ask, send on or read, where all places are taken and somebody waits
 MAX_HELD = 8  # replies that are sent at once
 MAX_IDLE_WORKERS = 16
@@ -12523,7 +12516,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     costs a third of answering it, and while it is awake the next reply wakes nobody.
     """
 
-    request_queue_size = BACKLOG
+    request_queue_size = 1024  # connections that wait to be accepted
     allow_reuse_address = os.name == "posix"  # on Windows it would let two servers share the port
 
     def __init__(self, address: tuple[str, int], app: Any, ssl_context: Any = None) -> None:
@@ -12906,8 +12899,7 @@ class Upstream:
         connection.connect()
         target = self.prefix + request.path + (f"?{request.query}" if request.query else "")
         connection.request(request.method, target, request.raw or None, headers)
-        client = getattr(request, "client", None)
-        source: Any = UpstreamReader(connection.sock, client, self.stopping, self.seconds)
+        source: Any = UpstreamReader(connection.sock, request.client, self.stopping, self.seconds)
         while True:
             response = http.client.HTTPResponse(source, method=request.method)
             response.begin()
@@ -14159,7 +14151,8 @@ class TogetherAiServer(Scripting):
         if reply.handler is not None:
             return reply
         if reply.events is None:
-            self._end_call(call, "complete")
+            has_left = request.client is not None and request.client.has_ended
+            self._end_call(call, "left" if has_left else "complete")
         else:
             reply.events = call.watch_events(reply.events, call.started, self._end_call)
             next(reply.events)
