@@ -1374,7 +1374,7 @@ class HandshakeTests(LocalCase):
         self.assertEqual(self.refuse(VOICE), 101)
 
     def test_a_page_brings_its_key_where_it_can(self):
-        protocols = "realtime, openai-insecure-api-key.SECRET, openai-beta.realtime-v1"
+        protocols = "openai-beta.realtime-v1, openai-insecure-api-key.SECRET, realtime"
         foreign = {"Authorization": "", "Origin": "https://example.com"}
         self.assertEqual(self.refuse(**foreign), 403)
         self.assertEqual(self.refuse(**{**foreign, "Origin": "http://127.0.0.1"}), 401)
@@ -8261,27 +8261,14 @@ class HostileFormTests(LocalCase):
 
 
 class HostileBodyTests(SocketCase):
-    """What goes through the wire unharmed, and must not harm what is behind it."""
+    """What goes through the wire unharmed must not harm what is behind it."""
 
-    REFUSED = (
-        ("NaN", b'{"model":"m","temperature":NaN}'),
-        ("lone surrogate", b'{"model":"\\ud800","messages":[{"role":"user","content":"\\udfff"}]}'),
-        ("6,000 digits", b'{"model":"m","max_tokens":' + b"9" * 6000 + b"}"),
-        ("100,000 brackets", b"[" * 100_000 + b"]" * 100_000),
-        ("no UTF-8", b'{"model":"\xff"}'),
-        ("no JSON", b"{"),
-        ("no object", b"[1]"),
-        ("nothing", b""),
-    )
-
-    def test_hostile_json_is_a_400(self):
+    def test_who_is_behind_hostile_json_is_answered(self):
         self.address = "127.0.0.1", SERVER.port
-        for name, body in self.REFUSED:
-            with self.subTest(name):
+        for body in (b'{"model":"\xff"}', b"[" * 100_000 + b"]" * 100_000, b""):
+            with self.subTest(body[:9]):
                 data = POST + b"Content-Length: %d\r\n\r\n" % len(body) + body + RAW_CHAT
-                (status, _, body), (next_status, _, _) = split_replies(self.exchange(data))
-                self.assertEqual((status, next_status), (400, 200))
-                self.assertIn("message", json.loads(body)["error"])
+                self.assertEqual(self.statuses(data), [400, 200])
 
 
 # === Sockets ===
