@@ -1970,7 +1970,12 @@ class Pattern:
             elif kind == "repeat":
                 options[-1].append(self._read_repeat(options[-1], text))
             elif kind == "open":
-                options[-1].append(self._read_group(text))
+                node = self._read()
+                if not self._tokens:
+                    raise self._refusal("a parenthesis is not closed")
+                self._tokens.pop()
+                is_look = text in ("(?=", "(?!")
+                options[-1].append(("look", node, text == "(?=") if is_look else node)
             elif kind == "rest":
                 raise self._refusal(f"{text}, as it stands there, is not supported")
             elif kind == "text":  # an expression that finds it where it overlaps, too
@@ -1990,13 +1995,6 @@ class Pattern:
         if part[0] == "set" or (part[0] == "text" and len(part[2]) == 1):
             run = re.compile(f"(?:{part[1].pattern})*", self._flags)
         return ("repeat", part, low, min(high, MAX_TEXT), run)
-
-    def _read_group(self, start: str) -> Any:
-        node = self._read()
-        if not self._tokens:
-            raise self._refusal("a parenthesis is not closed")
-        self._tokens.pop()
-        return ("look", node, start == "(?=") if start in ("(?=", "(?!") else node
 
     def _read_set(self, kind: str, text: str) -> Any:
         """Read a set of characters or an anchor."""
@@ -2342,8 +2340,8 @@ VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
         <= sum(r.accepts(a, item) for item in v) <= s.get("maxContains", len(v))),
     "unevaluatedItems": ("schema", "array", lambda r, a, v, s: all(
         r.accepts(a, v[number]) for number in r.find_rest(s, v, range(len(v))))),
-    "dependents": ("no shape", "object", lambda r, a, v, s: all(
-        r.accepts(part, v) for key, part in a if key in v)),
+    "dependentSchemas": ("needs", "object", lambda r, a, v, s: all(
+        r.accepts(a[key], v) for key in a if key in v)),
     "required": ("names", "object", lambda r, a, v, s: all(name in v for name in a)),
     "propertyNames": ("schema", "object", lambda r, a, v, s: all(r.accepts(a, key) for key in v)),
     "properties": ("map", "object", lambda r, a, v, s: all(
@@ -2361,7 +2359,7 @@ LOOKED_AT = {
     "default": "any", "examples": "any", "description": "any", "format": "text",
     "contentMediaType": "text", "minContains": "count", "maxContains": "count", "const": "any",
     "then": "schema", "else": "schema", "additionalItems": "schema",
-    "dependencies": "needs", "dependentRequired": "needs", "dependentSchemas": "needs",
+    "dependencies": "needs", "dependentRequired": "needs",
 }  # fmt: skip
 VOCABULARY.update(
     (keyword, (shape, "no kind", lambda r, a, v, s: True)) for keyword, shape in LOOKED_AT.items()
@@ -2406,9 +2404,10 @@ def rewrite(schema: dict[str, Any]) -> dict[str, Any]:
     if isinstance(schema.get("items"), list):
         schema["prefixItems"] = schema["items"]
         schema["items"] = schema.get("additionalItems", True)
-    needs = [schema.pop(f"depend{rest}", {}) for rest in ("encies", "entRequired", "entSchemas")]
-    if any(needs):
-        schema["dependents"] = [pair for each in needs for pair in each.items()]
+    for keyword in ("dependencies", "dependentRequired"):
+        for key, part in schema.pop(keyword, {}).items():
+            needs = schema.setdefault("dependentSchemas", {})
+            needs[key] = {"allOf": [part, needs[key]]} if key in needs else part
     if "const" in schema:
         if "enum" in schema:
             schema["allOf"] = [*schema.get("allOf", ()), {"enum": schema["enum"]}]
@@ -2582,7 +2581,8 @@ class SchemaReader:
         parts = [*schema.get("allOf", ()), *schema.get("anyOf", ()), *schema.get("oneOf", ())]
         parts += [self.resolve(schema["$ref"])] if "$ref" in schema else []
         parts += [schema["if"], self.find_branch(schema, value)] if "if" in schema else []
-        parts += [part for key, part in schema.get("dependents", ()) if key in value]
+        needs = schema.get("dependentSchemas", {})
+        parts += [needs[key] for key in needs if key in value]
         for part in parts:
             if isinstance(part, dict) and self.accepts(part, value):
                 rest = [] if all_others in part else self.find_rest(part, value, rest)
@@ -2618,7 +2618,7 @@ class SchemaReader:
         )
 
 
-COMBINING = {"$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependents"}  # add parts
+COMBINING = {"$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas"}  # add parts
 # What a made value does not meet by the way it is made, and is therefore tested for.
 TESTED = {"oneOf", "not", "contains", "if", "unevaluatedItems", "unevaluatedProperties"}
 MAPS = ("additionalProperties", "patternProperties", "unevaluatedProperties")
@@ -2648,13 +2648,16 @@ class ValueMaker:
         low = int(max(self.arguments("min" + what), default=0))
         high = int(min([limit, *self.arguments("max" + what)]))
         if low > high:
-            raise Unsatisfiable(f"{self.path}: min{what} {low} is above {high}")
+            raise self.refusal(f"min{what} {low} is above {high}")
         return low, high
 
-    def refusal(self, kind: str) -> Unsatisfiable:
+    def refusal(self, reason: str) -> Unsatisfiable:
+        return Unsatisfiable(f"{self.path}: {reason}")
+
+    def no_value(self, kind: str) -> Unsatisfiable:
         """Return the error that no value meets the keywords that speak of its kind."""
         keywords = [keyword for keyword in self.keywords if VOCABULARY[keyword][1] in ("", kind)]
-        return Unsatisfiable(f"{self.path}: no {kind} was found that meets {', '.join(keywords)}")
+        return self.refusal(f"no {kind} was found that meets {', '.join(keywords)}")
 
     def make_inside(self, key: str | int, schemas: list[Any], name: str) -> Any:
         """Return a value for an item, a property or a property's name."""
@@ -2666,7 +2669,7 @@ class ValueMaker:
     def make(self) -> Any:
         """Return a value by the first way that is not blocked."""
         if self.depth < -MAX_MORE_DEPTH:
-            raise Unsatisfiable(f"{self.path}: nests too deep")
+            raise self.refusal("nests too deep")
         self.reader.spend(4)
         self.minimal = self.minimal or self.depth <= 0 or self.reader.is_late()
         trail, minimal, problem = self.trail, self.minimal, None
@@ -2679,7 +2682,7 @@ class ValueMaker:
                 return self._fill(schemas)
             except Unsatisfiable as error:
                 problem = problem or error
-        raise problem or Unsatisfiable(f"{self.path}: no value is allowed here")
+        raise problem or self.refusal("no value is allowed here")
 
     def _ways(self, todo: list[Any], schemas: list[Any], choices: list[Any]) -> Iterator[list[Any]]:
         """Yield all schemas to be met together, for each way of choosing."""
@@ -2721,9 +2724,10 @@ class ValueMaker:
             met, then = schema["if"], schema.get("then", True)
             shown = {"required": list(met.get("properties", ())) if isinstance(met, dict) else []}
             yield [[met, shown, then], [{"not": met}, schema.get("else", True)]], [[met, then]]
-        for key, part in schema.get("dependents", ()):
+        needs = schema.get("dependentSchemas", {})
+        for key, part in needs.items():
             ways = [[{"required": [key]}, part], [{"properties": {key: False}}]]
-            yield [], ways[::-1] if self.minimal else ways
+            yield [], ways[::-1] if self.minimal or len(needs) > TRIES else ways
         if "not" in schema:
             yield [], self.reader.negate(schema["not"])
 
@@ -2766,7 +2770,7 @@ class ValueMaker:
                         return value
             except Unsatisfiable as error:
                 problem = problem or error
-        raise problem or self.refusal("value")
+        raise problem or self.no_value("value")
 
     def _list_known_values(self) -> list[Any]:
         """Return the values that are named: by enum, else as examples or defaults."""
@@ -2798,7 +2802,7 @@ class ValueMaker:
             if low <= len(text) <= high and all(pattern.is_in(text) for pattern in patterns):
                 return text
         if not patterns:
-            raise Unsatisfiable(f"{self.path}: no {formats[0]} has {low} to {high} characters")
+            raise self.refusal(f"no {formats[0]} has {low} to {high} characters")
         rng = self.rng.child(self.attempt) if self.attempt else self.rng
         return patterns[0].make(rng, low, high, patterns[1:])
 
@@ -2825,15 +2829,15 @@ class ValueMaker:
                         return value
             if self.reader.accepts_all(self.schemas, start + (end - start) / 2):
                 return start + (end - start) / 2
-        raise self.refusal("number")
+        raise self.no_value("number")
 
     def _list_ranges(self, natural: Any, step: Any) -> Iterator[tuple[Any, Any]]:
         """Yield the ranges in which a number is looked for: a natural one, then by the bounds."""
         low = max([-math.inf, *self.arguments("minimum"), *self.arguments("exclusiveMinimum")])
         high = min([math.inf, *self.arguments("maximum"), *self.arguments("exclusiveMaximum")])
         reach, beyond = 100 * step, natural[1] + MAX_ITEMS * step
-        near = [natural, (low, low + reach), (high - reach, high)]
-        for start, end in (*near, (natural[1], beyond), (low, high)):
+        ranges = (natural, (low, low + reach), (high - reach, high), (natural[1], beyond))
+        for start, end in ranges:
             start, end = max(start, low), min(end, high)
             if -1e300 <= start <= end <= 1e300:
                 yield start, end
@@ -2873,7 +2877,7 @@ class ValueMaker:
         declared = dict.fromkeys(name for schema in self.arguments("properties") for name in schema)
         required = dict.fromkeys(name for names in self.arguments("required") for name in names)
         if len(required) > high:
-            raise self.refusal("object")
+            raise self.no_value("object")
         made = {name: self._make_property(name) for name in required}
         skipped = self.rng.child("skip", self.attempt).randbytes(len(declared) * bool(self.attempt))
         if not self.minimal:
@@ -2901,7 +2905,7 @@ class ValueMaker:
     def _make_property(self, name: str) -> Any:
         rules = self.arguments("propertyNames")
         if not self.reader.accepts_all(rules, name):
-            raise Unsatisfiable(f"{self.path}: propertyNames forbids the name {name[:60]!r}")
+            raise self.refusal(f"propertyNames forbids the name {name[:60]!r}")
         asked = self.reader.list_inside(self.schemas, name)
         schemas = asked or self.arguments("unevaluatedProperties")
         return self.make_inside(name, schemas, name)
