@@ -661,7 +661,7 @@ class Fields(dict):  # type: ignore[type-arg]
         self.closed = closed
         self.ignored: frozenset[str] = frozenset(ignored.split())
 
-    def check(self, values: dict[str, Any], place: str = "") -> None:
+    def check(self, values: Item, place: str = "") -> None:
         """Check values in place; unknown names pass, unless closed; `null` counts as absent."""
         if self.closed:
             self.check_names(values, place)
@@ -876,14 +876,14 @@ def read_text(field: Field | None, value: Any) -> Any:
         return value
 
 
-def read_texts(values: dict[str, Any], fields: Fields) -> dict[str, Any]:
+def read_texts(values: Item, fields: Fields) -> Item:
     """Give the texts of a form or query the types of their fields."""
     return {name: read_text(fields.get(name), value) for name, value in values.items()}
 
 
-def collect_fields(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def collect_fields(pairs: Iterable[tuple[str, Any]]) -> Item:
     """Make a dict of form fields; `name[]` and repeated names become arrays."""
-    values: dict[str, Any] = {}
+    values: Item = {}
     for name, value in pairs:
         if name.endswith("[]"):
             values.setdefault(name[:-2], []).append(value)
@@ -895,7 +895,7 @@ def collect_fields(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def parse_form(raw: bytes) -> dict[str, Any]:
+def parse_form(raw: bytes) -> Item:
     """Read a urlencoded body, or a query."""
     try:
         pairs = parse_qsl(raw.decode(), keep_blank_values=True, max_num_fields=MAX_FORM_FIELDS)
@@ -932,7 +932,7 @@ def parse_part(head: bytes, data: bytes) -> tuple[str, Any]:
         raise ApiError("bad_body", reason=reason) from None
 
 
-def parse_multipart(raw: bytes, content_type: str) -> dict[str, Any]:
+def parse_multipart(raw: bytes, content_type: str) -> Item:
     """Read a multipart/form-data body; every file part is copied once."""
     found = re.search(r';\s*boundary=(?:"([^"]{1,200})"|([^";,\s]{1,200}))', content_type, re.I)
     if found is None:
@@ -954,7 +954,7 @@ def parse_multipart(raw: bytes, content_type: str) -> dict[str, Any]:
     raise ApiError("bad_body", reason="the multipart parts do not end where they should")
 
 
-def parse_body(raw: bytes, content_type: str, fields: Fields) -> dict[str, Any]:
+def parse_body(raw: bytes, content_type: str, fields: Fields) -> Item:
     """Read a JSON, urlencoded or multipart body as one dict, texts in the types of its table."""
     if content_type != "application/json":
         kind = content_type.lower().lstrip()
@@ -2270,7 +2270,7 @@ NUMBER_RANGE = lazy_regex(
 IN_BRACKETS = lazy_regex(r"\s?\([^()\n]{0,200}\)")
 
 
-def read_numbers(text: str) -> dict[str, Any]:
+def read_numbers(text: str) -> Item:
     """Return the schema of a number that some words bound: `1-5`, `1 if so, 0 otherwise`."""
     plain = IN_BRACKETS.sub("", text) if text[:1] != "(" else text
     digits = set(re.findall(NUMBER, plain))
@@ -2395,7 +2395,7 @@ NEGATIONS: dict[str, Callable[[Any, Any], list[list[Any]]]] = {
 }  # fmt: skip
 
 
-def rewrite(schema: dict[str, Any]) -> dict[str, Any]:
+def rewrite(schema: Item) -> Item:
     """Say all in few keywords of draft 2020-12, with the types as a tuple."""
     for side in ("Minimum", "Maximum"):
         strict = f"exclusive{side}"
@@ -2441,8 +2441,8 @@ class SchemaReader:
             lambda source, text: self.pattern(source).is_in(text)
         )
         self._bases: dict[int, str] = {}  # the URIs that references start from, by id() of parts
-        self._named: dict[str, Any] = {"#": document}  # parts by URI
-        self._resolved: dict[str, Any] = {}  # what a $ref has named, by URI
+        self._named: Item = {"#": document}  # parts by URI
+        self._resolved: Item = {}  # what a $ref has named, by URI
         if isinstance(document, dict):
             base = str(document.get("id", "")).partition("#")[0]  # which draft 4 has
             self._named[f"{base}#"] = document
@@ -2475,7 +2475,7 @@ class SchemaReader:
             return schema
         if not isinstance(schema, dict):
             raise Unsatisfiable(f"{place[:200]}: a schema is an object or a boolean")
-        read: dict[str, Any] = {}
+        read: Item = {}
         for keyword, argument in schema.items():
             name = RENAMED.get(keyword, keyword)
             if name not in VOCABULARY:
@@ -2846,12 +2846,10 @@ class ValueMaker:
         """Return a list; items beyond the least number end where they cannot be made."""
         low, high = self.count_range("Items", MAX_ITEMS)
         fixed = max(map(len, self.arguments("prefixItems")), default=0)
-        contained: list[Any] = []  # what the last of the least items are to be
-        full: list[Any] = []  # and what no other is to be
-        for schema in self.schemas:
-            if "contains" in schema:
-                contained += [schema["contains"]] * int(min(schema.get("minContains", 1), high))
-                full += [{"not": schema["contains"]}] if "maxContains" in schema else []
+        wanted = self.arguments("contains")
+        least = int(min(high, max(self.arguments("minContains"), default=1)))
+        contained = wanted * least  # what the last of the least items are to be
+        full = [{"not": each} for each in wanted if self.arguments("maxContains")]  # the others
         low = max(low, min(fixed + len(contained), high))
         some = 0 if self.minimal or self.attempt else 1 + self.rng.randbelow(3)
         items: list[Any] = []
@@ -2871,7 +2869,7 @@ class ValueMaker:
                 break
         return items
 
-    def make_object(self) -> dict[str, Any]:
+    def make_object(self) -> Item:
         """Return an object with what is required, most of what is declared, and extras."""
         low, high = self.count_range("Properties", MAX_ITEMS)
         declared = dict.fromkeys(name for schema in self.arguments("properties") for name in schema)
@@ -2891,7 +2889,7 @@ class ValueMaker:
         self._add(made, map(self._random_name, range(4 * low + TRIES)), low)
         return {name: made[name] for name in (*declared, *made) if name in made}
 
-    def _add(self, made: dict[str, Any], names: Iterable[str], enough: int) -> None:
+    def _add(self, made: Item, names: Iterable[str], enough: int) -> None:
         """Add properties until there are enough, without those that cannot be made."""
         todo = iter(names)
         while len(made) < enough:
