@@ -1125,9 +1125,9 @@ BAD_ENTRIES = read_pairs(r"""
 {"match": {"userMessage": {"patern": "x"}}}
     fixtures[0].match.userMessage.patern: unknown key, did you mean pattern?
 {"match": {"userMessage": {"pattern": "("}}}
-    fixtures[0].match.userMessage.pattern: must be a regular expression that compiles, not "(": mis
+    fixtures[0].match.userMessage.pattern: must be a regular expression that compiles, not "("
 {"match": {"not": {"model": {"pattern": "*"}}}}
-    fixtures[0].match.not.model.pattern: must be a regular expression that compiles, not "*": noth
+    fixtures[0].match.not.model.pattern: must be a regular expression that compiles, not "*"
 {"match": {"hasToolResult": 1}}
     fixtures[0].match.hasToolResult: must be a boolean, not 1
 {"match": {"turnIndex": -1}}

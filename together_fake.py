@@ -4120,7 +4120,7 @@ class Collection:
         self.key = key
         self.status = status  # the name of a job's status
         self._items: dict[str, Item] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._items)
@@ -4137,10 +4137,8 @@ class Collection:
     def add(self, item: Item) -> Item:
         with self._lock:
             self._items[item[self.key]] = copy_json(item)
-            gone = list(self._items)[:-MAX_OBJECTS] if len(self._items) > MAX_OBJECTS else []
-        for id in gone:
-            with contextlib.suppress(ApiError):  # another thread was faster
-                self.remove(id)
+            while len(self._items) > MAX_OBJECTS:
+                self.remove(next(iter(self._items)))
         return item
 
     def get(self, id: str) -> Item:
@@ -4889,7 +4887,7 @@ class MatchFacts(dict):  # type: ignore[type-arg]
 DECODE_BASE64 = functools.partial(base64.b64decode, validate=True)
 
 
-PATTERN = Keys(Field("pattern!", str))
+PATTERN = Keys(Field("pattern!", str, test=("a regular expression that compiles", re.compile)))
 
 
 # Numbers of fixtures stay as they were written: 5 is not made 5.0.
@@ -5269,29 +5267,25 @@ def compile_pattern(wanted: Any, place: str, trusted: bool) -> Any:
         return wanted
     source = wanted["pattern"]
     try:
-        re.compile(source)
         return Pattern(source, Budget(MAX_STEPS))
-    except (Unsatisfiable, OutOfSteps) as error:
+    except (Unsatisfiable, OutOfSteps, RecursionError) as error:
         if trusted:
             return re.compile(source)
         reason = f"cannot be matched with bounded work, so it is taken from files alone: {error}"
-    except (re.error, ValueError, RecursionError, OverflowError) as error:
-        reason = f"must be a regular expression that compiles, not {preview(source)}: {error}"
-    raise ValueError(f"{place}.pattern: {reason}")
+    raise ValueError(f"{place}: the pattern {preview(source)} {reason}")
 
 
 def compile_match(match: Item, place: str, trusted: bool) -> Item:
     """Return a match whose patterns are compiled."""
     wanted = {key: match[key] for key in PLAIN_MATCH if key in match}
     for key in wanted.keys() & TEXT_KEYS.keys():
-        wanted[key] = compile_pattern(wanted[key], f"{place}.{key}", trusted)
-    if "headers" in wanted:
-        wanted["headers"] = {
-            name.lower(): compile_pattern(text, f"{place}.headers[{name}]", trusted)
-            for name, text in wanted["headers"].items()
-        }
+        wanted[key] = compile_pattern(wanted[key], place, trusted)
+    headers = wanted.get("headers", {})
+    if headers:
+        compiled = {n.lower(): compile_pattern(headers[n], place, trusted) for n in headers}
+        wanted["headers"] = compiled
     if "not" in match:
-        wanted["not"] = compile_match(match["not"], f"{place}.not", trusted)
+        wanted["not"] = compile_match(match["not"], place, trusted)
     return wanted
 
 
@@ -5416,10 +5410,16 @@ FIRST, LIMITED, LAST = -math.inf, -sys.maxsize, 1
 class Fixture:
     """One scripted answer: when it is served, what it says, and how it travels.
 
-    source    "reply() at FILE:LINE", "run time[3]" (of a POST), "header" or "file NAME[3]"
-    when      is asked with the request
-    answers   a function of the request, or an iterator, that gives the content
+    source  "reply() at FILE:LINE", "run time[3]" (of a POST), "header" or "file NAME[3]"
+    when    is asked with the request
     """
+
+    number = -1  # among those added at run time
+    rank: float = FIRST
+    relaxed = False  # a turn near its own will do, as aimock has it in files
+    normalise: Sequence[str] = ()  # patterns of what its file does not compare
+    owner: Fixtures | None = None
+    answers: Any = None  # a function of the request, or an iterator, that gives the content
 
     def __init__(
         self,
@@ -5431,17 +5431,9 @@ class Fixture:
         place: str = "",
     ) -> None:
         """Build it; raise ValueError naming, in `place`, the pattern that cannot be matched."""
-        self.entry = entry
-        self.source = source
-        self.number = -1  # among those added at run time
-        self.rank = FIRST
-        self.relaxed = False  # a turn near its own will do, as aimock has it in files
-        self.normalise: Sequence[str] = ()  # patterns of what its file does not compare
-        self.owner: Fixtures | None = None
+        self.entry, self.source, self.when = entry, source, when
         self.counts: dict[str, int] = BoundedDict(MAX_TESTS)  # how often it was served, by test
         self.group_counts: dict[str, int] = self.counts  # of all fixtures of its sequence
-        self.when = when
-        self.answers: Any = None
         self.spell = to_snake if place.endswith("()") else str  # as its author writes keys
         self.response = Response(type, entry.get("response", {}))
         self.options = {key: entry[key] for key in OPTIONS if key in entry}
