@@ -8409,6 +8409,29 @@ class CrowdTests(SocketCase):
         leave.set()
         self.assertEqual(receive_until(streaming, b"0\r\n\r\n")[:6], b"e\r\ndat")
 
+    def test_a_stream_is_closed_behind_a_client_that_reset_it(self):
+        entered, leave, closed = (threading.Event() for _ in range(3))
+
+        def events():
+            try:
+                yield b"data: 1\n\n"
+                entered.set()
+                leave.wait(2 * PATIENCE)
+                yield b"data: 2\n\n"
+            finally:
+                closed.set()
+
+        self.serve(lambda request: pace(events()))
+        self.addCleanup(leave.set)
+        client = self.connect()
+        client.sendall(get("/stream"))
+        self.assertTrue(entered.wait(PATIENCE))
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        self.assertTrue(wait_until(lambda: not self.server.clients))  # though a worker is busy
+        leave.set()
+        self.assertTrue(closed.wait(PATIENCE))
+
     def test_clients_that_do_not_read_hinder_nobody(self):
         self.serve(lambda request: fake.Reply(bytes(60_000)))
         deaf = [self.connect() for _ in range(3)]

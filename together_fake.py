@@ -4538,7 +4538,7 @@ class Socket:
         self.waiting = 0  # bytes received since all turns had been sent
         self.closed: Closed | None = None
 
-    def send(self, event: dict[str, Any]) -> None:
+    def send(self, event: Item) -> None:
         self.connection.write(self.frame(ENCODE(event).encode()))
 
     def on_open(self, connection: Any) -> None:
@@ -10110,10 +10110,10 @@ class Session(Socket):
                 raise Closed(1000, error.message, error=error.envelope()) from None
             self.tell(error.envelope())
 
-    def tell(self, error: dict[str, Any]) -> None:
+    def tell(self, error: Item) -> None:
         self.send({"type": self.failure, "error": error})
 
-    def updated(self, message: dict[str, Any]) -> None:
+    def updated(self, message: Item) -> None:
         known, given = self.request.route.query, message["session"]
         self.settings.update({name: given[name] for name in given if name in known})
         self.send(message)
@@ -10174,7 +10174,7 @@ class HearingSession(Session):
         self.clear({})
 
     @property
-    def limits(self) -> dict[str, Any]:
+    def limits(self) -> Item:
         """By what turns are told apart; without turn detection only commits end them."""
         asked = self.settings.get("turn_detection", "server_vad") or "none"
         given = asked if type(asked) is dict else {**self.settings, "type": asked}
@@ -10182,7 +10182,7 @@ class HearingSession(Session):
             return NO_DETECTION
         return {**DETECTION, **pick_given(given, DETECTION)}
 
-    def clear(self, message: dict[str, Any]) -> None:
+    def clear(self, message: Item) -> None:
         self.unheard = bytearray()  # less than a frame
         self.heard = 0  # bytes of the stream
         self.begin()
@@ -10193,7 +10193,7 @@ class HearingSession(Session):
         self.drafts: list[Any] = []  # how many words of which sound, and its times at the end
         self.events: Any = None
 
-    def append(self, message: dict[str, Any]) -> None:
+    def append(self, message: Item) -> None:
         """Hear some sound, a frame after the other."""
         sound = DECODE_BASE64(message["audio"])
         self.call.add_sound(sound, self.second // 2)
@@ -10206,7 +10206,7 @@ class HearingSession(Session):
         if len(self.sound) > MAX_WAITING_BYTES:
             raise refuse_value("audio", "must be committed at times", len(self.sound))
 
-    def hear_frame(self, frame: bytes, limits: dict[str, Any]) -> None:
+    def hear_frame(self, frame: bytes, limits: Item) -> None:
         """Hear a frame, and tell of the turn that it continues or ends."""
         self.heard += len(frame)
         threshold = min(limits["threshold"], 0.99)
@@ -10270,14 +10270,14 @@ class HearingSession(Session):
         milliseconds = round(1000 * sum(times.values()))
         yield {"type": "input_audio_buffer.processed", "processed_ms": milliseconds}
 
-    def commit(self, message: dict[str, Any]) -> None:
+    def commit(self, message: Item) -> None:
         """End the turn that goes on."""
         frame = bytes(self.unheard)
         self.unheard.clear()
         self.hear_frame(frame, self.limits)
         self.end_turn(bool(self.sound))
 
-    def echo(self, message: dict[str, Any]) -> None:
+    def echo(self, message: Item) -> None:
         now = CREATED + self.heard / self.second  # the time is that of the sound
         times = dict.fromkeys(("server_received_at", "server_sent_at"), now)
         self.send({**message, "type": "echo.response", **times})
@@ -10308,15 +10308,15 @@ class VoiceSession(Session):
         self.text = ""  # not spoken yet
         self.spoken = ""
 
-    def append(self, message: dict[str, Any]) -> None:
+    def append(self, message: Item) -> None:
         self.text += message["text"]
         self.send({"type": "conversation.item.input_text.received", "text": message["text"]})
         self.speak()
 
-    def commit(self, message: dict[str, Any]) -> None:
+    def commit(self, message: Item) -> None:
         self.speak(ends=True)
 
-    def clear(self, message: dict[str, Any]) -> None:
+    def clear(self, message: Item) -> None:
         self.text = ""
 
     def speak(self, ends: bool = False) -> None:
@@ -10338,7 +10338,7 @@ class VoiceSession(Session):
                 item_id = f"tts_{self.count}"
                 self.turns.append(self.answer(item_id, self.utter, settings, input=text))
 
-    def utter(self, script: Any, item_id: str, settings: dict[str, Any]) -> Iterator[Any]:
+    def utter(self, script: Any, item_id: str, settings: Item) -> Iterator[Any]:
         """Yield a text's sound in pieces, the times of its words where asked for, and the end."""
         text = settings["input"]
         rng = HashRandom.of("speech", pick_given(settings, SPEECH_FACTS))
@@ -12477,7 +12477,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def close(self) -> None:
         """End its life and close the socket; what a worker does for it is dropped."""
         self.is_closed = self.has_ended = True
-        self.unsent = b""
+        self.unsent, self.awaited = b"", OVER
         self.watch()
         try:
             self.life.close()
@@ -12535,7 +12535,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.timer_numbers = itertools.count()
         self.soon: deque[Callable[[], None]] = deque()  # what workers want to be called
         self.threads: list[threading.Thread] = []
-        self.tasks: dict[str, Any] = {kind: queue.SimpleQueue() for kind in MAX_WORKERS}
+        self.tasks: Item = {kind: queue.SimpleQueue() for kind in MAX_WORKERS}
         self.workers = dict.fromkeys(MAX_WORKERS, 0)
         self.idle = dict.fromkeys(MAX_WORKERS, 0)  # of them; below 0: tasks that wait for one
         self.accepting = False
@@ -12697,6 +12697,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def work(self, kind: str) -> None:
         while task := self.tasks[kind].get():
             self.do(kind, *task)
+            task = None  # else it would keep a stream open that was given up
 
     def do(self, kind: str, work: Callable[[], Any], take: Callable[..., None]) -> None:
         """Do something, and have the loop take what came of it."""
@@ -12920,10 +12921,7 @@ class Upstream:
     def keep(
         self, pieces: Any, reply: Reply, response: Any, started: float, record: Callable[..., None]
     ) -> Generator[bytes, None, None]:
-        """Pass pieces on, and have them recorded before the client can tell that these were all.
-
-        Its next request may be quick, and shall be recorded after this one.
-        """
+        """Pass pieces on, and have them recorded before the last: the client may ask at once."""
         kept: list[bytes] = []
         times: list[tuple[int, float]] = []
         length, size, tail = response.length, 0, b""
