@@ -3052,6 +3052,11 @@ FORMS = {
         "Output only a JSON list of keywords.",
         "Return a JSON array of strings with three questions.",
     ),
+    "placeholders of several words": (
+        r'\{"steps": \["[^"]+"(, "[^"]+")*\]\}',
+        'Return JSON only.\nExample JSON:\n{\n  "steps": <list_of_strings>\n}\n\nJSON:',
+        'Answer in this JSON format: {"steps": <array of strings>}',
+    ),
     "names that occur": (
         r'\{"people": \[("(Marie|Paris|Tom)"(, )?)+\]\}',
         'Extract them as JSON: {"people": ["<name>"]}\n\nText: Marie went to Paris with Tom.',
@@ -3111,6 +3116,7 @@ FORMS = {
         r"[1-9]|10",
         "Rate the answer on a scale of 1 to 10. Reply with the number only.",
         "Output a single integer between 1 and 10.",
+        "On a scale between 1 and 10, how similar are they? Return a single int.",
     ),
     "a letter": (
         r"[ABC]",
@@ -3222,6 +3228,7 @@ FORMS = {
         "Say only the word pong.",
         'Please respond with the word "pong" and nothing else.',
         "Echo this back verbatim: pong",
+        "Repeat exactly the following text: 'pong'",
     ),
     "an action": (r"[^\n]*\nAction: (search|calc)\nAction Input: .+", REACT),
     "one of the tools": (

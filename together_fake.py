@@ -3048,6 +3048,7 @@ def read_phrase(text: str, note: str = "") -> dict[str, Any]:
     """Return the schema of what stands for a value, as `yes or no` or `int[]`, with a note."""
     text = re.sub(r"(?:\s?\|\s?|\s+or\s+)(?:null|None)\b", "", text.strip())
     plain = text.strip(" <>(){}$*`")
+    plain = plain.replace("_", " ") if text[:1] == "<" else plain
     many = MANY.fullmatch(plain if "[" not in plain else text)
     if many:
         return {"type": "array", "items": read_phrase(many[1] or many[2], note), **FEW}
@@ -3119,8 +3120,8 @@ LABEL = lazy_regex(  # of a question, or else of data
 CONTEXT = lazy_regex(
     rf"(?i)(?:following|below|these|this)\b.{{0,60}}\b(?:{DATA}|pieces)\b|^\W{{0,8}}context"
 )
-PROSE_TASK = lazy_regex(  # and where what it is about begins
-    r"(?i)\s{0,9}(?:please |can you |could you )?(?:summari[sz]e|translate|proofread|rewrite|"
+PROSE_TASK = lazy_regex(
+    r"(?i)\s{0,9}(?:please |c\w+ you )?(?:summari[sz]e|translate|proofread|rewrite|"
     r"paraphrase|correct|explain|review|reply to|draft|describe|fix|debug|refactor|improve|what|"
     r"why|how|who|help)\b(?:[^\n:]{0,200}:(?=\s{0,9}[\n\"'])"
     r"|[^\n:]{0,99}\b(?:following|this|these|below)\b[^\n:]{0,99}(?=\n+[^\n]+\Z))"
@@ -3128,7 +3129,7 @@ PROSE_TASK = lazy_regex(  # and where what it is about begins
 )
 NOTE = lazy_regex(  # behind a name
     r"(?i)[\"'`*#>\] ]{0,9}(\(.*)"
-    r"|(?:[\"'`*]+:? (?!only|and\b|[\"'`])|[\"'`]?\??:.*?(?://|#))(.{3,}?)(?:\.\s|(?:,? and|,) "
+    r"|(?:[\"'`*]+:? (?!only|and\b|[\"'`])|[\"'`]?\??:.*?(?://|#))(.{3,}?)(?:\.\s|,? and "
     r"[\"'`]\w+[\"'`] (?!or)|\b[0-9]\)|\Z)"
 )
 EXAMPLE_START = lazy_regex(
@@ -3139,13 +3140,13 @@ BRACKET = lazy_regex(r"[\[\]{}]")
 FENCE = lazy_regex(r"```[ \t]?([\w+-]*)[ \t]*\n(.*?)(?:^\s{0,9}```|\Z)", re.M | re.S)
 ASKS = lazy_regex(
     r"(?:\A[\W\d]{0,8}|[,;:(] ?\W?|\b(?:please|only|just|always|and|then|now|finally|must|should|"
-    r"simply|strictly|step|you|you to|will|has to|end|line) \W?)(?:answer|respond|reply|return|"
-    r"output|provide|give|print|write|produce|generate|choose|select|pick|classify|categorize|"
-    r"label|rate|score|judge|decide|use|end|finish|say|put|wrap|format|present|list|extract|assign|"
-    r"repeat|be|convert|follow|evaluate|keep|compare|create|name|suggest|summari[sz]e|describe|"
-    r"solve|assess|identify|tag|echo|enclose|mark|grade|parse|contain|conform|adhere|match)\b"
-    r"|\A\W{0,8}(?:(?:expected|output|response|json) ){1,3}(?:format|schema|structure|template)"
-    r"|\([^()]{1,99}\)\?|\A\W?\w+(?:/| or )\w+\W{0,3}\Z"
+    r"simply|strictly|step|you|(?:you|sure|is|need|has) to|will|end|line) \W?)(?:answer|"
+    r"respond|reply|return|output|provide|give|print|write|produce|generate|choose|select|pick|"
+    r"classify|categorize|label|rate|score|judge|decide|use|end|finish|say|put|wrap|format|present|"
+    r"list|extract|assign|repeat|be|convert|follow|evaluate|keep|compare|create|name|suggest|"
+    r"summari[sz]e|describe|solve|assess|identify|tag|echo|enclose|mark|grade|parse|contain|"
+    r"conform|adhere|match)\b|\A\W{0,8}(?:(?:expected|output|response|json) ){1,3}(?:format|schema|"
+    r"structure|template)|\([^()]{1,99}\)\?|\A\W?\w+(?:/| or )\w+\W{0,3}\Z"
 )
 TOLD = lazy_regex(
     r"\d\d|[>|]|\W*(?:(?:my|our|i|i'm|he|she|they|we|it|"
@@ -3179,10 +3180,10 @@ class Prompt:
 
     def __init__(self, text: str, about: str = "", answered: bool = False, more: str = "") -> None:
         self.about = about  # what the user says elsewhere
-        self.answered = answered  # something was said or done since
+        self.answered = answered  # something came since
         self.text = text = keep_ends(text, PROMPT_WINDOW)
         self.notes = more + text  # where names are explained
-        self.keys: list[str] = []  # of the JSON that is wanted
+        self.keys: list[str] = []
         self.examples: list[tuple[str, str, str]] = []  # the line before it, language, text
         self.lines: list[str] = []  # neither data nor examples
         self.lists: dict[str, list[tuple[str, str]]] = {}  # marks and items, by the line before
@@ -3251,7 +3252,7 @@ class Prompt:
             item = LIST_ITEM.match(line)
             if item:
                 head = re.split(r":| [-(]", item[2].strip("*\"'` "))[0].strip("*\"'` ")
-                head = head if len(item[2]) < 150 else ""  # no option
+                head = head if len(item[2]) < 150 else ""
                 self.lists.setdefault(before, []).append((item[1] or "", head))
             elif bare.strip("-=_"):
                 before = bare
@@ -3374,7 +3375,7 @@ KEYS = lazy_regex(
     rf"({QUOTED}(?:(?:,? and |, ){QUOTED}){{0,20}}) {KEY_WORD}|{KEY_WORD}(?: (?:named|called|of|are"
     rf"|is)){{0,2}}:? ?({NAMED}(?:(?:,? and |,? then |, ){NAMED}){{0,20}})"
 )
-FENCED = lazy_regex(r"(?i)```|code ?-?(?:block|snippet)|backtick")
+FENCED = lazy_regex(r"(?i)```|(?:code|fenced) ?-?(?:block|snippet)\b|backtick")
 UNFENCED = lazy_regex(r"(?i)(?:\bno|n't|without|avoid)\b[^.]{0,60}(?:```|code|fence|tick)")
 
 
@@ -3433,10 +3434,10 @@ def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
 
 SPOKEN = r"\b(?:repeat|echo|reply|respond|answer|say|output|return|print)\b"
 EXACTLY = lazy_regex(
-    rf"(?i){SPOKEN}(?: (?:back|with|only|just|the|exactly|words?|phrase|text)\b|:)*\s(?:({QUOTED})"
-    rf"(?:[.!]?\Z| and nothing)|(?<=only the word )(\w+)[.!]?\Z)|{SPOKEN}[^:\n]{{0,30}}(?:exactly|"
-    rf"verbatim|"
-    r"(?:only|just)\b[^:\n]{0,20}(?:text|phrase|words?|message)):\s(\S.*)"
+    rf"(?i){SPOKEN}(?: (?:back|with|only|just|the|exactly|words?|phrase|following|text)\b|:)*\s(?:"
+    rf"({QUOTED})(?:[.!]?\Z| and nothing)|(?<=only the word )(\w+)[.!]?\Z)|"
+    rf"{SPOKEN}[^:\n]{{0,30}}(?:"
+    r"exactly|verbatim|(?:only|just)\b[^:\n]{0,20}(?:text|phrase|words?|message)):\s(\S.*)"
 )
 ENDING = lazy_regex(
     r"(?i:(?:repl|respond|say|output|return|issu|end|append|command)[^.\n]{0,60}?[\"'`]?"
@@ -3460,7 +3461,7 @@ def read_said(prompt: Prompt) -> WantedForm | None:
     return None
 
 
-SLOT_SHOWN = lazy_regex(  # a name and a value
+SLOT_SHOWN = lazy_regex(
     r"([A-Za-z][\w /-]{0,40}?)(\**:\**[ \t]+)([^\s|>\0][^\n]*)|(?<=<)([\w-]{1,40})(>)([^<>\n]+)"
     r"(?=</)|([\w-]{1,40})(=\")([^\"\n]+)|()((?<=\">))([^<>\n]+)(?=</)|()()(\.\.\.|\0\d*\0)"
 )
@@ -3489,7 +3490,7 @@ def fill_shown(prompt: Prompt, lines: list[str]) -> WantedForm | None:
 
 def read_shown(prompt: Prompt) -> WantedForm | None:
     """Read YAML, or shown lines: of an agent, those that come next."""
-    lines = prompt.shown
+    lines = [line for line in prompt.shown if line[:9] != "Question:"]
     heads = [line.partition(":")[0].strip() for line in [*lines, "Observation"]]
     if "Thought" in heads and "Action" in heads:
         begun = max(prompt.text.rfind("\nQuestion:"), prompt.text.rfind("Begin!"), 0)
@@ -3497,7 +3498,7 @@ def read_shown(prompt: Prompt) -> WantedForm | None:
         stop = heads.index("Observation")
         rest = lines[stop + 1 :] if acted else []
         lines = rest or lines[heads.index("Thought") : stop]
-    elif re.search(r"(?<!this )(?<!my )(?<!bout )\bYAML\b(?! (?:file|for))", prompt.whole):
+    elif re.search(r"(?<!this )(?<!bout )\bYAML\b(?! (?:file|for))", prompt.whole):
         blocks = [text for _, kind, text in prompt.examples if kind in ("yaml", "yml", "")]
         rows = re.compile(r" *[\w-]+:(?: [^\n]*)?\Z| +- [^\n]*\Z")
         keys = [f"{key}: text" for key in read_keys(prompt, "")]
@@ -3560,7 +3561,7 @@ def read_block(prompt: Prompt) -> WantedForm | None:
     if not FENCED.search(prompt.whole) or UNFENCED.search(prompt.whole):
         return None
     kinds = re.findall(r"```(\w+)", prompt.whole) + [kind for _, kind, _ in prompt.examples if kind]
-    kinds += re.findall(r"(?!code|an? )\b(\w+) (?:code )?(?:block|snippet)", prompt.whole)
+    kinds += re.findall(r"\b(?!code|fenced|an? )(\w+) (?:code )?(?:block|snippet)", prompt.whole)
     kind = (kinds or ["code"])[0]
     return WantedForm(f"block of {kind}", f"```{kind}\n\1{kind}\1\n```")
 
@@ -3632,11 +3633,11 @@ def read_list(prompt: Prompt) -> WantedForm | None:
     return None
 
 
-OF_LIST = lazy_regex(r"(?i)categor|option|choice|label|letter|following|with a single word")
+OF_LIST = lazy_regex(r"(?i)categor|option|choice|label|letter|following")
 RESTRICTED = lazy_regex(
     r"(?i)\b(?:only|just)(?! about| on| if| when| in\b)|\balone\b|nothing (?:else|more)|do not "
-    r"explain|\b(?:one|single) (?:word|letter|digit|number|label)|exactly one|\b(?:as|output|"
-    r"with) (?:an? )?(?:single )?(?:int|float|num|bool)|"
+    r"explain|\b(?:one|single) (?:word|letter|digit|number|label)|\b(?:as|output|"
+    r"with|return) (?:an? )?(?:single )?(?:int|float|num|bool)|"
     r"(?-i:[A-Z]{3,} or [A-Z]{3,})|classif|categor|\blabel"
 )
 
