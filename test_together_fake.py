@@ -11743,7 +11743,7 @@ class PageTests(FakeCase):
         rows = self.rows()
         self.assertEqual(
             [row["question"] for row in rows],
-            ["two", RERANK["query"], "a boat", "Once upon", "hello"],
+            ["one two", RERANK["query"], "a boat", "Once upon", "hello"],
         )
         self.assertTrue(rows[0]["answer"].startswith('[{"object":"embedding"'))
         self.assertTrue(rows[1]["answer"].startswith('[{"index":'))

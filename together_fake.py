@@ -4840,6 +4840,8 @@ def digest_body(kind: str, body: Item) -> str:
 class MatchFacts(dict):  # type: ignore[type-arg]
     """What fixtures ask about a request, by match key; a prompt counts as one user message."""
 
+    answer: Any = None  # an iterator's
+
     def __init__(self, kind: str, request: Request, normaliser: Normaliser = COMPARES_ALL) -> None:
         body, headers = request.body, request.headers
         if normaliser is not COMPARES_ALL:
@@ -4861,7 +4863,7 @@ class MatchFacts(dict):  # type: ignore[type-arg]
         is_socket = request.route is not None and request.route.status == 101
         self.is_handshake = request.turn is None if is_socket else None
         self.request, self.kind, self.normaliser = request, kind, normaliser
-        self.answer: Any = None  # an iterator's
+        self.messages = messages or ([{"role": "input", "content": asked}] if asked else [])
         self.test = headers.get("x-test-id", "")
         super().__init__(
             endpoint=(kind, f"{request.method} {request.path}"),
@@ -10928,17 +10930,7 @@ def find_end(call: Call) -> float:
 
 
 def list_asked(call: Call) -> list[Item]:
-    """Return what a call asks, as messages."""
-    body = call.as_request().body
-    if call.kind == "response":
-        return convert_items(body)
-    prompts = [name for name in ("prompt", "input", "documents", "query") if body.get(name)]
-    asked = [
-        {"role": name, "content": text}
-        for name in prompts
-        for text in (body[name] if isinstance(body[name], list) else [body[name]])
-    ]
-    return asked + list_objects(body.get("messages"))
+    return MatchFacts(call.route_kind, call.as_request()).messages
 
 
 FINISH = lazy_regex(rb'"finish_reason":\s*"|"response\.(?:completed|incomplete)"')
@@ -11086,10 +11078,9 @@ def judge_budget(
     for call in calls:
         running = [each for each in running if find_end(each) > call.started] + [call]
         crowd = max(crowd, running, key=len)
-    paid = [call for call in calls if total_tokens is not None and call.usage]
-    spent = sum((call.usage or {}).get("total_tokens") or 0 for call in paid)
+    spent = sum((call.usage or {}).get("total_tokens") or 0 for call in calls)
     for what, used, allowed, shown in (
-        ("tokens", spent, total_tokens, paid),
+        ("tokens", spent, total_tokens, calls),
         ("calls", len(calls), most, calls),
         ("calls at once", len(crowd), at_once, crowd),
     ):
@@ -13872,18 +13863,17 @@ class TogetherAiServer(Scripting):
     def _prepare(self, models: Mapping[str, Any], upstream: str | None, record: Any) -> None:
         self.server = self  # for what it shares with `test()`
         self._own_models = parse_models(models)
-        self.models: dict[str, Model] = {}
         self.stopping = threading.Event()
         change = self.script.normaliser.change
         self._upstream = open_upstream(upstream, record, self.stopping, change)
         self._http: HttpServer | None = None
         self._ending: HttpServer | None = None
         self._make_locks()
-        if record is not None and os.path.exists(record):
-            self.load(record)
         self._calls: deque[Call] = deque()
         self.epoch = int(time.time() * 1000)  # of the record: changes when that is reset
         self.reset()
+        if record is not None and os.path.exists(record):
+            self.load(record)
 
     _parent_port = 0
 
