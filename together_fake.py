@@ -9287,17 +9287,19 @@ def tokenize_file(server: Server, id: str, count: int, on_inputs: bool) -> list[
     for _, line in itertools.islice(read_lines(server.contents.get(id, b"")), count):
         given = parse_line(line)
         plain = [{"role": role, "content": given[name]} for name, role in PLAIN if name in given]
-        row: Item = {"tokens": [], "labels": [], "trained_spans": [], "truncated": False}
+        tokens: list[str] = []
+        labels, spans = [], []
         for message in given.get("messages") or plain:
-            pieces, start = split_tokens(message_text(message) + "\n"), len(row["tokens"])
+            pieces, start = split_tokens(message_text(message) + "\n"), len(tokens)
             trained = on_inputs or message["role"] == "assistant"
-            row["labels"] += [token_id(piece) if trained else -100 for piece in pieces]
-            row["trained_spans"] += [[start, start + len(pieces)]] if trained else []
-            row["tokens"] += pieces
-        row["input_ids"] = list(map(token_id, row["tokens"]))
-        row["num_tokens"] = len(row["tokens"])
-        row["num_trained_tokens"] = sum(end - start for start, end in row["trained_spans"])
-        examples.append(row)
+            labels += [token_id(piece) if trained else -100 for piece in pieces]
+            tokens += pieces
+            spans += [[start, len(tokens)]] if trained else []
+        examples.append({
+            "tokens": tokens, "labels": labels, "trained_spans": spans, "truncated": False,
+            "input_ids": list(map(token_id, tokens)), "num_tokens": len(tokens),
+            "num_trained_tokens": len(labels) - labels.count(-100),
+        })  # fmt: skip
     return examples
 
 
