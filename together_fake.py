@@ -646,51 +646,6 @@ def suggest(name: str, names: Iterable[str]) -> str:
     return f", did you mean {near[0]}?" if near else f"; valid here: {', '.join(known)}"
 
 
-class Fields(dict):  # type: ignore[type-arg]
-    """A table of `Field` rows by name.
-
-    closed   names without a row are refused, with the nearest one that has a row
-    ignored  such names that are left alone, separated by blanks
-    """
-
-    def __init__(self, *rows: Field, closed: bool = False, ignored: str = "") -> None:
-        super().__init__((row.name, row) for row in rows)
-        self.required = tuple(row.name for row in rows if row.required)
-        tables = {row.name: row.fields or (row.each and row.each.fields) for row in rows}
-        self.nested: Item = {name: tables[name] for name in tables if tables[name]}
-        self.closed = closed
-        self.ignored: frozenset[str] = frozenset(ignored.split())
-
-    def check(self, values: Item, place: str = "") -> None:
-        """Check values in place; unknown names pass, unless closed; `null` counts as absent."""
-        if self.closed:
-            self.check_names(values, place)
-        if None in map(values.get, self.required):
-            name = next(name for name in self.required if values.get(name) is None)
-            raise ApiError("missing", param=place + name)
-        for name, value in values.items():
-            field = self.get(name)
-            if field is None or value is None or type(value) in field.free:
-                continue
-            try:
-                checked = field.check(value)
-            except ApiError as error:
-                raise error.inside(place + name) from None
-            if checked is not value:
-                values[name] = checked  # the keys stay
-
-    def check_names(self, names: Iterable[str], place: str) -> None:
-        """Refuse the first name that a closed table has no row for."""
-        for name in names:
-            if name not in self and name not in self.ignored:
-                near = suggest(name, self)
-                raise ApiError("invalid", param=place + name, reason=f"unknown key{near}")
-
-
-Keys = functools.partial(Fields, closed=True)  # that refuse names without a row
-NO_FIELDS = Fields()
-
-
 class Field:
     """One row of a table of fields: what a value must be, by name.
 
@@ -790,12 +745,60 @@ def rows_of(names: str, *kinds: type, **rules: Any) -> list[Field]:
     return [Field(name, *kinds, **rules) for name in names.split()]
 
 
-def object_field(name: str, *inner: Field, ignored: str = "") -> Field:
+class Fields(dict):  # type: ignore[type-arg]
+    """A table of `Field` rows by name; a string names fields that are texts.
+
+    closed   names without a row are refused, with the nearest one that has a row
+    ignored  such names that are left alone, separated by blanks
+    """
+
+    def __init__(self, *given: Field | str, closed: bool = False, ignored: str = "") -> None:
+        rows: list[Field] = []
+        for each in given:
+            rows += rows_of(each, str) if isinstance(each, str) else [each]
+        super().__init__((row.name, row) for row in rows)
+        self.required = tuple(row.name for row in rows if row.required)
+        tables = {row.name: row.fields or (row.each and row.each.fields) for row in rows}
+        self.nested: Item = {name: tables[name] for name in tables if tables[name]}
+        self.closed = closed
+        self.ignored: frozenset[str] = frozenset(ignored.split())
+
+    def check(self, values: Item, place: str = "") -> None:
+        """Check values in place; unknown names pass, unless closed; `null` counts as absent."""
+        if self.closed:
+            self.check_names(values, place)
+        if None in map(values.get, self.required):
+            name = next(name for name in self.required if values.get(name) is None)
+            raise ApiError("missing", param=place + name)
+        for name, value in values.items():
+            field = self.get(name)
+            if field is None or value is None or type(value) in field.free:
+                continue
+            try:
+                checked = field.check(value)
+            except ApiError as error:
+                raise error.inside(place + name) from None
+            if checked is not value:
+                values[name] = checked  # the keys stay
+
+    def check_names(self, names: Iterable[str], place: str) -> None:
+        """Refuse the first name that a closed table has no row for."""
+        for name in names:
+            if name not in self and name not in self.ignored:
+                near = suggest(name, self)
+                raise ApiError("invalid", param=place + name, reason=f"unknown key{near}")
+
+
+Keys = functools.partial(Fields, closed=True)  # that refuse names without a row
+NO_FIELDS = Fields()
+
+
+def object_field(name: str, *inner: Field | str, ignored: str = "") -> Field:
     """Return the row of an object with rows of its own."""
     return Field(name, dict, fields=Fields(*inner, ignored=ignored))
 
 
-def list_field(name: str, *inner: Field, low: int = 1, ignored: str = "") -> Field:
+def list_field(name: str, *inner: Field | str, low: int = 1, ignored: str = "") -> Field:
     """Return the row of an array of such objects, at least one."""
     each = object_field("", *inner, ignored=ignored)
     return Field(name, list, low=low, each=each)
@@ -4955,7 +4958,7 @@ OPTIONS = Keys(
     Field("after", str, test=("text:... or toolName", check_after)),
     Field("in", str, choices=("arguments",)),
     Field("before", str, choices=("finish", "usage", "done")),
-    Field("insert", str),
+    "insert",
     Field("streamingProfile", dict, fields=PROFILE),
     Field("recordedTimings", dict, fields=TIMINGS),
     Field(
@@ -4986,31 +4989,27 @@ OWN_MODEL = Keys(  # one that the catalogue lacks, or has otherwise
     Field("dimensions", int, low=1, high=MAX_DIMENSIONS),
     Field("traits", list, each=Field("", str, choices=TRAITS)),
     object_field("price", *number_rows("input output cachedInput", 0)),
-    *rows_of("organization displayName", str),
+    "organization displayName",
 )
 
 JSON_TEXT = (str, dict, list)  # of an object or a list, the JSON is meant
 OVERRIDES = Fields(
-    *rows_of("id model finishReason role", str),
+    "id model finishReason role",
     Field("created", int, low=0),
     Field("usage", dict, each=Field("", int, float, bool, dict, low=0)),
 )
-TOOL_CALL = Keys(
-    Field("name!", str),
-    Field("arguments!", *JSON_TEXT),
-    Field("id", str),
-)
+TOOL_CALL = Keys("name! id", Field("arguments!", *JSON_TEXT))
 BLOCK = Keys(
     Field("type!", str, choices=("text", "toolCall")),
-    *rows_of("text name id", str),
+    "text name id",
     Field("arguments", *JSON_TEXT),
 )
 ENVELOPE = Keys(
     Field("message!", str, dict),  # an engine's own error is an object
-    *rows_of("type param code", str),
+    "type param code",
     ignored="metadata",
 )
-RAW = Keys(Field("text", str), Field("b64Json", str, test=BASE64), Field("contentType", str))
+RAW = Keys("text", Field("b64Json", str, test=BASE64), "contentType")
 HEADERS = Field("headers", dict, each=Field("", str))
 
 
@@ -5104,7 +5103,7 @@ TEXT = ResponseType(
         Field("content", *JSON_TEXT),
         Field("toolCalls", list, each=Field("", dict, fields=TOOL_CALL)),
         Field("blocks", list, each=Field("", dict, fields=BLOCK)),
-        Field("reasoning", str),
+        "reasoning",
         *OVERRIDES.values(),
         ignored="systemFingerprint provider nativeFinishReason webSearches reasoningSignature"
         " redactedThinking",
@@ -5128,7 +5127,7 @@ ERROR = ResponseType(  # aimock's recorder writes status 200 where it did not un
     "error",
     Keys(
         Field("error", dict, fields=ENVELOPE),
-        Field("id", str),
+        "id",
         Field("status", int, low=200, high=4999),
         *WAIT,
         ignored="fallthrough",
@@ -7264,29 +7263,29 @@ SAMPLING_FIELDS = (
 )
 FUNCTION_FIELDS = Fields(
     Field("name!", str, low=1),
-    Field("description", str),
+    "description",
     Field("parameters", dict),
     ignored="strict",
 )
 # What SDKs send back of a message is ignored by name, as production does.
-CALL_FIELDS = Fields(Field("name!", str), Field("arguments", str), ignored="parsed_arguments")
-URL_FIELDS = Fields(Field("url!", str), ignored="detail format")
+CALL_FIELDS = Fields("name!", "arguments", ignored="parsed_arguments")
+URL_FIELDS = Fields("url!", ignored="detail format")
 PART_TYPES = (
     "text", "image_url", "video_url", "audio_url", "input_audio", "file", "refusal", "reasoning",
     "thinking",
 )  # fmt: skip
 PART_FIELDS = Fields(
     Field("type!", str, choices=PART_TYPES),
-    Field("text", str),
+    "text",
     *rows_of("image_url video_url audio_url", dict, fields=URL_FIELDS),
-    object_field("input_audio", Field("data!", str), ignored="format"),
+    object_field("input_audio", "data!", ignored="format"),
     ignored="file refusal reasoning thinking signature annotations cache_control",
 )
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MESSAGE_FIELDS = Fields(
     Field("role!", str, choices=ROLES),
     Field("content", str, list, each=Field("", dict, fields=PART_FIELDS)),
-    *rows_of("name tool_call_id reasoning reasoning_content", str),
+    "name tool_call_id reasoning reasoning_content",
     list_field(
         "tool_calls",
         Field("function", dict, fields=CALL_FIELDS),
@@ -7308,9 +7307,9 @@ FORMAT_FIELDS = Fields(
         ignored="description",
     ),
     Field("schema", dict, bool),
-    Field("pattern", str),
+    "pattern",
 )
-TOOL_FIELDS = Fields(Field("type", str), Field("function!", dict, fields=FUNCTION_FIELDS))
+TOOL_FIELDS = Fields("type", Field("function!", dict, fields=FUNCTION_FIELDS))
 NAME_ROW = Field("name", str)
 NAMED_ROWS = (Field("type", str), NAME_ROW, object_field("function", NAME_ROW))
 TOOL_CHOICE = Fields(
@@ -7334,7 +7333,7 @@ CHAT_FIELDS = Fields(
     Field("functions", list, each=Field("", dict, fields=FUNCTION_FIELDS)),
     Field("function_call", str, dict, fields=Fields(NAME_ROW)),
     Field("context_length_exceeded_behavior", str, choices=("truncate", "error")),
-    Field("reasoning_effort", str),
+    "reasoning_effort",
     object_field("reasoning", Field("enabled", bool)),
     Field("compliance", str, choices=("hipaa",)),
     *rows_of("chat_template_kwargs metadata", dict),
@@ -7916,12 +7915,12 @@ class Variants(Fields):
         self.tables.get(values.get("type") or self.default, NO_FIELDS).check(values, place)
 
 
-TEXT_FIELDS = Fields(Field("text!", str))
+TEXT_FIELDS = Fields("text!")
 CONTENT_PARTS = {
     "input_text": TEXT_FIELDS,
     "output_text": TEXT_FIELDS,
-    "input_image": Fields(*rows_of("image_url file_id detail", str)),
-    "input_audio": Fields(object_field("input_audio!", Field("data", str))),
+    "input_image": Fields("image_url file_id detail"),
+    "input_audio": Fields(object_field("input_audio!", "data")),
 }
 CONTENT_PART = Field("", dict, fields=Variants(CONTENT_PARTS))
 ITEM_ROLES = ("user", "assistant", "system", "developer")
@@ -7930,10 +7929,7 @@ ITEMS = {
         Field("role!", str, choices=ITEM_ROLES),
         Field("content!", str, list, each=CONTENT_PART),
     ),
-    "function_call": Fields(
-        *rows_of("call_id! name!", str, low=1),
-        Field("arguments!", str),
-    ),
+    "function_call": Fields(*rows_of("call_id! name!", str, low=1), "arguments!"),
     "function_call_output": Fields(
         Field("call_id!", str, low=1),
         Field("output!", str, list, each=CONTENT_PART),
@@ -7942,7 +7938,7 @@ ITEMS = {
 ITEM_ROW = Field("", dict, fields=Variants(ITEMS, "message"))
 FUNCTION_TOOL = Fields(*FUNCTION_FIELDS.values(), Field("strict", bool))
 TOOL_ROW = Field("", dict, fields=Variants({"function": FUNCTION_TOOL}))
-TOOL_CHOICES = {"function": Fields(Field("name!", str))}
+TOOL_CHOICES = {"function": Fields("name!")}
 ALLOWED_TOOLS = Fields(
     Field("mode!", str, choices=("auto", "required")),
     Field("tools!", list, each=Field("", dict, fields=Variants(TOOL_CHOICES))),
@@ -7968,7 +7964,7 @@ RESPONSE_FIELDS = Fields(
     ),
     object_field(
         "reasoning",
-        Field("effort", str),
+        "effort",
         Field("summary", str, choices=("auto", "concise", "detailed")),
     ),
     Field("max_output_tokens", int, low=0),
@@ -7978,11 +7974,8 @@ RESPONSE_FIELDS = Fields(
     *rows_of("store background", bool),
     *rows_of("prompt metadata stream_options", dict),
     Field("conversation", str, dict),
-    *rows_of(
-        "previous_response_id service_tier prompt_cache_key prompt_cache_retention"
-        " safety_identifier user instructions",
-        str,
-    ),
+    "previous_response_id service_tier prompt_cache_key prompt_cache_retention",
+    "safety_identifier user instructions",
 )
 # What a chat asks in other words; those are also the names in its errors.
 OTHER_IN_CHAT = {
@@ -8304,7 +8297,7 @@ EMBEDDING_FIELDS = Fields(
     Field("input!", str, list),
     Field("encoding_format", str, choices=("float", "base64")),
     Field("dimensions", int, low=1, high=MAX_DIMENSIONS),
-    Field("user", str),
+    "user",
 )
 
 
@@ -8370,7 +8363,7 @@ def create_embeddings(server: Server, request: Request) -> Any:
 # --- Rerank
 
 RERANK_FIELDS = Fields(
-    MODEL_ROW, Field("query!", str), Field("top_n", int, low=1),
+    MODEL_ROW, "query!", Field("top_n", int, low=1),
     Field("documents!", list, low=1, high=MAX_INPUT_ITEMS, each=Field("", str, dict)),
     Field("return_documents", bool), Field("rank_fields", list, each=TEXT_ROW),
 )  # fmt: skip
@@ -8559,7 +8552,7 @@ MAX_PARTS = 250  # of an upload
 FILE_TYPES = ("jsonl", "csv", "parquet")
 UPLOAD_FIELDS = Fields(
     Field("purpose!", str, choices=PURPOSES), Field("file_name", str, low=1),
-    Field("file_type", str, choices=FILE_TYPES), Field("checksum", str), Field("file", Upload),
+    Field("file_type", str, choices=FILE_TYPES), "checksum", Field("file", Upload),
 )  # fmt: skip
 WHOLE_UPLOAD_FIELDS = Fields(*UPLOAD_FIELDS.values(), Field("file!", Upload))
 INITIATE_FIELDS = Fields(
@@ -8569,7 +8562,7 @@ INITIATE_FIELDS = Fields(
 ENDING_ROWS = rows_of("upload_id! file_id!", str)
 PART_ROWS = (Field("part_number!", int), Field("etag", str))
 PARTS = list_field("parts!", *PART_ROWS)
-LIST_FIELDS = Fields(Field("limit", int, low=1, high=10000), *rows_of("after purpose", str))
+LIST_FIELDS = Fields(Field("limit", int, low=1, high=10000), "after purpose")
 MESSAGES = list_field(
     "messages!",
     Field("role!", str, choices=("system", "user", "assistant", "tool", "developer")),
@@ -8577,8 +8570,8 @@ MESSAGES = list_field(
 )
 DATASETS = {  # what a line of a training file may be; its first required field tells which
     "CONVERSATION": Fields(MESSAGES),
-    "INSTRUCTION": Fields(*rows_of("prompt! completion!", str)),
-    "GENERAL": Fields(*rows_of("text!", str)),
+    "INSTRUCTION": Fields("prompt! completion!"),
+    "GENERAL": Fields("text!"),
     "PREFERENCE": Fields(
         object_field("input!", MESSAGES),
         *rows_of("preferred_output! non_preferred_output!", list, low=1),
@@ -8586,7 +8579,7 @@ DATASETS = {  # what a line of a training file may be; its first required field 
 }
 BATCH_LINE_FIELDS = Fields(
     Field("custom_id!", str, low=1, high=64), Field("body!", dict),
-    Field("method", str, choices=("POST",)), Field("url", str),
+    Field("method", str, choices=("POST",)), "url",
 )  # fmt: skip
 LINES = {"fine-tune": DATASETS, "batch-api": {"": BATCH_LINE_FIELDS}, "eval": {"": NO_FIELDS}}
 FILE: Item = {
@@ -8801,7 +8794,7 @@ BATCH_ENDPOINTS = (
 )  # fmt: skip
 BATCH_FIELDS = Fields(
     Field("endpoint!", str, choices=BATCH_ENDPOINTS), Field("metadata", dict),
-    Field("input_file_id!", str), *rows_of("completion_window model_id", str),
+    "input_file_id! completion_window model_id",
     Field("priority", int),
 )  # fmt: skip
 BATCH: Item = {
@@ -8897,7 +8890,7 @@ def enter_batch(server: Server, job: Item, status: str) -> Item:
 BATCHES = Jobs("batches", "VALIDATING IN_PROGRESS COMPLETED", enter_batch, cancelled="CANCELLED")
 route("GET", "/v1/batches/{id}")(BATCHES.get)
 route("POST", "/v1/batches/{id}/cancel")(BATCHES.cancel)
-ENDS = Keys(Field("job", dict, fields=Keys(Field("status!", str))))
+ENDS = Keys(Field("job", dict, fields=Keys("status!")))
 JOB: Any = {"kind": "job", "response": ResponseType("job", ENDS, operator.itemgetter("job"))}
 
 
@@ -8945,7 +8938,7 @@ LIMITS: Item = {  # documented, but for the flags
 ON_INPUTS = Field("train_on_inputs", bool, str, choices=(True, False, "auto"))
 ESTIMATE_FIELDS = Fields(
     Field("training_file!", str, low=1),
-    *rows_of("validation_file model from_checkpoint", str),
+    "validation_file model from_checkpoint",
     Field("n_epochs", int, low=0, high=20), Field("n_evals", int, low=0, high=100),
     object_field(
         "training_method",
@@ -8957,7 +8950,7 @@ ESTIMATE_FIELDS = Fields(
         "training_type",
         Field("type!", str, choices=("Full", "Lora")),
         Field("lora_r", int, low=1, high=64), Field("lora_alpha", int, low=1),
-        Field("lora_dropout", float, low=0, high=1), Field("lora_trainable_modules", str),
+        Field("lora_dropout", float, low=0, high=1), "lora_trainable_modules",
     ),
 )  # fmt: skip
 SECRETS = ("wandb_api_key", "hf_api_token")  # no answer shows them
@@ -8975,20 +8968,20 @@ FINE_TUNE_FIELDS = Fields(
     *rows_of("max_grad_norm weight_decay", float, low=0), Field("random_seed", int),
     Field("packing", bool), object_field("multimodal_params", Field("train_vision", bool)),
     Field("suffix", str, high=40),
-    *rows_of("from_hf_model hf_model_revision hf_output_repo_name", str),
-    *rows_of("wandb_base_url wandb_project_name wandb_name wandb_entity", str),
+    "from_hf_model hf_model_revision hf_output_repo_name",
+    "wandb_base_url wandb_project_name wandb_name wandb_entity",
 )  # fmt: skip
 METRIC_FIELDS = Fields(
     *rows_of("global_step_from global_step_to resolution", int, low=0),
-    *rows_of("logged_at_from logged_at_to", str),
+    "logged_at_from logged_at_to",
 )  # fmt: skip
-LIMIT_FIELDS = Fields(*rows_of("model_name model", str))
+LIMIT_FIELDS = Fields("model_name model")
 DOWNLOAD_FIELDS = Fields(
-    Field("ft_id!", str), Field("checkpoint_step", int),
+    "ft_id!", Field("checkpoint_step", int),
     Field("checkpoint", str, choices=("merged", "adapter", "model_output_path")),
 )  # fmt: skip
 PREVIEW_FIELDS = Fields(
-    *rows_of("model! training_file!", str), Field("top_k", int, low=1, high=100),
+    "model! training_file!", Field("top_k", int, low=1, high=100),
     Field("train_on_inputs", bool), Field("training_method", str, choices=("sft",)),
 )  # fmt: skip
 # The nested settings: the member that chooses among their forms, and the documented defaults
@@ -9347,7 +9340,7 @@ JUDGE_ROWS = (
     *rows_of("num_workers max_tokens", int, low=1),
     Field("temperature", float, low=0, high=2),
 )  # fmt: skip
-JUDGED_FIELDS = Fields(*JUDGE_ROWS, Field("input_template!", str))
+JUDGED_FIELDS = Fields(*JUDGE_ROWS, "input_template!")
 PARAMETER_ROWS = (
     Field("judge!", dict, fields=Fields(*JUDGE_ROWS)),
     Field("input_data_file_path!", str, low=1),
@@ -9365,7 +9358,7 @@ EVALUATIONS: dict[str, tuple[Fields, Callable[[Any], Sequence[Any]]]] = {
 EVALUATION_FIELDS = Fields(
     Field("type!", str, choices=tuple(EVALUATIONS)), Field("parameters!", dict)
 )
-LIST_EVALUATIONS = Fields(Field("status", str), Field("limit", int, low=0))
+LIST_EVALUATIONS = Fields("status", Field("limit", int, low=0))
 
 
 def summarize_verdicts(type: str, verdicts: list[Any], said: Item) -> Item:
@@ -9472,7 +9465,7 @@ def list_evaluations(server: Server, request: Request) -> Any:
     return [show_evaluation(server, request, job) for job in jobs[:most]]
 
 
-@route("GET", "/v1/evaluation/model-list", query=Fields(Field("model_source", str)))
+@route("GET", "/v1/evaluation/model-list", query=Fields("model_source"))
 def list_judges(server: Server, request: Request) -> Any:
     """Name the models that can judge."""
     return {"model_list": [id for id, model in list(server.models.items()) if model.type == "chat"]}
@@ -9482,12 +9475,12 @@ def list_judges(server: Server, request: Request) -> Any:
 
 SCALING = Fields(*rows_of("min_replicas! max_replicas!", int, low=0))
 CHANGE_FIELDS = Fields(
-    Field("display_name", str), Field("state", str, choices=("STARTED", "STOPPED")),
+    "display_name", Field("state", str, choices=("STARTED", "STOPPED")),
     Field("autoscaling", dict, fields=SCALING), Field("inactive_timeout", int, low=0),
 )  # fmt: skip
 ENDPOINT_FIELDS = Fields(
     *CHANGE_FIELDS.values(), *rows_of("model! hardware!", str, low=1),
-    Field("autoscaling!", dict, fields=SCALING), Field("availability_zone", str),
+    Field("autoscaling!", dict, fields=SCALING), "availability_zone",
     *rows_of("disable_prompt_cache disable_speculative_decoding", bool),
 )  # fmt: skip
 ADAPTER_FIELDS = Fields(Field("model_id!", str, low=1))
@@ -9526,7 +9519,7 @@ def endpoint_object(server: Server, item: Item) -> Item:
     return endpoint
 
 
-@route("GET", "/v1/endpoints", query=Fields(*rows_of("type usage_type", str), Field("mine", bool)))
+@route("GET", "/v1/endpoints", query=Fields("type usage_type", Field("mine", bool)))
 def list_endpoints(server: Server, request: Request) -> Any:
     """List the dedicated on-demand endpoints, newest first: there are no others."""
     none = {"serverless", "reserved"} & {request.args.get(name) for name in ("type", "usage_type")}
@@ -9589,7 +9582,7 @@ def handle_adapters(server: Server, request: Request) -> Any:
     return {"object": "list", "data": [dict(zip(names, each)) for each in parts]}
 
 
-@route("GET", "/v1/hardware", query=Fields(Field("model", str)))
+@route("GET", "/v1/hardware", query=Fields("model"))
 def list_hardware(server: Server, request: Request) -> Any:
     """List what endpoints run on; for a given model, whether it is available too."""
     model = request.args.get("model")
@@ -9622,12 +9615,12 @@ def list_availability_zones(server: Server, request: Request) -> Any:
 MAX_IMAGES = 4  # of one request; documented
 
 IMAGE_FIELDS = Fields(
-    MODEL_ROW, Field("prompt!", str), Field("n", int, low=0, high=MAX_IMAGES),
+    MODEL_ROW, "prompt!", Field("n", int, low=0, high=MAX_IMAGES),
     *rows_of("width height", int, low=0, high=MAX_IMAGE_SIDE), Field("seed", int),
     Field("steps", int, low=0, high=100), *rows_of("guidance_scale guidance", float),
-    *rows_of("size aspect_ratio image_url image_base64 negative_prompt user", str),
+    "size aspect_ratio image_url image_base64 negative_prompt user",
     Field("reference_images", list, each=TEXT_ROW),
-    list_field("image_loras", Field("path!", str), Field("scale!", float), low=0),
+    list_field("image_loras", "path!", Field("scale!", float), low=0),
     *rows_of("disable_safety_checker prompt_upsampling", bool),
     Field("response_format", str, choices=("base64", "b64_json", "url")),
     Field("output_format", str, choices=("jpeg", "png")),
@@ -9712,7 +9705,7 @@ def show_image(server: Server, request: Request, rng: HashRandom, size: tuple[in
     return item
 
 
-SCRIPTED_IMAGE = Keys(*rows_of("url revisedPrompt", str), Field("b64Json", str, test=BASE64))
+SCRIPTED_IMAGE = Keys("url revisedPrompt", Field("b64Json", str, test=BASE64))
 SCRIPTED_IMAGES = ResponseType(
     "image",
     Keys(
@@ -9774,7 +9767,7 @@ MAX_SPEAKERS = 32  # of one transcription
 MP3_SILENCE = {32000: 0x10, 64000: 0x50, 96000: 0x70, 128000: 0x90, 192000: 0xB0}  # rate's bits
 SPEECH_FIELDS = Fields(
     MODEL_ROW, Field("input!", str, low=1, high=MAX_SPEECH_CHARACTERS),
-    Field("voice!", str), *rows_of("language instructions", str),
+    "voice! language instructions",
     Field("response_format", str, choices=("wav", "mp3", "raw", "pcm")),
     Field("response_encoding", str, choices=tuple(ENCODINGS)), Field("extra_params", dict),
     Field("sample_rate", int, low=8000, high=48000), Field("stream", bool),
@@ -9787,7 +9780,7 @@ SPEECH_EVENT = {  # has the keys of the older and of the newer documentation
 }  # fmt: skip
 SPEECH_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg"}  # without parameters: Python 1.x compares
 TRANSCRIPTION_FIELDS = Fields(
-    Field("file!", Upload, str), *rows_of("model language prompt", str),
+    Field("file!", Upload, str), "model language prompt",
     Field("response_format", str, choices=("json", "verbose_json")),
     Field("temperature", float, low=0, high=1), Field("diarize", bool),
     Field("timestamp_granularities", str, list, each=Field("", str, choices=("segment", "word"))),
@@ -9808,19 +9801,18 @@ def normalise_audio(said: Item) -> Item:
     return {"audio": data, "content_type": content_type, "format": said.get("format")}
 
 
-SOUND = Keys(Field("b64Json!", str, test=BASE64), Field("contentType", str))
+SOUND = Keys(Field("b64Json!", str, test=BASE64), "contentType")
 SCRIPTED_SPEECH = ResponseType(
     "audio",
     Keys(
         Field("audio", str, dict, test=BASE64, fields=SOUND),
-        Field("format", str),
+        "format",
         ignored="content toolCalls reasoning",
     ),
     normalise_audio,
 )
 TRANSCRIPT = Keys(
-    Field("text!", str),
-    Field("language", str),
+    "text! language",
     *number_rows("duration", 0, MAX_MS),
     *rows_of("words segments", list, each=Field("", dict)),
     ignored="languages usage",
@@ -9924,7 +9916,7 @@ def create_transcript(server: Server, request: Request) -> Any:
     return answer if body.get("response_format") == "verbose_json" else {"text": answer["text"]}
 
 
-@route("GET", "/v1/voices", query=Fields(Field("model", str)))
+@route("GET", "/v1/voices", query=Fields("model"))
 def list_voices(server: Server, request: Request) -> Any:
     """List the voices of each speech model."""
     found, wanted = [], request.args.get("model")
@@ -9942,7 +9934,7 @@ MAX_FPS, DEFAULT_FPS = 60, 24
 
 VIDEO_FIELDS = Fields(
     MODEL_ROW, Field("prompt", str, low=1, high=32000), Field("seconds", str, int),
-    *rows_of("resolution ratio negative_prompt size", str), *rows_of("seed output_quality", int),
+    "resolution ratio negative_prompt size", *rows_of("seed output_quality", int),
     *rows_of("width height", int, low=0, high=MAX_IMAGE_SIDE), Field("guidance_scale", float),
     Field("fps", int, low=0, high=MAX_FPS), Field("steps", int, low=10, high=50),
     Field("output_format", str, choices=("MP4", "WEBM")), Field("generate_audio", bool),
@@ -9994,9 +9986,9 @@ VIDEOS = Jobs("videos", "in_progress completed", enter_video, show_video)
 route("GET", "/v2/videos/{id}")(VIDEOS.get)
 VIDEO_ENDS = {"completed": "completed", "processing": "completed", "failed": "failed"}
 SCRIPTED_VIDEO = Keys(
-    Field("id!", str),
+    "id!",
     Field("status!", str, choices=tuple(VIDEO_ENDS)),
-    *rows_of("url error", str),
+    "url error",
     ignored="b64 cost duration",
 )
 
@@ -10404,7 +10396,7 @@ def list_page(request: Request, items: list[Item]) -> Item:
     return {"object": "list", "data": page, "next_cursor": ids[-1] if more else None}
 
 
-PAGE_FIELDS = Fields(Field("limit", int, low=0, high=1000), Field("after", str))
+PAGE_FIELDS = Fields(Field("limit", int, low=0, high=1000), "after")
 
 
 @route("GET", "/v2/supported-models", query=PAGE_FIELDS)
@@ -10431,7 +10423,7 @@ API_KEY_ID = "key-9a8b7c6d5e4f"
 MODEL_UPLOAD_FIELDS = Fields(
     *rows_of("model_name! model_source!", str, low=1),
     Field("model_type", str, choices=("model", "adapter")),
-    *rows_of("hf_token description base_model lora_model", str),
+    "hf_token description base_model lora_model",
 )
 
 
@@ -11575,7 +11567,7 @@ def get_health(server: Server, request: Request) -> Any:
     return {"status": "ok"}
 
 
-@route("POST", "/__parlel/reset", open=True, query=Fields(Field("test", str)))
+@route("POST", "/__parlel/reset", open=True, query=Fields("test"))
 def reset_server(server: Server, request: Request) -> Any:
     """Go back to the state after the start, or forget what belongs to one test."""
     server.reset(test=request.args.get("test"))
@@ -11583,7 +11575,7 @@ def reset_server(server: Server, request: Request) -> Any:
 
 
 SEED_FIELDS = {
-    "files": Fields(*UPLOAD_FIELDS.values(), Field("content", str)),
+    "files": Fields(*UPLOAD_FIELDS.values(), "content"),
     "batches": BATCH_FIELDS,
     "fine_tunes": FINE_TUNE_FIELDS,
     "evaluations": EVALUATION_FIELDS,
@@ -11626,7 +11618,7 @@ def seed_objects(server: Server, request: Request) -> Any:
 
 
 RECORD_FILTERS = Keys(
-    *rows_of("path model kind outcome header test text batch", str),
+    "path model kind outcome header test text batch",
     Field("status", int, str),
     Field("since", int, low=0),
     Field("limit", int, low=1),
