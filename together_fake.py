@@ -8955,7 +8955,7 @@ ESTIMATE_FIELDS = Fields(
 )  # fmt: skip
 SECRETS = ("wandb_api_key", "hf_api_token")  # no answer shows them
 FINE_TUNE_FIELDS = Fields(
-    *ESTIMATE_FIELDS.values(), *rows_of(" ".join(SECRETS), str), ON_INPUTS,
+    *ESTIMATE_FIELDS.values(), *SECRETS, ON_INPUTS,
     Field("n_epochs", int, low=1, high=20), Field("n_checkpoints", int, low=1, high=100),
     Field("batch_size", int, str, low=1, high=128, test=('"max"', ["max"].index)),
     Field("max_seq_length", int, low=1),
