@@ -2686,7 +2686,11 @@ class PathTests(FakeCase):
 
     def test_the_id_is_in_the_headers_too(self):
         got = self.ask("POST", CHAT, HELLO)
-        self.assertEqual(got.headers["cf-ray"], got.json["id"][-16:] + "-SEA")
+        id = got.json["id"]
+        self.assertEqual(got.headers["cf-ray"], id[-16:] + "-SEA")
+        self.assertEqual(got.headers["etag"], f'W/"{len(got.raw):x}-{id}"')
+        trace = r"^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-a[0-9a-f]{3}-[0-9a-f]{12}-noamzn$"
+        self.assertRegex(got.headers["x-amzn-trace-id"], trace)
         for method, path, body in (
             ("POST", CHAT, HELLO),
             ("POST", CHAT, {**HELLO, "model": KIMI}),
@@ -2702,6 +2706,7 @@ class PathTests(FakeCase):
             first = json.loads(got.raw.split(b"data: ")[1].split(b"\n")[0])
             first = first.get("response", first)
             self.assertEqual(got.headers["x-request-id"], first["id"])
+            self.assertNotIn("etag", got.headers)
         self.assertTrue(self.ask("GET", "/v1/models").headers["x-request-id"])
         self.server.fail(503, times=1)
         got = self.ask("POST", CHAT, HELLO)
