@@ -8559,7 +8559,7 @@ INITIATE_FIELDS = Fields(
     *UPLOAD_FIELDS.values(), Field("file_size!", int, low=1),
     Field("num_parts!", int, low=1, high=MAX_PARTS),
 )  # fmt: skip
-ENDING_ROWS = rows_of("upload_id! file_id!", str)
+UPLOAD_IDS = "upload_id! file_id!"
 PART_ROWS = (Field("part_number!", int), Field("etag", str))
 PARTS = list_field("parts!", *PART_ROWS)
 LIST_FIELDS = Fields(Field("limit", int, low=1, high=10000), "after purpose")
@@ -8728,8 +8728,8 @@ def put_file(server: Server, request: Request) -> Any:
     return Reply(headers={"ETag": f'"{len(request.raw):x}-{zlib.crc32(request.raw):08x}"'})
 
 
-@route("POST", "/v1/files/multipart/complete", body=Fields(*ENDING_ROWS, PARTS))
-@route("POST", "/v1/files/multipart/abort", body=Fields(*ENDING_ROWS))
+@route("POST", "/v1/files/multipart/complete", body=Fields(UPLOAD_IDS, PARTS))
+@route("POST", "/v1/files/multipart/abort", body=Fields(UPLOAD_IDS))
 def end_upload(server: Server, request: Request) -> Any:
     """Join the parts of a large file, or forget it."""
     upload_id, id = request.body["upload_id"], request.body["file_id"]
@@ -9342,7 +9342,7 @@ JUDGE_ROWS = (
 )  # fmt: skip
 JUDGED_FIELDS = Fields(*JUDGE_ROWS, "input_template!")
 PARAMETER_ROWS = (
-    Field("judge!", dict, fields=Fields(*JUDGE_ROWS)),
+    object_field("judge!", *JUDGE_ROWS),
     Field("input_data_file_path!", str, low=1),
     *rows_of("model_to_evaluate model_a model_b", str, dict, fields=JUDGED_FIELDS),
 )
