@@ -5654,13 +5654,12 @@ def parse_header(text: str) -> Fixture:
     at = "X-Parlel-Fixture"
     try:
         entry = json.loads(text)
-        if isinstance(entry, dict) and not entry.keys() & {"match", "response"}:
+        if not isinstance(entry, dict) or entry.keys().isdisjoint(("match", "response")):
             entry = check_clean(entry, list_response_rows(), at)
             said = {key: entry.pop(key) for key in [*entry] if key not in OPTIONS}
             entry.update({"response": said} if said else {})
-        if isinstance(entry, dict):
-            entry = {"match": {}, **entry}
-        fixture = Fixture(*parse_entry(entry, at), "header", trusted=False, place=at)
+        checked = parse_entry({"match": {}, **entry}, at)
+        fixture = Fixture(*checked, "header", trusted=False, place=at)
         fixture.sequence = None  # one request is no sequence
         return fixture
     except (ValueError, RecursionError) as error:
@@ -13044,9 +13043,9 @@ def warn_of_calls(body: Item, said: Item) -> Iterator[str]:
     """Yield how tool calls are none that the request can get."""
     tools = {tool["name"]: tool for tool in find_tools(body)}
     mode, names = read_tool_choice(body)
-    choice = f"and tool_choice is {preview(body.get('tool_choice'))}"
+    choice = body.get("tool_choice")
     if tools and not said["tool_calls"] and mode in ("required", "named"):
-        yield f"it calls no tool, {choice}"
+        yield f"it calls no tool, and tool_choice is {preview(choice)}"
     for call in said["tool_calls"]:
         name = call["name"]
         if not tools:
@@ -13054,7 +13053,7 @@ def warn_of_calls(body: Item, said: Item) -> Iterator[str]:
         elif name not in tools:
             yield f"it calls {name}, a tool that the request does not offer{suggest(name, tools)}"
         elif mode == "none" or (names and name not in names):
-            yield f"it calls {name}, {choice}"
+            yield f"it calls {name}, and tool_choice is {preview(choice)}"
         else:
             schema = {"type": "object", **(tools[name].get("parameters") or {})}
             problem = explain_violation(schema, call["arguments"])
@@ -13090,13 +13089,13 @@ def warn_of_response(
     body, said = request.body, request.script or {}
     if "blocks" in said:
         yield from warn_of_text(body, said)
-    model = server.models.get(body.get("model", ""))
-    length = body.get("dimensions") or (model.dimensions if model is not None else None)
-    for given in {len(vector) for vector in said.get("vectors", ())} - {length}:
-        if length is not None:
+    elif "vectors" in said:
+        model = server.models.get(body["model"])
+        length = body.get("dimensions") or (model.dimensions if model is not None else None)
+        for given in {len(vector) for vector in said["vectors"] if length is not None} - {length}:
             yield f"its embedding has {given} numbers; {body['model']} makes {length}"
-    given, wanted = len(said.get("scores", ())), len(body.get("documents", ()))
-    if "scores" in said and given != wanted:
+    elif "scores" in said and len(said["scores"]) != len(body["documents"]):
+        given, wanted = len(said["scores"]), len(body["documents"])
         yield f"it has {given} scores, and the request has {wanted} documents"
     idle = [name for name in STREAM_OPTIONS if name in fixture.options]
     if reply.events is None and idle:
@@ -13439,13 +13438,9 @@ if TYPE_CHECKING:
 
 def explain_call(call: Call) -> str:
     """Say why a call failed, or which fixtures for its kind were passed over, and why."""
-    misses = [
-        f"{miss['fixture']}: {miss['reason']}"
-        for miss in call.near_misses
-        if miss["differs"] != "response"
-    ]
-    reasons = [call.error] if call.error else misses
-    return "".join("\n    " + reason.rstrip().replace("\n", "\n    ") for reason in reasons)
+    misses = (miss for miss in call.near_misses if miss["differs"] != "response")
+    told = [call.error] if call.error else [f"{m['fixture']}: {m['reason']}" for m in misses]
+    return "".join("\n    " + reason.rstrip().replace("\n", "\n    ") for reason in told)
 
 
 def read_fault(fault: Any) -> Item:
@@ -14330,10 +14325,11 @@ class TogetherAiServer(Scripting):
         call.answered_by, call.fixture = fixture, fixture.source
         request.chunk_sizes = fixture.chunk_sizes
         response = answer_with(fixture, facts)
-        if response.closes and is_whole(response, fixture.options):
+        whole = is_whole(response, fixture.options)
+        if whole and response.closes:
             request.script = response.normal
             return self._handle(route, request, call)
-        if is_whole(response, fixture.options):
+        if whole:
             reply = name_reply(whole_reply(response, fixture.options, request), request)
         else:
             if not (response.is_error or response.type is GENERATED):
@@ -14349,8 +14345,7 @@ class TogetherAiServer(Scripting):
         fault = draw_fault(self.script, fixture, response)
         if fault is None:
             return reply
-        if fault.describe():
-            call.notes += (fault.describe(),)
+        call.notes += tuple(filter(None, [fault.describe()]))
         return apply_fault(reply, fault, time.monotonic)
 
     def _shape_error(self, error: ApiError, request: Request) -> Reply:
