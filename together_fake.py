@@ -886,16 +886,14 @@ def read_texts(values: Item, fields: Fields) -> Item:
 
 def collect_fields(pairs: Iterable[tuple[str, Any]]) -> Item:
     """Make a dict of form fields; `name[]` and repeated names become arrays."""
-    values: Item = {}
-    for name, value in pairs:
-        if name.endswith("[]"):
-            values.setdefault(name[:-2], []).append(value)
-        elif name in values:
-            earlier = values[name]
-            values[name] = [*(earlier if type(earlier) is list else [earlier]), value]
-        else:
-            values[name] = value
-    return values
+    values: dict[str, list[Any]] = {}
+    arrays = set()
+    for written, value in pairs:
+        name = written[:-2] if written.endswith("[]") else written
+        if name != written or name in values:
+            arrays.add(name)
+        values.setdefault(name, []).append(value)
+    return {name: found if name in arrays else found[0] for name, found in values.items()}
 
 
 def parse_form(raw: bytes) -> Item:
@@ -912,10 +910,8 @@ PART_OPTION = lazy_regex(r';\s*([\w*-]+)=(?:"((?:[^"\\]|\\.)*)"|([^;"]*))')
 
 def parse_part(head: bytes, data: bytes) -> tuple[str, Any]:
     """Return the name and value of one multipart part: a string, or an `Upload`."""
-    headers: dict[str, str] = {}
-    for line in head.decode("utf-8", "replace").split("\r\n"):
-        name, _, value = line.partition(":")
-        headers[name.strip().lower()] = value.strip()
+    lines = (line.partition(":") for line in head.decode("utf-8", "replace").split("\r\n"))
+    headers = {name.strip().lower(): value.strip() for name, _, value in lines}
     disposition = headers.get("content-disposition", "")
     options = {
         name.lower(): re.sub(r"\\(.)", r"\1", quoted) or bare.strip()
@@ -1879,7 +1875,7 @@ class OutOfSteps(Exception):
 class Budget:
     """The steps of work that are left for one thing, so that none keeps a thread busy."""
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: float) -> None:
         self.steps = steps
 
     def spend(self, count: int = 1) -> None:
@@ -1889,27 +1885,21 @@ class Budget:
             raise OutOfSteps
 
 
-class RequestWork(threading.local):
-    """What the request that this thread answers may still spend on values."""
-
-    steps: float = math.inf  # none is answered
+WORK = threading.local()  # `steps` are left for the values of the request that it answers
 
 
-WORK = RequestWork()
-
-
-@contextlib.contextmanager
-def bound_work() -> Iterator[Budget]:
-    """Bound the work for a value, alone and together with the others of a request."""
-    most = min(MAX_STEPS, WORK.steps)
-    budget = Budget(int(most))
+def bound_work(make: Callable[[Budget], Any]) -> Any:
+    """Make a value within its budget, and within what is left for all values of a request."""
+    left = getattr(WORK, "steps", math.inf)
+    most = min(MAX_STEPS, left)
+    budget = Budget(most)
     try:
-        yield budget
+        return make(budget)
     except (OutOfSteps, RecursionError):
         reason = "is too large, too deep or too entangled for the values that are asked for"
         raise Unsatisfiable(f"the schema {reason}") from None
     finally:
-        WORK.steps -= most - max(0, budget.steps)
+        WORK.steps = left - most + max(0, budget.steps)
 
 
 # Only what ECMA-262 and Python read alike. Whether a repeat is lazy does not change the texts.
@@ -1992,12 +1982,13 @@ class Pattern:
     def _read_repeat(self, before: list[Any], text: str) -> Any:
         first, comma, last = text.strip("{}").partition(",")
         low, high = REPEATS.get(text) or (int(first), int(last or MAX_TEXT if comma else first))
-        if not before or before[-1][0] == "at" or low > min(high, MAX_TEXT):
+        high = min(high, MAX_TEXT)
+        if not before or before[-1][0] == "at" or low > high:
             raise self._refusal(f"{text} repeats nothing, or not as often as it says")
         part, run = before.pop(), None
         if part[0] == "set" or (part[0] == "text" and len(part[2]) == 1):
             run = re.compile(f"(?:{part[1].pattern})*", self._flags)
-        return ("repeat", part, low, min(high, MAX_TEXT), run)
+        return ("repeat", part, low, high, run)
 
     def _read_set(self, kind: str, text: str) -> Any:
         """Read a set of characters or an anchor."""
@@ -2126,7 +2117,7 @@ def read_table(text: str) -> dict[str, str]:
 
 # What `{kind}` or `{kind4}` in a template stands for: one draw, or so many in a row. A template
 # may also name its own choices: `{this|that}`.
-SAMPLE_ROWS = read_table("""\
+SAMPLES = read_table("""\
 d: 0|1|2|3|4|5|6|7|8|9
 c: 1|2|3|4|5|6|7|8|9
 s: 0|1|2|3|4|5
@@ -2139,7 +2130,6 @@ adjective: bright|calm|clear|careful|fresh|gentle|modern|quick|quiet|simple|stea
 noun: bridge|garden|harbor|journey|letter|market|meadow|notebook|plan|river|signal
 verb: check|compare|explain|improve|measure|prepare|review|share|update
 """)
-SAMPLES = {kind: row.split("|") for kind, row in SAMPLE_ROWS.items()}
 # By format, or by a name that calls for it; Base64 takes four characters for three bytes.
 FORMATS = read_table("""\
 date day birthday deadline dob: 202{d}-0{c}-1{d}
@@ -2228,22 +2218,26 @@ def split_name(name: str) -> list[str]:
 
 def find_by_name(table: Mapping[str, str], name: str) -> str:
     """Return the row that a property's name suggests: `homeEmail` finds `email`."""
-    if name in table:
-        return table[name]
-    for key in split_name(name[:100]):
+    for key in (name, *split_name(name[:100])):
         if key in table:
             return table[key]
     return table["*"]
 
 
+@functools.lru_cache(maxsize=256)  # the tables have about so many
+def read_template(template: str) -> list[list[str]]:
+    """Return the choices for each part of a template; a text is the only one."""
+    parts = SAMPLE.split(template)  # text, kind, count, text, ...
+    read: list[list[str]] = []
+    for text, kind, count in zip(parts[::3], parts[1::3], parts[2::3]):
+        read += [[text], *[SAMPLES.get(kind, kind).split("|")] * int(count or 1)]
+    return [*read, parts[-1:]]
+
+
 def fill_template(rng: HashRandom, template: str) -> str:
     """Replace each `{kind}` of a template by a draw from `SAMPLES`."""
-
-    def draw(found: re.Match[str]) -> str:
-        choices = SAMPLES.get(found[1]) or found[1].split("|")
-        return "".join([rng.choice(choices) for _ in range(int(found[2] or 1))])
-
-    return SAMPLE.sub(draw, template)
+    parts = read_template(template)
+    return "".join([rng.choice(part) if len(part) > 1 else part[0] for part in parts])
 
 
 def as_whole(number: Any) -> Any:
@@ -2257,11 +2251,6 @@ def canonical(value: Any) -> str:
         return '"' + value  # most are texts, and this is the short way for them
     plain = json.loads(json.dumps(value), parse_float=lambda digits: as_whole(float(digits)))
     return json.dumps(plain, sort_keys=True)
-
-
-def is_multiple(value: float, step: float) -> bool:
-    """Tell whether a division comes out even, as validators in binary arithmetic see it."""
-    return abs(value) < 1e300 and (value % step if isinstance(step, int) else value / step % 1) == 0
 
 
 NUMBER = r"-?[0-9]{1,9}(?:\.[0-9]{1,9})?"
@@ -2306,8 +2295,7 @@ SHAPES = {
     "text": Field("", str), "list": Field("", list), "switch": Field("", bool),
     "names": Field("", list, each=Field("", str)),
     "types": Field("", str, list, low=1, choices=TYPES, each=Field("", str, choices=TYPES)),
-    "number": Field("", float, low=-1e300, high=1e300),  # that arithmetic can bear
-    "limit": Field("", float, bool, low=-1e300, high=1e300),  # a switch in draft 4
+    "limit": Field("", float, bool, low=-1e300, high=1e300),  # some are switches in draft 4
     "step": Field("", float, low=1e-8, high=1e300), "count": Field("", int, low=0, high=1e300),
     "schema": Field("", dict, bool), "schemas": Field("", list), "map": Field("", dict),
     "items": Field("", dict, bool, list), "needs": Field("", dict),  # items: a list until 2019-09
@@ -2327,11 +2315,12 @@ VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
     "oneOf": ("schemas", "", lambda r, a, v, s: sum(r.accepts(part, v) for part in a) == 1),
     "not": ("schema", "", lambda r, a, v, s: not r.accepts(a, v)),
     "if": ("schema", "", lambda r, a, v, s: r.accepts(r.find_branch(s, v), v)),
-    "minimum": ("number", "number", lambda r, a, v, s: v >= a),
-    "maximum": ("number", "number", lambda r, a, v, s: v <= a),
+    "minimum": ("limit", "number", lambda r, a, v, s: v >= a),
+    "maximum": ("limit", "number", lambda r, a, v, s: v <= a),
     "exclusiveMinimum": ("limit", "number", lambda r, a, v, s: v > a),
     "exclusiveMaximum": ("limit", "number", lambda r, a, v, s: v < a),
-    "multipleOf": ("step", "number", lambda r, a, v, s: is_multiple(v, a)),
+    "multipleOf": ("step", "number", lambda r, a, v, s: abs(v) < 1e300
+        and (v % a if type(a) is int else v / a % 1) == 0),  # as validators see it
     **{f"min{end}": ("count", kind, lambda r, a, v, s: len(v) >= a) for end, kind in SIZED.items()},
     **{f"max{end}": ("count", kind, lambda r, a, v, s: len(v) <= a) for end, kind in SIZED.items()},
     "pattern": ("text", "string", lambda r, a, v, s: r.matches(a, v)),
@@ -2400,10 +2389,9 @@ NEGATIONS: dict[str, Callable[[Any, Any], list[list[Any]]]] = {
 
 def rewrite(schema: Item) -> Item:
     """Say all in few keywords of draft 2020-12, with the types as a tuple."""
-    for side in ("Minimum", "Maximum"):
-        strict = f"exclusive{side}"
-        if isinstance(schema.get(strict), bool) and schema.pop(strict) and side.lower() in schema:
-            schema[strict] = schema.pop(side.lower())
+    for side, strict in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
+        if isinstance(schema.get(strict), bool) and schema.pop(strict) and side in schema:
+            schema[strict] = schema.pop(side)
     if isinstance(schema.get("items"), list):
         schema["prefixItems"] = schema["items"]
         schema["items"] = schema.get("additionalItems", True)
@@ -2439,10 +2427,8 @@ class SchemaReader:
     def __init__(self, document: Any, budget: Budget) -> None:
         self.budget = budget
         self.spend = budget.spend
-        self.pattern = functools.lru_cache(None)(lambda source: Pattern(source, budget))
-        self.matches = functools.lru_cache(None)(
-            lambda source, text: self.pattern(source).is_in(text)
-        )
+        self._patterns: dict[str, Pattern] = {}
+        self._matches: dict[tuple[str, str], bool] = {}  # whether a pattern is in a text
         self._bases: dict[int, str] = {}  # the URIs that references start from, by id() of parts
         self._named: Item = {"#": document}  # parts by URI
         self._resolved: Item = {}  # what a $ref has named, by URI
@@ -2452,12 +2438,22 @@ class SchemaReader:
             self._list_parts(document, base)
         self.root = self.read(document, "#")
 
+    def pattern(self, source: str) -> Pattern:
+        if source not in self._patterns:
+            self._patterns[source] = Pattern(source, self.budget)
+        return self._patterns[source]
+
+    def matches(self, source: str, text: str) -> bool:
+        if (source, text) not in self._matches:
+            self._matches[source, text] = self.pattern(source).is_in(text)
+        return self._matches[source, text]
+
     def is_late(self) -> bool:
         """Tell whether so much work is done that only what must be there is made."""
         return self.budget.steps < MAX_STEPS - MANY_STEPS
 
     def _list_parts(self, part: Any, base: str) -> None:
-        """Note which parts have a name of their own, and the URIs that references start from."""
+        """Note which parts have a name, and the URIs that references in parts start from."""
         self.spend(len(part) // 16)
         if type(part) is dict:
             for keyword in ("$id", "$anchor", "$dynamicAnchor"):
@@ -2485,7 +2481,8 @@ class SchemaReader:
                 continue
             shape = VOCABULARY[name][0]
             try:
-                shape in SHAPES and SHAPES[shape].check(argument)
+                if shape in SHAPES and type(argument) not in SHAPES[shape].free:
+                    SHAPES[shape].check(argument)
             except ApiError as error:
                 reason = error.facts["reason"]
                 raise Unsatisfiable(f"{place[:200]}: {keyword} {reason}") from None
@@ -2545,12 +2542,11 @@ class SchemaReader:
         return all(map(self.accepts, schemas, itertools.repeat(value)))
 
     def is_among(self, value: Any, choices: Any) -> bool:
-        """Tell whether the value equals one of the choices."""
         own = canonical(value)
         self.spend((len(choices) + len(own)) // 16)
         return any(own == canonical(choice) for choice in choices if choice == value)
 
-    def list_inside(self, schemas: Sequence[Any], key: str | int) -> list[Any]:
+    def list_inside(self, schemas: Sequence[Any], key: Any) -> list[Any]:
         """Return all that schemas ask of a property, or of an item by its number."""
         asked: list[Any] = []
         for schema in schemas:
@@ -2568,7 +2564,6 @@ class SchemaReader:
         return asked
 
     def find_branch(self, schema: Any, value: Any) -> Any:
-        """Return what an `if` asks of a value: `then` or `else`."""
         return schema.get("then" if self.accepts(schema["if"], value) else "else", True)
 
     def find_rest(self, schema: Any, value: Any, keys: Iterable[Any]) -> list[Any]:
@@ -2624,6 +2619,7 @@ class SchemaReader:
 COMBINING = {"$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas"}  # add parts
 # What a made value does not meet by the way it is made, and is therefore tested for.
 TESTED = {"oneOf", "not", "contains", "if", "unevaluatedItems", "unevaluatedProperties"}
+NAMING = {"enum", "examples", "default"}  # keywords with values
 MAPS = ("additionalProperties", "patternProperties", "unevaluatedProperties")
 
 
@@ -2647,7 +2643,7 @@ class ValueMaker:
         return self.keywords.get(keyword, [])
 
     def count_range(self, what: str, limit: int) -> tuple[int, int]:
-        """Return the range of minLength, minItems or minProperties, at most up to `limit`."""
+        """Return the least and the most of what a value has, at most `limit`."""
         low = int(max(self.arguments("min" + what), default=0))
         high = int(min([limit, *self.arguments("max" + what)]))
         if low > high:
@@ -2658,12 +2654,9 @@ class ValueMaker:
         return Unsatisfiable(f"{self.path}: {reason}")
 
     def no_value(self, kind: str) -> Unsatisfiable:
-        """Return the error that no value meets the keywords that speak of its kind."""
-        keywords = [keyword for keyword in self.keywords if VOCABULARY[keyword][1] in ("", kind)]
-        return self.refusal(f"no {kind} was found that meets {', '.join(keywords)}")
+        return self.refusal(f"no {kind} was found that meets {', '.join(self.keywords)}")
 
     def make_inside(self, key: str | int, schemas: list[Any], name: str) -> Any:
-        """Return a value for an item, a property or a property's name."""
         inner = ValueMaker(self.reader, self.rng.child(key, self.attempt), schemas)
         inner.path, inner.name = f"{self.path}/{key}"[:200], name
         inner.depth, inner.minimal, inner.trail = self.depth - 1, self.minimal, self.trail
@@ -2676,9 +2669,9 @@ class ValueMaker:
         self.reader.spend(4)
         self.minimal = self.minimal or self.depth <= 0 or self.reader.is_late()
         trail, minimal, problem = self.trail, self.minimal, None
-        plain = all(isinstance(each, dict) and COMBINING.isdisjoint(each) for each in self.schemas)
-        ways = [self.schemas] if plain else self._ways(self.schemas, [], [])
-        for schemas in itertools.islice(ways, MAX_BRANCHES):
+        if all(isinstance(each, dict) and COMBINING.isdisjoint(each) for each in self.schemas):
+            return self._fill(self.schemas)
+        for schemas in itertools.islice(self._ways(self.schemas, [], []), MAX_BRANCHES):
             refs = {schema["$ref"] for schema in schemas if "$ref" in schema}
             self.minimal, self.trail = minimal or not refs.isdisjoint(trail), trail | refs
             try:
@@ -2738,8 +2731,7 @@ class ValueMaker:
         """Return ways as they are tried: drawn, null last; the simplest first when deep."""
         drawn, last = choice
         start = self.rng.randbelow(len(drawn)) if drawn else 0
-        null = [{"type": ("null",)}]
-        order = self._count_refs if minimal else lambda way: way == null
+        order: Any = self._count_refs if minimal else [{"type": ("null",)}].__eq__
         return sorted(drawn[start:] + drawn[:start], key=order) + last
 
     def _count_refs(self, way: list[Any]) -> int:
@@ -2756,20 +2748,18 @@ class ValueMaker:
         for schema in schemas:
             for keyword, argument in schema.items():
                 self.keywords.setdefault(keyword, []).append(argument)
-        for value in self._list_known_values():
+        for value in self._list_known_values() if not NAMING.isdisjoint(self.keywords) else ():
             if self.reader.accepts_all(schemas, value):
                 return value
+        last = ("array", "object") if self.minimal else ("null",)
         kinds = [] if "enum" in self.keywords else list_types(schemas)
-        if len(kinds) > 1:
-            last = ("array", "object") if self.minimal else ("null",)
-            kinds.sort(key=last.__contains__)
         tested = [] if TESTED.isdisjoint(self.keywords) else schemas
         problem = None
-        for kind in kinds:
+        for kind in sorted(kinds, key=last.__contains__):
             try:
                 for self.attempt in range(TRIES if tested else 1):
                     value = getattr(self, f"make_{kind}")()
-                    if self.reader.accepts_all(tested, value):
+                    if not tested or self.reader.accepts_all(tested, value):
                         return value
             except Unsatisfiable as error:
                 problem = problem or error
@@ -2905,14 +2895,14 @@ class ValueMaker:
 
     def _make_property(self, name: str) -> Any:
         rules = self.arguments("propertyNames")
-        if not self.reader.accepts_all(rules, name):
+        if rules and not self.reader.accepts_all(rules, name):
             raise self.refusal(f"propertyNames forbids the name {name[:60]!r}")
         asked = self.reader.list_inside(self.schemas, name)
         schemas = asked or self.arguments("unevaluatedProperties")
         return self.make_inside(name, schemas, name)
 
     def _random_name(self, number: int) -> str:
-        """Draw a name for an extra property: from the patterns, propertyNames or a word list."""
+        """Draw a name for an extra property."""
         rng = self.rng.child("name", number, self.attempt)
         patterns = [source for schema in self.arguments("patternProperties") for source in schema]
         if patterns:
@@ -2929,21 +2919,24 @@ def make_instance(rng: HashRandom, schema: Any) -> Any:
     Unknown keywords are ignored. Beyond six levels, and inside a recursive schema, only
     what must be there is made. Raises `Unsatisfiable` where no valid value is found.
     """
-    with bound_work() as budget:
-        try:
-            reader = SchemaReader(schema, budget)
-            value = ValueMaker(reader, rng, [reader.root]).make()
-            if reader.accepts(reader.root, value):
-                return value
-        except ValueError as error:  # from urljoin()
-            raise Unsatisfiable(f"a URI is malformed: {error}") from None
-    raise Unsatisfiable("no value that was tried meets all of the schema")
+
+    def make(budget: Budget) -> Any:
+        reader = SchemaReader(schema, budget)
+        value = ValueMaker(reader, rng, [reader.root]).make()
+        if reader.accepts(reader.root, value):
+            return value
+        raise Unsatisfiable("no value that was tried meets all of the schema")
+
+    try:
+        return bound_work(make)
+    except ValueError as error:  # from urljoin()
+        raise Unsatisfiable(f"a URI is malformed: {error}") from None
 
 
 def make_matching(rng: HashRandom, pattern: str) -> str:
     """Return a text that the pattern matches as a whole, or raise `Unsatisfiable`."""
-    with bound_work() as budget:
-        return Pattern(pattern, budget, whole=True).make(rng, 0, MAX_TEXT)
+    text: str = bound_work(lambda b: Pattern(pattern, b, whole=True).make(rng, 0, MAX_TEXT))
+    return text
 
 
 # === Prompts ===
