@@ -2948,9 +2948,9 @@ MAX_ASKING = 10  # sentences that ask at either end
 MAX_SHORT = 600  # characters in which all of these count
 HINTS = (  # what asks for a form has one at an end
     "{", "<", "`", "nswer", "espon", "eturn", "utput", "ormat", "eply", "lassif", "ategor",
-    "NSWER", "JSON", "YAML", "CSV", "omma", "hoose", "elect", "abel", "itle", "ist", " table",
-    "epeat", "core", "only", " line", "Say", "ay the", "inish", "ullet", "word", "one-", "scale",
-    "erbatim",
+    "NSWER", "JSON", "YAML", "CSV", "omma", "hoose", "elect", "abel", "itle", " list", "List",
+    " table", "epeat", "core", "only", " line", "Say", "ay the", "inish", "ullet", "word", "one-",
+    "scale", "erbatim",
 )  # fmt: skip
 TEXT_SCHEMA = {"type": "string"}
 FEW = {"minItems": 2, "maxItems": 2}  # in each of several answers
@@ -3696,8 +3696,11 @@ RESULT = lazy_regex(
 
 
 def is_hinted(text: str) -> bool:
-    hints = HINTS if len(text) <= MAX_SHORT else HINTS[:16]
-    return any(map(keep_ends(text, MAX_SHORT).__contains__, hints)) or text[-1:] == ":"
+    ends = keep_ends(text, MAX_SHORT)
+    for hint in HINTS if len(text) <= MAX_SHORT else HINTS[:16]:
+        if hint in ends:
+            return True
+    return text[-1:] == ":"
 
 
 def read_form(messages: list[dict[str, Any]], json_mode: bool = False) -> WantedForm | None:
@@ -3705,21 +3708,22 @@ def read_form(messages: list[dict[str, Any]], json_mode: bool = False) -> Wanted
 
     Where that is a result, the one before it that is none asks, too.
     """
-    if not any(map(is_hinted, map(message_text, messages))):
-        return None
     roles = [message["role"] for message in messages]
+    texts = list(map(message_text, messages))
     users = [at for at, role in enumerate(roles) if role == "user"][::-1]
     systems = [at for at, role in enumerate(roles) if role in ("system", "developer")][::-1]
-    asked = [at for at in users if not RESULT.search(message_text(messages[at])[:80])] or users[-1:]
-    said = "".join([message_text(messages[at])[-PROMPT_WINDOW:] for at in users[:1]])
-    told = "".join([message_text(messages[at])[:PROMPT_WINDOW] for at in systems[:1]])
+    asked = users[:1] + systems[:2]
+    if len(users) > 1:
+        asked[1:1] = [next((at for at in users if not RESULT.search(texts[at][:80])), users[-1])]
+    asked = [at for at in asked if is_hinted(texts[at])]
+    if not asked:
+        return None
+    said = texts[users[0]][-PROMPT_WINDOW:] if users else ""
+    told = texts[systems[0]][:PROMPT_WINDOW] if systems else ""
     vague = None
-    for number in dict.fromkeys([*users[:1], *asked[:1], *systems[:2]]):
-        text = message_text(messages[number])
-        if not is_hinted(text):
-            continue
+    for number in dict.fromkeys(asked):
         answered = not {"tool", "function", "assistant"}.isdisjoint(roles[number:])
-        prompt = Prompt(text, "" if number in users[:1] else said, answered, told)
+        prompt = Prompt(texts[number], "" if number in users[:1] else said, answered, told)
         tried = (read(prompt) for read in FORM_READERS)
         form = read_json(prompt, True) if json_mode else next(filter(None, tried), None)
         if form is not None:
