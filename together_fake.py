@@ -5601,14 +5601,11 @@ def load_fixtures(path: str) -> Loaded:
     for full in list_fixture_files(path):
         name = os.path.basename(path) if full == path else os.path.relpath(full, path)
         name = name.replace(os.sep, "/")
-        with open(full, encoding="utf-8-sig") as file:
-            try:
-                data = json.load(file)
-            except (ValueError, RecursionError) as error:
-                problems.append(f"{name}: is not JSON: {error}")
-                continue
         try:
-            loaded.add(parse_fixtures(data, name))
+            with open(full, encoding="utf-8-sig") as file:
+                loaded.add(parse_fixtures(json.load(file), name))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            problems.append(f"{name}: is not JSON: {error}")
         except ValueError as error:
             problems.append(f"{error}")
     if problems:
@@ -11763,8 +11760,7 @@ def write_curl(call: Call, origin: str) -> str:
 
 def write_python(call: Call, entry: Item) -> str:
     """Return the shortest `server.reply()` that answers this request so again."""
-    match, said = entry["match"], list_said(call)
-    words = entry["response"]
+    match, words, said = entry["match"], entry["response"], list_said(call)
     if [message["role"] for message in said] == ["assistant"]:
         words, finish = put_message(said[0]), said[0].get("finish_reason")
         for call_words in words.get("toolCalls", ()):
@@ -11773,17 +11769,15 @@ def write_python(call: Call, entry: Item) -> str:
                 call_words["arguments"] = json.loads(call_words["arguments"])
         if finish not in (None, "stop", "tool_calls"):
             words["finishReason"] = finish
-    given = {
-        ("response_" if key in ("model", "headers") else "") + to_snake(key): repr(value)
-        for key, value in words.items()
-    }
-    wanted = ("userMessage", "inputText", "hasToolResult", "turnIndex")
-    given.update({to_snake(key): repr(match[key]) for key in wanted if match.get(key)})
+    lines = [repr(words.pop("content"))] if "content" in words else []
     if said and said[0]["role"] == "images":
-        given = {"image": f'Path("call-{call.number}.png").read_bytes()', **given}
-        given.pop("json")
-    content = [given.pop("content")] if "content" in given else []
-    lines = content + [f"{key}={value}" for key, value in given.items()]
+        words.pop("json")
+        lines.append(f'image=Path("call-{call.number}.png").read_bytes()')
+    for key, value in words.items():
+        prefix = "response_" if key in ("model", "headers") else ""
+        lines.append(f"{prefix}{to_snake(key)}={value!r}")
+    wanted = ("userMessage", "inputText", "hasToolResult", "turnIndex")
+    lines += [f"{to_snake(key)}={match[key]!r}" for key in wanted if match.get(key)]
     short = f"server.reply({', '.join(lines)})"
     return short if len(short) <= 88 else "server.reply(\n    " + ",\n    ".join(lines) + ",\n)"
 
