@@ -377,6 +377,11 @@ class BodyTests(FakeCase):
         ):
             self.assertEqual(fake.parse_form(form + b"&b=3"), {"a": values, "b": "3"})
 
+    def test_a_file_is_no_text(self):
+        values = {"a": fake.Upload("a.txt", "text/plain", b"true"), "b": "True"}
+        fields = fake.Fields(fake.Field("a", bool), fake.Field("b", bool))
+        self.assertEqual(fake.read_texts(values, fields), {**values, "b": True})
+
     def test_good_json_of_unusual_kinds(self):
         for raw in (
             json.dumps({**HELLO, "x": "\U0001f600" + "9" * 500}),

@@ -871,10 +871,11 @@ def read_text(field: Field | None, value: Any) -> Any:
             raise refuse_value(field.name, f"must have at most {MAX_FORM_FIELDS} parts", value)
     if type(value) is list:
         return [read_text(field.each, part) for part in value]
+    if not is_text:
+        return value
     try:
         # Together's Python 1.x sends "True" in forms.
-        text = value.lower() if bool in field.kinds else value
-        return parse_json(text.encode()) if is_text else value
+        return parse_json((value.lower() if bool in field.kinds else value).encode())
     except (ApiError, ValueError):
         return value
 
@@ -2829,8 +2830,7 @@ class ValueMaker:
         low = max([-math.inf, *self.arguments("minimum"), *self.arguments("exclusiveMinimum")])
         high = min([math.inf, *self.arguments("maximum"), *self.arguments("exclusiveMaximum")])
         reach, beyond = 100 * step, natural[1] + MAX_ITEMS * step
-        ranges = (natural, (low, low + reach), (high - reach, high), (natural[1], beyond))
-        for start, end in ranges:
+        for start, end in (natural, (low, low + reach), (high - reach, high), (natural[1], beyond)):
             start, end = max(start, low), min(end, high)
             if -1e300 <= start <= end <= 1e300:
                 yield start, end
