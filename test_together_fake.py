@@ -10384,7 +10384,7 @@ class RecordingCase(UpstreamCase):
         said = {}
         for name, (path, body) in RECORDABLE.items():
             headers = FORM if isinstance(body, bytes) else KEY
-            got = self.ask("POST", path, body, headers)
+            got = self.answer("POST", path, body, headers)
             said[name] = got.status, got.headers["content-type"], read_said(got)
         return said
 
