@@ -9112,6 +9112,11 @@ def fine_tune_object(server: Server, item: Item) -> Item:
     return merge(job, {**item, "batch_size": job["batch_size"], "events": events or None})
 
 
+def list_ids(server: Server, *types: str, wanted: str | None = None) -> list[str]:
+    models = list(server.models.items())
+    return [id for id, model in models if model.type in types and wanted in (None, id)]
+
+
 def resolve_trainable(server: Server, id: str) -> Model:
     """Return a model that can be trained, as unknown ones can unless the server is strict."""
     model = resolve_model(server, id, "chat")
@@ -9233,9 +9238,7 @@ def get_training_limits(server: Server, request: Request) -> Any:
 @route("GET", "/v1/fine-tunes/models/supported", query=LIMIT_FIELDS)
 def list_trainable(server: Server, request: Request) -> Any:
     """List the models that can be trained."""
-    wanted = request.args.get("model_name")
-    ids = [model.id for model in list(server.models.values()) if model.type in TRAINABLE]
-    return {"models": [id for id in ids if wanted in (None, id)]}
+    return {"models": list_ids(server, *TRAINABLE, wanted=request.args.get("model_name"))}
 
 
 @route("GET", "/v1/finetune/download", query=DOWNLOAD_FIELDS)
@@ -9461,7 +9464,7 @@ def list_evaluations(server: Server, request: Request) -> Any:
 @route("GET", "/v1/evaluation/model-list", query=Fields("model_source"))
 def list_judges(server: Server, request: Request) -> Any:
     """Name the models that can judge."""
-    return {"model_list": [id for id, model in list(server.models.items()) if model.type == "chat"]}
+    return {"model_list": list_ids(server, "chat")}
 
 
 # --- Dedicated endpoints
@@ -9912,11 +9915,10 @@ def create_transcript(server: Server, request: Request) -> Any:
 @route("GET", "/v1/voices", query=Fields("model"))
 def list_voices(server: Server, request: Request) -> Any:
     """List the voices of each speech model."""
-    found, wanted = [], request.args.get("model")
-    for id, model in list(server.models.items()):
-        if model.type == "audio" and wanted in (None, id):
-            names = SPEECH_VOICES.get(id.partition("/")[0], ())
-            found.append({"model": id, "voices": [{"id": name, "name": name} for name in names]})
+    found = []
+    for id in list_ids(server, "audio", wanted=request.args.get("model")):
+        names = SPEECH_VOICES.get(id.partition("/")[0], ())
+        found.append({"model": id, "voices": [{"id": name, "name": name} for name in names]})
     return {"data": found}
 
 
@@ -10378,7 +10380,7 @@ def get_model(server: Server, request: Request) -> Any:
 @route("GET", "/v1/autoscale/models")
 def list_autoscale_models(server: Server, request: Request) -> Any:
     """Name the models that can have an endpoint of their own."""
-    return [{"name": model.id} for model in list(server.models.values()) if model.type == "chat"]
+    return [{"name": id} for id in list_ids(server, "chat")]
 
 
 def list_page(request: Request, items: list[Item]) -> Item:
@@ -10452,6 +10454,7 @@ def get_identity(server: Server, request: Request) -> Any:
 
 @stored("jobs")
 def upload_job_object(server: Server, item: Item) -> Item:
+    """Complete the job that uploads a model."""
     return merge({
         "type": "model_upload", "job_id": server._next_id("job-"),
         "args": {"description": "", "modelName": f"{USER}/model", "modelSource": ""},
