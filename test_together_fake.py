@@ -3081,6 +3081,11 @@ FORMS = {
         'Extract the people. Return JSON in this format:\n{\n  "people": ["string"]\n}\n\n'
         "Text: Marie went to Paris with Tom.",
     ),
+    "names as an example has them": (
+        r'\{"character": "(Lady Ann|Sir Tom)"\}',
+        'Extract as JSON.\nExample: Lady Ann sings.\nOutput: {"character": "Lady Ann"}\n\n'
+        "Sir Tom sings.\nOutput:",
+    ),
     "one of a list": (
         r"billing|bug|other",
         "Classify the ticket. Answer with one of: billing, bug, other.\n\nTicket: it crashes",

@@ -2944,7 +2944,7 @@ def make_matching(rng: HashRandom, pattern: str) -> str:
 PROMPT_WINDOW = 8192  # characters at either end of a message in which a form is looked for
 MAX_PARTS = 60  # lines at either end, and values
 MAX_SAID = 2000  # characters of sentences at either end
-MAX_ASKING = 10  # sentences that ask at either end
+MAX_ASKING = 10  # sentences at either end
 MAX_SHORT = 600  # characters in which all of these count
 HINTS = (  # what asks for a form has one at an end
     "{", "<", "`", "nswer", "espon", "eturn", "utput", "ormat", "eply", "lassif", "ategor",
@@ -2997,7 +2997,7 @@ WEAK_OFFER = lazy_regex(  # where the answer is such a word alone
     rf"(?i:\b(?:with|as|is|are|only|just|either))[: ]+({WORDS_OFFERED})|\(({WORDS_OFFERED})\)"
     r"|^[^.:?!]{0,80}\b(?:list|[a-z]+s)(?: are)?: ([^.:?!]{3,300})\.?$"
 )
-ARRAY = lazy_regex(  # not a property's value
+ARRAY = lazy_regex(
     r"(?i)(?:(?!key|field|propert)[^\"'`:]){0,60}\b(?:JSON (?:array|list)|(?:array|list) of)"
 )
 MANY = lazy_regex(r"(?i)(?:an? )?(?:list|array)(?: of |\[)([^\n]{1,60}?)\]?|([^\n]{1,60}?)\[\]")
@@ -3018,7 +3018,7 @@ def read_type(text: str) -> str:
 
 
 def as_enum(text: str) -> dict[str, Any]:
-    """Return the schema of one of the short items of a list in a sentence, or nothing."""
+    """Return the choice of a list in a sentence, or nothing."""
     parts = re.split(r"\s?[|/;]\s?|\s?,\s?(?:or |and )?|\s(?:or|and)\s", IN_BRACKETS.sub("", text))
     items = list(dict.fromkeys(filter(None, [part.strip(" \"'`*[](){}<>$") for part in parts])))
     if len(items) == 1 and items[0].isupper() and items[0].isalpha():
@@ -3123,7 +3123,7 @@ PROSE_TASK = lazy_regex(
     r"|[^\n:]{0,99}\b(?:following|this|these|below)\b[^\n:]{0,99}(?=\n+[^\n]+\Z))"
     r"|(?:translate|rewrite)\b[^\n:.]{0,99}:(?= \w+ [a-z])"
 )
-NOTE = lazy_regex(  # behind a name
+NOTE = lazy_regex(
     r"(?i)[\"'`*#>\] ]{0,9}(\(.*)"
     r"|(?:[\"'`*]+:? (?!only|and\b|[\"'`])|[\"'`]?\??:.*?(?://|#))(.{3,}?)(?:\.\s|,? and "
     r"[\"'`]\w+[\"'`] (?!or)|\b[0-9]\)|\Z)"
@@ -3306,6 +3306,8 @@ class Prompt:
             return schema
         named = re.search("name|person|people|place|compan|entit|cit(y|ies)", name)
         taken = named and self.about and "xtract" in self.whole
+        proper = text[:1].isupper() and (" " in text or text.isupper())
+        taken = taken or (proper and self.text.count(text) > 1)
         if taken or re.search(r"verbatim|\bexact (?:text|word)|as it appears", text + note, re.I):
             return {"enum": self.copies()}
         return schema
@@ -3355,7 +3357,7 @@ class WantedForm:
 
 
 JSON_ASKED = lazy_regex(
-    r"(?i)(?<!bout )(?<!ompare )(?<!this )(?<!my )(?<!escribe a )\bJSON\b(?![.(_]| (?:API|file|"
+    r"(?i)(?<!bout )(?<!ompare )(?<!this )(?<!escribe a )\bJSON\b(?![.(_]| (?:API|file|"
     r"output schema))"
 )
 OUTPUT_INTRO = lazy_regex(
@@ -3492,8 +3494,7 @@ def read_shown(prompt: Prompt) -> WantedForm | None:
         begun = max(prompt.text.rfind("\nQuestion:"), prompt.text.rfind("Begin!"), 0)
         acted = prompt.answered or "\nObservation:" in prompt.text[begun:]
         stop = heads.index("Observation")
-        rest = lines[stop + 1 :] if acted else []
-        lines = rest or lines[heads.index("Thought") : stop]
+        lines = (acted and lines[stop + 1 :]) or lines[heads.index("Thought") : stop]
     elif re.search(r"(?<!this )(?<!bout )\bYAML\b(?! (?:file|for))", prompt.whole):
         blocks = [text for _, kind, text in prompt.examples if kind in ("yaml", "yml", "")]
         rows = re.compile(r" *[\w-]+:(?: [^\n]*)?\Z| +- [^\n]*\Z")
@@ -3607,8 +3608,7 @@ def read_list(prompt: Prompt) -> WantedForm | None:
     """Read a list or a table."""
     for said in prompt.asking:
         found = ENTRIES.search(said)
-        count = min(read_count(found[1]) if found else 3, 20)
-        count = count if count > 1 else 3
+        count = min(max(read_count(found[1]) if found else 3, 2), 20)
         for pattern, before in LISTS:
             if re.search(pattern, said, re.I):
                 marks = [before.replace("N", str(number + 1)) for number in range(count)]
