@@ -5029,15 +5029,15 @@ def dump_json(value: Any) -> str:
 def normalise_message(said: Item) -> Item:
     """Return text and calls as blocks in stream order, and by kind."""
     spoken = [{"type": "text", "text": said["content"]}] if "content" in said else []
-    blocks, texts, calls = [], [], []
+    blocks: list[Item] = []
     for block in said.get("blocks") or spoken + said.get("toolCalls", []):
         if block.get("type") == "text":
-            texts.append(dump_json(block["text"]))
-            blocks.append({"type": "text", "text": texts[-1]})
+            blocks.append({"type": "text", "text": dump_json(block["text"])})
         else:
-            call = {"name": block["name"], "arguments": dump_json(block["arguments"])}
-            calls.append({"type": "tool_call", "id": block.get("id"), **call})
-            blocks.append(calls[-1])
+            arguments = dump_json(block["arguments"])
+            blocks.append({"id": None, **block, "type": "tool_call", "arguments": arguments})
+    texts = [block["text"] for block in blocks if block["type"] == "text"]
+    calls = [block for block in blocks if block["type"] == "tool_call"]
     more = snake_keys({key: said[key] for key in ("reasoning", *OVERRIDES) if key in said})
     content = "".join(texts) if texts else None
     return {"reasoning": None, "blocks": blocks, "content": content, "tool_calls": calls, **more}
@@ -5416,7 +5416,6 @@ class Fixture:
     number = -1  # among those added at run time
     rank: float = FIRST
     relaxed = False  # a turn near its own will do, as aimock has it in files
-    normalise: Sequence[str] = ()  # patterns of what its file does not compare
     owner: Fixtures | None = None
     answers: Any = None  # a function of the request, or an iterator, that gives the content
 
@@ -5505,19 +5504,11 @@ FOREIGN_ENDPOINTS = lazy_regex(r"(audio-gen|elevenlabs-.+|fal|fal-audio|openai-l
 def parse_models(rows: Mapping[str, Any]) -> dict[str, Model]:
     models = {}
     for id, row in rows.items():
-        told = check_clean(row, OWN_MODEL, f"models[{id!r}]")
-        price = told.get("price", {})
-        models[id] = Model(
-            told.get("type", "chat"),
-            id,
-            told.get("organization", ""),
-            told.get("displayName", ""),
-            told.get("contextLength"),
-            [price.get(key, 0) for key in ("input", "output", "cachedInput")],
-            engine=told.get("engine", ""),
-            traits=["known", *told["traits"]] if "traits" in told else [],
-            dimensions=told.get("dimensions", 768),
-        )
+        told = snake_keys(check_clean(row, OWN_MODEL, f"models[{id!r}]"))
+        traits = ["known", *told["traits"]] if "traits" in told else []
+        price = told.pop("price", {})
+        prices = [price.get(key, 0) for key in ("input", "output", "cachedInput")]
+        models[id] = Model(**{"type": "chat", **told, "id": id, "prices": prices, "traits": traits})
     return models
 
 
@@ -5533,17 +5524,19 @@ def list_entries(data: Any) -> list[Any]:
 
 
 class Loaded(list):  # type: ignore[type-arg]
-    """Fixtures, and the models and warnings that came with them."""
+    """Fixtures, and what came with them: models, warnings, patterns of what is not compared."""
 
     def __init__(self, models: Mapping[str, Model] | None = None) -> None:
         super().__init__()
         self.models: dict[str, Model] = {**(models or {})}
         self.warnings: list[str] = []
+        self.normalise: list[str] = []
 
     def add(self, more: Loaded) -> None:
         self += more
         self.models.update(more.models)
         self.warnings += more.warnings
+        self.normalise += more.normalise
 
 
 def parse_fixtures(data: Any, place: str = "") -> Loaded:
@@ -5562,6 +5555,7 @@ def parse_fixtures(data: Any, place: str = "") -> Loaded:
     if models and not place:
         problems.append("models: are for files and TogetherAiServer(models=...) alone")
     loaded, together = Loaded(models), place or len(entries) > 1
+    loaded.normalise = get_path(data, "normalise") or []
     for index, entry in enumerate(entries):
         at = f"fixtures[{index}]"
         source = f"file {place}[{index}]" if place else "run time"
@@ -5574,7 +5568,6 @@ def parse_fixtures(data: Any, place: str = "") -> Loaded:
             checked = parse_entry(entry, at, ignored)
             loaded.append(Fixture(*checked, source, trusted=bool(place), place=at))
             loaded[-1].relaxed = together and not get_path(data, "exactTurns")
-            loaded[-1].normalise = get_path(data, "normalise") or ()
         except ValueError as error:
             problems.append(f"{prefix}{error}")
     if problems:
@@ -5868,9 +5861,7 @@ class Fixtures:
         change = self.normalise if callable(self.normalise) else None
         single = isinstance(self.normalise, (str, re.Pattern))
         given = () if change else [self.normalise] if single else self.normalise
-        patterns = dict.fromkeys(
-            itertools.chain(given, *(each.normalise for each in self.files)), ""
-        )
+        patterns = dict.fromkeys([*given, *self.files.normalise], "")
         patterns.update(VOLATILE if volatile else {})
         return Normaliser(patterns, change, volatile) if patterns or change else COMPARES_ALL
 
