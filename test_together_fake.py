@@ -749,6 +749,11 @@ KEYWORDS = (
         [1],
         ["a"],
     ),
+    (
+        {"$id": "urn:x:a", "$ref": "urn:x:a#b", "$defs": {"b": {"$id": "#b", **WHOLE}}},
+        [1],
+        ["a"],
+    ),
 )
 # What used to be refused, or asks for much at once.
 ENTANGLED = (

@@ -1914,6 +1914,7 @@ PATTERN_TOKEN = lazy_regex(
 )
 SET_OPERATOR = lazy_regex(r"\\.|(?!^)[\[&|~]", re.DOTALL)  # some day Python may read sets in sets
 REPEATS = {"*": (0, MAX_TEXT), "+": (1, MAX_TEXT), "?": (0, 1)}
+LEAVES = ("text", "set", "at")
 PRINTABLE = "".join(map(chr, range(32, 127)))
 
 
@@ -1929,8 +1930,9 @@ class Pattern:
     """A regular expression, for making texts and for matching them.
 
     Matching follows all ways at once, so that no expression takes exponential time. Tree nodes:
-    ("text", expression, text), ("set", expression, characters), ("at", expression, ""), ("all",
-    nodes), ("any", nodes), ("repeat", node, low, high, expression of a run), ("look", node, wanted)
+    ("text", expression, size, text), ("set", expression, 1, characters), ("at", expression, 0, ""),
+    ("all", nodes), ("any", nodes), ("repeat", node, low, high, expression of a run),
+    ("look", node, wanted).
 
     whole  it is for whole texts
     """
@@ -1948,7 +1950,7 @@ class Pattern:
         if self._tokens:
             raise self._refusal("a parenthesis closes nothing")
         if whole:
-            start, end = self._read_set("at", r"\A"), self._read_set("at", r"\Z")
+            start, end = self._read_leaf("at", r"\A"), self._read_leaf("at", r"\Z")
             self.tree = ("all", [start, self.tree, end])
 
     def _refusal(self, reason: str) -> Unsatisfiable:
@@ -1972,11 +1974,8 @@ class Pattern:
                 options[-1].append(("look", node, text == "(?=") if is_look else node)
             elif kind == "rest":
                 raise self._refusal(f"{text}, as it stands there, is not supported")
-            elif kind == "text":  # an expression that finds it where it overlaps, too
-                source = f"{re.escape(text[0])}(?={re.escape(text[1:])})"
-                options[-1].append((kind, re.compile(source, self._flags), text))
             else:
-                options[-1].append(self._read_set(kind, text))
+                options[-1].append(self._read_leaf(kind, text))
         nodes = [option[0] if len(option) == 1 else ("all", option) for option in options]
         return nodes[0] if len(nodes) == 1 else ("any", nodes)
 
@@ -1987,29 +1986,32 @@ class Pattern:
         if not before or before[-1][0] == "at" or low > high:
             raise self._refusal(f"{text} repeats nothing, or not as often as it says")
         part, run = before.pop(), None
-        if part[0] == "set" or (part[0] == "text" and len(part[2]) == 1):
+        if part[0] in LEAVES and part[2] == 1:
             run = re.compile(f"(?:{part[1].pattern})*", self._flags)
         return ("repeat", part, low, high, run)
 
-    def _read_set(self, kind: str, text: str) -> Any:
-        """Read a set of characters or an anchor."""
-        text = SET_OPERATOR.sub(lambda found: "\\" + found[0][-1], text)
+    def _read_leaf(self, kind: str, text: str) -> Any:
+        """Read a text, a set of characters or an anchor."""
+        source = SET_OPERATOR.sub(lambda found: "\\" + found[0][-1], text)
+        if kind == "text":  # an expression that finds it where it overlaps, too
+            source = f"{re.escape(text[0])}(?={re.escape(text[1:])})"
         try:
-            expression = re.compile(text, self._flags)
+            expression = re.compile(source, self._flags)
         except re.error:
             raise self._refusal(f"{text[:60]} is not supported") from None
-        members = list_members(expression) if kind == "set" else " "
+        if kind != "set":
+            return (kind, expression, len(text) * (kind == "text"), text)
+        members = list_members(expression)
         if max(members, default="\x7f") > "~":  # which took long to find
             self.budget.spend(2000)
-        return (kind, expression, members)
+        return (kind, expression, 1, members)
 
     def _ends(self, node: Any, text: str, starts: set[int], budget: Budget) -> set[int]:
         """Return where the node can end, given where it may start."""
         budget.spend(1 + len(starts) // 8)
         kind, content = node[:2]
-        if kind in ("text", "set", "at"):
-            size = len(node[2]) if kind == "text" else int(kind == "set")
-            return {at + size for at in starts if content.match(text, at)}
+        if kind in LEAVES:
+            return {at + node[2] for at in starts if content.match(text, at)}
         if kind == "look":
             return {at for at in starts if bool(self._ends(content, text, {at}, budget)) is node[2]}
         if kind == "any":
@@ -2052,7 +2054,7 @@ class Pattern:
         first = self.tree
         while first[0] == "all" and first[1]:
             first = first[1][0]
-        if first[0] in ("text", "set", "at"):
+        if first[0] in LEAVES:
             starts = {found.start() for found in first[1].finditer(text)}
         else:
             starts = set(range(len(text) + 1))
@@ -2070,11 +2072,11 @@ class Pattern:
         self.budget.spend()
         kind, content = node[:2]
         if kind == "text":
-            return str(node[2])
+            return str(node[3])
         if kind == "set":
-            if not node[2]:
+            if not node[3]:
                 raise self._refusal(f"{content.pattern[:60]} has no characters")
-            return str(rng.choice("".join(filter(str.islower, node[2])) * plain or node[2]))
+            return str(rng.choice("".join(filter(str.islower, node[3])) * plain or node[3]))
         if kind == "any":
             return self._write(rng, rng.choice(content), plain)
         if kind == "all":
@@ -2419,6 +2421,12 @@ def list_types(schemas: Sequence[Any]) -> list[str]:
     return [kind for kind in dict.fromkeys([*spoken_of, *TYPES]) if kind in TYPES]
 
 
+def join_uri(base: str, reference: str) -> str:
+    """Return what a reference stands for, with its `#`; `urljoin()` does not know URNs."""
+    uri = base + reference if reference.startswith("#") else urljoin(base, reference)
+    return uri if "#" in uri else f"{uri}#"
+
+
 class SchemaReader:
     """One schema document: reads its parts, follows references, tests values.
 
@@ -2457,11 +2465,10 @@ class SchemaReader:
         """Note which parts have a name, and the URIs that references in parts start from."""
         self.spend(len(part) // 16)
         if type(part) is dict:
-            for keyword in ("$id", "$anchor", "$dynamicAnchor"):
+            for keyword, mark in (("$id", ""), ("$anchor", "#"), ("$dynamicAnchor", "#")):
                 if isinstance(part.get(keyword), str):
-                    name = part[keyword]
-                    uri = urljoin(base, name) if keyword == "$id" else f"{base}#{name}"
-                    self._named[uri if "#" in uri else f"{uri}#"] = part
+                    uri = join_uri(base, mark + part[keyword])
+                    self._named[uri] = part
                     base = uri.partition("#")[0]
             self._bases[id(part)] = base
         for inner in part.values() if type(part) is dict else part:
@@ -2490,9 +2497,7 @@ class SchemaReader:
             if shape in ("schema", "schemas", "map", "items", "needs"):
                 argument = self._read_inner(argument, shape, f"{place}/{keyword}")
             elif name == "$ref":
-                base = self._bases[id(schema)]
-                uri = base + argument if argument.startswith("#") else urljoin(base, argument)
-                argument = unquote(uri if "#" in uri else f"{uri}#")
+                argument = unquote(join_uri(self._bases[id(schema)], argument))
             read[name] = argument
         return rewrite(read)
 
