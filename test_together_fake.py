@@ -3181,6 +3181,7 @@ FORMS = {
         r"[^\n]+\n\nScore: [0-5]/5",
         'Explain your reasoning, and put "Score: <n>/5" on its own last line.',
         "Think it over. At the end write 'Score: <points>/5'.",
+        'First give your reasoning, then end with "Score: X/5".',
     ),
     "labelled lines": (
         r"Score: [1-5]\nReason: .+",
@@ -3197,6 +3198,11 @@ FORMS = {
         'Answer in this format:\n<rating value="1-5">one sentence</rating>',
         'Reply with XML exactly like this:\n<rating value="1-5">why</rating>',
     ),
+    "elements of data's names": (
+        r"<review>\n  <score>\d+</score>\n  <comment>[^<]+</comment>\n</review>",
+        "Reply with XML exactly like:\n<review>\n  <score>1-10</score>\n  <comment>text</comment>\n"
+        "</review>",
+    ),
     "nested elements": (
         r"<tasks>\n(<task>[^<]+</task>\n){2}</tasks>",
         "Respond in the following format:\n\n<tasks>\n<task>Task 1</task>\n<task>Task 2</task>\n"
@@ -3206,6 +3212,7 @@ FORMS = {
         r"```bash\n[^`]+\n```",
         "Your response must contain exactly ONE bash code block:\n\n```bash\nyour_command\n```",
         "Reply with a single ```bash block.",
+        "List the files. Put the command in a bash code block.",
     ),
     "YAML": (
         r"title: .+\nsteps:\n *- name: .+\n *minutes: \d+",

@@ -2950,12 +2950,12 @@ PROMPT_WINDOW = 8192  # characters at either end of a message in which a form is
 MAX_PARTS = 60  # lines at either end, and values
 MAX_SAID = 2000  # characters of sentences at either end
 MAX_ASKING = 10  # sentences at either end
-MAX_SHORT = 600  # characters in which all of these count
+MAX_SHORT = 600
 HINTS = (  # what asks for a form has one at an end
     "{", "<", "`", "nswer", "espon", "eturn", "utput", "ormat", "eply", "lassif", "ategor",
     "NSWER", "JSON", "YAML", "CSV", "omma", "hoose", "elect", "abel", "itle", " list", "List",
     " table", "epeat", "core", "only", " line", "Say", "ay the", "inish", "ullet", "word", "one-",
-    "scale", "erbatim",
+    "scale", "erbatim", "block", "eason",
 )  # fmt: skip
 TEXT_SCHEMA = {"type": "string"}
 FEW = {"minItems": 2, "maxItems": 2}  # in each of several answers
@@ -3194,7 +3194,7 @@ class Prompt:
         marks = dict.fromkeys((f"<{tag[1]}", f"</{tag[1]}>") for tag in tags)
         for opening, closing in [*marks, ('"""', '"""'), ("BEGIN", "END")]:
             start, end = text.find(opening), text.rfind(closing)
-            if 0 <= start < end:
+            if 0 <= start < end and not ASKS_LINES.search(text[:start].rstrip()[-99:]):
                 self.about = text[start:end] + self.about
                 text = text[:start] + "\0" + text[end + len(closing) :]
         text = FENCE.sub(self._take_fence, text, MAX_ASKING)
@@ -3450,7 +3450,7 @@ ENDED = lazy_regex(r"(?i)done|complet|finish|solved|submit|terminat|address")
 
 
 def read_said(prompt: Prompt) -> WantedForm | None:
-    """Read a text that shall be said as it stands, or that ends a task."""
+    """Read a text to say as it stands, or that ends a task."""
     for said in prompt.asking:
         found = EXACTLY.search(said)
         if found and not re.search(r"[$<\[{]|: ?[\"'`]", found[1] or "") and " if " not in said:
@@ -3634,7 +3634,7 @@ def read_list(prompt: Prompt) -> WantedForm | None:
     return None
 
 
-OF_LIST = lazy_regex(r"(?i)categor|option|choice|label|letter|following")
+OF_LIST = lazy_regex(r"(?i)categor|option|choice|label|letter|one of")
 RESTRICTED = lazy_regex(
     r"(?i)\b(?:only|just)(?! about| on| if| when| in\b)|\balone\b|nothing (?:else|more)|do not "
     r"explain|\b(?:one|single) (?:word|letter|digit|number|label)|\b(?:as|output|"
@@ -3644,7 +3644,7 @@ RESTRICTED = lazy_regex(
 
 
 def read_elsewhere(prompt: Prompt, said: str) -> dict[str, Any]:
-    """Return the schema of what a sentence restricts to and another one may name."""
+    """Return the schema of what a sentence restricts to."""
     numeric = NUMBER_WORD.search(said)
     for other in (said, *reversed(prompt.said[-40:])):
         if numeric:
