@@ -5034,15 +5034,15 @@ def dump_json(value: Any) -> str:
 def normalise_message(said: Item) -> Item:
     """Return text and calls as blocks in stream order, and by kind."""
     spoken = [{"type": "text", "text": said["content"]}] if "content" in said else []
-    blocks: list[Item] = []
+    blocks, texts, calls = [], [], []
     for block in said.get("blocks") or spoken + said.get("toolCalls", []):
         if block.get("type") == "text":
-            blocks.append({"type": "text", "text": dump_json(block["text"])})
+            texts.append(dump_json(block["text"]))
+            blocks.append({"type": "text", "text": texts[-1]})
         else:
-            arguments = dump_json(block["arguments"])
-            blocks.append({"id": None, **block, "type": "tool_call", "arguments": arguments})
-    texts = [block["text"] for block in blocks if block["type"] == "text"]
-    calls = [block for block in blocks if block["type"] == "tool_call"]
+            call = {"id": None, **block, "type": "tool_call"}
+            calls.append({**call, "arguments": dump_json(block["arguments"])})
+            blocks.append(calls[-1])
     more = snake_keys({key: said[key] for key in ("reasoning", *OVERRIDES) if key in said})
     content = "".join(texts) if texts else None
     return {"reasoning": None, "blocks": blocks, "content": content, "tool_calls": calls, **more}
@@ -13287,9 +13287,9 @@ def explain_mismatch(fixture: Fixture, call: Call) -> str:
     return f"{call!r}: {miss['reason']}".replace("\n", "\n    ")
 
 
-KEYWORD_ROWS = {"response": list_response_rows(), "": OPTIONS, "match": MATCH}
+KEYWORD_ROWS = (("response", list_response_rows()), ("", OPTIONS), ("match", MATCH))
 # keyword: (part of the entry, key); a match's `model` goes before a response's
-KEYWORDS = {to_snake(key): (part, key) for part, rows in KEYWORD_ROWS.items() for key in rows}
+KEYWORDS = {to_snake(key): (part, key) for part, rows in KEYWORD_ROWS for key in rows}
 KEYWORDS.update(response_model=("response", "model"), response_headers=("response", "headers"))
 KEYWORDS.update(not_=KEYWORDS.pop("not"), in_=KEYWORDS.pop("in"))
 
