@@ -5475,7 +5475,7 @@ class Line:
     def go_on(self):
         try:
             while self.handler.turns and not self.handler.closed:
-                for piece in self.handler.next_turn().events:
+                for piece in self.handler.draw():
                     if isinstance(piece, float):
                         self.pauses.append(piece)
                     else:
@@ -8474,6 +8474,17 @@ class CrowdTests(SocketCase):
         leave.set()
         self.assertTrue(closed.wait(PATIENCE))
 
+    def test_without_memory_there_is_an_answer(self):
+        def reply(request):
+            raise MemoryError
+
+        self.serve(reply)
+        self.assertEqual(self.status(self.connect()), 500)
+        with mock.patch("traceback.format_exc", side_effect=MemoryError), mock.patch("sys.stderr"):
+            self.server.call_soon(functools.partial(reply, None))  # which ends a loop's round
+            self.app.reply = None
+            self.assertEqual(self.status(self.connect()), 200)
+
     def test_clients_that_do_not_read_hinder_nobody(self):
         self.serve(lambda request: fake.Reply(bytes(60_000)))
         deaf = [self.connect() for _ in range(3)]
@@ -8583,8 +8594,8 @@ class Doubler:
                 pause = {b"wait\n": 0.001, b"wait long\n": 60.0}.get(line, line)
                 self.turns.append([pause, line, pause])
 
-    def next_turn(self):
-        return pace(piece for piece in self.turns.pop(0) if not self.closed)
+    def draw(self):
+        return (piece for piece in self.turns.pop(0) if not self.closed)
 
     def on_close(self):
         self.left.set()

@@ -4556,12 +4556,6 @@ class Socket:
         self.waiting = len(data) + (self.waiting if self.turns else 0)
         self.act(self.read)
 
-    def next_turn(self) -> Reply:
-        """Return what is to be sent next, drawn by workers."""
-        turn = Reply(events=self.draw(self.turns[0]))
-        turn.waits = True
-        return turn
-
     def on_close(self) -> bytes:
         """End the call, once; return the frame that says why, behind the last word."""
         if self.call.has_ended:
@@ -4627,8 +4621,9 @@ class Socket:
             self.call.add_message(message, is_sent=False)
             self.hear(message)
 
-    def draw(self, turn: Iterator[Any]) -> Generator[Any, None, None]:
-        """Yield the events of a turn in their frames, and its pauses, until the socket closes."""
+    def draw(self) -> Generator[Any, None, None]:
+        """Yield the events of the next turn in their frames, and its pauses, until it closes."""
+        turn = self.turns[0]
         try:
             for event in turn:
                 if self.closed:
@@ -10139,10 +10134,7 @@ def take_event(events: Iterator[Any]) -> Iterator[Any]:
     input="prompt", response=HEARING["response"], status=101, slow=False,
 )  # fmt: skip
 class HearingSession(Session):
-    """Write down over a WebSocket what is said; turns are told apart by silence.
-
-    All of it follows from the sound alone, not from the pieces in which it comes.
-    """
+    """Write down over a WebSocket what is said; turns are told apart by silence."""
 
     object = "realtime.session"
     prefix = "conversation.item.input_audio_transcription."
@@ -12268,7 +12260,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
                     reply = app.answer(request)
                 else:
                     request.client = self
-                    reply = yield kind, functools.partial(app.answer, request)
+                    try:
+                        reply = yield kind, functools.partial(app.answer, request)
+                    except MemoryError:
+                        raise ApiError("bug", reason="no memory is left") from None
                 yield from self.send_reply(reply)
         except ApiError as error:
             head = reader.head or Head("", "", b"GET / HTTP/1.0\r\n")
@@ -12331,8 +12326,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def hand_over(self, handler: Any) -> Generator[Any, Any, None]:
         """Let a handler, a `Socket`, take the connection over; what it does has to be quick.
 
-        `on_bytes()` hears what comes, until it is `closed`; `next_turn()` is sent while there are
-        `turns`; `on_close()` returns what the client is told last, and may be called again.
+        `on_bytes()` hears what comes, until it is `closed`; workers `draw()` what is sent, while
+        there are `turns`; `on_close()` returns what the client is told last.
         """
         self.handler, self.closes = handler, True
         try:
@@ -12340,7 +12335,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
             handler.on_bytes(self.reader.data[self.reader.at :])
             while not handler.closed:
                 if handler.turns:
-                    turn = handler.next_turn()
+                    turn = Reply(events=handler.draw())
+                    turn.waits = True
                     yield from self.send_events(turn, turn.events)
                 else:
                     yield SOCKET
@@ -12489,10 +12485,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     allow_reuse_address = os.name == "posix"  # on Windows it would let two servers share the port
 
     def __init__(self, address: tuple[str, int], app: Any, ssl_context: Any = None) -> None:
-        """Bind to (host, port).
-
-        The app has `answer()`, `_begin()`, `_refuse()` and `_limit_body()`.
-        """
+        """Bind to (host, port)."""
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.app, self.ssl_context = app, ssl_context
         self.not_yet: tuple[type[Exception], ...] = (BlockingIOError,)
@@ -12551,8 +12544,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
             try:
                 self.serve_round()
             except Exception:  # nobody else would serve
-                complain_of_bug()
-                self.stopping.wait(0.01)
+                with contextlib.suppress(MemoryError):
+                    complain_of_bug()
+                    self.stopping.wait(0.01)
         for connection in list(self.clients):
             connection.close()
         with contextlib.suppress(OSError):  # a process that has just been forked has it, too
@@ -12671,21 +12665,25 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def work(self, kind: str) -> None:
         while task := self.tasks[kind].get():
-            self.do(kind, *task)
+            try:
+                self.do(kind, *task)
+            except MemoryError:
+                self.tasks[kind].put(task)  # when some is left
             task = None  # else it would keep a stream open that was given up
 
     def do(self, kind: str, work: Callable[[], Any], take: Callable[..., None]) -> None:
         """Do something, and have the loop take what came of it."""
-        came: tuple[Any, Any]  # a result and an error
+        came: list[Any] = [None, MemoryError()]  # a result and an error
+        end = functools.partial(self.end_work, kind, take, came)  # while there is memory for it
         try:
-            came = work(), None
-        except MemoryError:  # without its frames, which hold what there is
-            came = None, MemoryError()
+            came[:] = work(), None
+        except MemoryError:
+            pass  # its frames hold what there is
         except BaseException as error:
-            came = None, error
-        self.call_soon(functools.partial(self.end_work, kind, take, *came))
+            came[1] = error
+        self.call_soon(end)
 
-    def end_work(self, kind: str, take: Callable[..., None], *came: Any) -> None:
+    def end_work(self, kind: str, take: Callable[..., None], came: list[Any]) -> None:
         """Take what a worker has done; one too many ends."""
         self.idle[kind] += 1
         if self.idle[kind] > MAX_IDLE_WORKERS:
@@ -12740,6 +12738,8 @@ def drop_headers(pairs: Iterable[tuple[str, str]], names: set[str]) -> dict[str,
 
 def explain_failure(error: Exception, seconds: float) -> str:
     """Say in half a sentence why an upstream gave no answer."""
+    if isinstance(error, Cut):
+        return "its client left before it answered"
     if isinstance(error, socket.timeout):
         return f"nothing came from it within {seconds:g} seconds"
     if isinstance(error, OSError):
@@ -12848,10 +12848,7 @@ class Upstream:
         try:
             response = self.send(connection, request, headers)
             reply = self.relay(request, response, connection)
-        except Cut:
-            connection.close()
-            raise self.refuse("its client left before it answered") from None
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (Cut, OSError, http.client.HTTPException, ValueError) as error:
             connection.close()
             raise self.refuse(explain_failure(error, self.seconds)) from None
         is_packed = "Content-Encoding" in reply.headers  # though nobody asked for that
