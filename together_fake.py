@@ -3188,7 +3188,7 @@ class Prompt:
         self.examples: list[tuple[str, str, str]] = []  # the line before it, language, text
         self.lines: list[str] = []  # neither data nor examples
         self.lists: dict[str, list[tuple[str, str]]] = {}  # marks and items, by the line before
-        self.shown: list[str] = []  # lines of a template
+        self.shown: list[str] = []
         self.unread = MAX_PARTS
         tags = itertools.islice(re.finditer(rf"</((?!code){DATA})>", text), MAX_PARTS)
         marks = dict.fromkeys((f"<{tag[1]}", f"</{tag[1]}>") for tag in tags)
@@ -3487,7 +3487,7 @@ def fill_shown(prompt: Prompt, lines: list[str]) -> WantedForm | None:
         schemas.setdefault(slot, {"enum": tools} if chosen else schema)
         return f"{name}{between}\1{slot}\1"
 
-    text = SLOT_SHOWN.sub(fill, "\n".join(lines).strip(), MAX_PARTS)
+    text = SLOT_SHOWN.sub(fill, "\n".join(lines).strip(), 2 * MAX_ASKING)
     return WantedForm(f"lines {', '.join(schemas)[:200]}", text, schemas) if schemas else None
 
 
