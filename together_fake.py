@@ -13871,22 +13871,23 @@ class TogetherAiServer(Scripting):
     def start(self) -> TogetherAiServer:
         """Listen and return; raise OSError at once where the port is taken."""
         with self._life:
-            if self._http is None:
-                if self._ending is not None:  # the port may be the same
-                    self._ending.stop()
-                self.stopping.clear()
-                try:
-                    http_server = HttpServer((self.host, self._wanted_port), self, self.ssl_context)
-                except OSError as error:
-                    if error.errno != errno.EADDRINUSE:
-                        raise
-                    reason = f"port {self._wanted_port} is taken; port 0 takes any free one"
-                    raise OSError(error.errno, reason) from None
-                self.script.is_copy = False
-                http_server.start()
-                with self._lock:
-                    self._http = http_server
-                STARTED.add(self)
+            if self._http is not None:
+                return self
+            if self._ending is not None:  # the port may be the same
+                self._ending.stop()
+            self.stopping.clear()
+            try:
+                http_server = HttpServer((self.host, self._wanted_port), self, self.ssl_context)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                reason = f"port {self._wanted_port} is taken; port 0 takes any free one"
+                raise OSError(error.errno, reason) from None
+            self.script.is_copy = False
+            http_server.start()
+            with self._lock:
+                self._http = http_server
+            STARTED.add(self)
         return self
 
     def stop(self) -> None:
