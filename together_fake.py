@@ -794,7 +794,6 @@ NO_FIELDS = Fields()
 
 
 def object_field(name: str, *inner: Field | str, ignored: str = "") -> Field:
-    """Return the row of an object with rows of its own."""
     return Field(name, dict, fields=Fields(*inner, ignored=ignored))
 
 
@@ -2371,6 +2370,8 @@ def fail_limit(kind: str, opposite: str, more: int = 0) -> Any:
 
 # The ways to fail a keyword by its argument, each as schemas to meet; the rest is left to tests.
 NEGATIONS: dict[str, Callable[[Any, Any], list[list[Any]]]] = {
+    **dict.fromkeys(VOCABULARY, lambda r, a: [[]]),
+    **dict.fromkeys(LOOKED_AT, lambda r, a: []),
     "type": lambda r, a: [[{"type": tuple(name for name in TYPES if name not in a)}]],
     "properties": lambda r, a: [
         [{"type": ("object",), "required": [name], "properties": {name: {"not": part}}}]
@@ -2386,7 +2387,6 @@ NEGATIONS: dict[str, Callable[[Any, Any], list[list[Any]]]] = {
     "exclusiveMaximum": fail_limit("number", "minimum"),
     **{f"min{what}": fail_limit(kind, f"max{what}", -1) for what, kind in SIZED.items()},
     **{f"max{what}": fail_limit(kind, f"min{what}", 1) for what, kind in SIZED.items()},
-    **dict.fromkeys(LOOKED_AT, lambda r, a: []),
 }  # fmt: skip
 
 
@@ -2596,12 +2596,9 @@ class SchemaReader:
         """Return the ways to fail a schema, each as schemas to meet; none where tests must do."""
         if isinstance(schema, bool):
             return [] if schema else [[]]
-        ways: list[list[Any]] = []
-        for keyword in sorted(schema, key="required".__eq__):  # a name is left out last
-            self.spend()
-            find_ways = NEGATIONS.get(keyword)
-            ways += find_ways(self, schema[keyword]) if find_ways else [[]]
-        return ways
+        self.spend(len(schema))
+        keywords = sorted(schema, key="required".__eq__)  # a name is left out last
+        return [way for keyword in keywords for way in NEGATIONS[keyword](self, schema[keyword])]
 
     def is_hopeless(self, schemas: Sequence[Any], within: bool = True) -> bool:
         """Tell whether a short look shows that the schemas cannot be met together.
@@ -2675,7 +2672,10 @@ class ValueMaker:
         self.reader.spend(4)
         self.minimal = self.minimal or self.depth <= 0 or self.reader.is_late()
         trail, minimal, problem = self.trail, self.minimal, None
-        if all(isinstance(each, dict) and COMBINING.isdisjoint(each) for each in self.schemas):
+        for schema in self.schemas:
+            if isinstance(schema, bool) or not COMBINING.isdisjoint(schema):
+                break
+        else:
             return self._fill(self.schemas)
         for schemas in itertools.islice(self._ways(self.schemas, [], []), MAX_BRANCHES):
             refs = {schema["$ref"] for schema in schemas if "$ref" in schema}
@@ -2757,11 +2757,12 @@ class ValueMaker:
         for value in self._list_known_values() if not NAMING.isdisjoint(self.keywords) else ():
             if self.reader.accepts_all(schemas, value):
                 return value
-        last = ("array", "object") if self.minimal else ("null",)
         kinds = [] if "enum" in self.keywords else list_types(schemas)
+        if len(kinds) > 1:
+            kinds.sort(key=(("array", "object") if self.minimal else ("null",)).__contains__)
         tested = [] if TESTED.isdisjoint(self.keywords) else schemas
         problem = None
-        for kind in sorted(kinds, key=last.__contains__):
+        for kind in kinds:
             try:
                 for self.attempt in range(TRIES if tested else 1):
                     value = getattr(self, f"make_{kind}")()
