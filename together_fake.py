@@ -12379,8 +12379,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         except self.server.not_yet:
             return
         except OSError as error:
-            if getattr(error, "reason", "") and self.awaited is IDLE:
-                self.refuse_plain(error.reason)  # type: ignore[attr-defined]
+            if (reason := getattr(error, "reason", "")) and self.awaited is IDLE:
+                self.refuse_plain(reason)
             self.close()
             return
         self.has_ended = not data
@@ -12473,7 +12473,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     threads. Workers do the rest and hand their results to the loop by `call_soon()`:
 
     HEAVY    what keeps a processor busy: two at once, the others in the order they came
-    WAITING  what mostly sleeps, as a test's function or an upstream does: as many as there are
+    WAITING  what mostly sleeps, as a test's function or an upstream does: all at once
 
     What happens while one request is slow: its connection is busy, all others go on. A reply
     that pauses, as a slow stream does, needs no worker: `call_later()` goes on with it.
