@@ -4439,6 +4439,7 @@ class Call:
         return f"<Call {self.number}: {self.method} {self.path} -> {self.status}>"
 
     def as_row(self) -> Item:
+        """Return what lists of calls tell of it."""
         return {
             "n": self.number,
             "at": format_time(self.at),
@@ -4711,6 +4712,7 @@ def add_item(messages: list[Item], item: Item) -> None:
 
 
 def convert_items(body: Item) -> list[Item]:
+    """Return what a request to the Responses API says as the messages of a chat."""
     given, instructions = body.get("input"), body.get("instructions")
     messages = [{"role": "system", "content": instructions}] if instructions else []
     if isinstance(given, str):
@@ -4805,6 +4807,7 @@ def contains_json(got: Any, wanted: Any) -> bool:
 
 
 def holds_key(key: str, wanted: Any, facts: MatchFacts) -> bool:
+    """Tell whether a request has what a fixture wants under one match key."""
     if key == "not":
         return not all(holds_key(inner, wanted[inner], facts) for inner in wanted)
     if facts.normaliser is not COMPARES_ALL:
@@ -5049,6 +5052,7 @@ def normalise_error(said: Item) -> Item:
 
 
 def normalise_body(said: Item) -> Item:
+    """Return the arguments of the `Reply` that a scripted body is."""
     reply: Item = {key: said[key] for key in ("status", "headers") if key in said}
     if "json" in said:
         return {**reply, "body": ENCODE(said["json"]).encode()}
@@ -5201,6 +5205,7 @@ def check_clean(value: Any, fields: Fields, place: str, ignored: list[str] | Non
 
 
 def check_response(response: Item, place: str) -> None:
+    """Refuse a response that says nothing, or in which keys do not go together."""
     empty = next((key for key in response if response[key] in ([], {}) and key != "json"), None)
     images = [response["image"]] if "image" in response else response.get("images", [])
     if empty or not all("url" in image or "b64Json" in image for image in images):
@@ -5503,6 +5508,7 @@ FOREIGN_ENDPOINTS = lazy_regex(r"(audio-gen|elevenlabs-.+|fal|fal-audio|openai-l
 
 
 def parse_models(rows: Mapping[str, Any]) -> dict[str, Model]:
+    """Return the models that a script adds or changes, by their ids."""
     models = {}
     for id, row in rows.items():
         told = snake_keys(check_clean(row, OWN_MODEL, f"models[{id!r}]"))
@@ -5627,6 +5633,7 @@ def find_unreachable(fixtures: Sequence[Fixture]) -> list[str]:
 
 
 def stamp_files(paths: Iterable[str]) -> list[tuple[str, int, int]]:
+    """Return the names, times and sizes of fixture files, which differ when one changes."""
     stamps = []
     for name in itertools.chain(*map(list_fixture_files, paths)):
         with contextlib.suppress(OSError):
@@ -5844,6 +5851,7 @@ class Fixtures:
         return loaded
 
     def replace_files(self, fixtures: Loaded) -> None:
+        """Serve these fixtures in the place of those that files had."""
         with self._lock:
             self.files, self._order = fixtures, None
             self.normaliser = self.make_normaliser()
@@ -5859,6 +5867,7 @@ class Fixtures:
             fixture.group_counts = self._sequences.setdefault(fixture.group, own)
 
     def make_normaliser(self, volatile: bool = False) -> Normaliser:
+        """Return what takes out of texts what is not compared."""
         change = self.normalise if callable(self.normalise) else None
         single = isinstance(self.normalise, (str, re.Pattern))
         given = () if change else [self.normalise] if single else self.normalise
@@ -6051,6 +6060,7 @@ def scripted_close(status: int, **said: Any) -> Closed:
 
 
 def whole_reply(response: Response, options: Mapping[str, Any], request: Request) -> Reply:
+    """Return the reply that a fixture tells whole: a body, or an error."""
     if response.type in (JSON_BODY, RAW_BODY):
         reply = Reply(**response.normal)
         if reply.content_type.startswith(EVENT_STREAM):  # whose events are its chunks
@@ -6076,6 +6086,7 @@ TOLD_OF_MESSAGES = {"role", "content", "reasoning", "reasoning_content", "tool_c
 
 
 def add_call_delta(calls: list[Item], delta: Item) -> None:
+    """Add a chunk's part of a tool call to the calls it continues or begins."""
     index = delta.get("index")
     call = next((each for each in calls if each["index"] == index), None)
     if call is None or (index is None and delta.get("id")):
@@ -6088,6 +6099,7 @@ def add_call_delta(calls: list[Item], delta: Item) -> None:
 
 
 def add_delta(message: Item, delta: Item) -> None:
+    """Add what a chunk brings to the message that its stream makes."""
     message["role"] = delta.get("role") or message.get("role")
     if delta.get("content") and message["tool_calls"]:
         message["order"] = "a text after a tool call"  # as no fixture's words can say it
@@ -6507,9 +6519,9 @@ class Choice:
     thoughts: Sequence[str] = ()  # tokens of the reasoning
     hidden_thoughts = 0  # how many more are counted and not shown
     stop_text = ""  # before which the text was cut
-    tool_calls: Sequence[dict[str, Any]] = ()
+    tool_calls: Sequence[Item] = ()
     calls_first = False  # in a stream, before the text
-    function_call: dict[str, Any] | None = None  # the older form of one tool call
+    function_call: Item | None = None  # the older form of one tool call
     scores: Sequence[Any] = ()  # a token's (logprob, alternatives), where asked for
     _pieces: list[str] | None = None
 
@@ -6571,12 +6583,10 @@ class Answer:
     cached_tokens = 0  # of the prompt
     key = b""  # 32 bytes, drawn, for what has ids of another form
 
-    def __init__(
-        self, request: Request, form: Form, choices: list[Choice], usage: dict[str, Any]
-    ) -> None:
+    def __init__(self, request: Request, form: Form, choices: list[Choice], usage: Item) -> None:
         self.request = request
         self.form = form  # of its engine
-        self.prompt: list[dict[str, Any]] = []  # the echo
+        self.prompt: list[Item] = []  # the echo
         self.id = request.id
         self.model: str = request.body["model"]
         self.seed: int | None = request.body.get("seed")
@@ -6586,7 +6596,7 @@ class Answer:
             choice.cut(request.chunk_sizes)
 
     @property
-    def frame(self) -> dict[str, Any]:
+    def frame(self) -> Item:
         """What its whole and each of its chunks say, whatever their form."""
         return {
             "id": self.id,
@@ -6622,10 +6632,10 @@ def repeat_json(text: str, pieces: Iterable[str]) -> Iterator[str]:
         yield text % {"piece": QUOTE(piece), "number": numbered and token_id(piece)}
 
 
-def list_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> list[dict[str, Any]]:
+def list_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> list[Item]:
     """Return logprobs in OpenAI's form, one object a token, with the keys in recorded order."""
 
-    def entry(piece: str, logprob: float) -> dict[str, Any]:
+    def entry(piece: str, logprob: float) -> Item:
         return {"token": piece, "bytes": list(piece.encode()), "logprob": logprob}
 
     return [
@@ -6640,7 +6650,7 @@ def split_keys(keys: str) -> tuple[list[str], list[str]]:
     return re.findall(r"\w+", keys), re.findall(r"(\w+)\?", keys)
 
 
-def arrange(keys: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def arrange(keys: str, values: Mapping[str, Any]) -> Item:
     """Return the values under these keys, in their order."""
     names, optional = split_keys(keys)
     chosen = dict(zip(names, map(values.get, names)))
@@ -6705,10 +6715,10 @@ class Form:
     any_effort = False  # takes any word as `reasoning_effort`
     needs_content = False  # where strict, in the messages of an assistant too
 
-    def adapt(self, body: dict[str, Any]) -> Form:
+    def adapt(self, body: Item) -> Form:
         return self  # another form for some requests
 
-    def refuse(self, body: dict[str, Any], thinks: bool, strict: bool) -> None:
+    def refuse(self, body: Item, thinks: bool, strict: bool) -> None:
         """Raise ApiError where the engine does not take a request."""
         for message in body["messages"] if strict and self.needs_content else ():
             if message["role"] == "assistant" and message.get("content") is None:
@@ -6724,7 +6734,7 @@ class Form:
         uuid = random_uuid(rng.child("uuid"))
         return self.call_id.format(letters=letters, uuid=uuid, name=name, index=index)
 
-    def usage(self, answer: Answer) -> dict[str, Any]:
+    def usage(self, answer: Answer) -> Item:
         """Return the usage; what a fixture adds to it stands last."""
         counts = {"reasoning_tokens": 0, "cached_tokens": answer.cached_tokens, **answer.usage}
         for side, part in USAGE_SIDES if "details" in self.usage_keys else ():
@@ -6739,7 +6749,7 @@ class Form:
             usage.pop("reasoning_tokens", None)
         return usage
 
-    def ending(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+    def ending(self, answer: Answer, choice: Choice) -> Item:
         """Return what tells of the end of a choice."""
         token = self.stop_tokens.get(choice.finish_reason)
         return {
@@ -6758,7 +6768,8 @@ class Form:
 
     # The whole
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
+    def whole(self, answer: Answer) -> Item:
+        """Return the answer as the body of one reply."""
         values = {
             **answer.frame,
             "object": answer.objects[0],
@@ -6769,7 +6780,7 @@ class Form:
         }
         return arrange(self.whole_keys, values)
 
-    def choice(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+    def choice(self, answer: Answer, choice: Choice) -> Item:
         """Return one choice of a whole answer."""
         values = {
             "index": choice.index,
@@ -6780,7 +6791,8 @@ class Form:
         }
         return arrange(self.choice_keys, values)
 
-    def message(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+    def message(self, answer: Answer, choice: Choice) -> Item:
+        """Return the message of a choice; what stands beside tool calls is the engine's."""
         thoughts = "".join(choice.thoughts) or None
         content = choice.text or self.empty_content if choice.tool_calls else choice.text
         calls = [
@@ -6840,13 +6852,11 @@ class Form:
         """Return the keys of a kind of chunk, of its choice or of its delta."""
         return self.stream_keys.get(f"{kind} {level}", self.stream_keys[level])
 
-    def frame(self, answer: Answer, kind: str, choices: list[Any], usage: Any) -> dict[str, Any]:
+    def frame(self, answer: Answer, kind: str, choices: list[Any], usage: Any) -> Item:
         more = {"object": answer.objects[1], "choices": choices, "usage": usage}
         return arrange(self.keys(kind, "chunk"), {**answer.frame, **more})
 
-    def chunk(
-        self, answer: Answer, choice: Choice, kind: str, delta: dict[str, Any], **more: Any
-    ) -> dict[str, Any]:
+    def chunk(self, answer: Answer, choice: Choice, kind: str, delta: Item, **more: Any) -> Item:
         """Return a chunk of one choice; what its kind has no key for is left out."""
         values = {"role": answer.role, "content": "", "reasoning": self.blank, **delta}
         part = {"index": choice.index, "role": answer.role, "text": values["content"], **more}
@@ -6854,13 +6864,11 @@ class Form:
         usage = more.get("usage") if self.usage_at_end else None
         return self.frame(answer, kind, [arrange(self.keys(kind, "part"), part)], usage)
 
-    def thought(self, answer: Answer, choice: Choice, piece: str) -> dict[str, Any]:
+    def thought(self, answer: Answer, choice: Choice, piece: str) -> Item:
         delta = {"reasoning": piece, "reasoning_content": piece}
         return self.chunk(answer, choice, "thought", delta)
 
-    def text(
-        self, answer: Answer, choice: Choice, piece: str, number: Any, **more: Any
-    ) -> dict[str, Any]:
+    def text(self, answer: Answer, choice: Choice, piece: str, number: Any, **more: Any) -> Item:
         """Return the chunk of a piece of the text, with its number where the engine tells it."""
         delta = {"token_id": number if self.numbers_tokens else None, "content": piece}
         return self.chunk(answer, choice, "text", delta, **more)
@@ -6912,20 +6920,20 @@ class Form:
         answer: Answer,
         choice: Choice,
         kind: str,
-        call: dict[str, Any],
+        call: Item,
         text: str,
         **more: Any,
-    ) -> dict[str, Any]:
+    ) -> Item:
         """Return the chunk of a piece of a tool call's arguments."""
         function = arrange(self.stream_keys["rest function"], {"arguments": text})
         values = {**call, "id": self.blank, "function": function}
         delta = {"tool_calls": [arrange(self.keys(kind, "rest"), values)]}
         return self.chunk(answer, choice, kind, delta, **more)
 
-    def end(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+    def end(self, answer: Answer, choice: Choice) -> Item:
         return self.chunk(answer, choice, "end", {}, **self.stream_ending(answer, choice))
 
-    def stream_ending(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+    def stream_ending(self, answer: Answer, choice: Choice) -> Item:
         """Return what tells of the end of a choice in a stream; the last one has the usage."""
         usage = None if answer.unended else self.usage(answer)
         return {**self.ending(answer, choice), "usage": usage}
@@ -6971,7 +6979,8 @@ class TurboForm(Form):
         cut = choice.finish_reason == "length" and not choice.tool_calls
         return cut and bool(choice.pieces) and choice.function_call is None
 
-    def end(self, answer: Answer, choice: Choice) -> dict[str, Any]:
+    def end(self, answer: Answer, choice: Choice) -> Item:
+        """Return the last chunk of a choice, which brings the text's last token where it is cut."""
         ending = self.stream_ending(answer, choice)
         if self.ends_with_text(choice):
             piece = choice.pieces[-1]
@@ -7040,7 +7049,7 @@ class GptOssForm(Form):
     message_keys = "role content tool_calls function_call? reasoning?"
     needs_content = True
 
-    def adapt(self, body: dict[str, Any]) -> Form:
+    def adapt(self, body: Item) -> Form:
         forbidden = body.get("tools") and body.get("tool_choice") == "none"
         return FORBIDDEN_TOOLS if forbidden else self
 
@@ -7142,7 +7151,7 @@ class QwenForm(DetailsForm):
     blank = ""
     counts_text = closes_calls = True
 
-    def refuse(self, body: dict[str, Any], thinks: bool, strict: bool) -> None:
+    def refuse(self, body: Item, thinks: bool, strict: bool) -> None:
         """Raise ApiError for what Alibaba does not take."""
         if not body.get("stream"):
             raise ApiError("streaming_required", param="stream")
@@ -7333,12 +7342,12 @@ CHAT_FACTS = frozenset((
 ))  # fmt: skip
 
 
-def pick_given(body: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+def pick_given(body: Item, names: Iterable[str]) -> Item:
     """Return those of some fields that a body gives."""
     return {name: body[name] for name in names if body.get(name) is not None}
 
 
-def pick_facts(body: dict[str, Any], names: frozenset[str]) -> dict[str, Any]:
+def pick_facts(body: Item, names: frozenset[str]) -> Item:
     """Return the fields that an answer is drawn from; one choice is what absent `n` means."""
     facts = {}
     for name, value in body.items():
@@ -7353,7 +7362,7 @@ MEDIA_TRAITS = {
 }  # fmt: skip
 
 
-def check_media(parts: list[dict[str, Any]], model: Model) -> None:
+def check_media(parts: list[Item], model: Model) -> None:
     """Refuse images, videos and sound for a listed model that cannot take them."""
     for part in parts if "known" in model.traits else ():
         trait = MEDIA_TRAITS.get(part["type"])
@@ -7362,7 +7371,7 @@ def check_media(parts: list[dict[str, Any]], model: Model) -> None:
             raise ApiError("no_eyes" if blind else "no_media", model=model.id)
 
 
-def check_tool_choice(body: dict[str, Any], model: Model) -> None:
+def check_tool_choice(body: Item, model: Model) -> None:
     """Refuse what a server that is not strict is lenient about, and what one model refuses."""
     choice = body.get("tool_choice")
     if type(choice) is str and choice not in ("auto", "none", "required"):
@@ -7371,7 +7380,7 @@ def check_tool_choice(body: dict[str, Any], model: Model) -> None:
         raise ApiError("no_grammar")
 
 
-def check_message(message: dict[str, Any], number: int) -> None:
+def check_message(message: Item, number: int) -> None:
     """Check the rules between the fields of one message."""
     role = message["role"]
     place = f"messages[{number}]"
@@ -7385,7 +7394,7 @@ def check_message(message: dict[str, Any], number: int) -> None:
             raise ApiError("missing", param=f"{place}.content[{index}].{part['type']}")
 
 
-def count_messages(messages: list[dict[str, Any]], model: Model) -> tuple[int, int]:
+def count_messages(messages: list[Item], model: Model) -> tuple[int, int]:
     """Check each message, and count its tokens: text, calls, media and the frame around it.
 
     Returned are those of all and of what was asked before: what precedes the last answer.
@@ -7406,7 +7415,7 @@ def count_messages(messages: list[dict[str, Any]], model: Model) -> tuple[int, i
     return count, before
 
 
-def find_budget(body: dict[str, Any], model: Model, prompt_tokens: int) -> tuple[int, int]:
+def find_budget(body: Item, model: Model, prompt_tokens: int) -> tuple[int, int]:
     """Return how many tokens may be written, and how many of the prompt are read.
 
     Raises ApiError when the context is too short, unless the request wants it truncated.
@@ -7429,7 +7438,7 @@ def find_budget(body: dict[str, Any], model: Model, prompt_tokens: int) -> tuple
     )
 
 
-def count_usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, Any]:
+def count_usage(prompt_tokens: int, choices: list[Choice]) -> Item:
     """Add up the tokens of an answer."""
     written = thought = 0
     for choice in choices:
@@ -7447,12 +7456,12 @@ def count_usage(prompt_tokens: int, choices: list[Choice]) -> dict[str, Any]:
     }
 
 
-def find_tools(body: dict[str, Any]) -> list[dict[str, Any]]:
+def find_tools(body: Item) -> list[Item]:
     """Return the functions offered, in today's or the older form."""
     return [tool["function"] for tool in body.get("tools") or ()] or body.get("functions") or []
 
 
-def read_tool_choice(body: dict[str, Any]) -> tuple[str, list[str]]:
+def read_tool_choice(body: Item) -> tuple[str, list[str]]:
     """Return none, auto, required or named, and the names it is limited to."""
     choice = body.get("tool_choice")
     if choice is None:
@@ -7474,7 +7483,7 @@ def read_tool_choice(body: dict[str, Any]) -> tuple[str, list[str]]:
     return "named" if allowed is None else allowed.get("mode") or "auto", limited
 
 
-def fill_forced_tool(body: dict[str, Any], script: dict[str, Any] | None) -> Any:
+def fill_forced_tool(body: Item, script: Item | None) -> Any:
     """Return what a fixture says; the model of a form becomes the call of the tool it is for."""
     if script is None or not script.get("is_model"):
         return script
@@ -7506,7 +7515,7 @@ def topic_words(text: str) -> set[bytes]:
     return {word.rstrip(b"s") for word in find_words(NAME_BREAK.sub(" ", text))}
 
 
-def read_turn(messages: list[dict[str, Any]], names: Sequence[str]) -> tuple[str, list[str], bool]:
+def read_turn(messages: list[Item], names: Sequence[str]) -> tuple[str, list[str], bool]:
     """Return the user's last request, the tools called since, and whether a result came last.
 
     A call may be written as text, as smolagents and adk have it; what the user says next is its
@@ -7529,7 +7538,7 @@ def read_turn(messages: list[dict[str, Any]], names: Sequence[str]) -> tuple[str
     return asked, done, ends
 
 
-def find_final(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def find_final(messages: list[Item], tools: list[Item]) -> list[Item]:
     """Return the tools that end a task, by their names or as the prompt says.
 
     Where there is one tool, to run commands, it may be a command.
@@ -7545,7 +7554,7 @@ def find_final(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> l
     return final
 
 
-def choose_tools(body: dict[str, Any]) -> list[dict[str, Any]]:
+def choose_tools(body: Item) -> list[Item]:
     """Return the functions to call: those that share most words with the user's last request.
 
     With `auto`, none when no word is shared. After a result it is the tool that ends the task, if
@@ -7597,7 +7606,7 @@ def make_valid(rng: HashRandom, schema: Any, place: str) -> str:
 
 def tool_call(
     rng: HashRandom, form: Form, index: int, name: str, arguments: str, id: str | None = None
-) -> dict[str, Any]:
+) -> Item:
     """Return one tool call as messages hold it."""
     return {
         "index": index,
@@ -7607,9 +7616,7 @@ def tool_call(
     }
 
 
-def make_calls(
-    rng: HashRandom, form: Form, functions: list[dict[str, Any]]
-) -> list[dict[str, Any]]:
+def make_calls(rng: HashRandom, form: Form, functions: list[Item]) -> list[Item]:
     """Return tool calls, with arguments that satisfy each function's schema."""
     calls = []
     for index, function in enumerate(functions):
@@ -7620,9 +7627,7 @@ def make_calls(
     return calls
 
 
-def choose_calls(
-    rng: HashRandom, form: Form, body: dict[str, Any], index: int
-) -> list[dict[str, Any]]:
+def choose_calls(rng: HashRandom, form: Form, body: Item, index: int) -> list[Item]:
     """Return the tool calls of one choice; with `auto`, none that was made before."""
     if TOOL_KEYS.isdisjoint(body):
         return []
@@ -7648,7 +7653,7 @@ def cut_calls(choice: Choice, budget: int) -> None:
         budget -= len(pieces)
 
 
-def find_schema(format: dict[str, Any]) -> Any:
+def find_schema(format: Item) -> Any:
     """Return the schema of a response format; None where it leaves that to the prompt."""
     inner = format.get("json_schema")
     if format["type"] == "json_schema" and inner is None and "schema" not in format:
@@ -7656,9 +7661,7 @@ def find_schema(format: dict[str, Any]) -> Any:
     return (inner or format).get("schema")
 
 
-def read_prompt(
-    server: TogetherAiServer, request: Request, messages: list[dict[str, Any]]
-) -> WantedForm | None:
+def read_prompt(server: Server, request: Request, messages: list[Item]) -> WantedForm | None:
     """Return the form that a prompt asks for, where nothing stronger says what to answer."""
     format = request.body.get("response_format") or TEXT_FORMAT
     free = format["type"] == "text" or (format["type"] == "json_object" and "schema" not in format)
@@ -7680,7 +7683,7 @@ def make_answer(rng: HashRandom, form: WantedForm | None) -> tuple[str, int]:
 
 
 def make_content(
-    rng: HashRandom, body: dict[str, Any], model: Model, form: WantedForm | None
+    rng: HashRandom, body: Item, model: Model, form: WantedForm | None
 ) -> tuple[str, int]:
     """Return an answer in the format asked for, and the number of its tokens."""
     format = body.get("response_format") or TEXT_FORMAT
@@ -7710,7 +7713,7 @@ THINKING_FIELDS = ("chat_template_kwargs", "reasoning")
 THINKING_SWITCHES = {"enabled", "thinking", "enable_thinking"}
 
 
-def find_effort(body: dict[str, Any], model: Model) -> str:
+def find_effort(body: Item, model: Model) -> str:
     """Return how much a model shall think, in the words of `reasoning_effort`."""
     told = [given for name in THINKING_FIELDS if (given := body.get(name))]
     off = any(given.get(name) is False for given in told for name in THINKING_SWITCHES)
@@ -7724,7 +7727,7 @@ def find_effort(body: dict[str, Any], model: Model) -> str:
 
 def compose_choice(
     rng: HashRandom,
-    body: dict[str, Any],
+    body: Item,
     model: Model,
     effort: str,
     wanted: WantedForm | None,
@@ -7768,8 +7771,8 @@ def compose_choice(
 def script_choice(
     rng: HashRandom,
     form: Form,
-    body: dict[str, Any],
-    script: dict[str, Any],
+    body: Item,
+    script: Item,
     budget: int,
     index: int,
 ) -> Choice:
@@ -7794,7 +7797,7 @@ def script_choice(
     return choice
 
 
-def apply_script(answer: Answer, script: dict[str, Any]) -> None:
+def apply_script(answer: Answer, script: Item) -> None:
     """Let a fixture override what surrounds its text."""
     for name in ("id", "created", "model", "role"):
         setattr(answer, name, script.get(name) or getattr(answer, name))
@@ -7819,7 +7822,7 @@ def finish_answer(answer: Answer, rng: HashRandom, prompt: str) -> None:
             own = rng.child("logprobs", choice.index)
             choice.scores = make_scores(own, choice.pieces, count)
     if body.get("echo"):
-        part: dict[str, Any] = {"text": prompt}
+        part: Item = {"text": prompt}
         if asked:
             pieces = split_tokens(prompt)
             scores = make_scores(rng.child("prompt logprobs"), pieces, 0)
@@ -7827,7 +7830,7 @@ def finish_answer(answer: Answer, rng: HashRandom, prompt: str) -> None:
         answer.prompt = [part]
 
 
-def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
+def compose_chat(server: Server, request: Request) -> Answer:
     """Write the whole answer to a conversation, whole or streamed."""
     body = request.body
     model = resolve_model(server, body["model"], "chat")
@@ -7862,7 +7865,7 @@ def compose_chat(server: TogetherAiServer, request: Request) -> Answer:
 
 
 @route("POST", "/v1/chat/completions", body=CHAT_FIELDS, kind="chat", response=TEXT)
-def create_chat_completion(server: TogetherAiServer, request: Request) -> Any:
+def create_chat_completion(server: Server, request: Request) -> Any:
     """Answer a conversation, whole or as a stream."""
     answer = compose_chat(server, request)
     if request.body.get("stream"):
@@ -10060,7 +10063,7 @@ class Session(Socket):
     messages: Mapping[str, Fields] = {}  # by type, which ends in the name of the method for it
     is_strict = False  # an error in a message ends it
 
-    def __init__(self, server: TogetherAiServer, request: Request) -> None:
+    def __init__(self, server: Server, request: Request) -> None:
         super().__init__(server, request)
         self.settings = pick_given(request.args, request.route.query)
         model = self.settings.setdefault("model", "hexgrad/Kokoro-82M")
@@ -10150,7 +10153,7 @@ class HearingSession(Session):
         "echo": NO_FIELDS,
     }
 
-    def __init__(self, server: TogetherAiServer, request: Request) -> None:
+    def __init__(self, server: Server, request: Request) -> None:
         super().__init__(server, request)
         self.second = 2 * AUDIO_RATES[self.settings.get("input_audio_format", "pcm_s16le_16000")]
         self.clear({})
@@ -10282,7 +10285,7 @@ class VoiceSession(Session):
         "input_text_buffer.clear": NO_FIELDS,
     }
 
-    def __init__(self, server: TogetherAiServer, request: Request) -> None:
+    def __init__(self, server: Server, request: Request) -> None:
         super().__init__(server, request)
         resolve_model(server, self.settings["model"], "audio")
         voices = SPEECH_VOICES.get(self.settings["model"].partition("/")[0], ("default",))
@@ -10513,6 +10516,7 @@ def find_timings(data: bytes, times: Iterable[tuple[int, float]]) -> Item | None
 
 
 def put_message(message: Item) -> Item:
+    """Return a message of an answer in the words of a fixture."""
     text, calls = message.get("content"), list_objects(message.get("tool_calls"))
     said = {
         "reasoning": message.get("reasoning") or message.get("reasoning_content"),
@@ -10571,6 +10575,7 @@ def put_into_words(request: Request, reply: Reply) -> Item | None:
 
 
 def keep_as_it_came(reply: Reply) -> Item:
+    """Return a fixture's response that sends the same bytes again."""
     headers = {name: text for name, text in reply.headers.items() if KEPT_HEADER.fullmatch(name)}
     said: Item = {"headers": headers} if headers else {}
     said.update({"status": reply.status} if reply.status != 200 else {})
@@ -10786,6 +10791,7 @@ class Recorder:
         self._writer: threading.Thread | None = None
 
     def add(self, kind: str, request: Request, reply: Reply, times: Any) -> None:
+        """Have a recording written before long."""
         with self._lock:
             self._waiting.append((kind, request, reply, times))
             if self._writer is None:
@@ -10796,6 +10802,7 @@ class Recorder:
                     self._writer = None
 
     def finish(self) -> None:
+        """Write all that waits, and say what could not be written."""
         with self._lock:  # a thread in there has been started
             writer = self._writer
         self._hurry.set()
@@ -10935,6 +10942,7 @@ def has_failed(call: Call) -> bool:
 
 
 def find_wait(call: Call) -> float:
+    """Return how many seconds a reply asked its client to wait."""
     text = call.get_header("retry-after", "0")
     try:
         return float(text)
@@ -10978,6 +10986,7 @@ def group_attempts(calls: Iterable[Call]) -> list[list[Call]]:
 
 
 def judge_retries(attempts: list[Call], most: int) -> Iterator[Finding]:
+    """Yield what is wrong with the pauses between attempts, and with their number."""
     last, pauses = attempts[-1], []
     for call, following in zip(attempts, attempts[1:]):
         by_server = following.at - call.at - call.duration  # whose clock a test may set
@@ -11040,6 +11049,7 @@ def find_wrong_results(messages: list[Item]) -> Iterator[str]:
 
 
 def judge_tools(calls: Iterable[Call]) -> Iterator[Finding]:
+    """Yield results of tools that no answer had called."""
     told: list[str] = []
     for call in calls:
         if "item_reference" in ENCODE(call.body):  # to what is not here
@@ -11053,6 +11063,7 @@ def judge_tools(calls: Iterable[Call]) -> Iterator[Finding]:
 def judge_budget(
     calls: Sequence[Call], total_tokens: float | None, most: int | None, at_once: int | None
 ) -> Iterator[Finding]:
+    """Yield what was used more of than a test allows."""
     running: list[Call] = []
     crowd: list[Call] = []
     for call in calls:
@@ -11613,6 +11624,7 @@ RECORD_FILTERS = Keys(
 
 
 def passes_filters(server: Server, call: Call, args: Item) -> bool:
+    """Tell whether the query of the record's list asks for a call."""
     name, _, value = args.get("header", "").partition(":")  # "x-run: 7", or "x-run"
     header = call.headers.get(name.strip())
     alike = ("kind", "outcome", "test", "batch", "model")
@@ -11660,6 +11672,7 @@ def list_said(call: Call) -> list[Item]:
 
 
 def tell_message(message: Item) -> str:
+    """Return the beginning of a message in one line."""
     calls = [get_path(call, "function") or {} for call in list_objects(message.get("tool_calls"))]
     said = [f"{call.get('name')}({call.get('arguments')})" for call in calls]
     text = join_text(message.get("content"))
@@ -11669,6 +11682,7 @@ def tell_message(message: Item) -> str:
 
 
 def show_row(call: Call) -> Item:
+    """Return what the page's list shows of a call."""
     asked, said = list_asked(call), list_said(call)
     first = next((at for at, each in enumerate(asked, 1) if each.get("role") == "user"), None)
     # A conversation is known by all up to the user's first message.
@@ -12666,6 +12680,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.threads = [*filter(threading.Thread.is_alive, self.threads), thread]
 
     def work(self, kind: str) -> None:
+        """Do one task after the other, until `stop()`."""
         while task := self.tasks[kind].get():
             try:
                 self.do(kind, *task)
@@ -12956,7 +12971,7 @@ def suggest_near(name: str, names: tuple[str, ...]) -> str:
 CONTAINERS = {dict, list}
 
 
-def list_unread(values: dict[str, Any], fields: Fields, place: str = "") -> Iterator[str]:
+def list_unread(values: Item, fields: Fields, place: str = "") -> Iterator[str]:
     """Yield the places of a body that no row of its table reads."""
     if not values.keys() <= fields.keys():
         for name in values:
@@ -13051,6 +13066,7 @@ def warn_of_calls(body: Item, said: Item) -> Iterator[str]:
 
 
 def warn_of_text(body: Item, said: Item) -> Iterator[str]:
+    """Yield how a scripted answer is none that the request can get."""
     yield from warn_of_calls(body, said)
     format, text = body.get("response_format"), said["content"]
     reason = said.get("finish_reason")
@@ -13164,6 +13180,7 @@ def brings_key(request: Request) -> bool:
 
 
 def answer_preflight(request: Request, reader: str) -> Reply:
+    """Answer what a browser asks before it sends a page's request."""
     asked = request.headers.get("access-control-request-headers")
     headers = {"Allow": CORS_METHODS}
     if reader:
@@ -13185,6 +13202,7 @@ class CallLog:
         self._lock = threading.Lock()
 
     def put(self, call: Call) -> None:
+        """Have a call's line written, unless too many wait."""
         if self._calls.qsize() < MAX_LOG_LINES:
             self._calls.put(call)
         with self._lock, contextlib.suppress(RuntimeError):  # it would be the last thread
@@ -13252,6 +13270,7 @@ def as_reply(value: Any, request: Request, status: int) -> Reply:
 
 
 def check_operation(operation: str) -> None:
+    """Raise ValueError for an operation that no call can have."""
     method, _, path = operation.partition(" ")
     near = suggest_operation(operation)
     try:
