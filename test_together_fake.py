@@ -3019,7 +3019,42 @@ REACT_LINES = (
     "Thought: ...\nAction: the action\nAction Input: the input\nObservation: the result\n"
     "Final Answer: the answer\n\nQuestion: Who wrote Faust?"
 )
+FRAMES = (
+    "Your output fields are:\n1. `mood` (Literal['sad', 'glad']):\n2. `sure` (float):\n"
+    "3. `people` (list[P]):\n\n[[ ## text ## ]]\n{text}\n\n[[ ## mood ## ]]\n{mood}\n\n"
+    "[[ ## people ## ]]\n{people}  # note: the value must adhere to the JSON schema: "
+    '{"type": "array", "$defs": {"P": {"type": "object", "properties": {"age": {"type": "integer"}}'
+    ', "required": ["age"]}}, "items": {"$ref": "#/$defs/P"}}\n\n[[ ## text ## ]]\nFine.\n\n'
+    "Respond with the output fields, starting with `[[ ## mood ## ]]`, then `[[ ## sure ## ]]` "
+    "(must be a valid Python float), then `[[ ## people ## ]]`, and then ending with the marker "
+    "for `[[ ## completed ## ]]`."
+)
 FORMS = {
+    "frames with types": (
+        r"\[\[ ## mood ## \]\]\n(sad|glad)\n\n\[\[ ## sure ## \]\]\n-?[\d.]+\n\n"
+        r'\[\[ ## people ## \]\]\n\[\{"age": \d+\}, \{"age": \d+\}\]\n\n\[\[ ## completed ## \]\]',
+        FRAMES,
+    ),
+    "frames": (
+        r"=== gist ===\n.+\n\n=== why ===\n.+",
+        "Write the gist under `=== gist ===`, then give the reason under `=== why ===`.\n\nText: x",
+    ),
+    "the number of an option": (
+        "[123]",
+        "Choose the best way:\n1. walk\n2. run\n3. swim\nReply with the number of the option.",
+        "Which option is best: 1. walk 2. run 3. swim? Answer only with the option's number.",
+    ),
+    "one on a condition": (
+        "fine|fraud",
+        'Answer "fraud" if the claim looks wrong, "fine" if it does not.\n\nClaim: x',
+        "Reply with `fraud` when the claim is wrong, otherwise say `fine`.\n\nClaim: x",
+    ),
+    "one as it is written": ("True|False", "Is it spam? Output True if it is, False otherwise."),
+    "one of a noun's": (
+        "low|medium|high",
+        "Decide the priority of the ticket (low, medium, high). Answer with the priority only.",
+        "State the level (low, medium, high) of the risk below. Return only the level.\n\nRisk: x",
+    ),
     "JSON by schema": (
         r'\{"city": ".+", "hot": (true|false)\}',
         f"Answer in JSON that follows this schema:\n{PLACE}",
@@ -3316,6 +3351,9 @@ PROSE = (
     "Here is the log. What happened?\n\n2026-01-01 ERROR output must be one of: a, b",
     "My notes:\n1. Buy milk\n2. Choose a category for the blog\n\nHow can I get this done?",
     "Create a table-top game for two people.",
+    "Write a function is_even(n). Return True if n is even, False otherwise.",
+    "My cats (Tom, Mia, Leo) are ill. What should I do? Answer only in English.",
+    "Explain what `=== head ===` and `=== body ===` mean in this file.",
     'Give me feedback on this JSON schema:\n{"type": "object", "properties": {"a": {}}}',
     "Here is my config:\n```yaml\nname: x\nsteps:\n  - a\n```\nWhat is wrong with it?",
 )

@@ -3003,6 +3003,9 @@ WEAK_OFFER = lazy_regex(  # where the answer is such a word alone
     rf"(?i:\b(?:with|as|is|are|only|just|either))[: ]+({WORDS_OFFERED})|\(({WORDS_OFFERED})\)"
     r"|^[^.:?!]{0,80}\b(?:list|[a-z]+s)(?: are)?: ([^.:?!]{3,300})\.?$"
 )
+OF_NOUN = lazy_regex(
+    rf"(\w{{4,}})(?: (?:of|for|in) [\w ]{{1,30}})? \(((?:{ONE_WORD}, ){{1,9}}{ONE_WORD})\)"
+)
 ARRAY = lazy_regex(
     r"(?i)(?:(?!key|field|propert)[^\"'`:]){0,60}\b(?:JSON (?:array|list)|(?:array|list) of)"
 )
@@ -3134,6 +3137,7 @@ NOTE = lazy_regex(
     r"|(?:[\"'`*]+:? (?!only|and\b|[\"'`])|[\"'`]?\??:.*?(?://|#))(.{3,}?)(?:\.\s|,? and "
     r"[\"'`]\w+[\"'`] (?!or)|\b[0-9]\)|\Z)"
 )
+SCHEMA_NOTE = lazy_regex(r"JSON schema: (\{.+\})")
 EXAMPLE_START = lazy_regex(
     r"(?<![$\w])\{\s{0,99}(?:\n|[\"'][^\"'\n]{0,60}[\"']\s?:|[\w-]{1,60}\??\s?:\s|//|#)"
     r"|(?:(?<=[\n:=])|(?<=[:=] )|\A)(?!\[\[\w+\]\])\[\s{0,99}(?:\n|[{\"\[]|\d{1,9}\s?,)"
@@ -3158,6 +3162,9 @@ TOLD = lazy_regex(
 SAID_END = lazy_regex(r"\n|(?<=[.!?])(?<!\n\d\.)\s{1,9}(?=[^a-z])")
 LIST_ITEM = lazy_regex(
     r"\s{0,9}(?:(?:[-*]|\(?([A-Za-z0-9]{1,2})[.):]) +|(?=\w+ \([^()\n]+\):))(\S.*)"
+)
+INLINE_ITEM = lazy_regex(
+    r"(?<![\w.])\(?(\d|[A-H])[.)] ?([\w' -]{1,40}?)(?=[,;.?]|\Z| \(?(?:\d|[A-H])[.)])"
 )
 ASKS_LINES = lazy_regex(
     r"(?i)\b(?:format|template|follows|structure|exactly|like this|XML|lines|tags)\b.{0,60}\Z"
@@ -3269,10 +3276,13 @@ class Prompt:
         lists = [items for before, items in self.lists.items() if re.search(pattern, before, re.I)]
         return [head for items in lists for _, head in items]
 
-    def items(self) -> list[str]:
-        """Return the last list that is one to choose from: its letters or items."""
-        for items in reversed(self.lists.values()):
-            heads = [mark if mark.isalpha() else head for mark, head in items]
+    def items(self, numbered: bool = False) -> list[str]:
+        """Return the last list that is one to choose from: its letters, numbers or items."""
+        inline = [] if self.lists else map(INLINE_ITEM.findall, self.said[-MAX_ASKING:])
+        for items in [*reversed(self.lists.values()), *inline]:
+            heads = [
+                mark if mark.isalpha() or (mark and numbered) else head for mark, head in items
+            ]
             if len(heads) > 1 and all(0 < len(head) < 40 for head in heads):
                 return heads
         return []
@@ -3302,6 +3312,11 @@ class Prompt:
         """Return the schema that a text stands for in an example."""
         if text in self.lists:  # the name of a type
             return {"enum": [head for _, head in self.lists[text]]}
+        shown = self.notes[self.notes.find(f"{{{name}}}") :].partition("\n")[0]
+        told = SCHEMA_NOTE.search(text) or SCHEMA_NOTE.search(shown)
+        schema = read_example(told[1].replace('\\"', '"')) if told else None
+        if type(schema) is dict:
+            return {**schema, "$id": name, **(FEW if schema.get("type") == "array" else {})}
         note = self.note(name) if name else ""
         words = re.search(
             r"\b(?:an? |list|array|int|num|float|bool|true|str|dict|one of)\b", note[:60]
@@ -3515,6 +3530,20 @@ LABELLED = lazy_regex(
     rf"({SLOT}|)(/\d{{1,3}}|\)|)"
 )
 WRAPPED = lazy_regex(r"(?i)\btags?\b|wrap|inside|enclos|surround|between|ending|</|xml")
+MARKER = lazy_regex(r"[`\"']([\[<=#*]{2,4} ?[#=* ]{0,4}(\w{2,40})[ #=*\]>]{2,8})[`\"']")
+LAST_MARK = lazy_regex(r"(?i)\W*(?:end|complet|done|finish)")
+
+
+def read_frames(prompt: Prompt) -> WantedForm | None:
+    """Read parts that each stand below a mark with their name: `[[ ## name ## ]]`."""
+    marks = dict(MARKER.findall(prompt.text)) if MARKER.search(prompt.whole) else {}
+    if len(marks) < 2:
+        return None
+    last = list(marks)[-1:]
+    ends = last if LAST_MARK.match(last[0]) else []
+    schemas = {name: prompt.read("", name) for mark, name in marks.items() if mark not in ends}
+    parts = [f"{mark}\n\1{marks[mark]}\1" for mark in marks if mark not in ends]
+    return WantedForm(f"frames {', '.join(schemas)}", "\n\n".join([*parts, *ends]), schemas)
 
 
 def read_marks(prompt: Prompt) -> WantedForm | None:
@@ -3635,6 +3664,15 @@ def read_list(prompt: Prompt) -> WantedForm | None:
     return None
 
 
+SAYING = (
+    r"(?i:\b(?:answer|repl[yi]|respond|output|return|say|print|give|write|classif)"
+    r"[^.;:\n\"'`]{0,30}? )"
+)
+VERDICT = r"([\"'`][\w ]{1,20}[\"'`]|[A-Z]\w*|[01]|yes|no|true|false),?"
+CONDITIONS = lazy_regex(
+    rf"{SAYING}{VERDICT} (?:if|when)\b[^;\n]{{0,120}}?(?:[,;.:]| and| or) ?(?:and |or |else |"
+    rf"if not,? |otherwise,? )*{SAYING}?{VERDICT}(?: (?:if|when|otherwise|in)\b|\W*\Z)"
+)
 OF_LIST = lazy_regex(r"(?i)categor|option|choice|label|letter|one of")
 RESTRICTED = lazy_regex(
     r"(?i)\b(?:only|just)(?! about| on| if| when| in\b)|\balone\b|nothing (?:else|more)|do not "
@@ -3651,8 +3689,13 @@ def read_elsewhere(prompt: Prompt, said: str) -> dict[str, Any]:
         if numeric:
             schema = read_numbers(other) or read_numbers(IN_BRACKETS.sub("", other))
         else:
-            found = WEAK_OFFER.search(other[:400])
-            schema = as_enum(" ".join(filter(None, found.groups()))) if found else {}
+            found = WEAK_OFFER.search(other[:400]) or OF_NOUN.search(other[:400])
+            words = list(filter(None, found.groups())) if found else []
+            schema = (
+                as_enum(words[-1])
+                if words and words[0] in (words[-1], *re.findall(r"\w+", said))
+                else {}
+            )
         if schema:
             return schema
     kind = re.search(r"\b(?:int|float|num|bool|digit)(?:eger|ber|ean)?\b(?! of)", said)
@@ -3662,17 +3705,23 @@ def read_elsewhere(prompt: Prompt, said: str) -> dict[str, Any]:
 def read_offered(prompt: Prompt, said: str) -> dict[str, Any]:
     """Return the schema of what a sentence lets one choose, or nothing."""
     letters = re.findall(r"\[\[([A-Z])\]\]", said)
+    pair = CONDITIONS.search(said) if re.search(" if | when ", said) else None
+    if pair and not re.search(r"\b(?:function|method|program|script|code)\b", prompt.text):
+        return {"enum": [word.strip("\"'`") for word in pair.groups()]}
     offer = {"enum": letters} if letters else read_offer(said)
     if offer:
         return offer
     bounds, numeric = NUMBER_RANGE.search(said), NUMBER_WORD.search(said)
     if bounds and numeric and numeric.start() < bounds.end():
         return read_numbers(said)
-    items = prompt.items()
+    limited, of_list = RESTRICTED.search(said), OF_LIST.search(said)
+    if not limited and not of_list:
+        return {}
+    items = prompt.items(re.search("number|digit|index", said) is not None)
     listed = {"enum": items} if items and not LIST_ITEM.match(said) else {}
-    if OF_LIST.search(said) and listed:
+    if of_list and listed:
         return listed
-    return (read_elsewhere(prompt, said) or listed) if RESTRICTED.search(said) else {}
+    return (read_elsewhere(prompt, said) or listed) if limited else {}
 
 
 def read_choice(prompt: Prompt) -> WantedForm | None:
@@ -3692,7 +3741,7 @@ def read_choice(prompt: Prompt) -> WantedForm | None:
 
 
 FORM_READERS = (
-    read_json, read_said, read_shown, read_marks, read_label, read_block, read_records,
+    read_frames, read_json, read_said, read_shown, read_marks, read_label, read_block, read_records,
     read_list, read_choice,
 )  # fmt: skip
 RESULT = lazy_regex(
