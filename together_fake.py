@@ -1321,7 +1321,7 @@ def count_tokens(text: str) -> int:
     return sum([count_tokens(text[at : at + MAX_COUNTED_TEXT]) for at in starts])
 
 
-@functools.lru_cache(maxsize=256 * PLACES)  # all there are
+@functools.cache  # there are 256 for each place
 def make_sentence(place: int, number: int) -> tuple[str, int]:
     """Write one of a place's 256 sentences, and count its tokens."""
     rng = HashRandom(b"sentence").child(place, number)
@@ -1338,8 +1338,12 @@ def make_prose(rng: HashRandom, sentences: int | None = None) -> tuple[str, int]
     data = rng.randbytes(sentences or 6)
     if sentences is None:
         data = data[: 4 + (data[5] & 1)]
-    texts, counts = zip(*map(make_sentence, itertools.cycle(range(PLACES)), data))
-    return "".join(texts), sum(counts)
+    text, count = "", 0
+    for place, byte in enumerate(data):
+        sentence, tokens = make_sentence(place % PLACES, byte)
+        text += sentence
+        count += tokens
+    return text, count
 
 
 def make_text(rng: HashRandom, sentences: int | None = None) -> str:
