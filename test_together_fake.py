@@ -3039,6 +3039,52 @@ FORMS = {
         r"=== gist ===\n.+\n\n=== why ===\n.+",
         "Write the gist under `=== gist ===`, then give the reason under `=== why ===`.\n\nText: x",
     ),
+    "keys that prose names": (
+        r'\{"name": ".+", "age": \d+, "city": ".+"\}',
+        "Extract the person's name, age and city as JSON.\n\nText: Anna, 31, lives in Oslo.",
+        "Please return the name, the age and the city of the writer in JSON.\n\nText: I am Bo, 9.",
+    ),
+    "YAML with a list": (
+        r'name: .+\nage: \d+\nhobbies: \[".+"\]',
+        "Return YAML with the keys name, age and hobbies (a list).",
+        "Describe a user in YAML with the fields `name`, `age` and `hobbies` (list of strings).",
+    ),
+    "as many as told": (
+        r'\[("[^"]+", ){2}"[^"]+"\]',
+        "Give me a JSON array of 3 strings with names of rivers.",
+        "Name exactly three rivers. Answer with a JSON list only.",
+    ),
+    "as many as told, by name": (
+        r'\{"questions": \[("[^"]+", ){4}"[^"]+"\]\}',
+        'Write 5 short questions on bees. Return JSON: {"questions": ["...", "..."]}',
+        'Return JSON with a key "questions", a list of five strings.',
+    ),
+    "as many as given": (
+        r'\{"verdicts": \[(\{"verdict": "(yes|no)"\}(, )?){3}\]\}',
+        "Judge each statement. The number of verdicts must be equal to that of statements. Return "
+        'JSON like {"verdicts": [{"verdict": "yes"}, {"verdict": "no"}]}.\n\nStatements:\n'
+        "['Rome is old', 'Oslo is cold', 'Ann is tall']\n\nJSON:",
+    ),
+    "JSON Lines": (
+        r'(\{"fact": "[^"]+", "source": "[^"]+"\}(\n|\Z)){3}',
+        'List three facts as JSON Lines, one object per line with the keys "fact" and "source".',
+        "Write 3 examples in JSONL format with the keys fact and source.",
+    ),
+    "those that apply": (
+        "(politics, )?(sport|science)(, science)?",
+        "Return a comma-separated list of those that apply: politics, sport, science.",
+        "Which of these topics apply: politics, sport, science? Return a comma-separated list.",
+    ),
+    "code of the language": (
+        "```python\n[^`]+\n```",
+        "Write a Python function add(a, b). Only code, in a fenced block.",
+        "Return the function as a code block. It is for Python.",
+    ),
+    "a date": (
+        r"\d{4}-(0[1-9]|1[0-2])-[0-3]\d",
+        "Give me a date in the format YYYY-MM-DD. Output nothing else.",
+        "When did it happen? Answer only with the date as YYYY-MM-DD.",
+    ),
     "the number of an option": (
         "[123]",
         "Choose the best way:\n1. walk\n2. run\n3. swim\nReply with the number of the option.",
@@ -3067,6 +3113,7 @@ FORMS = {
     "JSON by example": (
         r'\{"verdict": "(yes|no)", "reason": "[^.][^"]+"\}',
         'Respond with JSON only: {"verdict": "yes or no", "reason": "..."}',
+        'The form is {"verdict": "yes or no", "reason": "..."}. Respond in JSON.',
         "Judge it.\n\nYour output must be a JSON object like this:\n"
         '{\n  "verdict": "yes" | "no",\n  "reason": <why>, // briefly\n}\n\nText:\nIt works.',
     ),
@@ -3352,6 +3399,11 @@ PROSE = (
     "My notes:\n1. Buy milk\n2. Choose a category for the blog\n\nHow can I get this done?",
     "Create a table-top game for two people.",
     "Write a function is_even(n). Return True if n is even, False otherwise.",
+    "Write tests for parse(): it should return True if it is valid, False otherwise.",
+    'Translate to French: Answer "yes" if you agree, "no" if you do not.',
+    "Which applies: A. tort or B. contract? Discuss each in detail.",
+    "Create a tutorial for JSON.",
+    "Find the sum, mean and median of 3 numbers: 1, 2, 3.",
     "My cats (Tom, Mia, Leo) are ill. What should I do? Answer only in English.",
     "Explain what `=== head ===` and `=== body ===` mean in this file.",
     'Give me feedback on this JSON schema:\n{"type": "object", "properties": {"a": {}}}',

@@ -2963,7 +2963,6 @@ HINTS = (  # what asks for a form has one at an end
     "scale", "erbatim", "block", "eason",
 )  # fmt: skip
 TEXT_SCHEMA = {"type": "string"}
-FEW = {"minItems": 2, "maxItems": 2}  # in each of several answers
 
 
 def as_object(properties: dict[str, Any]) -> dict[str, Any]:
@@ -3005,13 +3004,20 @@ LISTED_OFFER = lazy_regex(
 )
 WEAK_OFFER = lazy_regex(  # where the answer is such a word alone
     rf"(?i:\b(?:with|as|is|are|only|just|either))[: ]+({WORDS_OFFERED})|\(({WORDS_OFFERED})\)"
-    r"|^[^.:?!]{0,80}\b(?:list|[a-z]+s)(?: are)?: ([^.:?!]{3,300})\.?$"
+    r"|^[^.:?!]{0,80}\b(?:list|apply|[a-z]+s)(?: are)?: ([^.:?!]{3,300})[.?]?$"
 )
 OF_NOUN = lazy_regex(
-    rf"(\w{{4,}})(?: (?:of|for|in) [\w ]{{1,30}})? \(((?:{ONE_WORD}, ){{1,9}}{ONE_WORD})\)"
+    rf"(\w{{3,}}(?:[^\Ws]|us|ss))(?: (?:of|for|in) [\w ]{{1,30}})? "
+    rf"\(((?:{ONE_WORD}, ){{1,9}}{ONE_WORD})\)"
 )
 ARRAY = lazy_regex(
     r"(?i)(?:(?!key|field|propert)[^\"'`:]){0,60}\b(?:JSON (?:array|list)|(?:array|list) of)"
+)
+COUNTS = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+COUNT = rf"(\d{{1,2}}{'|'.join(COUNTS)})"
+ENTRIES = lazy_regex(
+    rf"(?<![\w.-])(?:\d{{1,2}}-)?(?!one){COUNT} (?!columns|words|\w+ words|per )"
+    r"(?=[A-Za-z])((?:[\w-]+ ?){1,4})"
 )
 MANY = lazy_regex(r"(?i)(?:an? )?(?:list|array)(?: of |\[)([^\n]{1,60}?)\]?|([^\n]{1,60}?)\[\]")
 TYPE_WORD = lazy_regex(
@@ -3022,6 +3028,10 @@ NUMBER_WORD = lazy_regex(
     r"(?i)integer|\bint\b|float|decimal|number|digit|\bscor|\brat(?:e|ing)|scale|probab|confiden|"
     r"\bmark\b"
 )
+
+
+DATE = lazy_regex(r"\b(?:YYYY|DD|MM|HH)(?:[-/.: T](?:YYYY|MM|DD|HH|mm|SS|ss))+\b")
+DATED = {"Y": "202\\d", "M": "0[1-9]", "D": "[12]\\d", "H": "1\\d"}
 
 
 def read_type(text: str) -> str:
@@ -3053,6 +3063,18 @@ def read_offer(text: str) -> dict[str, Any]:
     return as_enum(found[1] or found[2]) if found else {}
 
 
+def read_count(text: str, name: str = "") -> int:
+    """Return how many a text tells of what has such a name, or 0."""
+    for word, counted in ENTRIES.findall(text):
+        if name in counted:
+            return COUNTS.index(word) if word in COUNTS else min(int(word), 20)
+    return 0
+
+
+def as_array(items: dict[str, Any], count: int = 2) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": count, "maxItems": count}
+
+
 def read_phrase(text: str, note: str = "") -> dict[str, Any]:
     """Return the schema of what stands for a value, as `yes or no` or `int[]`, with a note."""
     text = re.sub(r"(?:\s?\|\s?|\s+or\s+)(?:null|None)\b", "", text.strip())
@@ -3060,7 +3082,14 @@ def read_phrase(text: str, note: str = "") -> dict[str, Any]:
     plain = plain.replace("_", " ") if text[:1] == "<" else plain
     many = MANY.fullmatch(plain if "[" not in plain else text)
     if many:
-        return {"type": "array", "items": read_phrase(many[1] or many[2], note), **FEW}
+        each = many[1] or many[2]
+        return as_array(read_phrase(each, note), read_count(each) or 2)
+    if re.fullmatch(r"(?:an? )?(?:list|array)", plain):
+        return as_array(TEXT_SCHEMA)
+    dated = DATE.search(f"{text} {note}")
+    if dated:
+        text = re.sub("[A-Za-z]+", lambda part: DATED.get(part[0][0], "[0-5]\\d"), dated[0])
+        return {"type": "string", "pattern": text}
     if BARE_OFFER.fullmatch(plain) or QUOTED_OFFER.fullmatch(text):
         return as_enum(text) or TEXT_SCHEMA
     kind = read_type(plain)
@@ -3134,13 +3163,14 @@ PROSE_TASK = lazy_regex(
     r"paraphrase|correct|explain|review|reply to|draft|describe|fix|debug|refactor|improve|what|"
     r"why|how|who|help)\b(?:[^\n:]{0,200}:(?=\s{0,9}[\n\"'])"
     r"|[^\n:]{0,99}\b(?:following|this|these|below)\b[^\n:]{0,99}(?=\n+[^\n]+\Z))"
-    r"|(?:translate|rewrite)\b[^\n:.]{0,99}:(?= \w+ [a-z])"
+    r"|(?:translate|rewrite)\b[^\n:.]{0,99}:(?= \w+ [a-z\"'`])"
 )
 NOTE = lazy_regex(
     r"(?i)[\"'`*#>\] ]{0,9}(\(.*)"
-    r"|(?:[\"'`*]+:? (?!only|and\b|[\"'`])|[\"'`]?\??:.*?(?://|#))(.{3,}?)(?:\.\s|,? and "
+    r"|(?:[\"'`*]+[:,]? (?!only|and\b|[\"'`])|[\"'`]?\??:.*?(?://|#))(.{3,}?)(?:\.\s|,? and "
     r"[\"'`]\w+[\"'`] (?!or)|\b[0-9]\)|\Z)"
 )
+NUMERIC_NAME = lazy_regex(r"(?i)(?:\b|_)(?:age|year|count|score|rating|quantity)\Z")
 SCHEMA_NOTE = lazy_regex(r"JSON schema: (\{.+\})")
 EXAMPLE_START = lazy_regex(
     r"(?<![$\w])\{\s{0,99}(?:\n|[\"'][^\"'\n]{0,60}[\"']\s?:|[\w-]{1,60}\??\s?:\s|//|#)"
@@ -3157,6 +3187,7 @@ ASKS = lazy_regex(
     r"summari[sz]e|describe|solve|assess|identify|tag|echo|enclose|mark|grade|parse|contain|"
     r"conform|adhere|match)\b|\A\W{0,8}(?:(?:expected|output|response|json) ){1,3}(?:format|schema|"
     r"structure|template)|\([^()]{1,99}\)\?|\A\W?\w+(?:/| or )\w+\W{0,3}\Z"
+    r"|\A\W?(?:only|just) (?:the )?(?:code|json|python|sql)\b"
 )
 TOLD = lazy_regex(
     r"\d\d|[>|]|\W*(?:(?:my|our|i|i'm|he|she|they|we|it|"
@@ -3282,11 +3313,10 @@ class Prompt:
 
     def items(self, numbered: bool = False) -> list[str]:
         """Return the last list that is one to choose from: its letters, numbers or items."""
+        is_mark = str.isalnum if numbered else str.isalpha
         inline = [] if self.lists else map(INLINE_ITEM.findall, self.said[-MAX_ASKING:])
         for items in [*reversed(self.lists.values()), *inline]:
-            heads = [
-                mark if mark.isalpha() or (mark and numbered) else head for mark, head in items
-            ]
+            heads = [mark if is_mark(mark) else head for mark, head in items]
             if len(heads) > 1 and all(0 < len(head) < 40 for head in heads):
                 return heads
         return []
@@ -3305,7 +3335,7 @@ class Prompt:
                 items = [{key: field for item in items for key, field in item.items()}]
             each = self.read(items[0], name)
             each = each.get("items", each) if type(items[0]) is str else each
-            return {"type": "array", "items": each, **FEW}
+            return as_array(each, self.count(name))
         if type(value) is float and 0 <= value <= 1:
             return {"type": "number", "minimum": 0, "maximum": 1}
         if type(value) not in (str, int, float) or self.unread < 0:
@@ -3317,18 +3347,22 @@ class Prompt:
         if text in self.lists:  # the name of a type
             return {"enum": [head for _, head in self.lists[text]]}
         shown = self.notes[self.notes.find(f"{{{name}}}") :].partition("\n")[0]
-        told = SCHEMA_NOTE.search(text) or SCHEMA_NOTE.search(shown)
+        told = SCHEMA_NOTE.search(text or shown)
         schema = read_example(told[1].replace('\\"', '"')) if told else None
         if type(schema) is dict:
-            return {**schema, "$id": name, **(FEW if schema.get("type") == "array" else {})}
+            return {**schema, "$id": name, "minItems": 1}
         note = self.note(name) if name else ""
         words = re.search(
             r"\b(?:an? |list|array|int|num|float|bool|true|str|dict|one of)\b", note[:60]
         )
         text = text or (note[words.start() :].partition(")")[0] if words else note)
         schema = read_phrase(text, note)
+        if "items" in schema and name:
+            return as_array(schema["items"], max(schema["minItems"], self.count(name)))
         if schema != TEXT_SCHEMA:
             return schema
+        if not text and NUMERIC_NAME.search(name):
+            return {"type": "integer"}
         named = re.search("name|person|people|place|compan|entit|cit(y|ies)", name)
         taken = named and self.about and "xtract" in self.whole
         proper = text[:1].isupper() and (" " in text or text.isupper())
@@ -3336,6 +3370,12 @@ class Prompt:
         if taken or re.search(r"verbatim|\bexact (?:text|word)|as it appears", text + note, re.I):
             return {"enum": self.copies()}
         return schema
+
+    def count(self, name: str = "") -> int:
+        """Return how many entries a list has: as told, or as many as one that is given."""
+        given = re.findall(r"^\[.+\]$", self.text, re.M) if "equal" in self.text.lower() else []
+        count = len((given and read_example(given[-1])) or ())
+        return min(count, 50) or read_count(self.whole, name) or 2
 
     def note(self, name: str) -> str:
         """Return what the prompt says behind the name of a property."""
@@ -3382,8 +3422,8 @@ class WantedForm:
 
 
 JSON_ASKED = lazy_regex(
-    r"(?i)(?<!bout )(?<!ompare )(?<!this )(?<!escribe a )\bJSON\b(?![.(_]| (?:API|file|"
-    r"output schema))"
+    r"(?i)(?<!bout )(?<!ompare )(?<!this )(?<!escribe a )\bJSONL?\b(?![.(_]| (?:API|file|"
+    r"output schema))|(?:(?<= as)|(?<= in)|(?<=nto)|(?<=lid)|(?<=nly)) JSONL?\.(?!\w)"
 )
 OUTPUT_INTRO = lazy_regex(
     r"(?i)output|respon|answer|reply|return|format|schema|structure|generate|must"
@@ -3394,6 +3434,11 @@ INPUT_INTRO = lazy_regex(
 )
 NAMED = rf"(?:{QUOTED}|[a-z][\w-]{{0,40}})"
 KEY_WORD = r"\b(?:keys?|fields?|properties|property|attributes?)\b"
+PROSE_KEYS = lazy_regex(
+    r"(?i)\b(?:extract|return|give me|list|find|provide|identify) "
+    r"((?:[\w' ]{2,40}, ){0,8}[\w' ]{2,40}?,? and [\w' ]{2,30}?)"
+    r"(?: (?:of|from|in|for) [^,.]{1,60}?)? (?:as|in) (?:an? )?(?:\w+ )?JSON\b"
+)
 KEYS = lazy_regex(
     rf"({QUOTED}(?:(?:,? and |, ){QUOTED}){{0,20}}) {KEY_WORD}|{KEY_WORD}(?: (?:named|called|of|are"
     rf"|is)){{0,2}}:? ?({NAMED}(?:(?:,? and |,? then |, ){NAMED}){{0,20}})"
@@ -3414,7 +3459,12 @@ def read_keys(prompt: Prompt, asked: str) -> list[str]:
         name.strip("\"'` ") for text in texts for name in re.split(r",? and |,? then |, ", text)
     ]
     names += prompt.listed(KEY_WORD)
-    return [name for name in dict.fromkeys(names) if re.fullmatch(r"[A-Za-z_][\w-]*", name)]
+    found = None if names else PROSE_KEYS.search(asked)
+    if found and not re.search(r"\b(?:it|them|that|return|answer)\b", found[1]):
+        bare = re.sub(r"\b(?:the|an?|its|all|\w+'s) ", "", found[1])
+        names = re.split(r",?_and_|,_", bare.replace(" ", "_"))
+    names = list(filter(re.compile(r"(?!an?\Z)[A-Za-z_][\w-]*\Z").match, names))
+    return list(dict.fromkeys(names))
 
 
 def rank_example(prompt: Prompt, asked: list[str], example: tuple[str, str, str]) -> int:
@@ -3451,7 +3501,9 @@ def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
     prompt.keys = read_keys(prompt, said) if asked else []
     label, schema = find_json(prompt, asked)
     fenced = FENCED.search(said) and not UNFENCED.search(said)
-    text = "```json\n\1JSON\1\n```" if fenced else "\1JSON\1"
+    lines = re.search(r"JSON[ -]?[Ll](?:ines)?\b|per line", said)
+    text = "\n".join(["\1JSON\1"] * (prompt.count() if lines else 1))
+    text = f"```json\n{text}\n```" if fenced else text
     return WantedForm(label, text, {"JSON": schema}) if schema else None
 
 
@@ -3501,7 +3553,7 @@ def fill_shown(prompt: Prompt, lines: list[str]) -> WantedForm | None:
     def fill(found: re.Match[str]) -> str:
         """Put a slot where a value is shown."""
         name, between, value = filter(lambda part: part is not None, found.groups())
-        slot, value = name.strip() or "note", value.strip()
+        slot, value = name.strip() or "note", value.strip().replace("...", "")
         schema = prompt.read(int(value) if value.isdecimal() else value, slot)
         chosen = slot == "Action" and tools and "enum" not in schema
         schemas.setdefault(slot, {"enum": tools} if chosen else schema)
@@ -3523,7 +3575,7 @@ def read_shown(prompt: Prompt) -> WantedForm | None:
     elif re.search(r"(?<!this )(?<!bout )\bYAML\b(?! (?:file|for))", prompt.whole):
         blocks = [text for _, kind, text in prompt.examples if kind in ("yaml", "yml", "")]
         rows = re.compile(r" *[\w-]+:(?: [^\n]*)?\Z| +- [^\n]*\Z")
-        keys = [f"{key}: text" for key in read_keys(prompt, "")]
+        keys = [f"{key}: ..." for key in read_keys(prompt, "")]
         lines = blocks[-1:] or keys or list(filter(rows.match, prompt.lines))
     return fill_shown(prompt, lines) if lines else None
 
@@ -3534,7 +3586,7 @@ LABELLED = lazy_regex(
     rf"({SLOT}|)(/\d{{1,3}}|\)|)"
 )
 WRAPPED = lazy_regex(r"(?i)\btags?\b|wrap|inside|enclos|surround|between|ending|</|xml")
-MARKER = lazy_regex(r"[`\"']([\[<=#*]{2,4} ?[#=* ]{0,4}(\w{2,40})[ #=*\]>]{2,8})[`\"']")
+MARKER = lazy_regex(r"[`\"']([\[<=#*][\[<=#* ]{1,7}(\w{2,40})[\]>=#* ]{2,8})[`\"']")
 LAST_MARK = lazy_regex(r"(?i)\W*(?:end|complet|done|finish)")
 
 
@@ -3543,10 +3595,10 @@ def read_frames(prompt: Prompt) -> WantedForm | None:
     marks = dict(MARKER.findall(prompt.text)) if MARKER.search(prompt.whole) else {}
     if len(marks) < 2:
         return None
-    last = list(marks)[-1:]
-    ends = last if LAST_MARK.match(last[0]) else []
-    schemas = {name: prompt.read("", name) for mark, name in marks.items() if mark not in ends}
-    parts = [f"{mark}\n\1{marks[mark]}\1" for mark in marks if mark not in ends]
+    ends = list(filter(LAST_MARK.match, marks))
+    shown = {mark: marks[mark] for mark in marks if mark not in ends}
+    schemas = {name: prompt.read("", name) for name in shown.values()}
+    parts = [f"{mark}\n\1{name}\1" for mark, name in shown.items()]
     return WantedForm(f"frames {', '.join(schemas)}", "\n\n".join([*parts, *ends]), schemas)
 
 
@@ -3574,7 +3626,8 @@ def read_label(prompt: Prompt) -> WantedForm | None:
     for found in LABELLED.finditer(whole):
         quoted, label, slot, end = found.groups()
         rest = whole[found.end() : found.end() + 200]
-        if not slot and not label[:-2].isupper() and not (quoted and rest[:1] == quoted):
+        told = slot or label[:-2].isupper() or (quoted and rest[:1] == quoted)
+        if not told or DATE.match(whole, found.start(2)):
             continue
         values = re.findall(rf"{re.escape(label.strip())} ?[\"'`]?([A-Z]{{1,12}}|\d+)\b", whole)
         letters = [name for name in re.findall(r"\b[A-Z]\b", rest[:60]) if name != slot]
@@ -3598,7 +3651,8 @@ def read_block(prompt: Prompt) -> WantedForm | None:
         return None
     kinds = re.findall(r"```(\w+)", prompt.whole) + [kind for _, kind, _ in prompt.examples if kind]
     kinds += re.findall(r"\b(?!code|fenced|an? )(\w+) (?:code )?(?:block|snippet)", prompt.whole)
-    kind = (kinds or ["code"])[0]
+    kinds += re.findall(r"(?i)\b(python|javascript|sql|bash)\b", prompt.text)
+    kind = (kinds or ["code"])[0].lower()
     return WantedForm(f"block of {kind}", f"```{kind}\n\1{kind}\1\n```")
 
 
@@ -3618,14 +3672,7 @@ COLUMNS = lazy_regex(
     r"(?:columns?|headers?)(?: row| are| is|:)* "
     rf"({COLUMN}(?:\s?[,|]\s?(?:and )?{COLUMN}| and {COLUMN}(?=\W*\Z|[.:;\n])){{0,20}})"
 )
-COUNTS = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-COUNT = rf"(\d{{1,2}}{'|'.join(COUNTS)})"
-ENTRIES = lazy_regex(rf"(?<![\w.-]){COUNT} (?!columns|words|\w+ words|per )[A-Za-z]")
 WORDS_ASKED = lazy_regex(rf"\b(?:\d{{1,2}}(?:-| to ))?{COUNT}[- ]words?\b")
-
-
-def read_count(word: str) -> int:
-    return COUNTS.index(word) if word in COUNTS else int(word)
 
 
 def read_records(prompt: Prompt) -> WantedForm | None:
@@ -3643,35 +3690,7 @@ def read_records(prompt: Prompt) -> WantedForm | None:
     return None
 
 
-def read_list(prompt: Prompt) -> WantedForm | None:
-    """Read a list or a table."""
-    for said in prompt.asking:
-        found = ENTRIES.search(said)
-        count = min(max(read_count(found[1]) if found else 3, 2), 20)
-        for pattern, before in LISTS:
-            if re.search(pattern, said, re.I):
-                marks = [before.replace("N", str(number + 1)) for number in range(count)]
-                return WantedForm("list", "\1item\1".join([*marks, ""]).lstrip("\n, "))
-        found = WORDS_ASKED.search(said)
-        if found and found[1] != "one":
-            return WantedForm("words", " ".join(["\1word\1"] * min(read_count(found[1]), 12)))
-        found = TABLE.search(said)
-        if found:
-            named = COLUMNS.search(said)
-            names = re.split(r"\s?[,|]\s?(?:and )?| and ", named[1]) if named else ["name", "note"]
-            names = [name.strip("\"'`") for name in names]
-            rows = [names, *[[f"\1{name}\1" for name in names]] * count]
-            if "table" not in found[0].lower():
-                return WantedForm("CSV", "\n".join(map(",".join, rows)))
-            head, *lines = [f"| {' | '.join(row)} |" for row in rows]
-            return WantedForm("table", "\n".join([head, "|" + "---|" * len(names), *lines]))
-    return None
-
-
-SAYING = (
-    r"(?i:\b(?:answer|repl[yi]|respond|output|return|say|print|give|write|classif)"
-    r"[^.;:\n\"'`]{0,30}? )"
-)
+SAYING = rf"(?i:{SPOKEN}[^.;:\n\"'`]{{0,30}}? )"
 VERDICT = r"([\"'`][\w ]{1,20}[\"'`]|[A-Z]\w*|[01]|yes|no|true|false),?"
 CONDITIONS = lazy_regex(
     rf"{SAYING}{VERDICT} (?:if|when)\b[^;\n]{{0,120}}?(?:[,;.:]| and| or) ?(?:and |or |else |"
@@ -3706,12 +3725,45 @@ def read_elsewhere(prompt: Prompt, said: str) -> dict[str, Any]:
     return {"type": read_type(kind[0])} if kind else {}
 
 
+def read_list(prompt: Prompt) -> WantedForm | None:
+    """Read a list or a table."""
+    for said in prompt.asking:
+        count = max(read_count(said) or 3, 2)
+        for pattern, before in LISTS:
+            if re.search(pattern, said, re.I):
+                marks = [before.replace("N", str(number + 1)) for number in range(count)]
+                if re.search(r"(?i)\bappl[iy]|\bmatch|of those", " ".join(prompt.said)):
+                    offered = map(str, read_elsewhere(prompt, said).get("enum", [])[:MAX_ASKING])
+                    pairs = itertools.combinations(offered, 2)
+                    texts = ["".join(map("".join, zip(marks, pair))) for pair in pairs]
+                    if texts:
+                        enum = [text.lstrip("\n, ") for text in texts]
+                        return as_choice({"enum": enum}, "\1answer\1")
+                return WantedForm("list", "\1item\1".join([*marks, ""]).lstrip("\n, "))
+        found = WORDS_ASKED.search(said)
+        if found and found[1] != "one":
+            return WantedForm("words", " ".join(["\1word\1"] * read_count(f"{found[1]} of")))
+        found = TABLE.search(said)
+        if found:
+            named = COLUMNS.search(said)
+            names = re.split(r"\s?[,|]\s?(?:and )?| and ", named[1]) if named else ["name", "note"]
+            names = [name.strip("\"'`") for name in names]
+            rows = [names, *[[f"\1{name}\1" for name in names]] * count]
+            if "table" not in found[0].lower():
+                return WantedForm("CSV", "\n".join(map(",".join, rows)))
+            head, *lines = [f"| {' | '.join(row)} |" for row in rows]
+            return WantedForm("table", "\n".join([head, "|" + "---|" * len(names), *lines]))
+    return None
+
+
 def read_offered(prompt: Prompt, said: str) -> dict[str, Any]:
     """Return the schema of what a sentence lets one choose, or nothing."""
     letters = re.findall(r"\[\[([A-Z])\]\]", said)
     pair = CONDITIONS.search(said) if re.search(" if | when ", said) else None
-    if pair and not re.search(r"\b(?:function|method|program|script|code)\b", prompt.text):
+    if pair and not re.search(r"\b(?:function|method|program|script|code|test)|\w\(", prompt.text):
         return {"enum": [word.strip("\"'`") for word in pair.groups()]}
+    if DATE.search(said) and RESTRICTED.search(prompt.whole):
+        return read_phrase(said)
     offer = {"enum": letters} if letters else read_offer(said)
     if offer:
         return offer
