@@ -3085,6 +3085,21 @@ FORMS = {
         "Give me a date in the format YYYY-MM-DD. Output nothing else.",
         "When did it happen? Answer only with the date as YYYY-MM-DD.",
     ),
+    "the number of an option in JSON": (
+        r'\[\{"choice": [12]\}, \{"choice": [12]\}\]',
+        "Choose from this list:\n(1) hours\n\n(2) prices\n\nAnswer with JSON only. Here is an "
+        "example:\n[\n  {{\n    choice: 1\n  }},\n  ...\n]",
+        'Pick two of the options.\n1. hours\n2. prices\nRespond with a JSON list: [{"choice": 1}]',
+    ),
+    "a schema for each field, and one that is escaped": (
+        r'\{"title": "[^"]+", "score": [1-5]\}',
+        'Provide your output as JSON with these fields:\n{"title": {"description": "it", "type": '
+        '"string"}, "score": {"minimum": 1, "maximum": 5, "type": "integer"}}',
+        'Here is a JSON schema to follow:\n{{"properties": {{"title": {{"type": "string"}}, '
+        '"score": {{"type": "integer", "minimum": 1, "maximum": 5}}}}, '
+        '"required": ["title", "score"]}}\n\n'
+        "Output a valid JSON object but do not repeat the schema.",
+    ),
     "the number of an option": (
         "[123]",
         "Choose the best way:\n1. walk\n2. run\n3. swim\nReply with the number of the option.",

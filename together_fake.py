@@ -2965,8 +2965,7 @@ HINTS = (  # what asks for a form has one at an end
 TEXT_SCHEMA = {"type": "string"}
 
 
-def as_object(properties: dict[str, Any]) -> dict[str, Any]:
-    """Return the schema of an object that has all of these properties."""
+def as_object(properties: Item) -> Item:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
@@ -2980,7 +2979,7 @@ JSON_MODE_SCHEMA = as_object(  # of JSON that is not told
 )
 
 
-def message_text(message: dict[str, Any]) -> str:
+def message_text(message: Item) -> str:
     """Return the text of a message; other parts count as nothing."""
     content = message.get("content")
     if type(content) is list:
@@ -3007,7 +3006,7 @@ WEAK_OFFER = lazy_regex(  # where the answer is such a word alone
     r"|^[^.:?!]{0,80}\b(?:list|apply|[a-z]+s)(?: are)?: ([^.:?!]{3,300})[.?]?$"
 )
 OF_NOUN = lazy_regex(
-    rf"(\w{{3,}}(?:[^\Ws]|us|ss))(?: (?:of|for|in) [\w ]{{1,30}})? "
+    rf"(\w{{3,}}(?:[^\Ws]|[us]s))(?: (?:of|for|in) [\w ]{{1,30}})? "
     rf"\(((?:{ONE_WORD}, ){{1,9}}{ONE_WORD})\)"
 )
 ARRAY = lazy_regex(
@@ -3021,8 +3020,9 @@ ENTRIES = lazy_regex(
 )
 MANY = lazy_regex(r"(?i)(?:an? )?(?:list|array)(?: of |\[)([^\n]{1,60}?)\]?|([^\n]{1,60}?)\[\]")
 TYPE_WORD = lazy_regex(
-    r"(?i)(?:an? |one |<|single )?(?:(str|text)|(int|whole|digit)|(float|num|double|decimal|"
-    r"percent)|(bool|true(?:.| or )false)|(dict|object))"
+    r"(?i)(?:an? |one |<|single )?(?:(?P<string>str|text)|(?P<integer>int|whole|digit)|(?P<number>"
+    r"float|num|double|decimal|percent)|(?P<boolean>bool|true(?:.| or )false)|(?P<object>dict|"
+    r"object)|(?P<array>array))"
 )
 NUMBER_WORD = lazy_regex(
     r"(?i)integer|\bint\b|float|decimal|number|digit|\bscor|\brat(?:e|ing)|scale|probab|confiden|"
@@ -3036,11 +3036,10 @@ DATED = {"Y": "202\\d", "M": "0[1-9]", "D": "[12]\\d", "H": "1\\d"}
 
 def read_type(text: str) -> str:
     found = TYPE_WORD.match(text)
-    types = ("", "string", "integer", "number", "boolean", "object")
-    return types[found.lastindex or 0] if found else ""
+    return found.lastgroup or "" if found else ""
 
 
-def as_enum(text: str) -> dict[str, Any]:
+def as_enum(text: str) -> Item:
     """Return the choice of a list in a sentence, or nothing."""
     parts = re.split(r"\s?[|/;]\s?|\s?,\s?(?:or |and )?|\s(?:or|and)\s", IN_BRACKETS.sub("", text))
     items = list(dict.fromkeys(filter(None, [part.strip(" \"'`*[](){}<>$") for part in parts])))
@@ -3054,7 +3053,7 @@ def as_enum(text: str) -> dict[str, Any]:
     return {"enum": [as_whole(float(item)) for item in items] if numbers else items}
 
 
-def read_offer(text: str) -> dict[str, Any]:
+def read_offer(text: str) -> Item:
     """Return the schema of what a sentence lets one choose: `one of: a, b`, `"x" or "y"`."""
     found = QUOTED_OFFER.search(text)
     if found:
@@ -3071,11 +3070,11 @@ def read_count(text: str, name: str = "") -> int:
     return 0
 
 
-def as_array(items: dict[str, Any], count: int = 2) -> dict[str, Any]:
+def as_array(items: Item, count: int = 2) -> Item:
     return {"type": "array", "items": items, "minItems": count, "maxItems": count}
 
 
-def read_phrase(text: str, note: str = "") -> dict[str, Any]:
+def read_phrase(text: str, note: str = "") -> Item:
     """Return the schema of what stands for a value, as `yes or no` or `int[]`, with a note."""
     text = re.sub(r"(?:\s?\|\s?|\s+or\s+)(?:null|None)\b", "", text.strip())
     plain = text.strip(" <>(){}$*`")
@@ -3131,6 +3130,8 @@ def rewrite_token(token: re.Match[str]) -> str:
 
 def read_example(text: str) -> Any:
     """Return the value of JSON, or of what looks like it, or None."""
+    if "{{" in text:  # escaped
+        text = text.replace("{{", "{").replace("}}", "}")
     with contextlib.suppress(ValueError, RecursionError, ApiError):
         return DECODER.decode(text)
     with contextlib.suppress(ValueError, RecursionError, ApiError):
@@ -3140,11 +3141,13 @@ def read_example(text: str) -> Any:
 
 
 def as_schema(value: Any) -> Any:
-    """Return the schema that an object is, or None."""
-    known = type(value) is dict and (
-        type(value.get("properties")) is dict or {"type", "items"} <= value.keys()
-    )
-    return value if known else None
+    """Return the schema that an object is, or has for each field, or None."""
+    if type(value) is not dict or not value:
+        return None
+    if type(value.get("properties")) is dict or {"type", "items"} <= value.keys():
+        return value
+    fields = [type(field) is dict and read_type(str(field.get("type"))) for field in value.values()]
+    return as_object(value) if all(fields) else None
 
 
 DATA = (
@@ -3208,7 +3211,6 @@ SHOWN_LINE = lazy_regex(r"[ \t>*]{0,9}(?:[A-Z][\w /()-]{0,40}\**:\**(?:[ \t]+\S|
 
 
 def keep_ends(whole: Any, size: int) -> Any:
-    """Return both ends of a text or list."""
     return whole[:size] + whole[size:][-size:]
 
 
@@ -3321,9 +3323,9 @@ class Prompt:
                 return heads
         return []
 
-    def read(self, value: Any, name: str = "") -> dict[str, Any]:
+    def read(self, value: Any, name: str = "") -> Item:
         """Return the schema that a value stands for, as itself or as an example."""
-        schema: dict[str, Any] | None = as_schema(value)
+        schema: Item | None = as_schema(value)
         self.unread -= 1
         if schema is not None:
             return schema
@@ -3340,9 +3342,11 @@ class Prompt:
             return {"type": "number", "minimum": 0, "maximum": 1}
         if type(value) not in (str, int, float) or self.unread < 0:
             return {"type": KINDS[type(value)]}
+        if type(value) is int and "choice" in name and self.items(True)[:1] == ["1"]:
+            return {"enum": list(range(1, len(self.items(True)) + 1))}
         return self.read_text(value if type(value) is str else type(value).__name__, name)
 
-    def read_text(self, text: str, name: str) -> dict[str, Any]:
+    def read_text(self, text: str, name: str) -> Item:
         """Return the schema that a text stands for in an example."""
         if text in self.lists:  # the name of a type
             return {"enum": [head for _, head in self.lists[text]]}
@@ -3372,7 +3376,7 @@ class Prompt:
         return schema
 
     def count(self, name: str = "") -> int:
-        """Return how many entries a list has: as told, or as many as one that is given."""
+        """Return how many entries a list has."""
         given = re.findall(r"^\[.+\]$", self.text, re.M) if "equal" in self.text.lower() else []
         count = len((given and read_example(given[-1])) or ())
         return min(count, 50) or read_count(self.whole, name) or 2
@@ -3404,7 +3408,7 @@ class WantedForm:
     A slot is a name between two \\1; without a name it is prose.
     """
 
-    def __init__(self, label: str, text: str, schemas: dict[str, Any] | None = None) -> None:
+    def __init__(self, label: str, text: str, schemas: Item | None = None) -> None:
         self.label = label  # for the record
         self.text, self.schemas = text, schemas or {}
 
@@ -3518,7 +3522,7 @@ ENDING = lazy_regex(
     r"(?i:(?:repl|respond|say|output|return|issu|end|append|command)[^.\n]{0,60}?[\"'`]?"
     r"((?-i:(?:echo )?(?<![|\w])<?[A-Z][A-Z_]{5,60}>?))[\"'`]?)"
 )
-ENDED = lazy_regex(r"(?i)done|complet|finish|solved|submit|terminat|address")
+ENDED = lazy_regex(r"(?i)done|complet|finish|solved|submit|terminat|address|(?-i:\bEND\b)")
 
 
 def read_said(prompt: Prompt) -> WantedForm | None:
@@ -3544,7 +3548,7 @@ SLOT_SHOWN = lazy_regex(
 
 def fill_shown(prompt: Prompt, lines: list[str]) -> WantedForm | None:
     """Return the form of shown lines, whose values become slots."""
-    schemas: dict[str, Any] = {}
+    schemas: Item = {}
     tools = []
     if "Action" in prompt.text:
         tools = re.findall(r"\b(\w+)(?:\[\w+\]|\(\w+: [^()\n]*\))", prompt.text)
@@ -3587,7 +3591,6 @@ LABELLED = lazy_regex(
 )
 WRAPPED = lazy_regex(r"(?i)\btags?\b|wrap|inside|enclos|surround|between|ending|</|xml")
 MARKER = lazy_regex(r"[`\"']([\[<=#*][\[<=#* ]{1,7}(\w{2,40})[\]>=#* ]{2,8})[`\"']")
-LAST_MARK = lazy_regex(r"(?i)\W*(?:end|complet|done|finish)")
 
 
 def read_frames(prompt: Prompt) -> WantedForm | None:
@@ -3595,16 +3598,17 @@ def read_frames(prompt: Prompt) -> WantedForm | None:
     marks = dict(MARKER.findall(prompt.text)) if MARKER.search(prompt.whole) else {}
     if len(marks) < 2:
         return None
-    ends = list(filter(LAST_MARK.match, marks))
-    shown = {mark: marks[mark] for mark in marks if mark not in ends}
+    shown = {mark: marks[mark] for mark in marks if not ENDED.search(mark)}
     schemas = {name: prompt.read("", name) for name in shown.values()}
     parts = [f"{mark}\n\1{name}\1" for mark, name in shown.items()]
-    return WantedForm(f"frames {', '.join(schemas)}", "\n\n".join([*parts, *ends]), schemas)
+    return WantedForm(
+        f"frames {', '.join(schemas)}", "\n\n".join([*parts, *filter(ENDED.search, marks)]), schemas
+    )
 
 
 def read_marks(prompt: Prompt) -> WantedForm | None:
     """Read elements for the answer to stand in."""
-    tags: dict[str, Any] = {}
+    tags: Item = {}
     for said in filter(WRAPPED.search, prompt.asking):
         for tag in re.findall(r"<([A-Za-z][\w-]{0,40})(?: [^<>]*)?>", said):
             tags[tag] = read_offer(said) or prompt.read("", tag)
@@ -3612,7 +3616,7 @@ def read_marks(prompt: Prompt) -> WantedForm | None:
     return WantedForm(f"elements {', '.join(tags)}", text, tags) if tags else None
 
 
-def as_choice(schema: dict[str, Any], text: str, name: str = "") -> WantedForm:
+def as_choice(schema: Item, text: str, name: str = "") -> WantedForm:
     """Return the form of a text with a slot that is chosen."""
     told = "one of " + ", ".join(map(str, schema.get("enum", [schema.get("type")])))[:200]
     if "minimum" in schema:
@@ -3651,8 +3655,8 @@ def read_block(prompt: Prompt) -> WantedForm | None:
         return None
     kinds = re.findall(r"```(\w+)", prompt.whole) + [kind for _, kind, _ in prompt.examples if kind]
     kinds += re.findall(r"\b(?!code|fenced|an? )(\w+) (?:code )?(?:block|snippet)", prompt.whole)
-    kinds += re.findall(r"(?i)\b(python|javascript|sql|bash)\b", prompt.text)
-    kind = (kinds or ["code"])[0].lower()
+    kinds += [*re.findall(r"(?i)\b(python|javascript|sql|bash)\b", prompt.text), "code"]
+    kind = kinds[0].lower()
     return WantedForm(f"block of {kind}", f"```{kind}\n\1{kind}\1\n```")
 
 
@@ -3678,9 +3682,11 @@ WORDS_ASKED = lazy_regex(rf"\b(?:\d{{1,2}}(?:-| to ))?{COUNT}[- ]words?\b")
 def read_records(prompt: Prompt) -> WantedForm | None:
     """Read records whose fields a mark divides."""
     mark = FIELD_MARK.search(prompt.text)
-    for line in prompt.text.split("\n") if mark else ():
-        head, *fields = line.split(mark[0] if mark else "")
-        if mark and len(fields) > 1:
+    if mark is None:
+        return None
+    for line in prompt.text.split("\n"):
+        head, *fields = line.split(mark[0])
+        if len(fields) > 1:
             head = head.rpartition(" ")[2].strip("`")
             names = [re.split(r"\W", field.strip("<{"))[0] for field in fields]
             schemas = {name: {"enum": prompt.copies()} for name in names if "name" in name}
@@ -3705,7 +3711,7 @@ RESTRICTED = lazy_regex(
 )
 
 
-def read_elsewhere(prompt: Prompt, said: str) -> dict[str, Any]:
+def read_elsewhere(prompt: Prompt, said: str) -> Item:
     """Return the schema of what a sentence restricts to."""
     numeric = NUMBER_WORD.search(said)
     for other in (said, *reversed(prompt.said[-40:])):
@@ -3735,9 +3741,10 @@ def read_list(prompt: Prompt) -> WantedForm | None:
                 if re.search(r"(?i)\bappl[iy]|\bmatch|of those", " ".join(prompt.said)):
                     offered = map(str, read_elsewhere(prompt, said).get("enum", [])[:MAX_ASKING])
                     pairs = itertools.combinations(offered, 2)
-                    texts = ["".join(map("".join, zip(marks, pair))) for pair in pairs]
-                    if texts:
-                        enum = [text.lstrip("\n, ") for text in texts]
+                    enum = [
+                        "".join(map("".join, zip(marks, pair))).lstrip("\n, ") for pair in pairs
+                    ]
+                    if enum:
                         return as_choice({"enum": enum}, "\1answer\1")
                 return WantedForm("list", "\1item\1".join([*marks, ""]).lstrip("\n, "))
         found = WORDS_ASKED.search(said)
@@ -3756,7 +3763,7 @@ def read_list(prompt: Prompt) -> WantedForm | None:
     return None
 
 
-def read_offered(prompt: Prompt, said: str) -> dict[str, Any]:
+def read_offered(prompt: Prompt, said: str) -> Item:
     """Return the schema of what a sentence lets one choose, or nothing."""
     letters = re.findall(r"\[\[([A-Z])\]\]", said)
     pair = CONDITIONS.search(said) if re.search(" if | when ", said) else None
@@ -3814,7 +3821,7 @@ def is_hinted(text: str) -> bool:
     return text[-1:] == ":"
 
 
-def read_form(messages: list[dict[str, Any]], json_mode: bool = False) -> WantedForm | None:
+def read_form(messages: list[Item], json_mode: bool = False) -> WantedForm | None:
     """Return the form that is asked for: by the user's last message, else by the system's.
 
     Where that is a result, the one before it that is none asks, too.
