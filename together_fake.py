@@ -3731,6 +3731,15 @@ def read_elsewhere(prompt: Prompt, said: str) -> Item:
     return {"type": read_type(kind[0])} if kind else {}
 
 
+def list_pairs(prompt: Prompt, said: str, marks: list[str]) -> list[str]:
+    """Return lists of two of what is offered, where those that apply are asked for."""
+    if not re.search(r"(?i)\bappl[iy]|\bmatch|of those", " ".join(prompt.said)):
+        return []
+    offered = map(str, read_elsewhere(prompt, said).get("enum", [])[:MAX_ASKING])
+    pairs = itertools.combinations(offered, 2)
+    return ["".join(map("".join, zip(marks, pair))).lstrip("\n, ") for pair in pairs]
+
+
 def read_list(prompt: Prompt) -> WantedForm | None:
     """Read a list or a table."""
     for said in prompt.asking:
@@ -3738,14 +3747,9 @@ def read_list(prompt: Prompt) -> WantedForm | None:
         for pattern, before in LISTS:
             if re.search(pattern, said, re.I):
                 marks = [before.replace("N", str(number + 1)) for number in range(count)]
-                if re.search(r"(?i)\bappl[iy]|\bmatch|of those", " ".join(prompt.said)):
-                    offered = map(str, read_elsewhere(prompt, said).get("enum", [])[:MAX_ASKING])
-                    pairs = itertools.combinations(offered, 2)
-                    enum = [
-                        "".join(map("".join, zip(marks, pair))).lstrip("\n, ") for pair in pairs
-                    ]
-                    if enum:
-                        return as_choice({"enum": enum}, "\1answer\1")
+                pairs = list_pairs(prompt, said, marks)
+                if pairs:
+                    return as_choice({"enum": pairs}, "\1answer\1")
                 return WantedForm("list", "\1item\1".join([*marks, ""]).lstrip("\n, "))
         found = WORDS_ASKED.search(said)
         if found and found[1] != "one":
