@@ -3820,7 +3820,7 @@ RESULT = lazy_regex(
 def is_hinted(text: str) -> bool:
     ends = keep_ends(text, MAX_SHORT)
     for hint in HINTS if len(text) <= MAX_SHORT else HINTS[:16]:
-        if hint in ends:
+        if hint in ends and (hint != "word" or "few words" not in ends):
             return True
     return text[-1:] == ":"
 
@@ -3830,22 +3830,24 @@ def read_form(messages: list[Item], json_mode: bool = False) -> WantedForm | Non
 
     Where that is a result, the one before it that is none asks, too.
     """
-    roles = [message["role"] for message in messages]
-    texts = list(map(message_text, messages))
-    users = [at for at, role in enumerate(roles) if role == "user"][::-1]
-    systems = [at for at, role in enumerate(roles) if role in ("system", "developer")][::-1]
+    backwards = range(len(messages) - 1, -1, -1)
+    users = [at for at in backwards if messages[at]["role"] == "user"]
+    systems = [at for at in backwards if messages[at]["role"] in ("system", "developer")]
     asked = users[:1] + systems[:2]
     if len(users) > 1:
-        asked[1:1] = [next((at for at in users if not RESULT.search(texts[at][:80])), users[-1])]
-    asked = [at for at in asked if is_hinted(texts[at])]
+        texts = ((at, message_text(messages[at])[:80]) for at in users)
+        asked[1:1] = [next((at for at, text in texts if not RESULT.search(text)), users[-1])]
+    asked = [at for at in asked if is_hinted(message_text(messages[at]))]
     if not asked:
         return None
-    said = texts[users[0]][-PROMPT_WINDOW:] if users else ""
-    told = texts[systems[0]][:PROMPT_WINDOW] if systems else ""
+    said = message_text(messages[users[0]])[-PROMPT_WINDOW:] if users else ""
+    told = message_text(messages[systems[0]])[:PROMPT_WINDOW] if systems else ""
     vague = None
     for number in dict.fromkeys(asked):
-        answered = not {"tool", "function", "assistant"}.isdisjoint(roles[number:])
-        prompt = Prompt(texts[number], "" if number in users[:1] else said, answered, told)
+        later = {message["role"] for message in messages[number:]}
+        answered = not later.isdisjoint(("tool", "function", "assistant"))
+        about = "" if number in users[:1] else said
+        prompt = Prompt(message_text(messages[number]), about, answered, told)
         tried = (read(prompt) for read in FORM_READERS)
         form = read_json(prompt, True) if json_mode else next(filter(None, tried), None)
         if form is not None:
