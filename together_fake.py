@@ -12442,9 +12442,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def send_events(self, reply: Any, pieces: Iterator[Any]) -> Generator[Any, Any, None]:
         """Send the pieces of a stream, which pauses where it says so."""
         draw = functools.partial(next, pieces, None)
+        is_drawn = False  # by a worker: closing it meanwhile ends Python 3.12 with a fault
         try:
             while True:
+                is_drawn = reply.waits
                 piece = (yield WAITING, draw) if reply.waits else draw()
+                is_drawn = False
                 if piece is None:
                     return
                 if type(piece) is float:
@@ -12454,7 +12457,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                     if len(self.unsent) >= MAX_GATHERED_BYTES:
                         yield ROOM
         finally:
-            with contextlib.suppress(ValueError):  # a worker still draws from it
+            if not is_drawn:  # else the worker lets go of it
                 reply.events.close()
 
     def hand_over(self, handler: Any) -> Generator[Any, Any, None]:
