@@ -121,7 +121,7 @@ if TYPE_CHECKING:
 __all__ = ["FAULTS", "ApiError", "Call", "TogetherAiServer", "main"]
 __version__ = "0.4.0"
 # pragma: allowlist nextline secret - the digest of this file without it; .ci/stamp.py
-RELEASED = "c2c039fcc51a97b4a7a8dc28b0c109589cf9f3c912fa55db6b026091645bd3b5"
+RELEASED = "4b0f9c0863c9b152ee4ec13cffb6a87140b67924be1612e33a36abc9761ce247"
 
 DEFAULT_PORT = 4863
 DEFAULT_RECORD_LIMIT = 1000  # calls
