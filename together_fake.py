@@ -733,9 +733,8 @@ class Field:
         size = value if is_number else len(value) if kind in (str, list, dict) else self.low
         if self.low <= size <= self.high:
             return
-        verb, unit = (
-            ("be", "") if is_number else ("have", " characters" if kind is str else " items")
-        )
+        verb = "be" if is_number else "have"
+        unit = "" if is_number else " characters" if kind is str else " items"
         rule = f"at least {self.low}" if size < self.low else f"at most {self.high}"
         raise refuse_value("", f"must {verb} {rule}{unit}", size)
 
@@ -4842,8 +4841,8 @@ def convert_items(body: Item) -> list[Item]:
 
 def names_model(got: str, wanted: str) -> bool:
     """Compare names of models: one without a slash may be followed by `-` and a digit."""
-    versioned = "/" not in wanted and re.match(re.escape(wanted) + "-[0-9]", got)
-    return got == wanted or bool(versioned)
+    more = got[len(wanted) :] if "/" not in wanted and got.startswith(wanted) else ""
+    return got == wanted or (more[:1] == "-" and "0" <= more[1:2] <= "9")
 
 
 # How a text that is there is compared with the one that is wanted, by match key.
@@ -13209,7 +13208,7 @@ def warn_of_text(body: Item, said: Item) -> Iterator[str]:
 
 
 def warn_of_response(
-    server: Server, fixture: Fixture, response: Response, request: Request, reply: Reply
+    server: Server, fixture: Fixture, request: Request, reply: Reply
 ) -> Iterator[str]:
     """Yield what a fixture says that production could not, or that changes nothing."""
     body, said = request.body, request.script or {}
@@ -14470,7 +14469,7 @@ class TogetherAiServer(Scripting):
             except ApiError:
                 self.script.give_back(fixture, facts)
                 raise
-        doubts = warn_of_response(self, fixture, response, request, reply)
+        doubts = warn_of_response(self, fixture, request, reply)
         call.warnings += tuple(f"{fixture.source}: {doubt}" for doubt in doubts)
         fault = draw_fault(self.script, fixture, response)
         if fault is None:
