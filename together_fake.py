@@ -121,7 +121,7 @@ if TYPE_CHECKING:
 __all__ = ["FAULTS", "ApiError", "Call", "TogetherAiServer", "main"]
 __version__ = "0.4.0"
 # pragma: allowlist nextline secret - the digest of this file without it; .ci/stamp.py
-RELEASED = "4b0f9c0863c9b152ee4ec13cffb6a87140b67924be1612e33a36abc9761ce247"
+RELEASED = "cbc9a6ddd8c82e88a9f6fabe95553580708f5bb61b34f8cc5f18e5d00cdd3714"
 
 DEFAULT_PORT = 4863
 DEFAULT_RECORD_LIMIT = 1000  # calls
