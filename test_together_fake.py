@@ -12066,6 +12066,11 @@ class RepositoryTests(unittest.TestCase):
                 upward += [f"{name} in {table.get_name()}()" for name in late]
         self.assertEqual(upward, [])
 
+    def test_no_constant_is_given_twice(self):
+        names = re.findall(r"^([A-Z]\w+)(?:: .+?)? = ", self.source, re.M)
+        twice = [name for name, count in collections.Counter(names).items() if count > 1]
+        self.assertEqual(twice, [])
+
     def test_the_map_lists_the_sections(self):
         banners = re.findall(r"^# === (.+) ===$", self.source, re.M)
         listed = re.findall(r"^    (\w[\w ]*?)(?: \*)? +(?<=  |\* )\w", fake.__doc__, re.M)

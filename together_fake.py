@@ -2951,7 +2951,7 @@ def make_matching(rng: HashRandom, pattern: str) -> str:
 # === Prompts ===
 
 PROMPT_WINDOW = 8192  # characters at either end of a message in which a form is looked for
-MAX_PARTS = 60  # lines at either end, and values
+MAX_LINES = 60  # lines at either end, and values
 MAX_SAID = 2000  # characters of sentences at either end
 MAX_ASKING = 10  # sentences at either end
 MAX_SHORT = 600
@@ -3134,7 +3134,7 @@ def read_example(text: str) -> Any:
     with contextlib.suppress(ValueError, RecursionError, ApiError):
         return DECODER.decode(text)
     with contextlib.suppress(ValueError, RecursionError, ApiError):
-        text = EXAMPLE_TOKEN.sub(rewrite_token, text[: 50 * MAX_PARTS])
+        text = EXAMPLE_TOKEN.sub(rewrite_token, text[: 50 * MAX_LINES])
         return DECODER.decode(re.sub(r",(?=[\s,]{0,99}[,}\]])", "", text))
     return None
 
@@ -3233,8 +3233,8 @@ class Prompt:
         self.lines: list[str] = []  # neither data nor examples
         self.lists: dict[str, list[tuple[str, str]]] = {}  # marks and items, by the line before
         self.shown: list[str] = []
-        self.unread = MAX_PARTS
-        tags = itertools.islice(re.finditer(rf"</((?!code){DATA})>", text), MAX_PARTS)
+        self.unread = MAX_LINES
+        tags = itertools.islice(re.finditer(rf"</((?!code){DATA})>", text), MAX_LINES)
         marks = dict.fromkeys((f"<{tag[1]}", f"</{tag[1]}>") for tag in tags)
         for opening, closing in [*marks, ('"""', '"""'), ("BEGIN", "END")]:
             start, end = text.find(opening), text.rfind(closing)
@@ -3245,7 +3245,7 @@ class Prompt:
         task = PROSE_TASK.match(text)
         if task and "\0" not in text:
             text = task[0]  # what follows is what it is about
-        self._read_lines(keep_ends(self._take_examples(text).split("\n"), MAX_PARTS))
+        self._read_lines(keep_ends(self._take_examples(text).split("\n"), MAX_LINES))
         said = keep_ends("\n".join(self.lines), MAX_SAID)
         self.said = list(filter(None, SAID_END.split(said)))
         asking = [part[:250] for part in self.said if is_asking(part)]
@@ -3266,7 +3266,7 @@ class Prompt:
     def _take_examples(self, text: str) -> str:
         """Return a prompt without its objects and lists; a mark stands for each."""
         kept, at, depth, start = "", 0, 0, 0
-        for bracket in itertools.islice(BRACKET.finditer(text), 10 * MAX_PARTS):
+        for bracket in itertools.islice(BRACKET.finditer(text), 10 * MAX_LINES):
             if depth == 0:
                 start = bracket.start()
             if depth or (len(self.examples) < 2 * MAX_ASKING and EXAMPLE_START.match(text, start)):
@@ -3331,7 +3331,7 @@ class Prompt:
         if type(value) is dict:
             return as_object({key: self.read(field, key) for key, field in value.items()})
         if type(value) is list:
-            items = [item for item in value[:MAX_PARTS] if item != "..."] or [""]
+            items = [item for item in value[:MAX_LINES] if item != "..."] or [""]
             if all(type(item) is dict for item in items):
                 items = [{key: field for item in items for key, field in item.items()}]
             each = self.read(items[0], name)
@@ -3583,10 +3583,10 @@ def read_shown(prompt: Prompt) -> WantedForm | None:
     return fill_shown(prompt, lines) if lines else None
 
 
-SLOT = r"\$\w+|<[^<>\n]{1,80}>|\[(?!\[)[^\[\]\n]{1,80}\]|\{[^{}\n]{1,80}\}|[A-Z](?!\w|'\w)"
+SPOT = r"\$\w+|<[^<>\n]{1,80}>|\[(?!\[)[^\[\]\n]{1,80}\]|\{[^{}\n]{1,80}\}|[A-Z](?!\w|'\w)"
 LABELLED = lazy_regex(
     r"(?:([\"'`])|\b(?:line|form|write|with|as|put)\b[ :]*|:[ ]*)([A-Z][\w ]{0,30}(?::[ ]?|[ ]\())"
-    rf"({SLOT}|)(/\d{{1,3}}|\)|)"
+    rf"({SPOT}|)(/\d{{1,3}}|\)|)"
 )
 WRAPPED = lazy_regex(r"(?i)\btags?\b|wrap|inside|enclos|surround|between|ending|</|xml")
 MARKER = lazy_regex(r"[`\"']([\[<=#*][\[<=#* ]{1,7}(\w{2,40})[\]>=#* ]{2,8})[`\"']")
