@@ -7626,7 +7626,9 @@ class EchoApp:
         slow = bool(self.reply) and request.path not in self.quick
         return fake.WAITING if slow else fake.QUICK
 
-    def answer(self, request):
+    def answer(self, request, refusal=None):
+        if refusal is not None:
+            return refusal.as_reply()
         self.requests.append(request)
         if callable(self.reply):
             return self.reply(request)
@@ -7635,9 +7637,6 @@ class EchoApp:
         if request.method == "OPTIONS":
             return fake.Reply(b"", 204)
         return fake.Reply(b'{"status":"ok"}')
-
-    def _refuse(self, error, head):
-        return fake.Reply(json.dumps({"error": error.envelope()}).encode(), error.status)
 
     def _limit_body(self, request):
         return 100 * 2**20 if request.path == "/v1/files" else fake.MAX_JSON_BYTES

@@ -576,7 +576,8 @@ class ApiError(Exception):
 
     def as_reply(self, recorded: bool = False, id: str = "") -> Reply:
         """Return the reply that tells of the error, by its id where there is one."""
-        body = {**({"id": id} if id else {}), "error": self.envelope(recorded)}
+        named = {"id": id} if id and self.name != "unauthorized" else {}
+        body = {**named, "error": self.envelope(recorded)}
         reply = Reply(ENCODE(body).encode(), self.status, headers=self.headers)
         reply.id = id
         return reply
@@ -4228,7 +4229,13 @@ def take_page(ids: list[str], limit: int | None, after: str | None) -> tuple[lis
     return page, len(page) < len(ids)
 
 
-class Collection:
+class Shared:
+    """What threads share. They take one lock, each for a moment; a clock may take it again."""
+
+    _lock = threading.RLock()
+
+
+class Collection(Shared):
     """The newest objects of one noun; it hands out copies and raises the 404."""
 
     def __init__(
@@ -4244,7 +4251,6 @@ class Collection:
         self.key = key
         self.status = status  # the name of a job's status
         self._items: dict[str, Item] = {}
-        self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._items)
@@ -4426,7 +4432,7 @@ class Call:
         self._raw = ENCODE(body).encode()
 
     def watch_events(
-        self, events: Iterable[Any], started: float, end: Callable[[Call, str], None]
+        self, events: Iterable[Any], end: Callable[[Call, str], None]
     ) -> Generator[Any, None, None]:
         """Pass a stream on; note its events, how it ended and how long it took."""
         kept: list[bytes] = []
@@ -4441,7 +4447,7 @@ class Call:
                         kept.append(event)
                     self.events_sent += bool(event)
                     if not self.first_event:
-                        self.first_event = time.perf_counter() - started
+                        self.first_event = time.perf_counter() - self.started
                 elif event > 0:
                     self.excused = True
                 yield event
@@ -4452,7 +4458,7 @@ class Call:
         finally:
             if kept and kept[-1].endswith(DONE):  # who has this need not wait for the end
                 outcome = "complete"
-            self.duration = time.perf_counter() - started
+            self.duration = time.perf_counter() - self.started
             if hasattr(events, "close"):  # a generator, which may hold something
                 events.close()
             self.reply_size = sum(map(len, kept))
@@ -5875,7 +5881,7 @@ def explain_misses(misses: Sequence[Any], facts: MatchFacts) -> list[Item]:
     ]
 
 
-class Fixtures:
+class Fixtures(Shared):
     """The fixtures of one server: which is served next, counted under one lock.
 
     They are asked by rank; of those of one rank that match, `select_turn` takes one.
@@ -5894,7 +5900,6 @@ class Fixtures:
         self.list_calls = list_calls
         self._slow = False  # one of them asks a pattern or a function
         self.is_copy = False  # in a child process, whose requests another one answers
-        self._lock = threading.RLock()
         self.files = Loaded()
         self.normaliser = self.make_normaliser()
         self.watched: Sequence[str] = ()
@@ -6467,10 +6472,20 @@ FAULTS: dict[str, Item] = {
 class RateLimits(dict):  # type: ignore[type-arg]
     """Requests and tokens that come back evenly: so many a minute, and no more at once."""
 
-    def take(self, limit: float | None, key: Any, count: float, now: float) -> float:
+    def __init__(self, clock: Callable[[], float], **limits: Any) -> None:
+        super().__init__()
+        self.clock, self.limits = clock, limits  # each for all, or {model: number}
+
+    def find(self, unit: str, model: Any) -> float | None:
+        given = self.limits[unit]
+        return given.get(model) if isinstance(given, dict) else given
+
+    def take(self, unit: str, model: Any, count: float) -> float:
         """Take what is asked for; return the seconds until there is one again."""
+        limit, now = self.find(unit, model), self.clock()
         if not limit:
             return 0.0
+        key = unit, model if isinstance(self.limits[unit], dict) else ""
         left, at = self.get(key, (limit, now))
         left = min(limit, left + max(0.0, now - at) * limit / 60) - count
         self[key] = left, now
@@ -10877,7 +10892,7 @@ def lock_folder(path: str) -> Iterator[None]:
         os.close(folder)
 
 
-class Recorder:
+class Recorder(Shared):
     """Adds answers to a fixture file, which may be there already, and be others' too.
 
     A thread writes what has come since it last wrote, and ends when nothing has.
@@ -10903,7 +10918,6 @@ class Recorder:
         self._told = ""
         self._unwritten = False
         self._waiting: list[tuple[str, Request, Reply, Any]] = []
-        self._lock = threading.Lock()
         self._hurry = threading.Event()
         self._writer: threading.Thread | None = None
 
@@ -12404,7 +12418,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if reader.head is None:  # all that is known is how it begins
                 line = reader.data[reader.at : reader.at + 100].partition(b"\r")[0]
                 request.method, request.path = "", line.decode("latin-1")
-            reply = app._refuse(error, request)
+            reply = app.answer(request, error)
             self.unsent += b"".join(self.server.writer.write_whole(reply, head, True))
             yield from self.linger()
 
@@ -13312,46 +13326,19 @@ def answer_preflight(request: Request, reader: str) -> Reply:
     return Reply(b"", 204, headers=headers)
 
 
-class CallLog:
-    """Writes a line for each call in a thread of its own; one that cannot be written is dropped."""
-
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self.write = write
-        self._calls: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
-
-    def put(self, call: Call) -> None:
-        """Have a call's line written, unless too many wait."""
-        if self._calls.qsize() < MAX_LOG_LINES:
-            self._calls.put(call)
-        with self._lock, contextlib.suppress(RuntimeError):  # it would be the last thread
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="log", daemon=True)
-                thread.start()
-                self._thread = thread
-
-    def _run(self) -> None:
-        while call := self._calls.get():
-            with contextlib.suppress(BaseException):
-                self.write(self.format(call))
-
-    def format(self, call: Call) -> str:
-        """Return the line of a call: time, request, status, duration, model, tokens, fixture."""
-        row = call.as_row()
-        path = call.path + (f"?{call.query}" if call.query else "")
-        parts = [f'{row["at"]} "{call.method} {path}" {call.status} {row["duration_ms"]:.1f} ms']
-        parts.append(row["model"] if isinstance(row["model"], str) else "")
-        tokens = get_path(row["usage"], "total_tokens")
-        parts.append("" if tokens is None else f"{tokens} tokens")
-        parts += [call.fixture, "" if call.outcome == "complete" else call.outcome]
-        return escape_unprintable(" ".join(filter(None, parts)).replace("\n", "\\n"))
-
-    def close(self) -> None:
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._calls.put(None)
-            thread.join(LOG_SECONDS)
+def write_line(call: Call) -> str:
+    """Return what the log says of a call."""
+    row = call.as_row()
+    path = call.path + (f"?{call.query}" if call.query else "")
+    tokens = get_path(row["usage"], "total_tokens")
+    parts = (
+        f'{row["at"]} "{call.method} {path}" {call.status} {row["duration_ms"]:.1f} ms',
+        row["model"] if isinstance(row["model"], str) else "",
+        "" if tokens is None else f"{tokens} tokens",
+        call.fixture,
+        "" if call.outcome == "complete" else call.outcome,
+    )
+    return escape_unprintable(" ".join(filter(None, parts)).replace("\n", "\\n"))
 
 
 def encode_events(chunks: Iterator[Any]) -> Iterator[bytes]:
@@ -13881,6 +13868,7 @@ STARTED: weakref.WeakSet[TogetherAiServer] = weakref.WeakSet()  # servers, once 
 
 
 def leave_parents() -> None:
+    Shared._lock = threading.RLock()
     for server in list(STARTED):
         server._leave_parent()
 
@@ -13900,7 +13888,7 @@ URL_VARIABLES = (
 )
 
 
-class TogetherAiServer(Scripting):
+class TogetherAiServer(Scripting, Shared):
     """The emulator: `with TogetherAiServer(port=0) as server:` and point a client at `.base_url`.
 
     life      start(), stop(), reset(); or `with`
@@ -13999,13 +13987,9 @@ class TogetherAiServer(Scripting):
         # Held while a job takes a step, a whole batch too; its lines may retrieve jobs.
         self.job_lock = threading.RLock()
         self._life = threading.Lock()
-        self._lock = threading.RLock()  # a clock may ask for it again
         self._heavy = threading.Semaphore(MAX_WORKERS[HEAVY])
-        self._log = CallLog(self.log) if self.log is not None else None
-        recorder = getattr(self._upstream, "recorder", None)
-        for each in (self.script, recorder, *vars(self).values()):
-            if isinstance(each, (Fixtures, Recorder, Collection)):
-                each._lock = threading.RLock()
+        self._logged: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._logger: threading.Thread | None = None
 
     # Life cycle
 
@@ -14029,6 +14013,11 @@ class TogetherAiServer(Scripting):
             with self._lock:
                 self._http = http_server
             STARTED.add(self)
+            if self.log is not None:
+                logger = threading.Thread(target=self._write_log, name="log", daemon=True)
+                with contextlib.suppress(RuntimeError):  # there are too many
+                    logger.start()
+                    self._logger = logger
         return self
 
     def stop(self) -> None:
@@ -14041,8 +14030,17 @@ class TogetherAiServer(Scripting):
             http_server.stop()
             if self._upstream is not None and self._upstream.recorder is not None:
                 self._upstream.recorder.finish()
-            if self._log is not None:
-                self._log.close()
+            if self._logger is not None:
+                self._logged.put(None)
+                self._logger.join(LOG_SECONDS)
+                self._logger = None
+
+    def _write_log(self) -> None:
+        """Write a line for each call, where nobody waits for it; what cannot be is dropped."""
+        log: Any = self.log
+        while call := self._logged.get():
+            with contextlib.suppress(BaseException):
+                log(write_line(call))
 
     def _leave_parent(self) -> None:
         """Let go, in a child process, of what belongs to its parent."""
@@ -14082,7 +14080,7 @@ class TogetherAiServer(Scripting):
             # Keys of the calls, which nothing that is written of them shall hold.
             self.secrets: dict[str, None] = BoundedDict(MAX_OBJECTS)
             self._episode = 0
-            self._limits = RateLimits()
+            self._limits = RateLimits(self._read_clock, rpm=self.rpm, tpm=self.tpm)
             self._numbers = itertools.count(1)
             self._revisions = itertools.count(1)
             self.files = Collection("File", forget=self._drop)
@@ -14249,14 +14247,12 @@ class TogetherAiServer(Scripting):
         call.keep_reply(reply)
         if len(request.raw) > MAX_RECORDED_BODY_BYTES and request.body:
             call.identity = identify(call.kind, request)
-        if reply.handler is not None:
-            return reply
-        if reply.events is None:
+        if reply.events is not None:
+            reply.events = call.watch_events(reply.events, self._end_call)
+            next(reply.events)
+        elif reply.handler is None:
             has_left = request.client is not None and request.client.has_ended
             self._end_call(call, "left" if has_left else "complete")
-        else:
-            reply.events = call.watch_events(reply.events, call.started, self._end_call)
-            next(reply.events)
         return reply
 
     def _settle(self, request: Request, call: Call, refusal: ApiError | None = None) -> Reply:
@@ -14265,12 +14261,13 @@ class TogetherAiServer(Scripting):
             if refusal is not None:
                 raise refusal
             reply = self._respond(request, call)
-        except ApiError as error:
-            call.error = error.message
-            reply = self._shape_error(error, request)
         except BaseException as error:  # a test's function may raise SystemExit
-            call.error = complain_of_bug()
-            reply = self._shape_error(ApiError("bug", reason=repr(error)), request)
+            if isinstance(error, ApiError):
+                refusal, call.error = error, error.message
+            else:
+                refusal, call.error = ApiError("bug", reason=repr(error)), complain_of_bug()
+            call.kind = call.kind or read_family(request.path)
+            reply = refusal.as_reply(self.strict, name_request(request))
         if request.route is None or request.route.kind in ("", "job"):
             reply.reader = self._find_reader(request)
         return reply
@@ -14310,7 +14307,7 @@ class TogetherAiServer(Scripting):
         call.excused = call.excused or self.stopping.is_set()
         if self.tpm:
             with self._lock:
-                self._take("tpm", call.model, (call.usage or {}).get("total_tokens") or 0)
+                self._limits.take("tpm", call.model, get_path(call.usage, "total_tokens") or 0)
         call.outcome = outcome
         with self._lock:
             if call.revision:
@@ -14318,8 +14315,8 @@ class TogetherAiServer(Scripting):
                 size = len(call._raw) + call.reply_size + len(call.sound)
                 self._recorded_bytes += size - call.kept
                 call.kept = size
-        if self._log is not None and not call.batch:
-            self._log.put(call)
+        if self._logger is not None and not call.batch and self._logged.qsize() < MAX_LOG_LINES:
+            self._logged.put(call)
 
     def _respond(self, request: Request, call: Call) -> Reply:
         if request.method == "OPTIONS":
@@ -14342,30 +14339,18 @@ class TogetherAiServer(Scripting):
             raise error
         return reply
 
-    def _find_limit(self, unit: str, model: Any) -> tuple[float | None, Any]:
-        """Return a limit, and the model that it is for, if it is for one."""
-        given: Any = getattr(self, unit)
-        return (given.get(model), model) if isinstance(given, dict) else (given, "")
-
-    def _take(self, unit: str, model: Any, count: float) -> float:
-        """Count to a limit; return the seconds until one is left."""
-        limit, key = self._find_limit(unit, model)
-        return self._limits.take(limit, (unit, key), count, self._read_clock())
-
     def _limit(self, request: Request) -> Reply | None:
         """Count a request to the limits; return the 429 where one is reached."""
-        model = request.body.get("model")
+        model, limits = request.body.get("model"), self._limits
         with self._lock:
-            wait = self._take("tpm", model, 0) or self._take("rpm", model, 0)
+            wait = limits.take("tpm", model, 0) or limits.take("rpm", model, 0)
             if not wait:
-                self._take("rpm", model, 1)
+                limits.take("rpm", model, 1)
                 return None
-        limits = {unit: self._find_limit(unit, model)[0] for unit in ("rpm", "tpm")}
-        facts: Any = {unit: limit for unit, limit in limits.items() if limit}
+        facts: Any = {unit: n for unit in ("rpm", "tpm") if (n := limits.find(unit, model))}
         name = "model_rate_limit" if dict in (type(self.rpm), type(self.tpm)) else ""
-        id, seconds = name_request(request), math.ceil(wait)
-        reply = status_reply(429, None, seconds, model=model, id=id, name=name, **facts)
-        return name_reply(reply, request)
+        id = name_request(request)
+        return status_reply(429, None, math.ceil(wait), model=model, id=id, name=name, **facts)
 
     def _open(self, request: Request, call: Call) -> Route:
         """Check page and key, read query and body; return the route."""
@@ -14398,7 +14383,6 @@ class TogetherAiServer(Scripting):
         path = collapse_path(request.path, self.strict)
         if path != request.path:
             call.notes += (f"the path was read as {path}",)
-        call.kind = read_family(path)
         request.path = path
         try:
             route, request.params = find_route(request.method, path)
@@ -14477,10 +14461,6 @@ class TogetherAiServer(Scripting):
         call.notes += tuple(filter(None, [fault.describe()]))
         return apply_fault(reply, fault, time.monotonic)
 
-    def _shape_error(self, error: ApiError, request: Request) -> Reply:
-        name = "" if error.name == "unauthorized" else name_request(request)
-        return name_reply(error.as_reply(self.strict, name), request)
-
     def _begin(self, request: Request) -> str:
         """Record and read a request; return who shall answer it: see `HttpServer`."""
         call, script, heavy = self._record(request), self.script, True
@@ -14517,11 +14497,6 @@ class TogetherAiServer(Scripting):
         if route.admit is not None:
             route.admit(self, params)
         return route.max_bytes or self.max_stored_bytes + MAX_PART_HEAD_BYTES
-
-    def _refuse(self, error: ApiError, request: Request) -> Reply:
-        request.call = self._record(request)
-        request.call.kind = read_family(request.path)
-        return self.answer(request, error)
 
 
 # === Command line ===
