@@ -4221,12 +4221,14 @@ def copy_json(value: Any) -> Any:
     return [copy_json(item) for item in value] if type(value) is list else value
 
 
-def take_page(ids: list[str], limit: int | None, after: str | None) -> tuple[list[str], bool]:
-    """Return at most `limit` ids behind `after`, none where it is gone; and whether more follow."""
-    if after is not None:
-        ids = ids[ids.index(after) + 1 :] if after in ids else []
-    page = ids if limit is None else ids[:limit]
-    return page, len(page) < len(ids)
+def take_page(
+    items: list[Item], args: Item, key: str = "id", most: int = MAX_OBJECTS
+) -> tuple[list[Item], bool]:
+    """Return the items after `after`, none where it is gone, up to `limit`; are there more?"""
+    after, ids = args.get("after"), [item[key] for item in items]
+    start = (ids.index(after) + 1 if after in ids else len(ids)) if after else 0
+    end = start + (args.get("limit") or most)
+    return items[start:end], end < len(ids)
 
 
 class Shared:
@@ -4262,7 +4264,10 @@ class Collection(Shared):
         return self.get(id)
 
     def __iter__(self) -> Iterator[Item]:
-        return iter(self.list())
+        """Yield all objects, the newest first."""
+        with self._lock:
+            items: list[Item] = copy_json(list(self._items.values()))
+        return reversed(items)
 
     def add(self, item: Item) -> Item:
         with self._lock:
@@ -4290,15 +4295,6 @@ class Collection(Shared):
             self._items.pop(id, None)
         self.forget(id)
         return item
-
-    def page(self, limit: int | None = None, after: str | None = None) -> tuple[list[Item], bool]:
-        """Return objects, newest first, from the one behind `after`; and whether more follow."""
-        with self._lock:
-            ids, more = take_page(list(self._items)[::-1], limit, after)
-            return [copy_json(self._items[id]) for id in ids], more
-
-    def list(self, limit: int | None = None, after: str | None = None) -> list[Item]:
-        return self.page(limit, after)[0]
 
 
 def get_path(value: Any, *steps: str) -> Any:
@@ -8539,13 +8535,9 @@ def rerank(server: Server, request: Request) -> Any:
 
 USER = "parlel"  # whose models and jobs these are
 USER_ID = "65f0c2a1b3d4e5f60718293a"
-BUILDERS: dict[str, Callable[[Any, Item], Item]] = {}
+OPENAI_PURPOSES = {"batch": "batch-api", "batch_output": "batch-generated"}
+JOBS: dict[str, Jobs] = {}
 RANGE = lazy_regex(r"bytes=(?=-?[0-9])([0-9]*)-([0-9]*)")
-
-
-def stored(name: str) -> Callable[[Any], Any]:
-    """Declare what completes the objects of a collection."""
-    return lambda builder: BUILDERS.setdefault(name, builder)
 
 
 def merge(template: Item, changes: Item) -> Item:
@@ -8571,40 +8563,57 @@ def complete(server: Server, item: Item, prefix: str, **template: Any) -> Item:
 
 
 class Jobs:
-    """How the jobs of one collection go.
+    """The objects of one collection, how they go, and the routes that all of them have.
 
+    make      `make(server, item)` completes an object
     statuses  from the first to the last, one taken whenever a job is retrieved
     enter     `enter(server, job, status)` does the work of a status and returns what changes
     view      `view(server, request, job)` returns a job as a client sees it
     cancelled the status of a job that is cancelled, and those that follow it
+    filters   members by which a list is asked for
+    listed    the members of a list's answer; without them it is bare
+    most      how many a list has that asks for no limit
     """
 
+    statuses = cancelled = filters = ""
+    listed: str | None = "data"
+    most = MAX_OBJECTS
+    enter: Callable[[Any, Item, str], Item]
+
+    @staticmethod
+    def view(server: Any, request: Request, job: Item) -> Any:
+        return job
+
     def __init__(
-        self,
-        collection: str,
-        statuses: str,
-        enter: Callable[[Any, Item, str], Item],
-        view: Callable[[Any, Request, Item], Any] = lambda server, request, job: job,
-        cancelled: str = "",
+        self, collection: str, path: str, make: Callable[[Any, Item], Item], **facts: Any
     ) -> None:
-        self.collection = collection
-        self.statuses = statuses.split()
-        self.enter = enter
-        self.view = view
-        self.cancelled = cancelled.split()
-        ladders = (self.statuses, self.cancelled)
+        self.collection, self.make = collection, make
+        self.__dict__.update(facts)
+        self.order = self.statuses.split()
+        ladders = (self.order, self.cancelled.split())
         self.following = {one: next for each in ladders for one, next in zip(each, each[1:])}
+        JOBS[collection] = self
+        route("GET", path + "/{id}")(self.get)
+        if self.listed is not None:
+            limit = Field("limit", int, low=0, high=MAX_OBJECTS)
+            route("GET", path, query=Fields(limit, "after mine", self.filters))(self.list)
+        if self.cancelled:
+            route("POST", path + "/{id}/cancel")(self.cancel)
+
+    def enter_status(self, server: Server, id: str, job: Item, status: str) -> Item:
+        jobs: Collection = getattr(server, self.collection)
+        return jobs.update(id, **{jobs.status: status, **self.enter(server, job, status)})
 
     def advance(self, server: Server, id: str) -> Item:
         """Take a job to its next status, or to its last where jobs are instant."""
         jobs: Collection = getattr(server, self.collection)
         with server.job_lock:
             job = jobs.get(id)
-            while job[jobs.status] in self.following:
+            while job.get(jobs.status) in self.following:
                 status, end = self.following[job[jobs.status]], server.outcomes.get(id, "")
-                if end not in ("", *self.statuses) and status == self.statuses[:4][-1]:
+                if end not in ("", *self.order) and status == self.order[:4][-1]:
                     status = end  # before the last of the work
-                job = jobs.update(id, **{jobs.status: status, **self.enter(server, job, status)})
+                job = self.enter_status(server, id, job, status)
                 if not server.instant_jobs:
                     break
         return job
@@ -8621,14 +8630,27 @@ class Jobs:
         """Describe a job, one step on."""
         return self.view(server, request, self.advance(server, request.params["id"]))
 
+    def list(self, server: Server, request: Request) -> Any:
+        """List what there is, newest first; jobs do not move."""
+        jobs: Collection = getattr(server, self.collection)
+        found = list(jobs)
+        for name in self.filters.split():
+            wanted = request.args.get(name) or ""
+            wanted = OPENAI_PURPOSES.get(wanted, wanted)
+            found = [job for job in found if wanted in ("", job.get(name, "on-demand"))]
+        page, more = take_page(found, request.args, jobs.key, self.most)
+        shown = [self.view(server, request, job) for job in page]
+        if not self.listed:
+            return wrap_list(request, shown, server.strict, more)
+        return pick_given({"object": "list", "data": shown, "has_more": more}, self.listed.split())
+
     def cancel(self, server: Server, request: Request) -> Any:
         """Cancel a job that has not ended."""
-        jobs, status = getattr(server, self.collection), self.cancelled[0]
+        jobs, status = getattr(server, self.collection), self.cancelled.split()[0]
         with server.job_lock:
             job = jobs.get(request.params["id"])
             if job["status"] in self.following:
-                changes = self.enter(server, job, status)
-                job = jobs.update(job["id"], status=status, **changes)
+                job = self.enter_status(server, job["id"], job, status)
         if job["status"] != status:
             reason = "only a job that has not ended can be cancelled"
             facts = {"noun": jobs.noun, "id": job["id"], "status": job["status"]}
@@ -8663,7 +8685,6 @@ MAX_STORED_BYTES = 256 * 2**20  # contents of all files together
 PARSED_BYTES = 2 * 2**20  # of a JSONL file: what is parsed line by line, the rest is counted
 
 CHECKED_PURPOSES = ("fine-tune", "batch-api", "eval")  # the ones whose data is validated
-OPENAI_PURPOSES = {"batch": "batch-api", "batch_output": "batch-generated"}
 PURPOSES = (
     *CHECKED_PURPOSES, "calibration", "eval-sample", "eval-output", "eval-summary",
     "batch-generated", *OPENAI_PURPOSES, "assistants", "assistants_output", "vision", "user_data",
@@ -8683,7 +8704,6 @@ INITIATE_FIELDS = Fields(
 UPLOAD_IDS = "upload_id! file_id!"
 PART_ROWS = (Field("part_number!", int), Field("etag", str))
 PARTS = list_field("parts!", *PART_ROWS)
-LIST_FIELDS = Fields(Field("limit", int, low=1, high=10000), "after purpose")
 MESSAGES = list_field(
     "messages!",
     Field("role!", str, choices=("system", "user", "assistant", "tool", "developer")),
@@ -8762,7 +8782,6 @@ def describe_data(file: Item, data: bytes) -> Item:
     return {**facts, "validation_report": {"file_id": file["id"], **report}}
 
 
-@stored("files")
 def file_object(server: Server, item: Item) -> Item:
     """Complete a file; its `content`, a text or bytes, is its data."""
     data = item.pop("content", None)
@@ -8776,6 +8795,10 @@ def file_object(server: Server, item: Item) -> Item:
     data = data.encode() if type(data) is str else data
     server._keep(file["id"], data)
     return merge({**file, **describe_data(file, data)}, item)
+
+
+FILES = Jobs("files", "/v1/files", file_object, filters="purpose", listed="object data has_more")
+route("POST", "/v1/files/{id}/preprocess")(FILES.get)
 
 
 def find_file(server: Server, id: str, param: str, purpose: str = "") -> Item:
@@ -8871,23 +8894,6 @@ def end_upload(server: Server, request: Request) -> Any:
     return answer
 
 
-@route("GET", "/v1/files", query=LIST_FIELDS)
-def list_files(server: Server, request: Request) -> Any:
-    """List the stored files, newest first."""
-    limit, purpose = request.args.get("limit") or 10000, request.args.get("purpose", "")
-    files = server.files.list(after=request.args.get("after"))
-    wanted = OPENAI_PURPOSES.get(purpose, purpose)
-    files = [file for file in files if wanted in ("", file["purpose"])]
-    return {"object": "list", "data": files[:limit], "has_more": len(files) > limit}
-
-
-@route("GET", "/v1/files/{id}")
-@route("POST", "/v1/files/{id}/preprocess")
-def get_file(server: Server, request: Request) -> Any:
-    """Describe a file."""
-    return server.files.get(request.params["id"])
-
-
 @route("GET", "/v1/files/{id}/content")
 def get_file_content(server: Server, request: Request) -> Any:
     """Return a file's bytes, or a range of them."""
@@ -8925,7 +8931,6 @@ BATCH: Item = {
 }  # fmt: skip
 
 
-@stored("batches")
 def batch_object(server: Server, item: Item) -> Item:
     made, deadline = (format_time(server._now() + wait) for wait in (0, 86400))
     return complete(server, item, "", created_at=made, job_deadline=deadline, **BATCH)
@@ -9008,9 +9013,10 @@ def enter_batch(server: Server, job: Item, status: str) -> Item:
     return {**ended, "status": "FAILED", "error": error}
 
 
-BATCHES = Jobs("batches", "VALIDATING IN_PROGRESS COMPLETED", enter_batch, cancelled="CANCELLED")
-route("GET", "/v1/batches/{id}")(BATCHES.get)
-route("POST", "/v1/batches/{id}/cancel")(BATCHES.cancel)
+BATCHES = Jobs(
+    "batches", "/v1/batches", batch_object, enter=enter_batch,
+    statuses="VALIDATING IN_PROGRESS COMPLETED", cancelled="CANCELLED", listed="",
+)  # fmt: skip
 ENDS = Keys(Field("job", dict, fields=Keys("status!")))
 JOB: Any = {"kind": "job", "response": ResponseType("job", ENDS, operator.itemgetter("job"))}
 
@@ -9023,13 +9029,6 @@ def create_batch(server: Server, request: Request) -> Any:
     given = {name: request.body.get(name) for name in kept}
     job = BATCHES.start(server, request, {**given, "file_size_bytes": file["bytes"]})
     return {"job": job}
-
-
-@route("GET", "/v1/batches", query=LIST_FIELDS)
-def list_batches(server: Server, request: Request) -> Any:
-    """List the batch jobs, newest first; they do not move."""
-    jobs, more = server.batches.page(request.args.get("limit"), request.args.get("after"))
-    return wrap_list(request, jobs, server.strict, more)
 
 
 # --- Fine-tuning
@@ -9210,15 +9209,6 @@ def show_fine_tune(server: Server, request: Request, job: Item) -> Item:
     return {**job, "events": events}
 
 
-FINE_TUNES = Jobs(
-    "fine_tunes", "pending queued running uploading completed", enter_fine_tune, show_fine_tune,
-    cancelled="cancel_requested cancelled",
-)  # fmt: skip
-route("GET", "/v1/fine-tunes/{id}")(FINE_TUNES.get)
-route("POST", "/v1/fine-tunes/{id}/cancel")(FINE_TUNES.cancel)
-
-
-@stored("fine_tunes")
 def fine_tune_object(server: Server, item: Item) -> Item:
     """Complete a fine-tuning job, with the events up to its status."""
     now, file_id = format_time(server._now()), item.get("training_file") or ""
@@ -9232,12 +9222,18 @@ def fine_tune_object(server: Server, item: Item) -> Item:
     job["model_output_name"] = f"{USER}/{'-'.join(filter(None, words))}"
     job.update(TrainingFileNumLines=file["LineCount"], TrainingFileSize=file["bytes"])
     job = merge(job, {**item, **complete_training(item), "events": []})
-    status, ladder = job["status"], FINE_TUNES.statuses
+    status, ladder = job["status"], JOBS["fine_tunes"].order
     passed = ladder[: ladder.index(status) + 1] if status in ladder else ("pending", status)
     for status in passed:
         job.update(enter_fine_tune(server, job, status))
     events = [merge({**EVENT, "type": ""}, event) for event in item.get("events") or ()]
     return merge(job, {**item, "batch_size": job["batch_size"], "events": events or None})
+
+
+FINE_TUNES = Jobs(
+    "fine_tunes", "/v1/fine-tunes", fine_tune_object, enter=enter_fine_tune, view=show_fine_tune,
+    statuses="pending queued running uploading completed", cancelled="cancel_requested cancelled",
+)  # fmt: skip
 
 
 def list_ids(server: Server, *types: str, wanted: str | None = None) -> list[str]:
@@ -9269,13 +9265,6 @@ def create_fine_tune(server: Server, request: Request) -> Any:
     item = {name: body[name] for name in body if name in FINE_TUNE_FIELDS and name not in SECRETS}
     item["model"] = resolve_trainable(server, model).id
     return show_fine_tune(server, request, FINE_TUNES.start(server, request, item))
-
-
-@route("GET", "/v1/fine-tunes", query=LIST_FIELDS)
-def list_fine_tunes(server: Server, request: Request) -> Any:
-    """List the fine-tuning jobs, newest first; they do not move."""
-    jobs = server.fine_tunes.list(request.args.get("limit"), request.args.get("after"))
-    return {"data": [show_fine_tune(server, request, job) for job in jobs]}
 
 
 @route("GET", "/v1/fine-tunes/{id}/events")
@@ -9482,7 +9471,6 @@ EVALUATIONS: dict[str, tuple[Fields, Callable[[Any], Sequence[Any]]]] = {
 EVALUATION_FIELDS = Fields(
     Field("type!", str, choices=tuple(EVALUATIONS)), Field("parameters!", dict)
 )
-LIST_EVALUATIONS = Fields("status", Field("limit", int, low=0))
 
 
 def summarize_verdicts(type: str, verdicts: list[Any], said: Item) -> Item:
@@ -9525,7 +9513,6 @@ def note_status(server: Server, status: str, updates: Any = ()) -> Item:
     return {"status": status, "updated_at": now, "status_updates": [*updates, update]}
 
 
-@stored("evaluations")
 def evaluation_object(server: Server, item: Item) -> Item:
     """Complete an evaluation job."""
     ids = (f"{server._next_id('eval-')[:9]}-{server._now()}" for _ in itertools.count())
@@ -9563,9 +9550,10 @@ def show_evaluation(server: Server, request: Request, job: Item) -> Item:
 
 
 EVALUATION_JOBS = Jobs(
-    "evaluations", "pending queued running completed", enter_evaluation, show_evaluation
-)
-route("GET", "/v1/evaluation/{id}")(EVALUATION_JOBS.get)
+    "evaluations", "/v1/evaluation", evaluation_object, enter=enter_evaluation,
+    view=show_evaluation, statuses="pending queued running completed", filters="status", listed="",
+    most=10,
+)  # fmt: skip
 route("GET", "/v1/evaluation/{id}/status")(EVALUATION_JOBS.get)
 
 
@@ -9579,14 +9567,6 @@ def create_evaluation(server: Server, request: Request) -> Any:
             model.pop("external_api_token", None)  # no answer shows it
     job = EVALUATION_JOBS.start(server, request, {"type": type, "parameters": parameters})
     return {"workflow_id": job["workflow_id"], "status": "pending"}
-
-
-@route("GET", "/v1/evaluation", query=LIST_EVALUATIONS)
-def list_evaluations(server: Server, request: Request) -> Any:
-    """List evaluations, newest first; they do not move."""
-    status, most = request.args.get("status"), request.args.get("limit") or 10
-    jobs = [job for job in server.evaluations if status in (None, job["status"])]
-    return [show_evaluation(server, request, job) for job in jobs[:most]]
 
 
 @route("GET", "/v1/evaluation/model-list", query=Fields("model_source"))
@@ -9623,11 +9603,6 @@ def enter_endpoint(server: Server, endpoint: Item, state: str) -> Item:
     return {}
 
 
-ENDPOINTS = Jobs("endpoints", "PENDING STARTING STARTED", enter_endpoint)
-route("GET", "/v1/endpoints/{id}")(ENDPOINTS.get)
-
-
-@stored("endpoints")
 def endpoint_object(server: Server, item: Item) -> Item:
     """Complete an endpoint; a started one answers under its name."""
     id = item.get("id") or server._next_id("endpoint-")
@@ -9643,11 +9618,10 @@ def endpoint_object(server: Server, item: Item) -> Item:
     return endpoint
 
 
-@route("GET", "/v1/endpoints", query=Fields("type usage_type", Field("mine", bool)))
-def list_endpoints(server: Server, request: Request) -> Any:
-    """List the dedicated on-demand endpoints, newest first: there are no others."""
-    none = {"serverless", "reserved"} & {request.args.get(name) for name in ("type", "usage_type")}
-    return {"object": "list", "data": [] if none else server.endpoints.list()}
+ENDPOINTS = Jobs(
+    "endpoints", "/v1/endpoints", endpoint_object, enter=enter_endpoint,
+    statuses="PENDING STARTING STARTED", filters="type usage_type", listed="object data",
+)  # fmt: skip
 
 
 @route("POST", "/v1/endpoints", body=ENDPOINT_FIELDS, **JOB)
@@ -9668,7 +9642,7 @@ def update_endpoint(server: Server, request: Request) -> Any:
     with server.job_lock:
         before = server.endpoints.get(id)["state"]
         if changes.get("state") == "STARTED":  # one that is not stopped goes on as it is
-            changes["state"] = before if before in ENDPOINTS.statuses else "PENDING"
+            changes["state"] = before if before in ENDPOINTS.order else "PENDING"
         endpoint = server.endpoints.update(id, **changes)
         enter_endpoint(server, endpoint, endpoint["state"])
     return ENDPOINTS.advance(server, id) if server.instant_jobs else endpoint
@@ -10079,7 +10053,6 @@ def read_video_size(body: Item) -> str:
     return "x".join(str(max(MIN_IMAGE_SIDE, min(n, MAX_IMAGE_SIDE))) for n in (width, height))
 
 
-@stored("videos")
 def video_object(server: Server, item: Item) -> Item:
     """Complete a video job; its URL says all that is needed to make the file."""
     (seconds,) = read_counts(r"(\d{1,2})", item.get("seconds"), (DEFAULT_VIDEO_SECONDS,))
@@ -10105,8 +10078,10 @@ def show_video(server: Server, request: Request, job: Item) -> Item:
     return {**job, "outputs": job["outputs"] if done else None, "progress": 100 if done else 0}
 
 
-VIDEOS = Jobs("videos", "in_progress completed", enter_video, show_video)
-route("GET", "/v2/videos/{id}")(VIDEOS.get)
+VIDEOS = Jobs(
+    "videos", "/v2/videos", video_object, enter=enter_video, view=show_video,
+    statuses="in_progress completed", listed=None,
+)  # fmt: skip
 VIDEO_ENDS = {"completed": "completed", "processing": "completed", "failed": "failed"}
 SCRIPTED_VIDEO = Keys(
     "id!",
@@ -10509,11 +10484,9 @@ def list_autoscale_models(server: Server, request: Request) -> Any:
 
 
 def list_page(request: Request, items: list[Item]) -> Item:
-    """Return `limit` items after the id `after`, as the second API does."""
-    limit, after = request.args.get("limit") or 100, request.args.get("after") or None
-    ids, more = take_page([item["id"] for item in items], limit, after)
-    page = [item for item in items if item["id"] in ids]
-    return {"object": "list", "data": page, "next_cursor": ids[-1] if more else None}
+    """Return a page of items as the second API does."""
+    page, more = take_page(items, request.args, most=100)
+    return {"object": "list", "data": page, "next_cursor": page[-1]["id"] if more else None}
 
 
 PAGE_FIELDS = Fields(Field("limit", int, low=0, high=1000), "after")
@@ -10577,7 +10550,6 @@ def get_identity(server: Server, request: Request) -> Any:
     return {**nested, "api_key_id": API_KEY_ID, "user_id": USER_ID, **flat}
 
 
-@stored("jobs")
 def upload_job_object(server: Server, item: Item) -> Item:
     """Complete the job that uploads a model."""
     return merge({
@@ -10594,8 +10566,9 @@ def enter_upload(server: Server, job: Item, status: str) -> Item:
     return note_status(server, status, job["status_updates"])
 
 
-UPLOADS = Jobs("jobs", "Queued Running Complete", enter_upload)
-route("GET", "/v1/jobs/{id}")(UPLOADS.get)
+UPLOADS = Jobs(
+    "jobs", "/v1/jobs", upload_job_object, enter=enter_upload, statuses="Queued Running Complete"
+)
 
 
 @route("POST", "/v1/models", body=MODEL_UPLOAD_FIELDS)
@@ -10609,12 +10582,6 @@ def upload_model(server: Server, request: Request) -> Any:
     data = {"job_id": job["job_id"], "model_name": name, "model_source": kind}
     data["model_id"] = server._next_id("model-")
     return {"data": data, "message": "Processing model weights. Job created."}
-
-
-@route("GET", "/v1/jobs")
-def list_upload_jobs(server: Server, request: Request) -> Any:
-    """List the uploads of models, newest first."""
-    return {"data": server.jobs.list()}
 
 
 # === Recording ===
@@ -14171,7 +14138,7 @@ class TogetherAiServer(Scripting, Shared):
         id = given.pop(jobs.key, None) or given.pop("id", None)
         if id is not None:
             given[jobs.key] = id
-        return jobs.add(BUILDERS[collection](self, given))
+        return jobs.add(JOBS[collection].make(self, given))
 
     # Scripts and stored objects
 
@@ -14201,8 +14168,8 @@ class TogetherAiServer(Scripting, Shared):
 
         The collections are files (`content` is a text or bytes), batches, fine_tunes, ...
         """
-        if collection not in BUILDERS:
-            raise ValueError(f"no collection {collection!r}; there are {', '.join(BUILDERS)}")
+        if collection not in JOBS:
+            raise ValueError(f"no collection {collection!r}; there are {', '.join(JOBS)}")
         return [self._store(collection, item) for item in items]
 
     def add_file(
