@@ -112,7 +112,7 @@ if TYPE_CHECKING:
         Mapping,
         Sequence,
     )
-    from typing import Any, AnyStr, ClassVar, TypeAlias, Union
+    from typing import Any, AnyStr, TypeAlias, Union
 
     Item = dict[str, Any]  # a JSON object
     Server: TypeAlias = "TogetherAiServer"  # what the endpoints serve
@@ -1411,9 +1411,10 @@ def make_alternatives(rng: HashRandom, piece: str, count: int) -> list[tuple[str
 
 
 def make_scores(rng: HashRandom, pieces: list[str], count: int) -> list[Any]:
-    """Return each token's logprob and its likeliest alternatives, itself first."""
+    """Return each token's logprob, its likeliest alternatives, itself first, and its offset."""
     tops = [make_alternatives(rng, piece, max(count, 1)) for piece in pieces]
-    return [(top[0][1], top[:count]) for top in tops]
+    offsets = itertools.accumulate(map(len, pieces), initial=0)
+    return [(top[0][1], top[:count], offset) for top, offset in zip(tops, offsets)]
 
 
 # === Vectors ===
@@ -6701,55 +6702,9 @@ class Choice:
             call["pieces"] = cut_pieces(call["function"]["arguments"], left)
 
 
-class Answer:
-    """All that an answer says, before it is shaped as chunks or as a whole."""
-
-    created = CREATED
-    role = "assistant"
-    objects = ("chat.completion", "chat.completion.chunk")  # of the whole, of a chunk
-    unended = 0  # choices whose stream goes on
-    cached_tokens = 0  # of the prompt
-    key = b""  # 32 bytes, drawn, for what has ids of another form
-
-    def __init__(self, request: Request, form: Form, choices: list[Choice], usage: Item) -> None:
-        self.request = request
-        self.form = form  # of its engine
-        self.prompt: list[Item] = []  # the echo
-        self.id = request.id
-        self.model: str = request.body["model"]
-        self.seed: int | None = request.body.get("seed")
-        self.choices = choices
-        self.usage = usage
-        for choice in choices if request.chunk_sizes else ():
-            choice.cut(request.chunk_sizes)
-
-    @property
-    def frame(self) -> Item:
-        """What its whole and each of its chunks say, whatever their form."""
-        return {
-            "id": self.id,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": "default",
-        }
-
-
-def token_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> Any:
-    """Return logprobs in Together's form: parallel lists."""
-    part = {
-        "tokens": pieces,
-        "token_logprobs": [logprob for logprob, _ in scores],
-        "token_ids": [token_id(piece) for piece in pieces],
-    }
-    if any(tops for _, tops in scores):
-        part["top_logprobs"] = [dict(tops) for _, tops in scores]
-    return part
-
-
 # What stands for a piece of text and its number in a chunk that is encoded once; no text that comes
 # in has such characters.
 SLOT, SLOT_NUMBER = "\udc00", "\udc01"
-END_TOKENS = {"meta-llama/": 128009, "Qwen/": 151645}  # what ends a turn, by the start of an id
 
 
 def repeat_json(text: str, pieces: Iterable[str]) -> Iterator[str]:
@@ -6760,16 +6715,38 @@ def repeat_json(text: str, pieces: Iterable[str]) -> Iterator[str]:
         yield text % {"piece": QUOTE(piece), "number": numbered and token_id(piece)}
 
 
+def describe_token(piece: str, logprob: float) -> Item:
+    return {"token": piece, "bytes": list(piece.encode()), "logprob": logprob}
+
+
 def list_logprobs(pieces: Sequence[str], scores: Sequence[Any]) -> list[Item]:
     """Return logprobs in OpenAI's form, one object a token, with the keys in recorded order."""
-
-    def entry(piece: str, logprob: float) -> Item:
-        return {"token": piece, "bytes": list(piece.encode()), "logprob": logprob}
-
     return [
-        {**entry(piece, logprob), "top_logprobs": [entry(*top) for top in tops]}
-        for piece, (logprob, tops) in zip(pieces, scores)
+        {**describe_token(piece, logprob), "top_logprobs": [describe_token(*top) for top in tops]}
+        for piece, (logprob, tops, _) in zip(pieces, scores)
     ]
+
+
+def shape_logprobs(style: str, pieces: Sequence[str], scores: Sequence[Any]) -> Any:
+    """Return the logprobs of some tokens in one of the recorded styles."""
+    if style == "content":
+        return {"content": list_logprobs(pieces, scores)}
+    if style == "number":
+        return scores[0][0]
+    tops = [top for _, top, _ in scores]
+    told: Item = {
+        "tokens": pieces,
+        "token_logprobs": [logprob for logprob, _, _ in scores],
+        "token_ids": [token_id(piece) for piece in pieces],
+    }
+    if style == "nested":
+        told["token_ids"] = [None]
+        told["top_logprobs"] = [[{"token": word, "logprob": at} for word, at in tops[0]]]
+    elif any(tops):
+        told["top_logprobs"] = list(map(dict, tops))
+    if style == "offsets":
+        told["text_offset"] = [offset for _, _, offset in scores]
+    return told
 
 
 @functools.lru_cache(maxsize=256)
@@ -6788,520 +6765,410 @@ def arrange(keys: str, values: Mapping[str, Any]) -> Item:
     return chosen
 
 
+# The form of each engine's answers. To add one: a group here, its name in ENGINE_NAMES and `engine
+# NAME` in the catalogue. What a group lacks is as in the one that its heading names. It has the
+# keys of each object, in one kind of bodies or else in all (`whole`; the chunks `mark`, `opener`,
+# `thought`, `text`, `head` and `rest` of a call, `close` and `end`), and these traits:
+#   opens              each stream begins with an opener, not only one of tool calls
+#   blank              what a chunk lacks of reasoning and ids is "", not null
+#   marks              come before reasoning
+#   closes-thoughts, closes-calls  with an empty piece
+#   comments           keep a stream alive
+#   numbers-tokens     a chunk of text has the token's id
+#   cuts-arguments     of tool calls; else they come in one piece, with the end
+#   ends-with-text     the last chunk has the last token, where it is cut
+#   ends-with-usage    and the usage, which else has a chunk of its own
+#   counts-text        in the details of the usage
+#   tells-seed, null-content (beside tool calls), skips-reasoning, thinks-in-content
+#   hides-thoughts     where `reasoning_effort` is none; they are counted
+#   any-effort         takes any word as `reasoning_effort`
+#   talks-beside-calls  says a sentence too
+#   needs-content      where strict, in the messages of an assistant too
+#   only-streams       and refuses what Alibaba does
+FORM_TABLE = """\
+= B
+whole body: id object created model metadata prompt choices usage
+whole choice: index message logprobs finish_reason seed
+whole message: role content tool_calls function_call? reasoning
+opener body: id object created choices model
+body: id object created choices model usage
+choice: index text logprobs finish_reason delta
+message: token_id role content tool_calls? function_call? reasoning
+call: id index type function
+function: name arguments
+usage: prompt_tokens total_tokens completion_tokens reasoning_tokens prompt_tokens_details?
+whole logprobs: content
+logprobs: nested
+call id: call_{hex}
+content type: application/json; charset=utf-8
+traits: opens cuts-arguments
+= A like B
+whole body: id object created model prompt choices usage
+whole choice: finish_reason seed index logprobs message
+whole message: role content tool_calls function_call? reasoning?
+whole function: arguments name
+call: index id type function
+opener choice: index role text logprobs finish_reason delta
+choice: index text logprobs finish_reason seed delta
+message: token_id role content tool_calls? function_call?
+thought message: token_id role content reasoning
+head body: id object created choices model
+head choice: index text logprobs finish_reason delta
+rest body: id object created choices model
+rest choice: index text logprobs finish_reason delta
+rest call: index function
+rest function: arguments
+usage: prompt_tokens completion_tokens total_tokens cached_tokens
+whole logprobs: tokens
+logprobs: number
+call id: call_{letters}
+traits: tells-seed numbers-tokens ends-with-text ends-with-usage thinks-in-content null-content
+= completion like A
+whole choice: text finish_reason logprobs index
+usage: prompt_tokens completion_tokens total_tokens
+whole logprobs: offsets
+logprobs: offsets
+traits: numbers-tokens ends-with-text ends-with-usage null-content
+= completion of A like A
+whole choice: text finish_reason seed logprobs index
+whole logprobs: offsets
+logprobs: offsets
+= Scout like B
+usage: prompt_tokens total_tokens completion_tokens
+= gpt-oss-20b like B
+whole message: role content tool_calls function_call? reasoning?
+traits: opens cuts-arguments needs-content
+= gpt-oss-20b without tools like B
+whole choice: index logprobs finish_reason seed message
+whole message: role content tool_calls reasoning?
+opener body: id object created choices model usage
+choice: index text logprobs finish_reason matched_stop delta
+message: token_id role content tool_calls? reasoning?
+stop token: 200002
+traits: opens cuts-arguments needs-content skips-reasoning
+= K2.7 like B
+whole body: id object created model system_fingerprint prompt choices usage
+whole choice: index message logprobs? finish_reason seed
+usage: prompt_tokens completion_tokens total_tokens prompt_tokens_details completion_tokens_details
+= gpt-oss-120b like K2.7
+whole message: role content tool_calls function_call? reasoning?
+whole call: id type function
+call id: call_{uuid}
+traits: opens cuts-arguments needs-content talks-beside-calls hides-thoughts any-effort
+= C like K2.7
+whole body: id object created model prompt? choices usage system_fingerprint
+whole choice: index message logprobs? finish_reason matched_stop?
+whole message: role content reasoning_content? tool_calls? function_call?
+opener body: id object created model system_fingerprint choices
+body: id object created model system_fingerprint choices usage?
+choice: index delta logprobs finish_reason matched_stop? usage?
+opener message: role content
+thought message: reasoning_content
+text message: content function_call?
+head message: tool_calls
+rest message: tool_calls
+message: -
+call: index id type function
+rest call: index function
+rest function: arguments
+logprobs: content
+id: chatcmpl-{hex:.24}
+call id: {name}_{index}
+traits: opens cuts-arguments closes-thoughts comments null-content
+= DeepSeek like C
+whole message: role content reasoning_content tool_calls? function_call?
+choice: index delta logprobs finish_reason matched_stop?
+opener message: role reasoning_content
+text message: content function_call? reasoning_content
+head message: tool_calls reasoning_content
+rest message: tool_calls reasoning_content
+message: reasoning_content
+usage: prompt_tokens completion_tokens total_tokens prompt_tokens_details completion_tokens_details?
+id: {hex:.8}-aws_ue2
+call id: call_{hex}
+content type: application/json
+traits: opens cuts-arguments comments null-content
+= GLM like DeepSeek
+stop token: 154827
+tool_calls token: 154829
+= Qwen like K2.7
+mark choice: index text logprobs finish_reason seed delta
+mark message: token_id role content
+opener body: id object created choices model usage
+opener choice: index logprobs delta finish_reason text
+choice: index delta finish_reason logprobs text
+call: index id type function
+rest function: arguments
+close call: function index id type
+close function: arguments
+close message: token_id role content tool_calls
+end message: token_id role content
+usage: completion_tokens completion_tokens_details prompt_tokens prompt_tokens_details total_tokens
+id: chatcmpl-{uuid}
+traits: opens cuts-arguments marks blank closes-calls counts-text only-streams
+"""
 USAGE_SIDES = (("prompt", "cached_tokens"), ("completion", "reasoning_tokens"))
-OPENAI_CALLS = {  # a stream's keys for tool calls, as OpenAI has them
-    "head": "index id type function", "rest": "index function", "rest function": "arguments"
-}  # fmt: skip
+THOUGHT_MARKS = (("<think>", 128798, 0), ("\n", 201, -1.7881393e-06))  # text, token id and logprob
+END_TOKENS = {"meta-llama/": 128009, "Qwen/": 151645}  # what ends a turn, by the start of an id
+LOWER16 = b"0123456789abcdef" * 16
 
 
 class Form:
-    """The form of one engine's answers: a whole, and the chunks whose fold that whole is.
+    """The form of one engine's answers: a group of FORM_TABLE."""
 
-    A form is the keys of its objects and what it does otherwise, as attributes; `FORMS` has one
-    of each by the name that the catalogue uses. The kinds of chunks are mark, opener, thought,
-    text, call, close and end; any of them may have keys of its own in `stream_keys`.
-    """
+    def __init__(self, rows: dict[str, str]) -> None:
+        self.rows = rows
+        self.traits = frozenset(rows["traits"].split())
 
-    whole_keys = "id object created model metadata prompt choices usage"
-    choice_keys = "index message logprobs finish_reason seed"
-    message_keys = "role content tool_calls function_call? reasoning"
-    call_keys = "id index type function"
-    function_keys = "name arguments"
-    usage_keys = (
-        "prompt_tokens total_tokens completion_tokens reasoning_tokens prompt_tokens_details?"
-    )
-    stream_keys: ClassVar[dict[str, str]] = {
-        "chunk": "id object created choices model usage",
-        "opener chunk": "id object created choices model",
-        "part": "index text logprobs finish_reason delta",
-        "delta": "token_id role content tool_calls? function_call? reasoning",
-        "head": "id index type function",  # of a tool call
-        "rest": "id index type function",  # which brings its arguments
-        "rest function": "name arguments",
-    }
-    answer_id = ""  # made of {hex} or {uuid}; else in Together's own form
-    call_id = "call_{letters}"  # or of {uuid}, {name} and {index}
-    call_alphabet = b"0123456789abcdef" * 16
-    content_type = "application/json; charset=utf-8"  # of a whole
-    stop_tokens: ClassVar[dict[str, int]] = {}  # what `matched_stop` says, by the reason of the end
-    marks: Sequence[tuple[str, int, float]] = ()  # before reasoning: text, token id and logprob
-    empty_content: str | None = ""  # beside tool calls
-    blank: str | None = None  # what stands in a chunk for reasoning and ids that it has not
-    tells_seed = False
-    skips_reasoning = False  # does not think
-    opens_texts = True  # has an opener also where no tool is called
-    numbers_tokens = False  # a chunk of text has the token's id
-    closes_thoughts = False  # with an empty piece
-    cuts_arguments = True  # of tool calls; else they come in one piece, with the end
-    closes_calls = False  # with an empty piece
-    comments = False  # on a stream that goes on
-    usage_at_end = False  # of the stream: in its last chunk, and none follows
-    counts_text = False  # in the details of the usage
-    thinks_in_content = False  # reasoning stands in the content, between tags
-    talks_beside_calls = False  # says a sentence too
-    hides_thoughts = False  # where `reasoning_effort` is none; they are counted
-    any_effort = False  # takes any word as `reasoning_effort`
-    needs_content = False  # where strict, in the messages of an assistant too
+    def arrange(self, kind: str, level: str, values: Item) -> Item:
+        """Return what an object has in whole answers, or in one kind of chunks."""
+        return arrange(self.rows.get(f"{kind} {level}") or self.rows[level], values)
 
-    def adapt(self, body: Item) -> Form:
-        return self  # another form for some requests
+    def arrange_call(self, kind: str, call: Item) -> Item:
+        function = self.arrange(kind, "function", call["function"])
+        return self.arrange(kind, "call", {**call, "function": function})
+
+    def name_answer(self, rng: HashRandom) -> str:
+        if "id" not in self.rows:
+            return random_id(rng)
+        return self.rows["id"].format(hex=rng.key.hex(), uuid=random_uuid(rng.child("id")))
+
+    def name_call(self, rng: HashRandom, name: str, index: int) -> str:
+        """Return the id of a tool call."""
+        return self.rows["call id"].format(
+            hex=random_letters(rng.child("id"), 24, LOWER16),
+            letters=random_letters(rng.child("id"), 24, LOWER36),
+            uuid=random_uuid(rng.child("uuid")),
+            name=name,
+            index=index,
+        )
 
     def refuse(self, body: Item, thinks: bool, strict: bool) -> None:
         """Raise ApiError where the engine does not take a request."""
-        for message in body["messages"] if strict and self.needs_content else ():
-            if message["role"] == "assistant" and message.get("content") is None:
-                raise ApiError("empty_prompt")
-
-    def name_answer(self, rng: HashRandom) -> str:
-        if not self.answer_id:
-            return random_id(rng)
-        return self.answer_id.format(hex=rng.key.hex(), uuid=random_uuid(rng.child("id")))
-
-    def name_call(self, rng: HashRandom, name: str, index: int) -> str:
-        letters = random_letters(rng.child("id"), 24, self.call_alphabet)
-        uuid = random_uuid(rng.child("uuid"))
-        return self.call_id.format(letters=letters, uuid=uuid, name=name, index=index)
-
-    def usage(self, answer: Answer) -> Item:
-        """Return the usage; what a fixture adds to it stands last."""
-        counts = {"reasoning_tokens": 0, "cached_tokens": answer.cached_tokens, **answer.usage}
-        for side, part in USAGE_SIDES if "details" in self.usage_keys else ():
-            name = f"{side}_tokens_details"
-            details = {part: counts[part]}
-            if self.counts_text:
-                details["text_tokens"] = counts[f"{side}_tokens"]
-            absent = f"{name}?" in self.usage_keys and not counts[part]
-            counts.setdefault(name, None if absent else details)
-        usage = {**arrange(self.usage_keys, counts), **answer.usage}
-        if "reasoning_tokens" not in self.usage_keys:
-            usage.pop("reasoning_tokens", None)
-        return usage
-
-    def ending(self, answer: Answer, choice: Choice) -> Item:
-        """Return what tells of the end of a choice."""
-        token = self.stop_tokens.get(choice.finish_reason)
-        return {
-            "finish_reason": choice.finish_reason,
-            "seed": self.seed(answer),
-            "matched_stop": token and (choice.stop_text or token),
-        }
-
-    def seed(self, answer: Answer) -> int | None:
-        """Return the seed asked for, else one made of the id: up to 2 ** 64, of 16 digits."""
-        if not self.tells_seed:
-            return None
-        if answer.seed is None:
-            return zlib.crc32(answer.id.encode()) * 2**32 // 1000 * 1000
-        return answer.seed
-
-    # The whole
-
-    def whole(self, answer: Answer) -> Item:
-        """Return the answer as the body of one reply."""
-        values = {
-            **answer.frame,
-            "object": answer.objects[0],
-            "metadata": {"weight_version": "default"},
-            "prompt": answer.prompt,
-            "choices": [self.choice(answer, choice) for choice in answer.choices],
-            "usage": self.usage(answer),
-        }
-        return arrange(self.whole_keys, values)
-
-    def choice(self, answer: Answer, choice: Choice) -> Item:
-        """Return one choice of a whole answer."""
-        values = {
-            "index": choice.index,
-            "text": choice.text,
-            "message": self.message(answer, choice),
-            "logprobs": self.logprobs(answer, choice),
-            **self.ending(answer, choice),
-        }
-        return arrange(self.choice_keys, values)
-
-    def message(self, answer: Answer, choice: Choice) -> Item:
-        """Return the message of a choice; what stands beside tool calls is the engine's."""
-        thoughts = "".join(choice.thoughts) or None
-        content = choice.text or self.empty_content if choice.tool_calls else choice.text
-        calls = [
-            {**call, "function": arrange(self.function_keys, call["function"])}
-            for call in choice.tool_calls
-        ]
-        values = {
-            "role": answer.role,
-            "content": content if choice.function_call is None else None,
-            "tool_calls": [arrange(self.call_keys, call) for call in calls],
-            "function_call": choice.function_call,
-            "reasoning": thoughts,
-            "reasoning_content": thoughts,
-        }
-        return arrange(self.message_keys, values)
-
-    def logprobs(self, answer: Answer, choice: Choice) -> Any:
-        scores = choice.scores
-        return {"content": list_logprobs(choice.pieces, scores)} if scores else None
-
-    # The stream
-
-    def stream(self, answer: Answer) -> Iterator[Any]:
-        """Yield the chunks of an answer, as JSON values or as JSON text."""
-        answer.unended = len(answer.choices)
-        for choice in answer.choices:
-            for text, number, logprob in self.marks if choice.thoughts else ():
-                delta = {"token_id": number, "content": text}
-                yield self.chunk(answer, choice, "mark", delta, logprobs=logprob)
-            if self.opens_texts or choice.tool_calls:
-                yield self.chunk(answer, choice, "opener", {"reasoning_content": ""})
-        parts = [self.parts(answer, choice) for choice in answer.choices]
-        for turn in itertools.zip_longest(*parts):  # a chunk of each choice
-            for chunk in turn:
-                if chunk is not None:
-                    yield chunk
-        if not self.usage_at_end:
-            yield self.frame(answer, "usage", [], self.usage(answer))
-
-    def parts(self, answer: Answer, choice: Choice) -> Iterator[Any]:
-        """Yield what each chunk of a choice adds: reasoning, text and tool calls, the end."""
-        if choice.thoughts:
-            yield from repeat_json(ENCODE(self.thought(answer, choice, SLOT)), choice.thoughts)
-            if self.closes_thoughts:
-                yield self.thought(answer, choice, "")
-        if self.comments:
-            yield KEEPALIVE
-        writers = (self.calls, self.texts) if choice.calls_first else (self.texts, self.calls)
-        for write in writers:
-            yield from write(answer, choice)
-        if choice.function_call is not None:
-            yield self.chunk(answer, choice, "text", {"function_call": choice.function_call})
-        answer.unended -= 1
-        yield self.end(answer, choice)
-
-    def keys(self, kind: str, level: str) -> str:
-        """Return the keys of a kind of chunk, of its choice or of its delta."""
-        return self.stream_keys.get(f"{kind} {level}", self.stream_keys[level])
-
-    def frame(self, answer: Answer, kind: str, choices: list[Any], usage: Any) -> Item:
-        more = {"object": answer.objects[1], "choices": choices, "usage": usage}
-        return arrange(self.keys(kind, "chunk"), {**answer.frame, **more})
-
-    def chunk(self, answer: Answer, choice: Choice, kind: str, delta: Item, **more: Any) -> Item:
-        """Return a chunk of one choice; what its kind has no key for is left out."""
-        values = {"role": answer.role, "content": "", "reasoning": self.blank, **delta}
-        part = {"index": choice.index, "role": answer.role, "text": values["content"], **more}
-        part["delta"] = arrange(self.keys(kind, "delta"), values)
-        usage = more.get("usage") if self.usage_at_end else None
-        return self.frame(answer, kind, [arrange(self.keys(kind, "part"), part)], usage)
-
-    def thought(self, answer: Answer, choice: Choice, piece: str) -> Item:
-        delta = {"reasoning": piece, "reasoning_content": piece}
-        return self.chunk(answer, choice, "thought", delta)
-
-    def text(self, answer: Answer, choice: Choice, piece: str, number: Any, **more: Any) -> Item:
-        """Return the chunk of a piece of the text, with its number where the engine tells it."""
-        delta = {"token_id": number if self.numbers_tokens else None, "content": piece}
-        return self.chunk(answer, choice, "text", delta, **more)
-
-    def texts(self, answer: Answer, choice: Choice) -> Iterator[Any]:
-        """Yield the text of a choice, a token each."""
-        pieces = self.pieces(choice)
-        if not choice.scores:
-            yield from repeat_json(ENCODE(self.text(answer, choice, SLOT, SLOT_NUMBER)), pieces)
-        offset = 0
-        for piece, score in zip(pieces, choice.scores):
-            logprobs = self.chunk_logprobs(piece, score, offset)
-            yield self.text(answer, choice, piece, token_id(piece), logprobs=logprobs)
-            offset += len(piece)
-
-    def pieces(self, choice: Choice) -> list[str]:
-        """Return the tokens that have a chunk of their own."""
-        return choice.pieces
-
-    def chunk_logprobs(self, piece: str, score: Any, offset: int) -> Any:
-        """Return the logprobs of one token in a stream, and where in the text it begins."""
-        logprob, tops = score
-        return {
-            "tokens": [piece],
-            "token_logprobs": [logprob],
-            "token_ids": [None],
-            "top_logprobs": [[{"token": token, "logprob": value} for token, value in tops]],
-        }
-
-    def calls(self, answer: Answer, choice: Choice) -> Iterator[Any]:
-        """Yield each tool call: its head, then its arguments in pieces."""
-        for call in choice.tool_calls:
-            function = {"name": call["function"]["name"], "arguments": ""}
-            head = arrange(self.stream_keys["head"], {**call, "function": function})
-            yield self.chunk(answer, choice, "call", {"tool_calls": [head]})
-            text = call["function"]["arguments"]
-            pieces = call.get("pieces") or (split_tokens(text) if self.cuts_arguments else [text])
-            last = len(pieces) - (not self.cuts_arguments)  # which tells the end already
-            rest = self.rest(answer, choice, "call", call, SLOT)
-            yield from repeat_json(ENCODE(rest), pieces[:last])
-            for piece in pieces[last:]:
-                more = {"finish_reason": choice.finish_reason}
-                yield self.rest(answer, choice, "call", call, piece, **more)
-            if self.closes_calls:
-                yield self.rest(answer, choice, "close", call, "")
-
-    def rest(
-        self,
-        answer: Answer,
-        choice: Choice,
-        kind: str,
-        call: Item,
-        text: str,
-        **more: Any,
-    ) -> Item:
-        """Return the chunk of a piece of a tool call's arguments."""
-        function = arrange(self.stream_keys["rest function"], {"arguments": text})
-        values = {**call, "id": self.blank, "function": function}
-        delta = {"tool_calls": [arrange(self.keys(kind, "rest"), values)]}
-        return self.chunk(answer, choice, kind, delta, **more)
-
-    def end(self, answer: Answer, choice: Choice) -> Item:
-        return self.chunk(answer, choice, "end", {}, **self.stream_ending(answer, choice))
-
-    def stream_ending(self, answer: Answer, choice: Choice) -> Item:
-        """Return what tells of the end of a choice in a stream; the last one has the usage."""
-        usage = None if answer.unended else self.usage(answer)
-        return {**self.ending(answer, choice), "usage": usage}
-
-
-class TurboForm(Form):
-    """Engine A: Turbo models and DeepSeek-R1."""
-
-    whole_keys = "id object created model prompt choices usage"
-    choice_keys = "finish_reason seed index logprobs message"
-    message_keys = "role content tool_calls function_call? reasoning?"
-    call_keys = "index id type function"
-    function_keys = "arguments name"
-    usage_keys = "prompt_tokens completion_tokens total_tokens cached_tokens"
-    stream_keys: ClassVar[dict[str, str]] = {
-        **Form.stream_keys,
-        "part": "index text logprobs finish_reason seed delta",
-        "delta": "token_id role content tool_calls? function_call?",
-        "thought delta": "token_id role content reasoning",
-        "opener part": "index role text logprobs finish_reason delta",
-        "call chunk": "id object created choices model",
-        "call part": "index text logprobs finish_reason delta",
-        **OPENAI_CALLS,
-    }
-    call_alphabet = LOWER36
-    empty_content = None
-    tells_seed = numbers_tokens = usage_at_end = thinks_in_content = True
-    opens_texts = cuts_arguments = False
-
-    def logprobs(self, answer: Answer, choice: Choice) -> Any:
-        if choice.scores and answer.request.body["logprobs"] is not True:
-            return token_logprobs(choice.pieces, choice.scores)
-        return super().logprobs(answer, choice)
-
-    def chunk_logprobs(self, piece: str, score: Any, offset: int) -> Any:
-        return score[0]
-
-    def pieces(self, choice: Choice) -> list[str]:
-        return choice.pieces[:-1] if self.ends_with_text(choice) else choice.pieces
-
-    def ends_with_text(self, choice: Choice) -> bool:
-        """Tell whether the last chunk has text: where it is cut, no token ends the turn."""
-        cut = choice.finish_reason == "length" and not choice.tool_calls
-        return cut and bool(choice.pieces) and choice.function_call is None
-
-    def end(self, answer: Answer, choice: Choice) -> Item:
-        """Return the last chunk of a choice, which brings the text's last token where it is cut."""
-        ending = self.stream_ending(answer, choice)
-        if self.ends_with_text(choice):
-            piece = choice.pieces[-1]
-            if choice.scores:
-                offset = len(choice.text) - len(piece)
-                ending["logprobs"] = self.chunk_logprobs(piece, choice.scores[-1], offset)
-            return self.text(answer, choice, piece, token_id(piece), **ending)
-        starts = (number for start, number in END_TOKENS.items() if answer.model.startswith(start))
-        return self.chunk(answer, choice, "end", {"token_id": next(starts, 1)}, **ending)
-
-
-class CompletionForm(TurboForm):
-    """Text completions, whose streams are those of engine A."""
-
-    choice_keys = "text finish_reason logprobs index"
-    usage_keys = "prompt_tokens completion_tokens total_tokens"
-    tells_seed = False
-
-    def logprobs(self, answer: Answer, choice: Choice) -> Any:
-        return self.list_logprobs(choice.pieces, choice.scores, 0) if choice.scores else None
-
-    def chunk_logprobs(self, piece: str, score: Any, offset: int) -> Any:
-        return self.list_logprobs([piece], [score], offset)
-
-    def list_logprobs(self, pieces: Sequence[str], scores: Sequence[Any], offset: int) -> Any:
-        """Return the logprobs of some tokens, with where each begins."""
-        offsets = itertools.accumulate(map(len, pieces), initial=offset)
-        return {**token_logprobs(pieces, scores), "text_offset": list(offsets)[:-1]}
-
-
-class TurboCompletionForm(CompletionForm):
-    """Those of engine A itself, which tells a seed and what was cached."""
-
-    choice_keys = "text finish_reason seed logprobs index"
-    usage_keys = TurboForm.usage_keys
-    tells_seed = True
-
-
-class ScoutForm(Form):
-    """Llama-4-Scout, which does not count what it did not think (seen in 2026-01)."""
-
-    usage_keys = "prompt_tokens total_tokens completion_tokens"
-
-
-class ForbiddenToolsForm(Form):
-    """gpt-oss-20b where tools came and none shall be called: it does not reason."""
-
-    choice_keys = "index logprobs finish_reason seed message"
-    message_keys = "role content tool_calls reasoning?"
-    stream_keys: ClassVar[dict[str, str]] = {
-        **Form.stream_keys,
-        "opener chunk": "id object created choices model usage",
-        "part": "index text logprobs finish_reason matched_stop delta",
-        "delta": "token_id role content tool_calls? reasoning?",
-    }
-    stop_tokens: ClassVar[dict[str, int]] = {"stop": 200002}
-    skips_reasoning = needs_content = True
-
-
-FORBIDDEN_TOOLS = ForbiddenToolsForm()
-
-
-class GptOssForm(Form):
-    """gpt-oss-20b on engine B, which leaves reasoning out where there is none."""
-
-    message_keys = "role content tool_calls function_call? reasoning?"
-    needs_content = True
-
-    def adapt(self, body: Item) -> Form:
-        forbidden = body.get("tools") and body.get("tool_choice") == "none"
-        return FORBIDDEN_TOOLS if forbidden else self
-
-
-class DetailsForm(Form):
-    """Engine B as Kimi-K2.7-Code has it: details in the usage, a fingerprint, no metadata."""
-
-    whole_keys = "id object created model system_fingerprint prompt choices usage"
-    choice_keys = "index message logprobs? finish_reason seed"
-    usage_keys = (
-        "prompt_tokens completion_tokens total_tokens prompt_tokens_details"
-        " completion_tokens_details"
-    )
-
-
-class HiddenThoughtsForm(DetailsForm):
-    """gpt-oss-120b since 2026-09; its stream is inferred from Kimi-K2.7-Code's."""
-
-    message_keys = "role content tool_calls function_call? reasoning?"
-    call_keys = "id type function"
-    call_id = "call_{uuid}"
-    talks_beside_calls = hides_thoughts = any_effort = needs_content = True
-
-
-class PassedThroughForm(DetailsForm):
-    """Engine C as Kimi-K3 has it, whose answers come from elsewhere in OpenAI's form."""
-
-    whole_keys = "id object created model prompt? choices usage system_fingerprint"
-    choice_keys = "index message logprobs? finish_reason matched_stop?"
-    message_keys = "role content reasoning_content? tool_calls? function_call?"
-    call_keys = "index id type function"
-    stream_keys: ClassVar[dict[str, str]] = {
-        "chunk": "id object created model system_fingerprint choices usage?",
-        "part": "index delta logprobs finish_reason matched_stop? usage?",
-        "opener delta": "role content",
-        "thought delta": "reasoning_content",
-        "text delta": "content function_call?",
-        "call delta": "tool_calls",
-        "delta": "",
-        **OPENAI_CALLS,
-    }
-    answer_id = "chatcmpl-{hex:.24}"
-    call_id = "{name}_{index}"
-    closes_thoughts = comments = True
-    empty_content = None
-
-    def chunk_logprobs(self, piece: str, score: Any, offset: int) -> Any:
-        return {"content": list_logprobs([piece], [score])}
-
-
-class DeepSeekForm(PassedThroughForm):
-    """Engine C as DeepSeek-V4.1-Flash has it; its stream is inferred from GLM's."""
-
-    message_keys = "role content reasoning_content tool_calls? function_call?"
-    usage_keys = DetailsForm.usage_keys + "?"
-    stream_keys: ClassVar[dict[str, str]] = {
-        **PassedThroughForm.stream_keys,
-        "part": "index delta logprobs finish_reason matched_stop?",
-        "opener delta": "role reasoning_content",
-        "text delta": "content function_call? reasoning_content",
-        "call delta": "tool_calls reasoning_content",
-        "delta": "reasoning_content",
-    }
-    answer_id = "{hex:.8}-aws_ue2"
-    call_id = Form.call_id
-    content_type = "application/json"
-    closes_thoughts = False
-
-
-class GlmForm(DeepSeekForm):
-    """Engine C as GLM-5.2 streams and GLM-5.3-Flash answers: the token that ended it is told."""
-
-    stop_tokens: ClassVar[dict[str, int]] = {"stop": 154827, "tool_calls": 154829}
-
-
-class QwenForm(DetailsForm):
-    """What is passed on to Alibaba: Qwen 3.6 and later, which only stream."""
-
-    usage_keys = (
-        "completion_tokens completion_tokens_details prompt_tokens prompt_tokens_details"
-        " total_tokens"
-    )
-    stream_keys: ClassVar[dict[str, str]] = {
-        **Form.stream_keys,
-        "opener chunk": "id object created choices model usage",
-        "part": "index delta finish_reason logprobs text",
-        "mark part": "index text logprobs finish_reason seed delta",
-        "mark delta": "token_id role content",
-        "opener part": "index logprobs delta finish_reason text",
-        "end delta": "token_id role content",
-        "head": "index id type function",
-        "rest": "index id type function",
-        "rest function": "arguments",
-        "close rest": "function index id type",
-        "close delta": "token_id role content tool_calls",
-    }
-    answer_id = "chatcmpl-{uuid}"
-    marks = (("<think>", 128798, 0), ("\n", 201, -1.7881393e-06))
-    blank = ""
-    counts_text = closes_calls = True
-
-    def refuse(self, body: Item, thinks: bool, strict: bool) -> None:
-        """Raise ApiError for what Alibaba does not take."""
+        said = body["messages"]
+        silent = (each["role"] == "assistant" and each.get("content") is None for each in said)
+        if strict and "needs-content" in self.traits and any(silent):
+            raise ApiError("empty_prompt")
+        if "only-streams" not in self.traits:
+            return
         if not body.get("stream"):
             raise ApiError("streaming_required", param="stream")
-        if any(message["role"] == "developer" for message in body["messages"]):
+        if any(each["role"] == "developer" for each in said):
             raise ApiError("unknown_role", role="developer")
         if thinks and body.get("tool_choice") not in (None, "auto", "none"):
             raise ApiError("forced_while_thinking")
 
 
-# To add an engine: a row here, the class it names, and `engine NAME` in the catalogue.
-FORMS: dict[str, Form] = {
-    "A": TurboForm(),
-    "B": Form(),
-    "Scout": ScoutForm(),
-    "gpt-oss-20b": GptOssForm(),
-    "gpt-oss-120b": HiddenThoughtsForm(),
-    "K2.7": DetailsForm(),
-    "C": PassedThroughForm(),
-    "DeepSeek": DeepSeekForm(),
-    "GLM": GlmForm(),
-    "Qwen": QwenForm(),
-}
+def read_forms(table: str) -> dict[str, Form]:
+    """Return the forms by their names."""
+    forms: dict[str, Form] = {}
+    for group in table.split("= ")[1:]:
+        heading, *rows = group.splitlines()
+        name, _, model = heading.partition(" like ")
+        own = dict(row.split(": ", 1) for row in rows)
+        forms[name] = Form({**(forms[model].rows if model else {}), **own})
+    return forms
+
+
+FORMS = read_forms(FORM_TABLE)
+
+
+class Answer:
+    """All that an answer says; it is shaped as a whole, or as chunks whose fold that whole is."""
+
+    created = CREATED
+    role = "assistant"
+    objects = ("chat.completion", "chat.completion.chunk")  # of the whole, of a chunk
+    unended = 0  # choices whose stream goes on
+    cached_tokens = 0  # of the prompt
+    key = b""  # 32 bytes, drawn, for what has ids of another form
+
+    def __init__(self, request: Request, form: Form, choices: list[Choice], usage: Item) -> None:
+        self.request = request
+        self.form = form  # of its engine
+        self.traits = form.traits
+        self.prompt: list[Item] = []  # the echo
+        self.id = request.id
+        self.model: str = request.body["model"]
+        self.seed: int | None = request.body.get("seed")
+        self.choices = choices
+        self.usage = usage
+        for choice in choices if request.chunk_sizes else ():
+            choice.cut(request.chunk_sizes)
+
+    def list_usage(self) -> Item:
+        """Return the usage as the engine tells it; what a fixture adds to it stands last."""
+        keys = self.form.rows["usage"]
+        counts = {"reasoning_tokens": 0, "cached_tokens": self.cached_tokens, **self.usage}
+        for side, part in USAGE_SIDES if "details" in keys else ():
+            name = f"{side}_tokens_details"
+            details = {part: counts[part]}
+            if "counts-text" in self.traits:
+                details["text_tokens"] = counts[f"{side}_tokens"]
+            absent = f"{name}?" in keys and not counts[part]
+            counts.setdefault(name, None if absent else details)
+        usage = {**arrange(keys, counts), **self.usage}
+        if "reasoning_tokens" not in keys:
+            usage.pop("reasoning_tokens", None)
+        return usage
+
+    def find_seed(self) -> int | None:
+        """Return the seed asked for, else one made of the id: up to 2 ** 64, of 16 digits."""
+        if "tells-seed" not in self.traits:
+            return None
+        if self.seed is None:
+            return zlib.crc32(self.id.encode()) * 2**32 // 1000 * 1000
+        return self.seed
+
+    def find_ending(self, choice: Choice) -> Item:
+        """Return what tells of the end of a choice."""
+        token = self.form.rows.get(f"{choice.finish_reason} token")
+        return {
+            "finish_reason": choice.finish_reason,
+            "seed": self.find_seed(),
+            "matched_stop": token and (choice.stop_text or int(token)),
+        }
+
+    def frame(self, kind: str, choices: list[Item], usage: Any) -> Item:
+        """Return the body of a whole answer, or of a chunk."""
+        values = {
+            "id": self.id,
+            "object": self.objects[kind != "whole"],
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": "default",
+            "metadata": {"weight_version": "default"},
+            "prompt": self.prompt,
+            "choices": choices,
+            "usage": usage,
+        }
+        return self.form.arrange(kind, "body", values)
+
+    def part(self, kind: str, choice: Choice, said: Item, **more: Any) -> Item:
+        """Return what a body says of a choice; what that kind has no key for is left out."""
+        blank = "" if "blank" in self.traits else None
+        values = {"role": self.role, "content": "", "reasoning": blank, **said}
+        message = self.form.arrange(kind, "message", values)
+        part = {"index": choice.index, "role": self.role, "text": values["content"], **more}
+        part["message"] = part["delta"] = message
+        return self.form.arrange(kind, "choice", part)
+
+    # The whole
+
+    def write_whole(self) -> Item:
+        """Return the answer as the body of one reply."""
+        return self.frame("whole", list(map(self.write_choice, self.choices)), self.list_usage())
+
+    def write_choice(self, choice: Choice) -> Item:
+        """Return one choice of a whole answer; what stands beside tool calls is the engine's."""
+        thoughts = "".join(choice.thoughts) or None
+        blank = None if choice.tool_calls and "null-content" in self.traits else ""
+        said = {
+            "content": None if choice.function_call else choice.text or blank,
+            "tool_calls": [self.form.arrange_call("whole", call) for call in choice.tool_calls],
+            "function_call": choice.function_call,
+            "reasoning": thoughts,
+            "reasoning_content": thoughts,
+        }
+        style, scores, told = self.form.rows["whole logprobs"], choice.scores, None
+        if scores:
+            style = "content" if self.request.body["logprobs"] is True else style
+            told = shape_logprobs(style, choice.pieces, scores)
+        more = {"text": choice.text, "logprobs": told, **self.find_ending(choice)}
+        return self.part("whole", choice, said, **more)
+
+    # The stream
+
+    def stream(self) -> Iterator[Any]:
+        """Yield the chunks of an answer, as JSON values or as JSON text."""
+        self.unended = len(self.choices)
+        for choice in self.choices:
+            marks = THOUGHT_MARKS if "marks" in self.traits and choice.thoughts else ()
+            for text, number, logprob in marks:
+                said = {"token_id": number, "content": text}
+                yield self.chunk("mark", choice, said, logprobs=logprob)
+            if "opens" in self.traits or choice.tool_calls:
+                yield self.chunk("opener", choice, {"reasoning_content": ""})
+        for turn in itertools.zip_longest(*map(self.stream_choice, self.choices)):
+            yield from filter(None, turn)  # a chunk of each choice
+        if "ends-with-usage" not in self.traits:
+            yield self.frame("usage", [], self.list_usage())
+
+    def stream_choice(self, choice: Choice) -> Iterator[Any]:
+        """Yield what each chunk of a choice adds: reasoning, text and tool calls, the end."""
+        if choice.thoughts:
+            yield from repeat_json(ENCODE(self.thought(choice, SLOT)), choice.thoughts)
+            if "closes-thoughts" in self.traits:
+                yield self.thought(choice, "")
+        if "comments" in self.traits:
+            yield KEEPALIVE
+        is_cut = choice.finish_reason == "length" and "ends-with-text" in self.traits
+        has_calls = choice.tool_calls or choice.function_call
+        last = choice.pieces[-1:] if is_cut and not has_calls else []
+        parts = [self.texts(choice, len(choice.pieces) - len(last)), self.calls(choice)]
+        for part in reversed(parts) if choice.calls_first else parts:
+            yield from part
+        if choice.function_call:
+            yield self.chunk("text", choice, {"function_call": choice.function_call})
+        self.unended -= 1
+        usage = None if self.unended else self.list_usage()
+        ending = {**self.find_ending(choice), "usage": usage}
+        if last:
+            yield self.text(choice, last[0], *choice.scores[-1:], **ending)
+            return
+        starts = (number for start, number in END_TOKENS.items() if self.model.startswith(start))
+        number = next(starts, 1) if "numbers-tokens" in self.traits else None
+        yield self.chunk("end", choice, {"token_id": number}, **ending)
+
+    def chunk(self, kind: str, choice: Choice, said: Item, **more: Any) -> Item:
+        """Return a chunk of one choice."""
+        usage = more.get("usage") if "ends-with-usage" in self.traits else None
+        return self.frame(kind, [self.part(kind, choice, said, **more)], usage)
+
+    def thought(self, choice: Choice, piece: str) -> Item:
+        return self.chunk("thought", choice, {"reasoning": piece, "reasoning_content": piece})
+
+    def text(self, choice: Choice, piece: str, score: Any = None, **more: Any) -> Item:
+        """Return the chunk of a token of the text, with its number where the engine tells it."""
+        number = None
+        if "numbers-tokens" in self.traits:
+            number = SLOT_NUMBER if piece == SLOT else token_id(piece)
+        if score:
+            more["logprobs"] = shape_logprobs(self.form.rows["logprobs"], [piece], [score])
+        return self.chunk("text", choice, {"token_id": number, "content": piece}, **more)
+
+    def texts(self, choice: Choice, count: int) -> Iterator[Any]:
+        """Yield the first tokens of a text, each in a chunk."""
+        pieces = choice.pieces[:count]
+        for piece, score in zip(pieces, choice.scores):
+            yield self.text(choice, piece, score)
+        if not choice.scores:
+            yield from repeat_json(ENCODE(self.text(choice, SLOT)), pieces)
+
+    def calls(self, choice: Choice) -> Iterator[Any]:
+        """Yield each tool call: its head, then its arguments in pieces."""
+        cuts = "cuts-arguments" in self.traits
+        blank = "" if "blank" in self.traits else None
+        for call in choice.tool_calls:
+            text = call["function"]["arguments"]
+            yield self.call("head", choice, call, {**call["function"], "arguments": ""})
+            pieces = call.get("pieces") or (split_tokens(text) if cuts else [text])
+            last = len(pieces) - (not cuts)  # which tells the end already
+            rest = {**call, "id": blank}
+            slotted = self.call("rest", choice, rest, {"arguments": SLOT})
+            yield from repeat_json(ENCODE(slotted), pieces[:last])
+            for piece in pieces[last:]:
+                more = {"finish_reason": choice.finish_reason}
+                yield self.call("rest", choice, rest, {"arguments": piece}, **more)
+            if "closes-calls" in self.traits:
+                yield self.call("close", choice, rest, {"arguments": ""})
+
+    def call(self, kind: str, choice: Choice, call: Item, function: Item, **more: Any) -> Item:
+        """Return the chunk of a part of a tool call."""
+        said = self.form.arrange_call(kind, {**call, "function": function})
+        return self.chunk(kind, choice, {"tool_calls": [said]}, **more)
+
+
 PLAIN_CHOICE = {"index", "text", "token_count", "finish_reason", "thoughts"}  # what it has
 OVERRIDING = {"created", "finish_reason", "role", "usage"}  # in what a fixture says
 TEMPLATES: dict[Any, str] = {}  # of plain answers, by what changes more than a value of them
@@ -7316,7 +7183,7 @@ def make_template(answer: Answer, values: Item) -> str:
     blank.usage = {name: slots[name] for name in answer.usage}
     choice.text, choice.thoughts = slots["text"], slots["thoughts"]
     blank.choices = [choice]
-    whole = ENCODE(answer.form.whole(blank)).replace("%", "%%")
+    whole = ENCODE(blank.write_whole()).replace("%", "%%")
     return re.sub(rf'"{SLOT}(\w+)"', r"%(\1)s", whole)
 
 
@@ -7326,24 +7193,24 @@ def encode_answer(answer: Answer) -> bytes:
     What plain ones share is encoded once, a quarter of a chat; many choices are one by one: while
     JSON is written, no other thread runs.
     """
-    form, choice = answer.form, answer.choices[0]
+    choice = answer.choices[0]
     is_plain = len(answer.choices) == 1 and vars(choice).keys() <= PLAIN_CHOICE
     if not is_plain or answer.prompt or not OVERRIDING.isdisjoint(answer.request.script or ()):
         blank = copy.copy(answer)
         blank.choices = []
-        head, mark, tail = ENCODE(form.whole(blank)).partition('"choices":[')
-        choices = ",".join([ENCODE(form.choice(answer, each)) for each in answer.choices])
+        head, mark, tail = ENCODE(blank.write_whole()).partition('"choices":[')
+        choices = ",".join([ENCODE(answer.write_choice(each)) for each in answer.choices])
         return f"{head}{mark}{choices}{tail}".encode()
     values: Item = {
         "id": answer.id,
         "model": answer.model,
         "text": choice.text,
         "thoughts": "".join(choice.thoughts),
-        "seed": form.seed(answer),
+        "seed": answer.find_seed(),
         "cached_tokens": answer.cached_tokens,
         **answer.usage,
     }
-    key = (form, answer.objects, choice.finish_reason, *map(bool, values.values()))
+    key = (answer.form, answer.objects, choice.finish_reason, *map(bool, values.values()))
     if key not in TEMPLATES:
         TEMPLATES[key] = make_template(answer, values)
     values["id"], values["model"] = QUOTE(answer.id), QUOTE(answer.model)
@@ -7846,15 +7713,21 @@ def find_effort(body: Item, model: Model) -> str:
     told = [given for name in THINKING_FIELDS if (given := body.get(name))]
     off = any(given.get(name) is False for given in told for name in THINKING_SWITCHES)
     effort: str = body.get("reasoning_effort") or "medium"
-    if effort not in EFFORT_THOUGHTS and not FORMS[model.engine].any_effort:
+    if effort not in EFFORT_THOUGHTS and "any-effort" not in FORMS[model.engine].traits:
         raise refuse_value(
             "reasoning_effort", f"must be one of {', '.join(EFFORT_THOUGHTS)}", effort
         )
     return "none" if off or not model.thinks else effort
 
 
+def make_thoughts(rng: HashRandom, model: Model, effort: str) -> str:
+    length = EFFORT_THOUGHTS.get(effort, 1) or int("always-thinks" in model.traits)
+    return " ".join([make_thought(rng.child(number)) for number in range(length)])
+
+
 def compose_choice(
     rng: HashRandom,
+    form: Form,
     body: Item,
     model: Model,
     effort: str,
@@ -7863,19 +7736,17 @@ def compose_choice(
     index: int,
 ) -> Choice:
     """Write one choice of a chat answer."""
-    choice, form, thoughts = Choice(index), FORMS[model.engine].adapt(body), ""
+    choice, thoughts = Choice(index), ""
     calls = choose_calls(rng, form, body, index)
-    if model.thinks and not form.skips_reasoning:
-        length = EFFORT_THOUGHTS.get(effort, 1) or int("always-thinks" in model.traits)
-        own = rng.child("reasoning", index)
-        thoughts = " ".join([make_thought(own.child(number)) for number in range(length)])
-        if not form.thinks_in_content:
-            hidden = form.hides_thoughts and effort == "none"
+    if model.thinks and "skips-reasoning" not in form.traits:
+        thoughts = make_thoughts(rng.child("reasoning", index), model, effort)
+        if "thinks-in-content" not in form.traits:
+            hidden = "hides-thoughts" in form.traits and effort == "none"
             budget -= choice.think(thoughts, budget, hidden)
     if budget <= 0:
         choice.finish_reason = "length"
     elif calls:
-        if form.talks_beside_calls and body.get("tools"):
+        if "talks-beside-calls" in form.traits and body.get("tools"):
             text = make_text(rng.child("beside", index), 1)
             choice.write(text, count_tokens(text), body.get("stop"), budget)
         if choice.finish_reason != "length":
@@ -7885,7 +7756,7 @@ def compose_choice(
     else:
         own = rng.child("text", index) if index else rng  # nothing else takes from it
         text, count = make_content(own, body, model, wanted)
-        if thoughts and form.thinks_in_content:
+        if thoughts and "thinks-in-content" in form.traits:
             text = f"<think>\n{thoughts}\n</think>\n\n{text}"
             count = count_tokens(text)
         choice.write(text, count, body.get("stop"), budget)
@@ -7954,7 +7825,7 @@ def finish_answer(answer: Answer, rng: HashRandom, prompt: str) -> None:
         if asked:
             pieces = split_tokens(prompt)
             scores = make_scores(rng.child("prompt logprobs"), pieces, 0)
-            part["logprobs"] = token_logprobs(pieces, scores)
+            part["logprobs"] = shape_logprobs("tokens", pieces, scores)
         answer.prompt = [part]
 
 
@@ -7965,7 +7836,8 @@ def compose_chat(server: Server, request: Request) -> Answer:
     prompt_tokens, before = count_messages(body["messages"], model)
     if server.strict:
         check_tool_choice(body, model)
-    form = FORMS[model.engine].adapt(body)
+    untold = body.get("tools") and body.get("tool_choice") == "none"
+    form = FORMS.get(f"{model.engine} without tools" if untold else "", FORMS[model.engine])
     effort = find_effort(body, model)
     form.refuse(body, effort != "none", server.strict)
     rng = HashRandom.of("chat", pick_facts(body, CHAT_FACTS))
@@ -7980,7 +7852,7 @@ def compose_chat(server: Server, request: Request) -> Answer:
         if script:
             choices.append(script_choice(rng, form, body, script, budget, index))
         else:
-            choices.append(compose_choice(rng, body, model, effort, wanted, budget, index))
+            choices.append(compose_choice(rng, form, body, model, effort, wanted, budget, index))
             if choices[-1].finish_reason == "tool_calls":
                 request.form = ""
     answer = Answer(request, form, choices, count_usage(prompt_tokens, choices))
@@ -7997,8 +7869,8 @@ def create_chat_completion(server: Server, request: Request) -> Any:
     """Answer a conversation, whole or as a stream."""
     answer = compose_chat(server, request)
     if request.body.get("stream"):
-        return Events(answer.form.stream(answer))
-    return Reply(encode_answer(answer), content_type=answer.form.content_type)
+        return Events(answer.stream())
+    return Reply(encode_answer(answer), content_type=answer.form.rows["content type"])
 
 
 # --- Responses
@@ -8331,7 +8203,6 @@ COMPLETION_FIELDS = Fields(
     Field("prompt!", str, list),
     Field("logprobs", int, low=0, high=20),
 )
-TEXT_FORMS = {False: CompletionForm(), True: TurboCompletionForm()}  # by whether a seed is told
 COMPLETION_FACTS = frozenset((*COMPLETION_FIELDS, "suffix")) - {  # what draws another text
     "prompt", "max_tokens", "stop", "stream", "stream_options", "echo", "logprobs", "user",
 }  # fmt: skip
@@ -8366,7 +8237,8 @@ def compose_completion(server: Server, request: Request) -> Answer:
     facts = pick_facts(body, COMPLETION_FACTS)
     rng = HashRandom.of("completion", [facts, prompts])
     request.id = random_id(rng)
-    script, form = request.script, TEXT_FORMS[FORMS[model.engine].tells_seed]
+    script = request.script
+    form = FORMS["completion of A" if model.engine == "A" else "completion"]
     choices: list[Choice] = []
     prompt_tokens = 0
     for prompt in prompts:
@@ -8403,7 +8275,7 @@ def create_completion(server: Server, request: Request) -> Any:
     """Continue a prompt, whole or as a stream."""
     answer = compose_completion(server, request)
     if request.body.get("stream"):
-        return Events(answer.form.stream(answer))
+        return Events(answer.stream())
     return Reply(encode_answer(answer))
 
 
@@ -13177,7 +13049,9 @@ def warn_of_text(body: Item, said: Item) -> Iterator[str]:
             schema = (format.get("json_schema") or format).get("schema", {"type": "object"})
             problem = explain_violation(schema, text)
         elif format["type"] == "regex":
-            pattern = Pattern(format["pattern"], Budget(MAX_STEPS + len(text)), whole=True)
+            pattern = Pattern(
+                format.get("pattern") or "", Budget(MAX_STEPS + len(text)), whole=True
+            )
             problem = "" if pattern.is_in(text) else f"it is {preview(text)}"
         if problem:
             yield f"its content misses the {format['type']} of response_format: {problem}"
