@@ -8409,7 +8409,7 @@ USER = "parlel"  # whose models and jobs these are
 USER_ID = "65f0c2a1b3d4e5f60718293a"
 OPENAI_PURPOSES = {"batch": "batch-api", "batch_output": "batch-generated"}
 JOBS: dict[str, Jobs] = {}
-RANGE = lazy_regex(r"bytes=(?=-?[0-9])([0-9]*)-([0-9]*)")
+RANGE = lazy_regex(r"bytes=(?=-?[0-9])([0-9]{0,18})-([0-9]{0,18})")  # no size has more digits
 
 
 def merge(template: Item, changes: Item) -> Item:
@@ -8535,20 +8535,20 @@ def serve_bytes(
 ) -> Reply:
     """Return bytes, or the one range of them that the request asks for."""
     headers, size = {"Accept-Ranges": "bytes"}, len(data)
-    asked = RANGE.fullmatch(request.headers.get("range", "").replace(" ", ""))
-    # no size has more than 18 digits
-    start, last = (int(digits[:18] or -1) for digits in asked.groups()) if asked else (1, 0)
-    if 0 <= last < start:  # no range: it is ignored, as RFC 9110 has it
+    found = RANGE.fullmatch(request.headers.get("range", "").replace(" ", ""))
+    first, last = found.groups() if found else ("", "")
+    if not found or (first and last and int(last) < int(first)):  # ignored, as RFC 9110 has it
         return Reply(data, 200, content_type, headers)
-    if start < 0:
-        start, last = max(0, size - last), -1
-    end = size if last < 0 else min(last + 1, size)
-    if start >= end:
+    if first:
+        part = range(size)[int(first) : int(last or size) + 1]
+    else:
+        part = range(size)[max(0, size - int(last)) :]
+    if not part:
         error = ApiError("bad_range", size=size)
         error.headers["Content-Range"] = f"bytes */{size}"
         raise error
-    headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
-    return Reply(data[start:end], 206, content_type, headers)
+    headers["Content-Range"] = f"bytes {part[0]}-{part[-1]}/{size}"
+    return Reply(data[part[0] : part[-1] + 1], 206, content_type, headers)
 
 
 # --- Files
@@ -8556,9 +8556,8 @@ def serve_bytes(
 MAX_STORED_BYTES = 256 * 2**20  # contents of all files together
 PARSED_BYTES = 2 * 2**20  # of a JSONL file: what is parsed line by line, the rest is counted
 
-CHECKED_PURPOSES = ("fine-tune", "batch-api", "eval")  # the ones whose data is validated
 PURPOSES = (
-    *CHECKED_PURPOSES, "calibration", "eval-sample", "eval-output", "eval-summary",
+    "fine-tune", "batch-api", "eval", "calibration", "eval-sample", "eval-output", "eval-summary",
     "batch-generated", *OPENAI_PURPOSES, "assistants", "assistants_output", "vision", "user_data",
     "evals",
 )  # fmt: skip
@@ -8594,7 +8593,9 @@ BATCH_LINE_FIELDS = Fields(
     Field("custom_id!", str, low=1, high=64), Field("body!", dict),
     Field("method", str, choices=("POST",)), "url",
 )  # fmt: skip
-LINES = {"fine-tune": DATASETS, "batch-api": {"": BATCH_LINE_FIELDS}, "eval": {"": NO_FIELDS}}
+LINES = {  # what is checked, by purpose
+    "fine-tune": DATASETS, "batch-api": {"": BATCH_LINE_FIELDS}, "eval": {"": NO_FIELDS}
+}  # fmt: skip
 FILE: Item = {
     "object": "file", "filename": "data.jsonl", "bytes": 0, "purpose": "fine-tune",
     "Processed": False, "LineCount": 0, "processing_status": "PENDING",
@@ -8628,30 +8629,33 @@ def check_line(line: bytes, formats: dict[str, Fields]) -> dict[str, Fields]:
 def validate_lines(data: bytes, purpose: str) -> Item:
     """Check the first `PARSED_BYTES` of a JSONL file; return the report."""
     count, size, formats = 0, 0, LINES[purpose]
+    wrong: Item = {"valid": False, "error": "The file has no lines."}
+    wrong["error_type"] = "INVALID_FORMAT"
     for number, line in read_lines(data):
         count, size = count + 1, size + len(line)
         try:
             formats = check_line(line, formats) if size <= PARSED_BYTES else formats
         except ApiError as error:
-            report = {"valid": False, "error": f"Line {number}: {error.message}"}
-            return {**report, "error_type": "INVALID_FORMAT", "line_number": number}
-    if not count:
-        return {"valid": False, "error": "The file has no lines.", "error_type": "INVALID_FORMAT"}
-    format = next(iter(formats)) if len(formats) == 1 else ""
-    return {"valid": True, "nlines": count, **({"dataset_format": format} if format else {})}
+            return {**wrong, "error": f"Line {number}: {error.message}", "line_number": number}
+    format = {"dataset_format": name for name in formats if name}
+    return {"valid": True, "nlines": count, **format} if count else wrong
 
 
 def describe_data(file: Item, data: bytes) -> Item:
-    """Return what is known of a file once its data is there."""
-    facts: Item = {"bytes": len(data), "Processed": True, "processing_status": "COMPLETED"}
-    if file["purpose"] not in CHECKED_PURPOSES:
-        return {**facts, "LineCount": data.count(b"\n")}
-    report: Item = {"valid": True}  # nobody looks into CSV and Parquet
-    if file["FileType"] == "jsonl":
-        report = validate_lines(data, file["purpose"])
-    facts["LineCount"] = report.get("nlines", 0)
-    facts["processing_status"] = report.get("error_type", "COMPLETED")
-    return {**facts, "validation_report": {"file_id": file["id"], **report}}
+    """Return what is known of a file once its data is there; nobody looks into CSV and Parquet."""
+    facts: Item = {"bytes": len(data), "Processed": True, "LineCount": data.count(b"\n")}
+    report: Item = {"valid": True}
+    if file["purpose"] in LINES:
+        if file["FileType"] == "jsonl":
+            report = validate_lines(data, file["purpose"])
+        facts["LineCount"] = report.get("nlines", 0)
+        facts["validation_report"] = {"file_id": file["id"], **report}
+    return {**facts, "processing_status": report.get("error_type", "COMPLETED")}
+
+
+def put_data(server: Server, id: str, data: bytes) -> Item:
+    server._keep(id, data)
+    return server.files.update(id, **describe_data(server.files.get(id), data))
 
 
 def file_object(server: Server, item: Item) -> Item:
@@ -8705,19 +8709,21 @@ def create_file(server: Server, request: Request) -> Any:
     return Reply(b"", 302, headers={"Location": place, "X-Together-File-Id": file["id"]})
 
 
+def name_upload(id: str) -> str:
+    return id.replace("file", "upload", 1)
+
+
 @route("POST", "/v1/files/multipart/initiate", body=INITIATE_FIELDS)
 def initiate_upload(server: Server, request: Request) -> Any:
     """Announce a large file that comes in parts."""
     server._check_room(request.body["file_size"])
     request.body.pop("file", None)  # none of it is there yet
-    announced = create_file(server, request).headers
-    id, upload_id = announced["X-Together-File-Id"], server._next_id("upload-")
-    server.uploads[upload_id] = id
+    place, id = create_file(server, request).headers.values()
     parts = [
-        {"PartNumber": number, "URL": f"{announced['Location']}/{number}", "Headers": {}}
+        {"PartNumber": number, "URL": f"{place}/{number}", "Headers": {}}
         for number in range(1, request.body["num_parts"] + 1)
     ]
-    return {"upload_id": upload_id, "file_id": id, "parts": parts}
+    return {"upload_id": name_upload(id), "file_id": id, "parts": parts}
 
 
 def admit_upload(server: Server, params: dict[str, str]) -> None:
@@ -8728,19 +8734,17 @@ def admit_upload(server: Server, params: dict[str, str]) -> None:
 @route("PUT", "/__upload/{id}/{part}", open=True, max_bytes=STORAGE_LIMIT, admit=admit_upload)
 def put_file(server: Server, request: Request) -> Any:
     """Take the data of an announced file, or one part of it; it needs no key."""
-    id, part = request.params["id"], request.params.get("part")
-    file = server.files.get(id)
-    status = file["processing_status"]
+    id, part = request.params["id"], request.params.get("part", "0")
+    status = server.files.get(id)["processing_status"]
     if status != "PENDING" and server.contents.get(id) != request.raw:  # the same again is fine
         reason = "its data cannot change any more"
         raise ApiError("bad_state", noun="File", id=id, status=status, reason=reason)
-    if part is None:
-        server._keep(id, request.raw)
-        server.files.update(id, **describe_data(file, request.raw))
-    elif part in map(str, range(1, MAX_PARTS + 1)):
-        server._keep(f"{id}/{part.zfill(3)}", request.raw)
-    else:
+    if part not in map(str, range(MAX_PARTS + 1)):
         raise ApiError("no_object", param="part", noun="Part", id=part)
+    if part == "0":
+        put_data(server, id, request.raw)
+    else:
+        server._keep(f"{id}/{part.zfill(3)}", request.raw)
     return Reply(headers={"ETag": f'"{len(request.raw):x}-{zlib.crc32(request.raw):08x}"'})
 
 
@@ -8749,21 +8753,15 @@ def put_file(server: Server, request: Request) -> Any:
 def end_upload(server: Server, request: Request) -> Any:
     """Join the parts of a large file, or forget it."""
     upload_id, id = request.body["upload_id"], request.body["file_id"]
-    if server.uploads.get(upload_id) != id:
+    if id not in server.files or id in server.contents or upload_id != name_upload(id):
         raise ApiError("no_object", param="upload_id", noun="Upload", id=upload_id)
     if request.route.path.endswith("abort"):
         server.files.remove(id)
-        answer: Item = {"success": True}
-    else:
-        names = sorted(name for name in list(server.contents) if name.startswith(f"{id}/"))
-        given = sorted(f"{id}/{part['part_number']:03}" for part in request.body["parts"])
-        if given != names:
-            raise ApiError("invalid", param="parts", reason="must be the parts that were put")
-        data = b"".join([server.contents.pop(name) for name in names])
-        server._keep(id, data)
-        answer = {"file": server.files.update(id, **describe_data(server.files.get(id), data))}
-    server.uploads.pop(upload_id, None)
-    return answer
+        return {"success": True}
+    names = sorted(name for name in list(server.contents) if name.startswith(f"{id}/"))
+    if names != sorted(f"{id}/{part['part_number']:03}" for part in request.body["parts"]):
+        raise ApiError("invalid", param="parts", reason="must be the parts that were put")
+    return {"file": put_data(server, id, b"".join(map(server.contents.pop, names)))}
 
 
 @route("GET", "/v1/files/{id}/content")
@@ -13933,7 +13931,6 @@ class TogetherAiServer(Scripting, Shared):
             self.jobs = Collection("Job", key="job_id")
             self.adapters: dict[str, list[str]] = BoundedDict(MAX_OBJECTS)
             self.contents: dict[str, bytes] = {}  # by file id; parts by "file id/number"
-            self.uploads: dict[str, str] = BoundedDict(MAX_OBJECTS)
             self.outcomes: dict[str, str] = BoundedDict(MAX_OBJECTS)
             self.job_tests: dict[str, str] = BoundedDict(MAX_OBJECTS)  # whose each job is
             self._counts: dict[str, int] = {}
