@@ -8495,7 +8495,7 @@ class Jobs:
         job = server._store(self.collection, item)
         id = job[getattr(server, self.collection).key]
         server.outcomes[id] = (request.script or {}).get("status", "")
-        server.job_tests[id] = request.headers.get("x-test-id", "")
+        server.job_tests[id] = pick_given(request.headers, ["x-test-id"])
         return self.advance(server, id) if server.instant_jobs else job
 
     def get(self, server: Server, request: Request) -> Any:
@@ -8637,8 +8637,8 @@ def validate_lines(data: bytes, purpose: str) -> Item:
             formats = check_line(line, formats) if size <= PARSED_BYTES else formats
         except ApiError as error:
             return {**wrong, "error": f"Line {number}: {error.message}", "line_number": number}
-    format = {"dataset_format": name for name in formats if name}
-    return {"valid": True, "nlines": count, **format} if count else wrong
+    report = {"valid": True, "nlines": count, "dataset_format": next(iter(formats)) or None}
+    return pick_given(report, report) if count else wrong
 
 
 def describe_data(file: Item, data: bytes) -> Item:
@@ -8651,6 +8651,12 @@ def describe_data(file: Item, data: bytes) -> Item:
         facts["LineCount"] = report.get("nlines", 0)
         facts["validation_report"] = {"file_id": file["id"], **report}
     return {**facts, "processing_status": report.get("error_type", "COMPLETED")}
+
+
+def store_lines(server: Server, name: str, purpose: str, lines: bytes) -> str:
+    item = {"filename": name, "purpose": purpose, "content": lines}
+    id: str = server._store("files", item)["id"]
+    return id
 
 
 def put_data(server: Server, id: str, data: bytes) -> Item:
@@ -8807,35 +8813,34 @@ def batch_object(server: Server, item: Item) -> Item:
 
 
 def run_line(
-    server: Server, job: Item, line: bytes, number: int, seen: dict[str, int]
+    server: Server, job: Item, line: bytes, number: int, seen: set[str]
 ) -> tuple[Any, Reply]:
     """Answer a line of a batch; return its custom_id, too, which is noted in `seen`."""
-    id = None
+    row: Item = {}
     try:
         row = parse_line(line)
-        id = row.get("custom_id")
         BATCH_LINE_FIELDS.check(row)
-        if seen.setdefault(row["custom_id"], number) != number:
+        if row["custom_id"] in seen:
             raise ApiError("invalid", param="custom_id", reason="must differ from earlier ones")
+        seen.add(row["custom_id"])
         if row["body"].get("stream"):
             raise ApiError("invalid", param="body.stream", reason="must be false in a batch")
     except ApiError as error:
         error.message = f"Line {number}: {error.message}"
-        return id, error.as_reply()
+        return row.get("custom_id"), error.as_reply()
     headers = {"authorization": f"Bearer {DEFAULT_KEY}", "content-type": "application/json"}
-    if server.job_tests.get(job["id"]):
-        headers["x-test-id"] = server.job_tests[job["id"]]
+    headers.update(server.job_tests.get(job["id"], {}))
     request = Request("POST", job["endpoint"], ENCODE(row["body"]).encode(), headers=headers)
     request.batch = job["id"]
     reply = server.answer(request)
     reply.body = reply.read()
-    return id, reply
+    return row["custom_id"], reply
 
 
 def run_batch(server: Server, job: Item, data: bytes) -> Item:
     """Answer every line of a batch and store what came of them."""
     results: dict[str, list[bytes]] = {"output": [], "error": []}
-    seen: dict[str, int] = {}
+    seen: set[str] = set()
     source, size = HashRandom.of("batch", job["id"]), 0
     for number, line in read_lines(data):
         if server.stopping.is_set():
@@ -8848,19 +8853,19 @@ def run_batch(server: Server, job: Item, data: bytes) -> Item:
         if reply.status == 200 and said is not None:  # a fault may have cut it
             row["response"] = {"status_code": 200, "body": said}
         else:
-            kind, reason = "error", f"The request failed with status {reply.status}."
-            message = get_path(said, "error", "message") or reason
-            code = get_path(said, "error", "code") or get_path(said, "error", "type")
-            row["error"] = {"message": message, "code": code}
+            kind, error = "error", get_path(said, "error")
+            reason = f"The request failed with status {reply.status}."
+            code = get_path(error, "code") or get_path(error, "type")
+            row["error"] = {"message": get_path(error, "message") or reason, "code": code}
         results[kind].append(ENCODE(row).encode() + b"\n")
         size += len(results[kind][-1])
     changes: Item = {"progress": 100.0}
     try:
-        for kind, lines in results.items():
-            item = {"filename": f"{job['id']}_{kind}.jsonl", "purpose": "batch-generated"}
-            if lines:
-                file = server._store("files", {**item, "content": b"".join(lines)})
-                changes[f"{kind}_file_id"] = file["id"]
+        for kind in filter(results.get, results):
+            name = f"{job['id']}_{kind}.jsonl"
+            changes[f"{kind}_file_id"] = store_lines(
+                server, name, "batch-generated", b"".join(results[kind])
+            )
     except ApiError as error:
         changes.update(status="FAILED", error=error.message)
     return changes
@@ -9001,10 +9006,6 @@ FINE_TUNE: Item = {
     "wandb_url": "", "events": [],
     "progress": {"estimate_available": False, "seconds_remaining": 0},
 }  # fmt: skip
-EVENT: Item = {
-    "object": "fine-tune-event", "param_count": 0, "token_count": 0, "training_offset": 0,
-    "wandb_url": "", "checkpoint_path": "", "hash": "",
-}  # fmt: skip
 # What a job reports on entering a status: the status, a type and the documented message.
 FINE_TUNE_EVENTS = """\
 pending job_pending Fine tune request created
@@ -9044,16 +9045,18 @@ def list_new_events(job: Item, status: str) -> list[Item]:
     """Return what a job reports when it reaches a status; an epoch's end once for each."""
     artifact = "output" if job["training_type"]["type"] == "Full" else "adapter"
     steps, events = list_steps(job, job["n_epochs"]), []
-    common = {
-        **EVENT, "created_at": job["updated_at"], "level": "error" if status == "error" else "info",
-        "total_steps": steps[-1], "model_path": job["model_output_path"],
-    }  # fmt: skip
-    rows = [line.split(" ", 2) for line in FINE_TUNE_EVENTS.split("\n")]
-    for type, message in [row[1:] for row in rows if row[0] == status]:
+    for row in FINE_TUNE_EVENTS.split("\n"):
+        reached, type, message = row.split(" ", 2)
         last = steps[-1:] if status == "uploading" else [0]
-        for step in steps if type == "epoch_complete" else last:
-            told = message.format_map({**job, "step": step, "artifact": artifact})
-            events.append({**common, "type": type, "step": step, "message": told})
+        for step in (steps if type == "epoch_complete" else last) if reached == status else ():
+            events.append({
+                "object": "fine-tune-event", "param_count": 0, "token_count": 0,
+                "training_offset": 0, "wandb_url": "", "checkpoint_path": "", "hash": "",
+                "created_at": job["updated_at"], "level": "error" if status == "error" else "info",
+                "total_steps": steps[-1], "model_path": job["model_output_path"], "type": type,
+                "step": step,
+                "message": message.format_map({**job, "step": step, "artifact": artifact}),
+            })  # fmt: skip
     return events
 
 
@@ -9084,20 +9087,16 @@ def fine_tune_object(server: Server, item: Item) -> Item:
     now, file_id = format_time(server._now()), item.get("training_file") or ""
     file = server.files.get(file_id) if file_id in server.files else FILE
     job = complete(server, item, "ft-", created_at=now, updated_at=now, **FINE_TUNE)
-    words = [
-        job["model"].rpartition("/")[2],
-        job.get("suffix"),
-        HashRandom.of("fine-tune", job["id"]).hex(8),
-    ]
+    words = [job["model"].rpartition("/")[2], job.get("suffix") or ""]
+    words.append(HashRandom.of("fine-tune", job["id"]).hex(8))
     job["model_output_name"] = f"{USER}/{'-'.join(filter(None, words))}"
     job.update(TrainingFileNumLines=file["LineCount"], TrainingFileSize=file["bytes"])
-    job = merge(job, {**item, **complete_training(item), "events": []})
-    status, ladder = job["status"], JOBS["fine_tunes"].order
-    passed = ladder[: ladder.index(status) + 1] if status in ladder else ("pending", status)
-    for status in passed:
+    item = {**item, **complete_training(item), "events": None}
+    job = merge(job, item)
+    end, ladder = job["status"], JOBS["fine_tunes"].order
+    for status in ladder[: ladder.index(end) + 1] if end in ladder else ("pending", end):
         job.update(enter_fine_tune(server, job, status))
-    events = [merge({**EVENT, "type": ""}, event) for event in item.get("events") or ()]
-    return merge(job, {**item, "batch_size": job["batch_size"], "events": events or None})
+    return merge(job, item)
 
 
 FINE_TUNES = Jobs(
@@ -9160,15 +9159,13 @@ def list_checkpoints(server: Server, request: Request) -> Any:
     found = [("Intermediate", step) for step in steps]
     if job["status"] == "completed":
         full = job["training_type"]["type"] == "Full"
-        found += [
-            (name, last) for name in (["Final"] if full else ["Final Merged", "Final Adapter"])
-        ]
+        names = ["Final"] if full else ["Final Merged", "Final Adapter"]
+        found += [(name, last) for name in names]
     elif job["status"] != "uploading":
         found = []
-    place, made = f"s3://{USER}/{job['id']}", job["updated_at"]
     return {"data": [
-        {"step": step, "created_at": made, "checkpoint_type": name,
-         "path": f"{place}/{name.replace(' ', '-').lower()}-{step}"}
+        {"step": step, "created_at": job["updated_at"], "checkpoint_type": name,
+         "path": f"s3://{USER}/{job['id']}/{name.replace(' ', '-').lower()}-{step}"}
         for name, step in found
     ]}  # fmt: skip
 
@@ -9208,7 +9205,8 @@ def estimate_price(server: Server, request: Request) -> Any:
     return {
         "estimation_available": not reasons, "allowed_to_proceed": not reasons, "user_limit": 100.0,
         "estimated_total_price": round(sum(tokens.values()) * TRAIN_PRICE / 1e6, 6),
-        **{f"estimated_{use}_token_count": count for use, count in tokens.items()},
+        "estimated_train_token_count": tokens["train"],
+        "estimated_eval_token_count": tokens["eval"],
         **({"unavailable_reason": reasons[0]} if reasons else {}),
     }  # fmt: skip
 
@@ -9231,40 +9229,35 @@ def list_trainable(server: Server, request: Request) -> Any:
 @route("GET", "/v1/finetune/download", query=DOWNLOAD_FIELDS)
 def download_model(server: Server, request: Request) -> Any:
     """Return the archive of a trained model, or a range of it."""
+    import gzip
     import tarfile
 
-    args, tar = request.args, io.BytesIO()
+    args, packed = request.args, io.BytesIO()
     job = server.fine_tunes.get(args.get("ft_id") or "")
     if job["status"] != "completed":
-        reason = "its model can be downloaded when it is completed"
         facts = {"noun": "Fine-tune", "id": job["id"], "status": job["status"]}
-        raise ApiError("bad_state", **facts, reason=reason)
+        raise ApiError("bad_state", **facts, reason="its model is there when it is completed")
     steps = list_steps(job, job["n_checkpoints"])
     step = args.get("checkpoint_step") or steps[-1]
     if step not in steps:
         raise ApiError("no_object", param="checkpoint_step", noun="Checkpoint", id=step)
     weights = HashRandom.of("weights", [job["id"], step, args.get("checkpoint")]).randbytes(65536)
     config = ENCODE({"base_model": job["model"], "name": job["model_output_name"], "step": step})
-    files = {"config.json": config.encode(), "model.safetensors": weights}
-    with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, data in files.items():
+    with gzip.GzipFile("", "wb", 0, packed, 0) as out, tarfile.open(None, "w", out) as archive:
+        for name, data in (("config.json", config.encode()), ("model.safetensors", weights)):
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             archive.addfile(entry, io.BytesIO(data))
-    packer = zlib.compressobj(0, zlib.DEFLATED, 16 + zlib.MAX_WBITS)  # gzip
-    packed = bytearray(packer.compress(tar.getvalue()) + packer.flush())
-    packed[8:10] = b"\0\xff"  # no word of the level and the system: the same on all
-    return serve_bytes(request, bytes(packed), "application/x-tar")
+    return serve_bytes(request, packed.getvalue(), "application/x-tar")
 
 
 def tokenize_file(server: Server, id: str, count: int, on_inputs: bool) -> list[Item]:
     """Return the first examples of a file as tokens; -100 labels what is not learned."""
     examples: list[Item] = []
     for _, line in itertools.islice(read_lines(server.contents.get(id, b"")), count):
-        given = parse_line(line)
-        plain = [{"role": role, "content": given[name]} for name, role in PLAIN if name in given]
+        given, labels, spans = parse_line(line), [], []
         tokens: list[str] = []
-        labels, spans = [], []
+        plain = [{"role": role, "content": given[name]} for name, role in PLAIN if name in given]
         for message in given.get("messages") or plain:
             pieces, start = split_tokens(message_text(message) + "\n"), len(tokens)
             trained = on_inputs or message["role"] == "assistant"
@@ -13932,7 +13925,7 @@ class TogetherAiServer(Scripting, Shared):
             self.adapters: dict[str, list[str]] = BoundedDict(MAX_OBJECTS)
             self.contents: dict[str, bytes] = {}  # by file id; parts by "file id/number"
             self.outcomes: dict[str, str] = BoundedDict(MAX_OBJECTS)
-            self.job_tests: dict[str, str] = BoundedDict(MAX_OBJECTS)  # whose each job is
+            self.job_tests: dict[str, Item] = BoundedDict(MAX_OBJECTS)  # whose each job is
             self._counts: dict[str, int] = {}
 
     @property
