@@ -1083,7 +1083,7 @@ RESPONSES = read_pairs(r"""
 {"error": {"message": "no"}}
     error | every | {"status": 500, "error": {"message": "no"}}
 {"status": 429, "retryAfter": 3}
-    status | every | {"status": 429, "retry_after": 3}
+    error | every | {"status": 429, "retry_after": 3}
 {"embedding": [1, 2.5]}
     embedding | embedding | {"vectors": [[1, 2.5]]}
 {"embedding": [[1], [2]]}
@@ -1103,9 +1103,9 @@ RESPONSES = read_pairs(r"""
 {"scores": [0.5, -1]}
     rerank | rerank | {"scores": [0.5, -1]}
 {"json": null}
-    json | every | {"body": "null"}
+    body | every | {"body": "null"}
 {"json": {"a": 1}, "status": 201}
-    json | every | {"body": "{\"a\":1}", "status": 201}
+    body | every | {"body": "{\"a\":1}", "status": 201}
 """)
 # A file, and under it the whole sentence that refuses it.
 BAD_FILES = read_pairs(r"""
@@ -1480,9 +1480,9 @@ class FixtureTests(unittest.TestCase):
         self.assertEqual(
             fixtures.warnings,
             [
-                "a.json: ignored, for other providers only: fixtures[0].metadata,"
-                " fixtures[0].openRouterProcessing, fixtures[0].response.webSearches,"
-                " fixtures[0].response.provider, fixtures[1], fixtures[2],"
+                "a.json: ignored, for other providers only: fixtures[0].response.webSearches,"
+                " fixtures[0].response.provider, fixtures[0].metadata,"
+                " fixtures[0].openRouterProcessing, fixtures[1], fixtures[2],"
                 " fixtures[3].response.toolCalls"
             ],
         )
@@ -1589,7 +1589,7 @@ class KeywordTests(unittest.TestCase):
         fixture = self.build(image={"b64_json": "YWE="})
         self.assertEqual(fixture.response.normal, {"images": [{"b64_json": "YWE="}]})
         fixture = self.build(status=429, retry_after=1, times=2)
-        self.assertEqual(fixture.response.type.name, "status")
+        self.assertEqual(fixture.response.type.name, "error")
         fixture = self.build(disconnect_after_chunks=3)
         self.assertEqual((fixture.response.type.name, fixture.faulty), ("generated", True))
 
@@ -1685,10 +1685,10 @@ class ScriptTests(unittest.TestCase):
 
     def test_header_forms(self):
         for text, kind in (
-            ('{"status": 429}', "status"),
+            ('{"status": 429}', "error"),
             ('{"content": "x", "provider": "p", "latency": 1}', "text"),
             ('{"disconnectAfterMs": 5}', "generated"),
-            ('{"match": {}, "response": {"json": 1}}', "json"),
+            ('{"match": {}, "response": {"json": 1}}', "body"),
             ('{"response": {"content": "x"}, "latency": 1}', "text"),
         ):
             with self.subTest(text=text):

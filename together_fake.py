@@ -5089,9 +5089,11 @@ OPTIONS = Keys(
     ),
     ignored="openRouterProcessing metadata",
 )
+TYPES_BY_KEY: dict[str, ResponseType] = {}  # where keys tell of two types, the later is meant
+RESPONSE = Keys()  # the rows of all types
 ENTRY = Keys(
     Field("match!", dict, fields=MATCH),
-    Field("response", dict),
+    Field("response", dict, fields=RESPONSE),
     *OPTIONS.values(),
     ignored="openRouterProcessing metadata",
 )
@@ -5131,7 +5133,7 @@ ENVELOPE = Keys(
     ignored="metadata",
 )
 RAW = Keys("text", Field("b64Json", str, test=BASE64), "contentType")
-HEADERS = Field("headers", dict, each=Field("", str))
+OWN_STATUS = Field("status", int, low=200, high=4999)
 
 
 def to_snake(name: str) -> str:
@@ -5181,9 +5183,6 @@ def normalise_body(said: Item) -> Item:
     return {**reply, "body": data, "content_type": raw["contentType"]}
 
 
-RESPONSE_TYPES: list[ResponseType] = []  # where keys tell of two types, the later one is meant
-
-
 class ResponseType:
     """One thing that a fixture may say; `@route(response=...)` names the one of an operation.
 
@@ -5201,22 +5200,28 @@ class ResponseType:
         everywhere: bool = False,
     ) -> None:
         self.name, self.fields, self.normalise = name, fields, normalise
-        self.told_by = (name,) if told_by is None else told_by
         self.everywhere = everywhere
-        RESPONSE_TYPES.append(self)
+        RESPONSE.update(fields)
+        RESPONSE.ignored |= fields.ignored
+        TYPES_BY_KEY.update(dict.fromkeys((name,) if told_by is None else told_by, self))
 
     def fits(self, kind: str) -> bool:
         return self.everywhere or (kind in OPERATIONS and OPERATIONS[kind].response is self)
 
 
-WAIT = [*number_rows("retryAfter", 0, MAX_MS), Field("retryAfterDate", bool)]
-OWN_STATUS = Field("status", int, low=200, high=999)
-# The usual answer.
-GENERATED = ResponseType("generated", Keys(), told_by=(), everywhere=True)
-STATUS = ResponseType(
-    "status",
-    Keys(Field("status", int, low=400, high=4999), *WAIT),
+GENERATED = ResponseType("generated", Keys(), told_by=(), everywhere=True)  # the usual answer
+ERROR = ResponseType(
+    "error",
+    Keys(
+        Field("error", dict, fields=ENVELOPE),
+        "id",
+        *number_rows("retryAfter", 0, MAX_MS),
+        Field("retryAfterDate", bool),
+        OWN_STATUS,
+        ignored="fallthrough",
+    ),
     normalise_error,
+    told_by=("status",),
     everywhere=True,
 )
 TEXT = ResponseType(
@@ -5233,44 +5238,24 @@ TEXT = ResponseType(
     normalise_message,
     told_by=("content", "toolCalls", "blocks"),
 )
-RAW_BODY = ResponseType(
-    "raw",
-    Keys(Field("raw", dict, fields=RAW), OWN_STATUS, HEADERS),
-    normalise_body,
-    everywhere=True,
-)
-JSON_BODY = ResponseType(
-    "json",
-    Keys(Field("json", *JSON_KINDS), OWN_STATUS, HEADERS, ignored="billableUnits"),
-    normalise_body,
-    everywhere=True,
-)
-ERROR = ResponseType(  # aimock's recorder writes status 200 where it did not understand an answer
-    "error",
+BODY = ResponseType(
+    "body",
     Keys(
-        Field("error", dict, fields=ENVELOPE),
-        "id",
-        Field("status", int, low=200, high=4999),
-        *WAIT,
-        ignored="fallthrough",
+        Field("json", *JSON_KINDS),
+        Field("raw", dict, fields=RAW),
+        Field("headers", dict, each=Field("", str)),
+        OWN_STATUS,
+        ignored="billableUnits",
     ),
-    normalise_error,
+    normalise_body,
+    told_by=("json", "raw"),
     everywhere=True,
 )
+TYPES_BY_KEY["error"] = ERROR  # whatever else there is
 
 
 def find_response_type(keys: Iterable[str]) -> ResponseType | None:
-    given = set(keys)
-    types = (type for type in reversed(RESPONSE_TYPES) if not given.isdisjoint(type.told_by))
-    return next(types, None)
-
-
-@functools.cache
-def list_response_rows() -> Fields:
-    """Return the rows of all responses and options; what several have, as a text has it."""
-    tables = [*(type.fields for type in RESPONSE_TYPES), TEXT.fields, OPTIONS]
-    foreign = " ".join(" ".join(table.ignored) for table in tables)
-    return Keys(*itertools.chain(*(table.values() for table in tables)), ignored=foreign)
+    return next((TYPES_BY_KEY[key] for key in reversed(TYPES_BY_KEY) if key in keys), None)
 
 
 def suggest_operation(name: str) -> str:
@@ -5314,29 +5299,33 @@ def clean(value: Any, row: Field, place: str, ignored: list[str]) -> Any:
     return copy
 
 
-def check_clean(value: Any, fields: Fields, place: str, ignored: list[str] | None = None) -> Any:
+def check_clean(value: Any, fields: Fields, place: str, ignored: list[str]) -> Any:
     """Return a clean copy; raise ValueError naming the first place that is wrong."""
     row = Field("", dict, fields=fields)
     try:
-        return row.check(clean(value, row, place, [] if ignored is None else ignored))
+        return row.check(clean(value, row, place, ignored))
     except ApiError as error:
         reason = error.facts.get("reason") or "is missing"
         raise ValueError(f"{place}{error.param}: {reason}") from None
 
 
-def check_response(response: Item, place: str) -> None:
+def check_response(type: ResponseType, response: Item, place: str) -> None:
     """Refuse a response that says nothing, or in which keys do not go together."""
+    for key in sorted(response.keys() - type.fields.keys()):
+        raise ValueError(f"{place}.{key}: does not go with a response of type {type.name}")
     empty = next((key for key in response if response[key] in ([], {}) and key != "json"), None)
     images = [response["image"]] if "image" in response else response.get("images", [])
     if empty or not all("url" in image or "b64Json" in image for image in images):
         raise ValueError(f"{place}.{empty or 'image'}: says nothing")
-    if len({type(item) is list for item in response.get("embedding", ())}) > 1:
+    if len({isinstance(item, list) for item in response.get("embedding", ())}) > 1:
         raise ValueError(f"{place}.embedding: must be numbers, or a list of numbers each")
     for name, count in response.get("usage", {}).items():
         if name.endswith("_tokens") and isinstance(count, dict):
             raise ValueError(f"{place}.usage.{name}: must be a number, not {preview(count)}")
-    status = response.get("status", 200)
-    if status > 999 and not is_close_code(status):
+    status = response.get("status", 400)
+    if status < 400 and type is ERROR and "error" not in response:
+        raise ValueError(f"{place}.status: must be at least 400, not {status}")
+    if status > 999 and not (type is ERROR and is_close_code(status)):
         raise ValueError(f"{place}.status: {status} is neither a status nor the code of a close")
     for index, block in enumerate(response.get("blocks", ())):
         for key in ("text",) if block["type"] == "text" else ("name", "arguments"):
@@ -5344,29 +5333,27 @@ def check_response(response: Item, place: str) -> None:
                 raise ValueError(f"{place}.blocks[{index}].{key}: is missing")
 
 
-def parse_response(
-    given: Any, place: str, ignored: list[str] | None = None
-) -> tuple[ResponseType, Any]:
-    """Tell a response's type by its keys, and return it clean."""
-    said = check_clean(given, list_response_rows(), place, ignored)
-    type = find_response_type(said)
+def tell_type(response: Item, place: str, ignored: list[str]) -> ResponseType:
+    """Return a clean response's type; take out of it what that ignores."""
+    type = find_response_type(response)
     if type is None:
-        keys = ", ".join(key for each in RESPONSE_TYPES for key in each.told_by)
+        keys = ", ".join(TYPES_BY_KEY)
         raise ValueError(f"{place}: has none of the keys that say what to answer: {keys}")
-    for key in sorted(said.keys() - type.fields.keys() - type.fields.ignored):
-        raise ValueError(f"{place}.{key}: does not go with a response of type {type.name}")
-    response = check_clean(said, type.fields, place, ignored)
-    check_response(response, place)
-    return type, response
+    for key in [key for key in response if key in type.fields.ignored]:
+        del response[key]
+        ignored.append(f"{place}.{key}")
+    check_response(type, response, place)
+    return type
 
 
 def parse_entry(
     given: Any, place: str, ignored: list[str] | None = None
 ) -> tuple[ResponseType, Item]:
     """Return the type of a fixture's response, and its entry, checked and clean."""
+    ignored = [] if ignored is None else ignored
     entry, type = check_clean(given, ENTRY, place, ignored), GENERATED
     if "response" in entry:
-        type, entry["response"] = parse_response(given["response"], place + ".response", ignored)
+        type = tell_type(entry["response"], place + ".response", ignored)
     elif entry.keys() == {"match"} and not ("response" in given or "endpoint" in entry["match"]):
         raise ValueError(f"{place}: needs a response, or an option such as latency")
     name = entry["match"].get("endpoint", " ")
@@ -5491,7 +5478,7 @@ class Response:
         self.is_model = False
         self._quotes = type is TEXT and "{{" in ENCODE(said)
         self.normal: Item = type.normalise(said)
-        self.is_error = type in (ERROR, STATUS)
+        self.is_error = type is ERROR
         self.closes = self.is_error and self.normal["status"] > 999
 
     def fits(self, kind: str) -> bool:
@@ -5525,7 +5512,7 @@ class Response:
 def is_whole(response: Response, options: Mapping[str, Any]) -> bool:
     """Tell whether a response is the reply of any operation; a late error is not."""
     late = not options.keys().isdisjoint(("errorAfterChunks", *STRIKE_PLACES))
-    return response.type in (JSON_BODY, RAW_BODY) or (response.is_error and not late)
+    return response.type is BODY or (response.is_error and not late)
 
 
 # What sorts fixtures: a header's, limited ones, steps (a reply(), a POST; the last first), files.
@@ -5631,7 +5618,7 @@ def parse_models(rows: Mapping[str, Any]) -> dict[str, Model]:
     """Return the models that a script adds or changes, by their ids."""
     models = {}
     for id, row in rows.items():
-        told = snake_keys(check_clean(row, OWN_MODEL, f"models[{id!r}]"))
+        told = snake_keys(check_clean(row, OWN_MODEL, f"models[{id!r}]", []))
         traits = ["known", *told["traits"]] if "traits" in told else []
         price = told.pop("price", {})
         prices = [price.get(key, 0) for key in ("input", "output", "cachedInput")]
@@ -5647,7 +5634,7 @@ def list_entries(data: Any) -> list[Any]:
         if data.keys() & {"match", "response"}:
             return [data]
         data = {**data, "fixtures": []} if "models" in data else data
-    return list(check_clean(data, FIXTURE_FILE, "file")["fixtures"])
+    return list(check_clean(data, FIXTURE_FILE, "file", [])["fixtures"])
 
 
 class Loaded(list):  # type: ignore[type-arg]
@@ -5770,7 +5757,8 @@ def parse_header(text: str) -> Fixture:
     try:
         entry = json.loads(text)
         if not isinstance(entry, dict) or entry.keys().isdisjoint(("match", "response")):
-            entry = check_clean(entry, list_response_rows(), at)
+            known = (*RESPONSE.values(), *OPTIONS.values())
+            entry = check_clean(entry, Keys(*known, ignored=" ".join(RESPONSE.ignored)), at, [])
             said = {key: entry.pop(key) for key in [*entry] if key not in OPTIONS}
             entry.update({"response": said} if said else {})
         checked = parse_entry({"match": {}, **entry}, at)
@@ -5803,7 +5791,8 @@ def answer_with(fixture: Fixture, facts: MatchFacts) -> Response:
         given = run_code(fixture.source, fixture.answers, facts.request)
     value = as_json(given)
     said = value if says_response(value) else {"content": value}
-    response = Response(*run_code(fixture.source, parse_response, said, "the answer"))
+    type, entry = run_code(fixture.source, parse_entry, {"match": {}, "response": said}, "answer")
+    response = Response(type, entry["response"])
     response.is_model = value is not given
     return response
 
@@ -6180,7 +6169,7 @@ def scripted_close(status: int, **said: Any) -> Closed:
 
 def whole_reply(response: Response, options: Mapping[str, Any], request: Request) -> Reply:
     """Return the reply that a fixture tells whole: a body, or an error."""
-    if response.type in (JSON_BODY, RAW_BODY):
+    if response.type is BODY:
         reply = Reply(**response.normal)
         if reply.content_type.startswith(EVENT_STREAM):  # whose events are its chunks
             reply.events = (event for event in split_events(reply.body))
@@ -13246,7 +13235,7 @@ def explain_mismatch(fixture: Fixture, call: Call) -> str:
     return f"{call!r}: {miss['reason']}".replace("\n", "\n    ")
 
 
-KEYWORD_ROWS = (("response", list_response_rows()), ("", OPTIONS), ("match", MATCH))
+KEYWORD_ROWS = (("response", RESPONSE), ("", OPTIONS), ("match", MATCH))
 # keyword: (part of the entry, key); a match's `model` goes before a response's
 KEYWORDS = {to_snake(key): (part, key) for part, rows in KEYWORD_ROWS for key in rows}
 KEYWORDS.update(response_model=("response", "model"), response_headers=("response", "headers"))
