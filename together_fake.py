@@ -4885,15 +4885,15 @@ VOLATILE = {
 class Normaliser:
     """Takes out of requests and fixtures what is not compared.
 
-    patterns    what stands in the place of their matches
-    change      returns of a request's body what is compared
-    only_equal  texts must be equal then, not only hold what is wanted
+    given     patterns, or a function that returns of a request's body what is compared
+    is_loose  what is volatile is as good as another; texts must be equal then
     """
 
-    def __init__(
-        self, patterns: Mapping[Any, str], change: Any = None, only_equal: bool = False
-    ) -> None:
-        self.change, self.only_equal = change, only_equal
+    def __init__(self, given: Any = (), more: Iterable[str] = (), is_loose: bool = False) -> None:
+        self.change, self.is_loose = given if callable(given) else None, is_loose
+        own = [given] if isinstance(given, (str, re.Pattern)) else () if self.change else given
+        patterns = {**dict.fromkeys([*own, *more], ""), **(VOLATILE if is_loose else {})}
+        self.is_idle = not (patterns or self.change)
         try:
             self.patterns = [(re.compile(pattern), patterns[pattern]) for pattern in patterns]
         except (re.error, TypeError) as error:
@@ -4909,7 +4909,7 @@ class Normaliser:
         return value
 
 
-COMPARES_ALL = Normaliser({})
+COMPARES_ALL = Normaliser()
 
 
 def contains_json(got: Any, wanted: Any) -> bool:
@@ -4930,9 +4930,9 @@ def holds_key(key: str, wanted: Any, facts: MatchFacts) -> bool:
     """Tell whether a request has what a fixture wants under one match key."""
     if key == "not":
         return not all(holds_key(inner, wanted[inner], facts) for inner in wanted)
-    if facts.normaliser is not COMPARES_ALL:
+    if not facts.normaliser.is_idle:
         wanted = facts.normaliser(wanted)
-        if facts.normaliser.only_equal and key in TEXT_KEYS and isinstance(wanted, str):
+        if facts.normaliser.is_loose and key in TEXT_KEYS and isinstance(wanted, str):
             return bool(facts[key] == wanted)
     if key == "headers":
         sent = facts[key]
@@ -4968,7 +4968,7 @@ class MatchFacts(dict):  # type: ignore[type-arg]
 
     def __init__(self, kind: str, request: Request, normaliser: Normaliser = COMPARES_ALL) -> None:
         body, headers = request.body, request.headers
-        if normaliser is not COMPARES_ALL:
+        if not normaliser.is_idle:
             body = normaliser(normaliser.change(copy_json(body)) if normaliser.change else body)
         known = OPERATIONS.get(kind)
         asked = body.get(known.prompt or known.input) if known is not None else None
@@ -5443,27 +5443,29 @@ class SharedIterator:
     """An iterator whose answers each test has in turn, asked when one is needed."""
 
     def __init__(self, iterator: Iterator[Any], source: str) -> None:
-        self.source = source
+        self.iterator, self.source = iterator, source
         self._lock = threading.Lock()  # of this iterator alone: its code may take its time
-        (self._first,) = itertools.tee(iterator, 1)
-        self._rests: dict[str, Iterator[Any]] = BoundedDict(MAX_TESTS)  # by test
-        self.ended: dict[str, bool] = BoundedDict(MAX_TESTS)  # the tests for which it has
+        self._answers: list[Any] = []  # and this iterator itself where they have ended
+        self._places: dict[str, int] = BoundedDict(MAX_TESTS)  # of each test's next one
+
+    def has_ended(self, test: str) -> bool:
+        place = self._places.get(test, 0)
+        return any(each is self for each in self._answers[place : place + 1])
 
     def take(self, test: str) -> Any:
         """Return a test's next answer; raise StopIteration where there is none."""
         with self._lock:
-            if test not in self._rests:
-                self._rests[test] = itertools.tee(self._first, 2)[1]
-            answer = run_code(self.source, next, self._rests[test], self)
-            if answer is self:
-                self.ended[test] = True
+            place = self._places.get(test, 0)
+            if place == len(self._answers):
+                self._answers.append(run_code(self.source, next, self.iterator, self))
+            if self._answers[place] is self:
                 raise StopIteration
-            return answer
+            self._places[test] = place + 1
+            return self._answers[place]
 
-    def give_back(self, test: str, answer: Any) -> None:
+    def give_back(self, test: str) -> None:
         with self._lock:
-            self._rests[test] = itertools.chain([answer], self._rests[test])
-            self.ended.pop(test, None)
+            self._places[test] -= 1
 
 
 class Response:
@@ -5544,7 +5546,7 @@ class Fixture:
         """Build it; raise ValueError naming, in `place`, the pattern that cannot be matched."""
         self.entry, self.source, self.when = entry, source, when
         self.counts: dict[str, int] = BoundedDict(MAX_TESTS)  # how often it was served, by test
-        self.group_counts: dict[str, int] = self.counts  # of all fixtures of its sequence
+        self.sequel: list[Fixture] = []  # all fixtures of its sequence
         self.spell = to_snake if place.endswith("()") else str  # as its author writes keys
         self.response = Response(type, entry.get("response", {}))
         self.options = {key: entry[key] for key in OPTIONS if key in entry}
@@ -5579,6 +5581,20 @@ class Fixture:
             return "when", "its function says no"
         return None
 
+    def find_use(self, test: str) -> Obstacle | None:
+        """Return the reason in what was served before."""
+        served = self.counts.get(test, 0)
+        if self.sequence is not None:
+            count = sum(each.counts.get(test, 0) for each in self.sequel)
+            if count != self.sequence:
+                wanted = f"{count}, wanted {self.sequence}"
+                return "match.sequenceIndex", f"{self.spell('sequenceIndex')} is {wanted}"
+        if self.times is not None and served >= self.times:
+            return "times", f"it is used up: served {served} of {self.times}"
+        if isinstance(self.answers, SharedIterator) and self.answers.has_ended(test):
+            return "answers", f"it is used up: its iterator ended after {served}"
+        return None
+
     @property
     def calls(self) -> list[Call]:
         """The recorded calls that it answered."""
@@ -5600,8 +5616,6 @@ class Fixture:
 
     def count(self, test: str, change: int) -> None:
         self.counts[test] = self.counts.get(test, 0) + change
-        if self.group_counts is not self.counts:
-            self.group_counts[test] = self.group_counts.get(test, 0) + change
 
     def __repr__(self) -> str:
         return f"<Fixture {self.source}: {self.response.type.name}, served {self.served} times>"
@@ -5797,18 +5811,20 @@ def answer_with(fixture: Fixture, facts: MatchFacts) -> Response:
     return response
 
 
-def select_turn(fixtures: list[Fixture], turn: int) -> Fixture | None:
+def choose(fixtures: list[Fixture], turn: int) -> Fixture | None:
     """Choose among fixtures that all match, by the number of assistant messages so far.
 
-    The latest turn that was reached wins, except at its exact turn against an earlier fixture
-    without one; a turn that lies ahead is the last resort.
+    Of the first rank the latest turn that was reached wins, except at its exact turn against an
+    earlier fixture without one; a turn that lies ahead is the last resort.
     """
-    plain = next((each for each in fixtures if each.turn is None), None)
-    reached = [each for each in fixtures if each.turn is not None and each.turn <= turn]
-    best = max(reached, key=lambda each: each.turn or 0, default=None)
-    if plain and best and best.turn == turn and fixtures.index(plain) < fixtures.index(best):
-        return plain
-    return best or plain or min(fixtures, key=lambda each: each.turn or 0, default=None)
+    exact = {each.rank for each in fixtures if each.turn == turn}
+
+    def prefer(each: Fixture) -> tuple[bool, float, float]:
+        if each.turn is None:
+            return False, each.rank, 0 if each.rank in exact else math.inf
+        return each.turn > turn, each.rank, abs(each.turn - turn)
+
+    return min(fixtures, key=prefer, default=None)
 
 
 def show_difference(wanted: Any, got: Any) -> str:
@@ -5847,11 +5863,23 @@ def explain_key(fixture: Fixture, key: str, facts: MatchFacts, with_diff: bool) 
     return f"{name} {preview(got)} does not contain {preview(wanted)}{hint}"
 
 
+SHADOWED = ("shadowed", "")
+
+
 def explain_miss(
-    fixture: Fixture, obstacle: Obstacle | None, facts: MatchFacts, with_diff: bool = True
+    fixture: Fixture,
+    obstacle: Obstacle | None,
+    facts: MatchFacts,
+    served: Fixture | None,
+    with_diff: bool = True,
 ) -> Item:
     """Return why a fixture did not answer: what differs, and that in a sentence."""
     differs, reason = obstacle or fixture.find_obstacle(facts) or ("", "it matches")
+    if obstacle == SHADOWED and fixture.turn not in (None, facts["turnIndex"]):
+        differs = "match.turnIndex"
+    elif obstacle == SHADOWED and served is not None:
+        later = ", added later," if served.number > fixture.number >= 0 else ""
+        reason = f"it matched, but {served.source}{later} was served"
     if not reason and differs == "response":
         kinds = ", ".join(filter(fixture.response.fits, OPERATIONS))
         reason = f"it answers {kinds}, and this is {facts.kind or 'another operation'}"
@@ -5859,10 +5887,12 @@ def explain_miss(
     return {"fixture": fixture.source, "differs": differs, "reason": reason}
 
 
-def explain_misses(misses: Sequence[Any], facts: MatchFacts) -> list[Item]:
+def explain_misses(
+    misses: Sequence[Any], facts: MatchFacts, served: Fixture | None = None
+) -> list[Item]:
     ranked = sorted(misses, key=lambda miss: -miss[0].count_holding(facts))
     return [
-        explain_miss(fixture, obstacle, facts, index < MAX_DIFFS)
+        explain_miss(fixture, obstacle, facts, served, index < MAX_DIFFS)
         for index, (fixture, obstacle) in enumerate(ranked)
     ]
 
@@ -5870,7 +5900,7 @@ def explain_misses(misses: Sequence[Any], facts: MatchFacts) -> list[Item]:
 class Fixtures(Shared):
     """The fixtures of one server: which is served next, counted under one lock.
 
-    They are asked by rank; of those of one rank that match, `select_turn` takes one.
+    They are asked by rank; `choose` takes one of those that match.
     """
 
     def __init__(
@@ -5886,8 +5916,9 @@ class Fixtures(Shared):
         self.list_calls = list_calls
         self._slow = False  # one of them asks a pattern or a function
         self.is_copy = False  # in a child process, whose requests another one answers
-        self.files = Loaded()
-        self.normaliser = self.make_normaliser()
+        self._added: list[Fixture] = []
+        self._rows: list[tuple[str, str, Fixture]] | None = None
+        self.replace_files(Loaded())
         self.watched: Sequence[str] = ()
         self._seen: list[tuple[str, int, int]] = []
         self.reset()
@@ -5898,45 +5929,28 @@ class Fixtures(Shared):
 
     @property
     def slow(self) -> bool:
-        if self._order is None:
-            self._list_order()
+        self._list_rows()
         return self._slow
 
     @property
     def empty(self) -> bool:
         return not (self._added or self.files)
 
-    def reset(self) -> None:
-        """Remove what was added at run time, and count again from zero."""
+    def reset(self, test: str | None = None) -> None:
+        """Remove what was added at run time, and count again from zero; or a test's alone."""
         with self._lock:
-            self._added: list[Fixture] = []
-            self._order: list[Fixture] | None = None
-            self._numbers = itertools.count()
-            self._sequences: dict[Any, dict[str, int]] = {}  # how often each was served, by test
-            self.draws = itertools.count(1)
-            self.forget()
-
-    def forget(self, test: str | None = None) -> None:
-        with self._lock:
+            mine = [each for each in self.every if test in (None, each.match.get("testId"))]
             for each in self.every:
-                for counts in (each.counts, each.group_counts):
-                    counts.clear() if test is None else counts.pop(test, None)
-
-    def remove_run_time(self) -> None:
-        with self._lock:
-            for fixture in self._added:
-                fixture.group_counts.clear()
-            self.remove(*self._added)
-
-    def remove_test(self, test: str) -> None:
-        with self._lock:
-            self.forget(test)
-            self.remove(*[each for each in self.every if each.match.get("testId") == test])
+                each.counts.clear() if test is None else each.counts.pop(test, None)
+            self.remove(*mine)
+            if test is None:
+                self._numbers, self.draws = itertools.count(), itertools.count(1)
 
     def remove(self, *fixtures: Fixture) -> None:
+        """Remove fixtures that were added at run time; those of files stay."""
         gone = set(fixtures)
         with self._lock:
-            self._added, self._order = [each for each in self._added if each not in gone], None
+            self._added, self._rows = [each for each in self._added if each not in gone], None
 
     def add(self, fixtures: Sequence[Fixture]) -> None:
         """Add fixtures in one step; raise ValueError where there are too many."""
@@ -5949,8 +5963,8 @@ class Fixtures(Shared):
                 fixture.rank = LIMITED if fixture in limited else -fixtures[0].number
                 if fixture.source == "run time":
                     fixture.source = f"run time[{fixture.number}]"
-                self._adopt(fixture)
-            self._added, self._order = [*self._added, *fixtures], None
+                fixture.owner = self
+            self._added, self._rows = [*self._added, *fixtures], None
 
     def load(self, path: str) -> Loaded:
         loaded = load_fixtures(path)
@@ -5961,27 +5975,11 @@ class Fixtures(Shared):
     def replace_files(self, fixtures: Loaded) -> None:
         """Serve these fixtures in the place of those that files had."""
         with self._lock:
-            self.files, self._order = fixtures, None
-            self.normaliser = self.make_normaliser()
-            for fixture in self.files:
-                fixture.rank = LAST
-                self._adopt(fixture)
-
-    def _adopt(self, fixture: Fixture) -> None:
-        fixture.owner = self
-        fixture.relaxed = fixture.relaxed and not self.exact_turns
-        if fixture.sequence is not None:
-            own: dict[str, int] = BoundedDict(MAX_TESTS)
-            fixture.group_counts = self._sequences.setdefault(fixture.group, own)
-
-    def make_normaliser(self, volatile: bool = False) -> Normaliser:
-        """Return what takes out of texts what is not compared."""
-        change = self.normalise if callable(self.normalise) else None
-        single = isinstance(self.normalise, (str, re.Pattern))
-        given = () if change else [self.normalise] if single else self.normalise
-        patterns = dict.fromkeys([*given, *self.files.normalise], "")
-        patterns.update(VOLATILE if volatile else {})
-        return Normaliser(patterns, change, volatile) if patterns or change else COMPARES_ALL
+            self.files, self._rows = fixtures, None
+            self.normaliser = Normaliser(self.normalise, fixtures.normalise)
+            self.loose = Normaliser(self.normalise, fixtures.normalise, is_loose=True)
+            for fixture in fixtures:
+                fixture.owner, fixture.rank = self, LAST
 
     def watch(self, paths: Sequence[str]) -> None:
         self.watched = paths
@@ -6005,34 +6003,41 @@ class Fixtures(Shared):
 
     # Which one is served
 
-    def _list_order(self) -> list[Fixture]:
+    def _list_rows(self) -> list[tuple[str, str, Fixture]]:
+        """Return the fixtures in the order in which they are asked, each behind its needle."""
         with self._lock:
-            if self._order is None:
-                self._order = sorted(self.every, key=lambda each: each.rank)
+            if self._rows is None:
+                sequences: dict[Any, list[Fixture]] = {}
+                order = sorted(self.every, key=lambda each: each.rank)
+                for each in order:
+                    each.relaxed = each.relaxed and not self.exact_turns
+                    each.sequel = sequences.setdefault(each.group, [])
+                    each.sequel += [each] if each.sequence is not None else []
+                self._rows = [(each.needle_key, each.needle, each) for each in order]
                 self._slow = any(
-                    each.when or each.answers or '"pattern"' in each.group[0]
-                    for each in self._order
+                    each.when or each.answers or '"pattern"' in each.group[0] for each in order
                 )
-            return self._order
+            return self._rows
 
-    def find(self, facts: MatchFacts) -> tuple[Fixture | None, str, list[Any]]:
-        """Return the fixture that answers, counted as served; a warning; and the other ones."""
-        order = self._list_order()
-        own = facts.request.headers.get("x-parlel-fixture")
-        if facts.normaliser.only_equal:  # as recordings are compared, which are in files
-            order = self.files
+    def find(self, facts: MatchFacts) -> tuple[Fixture | None, list[Any]]:
+        """Return the fixture that answers, counted as served; and why the others do not."""
+        rows, own = self._list_rows(), facts.request.headers.get("x-parlel-fixture")
+        if facts.normaliser.is_loose:  # as recordings are compared, which are in files
+            rows = [row for row in rows if row[2].rank == LAST]
         elif own:
-            order = [parse_header(own), *order]
+            rows = [("", "", parse_header(own)), *rows]
         texts = {key: t if type(t := facts[key]) in (str, tuple) else "" for key in TEXT_KEYS}
         texts[""] = ""
-        is_plain = facts.normaliser is COMPARES_ALL
-        likely = [f for f in order if f.needle in texts[f.needle_key]] if is_plain else order
+        likely = [each for key, needle, each in rows if needle in texts[key]]
+        if not facts.normaliser.is_idle:
+            likely = [row[2] for row in rows]
         # Patterns and functions may take their time: they are asked without the lock.
         found = {each: each.find_obstacle(facts) for each in likely}
         while True:
             with self._lock:
-                reasons = {each: found[each] or self._find_use(each, facts.test) for each in found}
-                chosen = self._choose(likely, reasons, facts["turnIndex"])
+                reasons = {each: found[each] or each.find_use(facts.test) for each in found}
+                matching = [each for each in found if reasons[each] is None]
+                chosen = choose(matching, facts["turnIndex"])
                 if chosen is not None:
                     chosen.count(facts.test, 1)
             if chosen is None or not isinstance(chosen.answers, SharedIterator):
@@ -6043,52 +6048,19 @@ class Fixtures(Shared):
             except StopIteration:  # it has ended; another one may answer
                 with self._lock:
                     chosen.count(facts.test, -1)
-        turn, misses = facts["turnIndex"], []
-        others = (each for each in order if each not in found)  # why is told when asked
-        for each in itertools.islice(itertools.chain(found, others), MAX_NEAR_MISSES + 1):
-            reason = reasons.get(each)
-            if chosen is not None and reason is None and each in found:
-                later = ", added later," if chosen.number > each.number >= 0 else ""
-                shadow = "shadowed", f"it matched, but {chosen.source}{later} was served"
-                reason = shadow if each.turn in (None, turn) else ("match.turnIndex", "")
-            misses.append((each, reason))
-        misses = [miss for miss in misses if miss[0] is not chosen][:MAX_NEAR_MISSES]
-        if chosen is None or chosen.turn in (None, turn):
-            return chosen, "", misses
-        place = f"for turn {chosen.turn}, and this is turn {turn}"
-        return chosen, f"{chosen.source} is {place}", misses
-
-    def _find_use(self, fixture: Fixture, test: str) -> Obstacle | None:
-        """Return the reason in what was served before."""
-        count = fixture.group_counts.get(test, 0)
-        if fixture.sequence not in (None, count):
-            name = fixture.spell("sequenceIndex")
-            return "match.sequenceIndex", f"{name} is {count}, wanted {fixture.sequence}"
-        served = fixture.counts.get(test, 0)
-        if fixture.times is not None and served >= fixture.times:
-            return "times", f"it is used up: served {served} of {fixture.times}"
-        if isinstance(fixture.answers, SharedIterator) and test in fixture.answers.ended:
-            return "answers", f"it is used up: its iterator ended after {served}"
-        return None
-
-    def _choose(
-        self, likely: list[Fixture], reasons: dict[Fixture, Obstacle | None], turn: int
-    ) -> Fixture | None:
-        """Return the fixture that answers, of the first rank that has one at its turn."""
-        matching = [each for each in likely if reasons[each] is None]
-        last_resort = None
-        for _, group in itertools.groupby(matching, key=lambda each: each.rank):
-            chosen = select_turn(list(group), turn)
-            if chosen is not None and (chosen.turn or 0) <= turn:
-                return chosen
-            last_resort = last_resort or chosen
-        return last_resort
+        others = (each for _, _, each in rows if each not in found)  # why is told when asked
+        misses = (
+            (each, (reasons[each] or SHADOWED) if each in found else None)
+            for each in itertools.chain(found, others)
+            if each is not chosen
+        )
+        return chosen, list(itertools.islice(misses, MAX_NEAR_MISSES))
 
     def give_back(self, fixture: Fixture, facts: MatchFacts) -> None:
         with self._lock:
             fixture.count(facts.test, -1)
         if isinstance(fixture.answers, SharedIterator):
-            fixture.answers.give_back(facts.test, facts.answer)
+            fixture.answers.give_back(facts.test)
 
     def miss_error(self, request: Request, misses: list[Item]) -> ApiError:
         reasons = [f" {miss['fixture']}: {miss['reason']}." for miss in misses]
@@ -11810,7 +11782,7 @@ def list_fixtures(server: Server, request: Request) -> Any:
 @route("DELETE", "/__parlel/fixtures", open=True)
 def remove_fixtures(server: Server, request: Request) -> Any:
     """Remove the fixtures that were added at run time; those of files stay."""
-    server.script.remove_run_time()
+    server.script.remove(*server.script.every)
     return {"ok": True}
 
 
@@ -13231,7 +13203,8 @@ def list_facts(call: Call) -> MatchFacts:
 
 
 def explain_mismatch(fixture: Fixture, call: Call) -> str:
-    miss = explain_miss(fixture, dict(call.misses).get(fixture), list_facts(call))
+    why = dict(call.misses).get(fixture)
+    miss = explain_miss(fixture, why, list_facts(call), call.answered_by)
     return f"{call!r}: {miss['reason']}".replace("\n", "\n    ")
 
 
@@ -13895,10 +13868,9 @@ class TogetherAiServer(Scripting, Shared):
             self._calls = deque(call for call in self._calls if test not in (None, call.test))
             self._recorded_bytes = sum(call.kept for call in self._calls)
             self.epoch += 1
+            self.script.reset(test)
             if test is not None:
-                self.script.remove_test(test)
                 return
-            self.script.reset()
             self.models = {**MODELS, **self.script.files.models, **self._own_models}
             # Keys of the calls, which nothing that is written of them shall hold.
             self.secrets: dict[str, None] = BoundedDict(MAX_OBJECTS)
@@ -14247,16 +14219,19 @@ class TogetherAiServer(Scripting, Shared):
     def _follow_script(self, route: Route, request: Request, call: Call) -> Reply:
         """Answer by the fixture that matches, if there is one."""
         facts = MatchFacts(route.kind, request, self.script.normaliser)
-        fixture, warning, call.misses = self.script.find(facts)
+        fixture, call.misses = self.script.find(facts)
+        call.explain_misses = lambda: explain_misses(call.misses, list_facts(call), fixture)
         if fixture is None and self.script.files:
-            facts = MatchFacts(route.kind, request, self.script.make_normaliser(True))
-            fixture, warning, _ = self.script.find(facts)
-            warning = warning or f"{fixture and fixture.source} has another date, time or uuid"
-        call.explain_misses = lambda: explain_misses(call.misses, list_facts(call))
+            facts = MatchFacts(route.kind, request, self.script.loose)
+            fixture, _ = self.script.find(facts)
         if fixture is None:
             return self._handle(route, request, call)
-        if warning:
-            call.warnings += (warning,)
+        turn = facts["turnIndex"]
+        if fixture.turn not in (None, turn):
+            place = f"for turn {fixture.turn}, and this is turn {turn}"
+            call.warnings += (f"{fixture.source} is {place}",)
+        elif facts.normaliser.is_loose:
+            call.warnings += (f"{fixture.source} has another date, time or uuid",)
         call.answered_by, call.fixture = fixture, fixture.source
         request.chunk_sizes = fixture.chunk_sizes
         response = answer_with(fixture, facts)
