@@ -439,7 +439,7 @@ class MultipartTests(FakeCase):
     def test_large_bodies_leave_the_record_alone(self):
         self.chat()
         body = b"." * (fake.MAX_RECORDED_BODY_BYTES + 1)
-        with mock.patch.object(fake, "MAX_RECORD_BYTES", 1000):
+        with mock.patch.object(fake, "MAX_RECORD_BYTES", 9000):
             self.ask("PUT", "/nowhere", body)
         self.assertEqual(len(self.server.requests), 2)
         self.assertIsNone(self.server.requests[-1].body)
@@ -6369,6 +6369,17 @@ class RecordTests(FakeCase):
         self.assertTrue(2 * sizes[0] < sum(sizes) <= 1000, sizes)
         self.assertEqual(last.number, 50)
 
+    def test_the_record_is_bounded_where_calls_end_after_all_have_come(self):
+        self.server = TogetherAiServer(port=0)
+        asked = [Request("POST", "/x", {"a": number}) for number in range(50)]
+        for request in asked:
+            self.server._begin(request)
+        with mock.patch.object(fake, "MAX_RECORD_BYTES", 1000):
+            for request in asked:
+                self.server.answer(request)
+        self.assertLess(len(self.server.requests), 20)
+        self.assertEqual(self.server.requests[-1].number, 50)
+
     def test_near_misses_among_many_fixtures(self):
         for number in range(fake.MAX_NEAR_MISSES + 5):
             self.server.reply("x", user_message=f"never {number}")
@@ -8338,6 +8349,64 @@ class WorkTests(FakeCase):
             self.assertEqual(client.recv(15), b"HTTP/1.1 200 OK")
         self.assertEqual(sorted(order[:3]), ["/h0", "/h1", "/h2"])
         self.assertEqual(len(order), 12)
+
+    def test_workers_draw_long_streams_and_end_one_before_another_begins(self):
+        """Else the loop is busy for as long, and all wholes lie in memory at once."""
+        case, order = SocketCase(), []
+        self.addCleanup(case.doCleanups)
+
+        def events(path):
+            for _ in range(3):
+                order.append((path, threading.current_thread() is case.server.threads[0]))
+                yield bytes(fake.MAX_GATHERED_BYTES)
+
+        def reply(request):
+            order.append((request.path, "asked"))
+            while not order[1:] and len(case.server.waiting[fake.HEAVY]) < 2:
+                threading.Event().wait(0.001)
+            return stream(events(request.path))
+
+        with mock.patch.dict(fake.MAX_WORKERS, {fake.HEAVY: 1}):
+            case.serve(reply)
+            case.app._begin = lambda request: fake.HEAVY
+            clients = [case.connect() for _ in range(3)]
+            for number, client in enumerate(clients):
+                client.sendall(get(f"/{number} ").replace(b"  HTTP/1.1", b" HTTP/1.0"))
+            for client in clients:
+                self.assertGreater(len(receive_all(client)), 3 * fake.MAX_GATHERED_BYTES)
+        begun = [path for path, by in order if by == "asked"]
+        self.assertEqual(order[:2], [(begun[0], "asked"), (begun[0], True)])
+        drawn = [at for at, row in enumerate(order) if row == (begun[0], False)]
+        self.assertEqual(len(drawn), 2)
+        self.assertLess(drawn[0], order.index((begun[2], "asked")))
+
+    def test_threads_take_short_turns_while_workers_are_busy(self):
+        """A loop that waits 5 ms at each system call beside heavy work answers nobody soon."""
+        case, leave = SocketCase(), threading.Event()
+        self.addCleanup(case.doCleanups)
+        self.addCleanup(sys.setswitchinterval, sys.getswitchinterval())
+        while fake.BUSY:  # of a test before
+            threading.Event().wait(0.001)
+        sys.setswitchinterval(0.004)
+        case.serve(lambda request: leave.wait(PATIENCE) and fake.Reply(b"{}"))
+        clients = [case.connect(), case.connect()]
+        for client in clients:
+            self.assertAlmostEqual(sys.getswitchinterval(), 0.004)
+            client.sendall(get("/slow"))
+            while sys.getswitchinterval() > fake.TURN_SECONDS * 1.1:
+                threading.Event().wait(0.001)
+            leave.set()
+            client.recv(100)
+            while fake.BUSY:
+                threading.Event().wait(0.001)
+            leave.clear()
+        self.assertAlmostEqual(sys.getswitchinterval(), 0.004)
+        client.sendall(get("/slow"))
+        while not fake.BUSY:
+            threading.Event().wait(0.001)
+        case.server.stop()
+        self.assertAlmostEqual(sys.getswitchinterval(), 0.004)
+        leave.set()
 
     def test_heavy_requests_take_turns_behind_what_waits(self):
         """A test's function may sleep, so that each request has a thread; who computes, waits."""

@@ -12141,10 +12141,12 @@ CROWDED_SECONDS = 1.0  # to ask, send on or read, where all places are taken and
 MAX_HELD = 8  # replies that are sent at once
 MAX_IDLE_WORKERS = 16
 LOOK_SECONDS = 0.25  # between two looks at who is slow or has left
+TURN_SECONDS = 0.0005  # of a thread while workers are busy, so that the loop waits less for its
 MAX_UNREAD_BYTES = 4 * 2**20  # of a handler
 STOP_SECONDS = 0.25  # for workers to end what they do; a test's function may sleep for longer
 
 QUICK, HEAVY, WAITING = "quick", "heavy", "waiting"  # who answers, see `HttpServer`
+BEGUN = "begun"  # heavy, and before what is: it fills memory until it is sent
 MAX_WORKERS = {HEAVY: 2, WAITING: 10**6}  # at once
 # What a connection waits for beside those of HTTP; behind OVER nothing follows.
 ROOM, OVER, END, SOCKET = "room", "over", "end", "socket"
@@ -12248,11 +12250,12 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def send_events(self, reply: Any, pieces: Iterator[Any]) -> Generator[Any, Any, None]:
         """Send the pieces of a stream, which pauses where it says so."""
         draw = functools.partial(next, pieces, None)
+        kind = WAITING if reply.waits else QUICK
         is_drawn = False  # by a worker: closing it meanwhile ends Python 3.12 with a fault
         try:
             while True:
-                is_drawn = reply.waits
-                piece = (yield WAITING, draw) if reply.waits else draw()
+                is_drawn = kind is not QUICK
+                piece = (yield kind, draw) if is_drawn else draw()
                 is_drawn = False
                 if piece is None:
                     return
@@ -12262,6 +12265,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
                     self.unsent += piece
                     if len(self.unsent) >= MAX_GATHERED_BYTES:
                         yield ROOM
+                        kind = WAITING if reply.waits else BEGUN
         finally:
             if not is_drawn:  # else the worker lets go of it
                 reply.events.close()
@@ -12407,6 +12411,9 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.unsent, self.has_ended = b"", True
 
 
+BUSY: set[Any] = set()  # servers whose workers are
+
+
 class HttpServer(http.server.ThreadingHTTPServer):
     """Serves `app` at an address, from construction (`OSError`: it is taken) to `stop()`.
 
@@ -12426,6 +12433,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     request_queue_size = 1024  # connections that wait to be accepted
     allow_reuse_address = os.name == "posix"  # on Windows it would let two servers share the port
+    usual_turn = sys.getswitchinterval()
 
     def __init__(self, address: tuple[str, int], app: Any, ssl_context: Any = None) -> None:
         """Bind to (host, port)."""
@@ -12446,9 +12454,10 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.timer_numbers = itertools.count()
         self.soon: deque[Callable[[], None]] = deque()  # what workers want to be called
         self.threads: list[threading.Thread] = []
-        self.tasks: Item = {kind: queue.SimpleQueue() for kind in MAX_WORKERS}
+        self.waiting: Item = {kind: deque() for kind in MAX_WORKERS}  # tasks that wait for a worker
+        self.tasks: Item = {kind: queue.SimpleQueue() for kind in MAX_WORKERS}  # that have one
         self.workers = dict.fromkeys(MAX_WORKERS, 0)
-        self.idle = dict.fromkeys(MAX_WORKERS, 0)  # of them; below 0: tasks that wait for one
+        self.idle = dict.fromkeys(MAX_WORKERS, 0)  # of them
         self.accepting = False
         super().__init__(address, Connection)
         # For all clients:
@@ -12508,6 +12517,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
         while self.timers and self.timers[0][0] <= self.now:
             heapq.heappop(self.timers)[2]()
         self.send_held()
+        if not self.stopping.is_set():
+            self.give_tasks()
 
     def send_held(self) -> None:
         """Send the replies held back; who has more to be sent comes again in the next round."""
@@ -12590,16 +12601,34 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def run(self, kind: str, work: Callable[[], Any], take: Callable[..., None]) -> None:
         """Have a worker do something; the loop is then given its result and its error."""
-        self.tasks[kind].put((work, take))
-        self.idle[kind] -= 1
-        if self.idle[kind] < 0 and self.workers[kind] < MAX_WORKERS[kind]:
-            try:
-                self.start_thread(self.work, kind)
-                self.workers[kind] += 1
-                self.idle[kind] += 1
-            except (RuntimeError, MemoryError):  # the next worker that is free takes it
-                if not self.workers[kind]:
-                    self.do(kind, *self.tasks[kind].get())
+        if kind is BEGUN:
+            self.waiting[HEAVY].appendleft((work, take))
+        else:
+            self.waiting[kind].append((work, take))
+
+    def give_tasks(self) -> None:
+        """Give workers what waits for one: last in a round, which may go on with a stream."""
+        for kind, waiting in self.waiting.items():
+            while waiting and (self.idle[kind] or self.start_worker(kind)):
+                self.idle[kind] -= 1
+                self.tasks[kind].put(waiting.popleft())
+        self.shorten_turns()
+
+    def start_worker(self, kind: str) -> bool:
+        """Start one more; tell whether there may be and is."""
+        if self.workers[kind] >= MAX_WORKERS[kind]:
+            return False
+        try:
+            self.start_thread(self.work, kind)
+        except (RuntimeError, MemoryError):  # there are too many
+            if self.workers[kind]:
+                return False
+            self.idle[kind] -= 1
+            self.do(kind, *self.waiting[kind].popleft())
+            return False
+        self.workers[kind] += 1
+        self.idle[kind] += 1
+        return True
 
     def start_thread(self, target: Callable[..., None], *args: Any) -> None:
         thread = threading.Thread(target=target, args=args, name="together-fake", daemon=True)
@@ -12636,6 +12665,16 @@ class HttpServer(http.server.ThreadingHTTPServer):
             self.tasks[kind].put(None)
         take(*came)
 
+    def shorten_turns(self) -> None:
+        """Have threads take turns more often, in the whole process, while workers are busy."""
+        before = bool(BUSY)
+        (BUSY.discard if self.idle == self.workers else BUSY.add)(self)
+        if BUSY and not before:
+            HttpServer.usual_turn = sys.getswitchinterval()
+            sys.setswitchinterval(min(TURN_SECONDS, HttpServer.usual_turn))
+        elif before and not BUSY:
+            sys.setswitchinterval(HttpServer.usual_turn)
+
     # The end
 
     def stop(self) -> None:
@@ -12644,13 +12683,15 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.call_soon(lambda: None)
         if not self.threads:
             self.close_sockets()
-        threads, end = self.threads[:], time.monotonic() + STOP_SECONDS
+        elif self.threads[0] is not threading.current_thread():  # the loop, which starts others
+            self.threads[0].join()
+        end = time.monotonic() + STOP_SECONDS
         for tasks in self.tasks.values():
-            for _ in threads:
+            for _ in self.threads:
                 tasks.put(None)
-        for index, thread in enumerate(threads):
+        for thread in self.threads[1:]:
             if thread is not threading.current_thread():
-                thread.join(max(0, end - time.monotonic()) if index else None)
+                thread.join(max(0, end - time.monotonic()))
 
     def close_sockets(self) -> None:
         """Close what this process has open: in a child, the connections of its parent go on."""
@@ -12658,6 +12699,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
             used.close()
         for connection in list(self.clients):
             connection.socket.close()
+        self.idle.update(self.workers)
+        self.shorten_turns()
 
 
 # === Upstream ===
@@ -14089,13 +14132,16 @@ class TogetherAiServer(Scripting, Shared):
             for key in request.headers.secrets:
                 self.secrets[key] = None
             self._recorded_bytes += call.kept
-            while len(self._calls) > self.record_limit or (
-                self._recorded_bytes > MAX_RECORD_BYTES and len(self._calls) > 1
-            ):
-                gone = self._calls.popleft()
-                self._recorded_bytes -= gone.kept
-                gone.revision = 0
+            self._shorten_record()
         return call
+
+    def _shorten_record(self) -> None:
+        while len(self._calls) > self.record_limit or (
+            self._recorded_bytes > MAX_RECORD_BYTES and len(self._calls) > 1
+        ):
+            gone = self._calls.popleft()
+            self._recorded_bytes -= gone.kept
+            gone.revision = 0
 
     def _end_call(self, call: Call, outcome: str) -> None:
         call.excused = call.excused or self.stopping.is_set()
@@ -14109,6 +14155,7 @@ class TogetherAiServer(Scripting, Shared):
                 size = len(call._raw) + call.reply_size + len(call.sound)
                 self._recorded_bytes += size - call.kept
                 call.kept = size
+                self._shorten_record()
         if self._logger is not None and not call.batch and self._logged.qsize() < MAX_LOG_LINES:
             self._logged.put(call)
 
