@@ -98,7 +98,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from email.utils import formatdate, parsedate_to_datetime
 from urllib.parse import parse_qsl, quote, unquote, urljoin
 
@@ -821,13 +821,9 @@ DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=read_floa
 
 def measure_depth(value: Any) -> int:
     """Count how deep arrays and objects nest."""
-    depth = -1
-    level: list[Any] = [[value]]
-    while level:
-        depth += 1
-        inner = [item for each in level for item in (each.values() if type(each) is dict else each)]
-        level = [item for item in inner if type(item) in (list, dict)]
-    return depth
+    items = value.values() if type(value) is dict else value
+    inner = [measure_depth(item) for item in items if type(item) in (dict, list)]
+    return 1 + max(inner, default=0)
 
 
 def parse_json(raw: bytes) -> Any:
@@ -2439,46 +2435,36 @@ class SchemaReader:
     """
 
     def __init__(self, document: Any, budget: Budget) -> None:
+        self.document = document
         self.budget = budget
         self.spend = budget.spend
-        self._patterns: dict[str, Pattern] = {}
-        self._matches: dict[tuple[str, str], bool] = {}  # whether a pattern is in a text
-        self._bases: dict[int, str] = {}  # the URIs that references start from, by id() of parts
-        self._named: Item = {"#": document}  # parts by URI
-        self._resolved: Item = {}  # what a $ref has named, by URI
-        if isinstance(document, dict):
-            base = str(document.get("id", "")).partition("#")[0]  # which draft 4 has
-            self._named[f"{base}#"] = document
-            self._list_parts(document, base)
+        self.pattern = functools.cache(lambda source: Pattern(source, budget))
+        self.matches = functools.cache(lambda source, text: self.pattern(source).is_in(text))
+        self.resolve = functools.cache(self._find)
         self.root = self.read(document, "#")
-
-    def pattern(self, source: str) -> Pattern:
-        if source not in self._patterns:
-            self._patterns[source] = Pattern(source, self.budget)
-        return self._patterns[source]
-
-    def matches(self, source: str, text: str) -> bool:
-        if (source, text) not in self._matches:
-            self._matches[source, text] = self.pattern(source).is_in(text)
-        return self._matches[source, text]
 
     def is_late(self) -> bool:
         """Tell whether so much work is done that only what must be there is made."""
         return self.budget.steps < MAX_STEPS - MANY_STEPS
 
-    def _list_parts(self, part: Any, base: str) -> None:
-        """Note which parts have a name, and the URIs that references in parts start from."""
-        self.spend(len(part) // 16)
-        if type(part) is dict:
-            for keyword, mark in (("$id", ""), ("$anchor", "#"), ("$dynamicAnchor", "#")):
-                if isinstance(part.get(keyword), str):
-                    uri = join_uri(base, mark + part[keyword])
-                    self._named[uri] = part
-                    base = uri.partition("#")[0]
-            self._bases[id(part)] = base
-        for inner in part.values() if type(part) is dict else part:
-            if type(inner) in (dict, list):
-                self._list_parts(inner, base)
+    @functools.cached_property
+    def _names(self) -> tuple[Item, dict[int, str]]:
+        """The parts by URI, and the URIs that references in a part start from, by its id()."""
+        base = str(self.document.get("id", "")).partition("#")[0]  # which draft 4 has
+        named, bases = {"#": self.document, f"{base}#": self.document}, {}
+        todo = [(self.document, base)]
+        for part, base in todo:  # grows on the way
+            self.spend(len(part) // 16)
+            if type(part) is dict:
+                for keyword, mark in (("$id", ""), ("$anchor", "#"), ("$dynamicAnchor", "#")):
+                    if isinstance(part.get(keyword), str):
+                        uri = join_uri(base, mark + part[keyword])
+                        named[uri] = part
+                        base = uri.partition("#")[0]
+                bases[id(part)] = base
+            inside = part.values() if type(part) is dict else part
+            todo += [(inner, base) for inner in inside if type(inner) in (dict, list)]
+        return named, bases
 
     def read(self, schema: Any, place: str) -> Any:
         """Return the schema as it is used, or raise `Unsatisfiable` where it is malformed."""
@@ -2502,7 +2488,7 @@ class SchemaReader:
             if shape in ("schema", "schemas", "map", "items", "needs"):
                 argument = self._read_inner(argument, shape, f"{place}/{keyword}")
             elif name == "$ref":
-                argument = unquote(join_uri(self._bases[id(schema)], argument))
+                argument = unquote(join_uri(self._names[1][id(schema)], argument))
             read[name] = argument
         return rewrite(read)
 
@@ -2519,23 +2505,20 @@ class SchemaReader:
             read[name] = self.read(part, f"{place}/{name}")
         return read
 
-    def resolve(self, uri: str) -> Any:
+    def _find(self, uri: str) -> Any:
         """Return the read schema that a reference names, in this document."""
         if META_SCHEMA.fullmatch(uri):
             return {"enum": [{}]}  # the simplest schema
-        if uri not in self._resolved:
-            start, _, pointer = uri.partition("#")
-            try:
-                part = self._named.get(uri)
-                if part is None:
-                    part = self._named[f"{start}#"]
-                    for key in pointer.split("/")[1:]:
-                        name = key.replace("~1", "/").replace("~0", "~")
-                        part = part[int(key) if isinstance(part, list) else name]
-                self._resolved[uri] = self.read(part, uri)
-            except (LookupError, ValueError, TypeError):
-                raise Unsatisfiable(f"$ref {uri[:200]!r}: names nothing in this schema") from None
-        return self._resolved[uri]
+        start, _, pointer = uri.partition("#")
+        named = self._names[0]
+        try:
+            part = named[uri] if uri in named else named[f"{start}#"]
+            for key in () if uri in named else pointer.split("/")[1:]:
+                name = key.replace("~1", "/").replace("~0", "~")
+                part = part[int(key) if isinstance(part, list) else name]
+            return self.read(part, uri)
+        except (LookupError, ValueError, TypeError):
+            raise Unsatisfiable(f"$ref {uri[:200]!r}: names nothing in this schema") from None
 
     def accepts(self, schema: Any, value: Any) -> bool:
         """Tell whether the value is valid; `format` is not tested, as in most validators."""
@@ -2627,14 +2610,13 @@ class SchemaReader:
 COMBINING = {"$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas"}  # add parts
 # What a made value does not meet by the way it is made, and is therefore tested for.
 TESTED = {"oneOf", "not", "contains", "if", "unevaluatedItems", "unevaluatedProperties"}
-NAMING = {"enum", "examples", "default"}  # keywords with values
 MAPS = ("additionalProperties", "patternProperties", "unevaluatedProperties")
 
 
 class ValueMaker:
     """One place of an instance: makes its value, which meets all of `schemas`, and those inside."""
 
-    keywords: dict[str, list[Any]]  # the arguments that the schemas give to each
+    arguments: dict[str, list[Any]]  # what the schemas give to each keyword
     attempt = 0  # how many values were made that did not pass
     depth = 6  # levels that are left before only what must be there is made
     minimal = False  # only that is made
@@ -2647,13 +2629,10 @@ class ValueMaker:
         self.rng = rng
         self.schemas = schemas
 
-    def arguments(self, keyword: str) -> list[Any]:
-        return self.keywords.get(keyword, [])
-
     def count_range(self, what: str, limit: int) -> tuple[int, int]:
         """Return the least and the most of what a value has, at most `limit`."""
-        low = int(max(self.arguments("min" + what), default=0))
-        high = int(min([limit, *self.arguments("max" + what)]))
+        low = int(max(self.arguments["min" + what], default=0))
+        high = int(min([limit, *self.arguments["max" + what]]))
         if low > high:
             raise self.refusal(f"min{what} {low} is above {high}")
         return low, high
@@ -2662,7 +2641,8 @@ class ValueMaker:
         return Unsatisfiable(f"{self.path}: {reason}")
 
     def no_value(self, kind: str) -> Unsatisfiable:
-        return self.refusal(f"no {kind} was found that meets {', '.join(self.keywords)}")
+        keywords = ", ".join(filter(self.arguments.get, self.arguments))
+        return self.refusal(f"no {kind} was found that meets {keywords}")
 
     def make_inside(self, key: str | int, schemas: list[Any], name: str) -> Any:
         inner = ValueMaker(self.reader, self.rng.child(key, self.attempt), schemas)
@@ -2712,8 +2692,12 @@ class ValueMaker:
         if not choices:
             yield schemas
             return
-        minimal = self.minimal or not refs.isdisjoint(self.trail)
-        for way in self._in_order(choices[0], minimal):
+        drawn, last = choices[0]
+        start = self.rng.randbelow(len(drawn)) if drawn else 0
+        order: Any = [{"type": ("null",)}].__eq__  # null last; the simplest first when deep
+        if self.minimal or not refs.isdisjoint(self.trail):
+            order = self._count_refs
+        for way in sorted(drawn[start:] + drawn[:start], key=order) + last:
             yield from self._ways(way, schemas, choices[1:])
 
     def _list_choices(self, schema: Any) -> Iterator[tuple[list[Any], list[Any]]]:
@@ -2738,13 +2722,6 @@ class ValueMaker:
         if "not" in schema:
             yield [], self.reader.negate(schema["not"])
 
-    def _in_order(self, choice: tuple[list[Any], list[Any]], minimal: bool) -> list[Any]:
-        """Return ways as they are tried: drawn, null last; the simplest first when deep."""
-        drawn, last = choice
-        start = self.rng.randbelow(len(drawn)) if drawn else 0
-        order: Any = self._count_refs if minimal else [{"type": ("null",)}].__eq__
-        return sorted(drawn[start:] + drawn[:start], key=order) + last
-
     def _count_refs(self, way: list[Any]) -> int:
         """Return how often schemas, or those that they name, refer to others."""
         refs = [schema["$ref"] for schema in way if isinstance(schema, dict) and "$ref" in schema]
@@ -2755,23 +2732,23 @@ class ValueMaker:
     def _fill(self, schemas: list[Any]) -> Any:
         """Return a value that meets the schemas: one that they name, else one made."""
         self.schemas = schemas
-        self.keywords = {}
+        self.arguments = defaultdict(list)
         for schema in schemas:
             for keyword, argument in schema.items():
-                self.keywords.setdefault(keyword, []).append(argument)
-        for value in self._list_known_values() if not NAMING.isdisjoint(self.keywords) else ():
+                self.arguments[keyword].append(argument)
+        is_tested = not TESTED.isdisjoint(self.arguments)
+        for value in self._list_known_values():
             if self.reader.accepts_all(schemas, value):
                 return value
-        kinds = [] if "enum" in self.keywords else list_types(schemas)
+        kinds = [] if self.arguments["enum"] else list_types(schemas)
         if len(kinds) > 1:
             kinds.sort(key=(("array", "object") if self.minimal else ("null",)).__contains__)
-        tested = [] if TESTED.isdisjoint(self.keywords) else schemas
         problem = None
         for kind in kinds:
             try:
-                for self.attempt in range(TRIES if tested else 1):
+                for self.attempt in range(TRIES if is_tested else 1):
                     value = getattr(self, f"make_{kind}")()
-                    if not tested or self.reader.accepts_all(tested, value):
+                    if not is_tested or self.reader.accepts_all(schemas, value):
                         return value
             except Unsatisfiable as error:
                 problem = problem or error
@@ -2779,9 +2756,9 @@ class ValueMaker:
 
     def _list_known_values(self) -> list[Any]:
         """Return the values that are named: by enum, else as examples or defaults."""
-        examples = [each for each in self.arguments("examples") if isinstance(each, list)]
-        values = list(itertools.chain(*self.arguments("enum")[:1] or examples))
-        defaults = [each for each in self.arguments("default") if each not in (None, "", [], {})]
+        examples = [each for each in self.arguments["examples"] if isinstance(each, list)]
+        values = list(itertools.chain(*self.arguments["enum"][:1] or examples))
+        defaults = [each for each in self.arguments["default"] if each not in (None, "", [], {})]
         start = self.rng.randbelow(len(values)) if values else 0
         return [*values[start:], *values[:start], *defaults]
 
@@ -2794,76 +2771,75 @@ class ValueMaker:
     def make_string(self) -> str:
         """Return a text by format, by name or by pattern."""
         low, high = self.count_range("Length", MAX_TEXT)
-        patterns = list(map(self.reader.pattern, self.arguments("pattern")))
-        named = [*self.arguments("format"), *self.arguments("contentMediaType")]
+        patterns = list(map(self.reader.pattern, self.arguments["pattern"]))
+        named = [*self.arguments["format"], *self.arguments["contentMediaType"]]
         formats = list(filter(FORMATS.__contains__, named))
         template = FORMATS[formats[0]] if formats else find_by_name(TEXTS, self.name)
-        for _ in range(TRIES):
+        for _ in range(TRIES if formats or patterns else 1):
             text = fill_template(self.rng, template)
-            if not formats and not patterns:
-                while len(text) < low:
-                    text += fill_template(self.rng, " {noun}")
-                return text[:high]
             if low <= len(text) <= high and all(pattern.is_in(text) for pattern in patterns):
                 return text
-        if not patterns:
+        if patterns:
+            rng = self.rng.child(self.attempt) if self.attempt else self.rng
+            return patterns[0].make(rng, low, high, patterns[1:])
+        if formats:
             raise self.refusal(f"no {formats[0]} has {low} to {high} characters")
-        rng = self.rng.child(self.attempt) if self.attempt else self.rng
-        return patterns[0].make(rng, low, high, patterns[1:])
+        while len(text) < low:
+            text += fill_template(self.rng, " {noun}")
+        return text[:high]
 
     def make_integer(self) -> Any:
         return as_whole(self.make_number(1))
 
     def make_number(self, least_step: float = 0) -> Any:
-        """Return a multiple of the step, else of 0.01: the first that is valid in a range."""
-        low, high, *flag = map(int, find_by_name(NUMBERS, self.name).split())
-        natural: tuple[Any, Any] = (low, 100 if high == least_step and not flag else high)
-        step = max(least_step, max(self.arguments("multipleOf"), default=0.01))
-        said = read_numbers(" ".join(map(str, self.arguments("description"))))
+        for value in self._list_numbers(least_step):
+            if self.reader.accepts_all(self.schemas, value):
+                return value
+        raise self.no_value("number")
+
+    def _list_numbers(self, least_step: float) -> Iterator[Any]:
+        """Yield multiples of the step, else of 0.01: of a natural range, then by the bounds."""
+        floor, top, *flag = map(int, find_by_name(NUMBERS, self.name).split())
+        natural: tuple[Any, Any] = (floor, 100 if top == least_step and not flag else top)
+        step = max(least_step, max(self.arguments["multipleOf"], default=0.01))
+        said = read_numbers(" ".join(map(str, self.arguments["description"])))
         if said:
             natural = (said["minimum"], said["maximum"]) if "minimum" in said else (0, 1)
             step = max(step, 1) if "enum" in said else step
-        for start, end in self._list_ranges(natural, step):
-            first = int(-(-start // step))
-            count = int(end // step) - first + 1
-            chosen = self.attempt + (self.rng.randbelow(count) if count > 0 else 0)
-            for more in range(min(count, MAX_ITEMS)):
-                times = first + (chosen + more) % count
-                for value in (round(times * step, 10), times * step):
-                    if self.reader.accepts_all(self.schemas, value):
-                        return value
-            if self.reader.accepts_all(self.schemas, start + (end - start) / 2):
-                return start + (end - start) / 2
-        raise self.no_value("number")
-
-    def _list_ranges(self, natural: Any, step: Any) -> Iterator[tuple[Any, Any]]:
-        """Yield the ranges in which a number is looked for: a natural one, then by the bounds."""
-        low = max([-math.inf, *self.arguments("minimum"), *self.arguments("exclusiveMinimum")])
-        high = min([math.inf, *self.arguments("maximum"), *self.arguments("exclusiveMaximum")])
-        reach, beyond = 100 * step, natural[1] + MAX_ITEMS * step
-        for start, end in (natural, (low, low + reach), (high - reach, high), (natural[1], beyond)):
+        low = max([-math.inf, *self.arguments["minimum"], *self.arguments["exclusiveMinimum"]])
+        high = min([math.inf, *self.arguments["maximum"], *self.arguments["exclusiveMaximum"]])
+        beyond = (natural[1], natural[1] + MAX_ITEMS * step)
+        for start, end in (natural, (low, low + 100 * step), (high - 100 * step, high), beyond):
             start, end = max(start, low), min(end, high)
             if -1e300 <= start <= end <= 1e300:
-                yield start, end
+                first = int(-(-start // step))
+                count = int(end // step) - first + 1
+                chosen = self.attempt + (self.rng.randbelow(count) if count > 0 else 0)
+                for place in range(chosen, chosen + min(count, MAX_ITEMS)):
+                    times = first + place % count
+                    yield round(times * step, 10)
+                    yield times * step
+                yield start + (end - start) / 2
 
     def make_array(self) -> list[Any]:
         """Return a list; items beyond the least number end where they cannot be made."""
         low, high = self.count_range("Items", MAX_ITEMS)
-        fixed = max(map(len, self.arguments("prefixItems")), default=0)
-        wanted = self.arguments("contains")
-        least = int(min(high, max(self.arguments("minContains"), default=1)))
-        contained = wanted * least  # what the last of the least items are to be
-        full = [{"not": each} for each in wanted if self.arguments("maxContains")]  # the others
+        fixed = max(map(len, self.arguments["prefixItems"]), default=0)
+        least = int(min(high, max(self.arguments["minContains"], default=1)))
+        contained = self.arguments["contains"] * least
         low = max(low, min(fixed + len(contained), high))
+        wanted = dict(enumerate(contained, low - len(contained)))  # what the last of these are
         some = 0 if self.minimal or self.attempt else 1 + self.rng.randbelow(3)
         items: list[Any] = []
         for index in range(min(high, max(low, fixed, some))):
             schemas = self.reader.list_inside(self.schemas, index)
-            if 0 <= index - (low - len(contained)) < len(contained):
-                schemas.append(contained[index - low])
+            if index in wanted:
+                schemas.append(wanted[index])
             else:
-                schemas += [*([] if schemas else self.arguments("unevaluatedItems")), *full]
-            if True in self.arguments("uniqueItems"):
+                schemas = schemas or list(self.arguments["unevaluatedItems"])
+                if self.arguments["maxContains"]:
+                    schemas += [{"not": each} for each in self.arguments["contains"]]
+            if True in self.arguments["uniqueItems"]:
                 schemas.append({"not": {"enum": list(items)}})
             try:
                 items.append(self.make_inside(index, schemas, self.name))
@@ -2876,50 +2852,44 @@ class ValueMaker:
     def make_object(self) -> Item:
         """Return an object with what is required, most of what is declared, and extras."""
         low, high = self.count_range("Properties", MAX_ITEMS)
-        declared = dict.fromkeys(name for schema in self.arguments("properties") for name in schema)
-        required = dict.fromkeys(name for names in self.arguments("required") for name in names)
+        declared = dict.fromkeys(itertools.chain(*self.arguments["properties"]))
+        required = dict.fromkeys(itertools.chain(*self.arguments["required"]))
         if len(required) > high:
             raise self.no_value("object")
         made = {name: self._make_property(name) for name in required}
-        skipped = self.rng.child("skip", self.attempt).randbytes(len(declared) * bool(self.attempt))
-        if not self.minimal:
-            wanted = [name for n, name in enumerate(declared) if not skipped or skipped[n] % 2]
-            in_time = (name for name in wanted if name in made or not self.reader.is_late())
-            self._add(made, in_time, high)
-        self._add(made, declared, low)
-        is_map = any(any(self.arguments(keyword)) for keyword in MAPS)
+        optional = [] if self.minimal else list(declared)
+        if optional and self.attempt:
+            skipped = self.rng.child("skip", self.attempt).randbytes(len(declared))
+            optional = [name for name, byte in zip(declared, skipped) if byte % 2]
+        is_map = any(any(self.arguments[keyword]) for keyword in MAPS)
         if is_map and not (declared or required or self.minimal or self.attempt):
             low = max(low, min(2, high))
-        self._add(made, map(self._random_name, range(4 * low + TRIES)), low)
-        return {name: made[name] for name in (*declared, *made) if name in made}
-
-    def _add(self, made: Item, names: Iterable[str], enough: int) -> None:
-        """Add properties until there are enough, without those that cannot be made."""
-        todo = iter(names)
-        while len(made) < enough:
-            name = next(todo, None)
-            if name is None:
-                return
+        for place, key in enumerate([*optional, *declared, *range(4 * low + TRIES)]):
+            enough = high if place < len(optional) and not self.reader.is_late() else low
+            if len(made) >= enough:
+                continue
+            name = key if isinstance(key, str) else self._random_name(key)
             if name not in made:
                 with contextlib.suppress(Unsatisfiable):
                     made[name] = self._make_property(name)
+        return {name: made[name] for name in (*declared, *made) if name in made}
 
     def _make_property(self, name: str) -> Any:
-        rules = self.arguments("propertyNames")
+        rules = self.arguments["propertyNames"]
         if rules and not self.reader.accepts_all(rules, name):
             raise self.refusal(f"propertyNames forbids the name {name[:60]!r}")
         asked = self.reader.list_inside(self.schemas, name)
-        schemas = asked or self.arguments("unevaluatedProperties")
+        schemas = asked or self.arguments["unevaluatedProperties"]
         return self.make_inside(name, schemas, name)
 
     def _random_name(self, number: int) -> str:
         """Draw a name for an extra property."""
         rng = self.rng.child("name", number, self.attempt)
-        patterns = [source for schema in self.arguments("patternProperties") for source in schema]
+        patterns = list(itertools.chain(*self.arguments["patternProperties"]))
         if patterns:
             return self.reader.pattern(rng.choice(patterns)).make(rng, 0, MAX_TEXT)
-        if "propertyNames" in self.keywords:
-            schemas = [*self.arguments("propertyNames"), {"type": ("string",)}]
+        if self.arguments["propertyNames"]:
+            schemas = [*self.arguments["propertyNames"], {"type": ("string",)}]
             return str(self.make_inside(f"propertyNames {number}", schemas, "word"))
         return fill_template(rng, "{noun}" if number < TRIES else "{adjective}_{noun}{d3}")
 
