@@ -349,6 +349,16 @@ class LocalCase(FakeCase):
 class BodyTests(FakeCase):
     """Bodies that are not what they should be."""
 
+    def test_rows_of_a_table_are_read_from_words(self):
+        table = fake.Fields("a! b,c:int|str:1..5 d=x|y e:float:-0.5..", fake.Field("f", list))
+        self.assertEqual(list(table), list("abcdef"))
+        self.assertEqual((table["a"].kinds, table.required), ((str,), ("a",)))
+        for name in "bc":
+            self.assertEqual(table[name].kinds, (int, str))
+            self.assertEqual((table[name].low, table[name].high), (1, 5))
+        self.assertEqual((table["d"].choices, table["d"].high), (("x", "y"), math.inf))
+        self.assertEqual((table["e"].low, table["e"].high), (-0.5, math.inf))
+
     def test_bad_json(self):
         for raw, start in (
             (b"{", "Expecting property name"),

@@ -745,8 +745,34 @@ def rows_of(names: str, *kinds: type, **rules: Any) -> list[Field]:
     return [Field(name, *kinds, **rules) for name in names.split()]
 
 
+def read_rows(text: str) -> list[Field]:
+    """Read rows of texts such as `model! seed,n:int:1..128 stop:str|list size=small|large`.
+
+    A word is a name, or several with commas, then types, then bounds, then choices.
+    """
+    types = {kind.__name__: kind for kind in KIND_NAMES}
+    rows = []
+    for word in text.split():
+        rest, _, choices = word.partition("=")
+        names, *rules = rest.split(":")
+        kinds, low, high = "str", "", ""
+        for rule in rules:
+            if ".." in rule:
+                low, high = rule.split("..")
+            else:
+                kinds = rule
+        rows += rows_of(
+            names.replace(",", " "),
+            *(types[kind] for kind in kinds.split("|")),
+            low=json.loads(low or "-Infinity"),
+            high=json.loads(high or "Infinity"),
+            choices=tuple(filter(None, choices.split("|"))),
+        )
+    return rows
+
+
 class Fields(dict):  # type: ignore[type-arg]
-    """A table of `Field` rows by name; a string names fields that are texts.
+    """A table of `Field` rows by name; a string has such rows as `read_rows()` reads.
 
     closed   names without a row are refused, with the nearest one that has a row
     ignored  such names that are left alone, separated by blanks
@@ -755,7 +781,7 @@ class Fields(dict):  # type: ignore[type-arg]
     def __init__(self, *given: Field | str, closed: bool = False, ignored: str = "") -> None:
         rows: list[Field] = []
         for each in given:
-            rows += rows_of(each, str) if isinstance(each, str) else [each]
+            rows += read_rows(each) if isinstance(each, str) else [each]
         super().__init__((row.name, row) for row in rows)
         self.required = tuple(row.name for row in rows if row.required)
         tables = {row.name: row.fields or (row.each and row.each.fields) for row in rows}
@@ -4987,11 +5013,6 @@ DECODE_BASE64 = functools.partial(base64.b64decode, validate=True)
 PATTERN = Keys(Field("pattern!", str, test=("a regular expression that compiles", re.compile)))
 
 
-# Numbers of fixtures stay as they were written: 5 is not made 5.0.
-def number_rows(names: str, low: float, high: float = math.inf) -> list[Field]:
-    return rows_of(names, int, float, low=low, high=high)
-
-
 def text_row(name: str) -> Field:
     return Field(name, str, dict, fields=PATTERN)
 
@@ -5002,15 +5023,13 @@ BASE64 = ("base64", DECODE_BASE64)
 PLAIN_MATCH = Keys(
     *[text_row(key) for key in TEXT_KEYS if key != "systemMessage"],
     Field("systemMessage", str, dict, list, low=1, fields=PATTERN, each=Field("", str)),
-    Field("hasToolResult", bool),
-    Field("body", dict),
-    Field("bodyDigest", str, low=64, high=64),
+    "hasToolResult:bool body:dict bodyDigest:64..64",
     Field("headers", dict, each=text_row("")),
 )
 MATCH = Keys(
     *PLAIN_MATCH.values(),
     Field("not", dict, low=1, fields=PLAIN_MATCH),
-    *rows_of("turnIndex sequenceIndex", int, low=0),
+    "turnIndex,sequenceIndex:int:0..",
 )
 CHAOS: dict[str, Item] = {  # what each rate's hit does, as options; the first wins
     "dropRate": {"status": 500},
@@ -5018,11 +5037,9 @@ CHAOS: dict[str, Item] = {  # what each rate's hit does, as options; the first w
     "rateLimitRate": {"status": 429},
     "disconnectRate": {"disconnectAfterChunks": 0},
 }
-PROFILE = Keys(
-    *number_rows("ttft", 0, MAX_MS), *number_rows("tps", 0.001), *number_rows("jitter", 0, 1)
-)
+PROFILE = Keys(f"ttft:int|float:0..{MAX_MS} tps:int|float:0.001.. jitter:int|float:0..1")
 TIMINGS = Keys(
-    *number_rows("ttftMs totalDurationMs", 0, MAX_MS),
+    f"ttftMs,totalDurationMs:int|float:0..{MAX_MS}",
     Field("interChunkDelaysMs", list, each=Field("", int, float, low=0, high=MAX_MS)),
 )
 
@@ -5040,22 +5057,20 @@ STRIKES = (
 QUIET_OPTIONS = ("times", "chunkSize", "chunkSizes", "shouldRetry", "chaos")  # that are no fault
 STRIKE_PLACES = ("after", "in", "before")
 OPTIONS = Keys(
-    *number_rows("latency disconnectAfterMs", 0, MAX_MS),
-    *number_rows("replaySpeed", 0.001),
-    *rows_of("chunkSize times truncateAfterChunks", int, low=1),
+    # Numbers that may be floats stay as they were written: 5 is not made 5.0.
+    f"latency,disconnectAfterMs:int|float:0..{MAX_MS} replaySpeed:int|float:0.001..",
+    "chunkSize,times,truncateAfterChunks:int:1..",
     Field("chunkSizes", list, low=1, each=Field("", int, low=1)),
-    *rows_of(" ".join(name for name in STRIKES if name != "truncateAfterChunks"), int, low=0),
-    *rows_of("shouldRetry malformed empty", bool),
+    f"{','.join(name for name in STRIKES if name != 'truncateAfterChunks')}:int:0..",
+    "shouldRetry,malformed,empty:bool",
     Field("after", str, test=("text:... or toolName", check_after)),
-    Field("in", str, choices=("arguments",)),
-    Field("before", str, choices=("finish", "usage", "done")),
-    "insert",
+    "in=arguments before=finish|usage|done insert",
     Field("streamingProfile", dict, fields=PROFILE),
     Field("recordedTimings", dict, fields=TIMINGS),
     Field(
         "chaos",
         dict,
-        fields=Keys(*number_rows("latencyMs", 0, MAX_MS), *number_rows(" ".join(CHAOS), 0, 1)),
+        fields=Keys(f"latencyMs:int|float:0..{MAX_MS} {','.join(CHAOS)}:int|float:0..1"),
     ),
     ignored="openRouterProcessing metadata",
 )
@@ -5068,9 +5083,7 @@ ENTRY = Keys(
     ignored="openRouterProcessing metadata",
 )
 FIXTURE_FILE = Keys(
-    Field("fixtures!", list),
-    Field("models", dict),
-    Field("exactTurns", bool),
+    "fixtures!:list models:dict exactTurns:bool",
     Field("normalise", list, each=Field("", str, test=("a regular expression", re.compile))),
     ignored="$schema $comment meta",
 )
@@ -5078,28 +5091,24 @@ FIXTURE_FILE = Keys(
 OWN_MODEL = Keys(  # one that the catalogue lacks, or has otherwise
     Field("type", str, choices=LISTED_TYPES),
     Field("engine", str, choices=ENGINE_NAMES),
-    Field("contextLength", int, low=1),
-    Field("dimensions", int, low=1, high=MAX_DIMENSIONS),
+    f"contextLength:int:1.. dimensions:int:1..{MAX_DIMENSIONS}",
     Field("traits", list, each=Field("", str, choices=TRAITS)),
-    object_field("price", *number_rows("input output cachedInput", 0)),
+    object_field("price", "input,output,cachedInput:int|float:0.."),
     "organization displayName",
 )
 
 JSON_TEXT = (str, dict, list)  # of an object or a list, the JSON is meant
 OVERRIDES = Fields(
-    "id model finishReason role",
-    Field("created", int, low=0),
+    "id model finishReason role created:int:0..",
     Field("usage", dict, each=Field("", int, float, bool, dict, low=0)),
 )
 TOOL_CALL = Keys("name! id", Field("arguments!", *JSON_TEXT))
 BLOCK = Keys(
-    Field("type!", str, choices=("text", "toolCall")),
-    "text name id",
+    "type!=text|toolCall text name id",
     Field("arguments", *JSON_TEXT),
 )
 ENVELOPE = Keys(
-    Field("message!", str, dict),  # an engine's own error is an object
-    "type param code",
+    "message!:str|dict type param code",
     ignored="metadata",
 )
 RAW = Keys("text", Field("b64Json", str, test=BASE64), "contentType")
@@ -5184,9 +5193,7 @@ ERROR = ResponseType(
     "error",
     Keys(
         Field("error", dict, fields=ENVELOPE),
-        "id",
-        *number_rows("retryAfter", 0, MAX_MS),
-        Field("retryAfterDate", bool),
+        f"id retryAfter:int|float:0..{MAX_MS} retryAfterDate:bool",
         OWN_STATUS,
         ignored="fallthrough",
     ),
@@ -7160,32 +7167,24 @@ CACHED_TOKENS = 64  # the cached part of a prompt is a multiple of so many (reco
 
 EFFORT_THOUGHTS = {"none": 0, "minimal": 1, "low": 1, "medium": 1, "high": 2, "xhigh": 3, "max": 4}
 
-MODEL_ROW, TEXT_ROW = Field("model!", str, low=1), Field("", str)
+MODEL_ROW, TEXT_ROW = "model!:1..", Field("", str)
 SAMPLING_FIELDS = (
     MODEL_ROW,
-    Field("temperature", float, low=0, high=2),
-    Field("top_k", int, low=-1),
-    *rows_of("top_p min_p", float, low=0, high=1),
-    Field("repetition_penalty", float, low=0),
-    *rows_of("presence_penalty frequency_penalty", float, low=-2, high=2),
+    "temperature:float:0..2 top_k:int:-1.. top_p,min_p:float:0..1 repetition_penalty:float:0..",
+    "presence_penalty,frequency_penalty:float:-2..2",
     Field("logit_bias", dict, each=Field("", float)),
-    Field("seed", int),
-    Field("n", int, low=1, high=128),
-    Field("max_tokens", int, low=0),
+    "seed:int n:int:1..128 max_tokens:int:0..",
     Field("stop", str, list, each=TEXT_ROW),
-    Field("stream", bool),
+    "stream:bool",
     object_field(
         "stream_options",
-        Field("include_usage", bool),
+        "include_usage:bool",
         ignored="include_obfuscation continuous_usage_stats",
     ),
-    Field("echo", bool),
-    *rows_of("safety_model user", str),
+    "echo:bool safety_model user",
 )
 FUNCTION_FIELDS = Fields(
-    Field("name!", str, low=1),
-    "description",
-    Field("parameters", dict),
+    "name!:1.. description parameters:dict",
     ignored="strict",
 )
 # What SDKs send back of a message is ignored by name, as production does.
@@ -7222,42 +7221,35 @@ FORMAT_FIELDS = Fields(
     Field("type!", str, choices=RESPONSE_FORMATS),
     object_field(
         "json_schema",
-        Field("name", str, high=64),
-        Field("strict", bool),
-        Field("schema", dict, bool),
+        "name:..64 strict:bool schema:dict|bool",
         ignored="description",
     ),
-    Field("schema", dict, bool),
-    "pattern",
+    "schema:dict|bool pattern",
 )
 TOOL_FIELDS = Fields("type", Field("function!", dict, fields=FUNCTION_FIELDS))
 NAME_ROW = Field("name", str)
-NAMED_ROWS = (Field("type", str), NAME_ROW, object_field("function", NAME_ROW))
+NAMED_ROWS = ("type", NAME_ROW, object_field("function", NAME_ROW))
 TOOL_CHOICE = Fields(
     *NAMED_ROWS,
     object_field(
         "allowed_tools",
-        Field("mode", str, choices=("auto", "required")),
+        "mode=auto|required",
         list_field("tools", *NAMED_ROWS),
     ),
 )
 CHAT_FIELDS = Fields(
     *SAMPLING_FIELDS,
     Field("messages!", list, low=1, each=Field("", dict, fields=MESSAGE_FIELDS)),
-    Field("max_completion_tokens", int, low=0),
-    Field("logprobs", int, bool, low=0, high=20),
-    Field("top_logprobs", int, low=0, high=20),
+    "max_completion_tokens:int:0.. logprobs:int|bool:0..20 top_logprobs:int:0..20",
     Field("response_format", dict, fields=FORMAT_FIELDS),
     Field("tools", list, high=MAX_TOOLS, each=Field("", dict, fields=TOOL_FIELDS)),
     Field("tool_choice", str, dict, fields=TOOL_CHOICE),
-    Field("parallel_tool_calls", bool),
+    "parallel_tool_calls:bool",
     Field("functions", list, each=Field("", dict, fields=FUNCTION_FIELDS)),
     Field("function_call", str, dict, fields=Fields(NAME_ROW)),
-    Field("context_length_exceeded_behavior", str, choices=("truncate", "error")),
-    "reasoning_effort",
-    object_field("reasoning", Field("enabled", bool)),
-    Field("compliance", str, choices=("hipaa",)),
-    *rows_of("chat_template_kwargs metadata", dict),
+    "context_length_exceeded_behavior=truncate|error reasoning_effort",
+    object_field("reasoning", "enabled:bool"),
+    "compliance=hipaa chat_template_kwargs,metadata:dict",
 )
 # What would change a model's answer; the rest (stream, user, limits on the length) does not.
 CHAT_FACTS = frozenset((
@@ -7849,25 +7841,23 @@ ITEMS = {
         Field("role!", str, choices=ITEM_ROLES),
         Field("content!", str, list, each=CONTENT_PART),
     ),
-    "function_call": Fields(*rows_of("call_id! name!", str, low=1), "arguments!"),
+    "function_call": Fields("call_id!,name!:1.. arguments!"),
     "function_call_output": Fields(
-        Field("call_id!", str, low=1),
+        "call_id!:1..",
         Field("output!", str, list, each=CONTENT_PART),
     ),
 }
 ITEM_ROW = Field("", dict, fields=Variants(ITEMS, "message"))
-FUNCTION_TOOL = Fields(*FUNCTION_FIELDS.values(), Field("strict", bool))
+FUNCTION_TOOL = Fields(*FUNCTION_FIELDS.values(), "strict:bool")
 TOOL_ROW = Field("", dict, fields=Variants({"function": FUNCTION_TOOL}))
 TOOL_CHOICES = {"function": Fields("name!")}
 ALLOWED_TOOLS = Fields(
-    Field("mode!", str, choices=("auto", "required")),
+    "mode!=auto|required",
     Field("tools!", list, each=Field("", dict, fields=Variants(TOOL_CHOICES))),
 )
 CHOICE_FIELDS = Variants({**TOOL_CHOICES, "allowed_tools": ALLOWED_TOOLS})
 JSON_FORMAT = Fields(
-    Field("name!", str, low=1, high=64),
-    Field("schema!", dict),
-    Field("strict", bool),
+    "name!:1..64 schema!:dict strict:bool",
 )
 TEXT_FORMAT_FIELDS = Variants({"json_schema": JSON_FORMAT}, known=RESPONSE_FORMATS)
 # What a chat asks in the same words.
@@ -7880,22 +7870,17 @@ RESPONSE_FIELDS = Fields(
     object_field(
         "text",
         Field("format", dict, fields=TEXT_FORMAT_FIELDS),
-        Field("verbosity", str, choices=("low", "medium", "high")),
+        "verbosity=low|medium|high",
     ),
     object_field(
         "reasoning",
-        "effort",
-        Field("summary", str, choices=("auto", "concise", "detailed")),
+        "effort summary=auto|concise|detailed",
     ),
-    Field("max_output_tokens", int, low=0),
-    Field("max_tool_calls", int, low=1),
-    Field("truncation", str, choices=("auto", "disabled")),
+    "max_output_tokens:int:0.. max_tool_calls:int:1.. truncation=auto|disabled",
     Field("include", list, each=TEXT_ROW),
-    *rows_of("store background", bool),
-    *rows_of("prompt metadata stream_options", dict),
-    Field("conversation", str, dict),
-    "previous_response_id service_tier prompt_cache_key prompt_cache_retention",
-    "safety_identifier user instructions",
+    "store,background:bool prompt,metadata,stream_options:dict conversation:str|dict",
+    "previous_response_id service_tier prompt_cache_key prompt_cache_retention safety_identifier",
+    "user instructions",
 )
 # What a chat asks in other words; those are also the names in its errors.
 OTHER_IN_CHAT = {
@@ -8131,8 +8116,7 @@ MAX_INPUT_ITEMS = 2048  # texts of one embedding request
 
 COMPLETION_FIELDS = Fields(
     *SAMPLING_FIELDS,
-    Field("prompt!", str, list),
-    Field("logprobs", int, low=0, high=20),
+    "prompt!:str|list logprobs:int:0..20",
 )
 COMPLETION_FACTS = frozenset((*COMPLETION_FIELDS, "suffix")) - {  # what draws another text
     "prompt", "max_tokens", "stop", "stream", "stream_options", "echo", "logprobs", "user",
@@ -8214,10 +8198,7 @@ def create_completion(server: Server, request: Request) -> Any:
 
 EMBEDDING_FIELDS = Fields(
     MODEL_ROW,
-    Field("input!", str, list),
-    Field("encoding_format", str, choices=("float", "base64")),
-    Field("dimensions", int, low=1, high=MAX_DIMENSIONS),
-    "user",
+    f"input!:str|list encoding_format=float|base64 dimensions:int:1..{MAX_DIMENSIONS} user",
 )
 
 
@@ -8283,9 +8264,9 @@ def create_embeddings(server: Server, request: Request) -> Any:
 # --- Rerank
 
 RERANK_FIELDS = Fields(
-    MODEL_ROW, "query!", Field("top_n", int, low=1),
+    MODEL_ROW, "query! top_n:int:1..",
     Field("documents!", list, low=1, high=MAX_INPUT_ITEMS, each=Field("", str, dict)),
-    Field("return_documents", bool), Field("rank_fields", list, each=TEXT_ROW),
+    "return_documents:bool", Field("rank_fields", list, each=TEXT_ROW),
 )  # fmt: skip
 
 
@@ -8496,20 +8477,18 @@ PURPOSES = (
 MAX_PARTS = 250  # of an upload
 FILE_TYPES = ("jsonl", "csv", "parquet")
 UPLOAD_FIELDS = Fields(
-    Field("purpose!", str, choices=PURPOSES), Field("file_name", str, low=1),
+    Field("purpose!", str, choices=PURPOSES), "file_name:1..",
     Field("file_type", str, choices=FILE_TYPES), "checksum", Field("file", Upload),
 )  # fmt: skip
 WHOLE_UPLOAD_FIELDS = Fields(*UPLOAD_FIELDS.values(), Field("file!", Upload))
 INITIATE_FIELDS = Fields(
-    *UPLOAD_FIELDS.values(), Field("file_size!", int, low=1),
-    Field("num_parts!", int, low=1, high=MAX_PARTS),
+    *UPLOAD_FIELDS.values(), f"file_size!:int:1.. num_parts!:int:1..{MAX_PARTS}",
 )  # fmt: skip
 UPLOAD_IDS = "upload_id! file_id!"
-PART_ROWS = (Field("part_number!", int), Field("etag", str))
-PARTS = list_field("parts!", *PART_ROWS)
+PARTS = list_field("parts!", "part_number!:int etag")
 MESSAGES = list_field(
     "messages!",
-    Field("role!", str, choices=("system", "user", "assistant", "tool", "developer")),
+    "role!=system|user|assistant|tool|developer",
     Field("content", str, list, each=Field("", dict)),
 )
 DATASETS = {  # what a line of a training file may be; its first required field tells which
@@ -8518,12 +8497,11 @@ DATASETS = {  # what a line of a training file may be; its first required field 
     "GENERAL": Fields("text!"),
     "PREFERENCE": Fields(
         object_field("input!", MESSAGES),
-        *rows_of("preferred_output! non_preferred_output!", list, low=1),
+        "preferred_output!,non_preferred_output!:list:1..",
     ),
 }
 BATCH_LINE_FIELDS = Fields(
-    Field("custom_id!", str, low=1, high=64), Field("body!", dict),
-    Field("method", str, choices=("POST",)), "url",
+    "custom_id!:1..64 body!:dict method=POST url",
 )  # fmt: skip
 LINES = {  # what is checked, by purpose
     "fine-tune": DATASETS, "batch-api": {"": BATCH_LINE_FIELDS}, "eval": {"": NO_FIELDS}
@@ -8729,9 +8707,8 @@ BATCH_ENDPOINTS = (
     "/v1/audio/transcriptions", "/v1/audio/translations",
 )  # fmt: skip
 BATCH_FIELDS = Fields(
-    Field("endpoint!", str, choices=BATCH_ENDPOINTS), Field("metadata", dict),
-    "input_file_id! completion_window model_id",
-    Field("priority", int),
+    Field("endpoint!", str, choices=BATCH_ENDPOINTS),
+        "metadata:dict input_file_id! completion_window model_id priority:int",
 )  # fmt: skip
 BATCH: Item = {
     "user_id": USER_ID, "status": "VALIDATING", "endpoint": BATCH_ENDPOINTS[0], "progress": 0.0,
@@ -8865,52 +8842,45 @@ LIMITS: Item = {  # documented, but for the flags
 }  # fmt: skip
 ON_INPUTS = Field("train_on_inputs", bool, str, choices=(True, False, "auto"))
 ESTIMATE_FIELDS = Fields(
-    Field("training_file!", str, low=1),
-    "validation_file model from_checkpoint",
-    Field("n_epochs", int, low=0, high=20), Field("n_evals", int, low=0, high=100),
+    "training_file!:1.. validation_file model from_checkpoint n_epochs:int:0..20",
+    "n_evals:int:0..100",
     object_field(
         "training_method",
-        Field("method!", str, choices=("sft", "dpo")), ON_INPUTS,
-        *rows_of("dpo_beta rpo_alpha simpo_gamma", float),
-        *rows_of("dpo_normalize_logratios_by_length dpo_reference_free", bool),
+        "method!=sft|dpo", ON_INPUTS,
+        "dpo_beta,rpo_alpha,simpo_gamma:float",
+        "dpo_normalize_logratios_by_length,dpo_reference_free:bool",
     ),
     object_field(
         "training_type",
-        Field("type!", str, choices=("Full", "Lora")),
-        Field("lora_r", int, low=1, high=64), Field("lora_alpha", int, low=1),
-        Field("lora_dropout", float, low=0, high=1), "lora_trainable_modules",
+        "type!=Full|Lora lora_r:int:1..64 lora_alpha:int:1.. lora_dropout:float:0..1",
+        "lora_trainable_modules",
     ),
 )  # fmt: skip
 SECRETS = ("wandb_api_key", "hf_api_token")  # no answer shows them
 FINE_TUNE_FIELDS = Fields(
     *ESTIMATE_FIELDS.values(), *SECRETS, ON_INPUTS,
-    Field("n_epochs", int, low=1, high=20), Field("n_checkpoints", int, low=1, high=100),
+    "n_epochs:int:1..20 n_checkpoints:int:1..100",
     Field("batch_size", int, str, low=1, high=128, test=('"max"', ["max"].index)),
-    Field("max_seq_length", int, low=1),
-    Field("learning_rate", float, low=1e-06, high=1), Field("warmup_ratio", float, low=0, high=1),
+    "max_seq_length:int:1.. learning_rate:float:1e-06..1 warmup_ratio:float:0..1",
     object_field(
         "lr_scheduler",
-        Field("lr_scheduler_type!", str, choices=("linear", "cosine")),
-        object_field("lr_scheduler_args", *rows_of("min_lr_ratio num_cycles", float)),
+        "lr_scheduler_type!=linear|cosine",
+        object_field("lr_scheduler_args", "min_lr_ratio,num_cycles:float"),
     ),
-    *rows_of("max_grad_norm weight_decay", float, low=0), Field("random_seed", int),
-    Field("packing", bool), object_field("multimodal_params", Field("train_vision", bool)),
-    Field("suffix", str, high=40),
-    "from_hf_model hf_model_revision hf_output_repo_name",
-    "wandb_base_url wandb_project_name wandb_name wandb_entity",
+    "max_grad_norm,weight_decay:float:0.. random_seed:int packing:bool",
+    object_field("multimodal_params", "train_vision:bool"),
+    "suffix:..40 from_hf_model hf_model_revision hf_output_repo_name wandb_base_url",
+    "wandb_project_name wandb_name wandb_entity",
 )  # fmt: skip
 METRIC_FIELDS = Fields(
-    *rows_of("global_step_from global_step_to resolution", int, low=0),
-    "logged_at_from logged_at_to",
+    "global_step_from,global_step_to,resolution:int:0.. logged_at_from logged_at_to",
 )  # fmt: skip
 LIMIT_FIELDS = Fields("model_name model")
 DOWNLOAD_FIELDS = Fields(
-    "ft_id!", Field("checkpoint_step", int),
-    Field("checkpoint", str, choices=("merged", "adapter", "model_output_path")),
+    "ft_id! checkpoint_step:int checkpoint=merged|adapter|model_output_path",
 )  # fmt: skip
 PREVIEW_FIELDS = Fields(
-    "model! training_file!", Field("top_k", int, low=1, high=100),
-    Field("train_on_inputs", bool), Field("training_method", str, choices=("sft",)),
+    "model! training_file! top_k:int:1..100 train_on_inputs:bool training_method=sft",
 )  # fmt: skip
 # The nested settings: the member that chooses among their forms, and the documented defaults
 # of each form, of which the first is the default.
@@ -9076,7 +9046,7 @@ def list_events(server: Server, request: Request) -> Any:
     return {"data": show_fine_tune(server, request, job)["events"]}
 
 
-@route("DELETE", "/v1/fine-tunes/{id}", query=Fields(Field("force", bool)))
+@route("DELETE", "/v1/fine-tunes/{id}", query=Fields("force:bool"))
 def delete_fine_tune(server: Server, request: Request) -> Any:
     """Delete a fine-tuning job and the model it made."""
     job = server.fine_tunes.remove(request.params["id"])
@@ -9243,30 +9213,25 @@ def get_tokenized_dataset(server: Server, request: Request) -> Any:
 # --- Evaluations
 
 JUDGE_ROWS = (
-    *rows_of("model! system_template!", str, low=1),
-    Field("model_source!", str, choices=("serverless", "dedicated", "external")),
-    *rows_of("external_api_token external_base_url", str),
-    *rows_of("num_workers max_tokens", int, low=1),
-    Field("temperature", float, low=0, high=2),
+    "model!,system_template!:1.. model_source!=serverless|dedicated|external",
+    "external_api_token external_base_url num_workers,max_tokens:int:1.. temperature:float:0..2",
 )  # fmt: skip
 JUDGED_FIELDS = Fields(*JUDGE_ROWS, "input_template!")
-PARAMETER_ROWS = (
+PARAMETERS = Fields(
     object_field("judge!", *JUDGE_ROWS),
-    Field("input_data_file_path!", str, low=1),
+    "input_data_file_path!:1..",
     *rows_of("model_to_evaluate model_a model_b", str, dict, fields=JUDGED_FIELDS),
 )
 LABELS = rows_of("labels! pass_labels!", list, low=1, each=TEXT_ROW)
-SCORES = rows_of("min_score! max_score! pass_threshold!", float, low=-1e9, high=1e9)
+SCORES = "min_score!,max_score!,pass_threshold!:float:-1e9..1e9"
 EVALUATIONS: dict[str, tuple[Fields, Callable[[Any], Sequence[Any]]]] = {
     # by type: its parameters, and the verdicts that a row may get
-    "classify": (Fields(*PARAMETER_ROWS, *LABELS), lambda p: p["labels"]),
-    "compare": (Fields(*PARAMETER_ROWS), lambda p: ("A", "A", "B", "B", "Tie")),
-    "score": (Fields(*PARAMETER_ROWS, *SCORES), lambda p: [
+    "classify": (Fields(*PARAMETERS.values(), *LABELS), lambda p: p["labels"]),
+    "compare": (PARAMETERS, lambda p: ("A", "A", "B", "B", "Tie")),
+    "score": (Fields(*PARAMETERS.values(), SCORES), lambda p: [
         p["min_score"] + (p["max_score"] - p["min_score"]) * step / 20 for step in range(21)]),
 }  # fmt: skip
-EVALUATION_FIELDS = Fields(
-    Field("type!", str, choices=tuple(EVALUATIONS)), Field("parameters!", dict)
-)
+EVALUATION_FIELDS = Fields(Field("type!", str, choices=tuple(EVALUATIONS)), "parameters!:dict")
 
 
 def summarize_verdicts(type: str, verdicts: list[Any], said: Item) -> Item:
@@ -9373,17 +9338,17 @@ def list_judges(server: Server, request: Request) -> Any:
 
 # --- Dedicated endpoints
 
-SCALING = Fields(*rows_of("min_replicas! max_replicas!", int, low=0))
+SCALING = Fields("min_replicas!,max_replicas!:int:0..")
 CHANGE_FIELDS = Fields(
-    "display_name", Field("state", str, choices=("STARTED", "STOPPED")),
-    Field("autoscaling", dict, fields=SCALING), Field("inactive_timeout", int, low=0),
+    "display_name state=STARTED|STOPPED",
+    Field("autoscaling", dict, fields=SCALING), "inactive_timeout:int:0..",
 )  # fmt: skip
 ENDPOINT_FIELDS = Fields(
-    *CHANGE_FIELDS.values(), *rows_of("model! hardware!", str, low=1),
-    Field("autoscaling!", dict, fields=SCALING), "availability_zone",
-    *rows_of("disable_prompt_cache disable_speculative_decoding", bool),
+    *CHANGE_FIELDS.values(), "model!,hardware!:1..",
+    Field("autoscaling!", dict, fields=SCALING),
+        "availability_zone disable_prompt_cache,disable_speculative_decoding:bool",
 )  # fmt: skip
-ADAPTER_FIELDS = Fields(Field("model_id!", str, low=1))
+ADAPTER_FIELDS = Fields("model_id!:1..")
 # GPU, its GB, link and cents a minute for one; prices chosen
 HARDWARE = (("h100", 80, "sxm", 5.65), ("a100", 80, "sxm", 4.28), ("l40s", 48, "pcie", 3.5))
 
@@ -9509,15 +9474,14 @@ def list_availability_zones(server: Server, request: Request) -> Any:
 MAX_IMAGES = 4  # of one request; documented
 
 IMAGE_FIELDS = Fields(
-    MODEL_ROW, "prompt!", Field("n", int, low=0, high=MAX_IMAGES),
-    *rows_of("width height", int, low=0, high=MAX_IMAGE_SIDE), Field("seed", int),
-    Field("steps", int, low=0, high=100), *rows_of("guidance_scale guidance", float),
-    "size aspect_ratio image_url image_base64 negative_prompt user",
+    MODEL_ROW,
+        f"prompt! n:int:0..{MAX_IMAGES} width,height:int:0..{MAX_IMAGE_SIDE} seed:int",
+        "steps:int:0..100 guidance_scale,guidance:float size aspect_ratio image_url image_base64",
+        "negative_prompt user",
     Field("reference_images", list, each=TEXT_ROW),
-    list_field("image_loras", "path!", Field("scale!", float), low=0),
-    *rows_of("disable_safety_checker prompt_upsampling", bool),
-    Field("response_format", str, choices=("base64", "b64_json", "url")),
-    Field("output_format", str, choices=("jpeg", "png")),
+    list_field("image_loras", "path! scale!:float", low=0),
+    "disable_safety_checker,prompt_upsampling:bool response_format=base64|b64_json|url",
+    "output_format=jpeg|png",
 )  # fmt: skip
 IMAGE_FACTS = frozenset(IMAGE_FIELDS) - {  # what draws another picture
     "n", "size", "aspect_ratio", "user", "disable_safety_checker", "prompt_upsampling",
@@ -9660,12 +9624,12 @@ MAX_SPEAKERS = 32  # of one transcription
 
 MP3_SILENCE = {32000: 0x10, 64000: 0x50, 96000: 0x70, 128000: 0x90, 192000: 0xB0}  # rate's bits
 SPEECH_FIELDS = Fields(
-    MODEL_ROW, Field("input!", str, low=1, high=MAX_SPEECH_CHARACTERS),
-    "voice! language instructions",
-    Field("response_format", str, choices=("wav", "mp3", "raw", "pcm")),
-    Field("response_encoding", str, choices=tuple(ENCODINGS)), Field("extra_params", dict),
-    Field("sample_rate", int, low=8000, high=48000), Field("stream", bool),
-    Field("bit_rate", int, choices=tuple(MP3_SILENCE)), Field("speed", float, low=0.25, high=4),
+    MODEL_ROW,
+        f"input!:1..{MAX_SPEECH_CHARACTERS} voice! language instructions",
+        "response_format=wav|mp3|raw|pcm",
+    Field("response_encoding", str, choices=tuple(ENCODINGS)),
+        "extra_params:dict sample_rate:int:8000..48000 stream:bool",
+    Field("bit_rate", int, choices=tuple(MP3_SILENCE)), "speed:float:0.25..4",
 )  # fmt: skip
 SPEECH_FACTS = ("model", "input", "voice", "language", "extra_params", "speed", "instructions")
 SPEECH_EVENT_MS = 250  # of sound in one event of a stream
@@ -9674,11 +9638,11 @@ SPEECH_EVENT = {  # has the keys of the older and of the newer documentation
 }  # fmt: skip
 SPEECH_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg"}  # without parameters: Python 1.x compares
 TRANSCRIPTION_FIELDS = Fields(
-    Field("file!", Upload, str), "model language prompt",
-    Field("response_format", str, choices=("json", "verbose_json")),
-    Field("temperature", float, low=0, high=1), Field("diarize", bool),
+    Field("file!", Upload, str),
+        "model language prompt response_format=json|verbose_json temperature:float:0..1",
+        "diarize:bool",
     Field("timestamp_granularities", str, list, each=Field("", str, choices=("segment", "word"))),
-    *rows_of("min_speakers max_speakers", int, low=1, high=MAX_SPEAKERS),
+    f"min_speakers,max_speakers:int:1..{MAX_SPEAKERS}",
 )  # fmt: skip
 HEARING: Any = {"body": TRANSCRIPTION_FIELDS, "max_bytes": MAX_AUDIO_BYTES}
 SEGMENT_WORDS, WORDS_A_SECOND = 10, 2.5
@@ -9707,7 +9671,7 @@ SCRIPTED_SPEECH = ResponseType(
 )
 TRANSCRIPT = Keys(
     "text! language",
-    *number_rows("duration", 0, MAX_MS),
+    f"duration:int|float:0..{MAX_MS}",
     *rows_of("words segments", list, each=Field("", dict)),
     ignored="languages usage",
 )
@@ -9826,12 +9790,11 @@ MAX_VIDEO_SECONDS, DEFAULT_VIDEO_SECONDS = 60, 6
 MAX_FPS, DEFAULT_FPS = 60, 24
 
 VIDEO_FIELDS = Fields(
-    MODEL_ROW, Field("prompt", str, low=1, high=32000), Field("seconds", str, int),
-    "resolution ratio negative_prompt size", *rows_of("seed output_quality", int),
-    *rows_of("width height", int, low=0, high=MAX_IMAGE_SIDE), Field("guidance_scale", float),
-    Field("fps", int, low=0, high=MAX_FPS), Field("steps", int, low=10, high=50),
-    Field("output_format", str, choices=("MP4", "WEBM")), Field("generate_audio", bool),
-    *rows_of("frame_images reference_images", list), Field("media", dict),
+    MODEL_ROW,
+        "prompt:1..32000 seconds:str|int resolution ratio negative_prompt size",
+        f"seed,output_quality:int width,height:int:0..{MAX_IMAGE_SIDE} guidance_scale:float",
+        f"fps:int:0..{MAX_FPS} steps:int:10..50 output_format=MP4|WEBM generate_audio:bool",
+        "frame_images,reference_images:list media:dict",
 )  # fmt: skip
 VIDEO_URL = lazy_regex(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4", re.ASCII)
 
@@ -9941,16 +9904,16 @@ DETECTION = {  # of turns: the defaults, documented
     "max_speech_duration_s": 5.0,
 }  # fmt: skip
 NO_DETECTION = {**dict.fromkeys(DETECTION, math.inf), "threshold": DETECTION["threshold"]}
-DETECTION_ROWS = rows_of(" ".join(DETECTION), float, low=0)
+DETECTION_ROWS = f"{','.join(DETECTION)}:float:0.."
 REALTIME_ROWS = (  # of the query, and of `session` in a message
     Field(
-        "turn_detection", str, dict, choices=("server_vad", "none"), fields=Fields(*DETECTION_ROWS)
+        "turn_detection", str, dict, choices=("server_vad", "none"), fields=Fields(DETECTION_ROWS)
     ),
-    *DETECTION_ROWS, *rows_of("language prompt", str),
+    DETECTION_ROWS, "language prompt",
     Field("input_audio_format", str, choices=tuple(AUDIO_RATES)),
 )  # fmt: skip
 VOICE_ROWS = (
-    *rows_of("model voice language alignment", str), Field("max_partial_length", int, low=1),
+    "model,voice,language,alignment max_partial_length:int:1..",
 )  # fmt: skip
 SENTENCE_END = lazy_regex(  # a full stop behind a digit may be a decimal point
     r"""(?:(?<![0-9])\.|[!?…])[.!?…]*["')\]]*(?=\s|\Z)|\.["')\]]*(?=\s)|[。\uff01\uff1f]+|\n"""
@@ -10182,7 +10145,7 @@ class VoiceSession(Session):
     modalities = ("text", "audio")
     failure = "conversation.item.tts.failed"
     messages: Mapping[str, Fields] = {
-        "input_text_buffer.append": Fields(Field("text!", str, high=MAX_SPEECH_CHARACTERS)),
+        "input_text_buffer.append": Fields(f"text!:..{MAX_SPEECH_CHARACTERS}"),
         "tts_session.updated": Fields(object_field("session!", *VOICE_ROWS)),
         "input_text_buffer.commit": NO_FIELDS,
         "input_text_buffer.clear": NO_FIELDS,
@@ -10254,7 +10217,7 @@ class VoiceSession(Session):
 # --- Models
 
 
-@route("GET", "/v1/models", query=Fields(Field("dedicated", bool)))
+@route("GET", "/v1/models", query=Fields("dedicated:bool"))
 def list_models(server: Server, request: Request) -> Any:
     """List the catalogue and the models that jobs have made."""
     items = [model_object(model) for model in list(server.models.values())]
@@ -10285,7 +10248,7 @@ def list_page(request: Request, items: list[Item]) -> Item:
     return {"object": "list", "data": page, "next_cursor": page[-1]["id"] if more else None}
 
 
-PAGE_FIELDS = Fields(Field("limit", int, low=0, high=1000), "after")
+PAGE_FIELDS = Fields("limit:int:0..1000 after")
 
 
 @route("GET", "/v2/supported-models", query=PAGE_FIELDS)
@@ -10310,9 +10273,8 @@ ORGANIZATION = {"id": "66a1b2c3d4e5f60718293a4b", "name": "Parlel"}  # pragma: a
 PROJECT = {"id": "proj-5f0e1d2c3b4a", "name": "Default", "slug": "default"}
 API_KEY_ID = "key-9a8b7c6d5e4f"
 MODEL_UPLOAD_FIELDS = Fields(
-    *rows_of("model_name! model_source!", str, low=1),
-    Field("model_type", str, choices=("model", "adapter")),
-    "hf_token description base_model lora_model",
+    "model_name!,model_source!:1.. model_type=model|adapter hf_token description base_model",
+    "lora_model",
 )
 
 
@@ -11509,11 +11471,8 @@ def seed_objects(server: Server, request: Request) -> Any:
 
 
 RECORD_FILTERS = Keys(
-    "path model kind outcome header test text batch",
-    Field("status", int, str),
-    Field("since", int, low=0),
-    Field("limit", int, low=1),
-    Field("view", str, choices=("calls", "rows")),
+    "path model kind outcome header test text batch status:int|str since:int:0.. limit:int:1..",
+    "view=calls|rows",
 )
 
 
@@ -11739,7 +11698,7 @@ def add_fixtures(server: Server, request: Request) -> Any:
     "GET",
     "/__parlel/fixtures",
     open=True,
-    query=Keys(Field("from", str, choices=("requests",)), *RECORD_FILTERS.values()),
+    query=Keys("from=requests", *RECORD_FILTERS.values()),
 )
 def list_fixtures(server: Server, request: Request) -> Any:
     """List the fixtures with how often each was served, or make them from the record."""
