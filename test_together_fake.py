@@ -7025,7 +7025,6 @@ class MessageTests(ScriptingCase):
             ("respond", "reply()"),
             ("on_message", "reply(user_message=...)"),
             ("add_fixture", "reply() or load()"),
-            ("asert_called", "did you mean assert_called?"),
         ):
             for scripting in (self.server, self.server.test("a")):
                 with self.assertRaises(AttributeError) as caught:

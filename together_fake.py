@@ -217,7 +217,6 @@ def is_secret(name: str) -> bool:
 
 
 def is_schema(value: Item) -> bool:
-    """Tell whether an object is a JSON schema."""
     kind = value.get("type")
     return kind in TYPES if type(kind) is str else not SCHEMA_WORDS.isdisjoint(value)
 
@@ -315,17 +314,14 @@ class Headers(dict):  # type: ignore[type-arg]
 
     @property
     def agent(self) -> str:
-        """The program that asks, by its own words."""
         return str(self.get("user-agent", ""))
 
     @functools.cached_property
     def is_page(self) -> bool:
-        """Whether a browser sends them."""
         return "origin" in self or "sec-fetch-site" in self or "Mozilla/" in self.agent
 
     @functools.cached_property
     def has_key(self) -> bool:
-        """Whether there is a bearer token."""
         scheme, _, key = self.get("authorization", "").partition(" ")
         return scheme.lower() == "bearer" and bool(key.strip())
 
@@ -615,6 +611,7 @@ KIND_NAMES = {
     dict: "an object",
     Upload: "a file",
 }
+COUNTED = {str, list, dict}
 
 
 def preview(value: Any, limit: int = 60) -> str:
@@ -695,7 +692,9 @@ class Field:
             value = self.convert(value)
             kind = type(value)
         if self.bounded:
-            self.check_bounds(value, kind)
+            size = len(value) if kind in COUNTED else value
+            if not self.low <= size <= self.high:
+                raise self.refuse_size(size, kind)
         if self.choices and kind in (str, int, bool) and value not in self.choices:
             allowed = ", ".join(map(str, self.choices))
             shown = "***" if is_secret(self.name) else value
@@ -728,20 +727,14 @@ class Field:
         names = " or ".join(KIND_NAMES[kind] for kind in kinds)
         raise refuse_value("", f"must be {names}", "***" if is_secret(self.name) else value)
 
-    def check_bounds(self, value: Any, kind: type) -> None:
-        """Compare a number, or the length of a string, array or object, with low and high."""
-        is_number = kind in (int, float)
-        size = value if is_number else len(value) if kind in (str, list, dict) else self.low
-        if self.low <= size <= self.high:
-            return
-        verb = "be" if is_number else "have"
-        unit = "" if is_number else " characters" if kind is str else " items"
+    def refuse_size(self, size: Any, kind: type) -> ApiError:
+        verb = "have" if kind in COUNTED else "be"
+        unit = "" if verb == "be" else " characters" if kind is str else " items"
         rule = f"at least {self.low}" if size < self.low else f"at most {self.high}"
-        raise refuse_value("", f"must {verb} {rule}{unit}", size)
+        return refuse_value("", f"must {verb} {rule}{unit}", size)
 
 
 def rows_of(names: str, *kinds: type, **rules: Any) -> list[Field]:
-    """Return a row for each of the names, all alike."""
     return [Field(name, *kinds, **rules) for name in names.split()]
 
 
@@ -864,7 +857,7 @@ def parse_json(raw: bytes) -> Any:
             value = DECODER.decode(text)
         if b"\\u" in raw and (b"\\ud" in raw or b"\\uD" in raw):  # a lone surrogate is refused
             json.dumps(value, ensure_ascii=False).encode()
-        brackets = raw.count(b"[") + raw.count(b"{")
+        brackets = len(raw) > 2 * MAX_JSON_DEPTH and raw.count(b"[") + raw.count(b"{")
         if brackets > MAX_JSON_DEPTH and measure_depth(value) > MAX_JSON_DEPTH:
             raise RecursionError
     except UnicodeEncodeError:
@@ -1032,20 +1025,16 @@ class HashRandom:
         return self._pool[start : self._at]
 
     def randbelow(self, limit: int) -> int:
-        """Return an integer from 0 to `limit - 1`."""
         size = (limit.bit_length() + 15) // 8  # 8 spare bits: no visible bias
         return int.from_bytes(self.randbytes(size), "big") * limit >> (8 * size)
 
     def random(self) -> float:
-        """Return a number from 0 up to, not including, 1."""
         return self.randbelow(1 << 32) / 4294967296
 
     def choice(self, choices: Sequence[Any]) -> Any:
-        """Return one of the choices."""
         return choices[self.randbelow(len(choices))]
 
     def hex(self, digits: int) -> str:
-        """Return `digits` hexadecimal digits."""
         return self.randbytes((digits + 1) // 2).hex()[:digits]
 
 
@@ -1066,7 +1055,6 @@ def random_id(rng: HashRandom) -> str:
 
 
 def random_uuid(rng: HashRandom) -> str:
-    """Return a version 4 UUID."""
     digits = rng.hex(32)
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
@@ -1075,6 +1063,7 @@ def random_uuid(rng: HashRandom) -> str:
 
 MAX_WORD_BYTES = 40  # of a word: what counts of it for a vector, and what is worth remembering
 MAX_COUNTED_TEXT = 2**20  # characters of a text whose tokens are counted at once
+MAX_REMEMBERED_TEXT = 1000  # of one whose number is remembered
 
 
 def phrases(text: str, first: str = " ", last: str = "") -> tuple[str, ...]:
@@ -1335,12 +1324,17 @@ def split_tokens(text: str) -> list[str]:
     return TOKEN.findall(text)
 
 
+@functools.lru_cache(maxsize=1000)  # what was said before comes again with each turn
+def count_short(text: str) -> int:
+    return TOKEN.subn("", text)[1]  # faster than a list
+
+
 def count_tokens(text: str) -> int:
     """Return `len(split_tokens(text))`, of a long text piece by piece: others get their turn."""
-    if len(text) <= MAX_COUNTED_TEXT:
-        return TOKEN.subn("", text)[1]  # faster than a list
+    if len(text) <= MAX_REMEMBERED_TEXT:
+        return count_short(text)
     starts = range(0, len(text), MAX_COUNTED_TEXT)
-    return sum([count_tokens(text[at : at + MAX_COUNTED_TEXT]) for at in starts])
+    return sum([TOKEN.subn("", text[at : at + MAX_COUNTED_TEXT])[1] for at in starts])
 
 
 @functools.cache  # there are 256 for each place
@@ -2956,9 +2950,10 @@ MAX_SHORT = 600
 HINTS = (  # what asks for a form has one at an end
     "{", "<", "`", "nswer", "espon", "eturn", "utput", "ormat", "eply", "lassif", "ategor",
     "NSWER", "JSON", "YAML", "CSV", "omma", "hoose", "elect", "abel", "itle", " list", "List",
-    " table", "epeat", "core", "only", " line", "Say", "ay the", "inish", "ullet", "word", "one-",
+    " table", "epeat", "core", "only", " line", "Say", "ay the", "inish", "ullet", "one-",
     "scale", "erbatim", "block", "eason",
 )  # fmt: skip
+ASKING_ROLES = ("user", "system", "developer")
 TEXT_SCHEMA = {"type": "string"}
 
 
@@ -3814,12 +3809,18 @@ RESULT = lazy_regex(
 )
 
 
-def is_hinted(text: str) -> bool:
-    ends = keep_ends(text, MAX_SHORT)
-    for hint in HINTS if len(text) <= MAX_SHORT else HINTS[:16]:
-        if hint in ends and (hint != "word" or "few words" not in ends):
+@functools.lru_cache(maxsize=256)  # a system's message comes again with each request
+def has_hint(ends: str) -> bool:
+    is_short = len(ends) <= MAX_SHORT
+    for hint in HINTS if is_short else HINTS[:16]:
+        if hint in ends:
             return True
-    return text[-1:] == ":"
+    return ends[-1:] == ":" or (is_short and "word" in ends and "few words" not in ends)
+
+
+def is_hinted(message: Item) -> bool:
+    text = message_text(message)
+    return has_hint(text if len(text) <= MAX_SHORT else keep_ends(text, MAX_SHORT))
 
 
 def read_form(messages: list[Item], json_mode: bool = False) -> WantedForm | None:
@@ -3827,6 +3828,8 @@ def read_form(messages: list[Item], json_mode: bool = False) -> WantedForm | Non
 
     Where that is a result, the one before it that is none asks, too.
     """
+    if not any(map(is_hinted, [each for each in messages if each["role"] in ASKING_ROLES])):
+        return None
     backwards = range(len(messages) - 1, -1, -1)
     users = [at for at in backwards if messages[at]["role"] == "user"]
     systems = [at for at in backwards if messages[at]["role"] in ("system", "developer")]
@@ -3834,9 +3837,7 @@ def read_form(messages: list[Item], json_mode: bool = False) -> WantedForm | Non
     if len(users) > 1:
         texts = ((at, message_text(messages[at])[:80]) for at in users)
         asked[1:1] = [next((at for at, text in texts if not RESULT.search(text)), users[-1])]
-    asked = [at for at in asked if is_hinted(message_text(messages[at]))]
-    if not asked:
-        return None
+    asked = [at for at in asked if is_hinted(messages[at])]
     said = message_text(messages[users[0]])[-PROMPT_WINDOW:] if users else ""
     told = message_text(messages[systems[0]])[:PROMPT_WINDOW] if systems else ""
     vague = None
@@ -4369,7 +4370,6 @@ class Call:
     sound_rate = 0  # samples a second
     first_event = 0.0  # seconds until the first of them was there
     error = ""
-    warnings: tuple[str, ...] = ()  # fields that nothing reads, what production would never say
     notes: tuple[str, ...] = ()  # a path that was read as another, a fault
     fixture = ""  # the source of the one that answered
     form = ""  # of the answer, as the prompt asks for it, and the message that says so
@@ -4385,6 +4385,8 @@ class Call:
     misses: Sequence[Any] = ()  # the fixtures that did not answer, and why
     explain_misses: Any = None
     answered_by: Any = None
+    doubt: Any = None  # finds what its body is warned of, once somebody looks
+    _warnings: tuple[str, ...] = ()
 
     def __init__(self, number: int, request: Request, at: float) -> None:
         self.number = number
@@ -4456,6 +4458,17 @@ class Call:
                 events.close()
             self.reply_size = sum(map(len, kept))
             end(self, outcome)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Fields that nothing reads, and what production would never say."""
+        if self.doubt is not None:
+            self._warnings, self.doubt = (*self.doubt(self.body or {}), *self._warnings), None
+        return self._warnings
+
+    @warnings.setter
+    def warnings(self, value: tuple[str, ...]) -> None:
+        self._warnings = value
 
     @property
     def operation(self) -> str:
@@ -7109,11 +7122,11 @@ class Answer:
 
 PLAIN_CHOICE = {"index", "text", "token_count", "finish_reason", "thoughts"}  # what it has
 OVERRIDING = {"created", "finish_reason", "role", "usage"}  # in what a fixture says
-TEMPLATES: dict[Any, str] = {}  # of plain answers, by what changes more than a value of them
+TEMPLATES: dict[Any, Any] = {}  # of plain answers, by what changes more than a value of them
 
 
-def make_template(answer: Answer, values: Item) -> str:
-    """Return the JSON of a plain answer with slots for those of its values that it has."""
+def make_template(answer: Answer, values: Item) -> tuple[str, Callable[[Item], Any]]:
+    """Return the JSON of a plain answer with slots for values, and what picks those in order."""
     slots: Any = {name: value and SLOT + name for name, value in values.items()}
     blank, choice = copy.copy(answer), copy.copy(answer.choices[0])
     for name in ("id", "model", "seed", "cached_tokens"):
@@ -7121,8 +7134,8 @@ def make_template(answer: Answer, values: Item) -> str:
     blank.usage = {name: slots[name] for name in answer.usage}
     choice.text, choice.thoughts = slots["text"], slots["thoughts"]
     blank.choices = [choice]
-    whole = ENCODE(blank.write_whole()).replace("%", "%%")
-    return re.sub(rf'"{SLOT}(\w+)"', r"%(\1)s", whole)
+    whole, slot = ENCODE(blank.write_whole()).replace("%", "%%"), rf'"{SLOT}(\w+)"'
+    return re.sub(slot, "%s", whole), operator.itemgetter(*re.findall(slot, whole))
 
 
 def encode_answer(answer: Answer) -> bytes:
@@ -7153,7 +7166,8 @@ def encode_answer(answer: Answer) -> bytes:
         TEMPLATES[key] = make_template(answer, values)
     values["id"], values["model"] = QUOTE(answer.id), QUOTE(answer.model)
     values["text"], values["thoughts"] = QUOTE(choice.text), QUOTE(values["thoughts"])
-    return (TEMPLATES[key] % values).encode()
+    template, pick = TEMPLATES[key]
+    return bytes(template % pick(values), "utf-8")
 
 
 # --- Chat completions
@@ -7261,7 +7275,6 @@ CHAT_FACTS = frozenset((
 
 
 def pick_given(body: Item, names: Iterable[str]) -> Item:
-    """Return those of some fields that a body gives."""
     return {name: body[name] for name in names if body.get(name) is not None}
 
 
@@ -7362,9 +7375,10 @@ def count_usage(prompt_tokens: int, choices: list[Choice]) -> Item:
     for choice in choices:
         thought += len(choice.thoughts) + choice.hidden_thoughts
         written += choice.token_count
-        called = [call["function"] for call in choice.tool_calls]
-        for function in called or filter(None, [choice.function_call]):
-            written += sum(map(count_tokens, function.values()))
+        for call in choice.tool_calls:
+            written += sum(map(count_tokens, call["function"].values()))
+        if choice.function_call:
+            written += sum(map(count_tokens, choice.function_call.values()))
     written += thought
     return {
         "prompt_tokens": prompt_tokens,
@@ -7633,14 +7647,16 @@ THINKING_SWITCHES = {"enabled", "thinking", "enable_thinking"}
 
 def find_effort(body: Item, model: Model) -> str:
     """Return how much a model shall think, in the words of `reasoning_effort`."""
-    told = [given for name in THINKING_FIELDS if (given := body.get(name))]
-    off = any(given.get(name) is False for given in told for name in THINKING_SWITCHES)
     effort: str = body.get("reasoning_effort") or "medium"
     if effort not in EFFORT_THOUGHTS and "any-effort" not in FORMS[model.engine].traits:
         raise refuse_value(
             "reasoning_effort", f"must be one of {', '.join(EFFORT_THOUGHTS)}", effort
         )
-    return "none" if off or not model.thinks else effort
+    if not model.thinks:
+        return "none"
+    told = [given for name in THINKING_FIELDS if (given := body.get(name))]
+    off = any(given.get(name) is False for given in told for name in THINKING_SWITCHES)
+    return "none" if off else effort
 
 
 def make_thoughts(rng: HashRandom, model: Model, effort: str) -> str:
@@ -11796,7 +11812,6 @@ REFUSALS = [
 
 
 def explain_refusal(head: str) -> ApiError:
-    """Return the error for a head that `HEAD` does not match."""
     name, reason = next((name, why) for pattern, name, why in REFUSALS if pattern.search(head))
     return ApiError(name, reason=reason)
 
@@ -11923,7 +11938,6 @@ class RequestReader:
         return (yield from self.read_chunks() if head.coding else self.read_exactly(head.size))
 
     def check_size(self, size: int) -> None:
-        """Raise ApiError for a body that is over the route's limit."""
         asked = Request(self.head.method, self.head.path, headers=self.head.fields)
         limit = self.server.app._limit_body(asked)
         if size > limit:
@@ -12867,15 +12881,11 @@ def suggest_near(name: str, names: tuple[str, ...]) -> str:
     return near if near.endswith("?") else ""
 
 
-CONTAINERS = {dict, list}
-
-
 def list_unread(values: Item, fields: Fields, place: str = "") -> Iterator[str]:
     """Yield the places of a body that no row of its table reads."""
-    if not values.keys() <= fields.keys():
-        for name in values:
-            if name not in fields and name not in fields.ignored:
-                yield f"{place}{name}{suggest_near(name, tuple(fields))}"
+    for name in values:
+        if name not in fields and name not in fields.ignored:
+            yield f"{place}{name}{suggest_near(name, tuple(fields))}"
     for name, value in values.items():
         inner = fields.nested.get(name)
         if inner is None:
@@ -12883,19 +12893,16 @@ def list_unread(values: Item, fields: Fields, place: str = "") -> Iterator[str]:
         if type(value) is dict:
             yield from list_unread(value, inner, f"{place}{name}.")
         for index, item in enumerate(value if type(value) is list else ()):
-            is_read = type(item) is not dict or (  # most are, at a glance
-                item.keys() <= inner.keys() and CONTAINERS.isdisjoint(map(type, item.values()))
-            )
-            if not is_read:
+            if type(item) is dict:
                 yield from list_unread(item, inner, f"{place}{name}[{index}].")
 
 
-def warn_of_request(server: Server, route: Route, request: Request) -> Iterator[str]:
+def warn_of_request(server: Server, route: Route, body: Item) -> Iterator[str]:
     """Yield what production would not understand, or not answer."""
-    unread = ", ".join(list_unread(request.body, route.body))
+    unread = ", ".join(list_unread(body, route.body))
     if unread:
         yield f"nothing reads {unread}"
-    id, kind = request.body.get("model"), route.kind
+    id, kind = body.get("model"), route.kind
     if kind in ("", "job") or not isinstance(id, str):
         return
     model = server.models.get(id)
@@ -13047,10 +13054,10 @@ def is_loopback(host: str) -> bool:
 
 def is_guarded(request: Request) -> bool:
     """Tell whether not every page may send a request; programs do not look like one."""
-    headers = request.headers
-    if headers.is_page and ("x-parlel-fixture" in headers or STORED_PATH.match(request.path)):
+    headers, path = request.headers, request.path
+    if headers.is_page and ("x-parlel-fixture" in headers or STORED_PATH.match(path)):
         return True
-    return CONTROL_PATH.match(request.path) is not None
+    return path[:4] != "/v1/" and CONTROL_PATH.match(path) is not None
 
 
 def check_page(server: Server, request: Request) -> None:
@@ -13343,10 +13350,13 @@ def make_probe(words: Mapping[str, Any]) -> Fixture:
 
 POLL_SECONDS = 0.005
 # What other libraries call it.
-OTHER_VERBS = {
-    "respond": "reply()", "on_message": "reply(user_message=...)", "clear": "reset()",
-    "add_fixture": "reply() or load()", "calls": "requests",
-}  # fmt: skip
+
+
+def other_verb(meant: str) -> Any:
+    def refuse(_: Any) -> Any:
+        raise AttributeError(f"{meant} does that here")
+
+    return property(refuse)
 
 
 def refuse_lines(title: str, lines: Iterable[str]) -> None:
@@ -13458,15 +13468,10 @@ class Scripting:
         asked = [call for call in self.requests if call.number > since and is_inference(call)]
         refuse_lines("wrongs", map(str, judge_budget(asked, total_tokens, calls, at_once)))
 
-    if not TYPE_CHECKING:  # mypy finds it by itself
-
-        def __getattr__(self, name: str) -> Any:
-            """Name the verb that is meant by what other libraries call it, or nearly."""
-            if name.startswith("_"):
-                raise AttributeError(name)
-            meant = OTHER_VERBS.get(name)
-            hint = f": {meant} does that here" if meant else suggest(name, dir(type(self)))
-            raise AttributeError(f"{type(self).__name__} has no {name!r}{hint}")
+    if not TYPE_CHECKING:  # no __getattr__, which would slow all attributes
+        respond = other_verb("reply()")
+        on_message = other_verb("reply(user_message=...)")
+        add_fixture = other_verb("reply() or load()")
 
     def _add_fixture(self, verb: str, words: Mapping[str, Any]) -> Fixture:
         processes = sys.modules.get("multiprocessing")
@@ -14073,7 +14078,8 @@ class TogetherAiServer(Scripting, Shared):
             gone.revision = 0
 
     def _end_call(self, call: Call, outcome: str) -> None:
-        call.excused = call.excused or self.stopping.is_set()
+        if outcome == "left" and self.stopping.is_set():
+            call.excused = True
         if self.tpm:
             with self._lock:
                 self._limits.take("tpm", call.model, get_path(call.usage, "total_tokens") or 0)
@@ -14103,7 +14109,7 @@ class TogetherAiServer(Scripting, Shared):
             reply = self._handle(route, request, call)
         else:
             reply = self._follow_script(route, request, call)
-        if call.warnings and self.warnings == "error" and not route.open:
+        if self.warnings == "error" and call.warnings and not route.open:
             error = ApiError("warned", reason="; ".join(call.warnings))
             error.headers["x-should-retry"] = "false"
             raise error
@@ -14143,8 +14149,10 @@ class TogetherAiServer(Scripting, Shared):
             kind = request.headers.get("content-type", "")
             request.body = parse_body(request.raw, kind, route.body)
             request.answers = route.count_answers(request.body)
-            if not route.open:
-                call.warnings = tuple(warn_of_request(self, route, request))
+            if len(request.raw) > MAX_RECORDED_BODY_BYTES:
+                call.warnings = tuple(warn_of_request(self, route, request.body))
+            elif not route.open:
+                call.doubt = functools.partial(warn_of_request, self, route)
         request.route = route
         return route
 
@@ -14226,8 +14234,8 @@ class TogetherAiServer(Scripting, Shared):
             except ApiError:
                 self.script.give_back(fixture, facts)
                 raise
-        doubts = warn_of_response(self, fixture, request, reply)
-        call.warnings += tuple(f"{fixture.source}: {doubt}" for doubt in doubts)
+        for doubt in warn_of_response(self, fixture, request, reply):
+            call.warnings += (f"{fixture.source}: {doubt}",)
         fault = draw_fault(self.script, fixture, response)
         if fault is None:
             return reply
