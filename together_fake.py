@@ -10975,28 +10975,22 @@ PAGE = r"""<!doctype html>
 <title>together_fake</title>
 <link rel="icon" href="data:,">
 <style>
-:root {
-  color-scheme: light dark;
-  --back: light-dark(#fff, #14171b); --panel: light-dark(#f4f6f8, #1d2127);
-  --line: light-dark(#dde1e6, #2f353d); --accent: light-dark(#1f5fd0, #7dabff);
-}
+:root { color-scheme: light dark; --panel: #8882; --line: #8885; }
 * { box-sizing: border-box; }
 body {
   display: flex; flex-direction: column; height: 100dvh; margin: 0;
-  background: var(--back); font: 14px/1.5 system-ui, sans-serif;
+  background: light-dark(#fff, #14171b); font: 14px/1.5 system-ui, sans-serif;
 }
 [hidden] { display: none !important; }
-.dim, summary { color: light-dark(#5b6572, #98a2af); }
-a { color: var(--accent); }
+.dim, summary { opacity: 0.7; }
 .good { color: light-dark(#14733a, #5cc483); }
 .warn, .left { color: light-dark(#8f4d08, #e0aa55); }
 .bad, .cut { color: light-dark(#b3201f, #f5807e); }
 button, input, textarea {
   padding: 4px 10px; border: 1px solid var(--line); border-radius: 6px;
-  background: var(--back); color: inherit; font: inherit;
+  background: none; color: inherit; font: inherit;
 }
-button { cursor: pointer; }
-button:hover, [aria-selected=true] { border-color: var(--accent); }
+button:hover, [aria-selected=true] { border-color: currentcolor; }
 header, .bar { display: flex; flex-wrap: wrap; gap: 6px 10px; align-items: center; }
 header { padding: 8px 12px; border-bottom: 1px solid var(--line); background: var(--panel); }
 h1, h2, h3 { margin: 8px 0 0; font-size: 15px; }
@@ -11007,9 +11001,10 @@ main > * { flex: 1; overflow: auto; padding: 8px 12px; }
 #detail { flex: 1.3; border-left: 1px solid var(--line); }
 #list { container-type: inline-size; }
 .group, .card { content-visibility: auto; contain-intrinsic-height: auto 34px; }
-.group:not(.single) { margin: 6px 0; border-left: 3px solid var(--line); }
-.single > summary { display: none; }
-summary { padding: 2px 8px; cursor: pointer; }
+.group { margin: 6px 0; border-left: 3px solid var(--line); }
+.single { margin: 0; border: 0; }
+.single > summary, .group:not(:has(.row)) { display: none; }
+summary { padding: 2px 8px; }
 .row {
   display: grid; width: 100%; gap: 0 12px; padding: 4px 8px; text-align: left;
   border-color: transparent transparent var(--line); border-radius: 0;
@@ -11021,7 +11016,7 @@ summary { padding: 2px 8px; cursor: pointer; }
 @container (max-width: 800px) {
   .row { grid-template-columns: 1fr 36px 66px; }
   .time, .tokens, .model { display: none; }
-  .answer { grid-column: 1 / -1; grid-row: 2; }
+  .answer { grid-area: 2 / 1 / 3 / 4; }
 }
 @media (max-width: 800px) {
   main:has(#detail:not([hidden])) > :not(#detail) { display: none; }
@@ -11057,7 +11052,9 @@ meter { width: 100%; }
 "use strict";
 // What comes from clients is shown as text: nothing here parses HTML.
 
-const byId = (id) => document.getElementById(id);
+const ids = [...document.querySelectorAll("[id]")].map((node) => [node.id, node]);
+const { calls, fixtures, filter, state, download, reset, list, scripted, detail } =
+  Object.fromEntries(ids);
 const groups = new Map(); // of one test or one conversation
 const rows = new Map(); // by number
 let since = 0; // the revision to ask from; 0 loads everything again
@@ -11066,7 +11063,8 @@ let opened = 0; // a call's number
 let polls = 0; // the newest one's answer counts
 let timer = 0;
 
-function make(tag, name, ...content) {
+function make(kind, ...content) {
+  const [tag, name = ""] = kind.split(".");
   const node = document.createElement(tag);
   node.className = name;
   node.append(...content.flat(9).filter(Boolean)); // strings become text
@@ -11074,7 +11072,7 @@ function make(tag, name, ...content) {
 }
 
 function makeButton(label, press) {
-  const button = make("button", "", label);
+  const button = make("button", label);
   button.onclick = () => press(button);
   return button;
 }
@@ -11084,23 +11082,22 @@ function toText(value) {
   let shown = value;
   if (/^\s*[[{]/.test(value)) try { shown = JSON.parse(value); } catch {}
   if (typeof shown !== "string") shown = JSON.stringify(shown, (key, item) =>
-    item?.length > 500 ? item.slice(0, 20) + "... (" + item.length + ")" : item, 2) ?? "";
+    item?.length > 500 ? `${item.slice(0, 20)}... (${item.length})` : item, 2) ?? "";
   return shown.slice(0, 50000);
 }
 
-const makePre = (value) => make("pre", "", toText(value));
+const makePre = (value) => make("pre", toText(value));
 
-const makeCard = (title, note, ...parts) => make("div", "card",
-  make("h4", "bar", title, make("span", "dim", String(note ?? ""))), parts);
+const makeCard = (title, note, ...parts) =>
+  make("div.card", make("h4.bar", title, make("span.dim", String(note ?? ""))), parts);
 
 // Nothing is fetched from elsewhere.
 function makeMedia(type, address) {
-  const url = new URL(address, location.origin).href;
+  const { href, origin } = new URL(address, location);
   const tag = { image: "img", audio: "audio", video: "video" }[type];
-  if (!tag || !/^data:(image|audio|video)/.test(url) && !url.startsWith(location.origin + "/"))
-    return make("div", "", type + ": " + address.slice(0, 200));
-  const node = make(tag, "");
-  return Object.assign(node, tag === "img" ? { alt: "image" } : { controls: true }, { src: url });
+  if (!tag || origin !== location.origin && !/^data:(image|audio|video)/.test(href))
+    return make("div", `${type}: ${address.slice(0, 200)}`);
+  return Object.assign(make(tag), { alt: type, controls: true, src: href });
 }
 
 // === A request and a reply as messages ===
@@ -11108,60 +11105,60 @@ function makeMedia(type, address) {
 function readPart(part) {
   const { type, text, image_url: image, input_audio: sound, url } = Object(part);
   if (image) return makeMedia("image", image.url ?? image);
-  if (sound) return makeMedia("audio", "data:audio/" + sound.format + ";base64," + sound.data);
-  return url ? makeMedia(type, url) : make("div", "", toText(text ?? part));
+  if (sound) return makeMedia("audio", `data:audio/${sound.format};base64,${sound.data}`);
+  return url ? makeMedia(type, url) : make("div", toText(text ?? part));
 }
 
 function readMessage({ role = "", content, tool_calls: calls, ...more }) {
   const thought = more.reasoning || more.reasoning_content;
-  const called = (calls ?? []).map(({ function: { name, arguments: given } }) =>
-    make("div", "", "calls " + name, makePre(given)));
   return makeCard(role, more.tool_call_id ?? more.finish_reason,
-    thought && make("div", "dim", toText(thought)), [content ?? []].flat().map(readPart), called);
+    thought && make("div.dim", toText(thought)),
+    [content ?? []].flat().map(readPart),
+    (calls ?? []).map((call) =>
+      make("div", "calls " + call.function.name, makePre(call.function.arguments))));
 }
 
 function readTool({ name, description, parameters, function: nested }) {
   if (nested) return readTool(nested);
   const given = Object.keys(parameters?.properties ?? {}).join(", ");
-  return make("div", "", make("b", "", name + "(" + given + ") "), description);
+  return make("div", make("b", `${name}(${given}) `), description);
 }
 
 function drawTimeline({ first_event_ms: first, duration_ms: whole, events_sent: events, outcome }) {
   if (!events) return "";
   const pace = whole > first ? Math.round((events - 1) / (whole - first) * 1000) : events;
-  const meter = make("meter", "");
+  const meter = make("meter");
   meter.value = whole ? 1 - first / whole : 0;
-  const told = "first event after " + first + " ms, " + events + " events in " + whole + " ms, " +
-    pace + " a second, " + outcome;
-  return make("div", outcome, meter, told);
+  return make("div." + outcome, meter, `first event after ${first} ms, ` +
+    `${events} events in ${whole} ms, ${pace} a second, ${outcome}`);
 }
 
 function drawCall(call) {
   const { method, body } = call;
   const url = call.path + (call.query && "?" + call.query);
   const headers = { "Content-Type": "application/json", Authorization: "Bearer any" };
-  const sent = { method, headers, body: JSON.stringify(body) };
   const { messages, input, tools = [], ...settings } = Object(body);
-  const buttons = Object.entries(call.copy).filter(([, text]) => text)
-    .map(([name, text]) => makeButton("Copy " + name, (button) => copyText(text, button)));
-  byId("detail").replaceChildren(
-    make("h2", "", "#" + call.n + " " + call.status + " " + method + " " + url),
-    make("div", "bar", buttons,
-      body && makeButton("Send again", () => fetch(url, sent)),
+  detail.replaceChildren(
+    make("h2", `#${call.n} ${call.status} ${method} ${url}`),
+    make("div.bar",
+      Object.entries(call.copy).map(([name, text]) =>
+        text && makeButton("Copy " + name, (button) => copyText(text, button))),
+      body && makeButton("Send again", () =>
+        fetch(url, { method, headers, body: JSON.stringify(body) })),
       makeButton("Close", closeCall)),
-    make("div", "dim", "answered by " + (call.fixture || "the generator"),
+    make("div.dim", "answered by " + (call.fixture || "the generator"),
       call.form && ", form: " + call.form),
-    ...[call.error, ...call.verdict].map((text) => make("div", "bad", text)),
-    ...call.warnings.map((text) => make("div", "warn", text)),
+    ...[call.error, ...call.verdict].map((text) => make("div.bad", text)),
+    ...call.warnings.map((text) => make("div.warn", text)),
     drawTimeline(call),
-    make("div", "sides",
-      make("section", "", make("h3", "", "Request"), call.asked.map(readMessage),
+    make("div.sides",
+      make("section", make("h3", "Request"), call.asked.map(readMessage),
         tools.length > 0 && makeCard("tools", "", tools.map(readTool)),
         makeCard("settings", "", makePre(settings))),
-      make("section", "", make("h3", "", "Reply"), call.said.map(readMessage))),
-    ...(call.status === 404 ? call.near_misses : []).map((miss) => makeCard(miss.fixture,
-      miss.differs, makePre(miss.reason))),
-    make("details", "", make("summary", "", "As JSON"), makePre(call)));
+      make("section", make("h3", "Reply"), call.said.map(readMessage))),
+    ...(call.status === 404 ? call.near_misses : []).map((miss) =>
+      makeCard(miss.fixture, miss.differs, makePre(miss.reason))),
+    make("details", make("summary", "As JSON"), makePre(call)));
 }
 
 async function openCall(number) {
@@ -11169,14 +11166,14 @@ async function openCall(number) {
   opened = number;
   history.replaceState(null, "", "#" + number);
   for (const [n, row] of rows) row.ariaCurrent = n === number;
-  byId("detail").hidden = false;
+  detail.hidden = false;
   let call;
   try {
     call = await ask("/__parlel/requests/" + number);
     if (opened === number) drawCall(call);
   } catch (error) {
     // What is not as expected is shown as it is.
-    byId("detail").replaceChildren(error.message, makeButton("Close", closeCall), makePre(call));
+    detail.replaceChildren(error.message, makeButton("Close", closeCall), makePre(call));
   }
 }
 
@@ -11184,7 +11181,7 @@ function closeCall() {
   rows.get(opened)?.focus();
   opened = 0;
   history.replaceState(null, "", location.pathname);
-  byId("detail").hidden = true;
+  detail.hidden = true;
 }
 
 async function copyText(text, button) {
@@ -11199,102 +11196,95 @@ async function copyText(text, button) {
 // === The list ===
 
 function drawRow(call) {
-  const { n, at, status, duration_ms: ms, usage, images, outcome } = call;
+  const { n, status, duration_ms: ms, usage, outcome } = call;
   const colour = { 0: "dim", 4: "warn", 5: "bad" }[Math.floor(status / 100)] ?? "good";
-  const done = outcome !== "running";
-  const cells = {
-    time: new Date(at).toTimeString().slice(0, 8),
-    question: call.question || call.operation,
-    answer: [make("span", "warn", call.warning && call.warning + " "),
-      images.map((url) => makeMedia("image", url)),
-      make("span", status < 400 ? "" : "bad", call.answer)],
-    model: call.model,
-    status: make("b", outcome === "complete" ? colour : outcome, String(done ? status : "...")),
-    took: ms < 1000 ? ms.toFixed(1) + " ms" : (ms / 1000).toFixed(2) + " s",
-    tokens: usage && usage.prompt_tokens + " + " + (usage.completion_tokens ?? 0),
-  };
-  const row = make("button", "row",
-    Object.entries(cells).map(([name, content]) => make("span", name, content)));
-  row.id = "call-" + n;
-  row.onclick = () => openCall(n);
-  row.ariaCurrent = n === opened;
-  row.call = call;
-  return row;
+  const row = makeButton("", () => openCall(n));
+  row.append(
+    make("span.time", new Date(call.at).toTimeString().slice(0, 8)),
+    make("span", call.question || call.operation),
+    make("span.answer", make("span.warn", call.warning && call.warning + " "),
+      call.images.map((url) => makeMedia("image", url)),
+      make(status < 400 ? "span" : "span.bad", call.answer)),
+    make("span.model", call.model),
+    make("b." + (outcome === "complete" ? colour : outcome),
+      outcome === "running" ? "..." : String(status)),
+    make("span", ms < 1000 ? ms.toFixed(1) + " ms" : (ms / 1000).toFixed(2) + " s"),
+    make("span.tokens", usage && `${usage.prompt_tokens} + ${usage.completion_tokens ?? 0}`));
+  return Object.assign(row, { className: "row", id: "call-" + n, ariaCurrent: n === opened, call });
 }
 
 function place(call) {
   const { n, test, thread } = call;
   const key = test || thread || n;
-  const group = groups.get(key) ?? make("details", "group", make("summary", ""));
-  if (!groups.has(key)) group.open = true;
-  groups.set(key, group);
+  if (!groups.has(key))
+    groups.set(key, Object.assign(make("details.group", make("summary")), { open: true }));
+  const group = groups.get(key);
   const row = drawRow(call);
   if (rows.has(n)) rows.get(n).replaceWith(row);
   else {
     group.firstChild.after(row);
-    byId("list").prepend(group);
+    list.prepend(group);
   }
   rows.set(n, row);
-  for (const [old, { parentNode }] of [...rows].slice(0, -1000)) {
-    rows.get(old).remove();
+  for (const [old, node] of [...rows].slice(0, -1000)) {
+    node.remove();
     rows.delete(old);
-    if (!parentNode.children[1]) parentNode.remove();
   }
   const calls = [...group.children].slice(1).map((node) => node.call);
   const tokens = calls.reduce((sum, { usage }) => sum + (usage?.total_tokens ?? 0), 0);
-  group.firstChild.textContent = (test ? "test " + test : "conversation") +
-    ", " + calls.length + " calls, " + tokens + " tokens";
+  group.firstChild.textContent =
+    `${test ? "test " + test : "conversation"}, ${calls.length} calls, ${tokens} tokens`;
   group.classList.toggle("single", calls.length === 1 && !test);
 }
 
 function drawEmpty(filtered) {
   const base = location.origin + "/v1";
-  const shell = `export TOGETHER_BASE_URL=${base} TOGETHER_API_KEY=any
+  list.replaceChildren(filtered ? "No call passes the filter." :
+    "No calls yet. Set these before a client is built, or try the curl:", filtered ? "" : makePre(
+`export TOGETHER_BASE_URL=${base} TOGETHER_API_KEY=any
 export OPENAI_BASE_URL=${base} OPENAI_API_KEY=any
 curl ${base}/chat/completions -H 'Authorization: Bearer any' \\
-  -d '{"model": "m", "messages": [{"role": "user", "content": "hello"}]}'`;
-  byId("list").replaceChildren(filtered ? "No call passes the filter." : make("div", "",
-    "No calls yet. Set these before a client is built, or try the curl:", makePre(shell)));
+  -d '{"model": "m", "messages": [{"role": "user", "content": "hello"}]}'`));
 }
 
 function clear() {
   rows.clear();
   groups.clear();
-  byId("list").replaceChildren();
+  list.replaceChildren();
   since = 0;
 }
 
 // === Fixtures ===
 
 function drawFixture({ number, source, served, ...entry }) {
-  const often = served ? "served: " + served : "never served";
-  const area = make("textarea", "", JSON.stringify(entry, null, 2));
-  const problem = make("div", "bad");
+  const area = make("textarea", JSON.stringify(entry, null, 2));
+  const problem = make("div.bad");
   const change = async (text) => {
     try {
-      if (text) await ask("/__parlel/fixtures", "POST", '{"fixtures": [' + text + "]}");
+      if (text) await ask("/__parlel/fixtures", "POST", `{"fixtures": [${text}]}`);
       await ask("/__parlel/fixtures/" + number, "DELETE");
       drawFixtures();
     } catch (error) {
       problem.textContent = error.message;
     }
   };
-  return makeCard(source, often, area, number >= 0 && make("div", "bar",
-    makeButton("Save", () => change(area.value)), makeButton("Remove", () => change())), problem);
+  return makeCard(source, served ? "served: " + served : "never served", area,
+    number >= 0 && make("div.bar", makeButton("Save", () => change(area.value)),
+      makeButton("Remove", () => change())), problem);
 }
 
 async function drawFixtures() {
   const { fixtures } = await ask("/__parlel/fixtures");
-  byId("scripted").replaceChildren(...fixtures.map(drawFixture),
+  scripted.replaceChildren(...fixtures.map(drawFixture),
     fixtures.length ? "" : "Nothing is scripted: every answer is generated.");
 }
 
 function show(tab) {
-  for (const [name, id] of [["calls", "list"], ["fixtures", "scripted"]]) {
-    byId(name).ariaSelected = name === tab;
-    byId(id).hidden = name !== tab;
+  for (const [button, section] of [[calls, list], [fixtures, scripted]]) {
+    button.ariaSelected = button === tab;
+    section.hidden = button !== tab;
   }
-  if (tab === "fixtures") drawFixtures();
+  if (tab === fixtures) drawFixtures();
 }
 
 // === The server ===
@@ -11309,7 +11299,7 @@ async function ask(path, method = "GET", body = undefined) {
 // The filter as a query: `kind:chat some words` is kind=chat and text=some words.
 function readFilter() {
   const query = new URLSearchParams();
-  const words = byId("filter").value.replace(/\b(kind|status|test|model|outcome):(\S+)/g,
+  const words = filter.value.replace(/\b(kind|status|test|model|outcome):(\S+)/g,
     (all, name, value) => query.set(name, value) ?? "");
   if (words.trim()) query.set("text", words.trim());
   return query;
@@ -11318,14 +11308,10 @@ function readFilter() {
 async function poll() {
   clearTimeout(timer);
   const mine = ++polls;
-  const state = byId("state");
   try {
-    const query = readFilter();
-    const filtered = String(query);
-    byId("download").href = "/__parlel/fixtures?from=requests&" + filtered;
-    query.set("view", "rows");
-    query.set("since", since);
-    const answer = await ask("/__parlel/requests?" + query);
+    const filtered = String(readFilter());
+    download.href = "/__parlel/fixtures?from=requests&" + filtered;
+    const answer = await ask(`/__parlel/requests?view=rows&since=${since}&${filtered}`);
     if (mine !== polls) return;
     const fresh = answer.epoch !== epoch;
     epoch = answer.epoch;
@@ -11334,7 +11320,7 @@ async function poll() {
       clear();
       return poll();
     }
-    if (!rows.size && answer.rows.length) byId("list").replaceChildren();
+    if (!rows.size && answer.rows.length) list.replaceChildren();
     answer.rows.forEach(place);
     if (!rows.size) drawEmpty(filtered);
     if (answer.rows.some(({ n }) => n === opened)) openCall(opened);
@@ -11346,13 +11332,13 @@ async function poll() {
   if (!document.hidden) timer = setTimeout(poll, 500);
 }
 
-byId("calls").onclick = () => show("calls");
-byId("fixtures").onclick = () => show("fixtures");
-byId("filter").oninput = () => {
+calls.onclick = () => show(calls);
+fixtures.onclick = () => show(fixtures);
+filter.oninput = () => {
   clear();
   poll();
 };
-byId("reset").onclick = async () => {
+reset.onclick = async () => {
   if (!confirm("Forget all calls, stored objects and run-time fixtures?")) return;
   await ask("/__parlel/reset", "POST");
   poll();
@@ -11366,7 +11352,7 @@ document.onkeydown = (event) => {
   if (key === "Escape" && typing) target.blur();
   else if (typing) return;
   else if (key === "Escape") closeCall();
-  else if (key === "/") byId("filter").focus();
+  else if (key === "/") filter.focus();
   else if (step) {
     const shown = [...document.querySelectorAll("details[open] > .row")];
     const next = shown[Math.max(0, shown.indexOf(target) + step)];
