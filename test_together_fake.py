@@ -11359,7 +11359,7 @@ class VerdictTests(LocalCase):
         self.server.reset()
         self.quote_first(8)
         (finding,) = self.server.verdict()
-        self.assertEqual(repr(finding), '<half_answer_taken: took for whole "Certainl">')
+        self.assertEqual(finding.text, 'took for whole "Certainl"')
 
     def test_what_was_too_large_to_keep_is_not_judged(self):
         with mock.patch.object(fake, "MAX_RECORDED_BODY_BYTES", 100):

@@ -6133,6 +6133,7 @@ def whole_reply(response: Response, options: Mapping[str, Any], request: Request
     """Return the reply that a fixture tells whole: a body, or an error."""
     if response.type is BODY:
         reply = Reply(**response.normal)
+        reply.id = name_request(request)
         if reply.content_type.startswith(EVENT_STREAM):  # whose events are its chunks
             reply.events = (event for event in split_events(reply.body))
         return reply
@@ -6456,7 +6457,7 @@ EXACT: dict[tuple[str, str], Route] = {}  # the routes without parameters, found
 
 def read_family(path: str) -> str:
     found = re.match(r"/v[0-9]/([\w-]+)", path)
-    return found.group(1) if found else ""
+    return found[1] if found else ""
 
 
 HEAVY_FIELDS = {"tools", "response_format", "text", "echo"}  # what they ask for takes long
@@ -10767,29 +10768,25 @@ class Finding:
         self.calls = calls
 
     def __repr__(self) -> str:
-        return f"<{self.name}: {self.text}>"
-
-    def __str__(self) -> str:
         lines = [f"{self.name}: the client {self.text}"]
         for call in self.calls:
-            seconds, ended = call.started - self.calls[0].started, call.outcome
-            told = f", {ended}" if ended not in ("", "complete") else ""
-            lines.append(f"{seconds:9.3f} s  {call!r}{told}")
+            told = "" if call.outcome == "complete" else f", {call.outcome}"
+            lines.append(f"{call.started - self.calls[0].started:9.3f} s  {call!r}{told}")
         return "\n    ".join(lines)
 
 
 def is_inference(call: Call) -> bool:
     """Tell whether a client asked a model; lines of batches are not judged."""
-    asks = call.kind in OPERATIONS and call.method == OPERATIONS[call.kind].method
-    return asks and not call.batch
+    known = OPERATIONS.get(call.kind)
+    return known is not None and call.method == known.method and not call.batch
 
 
 def find_end(call: Call) -> float:
     return call.started + call.duration if call.has_ended else math.inf
 
 
-def list_asked(call: Call) -> list[Item]:
-    return MatchFacts(call.route_kind, call.as_request()).messages
+def list_facts(call: Call) -> MatchFacts:
+    return MatchFacts(call.route_kind, call.as_request())
 
 
 FINISH = lazy_regex(rb'"finish_reason":\s*"|"response\.(?:completed|incomplete)"')
@@ -10816,12 +10813,11 @@ def has_failed(call: Call) -> bool:
 def find_wait(call: Call) -> float:
     """Return how many seconds a reply asked its client to wait."""
     text = call.get_header("retry-after", "0")
-    try:
+    with contextlib.suppress(ValueError):
         return float(text)
-    except ValueError:
-        with contextlib.suppress(ValueError, TypeError):
-            ended = time.time() - time.perf_counter() + find_end(call)
-            return parsedate_to_datetime(text).timestamp() - ended
+    with contextlib.suppress(ValueError, TypeError):
+        ended = time.time() - time.perf_counter() + find_end(call)
+        return parsedate_to_datetime(text).timestamp() - ended
     return 0.0
 
 
@@ -10892,7 +10888,8 @@ def judge_halves(calls: Sequence[Call]) -> Iterator[Finding]:
         if repr(call.body_key) in whole or not (text or ids):
             continue
         for following in calls:
-            said = [each for each in list_asked(following) if each.get("role") == "assistant"]
+            asked = list_facts(following).messages
+            said = [each for each in asked if each.get("role") == "assistant"]
             texts = [str(join_text(each.get("content"))).strip() for each in said]
             called = {
                 get_path(one, "id") for m in said for one in list_objects(m.get("tool_calls"))
@@ -10926,7 +10923,7 @@ def judge_tools(calls: Iterable[Call]) -> Iterator[Finding]:
     for call in calls:
         if "item_reference" in ENCODE(call.body):  # to what is not here
             continue
-        for text in find_wrong_results(list_asked(call)):
+        for text in find_wrong_results(list_facts(call).messages):
             if text not in told:
                 told.append(text)
                 yield Finding("tool_call_invented", text, call)
@@ -10958,7 +10955,7 @@ def judge(calls: Iterable[Call], most_attempts: int) -> list[Finding]:
     for attempts in group_attempts(asked):
         found += judge_retries(attempts, most_attempts)
     for call in asked:
-        if call.outcome == "left" and isinstance(call.reply, list) and not call.excused:
+        if call.outcome == "left" and call.is_stream and not call.excused:
             text = f"left a stream after {call.events_sent} events"
             found.append(Finding("stream_left", text, call))
     return sorted(found, key=lambda finding: finding.calls[0].number)
@@ -11290,7 +11287,7 @@ function show(tab) {
 // === The server ===
 
 async function ask(path, method = "GET", body = undefined) {
-  const answer = await fetch(path, { method, body, signal: AbortSignal.timeout(15000) });
+  const answer = await fetch(path, { method, body });
   const value = await answer.json();
   if (!answer.ok) throw new Error(value.error?.message ?? "status " + answer.status);
   return value;
@@ -11329,7 +11326,7 @@ async function poll() {
   } catch (error) {
     state.textContent = "disconnected: " + error.message;
   }
-  if (!document.hidden) timer = setTimeout(poll, 500);
+  timer = setTimeout(poll, 500);
 }
 
 calls.onclick = () => show(calls);
@@ -11343,7 +11340,6 @@ reset.onclick = async () => {
   await ask("/__parlel/reset", "POST");
   poll();
 };
-document.onvisibilitychange = () => document.hidden || poll();
 document.onkeydown = (event) => {
   const { key, target } = event;
   if (event.ctrlKey || event.metaKey || event.altKey) return;
@@ -11438,13 +11434,13 @@ SEED_FIELDS = {
     "videos": VIDEO_FIELDS,
     "jobs": NO_FIELDS,
 }
-MAX_SEEDED_NUMBER = 2**53
+SEEDED = rows_of("bytes created created_at", int, str, low=0, high=2**53)
 
 
 def make_seed_row(name: str) -> Field:
     """Return the row of seeds, checked as if they had been posted; nothing is required of one."""
     rows = [row for row in SEED_FIELDS[name].values() if row.name not in ("file", "purpose")]
-    fields = Fields(*rows)
+    fields = Fields(*rows, *SEEDED)
     fields.required = ()
     return Field(name, list, each=Field("", dict, fields=fields))
 
@@ -11459,12 +11455,6 @@ def make_seed_row(name: str) -> Field:
 def seed_objects(server: Server, request: Request) -> Any:
     """Store objects with chosen ids: `{"files": [{"id": "file-1", "content": "..."}], ...}`."""
     seeds = {name: items for name, items in request.body.items() if items is not None}
-    for name, items in seeds.items():
-        for index, item in enumerate(items):
-            for key, value in item.items():
-                if isinstance(value, (int, float)) and not 0 <= value <= MAX_SEEDED_NUMBER:
-                    place, rule = f"{name}[{index}].{key}", f"must be from 0 to {MAX_SEEDED_NUMBER}"
-                    raise refuse_value(place, rule, value)
     try:
         return {name: server.seed(name, items) for name, items in seeds.items()}
     except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
@@ -11538,7 +11528,7 @@ def tell_message(message: Item) -> str:
 
 def show_row(call: Call) -> Item:
     """Return what the page's list shows of a call."""
-    asked, said = list_asked(call), list_said(call)
+    asked, said = list_facts(call).messages, list_said(call)
     first = next((at for at, each in enumerate(asked, 1) if each.get("role") == "user"), None)
     # A conversation is known by all up to the user's first message.
     thread = hashlib.sha256(ENCODE([call.kind, asked[:first]]).encode()).hexdigest()[:16]
@@ -11659,7 +11649,7 @@ def get_recorded_call(server: Server, request: Request) -> Any:
     rows = list(record_calls([call], server.secrets).rows())
     return {
         **call.as_json(),
-        "asked": list_asked(call),
+        "asked": list_facts(call).messages,
         "said": list_said(call),
         "verdict": [
             f"{each.name}: it {each.text}" for each in server.verdict() if call in each.calls
@@ -13027,11 +13017,9 @@ CORS_METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
 
 
 def is_unrecorded(request: Request) -> bool:
-    path = request.path
-    if path[:4] == "/v1/":
-        return request.method == "OPTIONS"
-    shown = path[:6] == "/shrt/" and request.headers.get("sec-fetch-site") == "same-origin"
-    return shown or request.method == "OPTIONS" or UNRECORDED.match(path) is not None
+    if request.path[:6] == "/shrt/" and request.headers.get("sec-fetch-site") == "same-origin":
+        return True  # the page shows an image
+    return request.method == "OPTIONS" or UNRECORDED.match(request.path) is not None
 
 
 def is_loopback(host: str) -> bool:
@@ -13076,14 +13064,13 @@ def brings_key(request: Request) -> bool:
 def answer_preflight(request: Request, reader: str) -> Reply:
     """Answer what a browser asks before it sends a page's request."""
     asked = request.headers.get("access-control-request-headers")
-    headers = {"Allow": CORS_METHODS}
-    if reader:
-        headers["Access-Control-Allow-Methods"] = CORS_METHODS
-        headers["Access-Control-Allow-Headers"] = asked or "Authorization, Content-Type"
-        headers["Access-Control-Max-Age"] = "86400"
-        if request.headers.get("access-control-request-private-network") == "true":
-            headers["Access-Control-Allow-Private-Network"] = "true"
-    return Reply(b"", 204, headers=headers)
+    allowed = {
+        "Access-Control-Allow-Methods": CORS_METHODS,
+        "Access-Control-Allow-Headers": asked or "Authorization, Content-Type",
+        "Access-Control-Max-Age": "86400",
+        "Access-Control-Allow-Private-Network": "true",
+    }
+    return Reply(b"", 204, headers={"Allow": CORS_METHODS, **(allowed if reader else {})})
 
 
 def write_line(call: Call) -> str:
@@ -13112,11 +13099,6 @@ def encode_events(chunks: Iterator[Any]) -> Iterator[bytes]:
         yield f"{comment}data: {text}\n\n".encode()
         comment = ""
     yield DONE
-
-
-def name_reply(reply: Reply, request: Request) -> Reply:
-    reply.id = name_request(request)
-    return reply
 
 
 def as_reply(value: Any, request: Request, status: int) -> Reply:
@@ -13150,21 +13132,15 @@ def check_operation(operation: str) -> None:
 
 def list_refused_kinds(on_miss: Any) -> list[str]:
     """Return the kinds of operation whose misses are an error."""
-    if isinstance(on_miss, str):
-        texts = [kind for kind in OPERATIONS if OPERATIONS[kind].response is TEXT]
-        on_miss = dict.fromkeys(texts, on_miss)
-    is_told = isinstance(on_miss, dict) and {"generate", "error"}.issuperset(on_miss.values())
-    if not is_told:
-        either = '"generate", "error" or what for each kind, as {"embedding": "error"}'
-        raise ValueError(f"on_miss must be {either}, not {on_miss!r}")
-    for kind in on_miss:
+    texts = [kind for kind in OPERATIONS if OPERATIONS[kind].response is TEXT]
+    by_kind = on_miss if isinstance(on_miss, dict) else dict.fromkeys(texts, on_miss)
+    for kind, word in by_kind.items():
+        if word not in ("generate", "error"):
+            either = '"generate", "error" or what for each kind, as {"embedding": "error"}'
+            raise ValueError(f"on_miss must be {either}, not {on_miss!r}")
         if kind not in OPERATIONS:
             raise ValueError(f"on_miss: {kind!r} is no kind{suggest_operation(kind)}")
-    return [kind for kind in on_miss if on_miss[kind] == "error"]
-
-
-def list_facts(call: Call) -> MatchFacts:
-    return MatchFacts(call.route_kind, call.as_request())
+    return [kind for kind in by_kind if by_kind[kind] == "error"]
 
 
 def explain_mismatch(fixture: Fixture, call: Call) -> str:
@@ -13345,8 +13321,8 @@ def other_verb(meant: str) -> Any:
     return property(refuse)
 
 
-def refuse_lines(title: str, lines: Iterable[str]) -> None:
-    told = "\n  ".join(lines)
+def refuse_lines(title: str, lines: Iterable[Any]) -> None:
+    told = "\n  ".join(map(str, lines))
     if told:
         raise AssertionError(f"{title}:\n  {told}")
 
@@ -13441,7 +13417,7 @@ class Scripting:
         for name in allowed.difference(WRONGS):
             raise ValueError(f"no wrong is called {name!r}{suggest(name, WRONGS)}")
         found = self.verdict(since, most_attempts)
-        refuse_lines("wrongs", (str(each) for each in found if each.name not in allowed))
+        refuse_lines("wrongs", (each for each in found if each.name not in allowed))
 
     def assert_budget(
         self,
@@ -13452,7 +13428,7 @@ class Scripting:
     ) -> None:
         """Fail where there were more tokens, calls, or calls at once."""
         asked = [call for call in self.requests if call.number > since and is_inference(call)]
-        refuse_lines("wrongs", map(str, judge_budget(asked, total_tokens, calls, at_once)))
+        refuse_lines("wrongs", judge_budget(asked, total_tokens, calls, at_once))
 
     if not TYPE_CHECKING:  # no __getattr__, which would slow all attributes
         respond = other_verb("reply()")
@@ -13474,7 +13450,9 @@ class Scripting:
 
     def calls_to(self, operation: str, **words: Unpack[CallWords]) -> list[Call]:
         """Return the calls of an operation, `"chat"` or `"POST /v1/..."`, that match."""
-        return self._find_calls(operation, words)
+        check_operation(operation)
+        probe, calls = make_probe(words), [call for call in self.requests if call.is_of(operation)]
+        return [call for call in calls if probe.find_obstacle(list_facts(call)) is None]
 
     def assert_called(
         self, operation: str, *, times: int | None = None, **words: Unpack[CallWords]
@@ -13483,7 +13461,7 @@ class Scripting:
 
         times  how many there have to be (default: at least one)
         """
-        calls = self._find_calls(operation, words)
+        calls = self.calls_to(operation, **words)
         if (len(calls) != times) if times is not None else not calls:
             raise self._miscounted(operation, times, words, len(calls))
         return calls[-1] if calls else None  # type: ignore[return-value]  # only with times=0
@@ -13502,7 +13480,7 @@ class Scripting:
         """Wait `timeout` seconds at most for so many calls to have ended; return them."""
         end = time.monotonic() + timeout
         while True:
-            calls = [call for call in self._find_calls(operation, words) if call.has_ended]
+            calls = [call for call in self.calls_to(operation, **words) if call.has_ended]
             if len(calls) >= times:
                 return calls
             if time.monotonic() >= end:
@@ -13514,7 +13492,7 @@ class Scripting:
         end = time.monotonic() + timeout
         while running := [call for call in self.requests if not call.has_ended]:
             if time.monotonic() >= end:
-                refuse_lines("still running", map(repr, running))
+                refuse_lines("still running", running)
             threading.Event().wait(POLL_SECONDS)
 
     def assert_all_matched(self) -> None:
@@ -13532,8 +13510,8 @@ class Scripting:
         """Return the last call that sent back such a call of a tool; else fail."""
         seen: dict[str, None] = {}
         for call in reversed(self.requests):
-            tools = (list_objects(message.get("tool_calls")) for message in list_asked(call))
-            for made in itertools.chain(*tools):
+            messages = list_facts(call).messages
+            for made in [one for each in messages for one in list_objects(each.get("tool_calls"))]:
                 tool, given = (get_path(made, "function", key) for key in ("name", "arguments"))
                 given = json.loads(given) if succeeds(json.loads, given) else given
                 if tool == name and contains_json(given, arguments):
@@ -13584,19 +13562,12 @@ class Scripting:
         return "\n".join(shown)
 
     def _list_unused(self) -> list[str]:
-        calls, lines = self.requests[-MAX_NEAR_MISSES:], []
+        lines, calls = [], [(call, list_facts(call)) for call in self.requests[-MAX_NEAR_MISSES:]]
         for fixture in self.script.unused(self.test_id):
-            lines.append(json.dumps(fixture.describe()))
-            ranks = [(fixture.count_holding(list_facts(call)), call.number) for call in calls]
-            if ranks:
-                call = calls[ranks.index(max(ranks))]
-                lines[-1] += f"\n    nearest: {explain_mismatch(fixture, call)}"
+            ranked = sorted(calls, key=lambda each: fixture.count_holding(each[1]))
+            nearest = [f"\n    nearest: {explain_mismatch(fixture, ranked[-1][0])}"] * bool(ranked)
+            lines.append("".join([json.dumps(fixture.describe()), *nearest]))
         return lines
-
-    def _find_calls(self, operation: str, words: Mapping[str, Any]) -> list[Call]:
-        check_operation(operation)
-        probe, asked = make_probe(words), filter(lambda call: call.is_of(operation), self.requests)
-        return [call for call in asked if probe.find_obstacle(list_facts(call)) is None]
 
 
 class OneTest(Scripting):
@@ -14184,7 +14155,9 @@ class TogetherAiServer(Scripting, Shared):
         finally:
             WORK.steps = math.inf
         call.form = request.form
-        return reply if route.open else name_reply(reply, request)
+        if not route.open:
+            reply.id = name_request(request)
+        return reply
 
     def _follow_script(self, route: Route, request: Request, call: Call) -> Reply:
         """Answer by the fixture that matches, if there is one."""
@@ -14210,7 +14183,7 @@ class TogetherAiServer(Scripting, Shared):
             request.script = response.normal
             return self._handle(route, request, call)
         if whole:
-            reply = name_reply(whole_reply(response, fixture.options, request), request)
+            reply = whole_reply(response, fixture.options, request)
         else:
             if not (response.is_error or response.type is GENERATED):
                 said = response.render(route.kind, request)
