@@ -7744,6 +7744,12 @@ def pace(events, **fields):
     return reply
 
 
+def reset(client):
+    """Close a connection so that its other end is reset."""
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()
+
+
 class SocketCase(unittest.TestCase):
     """A server for each test, on any free port, and raw sockets to talk to it."""
 
@@ -8659,8 +8665,7 @@ class CrowdTests(SocketCase):
         client = self.connect()
         client.sendall(get("/stream"))
         self.assertTrue(entered.wait(PATIENCE))
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        client.close()
+        reset(client)
         self.assertTrue(wait_until(lambda: not self.server.clients))  # though a worker is busy
         leave.set()
         self.assertTrue(closed.wait(PATIENCE))
@@ -8670,11 +8675,58 @@ class CrowdTests(SocketCase):
             raise MemoryError
 
         self.serve(reply)
-        self.assertEqual(self.status(self.connect()), 500)
+        client = self.connect()
+        self.assertEqual([self.status(client) for _ in range(2)], [503] * 2)
         with mock.patch("traceback.format_exc", side_effect=MemoryError), mock.patch("sys.stderr"):
             self.server.call_soon(functools.partial(reply, None))  # which ends a loop's round
             self.app.reply = None
             self.assertEqual(self.status(self.connect()), 200)
+
+    def test_a_stream_without_memory_is_a_503_or_cut(self):
+        def events(count):
+            yield from [b"a"] * count
+            raise MemoryError
+
+        for reply_of in (stream, pace):
+            self.serve(lambda request, of=reply_of: of(events(request.path.count("x"))))
+            client = self.connect()
+            self.assertEqual([self.status(client, get("/")) for _ in range(2)], [503] * 2)
+        client.sendall(get("/xx"))
+        _, _, data = receive_all(client).partition(b"\r\n\r\n")
+        self.assertEqual(dechunk(data), ([b"a", b"a"], False))
+
+    def test_who_sends_when_memory_is_out_is_told_so(self):
+        self.serve()
+        client = self.connect()
+        self.assertEqual(self.status(client), 200)
+        (connection,) = self.server.clients
+        with mock.patch.object(connection, "socket", mock.Mock(wraps=connection.socket)) as wrapped:
+            wrapped.recv.side_effect = [MemoryError, b""]
+            self.assertEqual(self.status(client), 503)
+
+    def test_a_call_without_memory_has_failed_in_the_record(self):
+        handler = mock.patch.object(fake.EXACT["POST", CHAT], "handler", side_effect=MemoryError)
+        with TogetherAiServer(port=0) as server, handler:
+            client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+            for _ in range(2):
+                client.request("POST", CHAT, json.dumps(HELLO), KEY)
+                got = client.getresponse()
+                self.assertEqual((got.status, got.headers["retry-after"]), (503, "1"))
+                error = json.load(got)["error"]
+                self.assertEqual(error["type"], "service_unavailable")
+            client.close()
+            calls = [(call.status, call.outcome, call.error) for call in server.requests]
+        self.assertEqual(calls, [(503, "complete", error["message"])] * 2)
+
+    def test_a_server_without_clients_sleeps(self):
+        with mock.patch.object(fake, "LOOK_SECONDS", 0.01):
+            self.serve()
+            for _ in range(2):
+                client = self.connect()
+                self.assertEqual(self.status(client), 200)
+                self.assertTrue(self.server.timers)
+                client.close()
+                self.assertTrue(wait_until(lambda: not self.server.timers))
 
     def test_clients_that_do_not_read_hinder_nobody(self):
         self.serve(lambda request: fake.Reply(bytes(60_000)))
@@ -9283,6 +9335,69 @@ class CallbackTests(FakeCase):
         leave.set()
         self.assertTrue(wait_until(lambda: call.has_ended))
         self.assertEqual((call.status, call.outcome), (200, "left"))
+
+    def test_who_sends_no_more_but_reads_has_not_left(self):
+        """So do `nc -N` and clients of HTTP/1.0; who has left shows it when something is sent."""
+        entered, leave = threading.Semaphore(0), threading.Semaphore(0)
+        self.addCleanup(leave.release, 9)
+
+        def reply(request):
+            entered.release()
+            leave.acquire(timeout=2 * PATIENCE)
+            return "late"
+
+        self.server.reply(reply)
+        clients = self.server._http.clients
+        for end, outcome in (
+            (lambda client: client.shutdown(socket.SHUT_WR), "complete"),
+            (reset, "left"),
+            (socket.socket.close, "left"),
+        ):
+            with socket.create_connection(("127.0.0.1", self.server.port), PATIENCE) as client:
+                client.sendall(RAW_CHAT)
+                self.assertTrue(entered.acquire(timeout=PATIENCE))
+                end(client)
+                self.assertTrue(wait_until(lambda: all(each.has_ended for each in clients)))
+                leave.release()
+                if outcome == "complete":
+                    self.assertIn(b"late", receive_all(client))
+            call = self.server.requests[-1]
+            self.assertTrue(wait_until(lambda call=call: call.has_ended))
+            self.assertEqual((call.status, call.outcome), (200, outcome))
+
+    def test_a_handshake_that_is_reset_while_it_waits_has_left(self):
+        entered, leave = threading.Event(), threading.Event()
+        self.addCleanup(leave.set)
+
+        def when(request):
+            entered.set()
+            return leave.wait(2 * PATIENCE)
+
+        self.server.reply("x", when=when)
+        upgrade = "GET /v1/realtime?model=openai/whisper-large-v3 HTTP/1.1"
+        with socket.create_connection(("127.0.0.1", self.server.port), PATIENCE) as client:
+            client.sendall(
+                b"\r\n".join(
+                    [
+                        upgrade.encode(),
+                        b"Host: localhost",
+                        b"Authorization: Bearer x",
+                        b"Upgrade: websocket",
+                        b"Connection: Upgrade",
+                        b"Sec-WebSocket-Version: 13",
+                        b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+                        b"",
+                        b"",
+                    ]
+                )
+            )
+            self.assertTrue(wait_until(lambda: self.server.requests))
+            reset(client)
+        (call,) = self.server.requests
+        self.assertTrue(wait_until(lambda: not self.server._http.clients))
+        leave.set()
+        self.assertTrue(wait_until(lambda: call.has_ended), call)
+        self.assertEqual(call.outcome, "left")
 
     def test_a_clock_that_raises_or_stops_the_server_breaks_no_call(self):
         calls = []

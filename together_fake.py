@@ -502,6 +502,7 @@ most {limit}. Delete some, or raise max_stored_bytes.
 no_upgrade 426: {path} is a WebSocket: ask for an upgrade, with version 13.
 bad_range 416: The range lies outside of {size} bytes.
 bug 500: Internal server error: {reason}
+no_memory 503 type=service_unavailable: Service unavailable: no memory is left
 bad_upstream 502: The upstream {url} does not answer: {reason}.
 unknown_encoding 415: Content-Encoding {coding!r} is not known: send bodies as they are.
 unknown_coding 501: Transfer-Encoding {coding!r} is not known; only chunked is.
@@ -560,7 +561,7 @@ class ApiError(Exception):
         self.status, template, unusual = ERRORS[name]
         self.param = param
         self.facts = facts
-        self.headers: dict[str, str] = {}
+        self.headers = {"Retry-After": "1"} if name == "no_memory" else {}
         message = template.format(param=param, **facts)
         self.message = message.encode("utf-8", "replace").decode()  # it may quote bad input
         self.unusual: Item = dict(unusual)  # members of the envelope
@@ -12102,6 +12103,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.closes = False  # after this reply
         self.has_ended = False  # the client sends no more
         self.is_closed = False
+        self.call: Any = None  # the latest that a worker answers
         self.handler: Any = None  # once it is handed over
         self.interest = 0  # what the selector watches
         self.life: Any = self.converse()
@@ -12117,16 +12119,19 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 request = yield from reader.read_request()
                 request.peer = self.client_address, len(self.server.clients) - 1
                 kind = app._begin(request)
-                if kind is QUICK:
-                    reply = app.answer(request)
-                else:
-                    request.client = self
-                    try:
+                try:
+                    if kind is QUICK:
+                        reply = app.answer(request)
+                    else:
+                        request.client, self.call = self, request.call
                         reply = yield kind, functools.partial(app.answer, request)
-                    except MemoryError:
-                        raise ApiError("bug", reason="no memory is left") from None
-                yield from self.send_reply(reply)
-        except ApiError as error:
+                    yield from self.send_reply(reply)
+                    if self.has_ended:
+                        yield from self.see_off()
+                except MemoryError:  # before anything of a reply was sent
+                    yield from self.send_reply(app.answer(request, ApiError("no_memory")))
+        except (ApiError, MemoryError) as reason:
+            error = reason if isinstance(reason, ApiError) else ApiError("no_memory")
             head = reader.head or Head("", "", b"GET / HTTP/1.0\r\n")
             request = Request(head.method, head.path, query=head.query, headers=head.fields)
             if reader.head is None:  # all that is known is how it begins
@@ -12144,6 +12149,21 @@ class Connection(http.server.BaseHTTPRequestHandler):
         while not self.has_ended:
             yield END
             self.reader.data = b""
+
+    def see_off(self) -> Generator[Any, Any, None]:
+        """Tell who has left from who only reads on, which what is sent to them shows."""
+        outcome = "left"
+        try:
+            while self.unsent:
+                yield ROOM
+            if not self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                outcome = "complete"
+        finally:
+            self.end_call(outcome)
+
+    def end_call(self, outcome: str) -> None:
+        if self.call is not None and not self.call.has_ended:
+            self.server.app._end_call(self.call, outcome)
 
     def send_reply(self, reply: Reply) -> Generator[Any, Any, None]:
         """Send the reply to the latest request."""
@@ -12171,10 +12191,16 @@ class Connection(http.server.BaseHTTPRequestHandler):
         draw = functools.partial(next, pieces, None)
         kind = WAITING if reply.waits else QUICK
         is_drawn = False  # by a worker: closing it meanwhile ends Python 3.12 with a fault
+        piece: Any = b""
         try:
             while True:
                 is_drawn = kind is not QUICK
-                piece = (yield kind, draw) if is_drawn else draw()
+                try:
+                    piece = (yield kind, draw) if is_drawn else draw()
+                except MemoryError:
+                    if piece != b"":  # the head has been sent
+                        raise Cut from None
+                    raise
                 is_drawn = False
                 if piece is None:
                     return
@@ -12217,6 +12243,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def go_on(self, result: Any = None, error: BaseException | None = None) -> None:
         """Go on with its life until something has to happen first."""
         if self.is_closed:
+            if isinstance(result, Reply) and result.events is None:
+                self.end_call("left")
             return
         before = self.awaited
         try:
@@ -12242,6 +12270,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         try:
             data = self.socket.recv(self.reader.wanted)  # more than a record of TLS has
         except self.server.not_yet:
+            return
+        except MemoryError:
+            if self.awaited in BYTES:  # else the worker may leave some
+                self.go_on(error=ApiError("no_memory"))
             return
         except OSError as error:
             if (reason := getattr(error, "reason", "")) and self.awaited is IDLE:
@@ -12377,7 +12409,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.tasks: Item = {kind: queue.SimpleQueue() for kind in MAX_WORKERS}  # that have one
         self.workers = dict.fromkeys(MAX_WORKERS, 0)
         self.idle = dict.fromkeys(MAX_WORKERS, 0)  # of them
-        self.accepting = False
+        self.accepting = self.looks = False
         super().__init__(address, Connection)
         # For all clients:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -12386,7 +12418,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.selector = selectors.DefaultSelector()
         self.wake_reader, self.wake_writer = socket.socketpair()  # ends the loop's waiting
         self.wake_writer.setblocking(False)
-        self.selector.register(self.wake_reader, selectors.EVENT_READ, self.call_them)
+        self.selector.register(self.wake_reader, selectors.EVENT_READ, self.wake_up)
         self.accept_or_not()
 
     def server_bind(self) -> None:
@@ -12410,7 +12442,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Be the loop until `stop()`."""
-        self.look()
         while not self.stopping.is_set():
             try:
                 self.serve_round()
@@ -12427,12 +12458,14 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def serve_round(self) -> None:
         """Wait until something can be done, and do all of it."""
         due = self.timers[0][0] - time.monotonic() if self.timers else None
-        ready = self.selector.select(0 if self.held else due)
+        ready = self.selector.select(0 if self.held or self.soon else due)
         self.now = time.monotonic()
         for key, mask in ready:
             key.data(mask)
             if len(self.held) >= MAX_HELD:
                 self.send_held()
+        while self.soon and not self.stopping.is_set():
+            self.soon.popleft()()
         while self.timers and self.timers[0][0] <= self.now:
             heapq.heappop(self.timers)[2]()
         self.send_held()
@@ -12444,7 +12477,10 @@ class HttpServer(http.server.ThreadingHTTPServer):
         held, self.held = self.held, []
         for connection in held:
             if not connection.is_closed:
-                connection.flush()
+                try:
+                    connection.flush()
+                except MemoryError:
+                    connection.close()
 
     def call_later(self, seconds: float, act: Callable[[], None]) -> None:
         """Have the loop, which must be who asks, call something after so many seconds."""
@@ -12457,10 +12493,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):  # it is awake already, or it is over
             self.wake_writer.send(b"\0")
 
-    def call_them(self, mask: int) -> None:
+    def wake_up(self, mask: int) -> None:
         self.wake_reader.recv(RECEIVE_BYTES)
-        while self.soon and not self.stopping.is_set():
-            self.soon.popleft()()
 
     # Clients
 
@@ -12482,6 +12516,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
                 return
             connection = Connection(client, address, self)
             self.clients.add(connection)
+            if not self.looks:
+                self.look()
             self.accept_or_not()
             self.held.append(connection)
             connection.act(selectors.EVENT_READ)  # it mostly has asked already
@@ -12503,6 +12539,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def look(self) -> None:
         """Give up who keeps us waiting; where others wait for a place, that is soon."""
+        self.looks = bool(self.clients)
+        if self.looks:
+            self.call_later(LOOK_SECONDS, self.look)
         most = math.inf if self.accepting else CROWDED_SECONDS
         for connection in list(self.clients):
             if most < math.inf and connection.awaited is IDLE:
@@ -12514,7 +12553,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
                 connection.go_on(error=ApiError("slow_request", seconds=patience))
             else:
                 connection.close()
-        self.call_later(LOOK_SECONDS, self.look)
 
     # Workers
 
@@ -13978,9 +14016,10 @@ class TogetherAiServer(Scripting, Shared):
         if reply.events is not None:
             reply.events = call.watch_events(reply.events, self._end_call)
             next(reply.events)
-        elif reply.handler is None:
-            has_left = request.client is not None and request.client.has_ended
-            self._end_call(call, "left" if has_left else "complete")
+        elif request.client is not None and request.client.is_closed:
+            self._end_call(call, "left")
+        elif reply.handler is None and not (request.client and request.client.has_ended):
+            self._end_call(call, "complete")
         return reply
 
     def _settle(self, request: Request, call: Call, refusal: ApiError | None = None) -> Reply:
@@ -13992,6 +14031,9 @@ class TogetherAiServer(Scripting, Shared):
         except BaseException as error:  # a test's function may raise SystemExit
             if isinstance(error, ApiError):
                 refusal, call.error = error, error.message
+            elif isinstance(error, MemoryError):
+                refusal = ApiError("no_memory")
+                call.error = refusal.message
             else:
                 refusal, call.error = ApiError("bug", reason=repr(error)), complain_of_bug()
             call.kind = call.kind or read_family(request.path)
