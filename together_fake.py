@@ -616,7 +616,6 @@ COUNTED = {str, list, dict}
 
 
 def preview(value: Any, limit: int = 60) -> str:
-    """Write a value for an error's sentence, cut to a readable length."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
@@ -628,7 +627,6 @@ def refuse_value(place: str, rule: str, value: Any) -> ApiError:
 
 
 def succeeds(read: Callable[[Any], Any], value: Any) -> bool:
-    """Tell whether a function accepts a value."""
     try:
         read(value)
     except (TypeError, ValueError, re.error, OverflowError, RecursionError):
@@ -710,7 +708,7 @@ class Field:
         return value
 
     def check_items(self, value: Any, each: Field) -> None:
-        """Check each item of an array or value of an object, in place."""
+        """Check the items of an array or values of an object, in place."""
         for key, item in enumerate(value) if type(value) is list else value.items():
             if type(item) not in each.free:
                 try:
@@ -802,7 +800,6 @@ class Fields(dict):  # type: ignore[type-arg]
                 values[name] = checked  # the keys stay
 
     def check_names(self, names: Iterable[str], place: str) -> None:
-        """Refuse the first name that a closed table has no row for."""
         for name in names:
             if name not in self and name not in self.ignored:
                 near = suggest(name, self)
@@ -818,7 +815,6 @@ def object_field(name: str, *inner: Field | str, ignored: str = "") -> Field:
 
 
 def list_field(name: str, *inner: Field | str, low: int = 1, ignored: str = "") -> Field:
-    """Return the row of an array of such objects, at least one."""
     each = object_field("", *inner, ignored=ignored)
     return Field(name, list, low=low, each=each)
 
@@ -840,7 +836,6 @@ DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=read_floa
 
 
 def measure_depth(value: Any) -> int:
-    """Count how deep arrays and objects nest."""
     items = value.values() if type(value) is dict else value
     inner = [measure_depth(item) for item in items if type(item) in (dict, list)]
     return 1 + max(inner, default=0)
@@ -896,7 +891,6 @@ def read_text(field: Field | None, value: Any) -> Any:
 
 
 def read_texts(values: Item, fields: Fields) -> Item:
-    """Give the texts of a form or query the types of their fields."""
     return {name: read_text(fields.get(name), value) for name, value in values.items()}
 
 
@@ -913,7 +907,6 @@ def collect_fields(pairs: Iterable[tuple[str, Any]]) -> Item:
 
 
 def parse_form(raw: bytes) -> Item:
-    """Read a urlencoded body, or a query."""
     try:
         pairs = parse_qsl(raw.decode(), keep_blank_values=True, max_num_fields=MAX_FORM_FIELDS)
         return collect_fields((name, str(value.encode(), "utf-8")) for name, value in pairs)
@@ -1321,7 +1314,6 @@ TOKEN = lazy_regex(
 
 
 def split_tokens(text: str) -> list[str]:
-    """Cut text into tokens; joined they are the text again."""
     return TOKEN.findall(text)
 
 
@@ -1530,7 +1522,6 @@ def format_floats(vector: list[int]) -> str:
 
 
 def pack_floats(vector: list[int]) -> bytes:
-    """Return little-endian 32-bit floats."""
     return struct.pack(f"<{len(vector)}f", *[step / QUANTUM for step in vector])
 
 
@@ -1675,7 +1666,6 @@ HALOS = ((12, 25, 36), (26, 16, 36), (65, 11, 8), (100, 10, 1))  # light, size a
 
 @functools.lru_cache(maxsize=16)
 def scale_wave(shape: str, weight: int) -> list[int]:
-    """Return one turn of a shape's wave, so many times as high."""
     return [height * weight for height in RIDGES[shape][0]]
 
 
@@ -1901,7 +1891,6 @@ class Budget:
         self.steps = steps
 
     def spend(self, count: int = 1) -> None:
-        """Use up some steps; raise `OutOfSteps` where there are too few."""
         self.steps -= count
         if self.steps < 0:
             raise OutOfSteps
@@ -1910,16 +1899,19 @@ class Budget:
 WORK = threading.local()  # `steps` are left for the values of the request that it answers
 
 
-def bound_work(make: Callable[[Budget], Any]) -> Any:
-    """Make a value within its budget, and within what is left for all values of a request."""
+@contextlib.contextmanager
+def bound_work() -> Iterator[Budget]:
+    """Bound the work on one value, also by what is left for all values of a request."""
     left = getattr(WORK, "steps", math.inf)
     most = min(MAX_STEPS, left)
     budget = Budget(most)
     try:
-        return make(budget)
+        yield budget
     except (OutOfSteps, RecursionError):
         reason = "is too large, too deep or too entangled for the values that are asked for"
         raise Unsatisfiable(f"the schema {reason}") from None
+    except ValueError as error:  # from urljoin()
+        raise Unsatisfiable(f"a URI is malformed: {error}") from None
     finally:
         WORK.steps = left - most + max(0, budget.steps)
 
@@ -2045,7 +2037,6 @@ class Pattern:
         return starts
 
     def _run_ends(self, node: Any, text: str, starts: set[int], budget: Budget) -> set[int]:
-        """Do what `_repeat_ends` does for one character, in one walk along the text."""
         _, _, low, high, run = node
         ends: set[int] = set()
         run_end = next_end = 0
@@ -2265,7 +2256,6 @@ def fill_template(rng: HashRandom, template: str) -> str:
 
 
 def as_whole(number: Any) -> Any:
-    """Return 2.0 as 2 and other numbers as they are."""
     return int(number) if number == number // 1 else number
 
 
@@ -2366,7 +2356,8 @@ VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
         r.accepts(part, v[name]) for source, part in a.items() for name in v
         if r.matches(source, name))),
     "additionalProperties": ("schema", "object", lambda r, a, v, s: all(
-        r.accepts(a, v[name]) for name in v if r.list_inside([s], name)[-1] is a)),
+        r.accepts(a, v[name]) for name in v if name not in s.get("properties", ())
+        and not any(r.matches(source, name) for source in s.get("patternProperties", ())))),
     "unevaluatedProperties": ("schema", "object", lambda r, a, v, s: all(
         r.accepts(a, v[name]) for name in r.find_rest(s, v, v))),
 }  # fmt: skip
@@ -2514,7 +2505,6 @@ class SchemaReader:
         return rewrite(read)
 
     def _read_inner(self, argument: Any, shape: str, place: str) -> Any:
-        """Read the schemas inside an argument."""
         if isinstance(argument, list):
             return [self.read(part, f"{place}/{number}") for number, part in enumerate(argument)]
         if shape in ("schema", "items"):
@@ -2527,7 +2517,6 @@ class SchemaReader:
         return read
 
     def _find(self, uri: str) -> Any:
-        """Return the read schema that a reference names, in this document."""
         if META_SCHEMA.fullmatch(uri):
             return {"enum": [{}]}  # the simplest schema
         start, _, pointer = uri.partition("#")
@@ -2631,6 +2620,7 @@ class SchemaReader:
 COMBINING = {"$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas"}  # add parts
 # What a made value does not meet by the way it is made, and is therefore tested for.
 TESTED = {"oneOf", "not", "contains", "if", "unevaluatedItems", "unevaluatedProperties"}
+NAMING = {"enum", "examples", "default"}  # keywords with values
 MAPS = ("additionalProperties", "patternProperties", "unevaluatedProperties")
 
 
@@ -2651,7 +2641,6 @@ class ValueMaker:
         self.schemas = schemas
 
     def count_range(self, what: str, limit: int) -> tuple[int, int]:
-        """Return the least and the most of what a value has, at most `limit`."""
         low = int(max(self.arguments["min" + what], default=0))
         high = int(min([limit, *self.arguments["max" + what]]))
         if low > high:
@@ -2758,7 +2747,7 @@ class ValueMaker:
             for keyword, argument in schema.items():
                 self.arguments[keyword].append(argument)
         is_tested = not TESTED.isdisjoint(self.arguments)
-        for value in self._list_known_values():
+        for value in self._list_known_values() if not NAMING.isdisjoint(self.arguments) else ():
             if self.reader.accepts_all(schemas, value):
                 return value
         kinds = [] if self.arguments["enum"] else list_types(schemas)
@@ -2904,7 +2893,6 @@ class ValueMaker:
         return self.make_inside(name, schemas, name)
 
     def _random_name(self, number: int) -> str:
-        """Draw a name for an extra property."""
         rng = self.rng.child("name", number, self.attempt)
         patterns = list(itertools.chain(*self.arguments["patternProperties"]))
         if patterns:
@@ -2922,23 +2910,18 @@ def make_instance(rng: HashRandom, schema: Any) -> Any:
     what must be there is made. Raises `Unsatisfiable` where no valid value is found.
     """
 
-    def make(budget: Budget) -> Any:
+    with bound_work() as budget:
         reader = SchemaReader(schema, budget)
         value = ValueMaker(reader, rng, [reader.root]).make()
         if reader.accepts(reader.root, value):
             return value
-        raise Unsatisfiable("no value that was tried meets all of the schema")
-
-    try:
-        return bound_work(make)
-    except ValueError as error:  # from urljoin()
-        raise Unsatisfiable(f"a URI is malformed: {error}") from None
+    raise Unsatisfiable("no value that was tried meets all of the schema")
 
 
 def make_matching(rng: HashRandom, pattern: str) -> str:
     """Return a text that the pattern matches as a whole, or raise `Unsatisfiable`."""
-    text: str = bound_work(lambda b: Pattern(pattern, b, whole=True).make(rng, 0, MAX_TEXT))
-    return text
+    with bound_work() as budget:
+        return Pattern(pattern, budget, whole=True).make(rng, 0, MAX_TEXT)
 
 
 # === Prompts ===
@@ -9493,9 +9476,9 @@ MAX_IMAGES = 4  # of one request; documented
 
 IMAGE_FIELDS = Fields(
     MODEL_ROW,
-        f"prompt! n:int:0..{MAX_IMAGES} width,height:int:0..{MAX_IMAGE_SIDE} seed:int",
-        "steps:int:0..100 guidance_scale,guidance:float size aspect_ratio image_url image_base64",
-        "negative_prompt user",
+    f"prompt! n:int:0..{MAX_IMAGES} width,height:int:0..{MAX_IMAGE_SIDE} seed:int",
+    "steps:int:0..100 guidance_scale,guidance:float size aspect_ratio image_url image_base64",
+    "negative_prompt user",
     Field("reference_images", list, each=TEXT_ROW),
     list_field("image_loras", "path! scale!:float", low=0),
     "disable_safety_checker,prompt_upsampling:bool response_format=base64|b64_json|url",
@@ -9643,10 +9626,10 @@ MAX_SPEAKERS = 32  # of one transcription
 MP3_SILENCE = {32000: 0x10, 64000: 0x50, 96000: 0x70, 128000: 0x90, 192000: 0xB0}  # rate's bits
 SPEECH_FIELDS = Fields(
     MODEL_ROW,
-        f"input!:1..{MAX_SPEECH_CHARACTERS} voice! language instructions",
-        "response_format=wav|mp3|raw|pcm",
+    f"input!:1..{MAX_SPEECH_CHARACTERS} voice! language instructions",
+    "response_format=wav|mp3|raw|pcm",
     Field("response_encoding", str, choices=tuple(ENCODINGS)),
-        "extra_params:dict sample_rate:int:8000..48000 stream:bool",
+    "extra_params:dict sample_rate:int:8000..48000 stream:bool",
     Field("bit_rate", int, choices=tuple(MP3_SILENCE)), "speed:float:0.25..4",
 )  # fmt: skip
 SPEECH_FACTS = ("model", "input", "voice", "language", "extra_params", "speed", "instructions")
@@ -9657,8 +9640,8 @@ SPEECH_EVENT = {  # has the keys of the older and of the newer documentation
 SPEECH_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg"}  # without parameters: Python 1.x compares
 TRANSCRIPTION_FIELDS = Fields(
     Field("file!", Upload, str),
-        "model language prompt response_format=json|verbose_json temperature:float:0..1",
-        "diarize:bool",
+    "model language prompt response_format=json|verbose_json temperature:float:0..1",
+    "diarize:bool",
     Field("timestamp_granularities", str, list, each=Field("", str, choices=("segment", "word"))),
     f"min_speakers,max_speakers:int:1..{MAX_SPEAKERS}",
 )  # fmt: skip
@@ -9809,10 +9792,10 @@ MAX_FPS, DEFAULT_FPS = 60, 24
 
 VIDEO_FIELDS = Fields(
     MODEL_ROW,
-        "prompt:1..32000 seconds:str|int resolution ratio negative_prompt size",
-        f"seed,output_quality:int width,height:int:0..{MAX_IMAGE_SIDE} guidance_scale:float",
-        f"fps:int:0..{MAX_FPS} steps:int:10..50 output_format=MP4|WEBM generate_audio:bool",
-        "frame_images,reference_images:list media:dict",
+    "prompt:1..32000 seconds:str|int resolution ratio negative_prompt size",
+    f"seed,output_quality:int width,height:int:0..{MAX_IMAGE_SIDE} guidance_scale:float",
+    f"fps:int:0..{MAX_FPS} steps:int:10..50 output_format=MP4|WEBM generate_audio:bool",
+    "frame_images,reference_images:list media:dict",
 )  # fmt: skip
 VIDEO_URL = lazy_regex(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4", re.ASCII)
 
