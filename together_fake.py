@@ -5320,11 +5320,8 @@ def tell_type(response: Item, place: str, ignored: list[str]) -> ResponseType:
     return type
 
 
-def parse_entry(
-    given: Any, place: str, ignored: list[str] | None = None
-) -> tuple[ResponseType, Item]:
+def parse_entry(given: Any, place: str, ignored: list[str]) -> tuple[ResponseType, Item]:
     """Return the type of a fixture's response, and its entry, checked and clean."""
-    ignored = [] if ignored is None else ignored
     entry, type = check_clean(given, ENTRY, place, ignored), GENERATED
     if "response" in entry:
         type = tell_type(entry["response"], place + ".response", ignored)
@@ -5344,7 +5341,7 @@ def parse_entry(
     return type, entry
 
 
-def compile_pattern(wanted: Any, place: str, trusted: bool) -> Any:
+def compile_pattern(wanted: Any, trusted: bool) -> Any:
     """Compile `{"pattern": ...}`; a text stays as it is.
 
     What the bounded matcher cannot read goes to `re`, where it comes from the test's author.
@@ -5358,20 +5355,19 @@ def compile_pattern(wanted: Any, place: str, trusted: bool) -> Any:
         if trusted:
             return re.compile(source)
         reason = f"cannot be matched with bounded work, so it is taken from files alone: {error}"
-    raise ValueError(f"{place}: the pattern {preview(source)} {reason}")
+    raise ValueError(f"the pattern {preview(source)} {reason}")
 
 
-def compile_match(match: Item, place: str, trusted: bool) -> Item:
+def compile_match(match: Item, trusted: bool) -> Item:
     """Return a match whose patterns are compiled."""
     wanted = {key: match[key] for key in PLAIN_MATCH if key in match}
     for key in wanted.keys() & TEXT_KEYS.keys():
-        wanted[key] = compile_pattern(wanted[key], place, trusted)
-    headers = wanted.get("headers", {})
-    if headers:
-        compiled = {n.lower(): compile_pattern(headers[n], place, trusted) for n in headers}
-        wanted["headers"] = compiled
+        wanted[key] = compile_pattern(wanted[key], trusted)
+    if "headers" in wanted:
+        headers = wanted["headers"]
+        wanted["headers"] = {n.lower(): compile_pattern(headers[n], trusted) for n in headers}
     if "not" in match:
-        wanted["not"] = compile_match(match["not"], place, trusted)
+        wanted["not"] = compile_match(match["not"], trusted)
     return wanted
 
 
@@ -5510,14 +5506,14 @@ class Fixture:
 
     def __init__(
         self,
-        type: ResponseType,
-        entry: Any,
-        source: str = "run time",
+        given: Any,
+        place: str,
+        source: str = "",
+        ignored: list[str] | None = None,
         when: Callable[[Request], Any] | None = None,
-        trusted: bool = True,
-        place: str = "",
     ) -> None:
-        """Build it; raise ValueError naming, in `place`, the pattern that cannot be matched."""
+        """Read an entry; raise ValueError naming the place in it that is wrong."""
+        type, entry = parse_entry(given, place, [] if ignored is None else ignored)
         self.entry, self.source, self.when = entry, source, when
         self.counts: dict[str, int] = BoundedDict(MAX_TESTS)  # how often it was served, by test
         self.sequel: list[Fixture] = []  # all fixtures of its sequence
@@ -5534,7 +5530,10 @@ class Fixture:
         self.sequence: int | None = self.match.get("sequenceIndex")
         alike = {key: self.match[key] for key in self.match if key != "sequenceIndex"}
         self.group = (CANONICAL(alike), when)  # what one sequence shares
-        self.wanted = compile_match(self.match, f"{place}.match", trusted)
+        try:
+            self.wanted = compile_match(self.match, source not in ("run time", "header"))
+        except ValueError as error:
+            raise ValueError(f"{place}.match: {error}") from None
         # A text without which it cannot match, to pass it over at a glance.
         keys = (key for key in TEXT_KEYS if isinstance(self.match.get(key), str))
         self.needle_key = next(keys, "")
@@ -5614,23 +5613,23 @@ def parse_models(rows: Mapping[str, Any]) -> dict[str, Model]:
     return models
 
 
-def list_entries(data: Any) -> list[Any]:
-    """Return the entries of a file's JSON: an object with `fixtures`, a list, or a single entry."""
-    if isinstance(data, list):
-        return data
-    if isinstance(data, dict) and "fixtures" not in data:
-        if data.keys() & {"match", "response"}:
-            return [data]
-        data = {**data, "fixtures": []} if "models" in data else data
-    return list(check_clean(data, FIXTURE_FILE, "file", [])["fixtures"])
+def read_file(data: Any) -> Item:
+    """Return a file's JSON as an object; a list of entries, or a single one, is a file too."""
+    if isinstance(data, dict) and data.keys() & {"match", "response"}:
+        data = [data]
+    file = {"fixtures": data} if isinstance(data, list) else data
+    if isinstance(file, dict) and "models" in file:
+        file = {"fixtures": [], **file}
+    read: Item = check_clean(file, FIXTURE_FILE, "file", [])
+    return read
 
 
 class Loaded(list):  # type: ignore[type-arg]
     """Fixtures, and what came with them: models, warnings, patterns of what is not compared."""
 
-    def __init__(self, models: Mapping[str, Model] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.models: dict[str, Model] = {**(models or {})}
+        self.models: dict[str, Model] = {}
         self.warnings: list[str] = []
         self.normalise: list[str] = []
 
@@ -5650,14 +5649,15 @@ def parse_fixtures(data: Any, place: str = "") -> Loaded:
     prefix = f"{place}: " if place else ""
     ignored: list[str] = []
     problems: list[str] = []
+    loaded = Loaded()
     try:
-        entries, models = list_entries(data), parse_models(get_path(data, "models") or {})
+        file = read_file(data)
+        loaded.models = parse_models(file.get("models", {}))
     except ValueError as error:
         raise ValueError(f"{prefix}{error}") from None
-    if models and not place:
+    if loaded.models and not place:
         problems.append("models: are for files and TogetherAiServer(models=...) alone")
-    loaded, together = Loaded(models), place or len(entries) > 1
-    loaded.normalise = get_path(data, "normalise") or []
+    loaded.normalise, entries = file.get("normalise", []), file["fixtures"]
     for index, entry in enumerate(entries):
         at = f"fixtures[{index}]"
         source = f"file {place}[{index}]" if place else "run time"
@@ -5667,9 +5667,8 @@ def parse_fixtures(data: Any, place: str = "") -> Loaded:
             ignored.append(at)
             continue
         try:
-            checked = parse_entry(entry, at, ignored)
-            loaded.append(Fixture(*checked, source, trusted=bool(place), place=at))
-            loaded[-1].relaxed = together and not get_path(data, "exactTurns")
+            loaded.append(Fixture(entry, at, source, ignored))
+            loaded[-1].relaxed = (place or len(entries) > 1) and not file.get("exactTurns")
         except ValueError as error:
             problems.append(f"{prefix}{error}")
     if problems:
@@ -5680,6 +5679,8 @@ def parse_fixtures(data: Any, place: str = "") -> Loaded:
 
 
 def list_fixture_files(path: str) -> list[str]:
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise ValueError(f"{path}: is neither a file nor a folder")
     if not os.path.isdir(path):
         return [path]
     tree = sorted(os.walk(path), key=lambda row: row[0].split(os.sep))
@@ -5688,12 +5689,10 @@ def list_fixture_files(path: str) -> list[str]:
     return [name for name in names if name.endswith(".json") and os.path.isfile(name)]
 
 
-def load_fixtures(path: str) -> Loaded:
-    """Load a file or folder; raise ValueError with a line for all that is wrong in all of it."""
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-        raise ValueError(f"{path}: is neither a file nor a folder")
+def load_fixtures(*paths: str) -> Loaded:
+    """Load files or folders; raise ValueError with a line for all that is wrong in all of it."""
     loaded, problems = Loaded(), []
-    for full in list_fixture_files(path):
+    for path, full in ((path, full) for path in paths for full in list_fixture_files(path)):
         name = os.path.basename(path) if full == path else os.path.relpath(full, path)
         name = name.replace(os.sep, "/")
         try:
@@ -5749,8 +5748,7 @@ def parse_header(text: str) -> Fixture:
             entry = check_clean(entry, Keys(*known, ignored=" ".join(RESPONSE.ignored)), at, [])
             said = {key: entry.pop(key) for key in [*entry] if key not in OPTIONS}
             entry.update({"response": said} if said else {})
-        checked = parse_entry({"match": {}, **entry}, at)
-        fixture = Fixture(*checked, "header", trusted=False, place=at)
+        fixture = Fixture({"match": {}, **entry}, at, "header")
         fixture.sequence = None  # one request is no sequence
         return fixture
     except (ValueError, RecursionError) as error:
@@ -5779,8 +5777,8 @@ def answer_with(fixture: Fixture, facts: MatchFacts) -> Response:
         given = run_code(fixture.source, fixture.answers, facts.request)
     value = as_json(given)
     said = value if says_response(value) else {"content": value}
-    type, entry = run_code(fixture.source, parse_entry, {"match": {}, "response": said}, "answer")
-    response = Response(type, entry["response"])
+    entry = {"match": {}, "response": said}
+    response: Response = run_code(fixture.source, Fixture, entry, "answer").response
     response.is_model = value is not given
     return response
 
@@ -5965,10 +5963,9 @@ class Fixtures(Shared):
             stamps = stamp_files(self.watched)
             if stamps == self._seen:
                 return
-            self._seen, loaded = stamps, Loaded()
+            self._seen = stamps
             try:
-                for path in self.watched:
-                    loaded.add(load_fixtures(path))
+                loaded = load_fixtures(*self.watched)
             except (OSError, ValueError) as error:
                 complain(f"cannot load fixtures: {error}\n")
                 return
@@ -10426,7 +10423,7 @@ def put_into_words(request: Request, reply: Reply) -> Item | None:
             return None
         sizes = list_chunk_sizes(chunks)
         words = {"response": said, **({"chunkSizes": sizes} if sizes else {})}
-        parse_entry({"match": {}, **words}, "")
+        Fixture({"match": {}, **words}, "")
         return words
     except (ApiError, ValueError, TypeError, AttributeError, KeyError):
         return None  # it is not of the form that chats have
@@ -10522,7 +10519,7 @@ class Recording:
 
     def add(self, identity: Any, answer: Item, secrets: Iterable[str]) -> None:
         name, body = identity
-        parse_entry({"match": {**name, "body": body}, **answer}, "")
+        Fixture({"match": {**name, "body": body}, **answer}, "")
         alike = self._names.setdefault(CANONICAL(name), {})
         alike.setdefault(CANONICAL(body), []).append((answer, tuple(secrets)))
 
@@ -10703,7 +10700,7 @@ class Recorder(Shared):
         self._more = {**data, "fixtures": None} if "fixtures" in data else {}
         self._more.pop("fixtures", None)
         known, self._others = self._others, {}
-        for entry in list_entries(data):
+        for entry in read_file(data)["fixtures"]:
             text = write_entry(entry)
             if text not in self._mine:
                 self._others[text] = known.get(text) or rank_match(entry["match"])
@@ -13226,7 +13223,7 @@ def fixture_from_keywords(
     if answers is not None:
         entry["response"]["content"] = ""
     entry = {key: entry[key] for key in entry if entry[key] or key != "response"}
-    fixture = Fixture(*parse_entry(entry, place), source, words.get("when"), place=place)
+    fixture = Fixture(entry, place, source, when=words.get("when"))
     fixture.answers = answers
     fixture.response.is_model = as_json(content) is not content
     return fixture
