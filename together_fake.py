@@ -6134,33 +6134,16 @@ def halve(text: bytes) -> bytes:
     return text[: (len(text) + 1) // 2]
 
 
-TOLD_OF_MESSAGES = {"role", "content", "reasoning", "reasoning_content", "tool_calls", "token_id"}
-
-
 def add_call_delta(calls: list[Item], delta: Item) -> None:
     """Add a chunk's part of a tool call to the calls it continues or begins."""
-    index = delta.get("index")
+    index, id = delta.get("index"), delta.get("id")
     call = next((each for each in calls if each["index"] == index), None)
-    if call is None or (index is None and delta.get("id")):
-        call = {"index": index, "id": None, "function": {"name": "", "arguments": ""}}
+    if call is None or (index is None and id):
+        call = {"index": index, "id": id, "function": {"name": "", "arguments": ""}}
         calls.append(call)
-    made = delta.get("function") or {}
-    call["id"] = call["id"] or delta.get("id")
-    call["function"]["name"] = call["function"]["name"] or made.get("name") or ""
-    call["function"]["arguments"] += made.get("arguments") or ""
-
-
-def add_delta(message: Item, delta: Item) -> None:
-    """Add what a chunk brings to the message that its stream makes."""
-    message["role"] = delta.get("role") or message.get("role")
-    if delta.get("content") and message["tool_calls"]:
-        message["order"] = "a text after a tool call"  # as no fixture's words can say it
-    message["content"] += delta.get("content") or ""
-    message["reasoning"] += delta.get("reasoning") or delta.get("reasoning_content") or ""
-    for call in list_objects(delta.get("tool_calls")):
-        add_call_delta(message["tool_calls"], call)
-    for name in delta.keys() - TOLD_OF_MESSAGES:
-        message[name] = message.get(name) or delta[name]
+    name, arguments = (get_path(delta, "function", key) or "" for key in ("name", "arguments"))
+    call["id"], made = call["id"] or id, call["function"]
+    made["name"], made["arguments"] = made["name"] or name, made["arguments"] + dump_json(arguments)
 
 
 def read_item_event(event: Item) -> Item:
@@ -6178,25 +6161,41 @@ def read_item_event(event: Item) -> Item:
     return {"delta": {"tool_calls": [call]}}
 
 
-def fold_stream(events: list[Item]) -> list[Item]:
-    """Return the messages that the events of a stream tell, cut or not, or a whole reply."""
-    choices: dict[Any, Item] = {}
-    for event in events:
+def list_deltas(events: Any) -> Iterator[tuple[str, Item]]:
+    """Yield what events, or a whole reply, add to the message of each choice."""
+    for event in list_objects(events):
         for part in list_objects(event.get("choices")) or [read_item_event(event)]:
-            blank: Item = {"content": "", "reasoning": "", "tool_calls": []}
-            message = choices.setdefault(repr(part.get("index")), blank) if part else blank
-            with contextlib.suppress(TypeError, AttributeError):  # of another form than chats have
-                message["finish_reason"] = part.get("finish_reason") or message.get("finish_reason")
-                message["is_odd"] = True
-                told = part.get("delta") or part.get("message") or {"content": part.get("text")}
-                add_delta(message, told)
-                del message["is_odd"]
-    return [{**each, "role": each.get("role") or "assistant"} for each in choices.values()]
+            said = part.get("delta") or part.get("message") or {"content": part.get("text")}
+            said = said if isinstance(said, dict) else {"odd": said}
+            thought = said.get("reasoning") or said.get("reasoning_content")
+            if part:
+                more = {"reasoning": thought, "finish_reason": part.get("finish_reason")}
+                yield repr(part.get("index")), {**said, **more}
+
+
+def fold_stream(events: Any) -> list[Item]:
+    """Return the messages that the events of a stream tell, cut or not, or a whole reply."""
+    messages: dict[str, Item] = {}
+    for choice, delta in list_deltas(events):
+        blank = {"content": "", "reasoning": "", "tool_calls": [], "finish_reason": None}
+        message = messages.setdefault(choice, {**blank, "role": "assistant"})
+        if delta.get("content") and message["tool_calls"]:
+            message["order"] = "a text after a tool call"  # as no fixture's words can say it
+        for call in list_objects(delta.pop("tool_calls", None)):
+            add_call_delta(message["tool_calls"], call)
+        for name in [name for name in delta if delta[name]]:
+            if name not in ("content", "reasoning"):
+                message[name] = delta[name]
+            elif isinstance(delta[name], str):
+                message[name] += delta[name]
+            else:
+                message["odd"] = name
+    return list(messages.values())
 
 
 def tell_event(event: bytes) -> Item:
     """Return what an event tells: text, toolName, arguments, finish, usage, done."""
-    values = list_objects(parse_events(event))
+    values = parse_events(event)
     said = fold_stream(values)
     calls = [call["function"] for message in said for call in message["tool_calls"]]
     told = {
@@ -10370,33 +10369,33 @@ def find_timings(data: bytes, times: Iterable[tuple[int, float]]) -> Item | None
 # --- From an answer to what a fixture says: a chat in words, all else as it came
 
 
+# What a fixture's words say of a message, or need not say.
+IN_WORDS = {
+    "role", "content", "reasoning", "reasoning_content", "tool_calls", "token_id", "finish_reason",
+}  # fmt: skip
+
+
 def put_message(message: Item) -> Item:
     """Return a message of an answer in the words of a fixture."""
-    text, calls = message.get("content"), list_objects(message.get("tool_calls"))
-    said = {
-        "reasoning": message.get("reasoning") or message.get("reasoning_content"),
-        "toolCalls": [
-            {**arrange("name arguments", get_path(call, "function") or {}), "id": call.get("id")}
-            for call in calls
-        ],
-    }
+    text, made = message.get("content"), message.get("tool_calls", ())
+    calls = [{**call["function"], "id": call["id"]} for call in made]
+    said = {"reasoning": message.get("reasoning"), "toolCalls": calls}
     words = {"content": text or ""} if text or not calls else {}
     return {**words, **{name: value for name, value in said.items() if value}}
 
 
 def put_chat(request: Request, events: list[Any]) -> Item | None:
     """Return a chat's answer, whole or in chunks, in a fixture's words; or None."""
-    messages = fold_stream(list_objects(events))
+    messages = fold_stream(events)
     scores = [get_path(event, "choices", "0", "logprobs") for event in events]
     if len(messages) != 1 or any(scores) or not all("choices" in event for event in events):
         return None
-    message = messages[0]
-    finish = message.pop("finish_reason")
-    if not finish or any(message[name] for name in message.keys() - TOLD_OF_MESSAGES):
+    message, usual = messages[0], {"model": request.body.get("model"), "role": "assistant"}
+    if not message["finish_reason"] or message.keys() - IN_WORDS:
         return None
     said = {name: events[0].get(name) for name in ("id", "created", "model")}
-    said.update(usage=find_usage(events), finishReason=finish, role=message["role"])
-    usual = {"model": request.body.get("model"), "role": "assistant"}
+    said.update(usage=find_usage(events), finishReason=message["finish_reason"])
+    said["role"] = message["role"]
     more = {name: said[name] for name in said if said[name] and said[name] != usual.get(name)}
     return {**put_message(message), **more}
 
@@ -10404,11 +10403,11 @@ def put_chat(request: Request, events: list[Any]) -> Item | None:
 def list_chunk_sizes(chunks: list[Any]) -> list[int]:
     """Return the characters in each chunk: of reasoning, of text, of arguments."""
     sizes: dict[Any, list[int]] = {"reasoning": [], "content": []}
-    for said in (each for chunk in list_objects(chunks) for each in fold_stream([chunk])):
-        texts: dict[Any, str] = {"reasoning": said["reasoning"], "content": said["content"]}
+    for said in itertools.chain(*(fold_stream([chunk]) for chunk in chunks)):
+        texts: dict[Any, str] = {part: said[part] for part in ("reasoning", "content")}
         for call in said["tool_calls"]:
             texts[call["index"]] = call["function"]["arguments"]
-        for part in [part for part in texts if texts[part]]:
+        for part in filter(texts.get, texts):
             sizes.setdefault(part, []).append(len(texts[part]))
     return [size for part in sizes.values() for size in part]
 
@@ -10778,7 +10777,7 @@ def find_half(call: Call) -> tuple[str, set[Any]] | None:
     is_text = call.kind in ("chat", "completion", "response") and call.outcome != "left"
     if not (is_text and call.events_sent and call.is_kept) or FINISH.search(call.raw_reply):
         return None
-    said = fold_stream(list_objects(call.reply))
+    said = fold_stream(call.reply)
     ids = {one["id"] for each in said for one in each["tool_calls"]} - {None}
     return "".join(each["content"] for each in said).strip(), ids
 
