@@ -964,7 +964,7 @@ def find(script, facts):
 
 
 def content_of(fixture):
-    return fixture and fixture.response.normal.get("content")
+    return fixture and fixture.normal.get("content")
 
 
 def save_fixtures(folder, **files):
@@ -1443,10 +1443,9 @@ class FixtureTests(unittest.TestCase):
                     normal[name] = normal[name].encode()
                 fixture = fake.parse_fixtures(file_of(entry({}, said)))[0]
                 served = (EVERY if kinds == "every" else kinds).split(" ")
-                response = fixture.response
-                fits = set(filter(response.fits, ("", *fake.OPERATIONS)))
-                self.assertEqual((response.type.name, fits), (kind, set(served)))
-                self.assertEqual(response.normal, normal)
+                fits = set(filter(fixture.fits, ("", *fake.OPERATIONS)))
+                self.assertEqual((fixture.type.name, fits), (kind, set(served)))
+                self.assertEqual(fixture.normal, normal)
 
     def test_input_text_of_each_kind(self):
         kinds = "embedding image rerank speech video completion"
@@ -1460,9 +1459,9 @@ class FixtureTests(unittest.TestCase):
 
     def test_response_serves_only_the_kinds_it_fits(self):
         script = script_of(entry({}, {"scores": [1]}), entry({}, {"embedding": [1]}), entry({}))
-        self.assertEqual(find(script, asked({}, "rerank")).response.type.name, "rerank")
-        self.assertEqual(find(script, asked({}, "embedding")).response.type.name, "embedding")
-        self.assertEqual(find(script, asked({}, "completion")).response.type.name, "text")
+        self.assertEqual(find(script, asked({}, "rerank")).type.name, "rerank")
+        self.assertEqual(find(script, asked({}, "embedding")).type.name, "embedding")
+        self.assertEqual(find(script, asked({}, "completion")).type.name, "text")
         self.assertIsNone(find(script, asked({}, "image")))
         self.assertIsNone(find(script, asked({}, "", "/v1/files")))
 
@@ -1543,10 +1542,10 @@ class FixtureTests(unittest.TestCase):
         for said, wanted in cases:
             with self.subTest(said=said):
                 fixture = fake.parse_fixtures(file_of(entry({}, {"content": said})))[0]
-                self.assertEqual(fixture.response.render("chat", facts.request)["content"], wanted)
+                self.assertEqual(fixture.render("chat", facts.request)["content"], wanted)
         call = {"toolCalls": [{"name": "f", "arguments": '{"m": "{{model}}"}'}]}
         fixture = fake.parse_fixtures(file_of(entry({}, call)))[0]
-        (made,) = fixture.response.render("chat", facts.request)["tool_calls"]
+        (made,) = fixture.render("chat", facts.request)["tool_calls"]
         self.assertEqual(made["arguments"], '{"m": "m"}')
 
 
@@ -1594,14 +1593,14 @@ class KeywordTests(unittest.TestCase):
 
     def test_tool_calls_images_and_errors(self):
         fixture = self.build(tool_calls=[{"name": "f", "arguments": {"to_do": 1}}])
-        made = fixture.response.normal["tool_calls"][0]["arguments"]
+        made = fixture.normal["tool_calls"][0]["arguments"]
         self.assertEqual(made, '{"to_do":1}')
         fixture = self.build(image={"b64_json": "YWE="})
-        self.assertEqual(fixture.response.normal, {"images": [{"b64_json": "YWE="}]})
+        self.assertEqual(fixture.normal, {"images": [{"b64_json": "YWE="}]})
         fixture = self.build(status=429, retry_after=1, times=2)
-        self.assertEqual(fixture.response.type.name, "error")
+        self.assertEqual(fixture.type.name, "error")
         fixture = self.build(disconnect_after_chunks=3)
-        self.assertEqual((fixture.response.type.name, fixture.faulty), ("generated", True))
+        self.assertEqual((fixture.type.name, fixture.faulty), ("generated", True))
 
     def test_when_is_a_function_of_the_request(self):
         fixture = self.build(content="x", when=lambda request: request.body["n"] > 1)
@@ -1703,7 +1702,7 @@ class ScriptTests(unittest.TestCase):
         ):
             with self.subTest(text=text):
                 found = find(fake.Fixtures(), asked({}, X_Parlel_Fixture=text))
-                self.assertEqual(found.response.type.name, kind)
+                self.assertEqual(found.type.name, kind)
         match, at = "X-Parlel-Fixture.match", "X-Parlel-Fixture"
         for text, reason in (
             ("{", "Expecting property name"),
@@ -2011,7 +2010,7 @@ ERROR_EVENT = b"data: %b\n\n" % fake.status_reply(500).body
 class FaultTests(unittest.TestCase):
     def draw(self, script):
         fixture = find(script, talk("user: x"))
-        return fake.draw_fault(script, fixture, fixture.response)
+        return fake.draw_fault(script, fixture)
 
     def times(self, options, **more):
         return [at for at, _ in run(options, **more)[1]]
@@ -2281,7 +2280,7 @@ class StatusTests(unittest.TestCase):
         script = script_of(entry({}, said, **options))
         facts = asked(body or {"model": "m"})
         fixture = find(script, facts)
-        return fake.whole_reply(fixture.response, fixture.options, facts.request)
+        return fake.whole_reply(fixture, facts.request)
 
     def test_status_alone_sends_the_real_body(self):
         for status, kind, start in [
@@ -6062,7 +6061,7 @@ class SocketScriptTests(TalkCase):
             {"match": {"endpoint": "realtime"}, "response": {"transcription": {"text": "ours"}}},
         ]
         found = fake.parse_fixtures({"fixtures": entries}, "a.json")
-        self.assertEqual([each.response.type.name for each in found], ["transcription"])
+        self.assertEqual([each.type.name for each in found], ["transcription"])
 
     def test_the_record_has_one_call_with_its_messages(self):
         self.speak("Hello there.")

@@ -5438,55 +5438,6 @@ class SharedIterator:
             self._places[test] -= 1
 
 
-class Response:
-    """What a fixture says.
-
-    said    its JSON, checked and clean
-    normal  the same as the composers read it
-    """
-
-    def __init__(self, type: ResponseType, said: Item) -> None:
-        self.type, self.said = type, said
-        self.is_model = False
-        self._quotes = type is TEXT and "{{" in ENCODE(said)
-        self.normal: Item = type.normalise(said)
-        self.is_error = type is ERROR
-        self.closes = self.is_error and self.normal["status"] > 999
-
-    def fits(self, kind: str) -> bool:
-        if self.closes:
-            return kind in OPERATIONS and OPERATIONS[kind].status == 101
-        is_calls = self.type is TEXT and self.normal["content"] is None
-        return self.type.fits(kind) and not (is_calls and kind == "completion")
-
-    def render(self, kind: str, request: Request) -> Item:
-        """Return the normal form with each `{{path}}` quoting the request, but for its keys.
-
-        What the request lacks is quoted as nothing; braces around anything else stay.
-        """
-        if not self._quotes:
-            return self.normal
-        facts = MatchFacts(kind, request)
-        facts["headers"] = request.headers.masked
-
-        def quote_fact(found: re.Match[str]) -> str:
-            key = "userMessage" if found[1] == "lastUserMessage" else found[1]
-            if key not in QUOTABLE:
-                return found[0]
-            fact = get_path(facts[key], *found[2].split(".")[1:])
-            return "" if fact is None else ENCODE(dump_json(fact))[1:-1]
-
-        said = json.loads(TEMPLATE.sub(quote_fact, ENCODE(self.said)))
-        normal: Item = self.type.normalise(said)
-        return normal
-
-
-def is_whole(response: Response, options: Mapping[str, Any]) -> bool:
-    """Tell whether a response is the reply of any operation; a late error is not."""
-    late = not options.keys().isdisjoint(("errorAfterChunks", *STRIKE_PLACES))
-    return response.type is BODY or (response.is_error and not late)
-
-
 # What sorts fixtures: a header's, limited ones, steps (a reply(), a POST; the last first), files.
 FIRST, LIMITED, LAST = -math.inf, -sys.maxsize, 1
 
@@ -5496,6 +5447,7 @@ class Fixture:
 
     source  "reply() at FILE:LINE", "run time[3]" (of a POST), "header" or "file NAME[3]"
     when    is asked with the request
+    normal  what it says, as the composers read it
     """
 
     number = -1  # among those added at run time
@@ -5503,23 +5455,23 @@ class Fixture:
     relaxed = False  # a turn near its own will do, as aimock has it in files
     owner: Fixtures | None = None
     answers: Any = None  # a function of the request, or an iterator, that gives the content
+    is_model = False  # of pydantic, or the like
 
-    def __init__(
-        self,
-        given: Any,
-        place: str,
-        source: str = "",
-        ignored: list[str] | None = None,
-        when: Callable[[Request], Any] | None = None,
-    ) -> None:
+    def __init__(self, given: Any, place: str, source: str = "", when: Any = None) -> None:
         """Read an entry; raise ValueError naming the place in it that is wrong."""
-        type, entry = parse_entry(given, place, [] if ignored is None else ignored)
+        self.ignored: list[str] = []  # places of what only others read
+        self.type, entry = parse_entry(given, place, self.ignored)
         self.entry, self.source, self.when = entry, source, when
         self.counts: dict[str, int] = BoundedDict(MAX_TESTS)  # how often it was served, by test
         self.sequel: list[Fixture] = []  # all fixtures of its sequence
         self.spell = to_snake if place.endswith("()") else str  # as its author writes keys
-        self.response = Response(type, entry.get("response", {}))
+        self.said: Item = entry.get("response", {})
+        self.normal: Item = self.type.normalise(self.said)
         self.options = {key: entry[key] for key in OPTIONS if key in entry}
+        is_error, late = self.type is ERROR, {"errorAfterChunks", *STRIKE_PLACES}
+        # It is the reply of any operation, or closes a socket; a late error is neither.
+        self.is_whole = self.type is BODY or (is_error and late.isdisjoint(self.options))
+        self.closes = is_error and self.normal["status"] > 999
         self.times: int | None = self.options.get("times")
         # With `in`, engines that send all arguments at once cut them, too.
         size = self.options.get("chunkSize", int("in" in self.options))
@@ -5539,11 +5491,37 @@ class Fixture:
         self.needle_key = next(keys, "")
         self.needle: str = self.match.get(self.needle_key, "")
 
+    def fits(self, kind: str) -> bool:
+        if self.closes:
+            return kind in OPERATIONS and OPERATIONS[kind].status == 101
+        is_calls = self.type is TEXT and self.normal["content"] is None
+        return self.type.fits(kind) and not (is_calls and kind == "completion")
+
+    def render(self, kind: str, request: Request) -> Item:
+        """Return the normal form with each `{{path}}` quoting the request, but for its keys.
+
+        What the request lacks is quoted as nothing; braces around anything else stay.
+        """
+        text = ENCODE(self.said)
+        if self.type is not TEXT or "{{" not in text:
+            return self.normal
+        facts = MatchFacts(kind, request)
+        facts["headers"] = request.headers.masked
+
+        def quote_fact(found: re.Match[str]) -> str:
+            key = "userMessage" if found[1] == "lastUserMessage" else found[1]
+            if key not in QUOTABLE:
+                return found[0]
+            fact = get_path(facts[key], *found[2].split(".")[1:])
+            return "" if fact is None else ENCODE(dump_json(fact))[1:-1]
+
+        return normalise_message(json.loads(TEMPLATE.sub(quote_fact, text)))
+
     def find_obstacle(self, facts: MatchFacts) -> Obstacle | None:
         """Return the first reason why it does not answer, whatever was served before."""
-        if not self.response.fits(facts.kind):
+        if not self.fits(facts.kind):
             return "response", ""
-        if facts.is_handshake not in (None, is_whole(self.response, self.options)):
+        if facts.is_handshake not in (None, self.is_whole):
             return "response", "of a socket a status refuses the handshake, all else is a turn"
         for key, wanted in self.wanted.items():
             if not holds_key(key, wanted, facts):
@@ -5575,7 +5553,7 @@ class Fixture:
         return [call for call in calls if call.answered_by is self]
 
     def count_holding(self, facts: MatchFacts) -> int:
-        if not self.response.fits(facts.kind):
+        if not self.fits(facts.kind):
             return -1
         return sum(holds_key(key, wanted, facts) for key, wanted in self.wanted.items())
 
@@ -5591,7 +5569,7 @@ class Fixture:
         self.counts[test] = self.counts.get(test, 0) + change
 
     def __repr__(self) -> str:
-        return f"<Fixture {self.source}: {self.response.type.name}, served {self.served} times>"
+        return f"<Fixture {self.source}: {self.type.name}, served {self.served} times>"
 
     def describe(self) -> Item:
         number = {} if self.number < 0 else {"number": self.number}
@@ -5667,7 +5645,8 @@ def parse_fixtures(data: Any, place: str = "") -> Loaded:
             ignored.append(at)
             continue
         try:
-            loaded.append(Fixture(entry, at, source, ignored))
+            loaded.append(Fixture(entry, at, source))
+            ignored += loaded[-1].ignored
             loaded[-1].relaxed = (place or len(entries) > 1) and not file.get("exactTurns")
         except ValueError as error:
             problems.append(f"{prefix}{error}")
@@ -5692,7 +5671,7 @@ def list_fixture_files(path: str) -> list[str]:
 def load_fixtures(*paths: str) -> Loaded:
     """Load files or folders; raise ValueError with a line for all that is wrong in all of it."""
     loaded, problems = Loaded(), []
-    for path, full in ((path, full) for path in paths for full in list_fixture_files(path)):
+    for path, full in ((each, file) for each in paths for file in list_fixture_files(each)):
         name = os.path.basename(path) if full == path else os.path.relpath(full, path)
         name = name.replace(os.sep, "/")
         try:
@@ -5714,8 +5693,8 @@ def find_unreachable(fixtures: Sequence[Fixture]) -> list[str]:
     for fixture in (each for each in fixtures if each.sequence is None):
         endpoint = {"endpoint": fixture.match.get("endpoint")}
         wider = [] if fixture.turn is not None else [CANONICAL({}), CANONICAL(endpoint)]
-        type = fixture.response.type.name
-        own = type if fixture.response.fits("completion") else f"{type} without content"
+        type = fixture.type.name
+        own = type if fixture.fits("completion") else f"{type} without content"
         keys = itertools.product((type, own), (fixture.group[0], *wider))
         other = next((first[key] for key in keys if key in first), None)
         if other is not None:
@@ -5765,22 +5744,22 @@ def says_response(value: Any) -> bool:
     )
 
 
-def answer_with(fixture: Fixture, facts: MatchFacts) -> Response:
-    """Return what a fixture, its iterator or its function says this time.
+def answer_with(fixture: Fixture, facts: MatchFacts) -> Fixture:
+    """Return the fixture that says what one, its iterator or its function says this time.
 
     A dict of a response's keys is that response; all else is the content.
     """
     if fixture.answers is None:
-        return fixture.response
+        return fixture
     given = facts.answer
     if not isinstance(fixture.answers, SharedIterator):
         given = run_code(fixture.source, fixture.answers, facts.request)
     value = as_json(given)
     said = value if says_response(value) else {"content": value}
-    entry = {"match": {}, "response": said}
-    response: Response = run_code(fixture.source, Fixture, entry, "answer").response
-    response.is_model = value is not given
-    return response
+    entry = {"match": {}, "response": said, **fixture.options}
+    answer: Fixture = run_code(fixture.source, Fixture, entry, "the answer", fixture.source)
+    answer.is_model = value is not given
+    return answer
 
 
 def choose(fixtures: list[Fixture], turn: int) -> Fixture | None:
@@ -5853,7 +5832,7 @@ def explain_miss(
         later = ", added later," if served.number > fixture.number >= 0 else ""
         reason = f"it matched, but {served.source}{later} was served"
     if not reason and differs == "response":
-        kinds = ", ".join(filter(fixture.response.fits, OPERATIONS))
+        kinds = ", ".join(filter(fixture.fits, OPERATIONS))
         reason = f"it answers {kinds}, and this is {facts.kind or 'another operation'}"
     reason = reason or explain_key(fixture, differs[6:], facts, with_diff)
     return {"fixture": fixture.source, "differs": differs, "reason": reason}
@@ -6110,18 +6089,18 @@ def scripted_close(status: int, **said: Any) -> Closed:
     return Closed(status, error["code"] or error["message"], error=error)
 
 
-def whole_reply(response: Response, options: Mapping[str, Any], request: Request) -> Reply:
+def whole_reply(fixture: Fixture, request: Request) -> Reply:
     """Return the reply that a fixture tells whole: a body, or an error."""
-    if response.type is BODY:
-        reply = Reply(**response.normal)
+    if fixture.type is BODY:
+        reply = Reply(**fixture.normal)
         reply.id = name_request(request)
         if reply.content_type.startswith(EVENT_STREAM):  # whose events are its chunks
             reply.events = (event for event in split_events(reply.body))
         return reply
     model, id = request.body.get("model"), name_request(request)
-    reply = status_reply(**{"id": id, **response.normal}, model=model)
-    if "shouldRetry" in options:
-        asked = json.dumps(options["shouldRetry"])
+    reply = status_reply(**{"id": id, **fixture.normal}, model=model)
+    if "shouldRetry" in fixture.options:
+        asked = json.dumps(fixture.options["shouldRetry"])
         reply.headers = {**reply.headers, "x-should-retry": asked}
     return reply
 
@@ -6177,7 +6156,7 @@ def fold_stream(events: Any) -> list[Item]:
     """Return the messages that the events of a stream tell, cut or not, or a whole reply."""
     messages: dict[str, Item] = {}
     for choice, delta in list_deltas(events):
-        blank = {"content": "", "reasoning": "", "tool_calls": [], "finish_reason": None}
+        blank: Item = {"content": "", "reasoning": "", "tool_calls": [], "finish_reason": None}
         message = messages.setdefault(choice, {**blank, "role": "assistant"})
         if delta.get("content") and message["tool_calls"]:
             message["order"] = "a text after a tool call"  # as no fixture's words can say it
@@ -6311,12 +6290,11 @@ class Fault:
             since += since >= 0 or met
 
 
-def draw_fault(script: Fixtures, fixture: Fixture, response: Response) -> Fault | None:
+def draw_fault(script: Fixtures, fixture: Fixture) -> Fault | None:
     if not fixture.faulty:
         return None
     rng = HashRandom.of("fault", [script.seed, next(script.draws)])
-    error = response.normal if response.is_error else None
-    return Fault(fixture.options, rng, error)
+    return Fault(fixture.options, rng, fixture.normal if fixture.type is ERROR else None)
 
 
 def apply_fault(reply: Reply, fault: Fault, clock: Callable[[], float]) -> Reply:
@@ -13224,7 +13202,7 @@ def fixture_from_keywords(
     entry = {key: entry[key] for key in entry if entry[key] or key != "response"}
     fixture = Fixture(entry, place, source, when=words.get("when"))
     fixture.answers = answers
-    fixture.response.is_model = as_json(content) is not content
+    fixture.is_model = as_json(content) is not content
     return fixture
 
 
@@ -14198,17 +14176,16 @@ class TogetherAiServer(Scripting, Shared):
             call.warnings += (f"{fixture.source} has another date, time or uuid",)
         call.answered_by, call.fixture = fixture, fixture.source
         request.chunk_sizes = fixture.chunk_sizes
-        response = answer_with(fixture, facts)
-        whole = is_whole(response, fixture.options)
-        if whole and response.closes:
-            request.script = response.normal
+        answer = answer_with(fixture, facts)
+        if answer.is_whole and answer.closes:
+            request.script = answer.normal
             return self._handle(route, request, call)
-        if whole:
-            reply = whole_reply(response, fixture.options, request)
+        if answer.is_whole:
+            reply = whole_reply(answer, request)
         else:
-            if not (response.is_error or response.type is GENERATED):
-                said = response.render(route.kind, request)
-                request.script = {**said, "is_model": response.is_model}
+            if answer.type not in (ERROR, GENERATED):
+                said = answer.render(route.kind, request)
+                request.script = {**said, "is_model": answer.is_model}
             try:
                 reply = self._handle(route, request, call)
             except ApiError:
@@ -14216,7 +14193,7 @@ class TogetherAiServer(Scripting, Shared):
                 raise
         for doubt in warn_of_response(self, fixture, request, reply):
             call.warnings += (f"{fixture.source}: {doubt}",)
-        fault = draw_fault(self.script, fixture, response)
+        fault = draw_fault(self.script, answer)
         if fault is None:
             return reply
         call.notes += tuple(filter(None, [fault.describe()]))

@@ -25,7 +25,7 @@ TIMEOUT = 300  # seconds for one run
 
 DOCTEST = '''"""A module with an example.
 
->>> getfixture("together_fake").reply("Hi!").response.normal["content"]
+>>> getfixture("together_fake").reply("Hi!").normal["content"]
 'Hi!'
 """
 '''
