@@ -7823,8 +7823,7 @@ ITEMS = {
     ),
 }
 ITEM_ROW = Field("", dict, fields=Variants(ITEMS, "message"))
-FUNCTION_TOOL = Fields(*FUNCTION_FIELDS.values(), "strict:bool")
-TOOL_ROW = Field("", dict, fields=Variants({"function": FUNCTION_TOOL}))
+TOOL_ROW = Field("", dict, fields=Variants({"function": FUNCTION_FIELDS}))
 TOOL_CHOICES = {"function": Fields("name!")}
 ALLOWED_TOOLS = Fields(
     "mode!=auto|required",
@@ -7884,57 +7883,57 @@ def chat_choice(choice: Any) -> Any:
 
 def chat_body(body: Item) -> Item:
     """Return the body of a chat that asks the same."""
-    chat = {name: body[name] for name in SAME_IN_CHAT if name in body}
-    messages = chat["messages"] = convert_items(body)
+    messages, format = convert_items(body), get_path(body, "text", "format")
     if len(messages) == bool(body.get("instructions")):
         raise ApiError("missing", param="input")
-    if body.get("max_output_tokens") is not None:
-        chat["max_tokens"] = body["max_output_tokens"]
-    if body.get("reasoning"):
-        chat["reasoning_effort"] = body["reasoning"].get("effort")
-    format = (body.get("text") or {}).get("format")
-    if format:
-        chat["response_format"] = format
-        if format["type"] == "json_schema":
-            schema = {name: format.get(name) for name in ("name", "schema", "strict")}
-            chat["response_format"] = {"type": "json_schema", "json_schema": schema}
+    if format and format["type"] == "json_schema":
+        schema = {name: format.get(name) for name in ("name", "schema", "strict")}
+        format = {"type": "json_schema", "json_schema": schema}
     tools = [chat_tool(tool) for tool in body.get("tools") or () if tool["type"] == "function"]
-    if tools:
-        chat["tools"] = tools
+    chat = {
+        **pick_given(body, SAME_IN_CHAT),
+        "messages": messages,
+        "max_tokens": body.get("max_output_tokens"),
+        "reasoning_effort": get_path(body, "reasoning", "effort"),
+        "response_format": format or None,
+        "tools": tools or None,
+    }
     choice = body.get("tool_choice")
     if choice is not None and (tools or choice != "required" or not body.get("tools")):
         chat["tool_choice"] = chat_choice(choice)
     if body.get("truncation") == "auto":
         chat["context_length_exceeded_behavior"] = "truncate"
     if "message.output_text.logprobs" in (body.get("include") or ()):
-        chat.update(logprobs=True, top_logprobs=body.get("top_logprobs") or 0)
-    return chat
+        chat.update(logprobs=True, top_logprobs=body.get("top_logprobs"))
+    return pick_given(chat, chat)
 
 
-def list_items(choice: Choice, summarised: bool, digits: str) -> list[Item]:
-    """Return reasoning, text and calls as items; the last one may be cut.
+def list_items(choice: Choice, summarised: bool, digits: str) -> list[tuple[Item, Any]]:
+    """Return reasoning, text and calls as items, with their pieces; the last one may be cut.
 
     Reasoning is a summary where one was asked for.
     """
-    items: list[Item] = []
+    items: list[tuple[Item, Any]] = []
 
-    def add(type: str, **fields: Any) -> None:
+    def add(pieces: Any, type: str, **fields: Any) -> None:
         id = f"{ITEM_PREFIXES[type]}_{digits}{len(items):02x}"
-        items.append({"id": id, "type": type, "status": "completed", **fields})
+        items.append(({"id": id, "type": type, "status": "completed", **fields}, pieces))
 
     if choice.thoughts:
         kind = "summary_text" if summarised else "reasoning_text"
         parts = [{"type": kind, "text": "".join(choice.thoughts)}]
         summary, content = (parts, []) if summarised else ([], parts)
-        add("reasoning", summary=summary, content=content, encrypted_content=None)
+        more = {"summary": summary, "content": content, "encrypted_content": None}
+        add(choice.thoughts, "reasoning", **more)
     cut = choice.finish_reason in INCOMPLETE
     if choice.text or not (choice.tool_calls or (choice.thoughts and cut)):
         logprobs = list_logprobs(choice.pieces, choice.scores)
         part = {"type": "output_text", "text": choice.text, "annotations": [], "logprobs": logprobs}
-        add("message", role="assistant", content=[part])
+        add(choice.pieces, "message", role="assistant", content=[part])
     for call in choice.tool_calls:
-        add("function_call", call_id=call["id"], **call["function"])
-    items[-1]["status"] = "incomplete" if cut else "completed"
+        pieces = call.get("pieces") or split_tokens(call["function"]["arguments"])
+        add(pieces, "function_call", call_id=call["id"], **call["function"])
+    items[-1][0]["status"] = "incomplete" if cut else "completed"
     return items
 
 
@@ -7968,33 +7967,36 @@ def echo_request(body: Item) -> Item:
     return echo
 
 
-def response_object(answer: Answer, echo: Item, items: Any = None) -> Item:
-    """Return a response, in progress where it has no items yet."""
+def response_object(answer: Answer, echo: Item, items: list[Item]) -> Item:
+    """Return a response that has ended."""
     created = (answer.request.script or {}).get("created") or CREATED
-    reason, status = INCOMPLETE.get(answer.choices[0].finish_reason), "completed"
-    if items is None:
-        reason, status = None, "in_progress"
+    reason = INCOMPLETE.get(answer.choices[0].finish_reason)
     return {
         "id": answer.id,
         "object": "response",
         "created_at": created,
-        "status": "incomplete" if reason else status,
-        "completed_at": created if items and not reason else None,
+        "status": "incomplete" if reason else "completed",
+        "completed_at": None if reason else created,
         "error": None,
         "incomplete_details": {"reason": reason} if reason else None,
         "model": answer.model,
-        "output": items or [],
+        "output": items,
         **echo,
         "service_tier": "default",
         "background": False,
         "store": False,
         "previous_response_id": None,
-        "usage": None if items is None else response_usage(answer),
+        "usage": response_usage(answer),
     }
 
 
-def part_events(place: Item, item: Item, choice: Choice) -> Iterator[Any]:
-    """Yield a text, or reasoning or its summary, piece by piece."""
+def item_events(place: Item, item: Item, pieces: Any) -> Iterator[Any]:
+    """Yield a text, reasoning, its summary or the arguments of a call, piece by piece."""
+    if "arguments" in item:
+        said = {"name": item["name"], "arguments": item["arguments"]}
+        yield "function_call_arguments.delta", {**place, "delta": SLOT}, pieces
+        yield "function_call_arguments.done", {**place, **said}
+        return
     (part,) = item.get("summary") or item["content"]
     stem, name, index = "content_part", part["type"], "content_index"
     if name == "summary_text":
@@ -8003,41 +8005,29 @@ def part_events(place: Item, item: Item, choice: Choice) -> Iterator[Any]:
     place = {**place, index: 0}
     yield f"{stem}.added", {**place, "part": {**part, "text": "", **more}}
     if not part.get("logprobs"):
-        pieces = choice.pieces if more else choice.thoughts
         yield f"{name}.delta", {**place, "delta": SLOT, **more}, pieces
-    for piece, logprobs in zip(choice.pieces, part.get("logprobs", ())):
+    for piece, logprobs in zip(pieces, part.get("logprobs", ())):
         yield f"{name}.delta", {**place, "delta": piece, "logprobs": [logprobs]}
     yield f"{name}.done", {**place, **{key: part[key] for key in ("text", *more)}}
     yield f"{stem}.done", {**place, "part": part}
 
 
-def call_events(place: Item, item: Item, choice: Choice) -> Iterator[Any]:
-    """Yield the arguments of a call, a token each."""
-    name, arguments = item["name"], item["arguments"]
-    cut = [call.get("pieces") for call in choice.tool_calls if call["id"] == item["call_id"]]
-    pieces = cut[0] or split_tokens(arguments)
-    yield "function_call_arguments.delta", {**place, "delta": SLOT}, pieces
-    yield "function_call_arguments.done", {**place, "name": name, "arguments": arguments}
-
-
-def response_events(answer: Answer, echo: Item, items: list[Any]) -> Iterator[Any]:
+def response_events(response: Item, items: list[tuple[Item, Any]]) -> Iterator[Any]:
     """Yield the type and the fields of each event; the last one has all of the response.
 
     An event that comes for each piece of a text is yielded once, with the pieces.
     """
-    opened = {"response": response_object(answer, echo)}
+    nothing = dict.fromkeys(("completed_at", "incomplete_details", "usage"))
+    opened = {"response": {**response, **nothing, "status": "in_progress", "output": []}}
     yield "created", opened
     yield "in_progress", opened
-    for at, item in enumerate(items):
+    for at, (item, pieces) in enumerate(items):
         blank = {key: type(item[key])() for key in BROUGHT_LATER if key in item}
         added = {**item, "status": "in_progress", **blank}
         yield "output_item.added", {"output_index": at, "item": added}
-        write_item = call_events if "arguments" in item else part_events
-        place = {"item_id": item["id"], "output_index": at}
-        yield from write_item(place, item, answer.choices[0])
+        yield from item_events({"item_id": item["id"], "output_index": at}, item, pieces)
         yield "output_item.done", {"output_index": at, "item": item}
-    end = "incomplete" if answer.choices[0].finish_reason in INCOMPLETE else "completed"
-    yield end, {"response": response_object(answer, echo, items)}
+    yield response["status"], {"response": response}
 
 
 def number_events(events: Iterable[Any]) -> Iterator[bytes]:
@@ -8071,10 +8061,10 @@ def create_response(server: Server, request: Request) -> Any:
     items = list_items(answer.choices[0], summarised, digits[32:62])
     if not (request.script or {}).get("id"):
         answer.id = request.id = "resp_" + digits[:32]
-    echo = echo_request(body)
+    response = response_object(answer, echo_request(body), [item for item, _ in items])
     if body.get("stream"):
-        return Events(number_events(response_events(answer, echo, items)), encoded=True)
-    return response_object(answer, echo, items)
+        return Events(number_events(response_events(response, items)), encoded=True)
+    return response
 
 
 @route("GET", "/v1/responses/{id}")
