@@ -4690,6 +4690,17 @@ class ResponseTests(ResponseCase):
         self.assertEqual("".join(each["token"] for each in part["logprobs"]), part["text"])
         self.assertEqual(len(part["logprobs"][0]["top_logprobs"]), 2)
 
+    def test_what_nothing_reads_is_named_inside_of_items(self):
+        call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "id": "i"}
+        result = {"type": "function_call_output", "call_id": "c", "output": "1", "status": "x"}
+        given = [*say([{"type": "input_text", "text": "x"}]), {"type": "reasoning"}, call, result]
+        tools = [WEATHER_FLAT, {"type": "web_search", "size": 1}]
+        for odd, places in (({}, []), ({"odd": 1}, ["input[2].odd", "tools[0].odd"])):
+            fields = {"given": [*given[:2], {**call, **odd}, result], "tool_choice": "none"}
+            self.respond(**fields, tools=[{**tools[0], **odd}, tools[1]])
+            warned = [f"nothing reads {', '.join(places)}"] if odd else []
+            self.assertEqual(list(self.server.requests[-1].warnings), warned)
+
     def test_nothing_is_stored(self):
         id = self.respond(store=True)["id"]
         for method, path in (

@@ -737,49 +737,74 @@ def rows_of(names: str, *kinds: type, **rules: Any) -> list[Field]:
     return [Field(name, *kinds, **rules) for name in names.split()]
 
 
-def read_rows(text: str) -> list[Field]:
-    """Read rows of texts such as `model! seed,n:int:1..128 stop:str|list size=small|large`.
+KIND_WORDS = {kind.__name__: kind for kind in KIND_NAMES}
 
-    A word is a name, or several with commas, then types, then bounds, then choices.
-    """
-    types = {kind.__name__: kind for kind in KIND_NAMES}
-    rows = []
-    for word in text.split():
-        rest, _, choices = word.partition("=")
-        names, *rules = rest.split(":")
-        kinds, low, high = "str", "", ""
-        for rule in rules:
-            if ".." in rule:
-                low, high = rule.split("..")
-            else:
-                kinds = rule
-        rows += rows_of(
-            names.replace(",", " "),
-            *(types[kind] for kind in kinds.split("|")),
-            low=json.loads(low or "-Infinity"),
-            high=json.loads(high or "Infinity"),
-            choices=tuple(filter(None, choices.split("|"))),
-        )
-    return rows
+
+def read_word(word: str, fields: Fields | None) -> list[Field]:
+    """Return the rows that a word tells of, see `Fields`, with the table of what is inside."""
+    rest, _, choices = word.partition("=")
+    names, *rules = rest.split(":")
+    kinds, low, high = "str", "", ""
+    for rule in rules:
+        if ".." in rule:
+            low, high = rule.split("..")
+        else:
+            kinds = rule
+    own, _, items = kinds.rstrip("]").partition("[")
+    each = Field("", *map(KIND_WORDS.__getitem__, items.split("|"))) if items else None
+    if fields and "list" in own:
+        each, fields = Field("", dict, fields=fields), None
+    return rows_of(
+        names.replace(",", " -" if word[0] == "-" else " "),
+        *map(KIND_WORDS.__getitem__, own.split("|")),
+        low=json.loads(low or "-Infinity"),
+        high=json.loads(high or "Infinity"),
+        choices=tuple(filter(None, choices.split("|"))),
+        each=each,
+        fields=fields,
+    )
 
 
 class Fields(dict):  # type: ignore[type-arg]
-    """A table of `Field` rows by name; a string has such rows as `read_rows()` reads.
+    """A table of `Field` rows by name; a string has such rows in words.
+
+    A word is a name, or several with commas, then types, then bounds, then choices, such as
+    `model! seed,n:int:1..128 stop:str|list[str] size=small|large`, or with `-` names that are left
+    alone. Indented below a line are the rows of the object that its last word is, or of each of a
+    list; those below `@TYPE` are for objects of that type, of which the first is the default.
 
     closed   names without a row are refused, with the nearest one that has a row
-    ignored  such names that are left alone, separated by blanks
     """
 
-    def __init__(self, *given: Field | str, closed: bool = False, ignored: str = "") -> None:
+    def __init__(self, *given: Field | str, closed: bool = False) -> None:
         rows: list[Field] = []
         for each in given:
-            rows += read_rows(each) if isinstance(each, str) else [each]
-        super().__init__((row.name, row) for row in rows)
-        self.required = tuple(row.name for row in rows if row.required)
-        tables = {row.name: row.fields or (row.each and row.each.fields) for row in rows}
+            rows += self.read_rows(each, closed) if isinstance(each, str) else [each]
+        self.ignored = frozenset(row.name[1:] for row in rows if row.name[:1] == "-")
+        common = [row for row in rows if row.name[:1] not in ("-", "@")]
+        super().__init__((row.name, row) for row in common)
+        self.required = tuple(row.name for row in common if row.required)
+        tables: Item = {row.name: row.fields or (row.each and row.each.fields) for row in rows}
         self.nested: Item = {name: tables[name] for name in tables if tables[name]}
         self.closed = closed
-        self.ignored: frozenset[str] = frozenset(ignored.split())
+        self.cases = {  # by the type of an object
+            name[1:]: Fields(*common, *own.values(), " -".join(["", *own.ignored]))
+            for name, own in tables.items()
+            if name[0] == "@"
+        }
+
+    @classmethod
+    def read_rows(cls, text: str, closed: bool) -> Iterator[Field]:
+        for block in re.split(r"\n(?! )", text):
+            line, _, inner = block.partition("\n")
+            fields = cls(re.sub("(?m)^  ", "", inner), closed=closed) if inner else None
+            words = line.split()
+            for word in words:
+                yield from read_word(word, fields if word is words[-1] else None)
+
+    def pick(self, values: Item) -> Fields | None:
+        """Return the table for an object's type; of an unknown type nothing is known."""
+        return self.cases.get(values.get("type") or next(iter(self.cases))) if self.cases else self
 
     def check(self, values: Item, place: str = "") -> None:
         """Check values in place; unknown names pass, unless closed; `null` counts as absent."""
@@ -798,6 +823,9 @@ class Fields(dict):  # type: ignore[type-arg]
                 raise error.inside(place + name) from None
             if checked is not value:
                 values[name] = checked  # the keys stay
+        own = self.pick(values) if self.cases else None
+        if own is not None:
+            own.check(values, place)
 
     def check_names(self, names: Iterable[str], place: str) -> None:
         for name in names:
@@ -808,15 +836,6 @@ class Fields(dict):  # type: ignore[type-arg]
 
 Keys = functools.partial(Fields, closed=True)  # that refuse names without a row
 NO_FIELDS = Fields()
-
-
-def object_field(name: str, *inner: Field | str, ignored: str = "") -> Field:
-    return Field(name, dict, fields=Fields(*inner, ignored=ignored))
-
-
-def list_field(name: str, *inner: Field | str, low: int = 1, ignored: str = "") -> Field:
-    each = object_field("", *inner, ignored=ignored)
-    return Field(name, list, low=low, each=each)
 
 
 def read_float(text: str) -> float:
@@ -5069,7 +5088,7 @@ OPTIONS = Keys(
         dict,
         fields=Keys(f"latencyMs:int|float:0..{MAX_MS} {','.join(CHAOS)}:int|float:0..1"),
     ),
-    ignored="openRouterProcessing metadata",
+    "-openRouterProcessing,metadata",
 )
 TYPES_BY_KEY: dict[str, ResponseType] = {}  # where keys tell of two types, the later is meant
 RESPONSE = Keys()  # the rows of all types
@@ -5077,12 +5096,12 @@ ENTRY = Keys(
     Field("match!", dict, fields=MATCH),
     Field("response", dict, fields=RESPONSE),
     *OPTIONS.values(),
-    ignored="openRouterProcessing metadata",
+    "-openRouterProcessing,metadata",
 )
 FIXTURE_FILE = Keys(
     "fixtures!:list models:dict exactTurns:bool",
     Field("normalise", list, each=Field("", str, test=("a regular expression", re.compile))),
-    ignored="$schema $comment meta",
+    "-$schema,$comment,meta",
 )
 
 OWN_MODEL = Keys(  # one that the catalogue lacks, or has otherwise
@@ -5090,7 +5109,7 @@ OWN_MODEL = Keys(  # one that the catalogue lacks, or has otherwise
     Field("engine", str, choices=ENGINE_NAMES),
     f"contextLength:int:1.. dimensions:int:1..{MAX_DIMENSIONS}",
     Field("traits", list, each=Field("", str, choices=TRAITS)),
-    object_field("price", "input,output,cachedInput:int|float:0.."),
+    "price:dict\n  input,output,cachedInput:int|float:0..",
     "organization displayName",
 )
 
@@ -5104,10 +5123,7 @@ BLOCK = Keys(
     "type!=text|toolCall text name id",
     Field("arguments", *JSON_TEXT),
 )
-ENVELOPE = Keys(
-    "message!:str|dict type param code",
-    ignored="metadata",
-)
+ENVELOPE = Keys("message!:str|dict type param code -metadata")
 RAW = Keys("text", Field("b64Json", str, test=BASE64), "contentType")
 OWN_STATUS = Field("status", int, low=200, high=4999)
 
@@ -5192,7 +5208,7 @@ ERROR = ResponseType(
         Field("error", dict, fields=ENVELOPE),
         f"id retryAfter:int|float:0..{MAX_MS} retryAfterDate:bool",
         OWN_STATUS,
-        ignored="fallthrough",
+        "-fallthrough",
     ),
     normalise_error,
     told_by=("status",),
@@ -5206,8 +5222,8 @@ TEXT = ResponseType(
         Field("blocks", list, each=Field("", dict, fields=BLOCK)),
         "reasoning",
         *OVERRIDES.values(),
-        ignored="systemFingerprint provider nativeFinishReason webSearches reasoningSignature"
-        " redactedThinking",
+        "-systemFingerprint,provider,nativeFinishReason,webSearches,reasoningSignature",
+        "-redactedThinking",
     ),
     normalise_message,
     told_by=("content", "toolCalls", "blocks"),
@@ -5217,9 +5233,9 @@ BODY = ResponseType(
     Keys(
         Field("json", *JSON_KINDS),
         Field("raw", dict, fields=RAW),
-        Field("headers", dict, each=Field("", str)),
+        "headers:dict[str]",
         OWN_STATUS,
-        ignored="billableUnits",
+        "-billableUnits",
     ),
     normalise_body,
     told_by=("json", "raw"),
@@ -5724,7 +5740,7 @@ def parse_header(text: str) -> Fixture:
         entry = json.loads(text)
         if not isinstance(entry, dict) or entry.keys().isdisjoint(("match", "response")):
             known = (*RESPONSE.values(), *OPTIONS.values())
-            entry = check_clean(entry, Keys(*known, ignored=" ".join(RESPONSE.ignored)), at, [])
+            entry = check_clean(entry, Keys(*known, " -".join(["", *RESPONSE.ignored])), at, [])
             said = {key: entry.pop(key) for key in [*entry] if key not in OPTIONS}
             entry.update({"response": said} if said else {})
         fixture = Fixture({"match": {}, **entry}, at, "header")
@@ -7140,90 +7156,53 @@ CACHED_TOKENS = 64  # the cached part of a prompt is a multiple of so many (reco
 
 EFFORT_THOUGHTS = {"none": 0, "minimal": 1, "low": 1, "medium": 1, "high": 2, "xhigh": 3, "max": 4}
 
-MODEL_ROW, TEXT_ROW = "model!:1..", Field("", str)
-SAMPLING_FIELDS = (
-    MODEL_ROW,
-    "temperature:float:0..2 top_k:int:-1.. top_p,min_p:float:0..1 repetition_penalty:float:0..",
-    "presence_penalty,frequency_penalty:float:-2..2",
-    Field("logit_bias", dict, each=Field("", float)),
-    "seed:int n:int:1..128 max_tokens:int:0..",
-    Field("stop", str, list, each=TEXT_ROW),
-    "stream:bool",
-    object_field(
-        "stream_options",
-        "include_usage:bool",
-        ignored="include_obfuscation continuous_usage_stats",
-    ),
-    "echo:bool safety_model user",
-)
-FUNCTION_FIELDS = Fields(
-    "name!:1.. description parameters:dict",
-    ignored="strict",
-)
-# What SDKs send back of a message is ignored by name, as production does.
-CALL_FIELDS = Fields("name!", "arguments", ignored="parsed_arguments")
-URL_FIELDS = Fields("url!", ignored="detail format")
-PART_TYPES = (
-    "text", "image_url", "video_url", "audio_url", "input_audio", "file", "refusal", "reasoning",
-    "thinking",
-)  # fmt: skip
-PART_FIELDS = Fields(
-    Field("type!", str, choices=PART_TYPES),
-    "text",
-    *rows_of("image_url video_url audio_url", dict, fields=URL_FIELDS),
-    object_field("input_audio", "data!", ignored="format"),
-    ignored="file refusal reasoning thinking signature annotations cache_control",
-)
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-MESSAGE_FIELDS = Fields(
-    Field("role!", str, choices=ROLES),
-    Field("content", str, list, each=Field("", dict, fields=PART_FIELDS)),
-    "name tool_call_id reasoning reasoning_content",
-    list_field(
-        "tool_calls",
-        Field("function", dict, fields=CALL_FIELDS),
-        low=0,
-        ignored="id type index custom",
-    ),
-    Field("function_call", dict, fields=CALL_FIELDS),
-    ignored="refusal annotations audio parsed reasoning_details cache_control",
-)
-RESPONSE_FORMATS = ("text", "json_object", "json_schema", "regex")
+MODEL_ROW = "model!:1.."
+SAMPLING_ROWS = f"""\
+{MODEL_ROW} temperature:float:0..2 top_k:int:-1.. top_p,min_p:float:0..1
+repetition_penalty:float:0.. presence_penalty,frequency_penalty:float:-2..2
+logit_bias:dict[float] seed:int n:int:1..128 max_tokens:int:0.. stop:str|list[str] stream:bool
+stream_options:dict
+  include_usage:bool -include_obfuscation,continuous_usage_stats
+echo:bool safety_model user
+"""
 TEXT_FORMAT = {"type": "text"}
-FORMAT_FIELDS = Fields(
-    Field("type!", str, choices=RESPONSE_FORMATS),
-    object_field(
-        "json_schema",
-        "name:..64 strict:bool schema:dict|bool",
-        ignored="description",
-    ),
-    "schema:dict|bool pattern",
-)
-TOOL_FIELDS = Fields("type", Field("function!", dict, fields=FUNCTION_FIELDS))
-NAME_ROW = Field("name", str)
-NAMED_ROWS = ("type", NAME_ROW, object_field("function", NAME_ROW))
-TOOL_CHOICE = Fields(
-    *NAMED_ROWS,
-    object_field(
-        "allowed_tools",
-        "mode=auto|required",
-        list_field("tools", *NAMED_ROWS),
-    ),
-)
-CHAT_FIELDS = Fields(
-    *SAMPLING_FIELDS,
-    Field("messages!", list, low=1, each=Field("", dict, fields=MESSAGE_FIELDS)),
-    "max_completion_tokens:int:0.. logprobs:int|bool:0..20 top_logprobs:int:0..20",
-    Field("response_format", dict, fields=FORMAT_FIELDS),
-    Field("tools", list, high=MAX_TOOLS, each=Field("", dict, fields=TOOL_FIELDS)),
-    Field("tool_choice", str, dict, fields=TOOL_CHOICE),
-    "parallel_tool_calls:bool",
-    Field("functions", list, each=Field("", dict, fields=FUNCTION_FIELDS)),
-    Field("function_call", str, dict, fields=Fields(NAME_ROW)),
-    "context_length_exceeded_behavior=truncate|error reasoning_effort",
-    object_field("reasoning", "enabled:bool"),
-    "compliance=hipaa chat_template_kwargs,metadata:dict",
-)
+# What SDKs send back of a message is ignored by name, as production does.
+CHAT_FIELDS = Fields(SAMPLING_ROWS + f"""\
+messages!:list:1..
+  role!=system|developer|user|assistant|tool|function content:str|list
+    type!=text|image_url|video_url|audio_url|input_audio|file|refusal|reasoning|thinking
+    text image_url,video_url,audio_url:dict
+      url! -detail,format
+    input_audio:dict
+      data! -format
+    -file,refusal,reasoning,thinking,signature,annotations,cache_control
+  name tool_call_id reasoning reasoning_content tool_calls:list
+    function:dict
+      name! arguments -parsed_arguments
+    -id,type,index,custom
+  function_call:dict
+    name! arguments -parsed_arguments
+  -refusal,annotations,audio,parsed,reasoning_details,cache_control
+max_completion_tokens:int:0.. logprobs:int|bool:0..20 top_logprobs:int:0..20 response_format:dict
+  type!=text|json_object|json_schema|regex schema:dict|bool pattern json_schema:dict
+    name:..64 strict:bool schema:dict|bool -description
+tools:list:..{MAX_TOOLS}
+  type function!:dict
+    name!:1.. description parameters:dict -strict
+tool_choice:str|dict
+  type name function:dict
+    name
+  allowed_tools:dict
+    mode=auto|required tools:list:1..
+      type name function:dict
+        name
+parallel_tool_calls:bool functions:list
+  name!:1.. description parameters:dict -strict
+function_call:str|dict
+  name
+context_length_exceeded_behavior=truncate|error reasoning_effort reasoning:dict
+  enabled:bool
+compliance=hipaa chat_template_kwargs,metadata:dict""")  # fmt: skip
 # What would change a model's answer; the rest (stream, user, limits on the length) does not.
 CHAT_FACTS = frozenset((
     "model", "messages", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
@@ -7250,6 +7229,7 @@ TOOL_KEYS = {"tools", "functions", "tool_choice", "function_call"}
 MEDIA_TRAITS = {
     "image_url": "sees", "video_url": "watches", "audio_url": "hears", "input_audio": "hears"
 }  # fmt: skip
+PART_KEYS = {"text", *MEDIA_TRAITS}  # of a message's part, by its type
 
 
 def check_media(parts: list[Item], model: Model) -> None:
@@ -7280,7 +7260,7 @@ def check_message(message: Item, number: int) -> None:
     if content is None and role != "assistant":
         raise ApiError("missing", param=place + ".content")
     for index, part in enumerate(content if type(content) is list else ()):
-        if part["type"] in PART_FIELDS and part.get(part["type"]) is None:
+        if part["type"] in PART_KEYS and part.get(part["type"]) is None:
             raise ApiError("missing", param=f"{place}.content[{index}].{part['type']}")
 
 
@@ -7785,77 +7765,50 @@ ECHO: Item = {  # what a response repeats of its request, and the defaults
 }  # fmt: skip
 
 
-class Variants(Fields):
-    """A table of fields for each `type` that an object may have; of others nothing is read.
-
-    default  the type of an object that names none
-    known    there are no others
-    """
-
-    def __init__(self, tables: dict[str, Fields], default: str = "", known: Any = None) -> None:
-        self.tables = tables
-        self.default = default
-        super().__init__(Field("type" if default else "type!", str, choices=known))
-
-    def check(self, values: Item, place: str = "") -> None:
-        super().check(values, place)
-        self.tables.get(values.get("type") or self.default, NO_FIELDS).check(values, place)
-
-
-TEXT_FIELDS = Fields("text!")
-CONTENT_PARTS = {
-    "input_text": TEXT_FIELDS,
-    "output_text": TEXT_FIELDS,
-    "input_image": Fields("image_url file_id detail"),
-    "input_audio": Fields(object_field("input_audio!", "data")),
-}
-CONTENT_PART = Field("", dict, fields=Variants(CONTENT_PARTS))
-ITEM_ROLES = ("user", "assistant", "system", "developer")
-ITEMS = {
-    "message": Fields(
-        Field("role!", str, choices=ITEM_ROLES),
-        Field("content!", str, list, each=CONTENT_PART),
-    ),
-    "function_call": Fields("call_id!,name!:1.. arguments!"),
-    "function_call_output": Fields(
-        "call_id!:1..",
-        Field("output!", str, list, each=CONTENT_PART),
-    ),
-}
-ITEM_ROW = Field("", dict, fields=Variants(ITEMS, "message"))
-TOOL_ROW = Field("", dict, fields=Variants({"function": FUNCTION_FIELDS}))
-TOOL_CHOICES = {"function": Fields("name!")}
-ALLOWED_TOOLS = Fields(
-    "mode!=auto|required",
-    Field("tools!", list, each=Field("", dict, fields=Variants(TOOL_CHOICES))),
-)
-CHOICE_FIELDS = Variants({**TOOL_CHOICES, "allowed_tools": ALLOWED_TOOLS})
-JSON_FORMAT = Fields(
-    "name!:1..64 schema!:dict strict:bool",
-)
-TEXT_FORMAT_FIELDS = Variants({"json_schema": JSON_FORMAT}, known=RESPONSE_FORMATS)
 # What a chat asks in the same words.
 SAME_IN_CHAT = ("model", "temperature", "top_p", "parallel_tool_calls", "stream")
-RESPONSE_FIELDS = Fields(
-    *[CHAT_FIELDS[name] for name in (*SAME_IN_CHAT, "top_logprobs")],
-    Field("input!", str, list, each=ITEM_ROW),
-    Field("tools", list, high=MAX_TOOLS, each=TOOL_ROW),
-    Field("tool_choice", str, dict, choices=("none", "auto", "required"), fields=CHOICE_FIELDS),
-    object_field(
-        "text",
-        Field("format", dict, fields=TEXT_FORMAT_FIELDS),
-        "verbosity=low|medium|high",
-    ),
-    object_field(
-        "reasoning",
-        "effort summary=auto|concise|detailed",
-    ),
-    "max_output_tokens:int:0.. max_tool_calls:int:1.. truncation=auto|disabled",
-    Field("include", list, each=TEXT_ROW),
-    "store,background:bool prompt,metadata,stream_options:dict conversation:str|dict",
-    "previous_response_id service_tier prompt_cache_key prompt_cache_retention safety_identifier",
-    "user instructions",
-)
+ITEM_PARTS = """
+      type!
+      @input_text,@output_text
+        text! -annotations,logprobs
+      @input_image
+        image_url file_id detail
+      @input_audio
+        input_audio!:dict
+          data -format"""
+RESPONSE_FIELDS = Fields(*[CHAT_FIELDS[name] for name in (*SAME_IN_CHAT, "top_logprobs")], f"""\
+input!:str|list
+  type
+  @message
+    role!=user|assistant|system|developer -id,status content!:str|list{ITEM_PARTS}
+  @function_call
+    call_id!,name!:1.. arguments! -id,status
+  @function_call_output
+    call_id!:1.. -id,status output!:str|list{ITEM_PARTS}
+tools:list:..{MAX_TOOLS}
+  type!
+  @function
+    name!:1.. description parameters:dict -strict
+tool_choice:str|dict=none|auto|required
+  type!
+  @function
+    name!
+  @allowed_tools
+    mode!=auto|required tools!:list
+      type!
+      @function
+        name!
+text:dict
+  verbosity=low|medium|high format:dict
+    type!=text|json_object|json_schema|regex
+    @json_schema
+      name!:1..64 schema!:dict strict:bool -description
+reasoning:dict
+  effort summary=auto|concise|detailed
+max_output_tokens:int:0.. max_tool_calls:int:1.. truncation=auto|disabled include:list[str]
+store,background:bool prompt,metadata,stream_options:dict conversation:str|dict
+previous_response_id service_tier prompt_cache_key prompt_cache_retention safety_identifier
+user instructions""")  # fmt: skip
 # What a chat asks in other words; those are also the names in its errors.
 OTHER_IN_CHAT = {
     "max_tokens": "max_output_tokens", "messages": "input", "response_format": "text.format",
@@ -8079,10 +8032,7 @@ def refuse_response(server: Server, request: Request) -> Any:
 
 MAX_INPUT_ITEMS = 2048  # texts of one embedding request
 
-COMPLETION_FIELDS = Fields(
-    *SAMPLING_FIELDS,
-    "prompt!:str|list logprobs:int:0..20",
-)
+COMPLETION_FIELDS = Fields(SAMPLING_ROWS + "prompt!:str|list logprobs:int:0..20")
 COMPLETION_FACTS = frozenset((*COMPLETION_FIELDS, "suffix")) - {  # what draws another text
     "prompt", "max_tokens", "stop", "stream", "stream_options", "echo", "logprobs", "user",
 }  # fmt: skip
@@ -8161,10 +8111,8 @@ def create_completion(server: Server, request: Request) -> Any:
 
 # --- Embeddings
 
-EMBEDDING_FIELDS = Fields(
-    MODEL_ROW,
-    f"input!:str|list encoding_format=float|base64 dimensions:int:1..{MAX_DIMENSIONS} user",
-)
+EMBEDDING_FIELDS = Fields(f"""\
+{MODEL_ROW} input!:str|list encoding_format=float|base64 dimensions:int:1..{MAX_DIMENSIONS} user""")
 
 
 def embed(model: Model, value: Any, dimensions: int | None) -> list[int]:
@@ -8228,11 +8176,9 @@ def create_embeddings(server: Server, request: Request) -> Any:
 
 # --- Rerank
 
-RERANK_FIELDS = Fields(
-    MODEL_ROW, "query! top_n:int:1..",
-    Field("documents!", list, low=1, high=MAX_INPUT_ITEMS, each=Field("", str, dict)),
-    "return_documents:bool", Field("rank_fields", list, each=TEXT_ROW),
-)  # fmt: skip
+RERANK_FIELDS = Fields(f"""\
+{MODEL_ROW} query! top_n:int:1.. documents!:list[str|dict]:1..{MAX_INPUT_ITEMS}
+return_documents:bool rank_fields:list[str]""")
 
 
 def document_text(document: Any, names: list[str] | None) -> str:
@@ -8450,18 +8396,16 @@ INITIATE_FIELDS = Fields(
     *UPLOAD_FIELDS.values(), f"file_size!:int:1.. num_parts!:int:1..{MAX_PARTS}",
 )  # fmt: skip
 UPLOAD_IDS = "upload_id! file_id!"
-PARTS = list_field("parts!", "part_number!:int etag")
-MESSAGES = list_field(
-    "messages!",
-    "role!=system|user|assistant|tool|developer",
-    Field("content", str, list, each=Field("", dict)),
-)
+PARTS = "parts!:list:1..\n  part_number!:int etag"
+MESSAGES = """\
+messages!:list:1..
+  role!=system|user|assistant|tool|developer content:str|list[dict]"""
 DATASETS = {  # what a line of a training file may be; its first required field tells which
     "CONVERSATION": Fields(MESSAGES),
     "INSTRUCTION": Fields("prompt! completion!"),
     "GENERAL": Fields("text!"),
     "PREFERENCE": Fields(
-        object_field("input!", MESSAGES),
+        Field("input!", dict, fields=Fields(MESSAGES)),
         "preferred_output!,non_preferred_output!:list:1..",
     ),
 }
@@ -8806,36 +8750,31 @@ LIMITS: Item = {  # documented, but for the flags
     "supports_reasoning": False, "supports_vision": False,
 }  # fmt: skip
 ON_INPUTS = Field("train_on_inputs", bool, str, choices=(True, False, "auto"))
-ESTIMATE_FIELDS = Fields(
-    "training_file!:1.. validation_file model from_checkpoint n_epochs:int:0..20",
-    "n_evals:int:0..100",
-    object_field(
-        "training_method",
-        "method!=sft|dpo", ON_INPUTS,
-        "dpo_beta,rpo_alpha,simpo_gamma:float",
-        "dpo_normalize_logratios_by_length,dpo_reference_free:bool",
-    ),
-    object_field(
-        "training_type",
-        "type!=Full|Lora lora_r:int:1..64 lora_alpha:int:1.. lora_dropout:float:0..1",
-        "lora_trainable_modules",
-    ),
-)  # fmt: skip
+METHOD_FIELDS = Fields(
+    ON_INPUTS,
+    """\
+method!=sft|dpo dpo_beta,rpo_alpha,simpo_gamma:float
+dpo_normalize_logratios_by_length,dpo_reference_free:bool""",
+)
+ESTIMATE_FIELDS = Fields(Field("training_method", dict, fields=METHOD_FIELDS), """\
+training_file!:1.. validation_file model from_checkpoint n_epochs:int:0..20 n_evals:int:0..100
+training_type:dict
+  type!=Full|Lora lora_r:int:1..64 lora_alpha:int:1.. lora_dropout:float:0..1
+  lora_trainable_modules""")  # fmt: skip
 SECRETS = ("wandb_api_key", "hf_api_token")  # no answer shows them
 FINE_TUNE_FIELDS = Fields(
     *ESTIMATE_FIELDS.values(), *SECRETS, ON_INPUTS,
     "n_epochs:int:1..20 n_checkpoints:int:1..100",
     Field("batch_size", int, str, low=1, high=128, test=('"max"', ["max"].index)),
     "max_seq_length:int:1.. learning_rate:float:1e-06..1 warmup_ratio:float:0..1",
-    object_field(
-        "lr_scheduler",
-        "lr_scheduler_type!=linear|cosine",
-        object_field("lr_scheduler_args", "min_lr_ratio,num_cycles:float"),
-    ),
-    "max_grad_norm,weight_decay:float:0.. random_seed:int packing:bool",
-    object_field("multimodal_params", "train_vision:bool"),
-    "suffix:..40 from_hf_model hf_model_revision hf_output_repo_name wandb_base_url",
-    "wandb_project_name wandb_name wandb_entity",
+    """\
+lr_scheduler:dict
+  lr_scheduler_type!=linear|cosine lr_scheduler_args:dict
+    min_lr_ratio,num_cycles:float
+max_grad_norm,weight_decay:float:0.. random_seed:int packing:bool multimodal_params:dict
+  train_vision:bool
+suffix:..40 from_hf_model hf_model_revision hf_output_repo_name wandb_base_url
+wandb_project_name wandb_name wandb_entity""",
 )  # fmt: skip
 METRIC_FIELDS = Fields(
     "global_step_from,global_step_to,resolution:int:0.. logged_at_from logged_at_to",
@@ -9183,15 +9122,15 @@ JUDGE_ROWS = (
 )  # fmt: skip
 JUDGED_FIELDS = Fields(*JUDGE_ROWS, "input_template!")
 PARAMETERS = Fields(
-    object_field("judge!", *JUDGE_ROWS),
+    Field("judge!", dict, fields=Fields(*JUDGE_ROWS)),
     "input_data_file_path!:1..",
     *rows_of("model_to_evaluate model_a model_b", str, dict, fields=JUDGED_FIELDS),
 )
-LABELS = rows_of("labels! pass_labels!", list, low=1, each=TEXT_ROW)
+LABELS = "labels!,pass_labels!:list[str]:1.."
 SCORES = "min_score!,max_score!,pass_threshold!:float:-1e9..1e9"
 EVALUATIONS: dict[str, tuple[Fields, Callable[[Any], Sequence[Any]]]] = {
     # by type: its parameters, and the verdicts that a row may get
-    "classify": (Fields(*PARAMETERS.values(), *LABELS), lambda p: p["labels"]),
+    "classify": (Fields(*PARAMETERS.values(), LABELS), lambda p: p["labels"]),
     "compare": (PARAMETERS, lambda p: ("A", "A", "B", "B", "Tie")),
     "score": (Fields(*PARAMETERS.values(), SCORES), lambda p: [
         p["min_score"] + (p["max_score"] - p["min_score"]) * step / 20 for step in range(21)]),
@@ -9443,8 +9382,7 @@ IMAGE_FIELDS = Fields(
     f"prompt! n:int:0..{MAX_IMAGES} width,height:int:0..{MAX_IMAGE_SIDE} seed:int",
     "steps:int:0..100 guidance_scale,guidance:float size aspect_ratio image_url image_base64",
     "negative_prompt user",
-    Field("reference_images", list, each=TEXT_ROW),
-    list_field("image_loras", "path! scale!:float", low=0),
+    "reference_images:list[str] image_loras:list\n  path! scale!:float",
     "disable_safety_checker,prompt_upsampling:bool response_format=base64|b64_json|url",
     "output_format=jpeg|png",
 )  # fmt: skip
@@ -9630,15 +9568,12 @@ SCRIPTED_SPEECH = ResponseType(
     Keys(
         Field("audio", str, dict, test=BASE64, fields=SOUND),
         "format",
-        ignored="content toolCalls reasoning",
+        "-content,toolCalls,reasoning",
     ),
     normalise_audio,
 )
 TRANSCRIPT = Keys(
-    "text! language",
-    f"duration:int|float:0..{MAX_MS}",
-    *rows_of("words segments", list, each=Field("", dict)),
-    ignored="languages usage",
+    f"text! language duration:int|float:0..{MAX_MS} words,segments:list[dict] -languages,usage",
 )
 HEARING["response"] = ResponseType(
     "transcription",
@@ -9811,7 +9746,7 @@ SCRIPTED_VIDEO = Keys(
     "id!",
     Field("status!", str, choices=tuple(VIDEO_ENDS)),
     "url error",
-    ignored="b64 cost duration",
+    "-b64,cost,duration",
 )
 
 
@@ -9978,7 +9913,9 @@ class HearingSession(Session):
     is_strict = True
     messages: Mapping[str, Fields] = {
         "input_audio_buffer.append": Fields(Field("audio!", str, test=BASE64)),
-        "transcription_session.updated": Fields(object_field("session!", *REALTIME_ROWS)),
+        "transcription_session.updated": Fields(
+            Field("session!", dict, fields=Fields(*REALTIME_ROWS))
+        ),
         "input_audio_buffer.commit": NO_FIELDS,
         "input_audio_buffer.clear": NO_FIELDS,
         "echo": NO_FIELDS,
@@ -10111,7 +10048,7 @@ class VoiceSession(Session):
     failure = "conversation.item.tts.failed"
     messages: Mapping[str, Fields] = {
         "input_text_buffer.append": Fields(f"text!:..{MAX_SPEECH_CHARACTERS}"),
-        "tts_session.updated": Fields(object_field("session!", *VOICE_ROWS)),
+        "tts_session.updated": Fields(Field("session!", dict, fields=Fields(*VOICE_ROWS))),
         "input_text_buffer.commit": NO_FIELDS,
         "input_text_buffer.clear": NO_FIELDS,
     }
@@ -10237,10 +10174,9 @@ def get_supported_model(server: Server, request: Request) -> Any:
 ORGANIZATION = {"id": "66a1b2c3d4e5f60718293a4b", "name": "Parlel"}  # pragma: allowlist secret
 PROJECT = {"id": "proj-5f0e1d2c3b4a", "name": "Default", "slug": "default"}
 API_KEY_ID = "key-9a8b7c6d5e4f"
-MODEL_UPLOAD_FIELDS = Fields(
-    "model_name!,model_source!:1.. model_type=model|adapter hf_token description base_model",
-    "lora_model",
-)
+MODEL_UPLOAD_FIELDS = Fields("""\
+model_name!,model_source!:1.. model_type=model|adapter
+hf_token description base_model lora_model""")
 
 
 @route("GET", "/v1/projects", query=PAGE_FIELDS)
@@ -12844,11 +12780,13 @@ def suggest_near(name: str, names: tuple[str, ...]) -> str:
 
 def list_unread(values: Item, fields: Fields, place: str = "") -> Iterator[str]:
     """Yield the places of a body that no row of its table reads."""
-    for name in values:
-        if name not in fields and name not in fields.ignored:
-            yield f"{place}{name}{suggest_near(name, tuple(fields))}"
+    table = fields.pick(values)
+    if table is None:
+        return
     for name, value in values.items():
-        inner = fields.nested.get(name)
+        if name not in table and name not in table.ignored:
+            yield f"{place}{name}{suggest_near(name, tuple(table))}"
+        inner = table.nested.get(name)
         if inner is None:
             continue
         if type(value) is dict:
