@@ -6443,7 +6443,7 @@ MAX_ANSWERS = 50_000  # some two seconds
 class Route:
     """One operation: a method and a path template with their handler."""
 
-    body = query = NO_FIELDS  # the tables of fields
+    body = query = NO_FIELDS  # the tables of fields, or their rows as one text
     kind = ""  # of an inference call: what fixtures name it
     prompt = ""  # the field that counts as what a user said
     input = ""  # the field that fixtures look through, where it is no prompt
@@ -6460,7 +6460,8 @@ class Route:
         self.path = path
         for name, value in facts.items():
             getattr(self, name)  # it is one of those above
-            setattr(self, name, value)
+            is_rows = name in ("body", "query") and isinstance(value, str)
+            setattr(self, name, Fields(value) if is_rows else value)
         kind = self.kind
         self.slow = self.slow and kind not in QUICK_KINDS
         self.recorded_kind = read_family(path) if kind in ("", "job") else kind
@@ -8380,23 +8381,17 @@ def serve_bytes(
 MAX_STORED_BYTES = 256 * 2**20  # contents of all files together
 PARSED_BYTES = 2 * 2**20  # of a JSONL file: what is parsed line by line, the rest is counted
 
-PURPOSES = (
-    "fine-tune", "batch-api", "eval", "calibration", "eval-sample", "eval-output", "eval-summary",
-    "batch-generated", *OPENAI_PURPOSES, "assistants", "assistants_output", "vision", "user_data",
-    "evals",
-)  # fmt: skip
 MAX_PARTS = 250  # of an upload
 FILE_TYPES = ("jsonl", "csv", "parquet")
 UPLOAD_FIELDS = Fields(
-    Field("purpose!", str, choices=PURPOSES), "file_name:1..",
-    Field("file_type", str, choices=FILE_TYPES), "checksum", Field("file", Upload),
-)  # fmt: skip
-WHOLE_UPLOAD_FIELDS = Fields(*UPLOAD_FIELDS.values(), Field("file!", Upload))
+    "purpose!=fine-tune|batch-api|eval|calibration|eval-sample|eval-output|eval-summary"
+    "|batch-generated|batch|batch_output|assistants|assistants_output|vision|user_data|evals",
+    f"file_name:1.. file_type={'|'.join(FILE_TYPES)} checksum file:Upload",
+)
+WHOLE_UPLOAD_FIELDS = Fields(*UPLOAD_FIELDS.values(), "file!:Upload")
 INITIATE_FIELDS = Fields(
-    *UPLOAD_FIELDS.values(), f"file_size!:int:1.. num_parts!:int:1..{MAX_PARTS}",
-)  # fmt: skip
-UPLOAD_IDS = "upload_id! file_id!"
-PARTS = "parts!:list:1..\n  part_number!:int etag"
+    *UPLOAD_FIELDS.values(), f"file_size!:int:1.. num_parts!:int:1..{MAX_PARTS}"
+)
 MESSAGES = """\
 messages!:list:1..
   role!=system|user|assistant|tool|developer content:str|list[dict]"""
@@ -8574,8 +8569,12 @@ def put_file(server: Server, request: Request) -> Any:
     return Reply(headers={"ETag": f'"{len(request.raw):x}-{zlib.crc32(request.raw):08x}"'})
 
 
-@route("POST", "/v1/files/multipart/complete", body=Fields(UPLOAD_IDS, PARTS))
-@route("POST", "/v1/files/multipart/abort", body=Fields(UPLOAD_IDS))
+@route(
+    "POST",
+    "/v1/files/multipart/complete",
+    body="upload_id! file_id! parts!:list:1..\n  part_number!:int etag",
+)
+@route("POST", "/v1/files/multipart/abort", body="upload_id! file_id!")
 def end_upload(server: Server, request: Request) -> Any:
     """Join the parts of a large file, or forget it."""
     upload_id, id = request.body["upload_id"], request.body["file_id"]
@@ -8616,9 +8615,9 @@ BATCH_ENDPOINTS = (
     "/v1/audio/transcriptions", "/v1/audio/translations",
 )  # fmt: skip
 BATCH_FIELDS = Fields(
-    Field("endpoint!", str, choices=BATCH_ENDPOINTS),
-        "metadata:dict input_file_id! completion_window model_id priority:int",
-)  # fmt: skip
+    f"endpoint!={'|'.join(BATCH_ENDPOINTS)} metadata:dict",
+    "input_file_id! completion_window model_id priority:int",
+)
 BATCH: Item = {
     "user_id": USER_ID, "status": "VALIDATING", "endpoint": BATCH_ENDPOINTS[0], "progress": 0.0,
     "input_file_id": "", "file_size_bytes": 0, "model_id": "", "output_file_id": None,
@@ -8763,7 +8762,9 @@ training_type:dict
   lora_trainable_modules""")  # fmt: skip
 SECRETS = ("wandb_api_key", "hf_api_token")  # no answer shows them
 FINE_TUNE_FIELDS = Fields(
-    *ESTIMATE_FIELDS.values(), *SECRETS, ON_INPUTS,
+    *ESTIMATE_FIELDS.values(),
+    *SECRETS,
+    ON_INPUTS,
     "n_epochs:int:1..20 n_checkpoints:int:1..100",
     Field("batch_size", int, str, low=1, high=128, test=('"max"', ["max"].index)),
     "max_seq_length:int:1.. learning_rate:float:1e-06..1 warmup_ratio:float:0..1",
@@ -8775,17 +8776,7 @@ max_grad_norm,weight_decay:float:0.. random_seed:int packing:bool multimodal_par
   train_vision:bool
 suffix:..40 from_hf_model hf_model_revision hf_output_repo_name wandb_base_url
 wandb_project_name wandb_name wandb_entity""",
-)  # fmt: skip
-METRIC_FIELDS = Fields(
-    "global_step_from,global_step_to,resolution:int:0.. logged_at_from logged_at_to",
-)  # fmt: skip
-LIMIT_FIELDS = Fields("model_name model")
-DOWNLOAD_FIELDS = Fields(
-    "ft_id! checkpoint_step:int checkpoint=merged|adapter|model_output_path",
-)  # fmt: skip
-PREVIEW_FIELDS = Fields(
-    "model! training_file! top_k:int:1..100 train_on_inputs:bool training_method=sft",
-)  # fmt: skip
+)
 # The nested settings: the member that chooses among their forms, and the documented defaults
 # of each form, of which the first is the default.
 TRAINING_FORMS: dict[str, tuple[str, dict[str, Item]]] = {
@@ -8898,7 +8889,8 @@ def fine_tune_object(server: Server, item: Item) -> Item:
     words.append(HashRandom.of("fine-tune", job["id"]).hex(8))
     job["model_output_name"] = f"{USER}/{'-'.join(filter(None, words))}"
     job.update(TrainingFileNumLines=file["LineCount"], TrainingFileSize=file["bytes"])
-    item = {**item, **complete_training(item), "events": None}
+    job["events"] = []
+    item.update(complete_training(item), events=None)
     job = merge(job, item)
     end, ladder = job["status"], JOBS["fine_tunes"].order
     for status in ladder[: ladder.index(end) + 1] if end in ladder else ("pending", end):
@@ -8950,7 +8942,7 @@ def list_events(server: Server, request: Request) -> Any:
     return {"data": show_fine_tune(server, request, job)["events"]}
 
 
-@route("DELETE", "/v1/fine-tunes/{id}", query=Fields("force:bool"))
+@route("DELETE", "/v1/fine-tunes/{id}", query="force:bool")
 def delete_fine_tune(server: Server, request: Request) -> Any:
     """Delete a fine-tuning job and the model it made."""
     job = server.fine_tunes.remove(request.params["id"])
@@ -8977,7 +8969,11 @@ def list_checkpoints(server: Server, request: Request) -> Any:
     ]}  # fmt: skip
 
 
-@route("GET", "/v1/fine-tunes/{id}/metrics", query=METRIC_FIELDS)
+@route(
+    "GET",
+    "/v1/fine-tunes/{id}/metrics",
+    query="global_step_from,global_step_to,resolution:int:0.. logged_at_from logged_at_to",
+)
 def list_metrics(server: Server, request: Request) -> Any:
     """List the loss curve of a fine-tuning job as far as it has come; it falls."""
     job, args = server.fine_tunes.get(request.params["id"]), request.args
@@ -9002,11 +8998,12 @@ def list_metrics(server: Server, request: Request) -> Any:
 def estimate_price(server: Server, request: Request) -> Any:
     """Estimate what a fine-tuning job would cost."""
     body, tokens, reasons = request.body, {"train": 0, "eval": 0}, []
-    uses = {"train": ("training_file", "n_epochs", 1), "eval": ("validation_file", "n_evals", 0)}
-    for use, (name, times, default) in uses.items():
+    epochs, evals = body.get("n_epochs") or 1, body.get("n_evals") or 0
+    uses = (("train", "training_file", epochs), ("eval", "validation_file", evals))
+    for use, name, times in uses:
         if body.get(name):
             file = find_file(server, body[name], name)
-            tokens[use] = file["bytes"] // TRAIN_TOKEN_BYTES * (body.get(times) or default)
+            tokens[use] = file["bytes"] // TRAIN_TOKEN_BYTES * times
             if file["processing_status"] != "COMPLETED":
                 reasons.append(f"{use}_file_{'invalid' if file['Processed'] else 'not_validated'}")
     return {
@@ -9018,7 +9015,7 @@ def estimate_price(server: Server, request: Request) -> Any:
     }  # fmt: skip
 
 
-@route("GET", "/v1/fine-tunes/models/limits", query=LIMIT_FIELDS)
+@route("GET", "/v1/fine-tunes/models/limits", query="model_name model")
 def get_training_limits(server: Server, request: Request) -> Any:
     """Say within which limits a model can be trained."""
     id = request.args.get("model_name") or request.args.get("model")
@@ -9027,35 +9024,42 @@ def get_training_limits(server: Server, request: Request) -> Any:
     return {"model_name": resolve_trainable(server, id).id, **LIMITS}
 
 
-@route("GET", "/v1/fine-tunes/models/supported", query=LIMIT_FIELDS)
+@route("GET", "/v1/fine-tunes/models/supported", query="model_name model")
 def list_trainable(server: Server, request: Request) -> Any:
     """List the models that can be trained."""
     return {"models": list_ids(server, *TRAINABLE, wanted=request.args.get("model_name"))}
 
 
-@route("GET", "/v1/finetune/download", query=DOWNLOAD_FIELDS)
+@route(
+    "GET",
+    "/v1/finetune/download",
+    query="ft_id! checkpoint_step:int checkpoint=merged|adapter|model_output_path",
+)
 def download_model(server: Server, request: Request) -> Any:
     """Return the archive of a trained model, or a range of it."""
-    import gzip
     import tarfile
 
-    args, packed = request.args, io.BytesIO()
+    args, tar = request.args, io.BytesIO()
     job = server.fine_tunes.get(args.get("ft_id") or "")
     if job["status"] != "completed":
+        reason = "its model can be downloaded when it is completed"
         facts = {"noun": "Fine-tune", "id": job["id"], "status": job["status"]}
-        raise ApiError("bad_state", **facts, reason="its model is there when it is completed")
+        raise ApiError("bad_state", **facts, reason=reason)
     steps = list_steps(job, job["n_checkpoints"])
     step = args.get("checkpoint_step") or steps[-1]
     if step not in steps:
         raise ApiError("no_object", param="checkpoint_step", noun="Checkpoint", id=step)
     weights = HashRandom.of("weights", [job["id"], step, args.get("checkpoint")]).randbytes(65536)
     config = ENCODE({"base_model": job["model"], "name": job["model_output_name"], "step": step})
-    with gzip.GzipFile("", "wb", 0, packed, 0) as out, tarfile.open(None, "w", out) as archive:
+    with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, data in (("config.json", config.encode()), ("model.safetensors", weights)):
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
             archive.addfile(entry, io.BytesIO(data))
-    return serve_bytes(request, packed.getvalue(), "application/x-tar")
+    packer = zlib.compressobj(0, zlib.DEFLATED, 16 + zlib.MAX_WBITS)  # gzip
+    packed = bytearray(packer.compress(tar.getvalue()) + packer.flush())
+    packed[8:10] = b"\0\xff"  # no word of the level and the system: the same on all
+    return serve_bytes(request, bytes(packed), "application/x-tar")
 
 
 def tokenize_file(server: Server, id: str, count: int, on_inputs: bool) -> list[Item]:
@@ -9079,7 +9083,11 @@ def tokenize_file(server: Server, id: str, count: int, on_inputs: bool) -> list[
     return examples
 
 
-@route("POST", "/v1/fine-tunes/preview", body=PREVIEW_FIELDS)
+@route(
+    "POST",
+    "/v1/fine-tunes/preview",
+    body="model! training_file! top_k:int:1..100 train_on_inputs:bool training_method=sft",
+)
 def preview_training(server: Server, request: Request) -> Any:
     """Show the first examples of a training file as tokens."""
     body, id = request.body, request.body["training_file"]
@@ -9135,7 +9143,7 @@ EVALUATIONS: dict[str, tuple[Fields, Callable[[Any], Sequence[Any]]]] = {
     "score": (Fields(*PARAMETERS.values(), SCORES), lambda p: [
         p["min_score"] + (p["max_score"] - p["min_score"]) * step / 20 for step in range(21)]),
 }  # fmt: skip
-EVALUATION_FIELDS = Fields(Field("type!", str, choices=tuple(EVALUATIONS)), "parameters!:dict")
+EVALUATION_FIELDS = Fields(f"type!={'|'.join(EVALUATIONS)} parameters!:dict")
 
 
 def summarize_verdicts(type: str, verdicts: list[Any], said: Item) -> Item:
@@ -9150,8 +9158,8 @@ def summarize_verdicts(type: str, verdicts: list[Any], said: Item) -> Item:
         counts = {label: verdicts.count(label) for label in said["labels"]}
         return {"invalid_label_count": 0, "label_counts": counts, **share}
     mean = sum(verdicts) / count
-    deviation = (sum((score - mean) ** 2 for score in verdicts) / count) ** 0.5
-    scores = {"mean_score": round(mean, 4), "std_score": round(deviation, 4), **share}
+    spread = math.sqrt(sum((score - mean) ** 2 for score in verdicts) / count)
+    scores = {"mean_score": round(mean, 4), "std_score": round(spread, 4), **share}
     return {"aggregated_scores": scores, "failed_samples": 0, "invalid_score_count": 0}
 
 
@@ -9164,10 +9172,9 @@ def judge_rows(server: Server, job: Item) -> Item:
     for row in judged:
         rng = source.child(ENCODE(row))
         row.update(verdict=rng.choice(choices), feedback=make_text(rng.child("feedback"), 1))
-    lines = "".join([ENCODE(row) + "\n" for row in judged])
-    item = {"filename": f"{job['workflow_id']}_results.jsonl", "purpose": "eval-output"}
-    file = server._store("files", {**item, "content": lines})
-    counts = {"generation_fail_count": 0, "judge_fail_count": 0, "result_file_id": file["id"]}
+    lines = "".join([ENCODE(row) + "\n" for row in judged]).encode()
+    file_id = store_lines(server, f"{job['workflow_id']}_results.jsonl", "eval-output", lines)
+    counts = {"generation_fail_count": 0, "judge_fail_count": 0, "result_file_id": file_id}
     return {**summarize_verdicts(type, [row["verdict"] for row in judged], facts), **counts}
 
 
@@ -9191,16 +9198,16 @@ def evaluation_object(server: Server, item: Item) -> Item:
 
 def enter_evaluation(server: Server, job: Item, status: str) -> Item:
     """Judge the data at the end; what goes wrong is in the results."""
-    changes: Item = {}
+    results: Any = {"error": f"The evaluation was scripted to end as {status}."}
     if status == "completed":
         try:
-            changes["results"] = judge_rows(server, job)
+            results = judge_rows(server, job)
         except ApiError as error:
             status = "error" if error.name == "storage_full" else "user_error"
-            changes["results"] = {"error": error.message}
-    elif status in ("error", "user_error"):
-        changes["results"] = {"error": f"The evaluation was scripted to end as {status}."}
-    return {**note_status(server, status, job["status_updates"]), **changes}
+            results = {"error": error.message}
+    elif status in ("queued", "running"):
+        results = None
+    return {**note_status(server, status, job["status_updates"]), "results": results}
 
 
 def show_evaluation(server: Server, request: Request, job: Item) -> Item:
@@ -9234,7 +9241,7 @@ def create_evaluation(server: Server, request: Request) -> Any:
     return {"workflow_id": job["workflow_id"], "status": "pending"}
 
 
-@route("GET", "/v1/evaluation/model-list", query=Fields("model_source"))
+@route("GET", "/v1/evaluation/model-list", query="model_source")
 def list_judges(server: Server, request: Request) -> Any:
     """Name the models that can judge."""
     return {"model_list": list_ids(server, "chat")}
@@ -9244,15 +9251,14 @@ def list_judges(server: Server, request: Request) -> Any:
 
 SCALING = Fields("min_replicas!,max_replicas!:int:0..")
 CHANGE_FIELDS = Fields(
-    "display_name state=STARTED|STOPPED",
-    Field("autoscaling", dict, fields=SCALING), "inactive_timeout:int:0..",
-)  # fmt: skip
+    "display_name state=STARTED|STOPPED inactive_timeout:int:0..",
+    Field("autoscaling", dict, fields=SCALING),
+)
 ENDPOINT_FIELDS = Fields(
-    *CHANGE_FIELDS.values(), "model!,hardware!:1..",
+    *CHANGE_FIELDS.values(),
+    "model!,hardware!:1.. availability_zone disable_prompt_cache,disable_speculative_decoding:bool",
     Field("autoscaling!", dict, fields=SCALING),
-        "availability_zone disable_prompt_cache,disable_speculative_decoding:bool",
-)  # fmt: skip
-ADAPTER_FIELDS = Fields("model_id!:1..")
+)
 # GPU, its GB, link and cents a minute for one; prices chosen
 HARDWARE = (("h100", 80, "sxm", 5.65), ("a100", 80, "sxm", 4.28), ("l40s", 48, "pcie", 3.5))
 
@@ -9323,29 +9329,27 @@ def delete_endpoint(server: Server, request: Request) -> Any:
 
 
 @route("GET", "/v1/endpoints/{id}/adapters")
-@route("POST", "/v1/endpoints/{id}/adapters", body=ADAPTER_FIELDS)
-@route("DELETE", "/v1/endpoints/{id}/adapters", body=ADAPTER_FIELDS)
+@route("POST", "/v1/endpoints/{id}/adapters", body="model_id!:1..")
+@route("DELETE", "/v1/endpoints/{id}/adapters", body="model_id!:1..")
 def handle_adapters(server: Server, request: Request) -> Any:
     """List, load or unload LoRA adapters, which answer as `endpoint:adapter`."""
     endpoint, id = server.endpoints.get(request.params["id"]), request.body.get("model_id", "")
-    adapters = server.adapters.setdefault(endpoint["id"], [])
-    found = id in adapters
+    adapters = server.adapters.setdefault(endpoint["id"], {})
     if request.method == "POST":
-        if not found:
-            adapters.append(id)
-            add_model(server, id, endpoint["model"])
+        adapters[id] = endpoint["model"]
+        add_model(server, id, endpoint["model"])
         return {"model_id": id}
     if request.method == "DELETE":
+        found = adapters.pop(id, None) is not None
         if found:
-            adapters.remove(id)
             server.models.pop(id, None)
         return {"model_id": id, "deleted": found}
-    parts = [(id, *id.split(":", 1), "") for id in adapters]
     names = ("model_id", "endpoint_name", "adapter_name")
-    return {"object": "list", "data": [dict(zip(names, each)) for each in parts]}
+    rows = [dict(zip(names, (id, *id.split(":", 1), ""))) for id in adapters]
+    return {"object": "list", "data": rows}
 
 
-@route("GET", "/v1/hardware", query=Fields("model"))
+@route("GET", "/v1/hardware", query="model")
 def list_hardware(server: Server, request: Request) -> Any:
     """List what endpoints run on; for a given model, whether it is available too."""
     model = request.args.get("model")
@@ -9378,14 +9382,13 @@ def list_availability_zones(server: Server, request: Request) -> Any:
 MAX_IMAGES = 4  # of one request; documented
 
 IMAGE_FIELDS = Fields(
-    MODEL_ROW,
-    f"prompt! n:int:0..{MAX_IMAGES} width,height:int:0..{MAX_IMAGE_SIDE} seed:int",
+    f"{MODEL_ROW} prompt! n:int:0..{MAX_IMAGES} width,height:int:0..{MAX_IMAGE_SIDE} seed:int",
     "steps:int:0..100 guidance_scale,guidance:float size aspect_ratio image_url image_base64",
     "negative_prompt user",
     "reference_images:list[str] image_loras:list\n  path! scale!:float",
     "disable_safety_checker,prompt_upsampling:bool response_format=base64|b64_json|url",
     "output_format=jpeg|png",
-)  # fmt: skip
+)
 IMAGE_FACTS = frozenset(IMAGE_FIELDS) - {  # what draws another picture
     "n", "size", "aspect_ratio", "user", "disable_safety_checker", "prompt_upsampling",
     "response_format", "output_format",
@@ -9527,13 +9530,11 @@ MAX_SPEAKERS = 32  # of one transcription
 
 MP3_SILENCE = {32000: 0x10, 64000: 0x50, 96000: 0x70, 128000: 0x90, 192000: 0xB0}  # rate's bits
 SPEECH_FIELDS = Fields(
-    MODEL_ROW,
-    f"input!:1..{MAX_SPEECH_CHARACTERS} voice! language instructions",
-    "response_format=wav|mp3|raw|pcm",
-    Field("response_encoding", str, choices=tuple(ENCODINGS)),
-    "extra_params:dict sample_rate:int:8000..48000 stream:bool",
-    Field("bit_rate", int, choices=tuple(MP3_SILENCE)), "speed:float:0.25..4",
-)  # fmt: skip
+    f"{MODEL_ROW} input!:1..{MAX_SPEECH_CHARACTERS} voice! language instructions",
+    f"response_format=wav|mp3|raw|pcm response_encoding={'|'.join(ENCODINGS)}",
+    "extra_params:dict sample_rate:int:8000..48000 stream:bool speed:float:0.25..4",
+    Field("bit_rate", int, choices=tuple(MP3_SILENCE)),
+)
 SPEECH_FACTS = ("model", "input", "voice", "language", "extra_params", "speed", "instructions")
 SPEECH_EVENT_MS = 250  # of sound in one event of a stream
 SPEECH_EVENT = {  # has the keys of the older and of the newer documentation
@@ -9541,12 +9542,10 @@ SPEECH_EVENT = {  # has the keys of the older and of the newer documentation
 }  # fmt: skip
 SPEECH_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg"}  # without parameters: Python 1.x compares
 TRANSCRIPTION_FIELDS = Fields(
-    Field("file!", Upload, str),
-    "model language prompt response_format=json|verbose_json temperature:float:0..1",
-    "diarize:bool",
+    "file!:Upload|str model language prompt response_format=json|verbose_json",
+    f"temperature:float:0..1 diarize:bool min_speakers,max_speakers:int:1..{MAX_SPEAKERS}",
     Field("timestamp_granularities", str, list, each=Field("", str, choices=("segment", "word"))),
-    f"min_speakers,max_speakers:int:1..{MAX_SPEAKERS}",
-)  # fmt: skip
+)
 HEARING: Any = {"body": TRANSCRIPTION_FIELDS, "max_bytes": MAX_AUDIO_BYTES}
 SEGMENT_WORDS, WORDS_A_SECOND = 10, 2.5
 SPEECH_VOICES = {  # documented examples, by who made the model
@@ -9674,7 +9673,7 @@ def create_transcript(server: Server, request: Request) -> Any:
     return answer if body.get("response_format") == "verbose_json" else {"text": answer["text"]}
 
 
-@route("GET", "/v1/voices", query=Fields("model"))
+@route("GET", "/v1/voices", query="model")
 def list_voices(server: Server, request: Request) -> Any:
     """List the voices of each speech model."""
     found = []
@@ -9690,12 +9689,11 @@ MAX_VIDEO_SECONDS, DEFAULT_VIDEO_SECONDS = 60, 6
 MAX_FPS, DEFAULT_FPS = 60, 24
 
 VIDEO_FIELDS = Fields(
-    MODEL_ROW,
-    "prompt:1..32000 seconds:str|int resolution ratio negative_prompt size",
+    f"{MODEL_ROW} prompt:1..32000 seconds:str|int resolution ratio negative_prompt size",
     f"seed,output_quality:int width,height:int:0..{MAX_IMAGE_SIDE} guidance_scale:float",
     f"fps:int:0..{MAX_FPS} steps:int:10..50 output_format=MP4|WEBM generate_audio:bool",
     "frame_images,reference_images:list media:dict",
-)  # fmt: skip
+)
 VIDEO_URL = lazy_regex(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4", re.ASCII)
 
 
@@ -9809,12 +9807,9 @@ REALTIME_ROWS = (  # of the query, and of `session` in a message
     Field(
         "turn_detection", str, dict, choices=("server_vad", "none"), fields=Fields(DETECTION_ROWS)
     ),
-    DETECTION_ROWS, "language prompt",
-    Field("input_audio_format", str, choices=tuple(AUDIO_RATES)),
-)  # fmt: skip
-VOICE_ROWS = (
-    "model,voice,language,alignment max_partial_length:int:1..",
-)  # fmt: skip
+    f"{DETECTION_ROWS} language prompt input_audio_format={'|'.join(AUDIO_RATES)}",
+)
+VOICE_ROWS = "model voice language alignment max_partial_length:int:1.."
 SENTENCE_END = lazy_regex(  # a full stop behind a digit may be a decimal point
     r"""(?:(?<![0-9])\.|[!?…])[.!?…]*["')\]]*(?=\s|\Z)|\.["')\]]*(?=\s)|[。\uff01\uff1f]+|\n"""
 )
@@ -10037,7 +10032,7 @@ class HearingSession(Session):
 
 
 @route(
-    "GET", "/v1/audio/speech/websocket", query=Fields(*VOICE_ROWS), kind="voice", prompt="input",
+    "GET", "/v1/audio/speech/websocket", query=VOICE_ROWS, kind="voice", prompt="input",
     response=SCRIPTED_SPEECH, status=101, slow=False,
 )  # fmt: skip
 class VoiceSession(Session):
@@ -10048,7 +10043,7 @@ class VoiceSession(Session):
     failure = "conversation.item.tts.failed"
     messages: Mapping[str, Fields] = {
         "input_text_buffer.append": Fields(f"text!:..{MAX_SPEECH_CHARACTERS}"),
-        "tts_session.updated": Fields(Field("session!", dict, fields=Fields(*VOICE_ROWS))),
+        "tts_session.updated": Fields(Field("session!", dict, fields=Fields(VOICE_ROWS))),
         "input_text_buffer.commit": NO_FIELDS,
         "input_text_buffer.clear": NO_FIELDS,
     }
@@ -10119,7 +10114,7 @@ class VoiceSession(Session):
 # --- Models
 
 
-@route("GET", "/v1/models", query=Fields("dedicated:bool"))
+@route("GET", "/v1/models", query="dedicated:bool")
 def list_models(server: Server, request: Request) -> Any:
     """List the catalogue and the models that jobs have made."""
     items = [model_object(model) for model in list(server.models.values())]
@@ -11302,7 +11297,7 @@ def get_health(server: Server, request: Request) -> Any:
     return {"status": "ok"}
 
 
-@route("POST", "/__parlel/reset", open=True, query=Fields("test"))
+@route("POST", "/__parlel/reset", open=True, query="test")
 def reset_server(server: Server, request: Request) -> Any:
     """Go back to the state after the start, or forget what belongs to one test."""
     server.reset(test=request.args.get("test"))
@@ -13742,7 +13737,7 @@ class TogetherAiServer(Scripting, Shared):
             self.evaluations = Collection("Evaluation", key="workflow_id")
             self.endpoints = Collection("Endpoint", status="state")
             self.jobs = Collection("Job", key="job_id")
-            self.adapters: dict[str, list[str]] = BoundedDict(MAX_OBJECTS)
+            self.adapters: dict[str, dict[str, str]] = BoundedDict(MAX_OBJECTS)
             self.contents: dict[str, bytes] = {}  # by file id; parts by "file id/number"
             self.outcomes: dict[str, str] = BoundedDict(MAX_OBJECTS)
             self.job_tests: dict[str, Item] = BoundedDict(MAX_OBJECTS)  # whose each job is
