@@ -685,8 +685,6 @@ class Field:
     def check(self, value: Any) -> Any:
         """Return the value in its declared type; raise ApiError naming the place inside of it."""
         kind = type(value)
-        if kind is str and value in self.words:
-            return value
         if kind not in self.types:
             value = self.convert(value)
             kind = type(value)
@@ -810,12 +808,14 @@ class Fields(dict):  # type: ignore[type-arg]
         """Check values in place; unknown names pass, unless closed; `null` counts as absent."""
         if self.closed:
             self.check_names(values, place)
-        if None in map(values.get, self.required):
-            name = next(name for name in self.required if values.get(name) is None)
-            raise ApiError("missing", param=place + name)
+        for name in self.required:
+            if values.get(name) is None:
+                raise ApiError("missing", param=place + name)
         for name, value in values.items():
-            field = self.get(name)
-            if field is None or value is None or type(value) in field.free:
+            field, kind = self.get(name), type(value)
+            if field is None or value is None or kind in field.free:
+                continue
+            if kind is str and value in field.words:
                 continue
             try:
                 checked = field.check(value)
@@ -3822,6 +3822,8 @@ def has_hint(ends: str) -> bool:
 
 
 def is_hinted(message: Item) -> bool:
+    if message["role"] not in ASKING_ROLES:
+        return False
     text = message_text(message)
     return has_hint(text if len(text) <= MAX_SHORT else keep_ends(text, MAX_SHORT))
 
@@ -3831,8 +3833,6 @@ def read_form(messages: list[Item], json_mode: bool = False) -> WantedForm | Non
 
     Where that is a result, the one before it that is none asks, too.
     """
-    if not any(map(is_hinted, [each for each in messages if each["role"] in ASKING_ROLES])):
-        return None
     backwards = range(len(messages) - 1, -1, -1)
     users = [at for at in backwards if messages[at]["role"] == "user"]
     systems = [at for at in backwards if messages[at]["role"] in ("system", "developer")]
@@ -6873,9 +6873,9 @@ class Form:
     def refuse(self, body: Item, thinks: bool, strict: bool) -> None:
         """Raise ApiError where the engine does not take a request."""
         said = body["messages"]
-        silent = (each["role"] == "assistant" and each.get("content") is None for each in said)
-        if strict and "needs-content" in self.traits and any(silent):
-            raise ApiError("empty_prompt")
+        for each in said if strict and "needs-content" in self.traits else ():
+            if each["role"] == "assistant" and each.get("content") is None:
+                raise ApiError("empty_prompt")
         if "only-streams" not in self.traits:
             return
         if not body.get("stream"):
@@ -7096,7 +7096,6 @@ class Answer:
         return self.chunk(kind, choice, {"tool_calls": [said]}, **more)
 
 
-PLAIN_CHOICE = {"index", "text", "token_count", "finish_reason", "thoughts"}  # what it has
 OVERRIDING = {"created", "finish_reason", "role", "usage"}  # in what a fixture says
 TEMPLATES: dict[Any, Any] = {}  # of plain answers, by what changes more than a value of them
 
@@ -7120,28 +7119,28 @@ def encode_answer(answer: Answer) -> bytes:
     What plain ones share is encoded once, a quarter of a chat; many choices are one by one: while
     JSON is written, no other thread runs.
     """
-    choice = answer.choices[0]
-    is_plain = len(answer.choices) == 1 and vars(choice).keys() <= PLAIN_CHOICE
-    if not is_plain or answer.prompt or not OVERRIDING.isdisjoint(answer.request.script or ()):
+    choice, script = answer.choices[0], answer.request.script
+    called = choice.tool_calls or choice.function_call
+    is_bare = not (called or choice.scores or choice.stop_text or answer.prompt)
+    if not is_bare or len(answer.choices) > 1 or (script and not OVERRIDING.isdisjoint(script)):
         blank = copy.copy(answer)
         blank.choices = []
         head, mark, tail = ENCODE(blank.write_whole()).partition('"choices":[')
-        choices = ",".join([ENCODE(answer.write_choice(each)) for each in answer.choices])
+        choices = ",".join(map(ENCODE, map(answer.write_choice, answer.choices)))
         return f"{head}{mark}{choices}{tail}".encode()
+    thoughts = "".join(choice.thoughts)
     values: Item = {
-        "id": answer.id,
-        "model": answer.model,
-        "text": choice.text,
-        "thoughts": "".join(choice.thoughts),
+        "id": QUOTE(answer.id),
+        "model": QUOTE(answer.model),
+        "text": QUOTE(choice.text),
+        "thoughts": thoughts and QUOTE(thoughts),
         "seed": answer.find_seed(),
         "cached_tokens": answer.cached_tokens,
         **answer.usage,
     }
-    key = (answer.form, answer.objects, choice.finish_reason, *map(bool, values.values()))
+    key = (answer.form, answer.objects[0], choice.finish_reason, *map(bool, values.values()))
     if key not in TEMPLATES:
         TEMPLATES[key] = make_template(answer, values)
-    values["id"], values["model"] = QUOTE(answer.id), QUOTE(answer.model)
-    values["text"], values["thoughts"] = QUOTE(choice.text), QUOTE(values["thoughts"])
     template, pick = TEMPLATES[key]
     return bytes(template % pick(values), "utf-8")
 
@@ -7272,17 +7271,16 @@ def count_messages(messages: list[Item], model: Model) -> tuple[int, int]:
     """
     count, before = 1, 0
     for number, message in enumerate(messages):
-        content = message.get("content")
-        before = count if message["role"] == "assistant" else before
-        if type(content) is not str or message["role"] == "tool":
+        content, role = message.get("content"), message["role"]
+        before = count if role == "assistant" else before
+        if type(content) is not str or role == "tool":
             check_message(message, number)
         if type(content) is list:
             check_media(content, model)
             count += MEDIA_TOKENS * sum(part["type"] != "text" for part in content)
-        count += count_tokens(content if type(content) is str else message_text(message))
+        count += MESSAGE_TOKENS + count_tokens(message_text(message))
         if message.get("tool_calls"):
             count += count_tokens(ENCODE(message["tool_calls"]))
-        count += MESSAGE_TOKENS
     return count, before
 
 
@@ -7535,9 +7533,12 @@ def find_schema(format: Item) -> Any:
 
 def read_prompt(server: Server, request: Request, messages: list[Item]) -> WantedForm | None:
     """Return the form that a prompt asks for, where nothing stronger says what to answer."""
+    if request.script or not server.read_prompts:
+        return None
     format = request.body.get("response_format") or TEXT_FORMAT
-    free = format["type"] == "text" or (format["type"] == "json_object" and "schema" not in format)
-    if request.script or not server.read_prompts or not free:
+    if format["type"] != "text" and (format["type"] != "json_object" or "schema" in format):
+        return None
+    if not any(map(is_hinted, messages)):
         return None
     form = read_form(messages, format["type"] == "json_object")
     if form is not None:
@@ -7715,8 +7716,9 @@ def compose_chat(server: Server, request: Request) -> Answer:
     prompt_tokens, before = count_messages(body["messages"], model)
     if server.strict:
         check_tool_choice(body, model)
-    untold = body.get("tools") and body.get("tool_choice") == "none"
-    form = FORMS.get(f"{model.engine} without tools" if untold else "", FORMS[model.engine])
+    form = FORMS[model.engine]
+    if body.get("tools") and body.get("tool_choice") == "none":
+        form = FORMS.get(f"{model.engine} without tools", form)
     effort = find_effort(body, model)
     form.refuse(body, effort != "none", server.strict)
     rng = HashRandom.of("chat", pick_facts(body, CHAT_FACTS))
@@ -12935,9 +12937,10 @@ CORS_METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
 
 
 def is_unrecorded(request: Request) -> bool:
-    if request.path[:6] == "/shrt/" and request.headers.get("sec-fetch-site") == "same-origin":
+    path = request.path
+    if path[:6] == "/shrt/" and request.headers.get("sec-fetch-site") == "same-origin":
         return True  # the page shows an image
-    return request.method == "OPTIONS" or UNRECORDED.match(request.path) is not None
+    return request.method == "OPTIONS" or (path[:4] != "/v1/" and bool(UNRECORDED.match(path)))
 
 
 def is_loopback(host: str) -> bool:
@@ -13969,7 +13972,8 @@ class TogetherAiServer(Scripting, Shared):
                 size = len(call._raw) + call.reply_size + len(call.sound)
                 self._recorded_bytes += size - call.kept
                 call.kept = size
-                self._shorten_record()
+                if self._recorded_bytes > MAX_RECORD_BYTES:
+                    self._shorten_record()
         if self._logger is not None and not call.batch and self._logged.qsize() < MAX_LOG_LINES:
             self._logged.put(call)
 
@@ -13977,10 +13981,10 @@ class TogetherAiServer(Scripting, Shared):
         if request.method == "OPTIONS":
             return answer_preflight(request, self._find_reader(request))
         route = request.route or self._open(request, call)
-        counts = (self.rpm or self.tpm) and route.kind not in ("", "job")
-        limited = self._limit(request) if counts else None
-        if limited is not None:
-            return limited
+        if (self.rpm or self.tpm) and route.kind not in ("", "job"):
+            limited = self._limit(request)
+            if limited is not None:
+                return limited
         if self.script.watched:
             self.script.follow_files()
             self.models.update(self.script.files.models)
@@ -14013,9 +14017,11 @@ class TogetherAiServer(Scripting, Shared):
             check_page(self, request)
         route = EXACT.get((request.method, request.path)) or self._find_route(request, call)
         call.kind, call.route_kind = route.recorded_kind, route.kind
-        has_key = request.headers.has_key or (route.status == 101 and brings_key(request))
+        has_key = request.headers.has_key
         if route.status == 101 and not has_key:
-            check_page(self, request)
+            has_key = brings_key(request)
+            if not has_key:
+                check_page(self, request)
         if self.require_auth and not route.open and not has_key:
             raise ApiError("unauthorized" if route.path == "/v1/models" else "bad_key")
         if route.query and (request.query or route.query.required):
@@ -14078,7 +14084,7 @@ class TogetherAiServer(Scripting, Shared):
             WORK.steps = math.inf
         call.form = request.form
         if not route.open:
-            reply.id = name_request(request)
+            reply.id = request.id or name_request(request)
         return reply
 
     def _follow_script(self, route: Route, request: Request, call: Call) -> Reply:
