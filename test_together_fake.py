@@ -7052,7 +7052,7 @@ class MessageTests(ScriptingCase):
             self.server.reply([{"a": 1}])
 
     def test_a_child_process_is_told_that_nobody_would_see_its_script(self):
-        self.server.script.is_copy = True  # as after a fork
+        self.server._parent_port = 4863  # as after a fork
         said = self.refused(self.server.reply, "x", error=RuntimeError)
         self.assertIn("nobody would see this script", said)
         self.refused(self.server.test("a").fail, 500, error=RuntimeError)

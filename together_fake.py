@@ -5882,7 +5882,6 @@ class Fixtures(Shared):
         self.normalise = normalise  # patterns, or a function of the body
         self.list_calls = list_calls
         self._slow = False  # one of them asks a pattern or a function
-        self.is_copy = False  # in a child process, whose requests another one answers
         self._added: list[Fixture] = []
         self._rows: list[tuple[str, str, Fixture]] | None = None
         self.replace_files(Loaded())
@@ -13359,7 +13358,7 @@ class Scripting:
     def _add_fixture(self, verb: str, words: Mapping[str, Any]) -> Fixture:
         processes = sys.modules.get("multiprocessing")
         is_spawned = processes is not None and processes.parent_process() is not None
-        if self.server._http is None and (self.script.is_copy or is_spawned):
+        if self.server._http is None and (self.server._parent_port or is_spawned):
             raise RuntimeError(
                 "nobody would see this script: the server runs in another process; script there,"
                 " or POST to /__parlel/fixtures"
@@ -13631,7 +13630,7 @@ class TogetherAiServer(Scripting, Shared):
         if record is not None and os.path.exists(record):
             self.load(record)
 
-    _parent_port = 0
+    _parent_port = 0  # in a child process, whose requests another one answers
 
     def _make_locks(self) -> None:
         """Make what threads share; anew in a child process."""
@@ -13659,8 +13658,8 @@ class TogetherAiServer(Scripting, Shared):
                     raise
                 reason = f"port {self._wanted_port} is taken; port 0 takes any free one"
                 raise OSError(error.errno, reason) from None
-            self.script.is_copy = False
             http_server.start()
+            self._parent_port = 0
             with self._lock:
                 self._http = http_server
             STARTED.add(self)
@@ -13699,7 +13698,6 @@ class TogetherAiServer(Scripting, Shared):
         if http_server is not None:
             self._parent_port = http_server.server_port
             http_server.close_sockets()
-            self.script.is_copy = True
         self._make_locks()
 
     def __enter__(self) -> TogetherAiServer:
@@ -14376,21 +14374,17 @@ def main(args: Sequence[str] | None = None) -> int:
 # === Test runners ===
 
 
-def make_pytest_plugin() -> Any:
-    """Return the module of the fixtures and the hook."""
-    import importlib
-    import types
+if "pytest" in sys.modules:  # which asks for what follows
+    pytest: Any = sys.modules["pytest"]
 
-    pytest: Any = importlib.import_module("pytest")
-
-    def together_fake_server(pytestconfig: Any) -> Iterator[TogetherAiServer]:
+    def serve_session(pytestconfig: Any) -> Iterator[TogetherAiServer]:
         """The server of the session, which a conftest.py may override."""
         options = read_options(["--port=0", "--quiet", *pytestconfig.getini("together_fake")])
         options.fixtures = [os.path.join(pytestconfig.rootpath, path) for path in options.fixtures]
         with build_server(options) as server:
             yield server
 
-    def together_fake(
+    def serve_test(
         request: Any, monkeypatch: Any, together_fake_server: TogetherAiServer
     ) -> TogetherAiServer:
         """The server in a fresh state, found by clients that the test builds."""
@@ -14403,7 +14397,12 @@ def make_pytest_plugin() -> Any:
             monkeypatch.setenv(name, value)
         return server
 
-    def pytest_runtest_makereport(item: Any) -> Iterator[None]:
+    def meet_fault(request: Any, together_fake: TogetherAiServer) -> Iterator[str]:
+        """The fault that the test's first request meets; one test for each."""
+        with together_fake.fault(request.param):
+            yield request.param
+
+    def add_section(item: Any) -> Iterator[None]:
         """Add what the server has to tell to the report of a failure."""
         outcome: Any = yield
         report, values = outcome.get_result(), getattr(item, "funcargs", {})
@@ -14412,19 +14411,10 @@ def make_pytest_plugin() -> Any:
         if told:
             report.sections.append(("together_fake", told))
 
-    def together_fault(request: Any, together_fake: TogetherAiServer) -> Iterator[str]:
-        """The fault that the test's first request meets; one test for each."""
-        with together_fake.fault(request.param):
-            yield request.param
-
-    # A module, since pytest takes no session's fixtures from an object.
-    plugin: Any = types.ModuleType("together_fake_fixtures")
-    plugin.together_fake_server = pytest.fixture(scope="session")(together_fake_server)
-    plugin.together_fake = pytest.fixture(together_fake)
-    plugin.together_fault = pytest.fixture(params=list(FAULTS))(together_fault)
-    hook = pytest.hookimpl(hookwrapper=True)
-    plugin.pytest_runtest_makereport = hook(pytest_runtest_makereport)
-    return plugin
+    together_fake_server: Any = pytest.fixture(scope="session")(serve_session)
+    together_fake: Any = pytest.fixture(serve_test)
+    together_fault: Any = pytest.fixture(params=list(FAULTS))(meet_fault)
+    pytest_runtest_makereport: Any = pytest.hookimpl(hookwrapper=True)(add_section)
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -14434,10 +14424,8 @@ def pytest_addoption(parser: Any) -> None:
 
 
 def pytest_configure(config: Any) -> None:
-    """Give pytest the fixtures, and the section under a test that fails."""
     marker = "together_fake(**options): options of the server during a test, as strict=True"
     config.addinivalue_line("markers", marker)
-    config.pluginmanager.register(make_pytest_plugin(), "together_fake_fixtures")
 
 
 class ExplainedResult:
