@@ -70,6 +70,7 @@ PYTEST_DONT_REWRITE: nothing here is an assertion of a test.
 from __future__ import annotations
 
 import base64
+import bisect
 import codecs
 import contextlib
 import copy
@@ -5029,18 +5030,13 @@ DECODE_BASE64 = functools.partial(base64.b64decode, validate=True)
 PATTERN = Keys(Field("pattern!", str, test=("a regular expression that compiles", re.compile)))
 
 
-def text_row(name: str) -> Field:
-    return Field(name, str, dict, fields=PATTERN)
-
-
-JSON_KINDS = (str, int, float, bool, list, dict)
 MAX_MS = 86_400_000
 BASE64 = ("base64", DECODE_BASE64)
 PLAIN_MATCH = Keys(
-    *[text_row(key) for key in TEXT_KEYS if key != "systemMessage"],
+    *rows_of(" ".join(TEXT_KEYS), str, dict, fields=PATTERN),
     Field("systemMessage", str, dict, list, low=1, fields=PATTERN, each=Field("", str)),
     "hasToolResult:bool body:dict bodyDigest:64..64",
-    Field("headers", dict, each=text_row("")),
+    Field("headers", dict, each=Field("", str, dict, fields=PATTERN)),
 )
 MATCH = Keys(
     *PLAIN_MATCH.values(),
@@ -5091,7 +5087,7 @@ OPTIONS = Keys(
     "-openRouterProcessing,metadata",
 )
 TYPES_BY_KEY: dict[str, ResponseType] = {}  # where keys tell of two types, the later is meant
-RESPONSE = Keys()  # the rows of all types
+RESPONSE = Keys(*OPTIONS.values())  # and the rows of all types: a header mixes them
 ENTRY = Keys(
     Field("match!", dict, fields=MATCH),
     Field("response", dict, fields=RESPONSE),
@@ -5113,19 +5109,15 @@ OWN_MODEL = Keys(  # one that the catalogue lacks, or has otherwise
     "organization displayName",
 )
 
-JSON_TEXT = (str, dict, list)  # of an object or a list, the JSON is meant
 OVERRIDES = Fields(
     "id model finishReason role created:int:0..",
     Field("usage", dict, each=Field("", int, float, bool, dict, low=0)),
 )
-TOOL_CALL = Keys("name! id", Field("arguments!", *JSON_TEXT))
-BLOCK = Keys(
-    "type!=text|toolCall text name id",
-    Field("arguments", *JSON_TEXT),
-)
+# Where an object or a list can be a text, its JSON is meant.
+TOOL_CALL = Keys("name! id arguments!:str|dict|list")
+BLOCK = Keys("type!=text|toolCall text name id arguments:str|dict|list")
 ENVELOPE = Keys("message!:str|dict type param code -metadata")
 RAW = Keys("text", Field("b64Json", str, test=BASE64), "contentType")
-OWN_STATUS = Field("status", int, low=200, high=4999)
 
 
 def to_snake(name: str) -> str:
@@ -5179,7 +5171,7 @@ class ResponseType:
     """One thing that a fixture may say; `@route(response=...)` names the one of an operation.
 
     normalise   returns what the composers read
-    told_by     the keys of which one tells that it is meant (default: its name)
+    told_by     the keys of which one tells that it is meant (default: the first)
     everywhere  it fits every operation, and routes that are none
     """
 
@@ -5188,36 +5180,36 @@ class ResponseType:
         name: str,
         fields: Fields,
         normalise: Callable[[Item], Any] = dict,
-        told_by: tuple[str, ...] | None = None,
+        told_by: str = "",
         everywhere: bool = False,
     ) -> None:
         self.name, self.fields, self.normalise = name, fields, normalise
         self.everywhere = everywhere
         RESPONSE.update(fields)
         RESPONSE.ignored |= fields.ignored
-        TYPES_BY_KEY.update(dict.fromkeys((name,) if told_by is None else told_by, self))
+        keys = told_by or next(iter(fields), "")
+        TYPES_BY_KEY.update(dict.fromkeys(keys.split(), self))
 
     def fits(self, kind: str) -> bool:
         return self.everywhere or (kind in OPERATIONS and OPERATIONS[kind].response is self)
 
 
-GENERATED = ResponseType("generated", Keys(), told_by=(), everywhere=True)  # the usual answer
+GENERATED = ResponseType("generated", Keys(), everywhere=True)  # the usual answer
 ERROR = ResponseType(
     "error",
     Keys(
         Field("error", dict, fields=ENVELOPE),
-        f"id retryAfter:int|float:0..{MAX_MS} retryAfterDate:bool",
-        OWN_STATUS,
+        f"id retryAfter:int|float:0..{MAX_MS} retryAfterDate:bool status:int:200..4999",
         "-fallthrough",
     ),
     normalise_error,
-    told_by=("status",),
+    told_by="status",
     everywhere=True,
 )
 TEXT = ResponseType(
     "text",
     Keys(
-        Field("content", *JSON_TEXT),
+        "content:str|dict|list",
         Field("toolCalls", list, each=Field("", dict, fields=TOOL_CALL)),
         Field("blocks", list, each=Field("", dict, fields=BLOCK)),
         "reasoning",
@@ -5226,19 +5218,17 @@ TEXT = ResponseType(
         "-redactedThinking",
     ),
     normalise_message,
-    told_by=("content", "toolCalls", "blocks"),
+    told_by="content toolCalls blocks",
 )
 BODY = ResponseType(
     "body",
     Keys(
-        Field("json", *JSON_KINDS),
+        "json:str|int|float|bool|list|dict status:int:200..4999",
         Field("raw", dict, fields=RAW),
-        "headers:dict[str]",
-        OWN_STATUS,
-        "-billableUnits",
+        "headers:dict[str] -billableUnits",
     ),
     normalise_body,
-    told_by=("json", "raw"),
+    told_by="json raw",
     everywhere=True,
 )
 TYPES_BY_KEY["error"] = ERROR  # whatever else there is
@@ -5739,8 +5729,7 @@ def parse_header(text: str) -> Fixture:
     try:
         entry = json.loads(text)
         if not isinstance(entry, dict) or entry.keys().isdisjoint(("match", "response")):
-            known = (*RESPONSE.values(), *OPTIONS.values())
-            entry = check_clean(entry, Keys(*known, " -".join(["", *RESPONSE.ignored])), at, [])
+            entry = check_clean(entry, RESPONSE, at, [])
             said = {key: entry.pop(key) for key in [*entry] if key not in OPTIONS}
             entry.update({"response": said} if said else {})
         fixture = Fixture({"match": {}, **entry}, at, "header")
@@ -5811,9 +5800,8 @@ def explain_key(fixture: Fixture, key: str, facts: MatchFacts, with_diff: bool) 
     if key == "not":
         return "what it excludes holds"
     name, wanted, got = fixture.spell(key), fixture.match[key], facts[key]
-    if key == "headers":  # only those asked about, and no secret
-        names = [name.lower() for name in wanted if not is_secret_header(name)]
-        got = {name: got.get(name) for name in names}
+    if key == "headers":
+        got = {name.lower(): facts.request.headers.masked.get(name) for name in wanted}
     elif key == "body":
         got = redact({name: got[name] for name in wanted if name in got})
     diff = show_difference(wanted, got) if with_diff else ""
@@ -8190,11 +8178,8 @@ def document_text(document: Any, names: list[str] | None) -> str:
     return "\n".join([value if type(value) is str else ENCODE(value) for value in values])
 
 
-SCRIPTED_SCORES = ResponseType(
-    "rerank",
-    Keys(Field("scores", list, each=Field("", int, float))),
-    told_by=("scores",),
-)
+RANKS = Keys(Field("scores", list, each=Field("", int, float)))
+SCRIPTED_SCORES = ResponseType("rerank", RANKS)
 
 
 @route(
@@ -9478,7 +9463,7 @@ SCRIPTED_IMAGES = ResponseType(
         Field("images", list, each=Field("", dict, fields=SCRIPTED_IMAGE)),
     ),
     lambda said: {"images": list(map(snake_keys, said.get("images", [said.get("image", {})])))},
-    told_by=("image", "images"),
+    told_by="image images",
 )
 
 
@@ -10250,16 +10235,14 @@ REPLACE_TRIES, REPLACE_SECONDS = 20, 0.05  # for others to close a file
 REST = 4  # times as long as it wrote a recorder leaves the processor to the clients
 
 
-def find_timings(data: bytes, times: Iterable[tuple[int, float]]) -> Item | None:
+def find_timings(data: bytes, times: Sequence[tuple[int, float]]) -> Item | None:
     """Return when the events of a stream came, in ms; None where there are fewer than two.
 
     times  the bytes so far and the seconds, for each piece that came
     """
-    stamps, pieces = [], deque(times)
-    for end in itertools.accumulate(map(len, split_events(data))):
-        while len(pieces) > 1 and pieces[0][0] < end:
-            pieces.popleft()
-        stamps.append(min(round(pieces[0][1] * 1000), MAX_MS))
+    ends = itertools.accumulate(map(len, split_events(data)))
+    places = (bisect.bisect(times, (end, -math.inf)) for end in ends)
+    stamps = [min(round(times[place][1] * 1000), MAX_MS) for place in places]
     if len(stamps) < 2:
         return None
     delays = [later - earlier for earlier, later in zip(stamps, stamps[1:])]
@@ -10472,18 +10455,15 @@ def check_target(path: str) -> str:
 
 def write_file(path: str, data: bytes) -> None:
     """Replace a file at once: whoever is killed meanwhile leaves the old one or the new."""
-    import tempfile
-
     path = check_target(path)
-    number, draft = tempfile.mkstemp(".tmp", os.path.basename(path) + ".", os.path.dirname(path))
+    draft = f"{path}.{os.getpid()}-{threading.get_ident()}.tmp"
     try:
-        with open(number, "wb") as file:
+        with open(draft, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(draft, os.stat(path).st_mode if os.path.exists(path) else 0o666 & ~mask)
+        if os.path.exists(path):
+            os.chmod(draft, os.stat(path).st_mode)
         for left in reversed(range(REPLACE_TRIES)):
             try:
                 return os.replace(draft, path)
@@ -12543,10 +12523,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
 UPSTREAM_SECONDS = 300.0  # for its answer to begin, and then without a byte: models may be slow
 CONNECT_SECONDS = 10.0  # for it to be reached
-VIA = "via"
-# Request headers that concern this connection alone, or this server.
-NOT_PASSED = {*CONNECTION_HEADERS, "x-parlel-fixture", "x-aimock-context", VIA}
-NOT_RETURNED = NOT_PASSED - {VIA} | {"alt-svc"}
+# Headers that concern one connection alone, or this server.
+NOT_PASSED = {*CONNECTION_HEADERS, "x-parlel-fixture", "x-aimock-context"}
+NOT_RETURNED = NOT_PASSED | {"alt-svc"}
 
 
 def drop_headers(pairs: Iterable[tuple[str, str]], names: set[str]) -> dict[str, str]:
@@ -12616,11 +12595,10 @@ def read_pieces(response: Any, connection: Any) -> Generator[bytes, None, None]:
     missing = response.length  # older Pythons do not count while read1() reads
     try:
         while missing != 0:
-            most = RECEIVE_BYTES if missing is None else min(missing, RECEIVE_BYTES)
-            piece = response.read1(most)
+            piece = response.read1(min(missing or RECEIVE_BYTES, RECEIVE_BYTES))
             if not piece:
                 break
-            missing = None if missing is None else missing - len(piece)
+            missing = missing and missing - len(piece)
             yield piece
         if missing:
             raise Cut
@@ -12659,13 +12637,11 @@ class Upstream:
     def pass_on(self, kind: str, request: Request) -> Reply:
         """Return what the upstream answers, as it comes; raise ApiError 502 where it does not."""
         started = time.perf_counter()
-        passed = request.headers.get(VIA, "")
-        if self.name in passed:
+        if self.name in request.headers.get("via", ""):
             raise self.refuse("it is this server")
         if ".." in re.split(r"[/\\]", unquote(unquote(request.path))):
             raise self.refuse(f"the path {request.path[:100]} leads out of it")
-        headers = drop_headers(request.headers.items(), NOT_PASSED)
-        headers["Via"] = f"{passed}, {self.name}" if passed else self.name
+        headers = drop_headers([*request.headers.items(), ("via", self.name)], NOT_PASSED)
         headers["Connection"] = "close"
         connection = self.connect()
         try:
@@ -12737,17 +12713,6 @@ class Upstream:
                     yield piece
         finally:
             pieces.close()
-
-
-def open_upstream(url: Any, record: Any, stopping: Any, change: Any) -> Upstream | None:
-    """Return the upstream that a server's options ask for; raise ValueError where they cannot."""
-    if url is None:
-        if record is not None:
-            raise ValueError("record needs an upstream, whose answers it records")
-        return None
-    return Upstream(
-        url, Recorder(os.fspath(record), change) if record is not None else None, stopping
-    )
 
 
 # === Warnings ===
@@ -13619,8 +13584,13 @@ class TogetherAiServer(Scripting, Shared):
         self.server = self  # for what it shares with `test()`
         self._own_models = parse_models(models)
         self.stopping = threading.Event()
+        if upstream is None and record is not None:
+            raise ValueError("record needs an upstream, whose answers it records")
         change = self.script.normaliser.change
-        self._upstream = open_upstream(upstream, record, self.stopping, change)
+        recorder = None if record is None else Recorder(os.fspath(record), change)
+        self._upstream = None
+        if upstream is not None:
+            self._upstream = Upstream(upstream, recorder, self.stopping)
         self._http: HttpServer | None = None
         self._ending: HttpServer | None = None
         self._make_locks()
