@@ -193,7 +193,6 @@ TYPES = ("string", "number", "integer", "object", "array", "boolean", "null")
 
 @functools.lru_cache(maxsize=1000)  # names come again with each request
 def is_secret_header(name: str) -> bool:
-    """Tell whether what a header or a query's field holds is hidden."""
     return SECRET_NAME.search(name) is not None
 
 
@@ -246,7 +245,6 @@ KEEPALIVE = b": keepalive\n\n"  # a comment between the events of some
 
 
 def escape_unprintable(text: str) -> str:
-    """Return lines without what a terminal takes as a command."""
     return "".join(
         letter if letter.isprintable() or letter == "\n" else f"\\x{ord(letter):02x}"
         for letter in text
@@ -308,7 +306,6 @@ class Headers(dict):  # type: ignore[type-arg]
 
     @functools.cached_property
     def secrets(self) -> set[str]:
-        """The keys that are too long to stand in a text by chance."""
         values = [self[name] for name in self if is_secret_header(name)]
         words = [word for value in values for word in re.split("[ ,;=]", value)]
         return {word for word in words if len(word) >= MIN_KEY_LENGTH}
@@ -421,7 +418,7 @@ class Reply:
         self.events = events
 
     def read(self) -> bytes:
-        """Return all that is sent, without pausing, as far as it comes."""
+        """Return all that is sent, as far as it comes."""
         if self.events is None:
             return self.body
         pieces: list[bytes] = []
@@ -794,6 +791,7 @@ class Fields(dict):  # type: ignore[type-arg]
 
     @classmethod
     def read_rows(cls, text: str, closed: bool) -> Iterator[Field]:
+        """Yield the rows that words tell of."""
         for block in re.split(r"\n(?! )", text):
             line, _, inner = block.partition("\n")
             fields = cls(re.sub("(?m)^  ", "", inner), closed=closed) if inner else None
@@ -3886,39 +3884,30 @@ class Model:
     traits   words that tell what it can do, of `TRAITS`
     """
 
+    organization = ""
+    context_length: int | None = None
+    prices: Sequence[float] = (0, 0)  # input, output and, where it is offered, cached input
+    dimensions = 768  # of an embedding
+    pricing: Item | None = None  # what is paid otherwise than by tokens
+
     def __init__(
-        self,
-        type: str,
-        id: str,
-        organization: str = "",
-        display_name: str = "",
-        context_length: int | None = None,
-        prices: Sequence[float] = (0, 0),
-        *,
-        engine: str = "",
-        traits: Iterable[str] = ("known",),
-        dimensions: int = 768,
-        pricing: Mapping[str, Any] | None = None,
+        self, type: str, id: str, traits: Iterable[str] = ("known",), **facts: Any
     ) -> None:
         self.type = type
         self.id = id
-        self.organization = organization
-        self.display_name = display_name or id
-        self.context_length = context_length
-        self.prices = prices  # input, output and, where it is offered, cached input
-        self.engine = engine or ("A" if re.search(r"-Turbo(-Free)?$", id) else "B")
         self.traits = frozenset(traits)
         self.thinks = not self.traits.isdisjoint(("thinks", "always-thinks"))
-        self.dimensions = dimensions  # of an embedding
-        self.pricing = pricing or {}  # what is paid otherwise than by tokens
+        self.display_name: str = id
+        self.engine: str = "A" if re.search(r"-Turbo(-Free)?$", id) else "B"
+        vars(self).update((name, facts[name]) for name in facts if facts[name] not in ("", None))
 
     def derive(
         self, id: str, owner: str, display_name: str = "", prices: Sequence[float] = (0, 0)
     ) -> Model:
         """Return a model that answers as this one does under another id."""
-        model = object.__new__(Model)
-        own = {"id": id, "organization": owner, "display_name": display_name or id}
-        vars(model).update({**vars(self), **own, "prices": prices, "pricing": {}})
+        model = copy.copy(self)
+        model.id, model.organization, model.display_name = id, owner, display_name or id
+        model.prices, model.pricing = prices, None
         return model
 
 
@@ -4063,12 +4052,12 @@ def read_model(type: str, row: str) -> Model:
     return Model(
         type,
         id,
-        organization or owner.replace("-", " ").title(),
-        display_name or name.replace("-", " "),
-        int(context_length) if context_length else None,
-        [float(price) for price in prices.split("/")] if prices else (0, 0),
-        engine=facts.get("engine", ""),
-        traits=["known", *facts.keys() & TRAITS],
+        ["known", *facts.keys() & TRAITS],
+        organization=organization or owner.replace("-", " ").title(),
+        display_name=display_name or name.replace("-", " "),
+        context_length=int(context_length) if context_length else None,
+        prices=[float(price) for price in prices.split("/")] if prices else (0, 0),
+        engine=facts.get("engine"),
         dimensions=int(facts.get("dimensions", 768)),
         pricing=pricing,
     )
@@ -4098,7 +4087,7 @@ def model_object(model: Model) -> Item:
     """Return a model as `GET /v1/models` lists it."""
     stop = STOP_TOKENS.get(model.id.partition("/")[0], [])
     pricing: Item = dict.fromkeys(PRICING_KEYS, 0)
-    pricing.update(zip(("input", "output", "cached_input"), model.prices), **model.pricing)
+    pricing.update(zip(("input", "output", "cached_input"), model.prices), **(model.pricing or {}))
     item: Item = {
         "id": model.id,
         "uuid": "endpoint-" + random_uuid(HashRandom.of("model", model.id)),
@@ -4187,7 +4176,6 @@ def collapse_path(path: str, strict: bool) -> str:
 
 
 def is_together(request: Request) -> bool:
-    """Say whether an official Together client asks, of whichever generation."""
     return request.headers.agent.startswith(("Together/", "AsyncTogether/"))
 
 
@@ -6533,12 +6521,14 @@ def resolve_model(server: Server, id: str, type: str) -> Model:
             raise ApiError("not_running", model=id)
         if server.strict:
             raise ApiError("retired" if id.endswith("-Lora") else "no_model", model=id[:100])
-        model = Model(type, id, traits=())
-    elif server.strict and "retired" in model.traits:
+        return Model(type, id, traits=())
+    if not server.strict:
+        return model
+    if "retired" in model.traits:
         raise ApiError("retired", model=id)
-    elif server.strict and "sockets-only" in model.traits:
+    if "sockets-only" in model.traits:
         raise ApiError("sockets_only")
-    elif server.strict and SERVED_AS.get(model.type, model.type) != SERVED_AS.get(type, type):
+    if SERVED_AS.get(model.type, model.type) != SERVED_AS.get(type, type):
         raise refuse_value("model", f"must be of the type {type}, not {model.type}", id)
     return model
 
@@ -6726,10 +6716,8 @@ opener choice: index role text logprobs finish_reason delta
 choice: index text logprobs finish_reason seed delta
 message: token_id role content tool_calls? function_call?
 thought message: token_id role content reasoning
-head body: id object created choices model
-head choice: index text logprobs finish_reason delta
-rest body: id object created choices model
-rest choice: index text logprobs finish_reason delta
+head,rest body: id object created choices model
+head,rest choice: index text logprobs finish_reason delta
 rest call: index function
 rest function: arguments
 usage: prompt_tokens completion_tokens total_tokens cached_tokens
@@ -6779,8 +6767,7 @@ choice: index delta logprobs finish_reason matched_stop? usage?
 opener message: role content
 thought message: reasoning_content
 text message: content function_call?
-head message: tool_calls
-rest message: tool_calls
+head,rest message: tool_calls
 message: -
 call: index id type function
 rest call: index function
@@ -6794,8 +6781,7 @@ whole message: role content reasoning_content tool_calls? function_call?
 choice: index delta logprobs finish_reason matched_stop?
 opener message: role reasoning_content
 text message: content function_call? reasoning_content
-head message: tool_calls reasoning_content
-rest message: tool_calls reasoning_content
+head,rest message: tool_calls reasoning_content
 message: reasoning_content
 usage: prompt_tokens completion_tokens total_tokens prompt_tokens_details completion_tokens_details?
 id: {hex:.8}-aws_ue2
@@ -6812,9 +6798,8 @@ opener body: id object created choices model usage
 opener choice: index logprobs delta finish_reason text
 choice: index delta finish_reason logprobs text
 call: index id type function
-rest function: arguments
+rest,close function: arguments
 close call: function index id type
-close function: arguments
 close message: token_id role content tool_calls
 end message: token_id role content
 usage: completion_tokens completion_tokens_details prompt_tokens prompt_tokens_details total_tokens
@@ -6835,7 +6820,6 @@ class Form:
         self.traits = frozenset(rows["traits"].split())
 
     def arrange(self, kind: str, level: str, values: Item) -> Item:
-        """Return what an object has in whole answers, or in one kind of chunks."""
         return arrange(self.rows.get(f"{kind} {level}") or self.rows[level], values)
 
     def arrange_call(self, kind: str, call: Item) -> Item:
@@ -6879,8 +6863,12 @@ def read_forms(table: str) -> dict[str, Form]:
     for group in table.split("= ")[1:]:
         heading, *rows = group.splitlines()
         name, _, model = heading.partition(" like ")
-        own = dict(row.split(": ", 1) for row in rows)
-        forms[name] = Form({**(forms[model].rows if model else {}), **own})
+        own = dict(forms[model].rows) if model else {}
+        for row in rows:
+            key, value = row.split(": ", 1)
+            kinds, _, level = key.rpartition(" ")
+            own.update((f"{kind} {level}".strip(), value) for kind in kinds.split(","))
+        forms[name] = Form(own)
     return forms
 
 
@@ -6970,7 +6958,6 @@ class Answer:
     # The whole
 
     def write_whole(self) -> Item:
-        """Return the answer as the body of one reply."""
         return self.frame("whole", list(map(self.write_choice, self.choices)), self.list_usage())
 
     def write_choice(self, choice: Choice) -> Item:
@@ -7035,7 +7022,6 @@ class Answer:
         yield self.chunk("end", choice, {"token_id": number}, **ending)
 
     def chunk(self, kind: str, choice: Choice, said: Item, **more: Any) -> Item:
-        """Return a chunk of one choice."""
         usage = more.get("usage") if "ends-with-usage" in self.traits else None
         return self.frame(kind, [self.part(kind, choice, said, **more)], usage)
 
@@ -7052,7 +7038,6 @@ class Answer:
         return self.chunk("text", choice, {"token_id": number, "content": piece}, **more)
 
     def texts(self, choice: Choice, count: int) -> Iterator[Any]:
-        """Yield the first tokens of a text, each in a chunk."""
         pieces = choice.pieces[:count]
         for piece, score in zip(pieces, choice.scores):
             yield self.text(choice, piece, score)
@@ -7078,7 +7063,6 @@ class Answer:
                 yield self.call("close", choice, rest, {"arguments": ""})
 
     def call(self, kind: str, choice: Choice, call: Item, function: Item, **more: Any) -> Item:
-        """Return the chunk of a part of a tool call."""
         said = self.form.arrange_call(kind, {**call, "function": function})
         return self.chunk(kind, choice, {"tool_calls": [said]}, **more)
 
@@ -7220,7 +7204,6 @@ PART_KEYS = {"text", *MEDIA_TRAITS}  # of a message's part, by its type
 
 
 def check_media(parts: list[Item], model: Model) -> None:
-    """Refuse images, videos and sound for a listed model that cannot take them."""
     for part in parts if "known" in model.traits else ():
         trait = MEDIA_TRAITS.get(part["type"])
         if trait is not None and trait not in model.traits:
@@ -7229,7 +7212,6 @@ def check_media(parts: list[Item], model: Model) -> None:
 
 
 def check_tool_choice(body: Item, model: Model) -> None:
-    """Refuse what a server that is not strict is lenient about, and what one model refuses."""
     choice = body.get("tool_choice")
     if type(choice) is str and choice not in ("auto", "none", "required"):
         raise refuse_value("tool_choice", "must be auto, none, required or an object", choice)
@@ -7314,7 +7296,6 @@ def count_usage(prompt_tokens: int, choices: list[Choice]) -> Item:
 
 
 def find_tools(body: Item) -> list[Item]:
-    """Return the functions offered, in today's or the older form."""
     return [tool["function"] for tool in body.get("tools") or ()] or body.get("functions") or []
 
 
@@ -7454,7 +7435,6 @@ def choose_tools(body: Item) -> list[Item]:
 
 
 def make_valid(rng: HashRandom, schema: Any, place: str) -> str:
-    """Return JSON text that satisfies a schema; raise ApiError where nothing can."""
     try:
         return json.dumps(make_instance(rng, schema), ensure_ascii=False)
     except Unsatisfiable as error:
@@ -7473,22 +7453,17 @@ def tool_call(
     }
 
 
-def make_calls(rng: HashRandom, form: Form, functions: list[Item]) -> list[Item]:
-    """Return tool calls, with arguments that satisfy each function's schema."""
-    calls = []
-    for index, function in enumerate(functions):
-        own = rng.child("call", index, function["name"])
-        schema = function.get("parameters") or {"type": "object"}
-        arguments = make_valid(own, schema, f"tools.{function['name']}.parameters")
-        calls.append(tool_call(own, form, index, function["name"], arguments))
-    return calls
-
-
 def choose_calls(rng: HashRandom, form: Form, body: Item, index: int) -> list[Item]:
     """Return the tool calls of one choice; with `auto`, none that was made before."""
     if TOOL_KEYS.isdisjoint(body):
         return []
-    calls = make_calls(rng.child("tools", index), form, choose_tools(body))
+    calls = []
+    for at, function in enumerate(choose_tools(body)):
+        name = function["name"]
+        own = rng.child("tools", index).child("call", at, name)
+        schema = function.get("parameters") or {"type": "object"}
+        arguments = make_valid(own, schema, f"tools.{name}.parameters")
+        calls.append(tool_call(own, form, at, name, arguments))
     if body.get("tool_choice") not in (None, "auto"):
         return calls
     given = [call for message in body["messages"] for call in message.get("tool_calls") or ()]
@@ -7678,9 +7653,11 @@ def apply_script(answer: Answer, script: Item) -> None:
         choice.finish_reason = script.get("finish_reason") or choice.finish_reason
 
 
-def finish_answer(answer: Answer, rng: HashRandom, prompt: str) -> None:
-    """Add the echo and the logprobs that a request asked for."""
+def finish_answer(answer: Answer, rng: HashRandom, texts: Iterable[str]) -> Answer:
+    """Add the echo and the logprobs that a request asked for, and what a fixture overrides."""
     body = answer.request.body
+    if answer.request.script:
+        apply_script(answer, answer.request.script)
     asked = body.get("logprobs")
     if asked is not None and asked is not False:
         count = (body.get("top_logprobs") or 0) if asked is True else asked
@@ -7688,12 +7665,19 @@ def finish_answer(answer: Answer, rng: HashRandom, prompt: str) -> None:
             own = rng.child("logprobs", choice.index)
             choice.scores = make_scores(own, choice.pieces, count)
     if body.get("echo"):
-        part: Item = {"text": prompt}
+        answer.prompt = [{"text": "\n".join(texts)}]
         if asked:
-            pieces = split_tokens(prompt)
+            pieces = split_tokens(answer.prompt[0]["text"])
             scores = make_scores(rng.child("prompt logprobs"), pieces, 0)
-            part["logprobs"] = shape_logprobs("tokens", pieces, scores)
-        answer.prompt = [part]
+            answer.prompt[0]["logprobs"] = shape_logprobs("tokens", pieces, scores)
+    return answer
+
+
+def send_answer(answer: Answer) -> Any:
+    """Return what sends an answer, whole or as a stream."""
+    if answer.request.body.get("stream"):
+        return Events(answer.stream())
+    return Reply(encode_answer(answer), content_type=answer.form.rows["content type"])
 
 
 def compose_chat(server: Server, request: Request) -> Answer:
@@ -7725,20 +7709,13 @@ def compose_chat(server: Server, request: Request) -> Answer:
                 request.form = ""
     answer = Answer(request, form, choices, count_usage(prompt_tokens, choices))
     answer.key, answer.cached_tokens = rng.key, before // CACHED_TOKENS * CACHED_TOKENS
-    if script:
-        apply_script(answer, script)
-    if "echo" in body or "logprobs" in body:
-        finish_answer(answer, rng, "\n".join(map(message_text, body["messages"])))
-    return answer
+    return finish_answer(answer, rng, map(message_text, body["messages"]))
 
 
 @route("POST", "/v1/chat/completions", body=CHAT_FIELDS, kind="chat", response=TEXT)
 def create_chat_completion(server: Server, request: Request) -> Any:
     """Answer a conversation, whole or as a stream."""
-    answer = compose_chat(server, request)
-    if request.body.get("stream"):
-        return Events(answer.stream())
-    return Reply(encode_answer(answer), content_type=answer.form.rows["content type"])
+    return send_answer(compose_chat(server, request))
 
 
 # --- Responses
@@ -8076,11 +8053,7 @@ def compose_completion(server: Server, request: Request) -> Answer:
                 choices[-1].write(text, count, body.get("stop"), budget)
     answer = Answer(request, form, choices, count_usage(prompt_tokens, choices))
     answer.objects = completion_objects(request, server.strict)
-    if script:
-        apply_script(answer, script)
-    if "echo" in body or "logprobs" in body:
-        finish_answer(answer, rng, "\n".join(map(input_text, prompts)))
-    return answer
+    return finish_answer(answer, rng, map(input_text, prompts))
 
 
 @route(
@@ -8093,10 +8066,7 @@ def compose_completion(server: Server, request: Request) -> Answer:
 )
 def create_completion(server: Server, request: Request) -> Any:
     """Continue a prompt, whole or as a stream."""
-    answer = compose_completion(server, request)
-    if request.body.get("stream"):
-        return Events(answer.stream())
-    return Reply(encode_answer(answer))
+    return send_answer(compose_completion(server, request))
 
 
 # --- Embeddings
@@ -10121,12 +10091,10 @@ def get_model(server: Server, request: Request) -> Any:
 
 @route("GET", "/v1/autoscale/models")
 def list_autoscale_models(server: Server, request: Request) -> Any:
-    """Name the models that can have an endpoint of their own."""
     return [{"name": id} for id in list_ids(server, "chat")]
 
 
 def list_page(request: Request, items: list[Item]) -> Item:
-    """Return a page of items as the second API does."""
     page, more = take_page(items, request.args, most=100)
     return {"object": "list", "data": page, "next_cursor": page[-1]["id"] if more else None}
 
@@ -10136,7 +10104,6 @@ PAGE_FIELDS = Fields("limit:int:0..1000 after")
 
 @route("GET", "/v2/supported-models", query=PAGE_FIELDS)
 def list_supported_models(server: Server, request: Request) -> Any:
-    """List the catalogue in the second API's form, page by page."""
     return list_page(request, [supported_model(model) for model in list(server.models.values())])
 
 
@@ -10162,7 +10129,6 @@ hf_token description base_model lora_model""")
 
 @route("GET", "/v1/projects", query=PAGE_FIELDS)
 def list_projects(server: Server, request: Request) -> Any:
-    """List the one project there is."""
     owner = {f"organization_{name}": value for name, value in ORGANIZATION.items()}
     return list_page(request, [{**PROJECT, **owner}])
 
