@@ -729,10 +729,6 @@ class Field:
         return refuse_value("", f"must {verb} {rule}{unit}", size)
 
 
-def rows_of(names: str, *kinds: type, **rules: Any) -> list[Field]:
-    return [Field(name, *kinds, **rules) for name in names.split()]
-
-
 KIND_WORDS = {kind.__name__: kind for kind in KIND_NAMES}
 
 
@@ -750,15 +746,18 @@ def read_word(word: str, fields: Fields | None) -> list[Field]:
     each = Field("", *map(KIND_WORDS.__getitem__, items.split("|"))) if items else None
     if fields and "list" in own:
         each, fields = Field("", dict, fields=fields), None
-    return rows_of(
-        names.replace(",", " -" if word[0] == "-" else " "),
-        *map(KIND_WORDS.__getitem__, own.split("|")),
-        low=json.loads(low or "-Infinity"),
-        high=json.loads(high or "Infinity"),
-        choices=tuple(filter(None, choices.split("|"))),
-        each=each,
-        fields=fields,
-    )
+    return [
+        Field(
+            name,
+            *map(KIND_WORDS.__getitem__, own.split("|")),
+            low=json.loads(low or "-Infinity"),
+            high=json.loads(high or "Infinity"),
+            choices=tuple(filter(None, choices.split("|"))),
+            each=each,
+            fields=fields,
+        )
+        for name in names.replace(",", ",-" if word[0] == "-" else ",").split(",")
+    ]
 
 
 class Fields(dict):  # type: ignore[type-arg]
@@ -9080,16 +9079,14 @@ def get_tokenized_dataset(server: Server, request: Request) -> Any:
 
 # --- Evaluations
 
-JUDGE_ROWS = (
-    "model!,system_template!:1.. model_source!=serverless|dedicated|external",
-    "external_api_token external_base_url num_workers,max_tokens:int:1.. temperature:float:0..2",
-)  # fmt: skip
-JUDGED_FIELDS = Fields(*JUDGE_ROWS, "input_template!")
-PARAMETERS = Fields(
-    Field("judge!", dict, fields=Fields(*JUDGE_ROWS)),
-    "input_data_file_path!:1..",
-    *rows_of("model_to_evaluate model_a model_b", str, dict, fields=JUDGED_FIELDS),
-)
+JUDGE_ROWS = """
+  model!,system_template!:1.. model_source!=serverless|dedicated|external
+  external_api_token external_base_url num_workers,max_tokens:int:1.. temperature:float:0..2
+"""
+PARAMETERS = Fields(f"""\
+judge!:dict{JUDGE_ROWS}\
+input_data_file_path!:1.. model_to_evaluate,model_a,model_b:str|dict{JUDGE_ROWS}\
+  input_template!""")  # fmt: skip
 LABELS = "labels!,pass_labels!:list[str]:1.."
 SCORES = "min_score!,max_score!,pass_threshold!:float:-1e9..1e9"
 EVALUATIONS: dict[str, tuple[Fields, Callable[[Any], Sequence[Any]]]] = {
@@ -11260,13 +11257,13 @@ SEED_FIELDS = {
     "videos": VIDEO_FIELDS,
     "jobs": NO_FIELDS,
 }
-SEEDED = rows_of("bytes created created_at", int, str, low=0, high=2**53)
+SEEDED = f"bytes,created,created_at:int|str:0..{2**53}"
 
 
 def make_seed_row(name: str) -> Field:
     """Return the row of seeds, checked as if they had been posted; nothing is required of one."""
     rows = [row for row in SEED_FIELDS[name].values() if row.name not in ("file", "purpose")]
-    fields = Fields(*rows, *SEEDED)
+    fields = Fields(*rows, SEEDED)
     fields.required = ()
     return Field(name, list, each=Field("", dict, fields=fields))
 
