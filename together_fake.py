@@ -647,7 +647,7 @@ class Field:
     name      one that ends in `!` must be there
     kinds     Python types of the JSON value; an integer is a number, `True` is not an integer
     low, high bounds of a number, or of the length of a string, array or object
-    choices   the values allowed
+    choices   the values allowed, of their types
     test      what a string shall be, in words, and the function that raises where it is not
     each      the row that every item of an array must pass, or value of an object without fields
     fields    the rows of a nested object
@@ -672,6 +672,7 @@ class Field:
         self.high = high
         self.choices = choices
         self.words = {choice for choice in choices or () if type(choice) is str}
+        self.chosen = set(map(type, choices))
         self.test = test
         self.each = each
         self.fields = fields
@@ -690,7 +691,7 @@ class Field:
             size = len(value) if kind in COUNTED else value
             if not self.low <= size <= self.high:
                 raise self.refuse_size(size, kind)
-        if self.choices and kind in (str, int, bool) and value not in self.choices:
+        if kind in self.chosen and value not in self.choices:
             allowed = ", ".join(map(str, self.choices))
             shown = "***" if is_secret(self.name) else value
             raise refuse_value("", f"must be one of {allowed}", shown)
@@ -8703,35 +8704,25 @@ LIMITS: Item = {  # documented, but for the flags
     "merge_output_lora": True, "supports_full_training": True, "supports_tools": True,
     "supports_reasoning": False, "supports_vision": False,
 }  # fmt: skip
-ON_INPUTS = Field("train_on_inputs", bool, str, choices=(True, False, "auto"))
-METHOD_FIELDS = Fields(
-    ON_INPUTS,
-    """\
-method!=sft|dpo dpo_beta,rpo_alpha,simpo_gamma:float
-dpo_normalize_logratios_by_length,dpo_reference_free:bool""",
-)
-ESTIMATE_FIELDS = Fields(Field("training_method", dict, fields=METHOD_FIELDS), """\
+ESTIMATE_FIELDS = Fields("""\
 training_file!:1.. validation_file model from_checkpoint n_epochs:int:0..20 n_evals:int:0..100
+training_method:dict
+  method!=sft|dpo train_on_inputs:bool|str=auto dpo_beta,rpo_alpha,simpo_gamma:float
+  dpo_normalize_logratios_by_length,dpo_reference_free:bool
 training_type:dict
   type!=Full|Lora lora_r:int:1..64 lora_alpha:int:1.. lora_dropout:float:0..1
   lora_trainable_modules""")  # fmt: skip
 SECRETS = ("wandb_api_key", "hf_api_token")  # no answer shows them
-FINE_TUNE_FIELDS = Fields(
-    *ESTIMATE_FIELDS.values(),
-    *SECRETS,
-    ON_INPUTS,
-    "n_epochs:int:1..20 n_checkpoints:int:1..100",
-    Field("batch_size", int, str, low=1, high=128, test=('"max"', ["max"].index)),
-    "max_seq_length:int:1.. learning_rate:float:1e-06..1 warmup_ratio:float:0..1",
-    """\
+FINE_TUNE_FIELDS = Fields(*ESTIMATE_FIELDS.values(), *SECRETS, """\
+n_epochs:int:1..20 n_checkpoints:int:1..100 batch_size:int|str:1..128=max max_seq_length:int:1..
+train_on_inputs:bool|str=auto learning_rate:float:1e-06..1 warmup_ratio:float:0..1
 lr_scheduler:dict
   lr_scheduler_type!=linear|cosine lr_scheduler_args:dict
     min_lr_ratio,num_cycles:float
 max_grad_norm,weight_decay:float:0.. random_seed:int packing:bool multimodal_params:dict
   train_vision:bool
 suffix:..40 from_hf_model hf_model_revision hf_output_repo_name wandb_base_url
-wandb_project_name wandb_name wandb_entity""",
-)
+wandb_project_name wandb_name wandb_entity""")  # fmt: skip
 # The nested settings: the member that chooses among their forms, and the documented defaults
 # of each form, of which the first is the default.
 TRAINING_FORMS: dict[str, tuple[str, dict[str, Item]]] = {
