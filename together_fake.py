@@ -9747,12 +9747,10 @@ DETECTION = {  # of turns: the defaults, documented
 }  # fmt: skip
 NO_DETECTION = {**dict.fromkeys(DETECTION, math.inf), "threshold": DETECTION["threshold"]}
 DETECTION_ROWS = f"{','.join(DETECTION)}:float:0.."
-REALTIME_ROWS = (  # of the query, and of `session` in a message
-    Field(
-        "turn_detection", str, dict, choices=("server_vad", "none"), fields=Fields(DETECTION_ROWS)
-    ),
-    f"{DETECTION_ROWS} language prompt input_audio_format={'|'.join(AUDIO_RATES)}",
-)
+REALTIME_ROWS = f"""\
+turn_detection:str|dict=server_vad|none
+  {DETECTION_ROWS}
+{DETECTION_ROWS} language prompt input_audio_format={'|'.join(AUDIO_RATES)}"""
 VOICE_ROWS = "model voice language alignment max_partial_length:int:1.."
 SENTENCE_END = lazy_regex(  # a full stop behind a digit may be a decimal point
     r"""(?:(?<![0-9])\.|[!?…])[.!?…]*["')\]]*(?=\s|\Z)|\.["')\]]*(?=\s)|[。\uff01\uff1f]+|\n"""
@@ -9840,7 +9838,7 @@ def take_event(events: Iterator[Any]) -> Iterator[Any]:
 
 
 @route(
-    "GET", "/v1/realtime", query=Fields(MODEL_ROW, *REALTIME_ROWS), kind="realtime",
+    "GET", "/v1/realtime", query=f"{MODEL_ROW}\n{REALTIME_ROWS}", kind="realtime",
     input="prompt", response=HEARING["response"], status=101, slow=False,
 )  # fmt: skip
 class HearingSession(Session):
@@ -9853,7 +9851,7 @@ class HearingSession(Session):
     messages: Mapping[str, Fields] = {
         "input_audio_buffer.append": Fields(Field("audio!", str, test=BASE64)),
         "transcription_session.updated": Fields(
-            Field("session!", dict, fields=Fields(*REALTIME_ROWS))
+            Field("session!", dict, fields=Fields(REALTIME_ROWS))
         ),
         "input_audio_buffer.commit": NO_FIELDS,
         "input_audio_buffer.clear": NO_FIELDS,
