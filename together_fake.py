@@ -8262,7 +8262,7 @@ class Jobs:
         with server.job_lock:
             job = jobs.get(id)
             while job.get(jobs.status) in self.following:
-                status, end = self.following[job[jobs.status]], server.outcomes.get(id, "")
+                status, end = self.following[job[jobs.status]], server.starts.get(id, ("",))[0]
                 if end not in ("", *self.order) and status == self.order[:4][-1]:
                     status = end  # before the last of the work
                 job = self.enter_status(server, id, job, status)
@@ -8274,8 +8274,8 @@ class Jobs:
         """Store a new job, whose it is and how it shall end."""
         job = server._store(self.collection, item)
         id = job[getattr(server, self.collection).key]
-        server.outcomes[id] = (request.script or {}).get("status", "")
-        server.job_tests[id] = pick_given(request.headers, ["x-test-id"])
+        end = (request.script or {}).get("status", "")
+        server.starts[id] = end, pick_given(request.headers, ["x-test-id"])
         return self.advance(server, id) if server.instant_jobs else job
 
     def get(self, server: Server, request: Request) -> Any:
@@ -8320,10 +8320,8 @@ def serve_bytes(
     first, last = (digits[:18] for digits in (found.groups() if found else ("", "")))
     if not found or (first and last and int(last) < int(first)):  # ignored, as RFC 9110 has it
         return Reply(data, 200, content_type, headers)
-    if first:
-        part = range(size)[int(first) : int(last or size) + 1]
-    else:
-        part = range(size)[max(0, size - int(last)) :]
+    start = int(first) if first else max(0, size - int(last))
+    part = range(size)[start : int(last) + 1 if first and last else size]
     if not part:
         error = ApiError("bad_range", size=size)
         error.headers["Content-Range"] = f"bytes */{size}"
@@ -8360,9 +8358,7 @@ DATASETS = {  # what a line of a training file may be; its first required field 
         "preferred_output!,non_preferred_output!:list:1..",
     ),
 }
-BATCH_LINE_FIELDS = Fields(
-    "custom_id!:1..64 body!:dict method=POST url",
-)  # fmt: skip
+BATCH_LINE_FIELDS = Fields("custom_id!:1..64 body!:dict method=POST url")
 LINES = {  # what is checked, by purpose
     "fine-tune": DATASETS, "batch-api": {"": BATCH_LINE_FIELDS}, "eval": {"": NO_FIELDS}
 }  # fmt: skip
@@ -8557,8 +8553,7 @@ def get_file_content(server: Server, request: Request) -> Any:
 @route("DELETE", "/v1/files/{id}")
 def delete_file(server: Server, request: Request) -> Any:
     """Delete a file."""
-    id = request.params["id"]
-    server.files.remove(id)
+    id = server.files.remove(request.params["id"])["id"]
     return {"id": id, "object": "file", "deleted": True}
 
 
@@ -8603,7 +8598,7 @@ def run_line(
         error.message = f"Line {number}: {error.message}"
         return row.get("custom_id"), error.as_reply()
     headers = {"authorization": f"Bearer {DEFAULT_KEY}", "content-type": "application/json"}
-    headers.update(server.job_tests.get(job["id"], {}))
+    headers.update(server.starts.get(job["id"], ("", {}))[1])
     request = Request("POST", job["endpoint"], ENCODE(row["body"]).encode(), headers=headers)
     request.batch = job["id"]
     reply = server.answer(request)
@@ -9750,7 +9745,7 @@ DETECTION_ROWS = f"{','.join(DETECTION)}:float:0.."
 REALTIME_ROWS = f"""\
 turn_detection:str|dict=server_vad|none
   {DETECTION_ROWS}
-{DETECTION_ROWS} language prompt input_audio_format={'|'.join(AUDIO_RATES)}"""
+{DETECTION_ROWS} language prompt input_audio_format={"|".join(AUDIO_RATES)}"""
 VOICE_ROWS = "model voice language alignment max_partial_length:int:1.."
 SENTENCE_END = lazy_regex(  # a full stop behind a digit may be a decimal point
     r"""(?:(?<![0-9])\.|[!?…])[.!?…]*["')\]]*(?=\s|\Z)|\.["')\]]*(?=\s)|[。\uff01\uff1f]+|\n"""
@@ -13662,8 +13657,8 @@ class TogetherAiServer(Scripting, Shared):
             self.jobs = Collection("Job", key="job_id")
             self.adapters: dict[str, dict[str, str]] = BoundedDict(MAX_OBJECTS)
             self.contents: dict[str, bytes] = {}  # by file id; parts by "file id/number"
-            self.outcomes: dict[str, str] = BoundedDict(MAX_OBJECTS)
-            self.job_tests: dict[str, Item] = BoundedDict(MAX_OBJECTS)  # whose each job is
+            # How each job shall end, and whose test it belongs to.
+            self.starts: dict[str, tuple[str, Item]] = BoundedDict(MAX_OBJECTS)
             self._counts: dict[str, int] = {}
 
     @property
