@@ -5021,7 +5021,7 @@ PATTERN = Keys(Field("pattern!", str, test=("a regular expression that compiles"
 MAX_MS = 86_400_000
 BASE64 = ("base64", DECODE_BASE64)
 PLAIN_MATCH = Keys(
-    *rows_of(" ".join(TEXT_KEYS), str, dict, fields=PATTERN),
+    *[Field(key, str, dict, fields=PATTERN) for key in TEXT_KEYS],
     Field("systemMessage", str, dict, list, low=1, fields=PATTERN, each=Field("", str)),
     "hasToolResult:bool body:dict bodyDigest:64..64",
     Field("headers", dict, each=Field("", str, dict, fields=PATTERN)),
