@@ -2312,26 +2312,19 @@ def read_numbers(text: str) -> Item:
 
 
 KINDS: dict[type, str] = {
-    str: "string",
-    int: "number",
-    float: "number",
-    dict: "object",
-    list: "array",
-    bool: "boolean",
+    str: "string", int: "number", float: "number", bool: "boolean", list: "array", dict: "object",
     type(None): "null",
-}
+}  # fmt: skip
 
 
 # What a keyword of each shape takes; those of any shape are in no row.
-SHAPES = {
-    "text": Field("", str), "list": Field("", list), "switch": Field("", bool),
-    "names": Field("", list, each=Field("", str)),
-    "types": Field("", str, list, low=1, choices=TYPES, each=Field("", str, choices=TYPES)),
-    "limit": Field("", float, bool, low=-1e300, high=1e300),  # some are switches in draft 4
-    "step": Field("", float, low=1e-8, high=1e300), "count": Field("", int, low=0, high=1e300),
-    "schema": Field("", dict, bool), "schemas": Field("", list), "map": Field("", dict),
-    "items": Field("", dict, bool, list), "needs": Field("", dict),  # items: a list until 2019-09
-}  # fmt: skip
+SHAPES = Fields(
+    "text list:list switch:bool count:int:0..1e300 step:float:1e-8..1e300 schemas:list map:dict"
+    " limit:float|bool:-1e300..1e300 schema:dict|bool",  # limits: some are switches in draft 4
+    "items:dict|bool|list needs:dict",  # items: a list until 2019-09
+    Field("names", list, each=Field("", str)),
+    Field("types", str, list, low=1, choices=TYPES, each=Field("", str, choices=TYPES)),
+)  # fmt: skip
 
 
 SIZED = {"Length": "string", "Items": "array", "Properties": "object"}
@@ -2390,12 +2383,14 @@ VOCABULARY.update(
     (keyword, (shape, "no kind", lambda r, a, v, s: True)) for keyword, shape in LOOKED_AT.items()
 )
 RENAMED = {"$dynamicRef": "$ref", "$recursiveRef": "$ref"}
+OLDER = {"const", "dependencies", "dependentRequired", "items"} | {
+    "exclusiveMinimum", "exclusiveMaximum",
+}  # fmt: skip
 META_SCHEMA = lazy_regex(r"https?://json-schema\.org/draft[^#]*#")
 
 
-def fail_limit(kind: str, opposite: str, more: int = 0) -> Any:
+def fail_limit(types: tuple[str, ...], opposite: str, more: int) -> Any:
     """Return what says how a limit is not kept: by the keyword that is met then."""
-    types = (kind, "integer") if kind == "number" else (kind,)
     return lambda r, limit: [[{"type": types, opposite: limit + more}]]
 
 
@@ -2412,13 +2407,14 @@ NEGATIONS: dict[str, Callable[[Any, Any], list[list[Any]]]] = {
     "not": lambda r, a: [[a]],
     "$ref": lambda r, a: [[{"not": r.resolve(a)}]],
     "required": lambda r, a: [[{"type": ("object",), "properties": {name: False}}] for name in a],
-    "minimum": fail_limit("number", "exclusiveMaximum"),
-    "maximum": fail_limit("number", "exclusiveMinimum"),
-    "exclusiveMinimum": fail_limit("number", "maximum"),
-    "exclusiveMaximum": fail_limit("number", "minimum"),
-    **{f"min{what}": fail_limit(kind, f"max{what}", -1) for what, kind in SIZED.items()},
-    **{f"max{what}": fail_limit(kind, f"min{what}", 1) for what, kind in SIZED.items()},
 }  # fmt: skip
+for types, low, high, step in (
+    (("number", "integer"), "minimum", "exclusiveMaximum", 0),
+    (("number", "integer"), "exclusiveMinimum", "maximum", 0),
+    *(((kind,), f"min{end}", f"max{end}", 1) for end, kind in SIZED.items()),
+):
+    NEGATIONS[low] = fail_limit(types, high, -step)
+    NEGATIONS[high] = fail_limit(types, low, step)
 
 
 def rewrite(schema: Item) -> Item:
@@ -2437,9 +2433,6 @@ def rewrite(schema: Item) -> Item:
         if "enum" in schema:
             schema["allOf"] = [*schema.get("allOf", ()), {"enum": schema["enum"]}]
         schema["enum"] = [schema.pop("const")]
-    if "type" in schema:  # integers are among the numbers
-        names = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
-        schema["type"] = (*names, "integer") if "number" in names else tuple(names)
     return schema
 
 
@@ -2447,7 +2440,8 @@ def list_types(schemas: Sequence[Any]) -> list[str]:
     """Return the types that all schemas allow; without any, first those the keywords speak of."""
     given = [schema["type"] for schema in schemas if "type" in schema]
     if given:
-        return [name for name in given[0] if all(name in other for other in given[1:])]
+        first, *others = given
+        return [name for name in first if not others or all(name in other for other in others)]
     spoken_of = [VOCABULARY[keyword][1] for schema in schemas for keyword in schema]
     return [kind for kind in dict.fromkeys([*spoken_of, *TYPES]) if kind in TYPES]
 
@@ -2517,10 +2511,13 @@ class SchemaReader:
                 raise Unsatisfiable(f"{place[:200]}: {keyword} {reason}") from None
             if shape in ("schema", "schemas", "map", "items", "needs"):
                 argument = self._read_inner(argument, shape, f"{place}/{keyword}")
+            elif name == "type":  # integers are among the numbers
+                names = [argument] if isinstance(argument, str) else argument
+                argument = (*names, "integer") if "number" in names else tuple(names)
             elif name == "$ref":
                 argument = unquote(join_uri(self._names[1][id(schema)], argument))
             read[name] = argument
-        return rewrite(read)
+        return read if OLDER.isdisjoint(read) else rewrite(read)
 
     def _read_inner(self, argument: Any, shape: str, place: str) -> Any:
         if isinstance(argument, list):
@@ -2598,7 +2595,7 @@ class SchemaReader:
             for key in keys
             if not (self.list_inside([schema], key) or self.accepts(wanted, value[key]))
         ]
-        parts = [*schema.get("allOf", ()), *schema.get("anyOf", ()), *schema.get("oneOf", ())]
+        parts = [part for name in ("allOf", "anyOf", "oneOf") for part in schema.get(name, ())]
         parts += [self.resolve(schema["$ref"])] if "$ref" in schema else []
         parts += [schema["if"], self.find_branch(schema, value)] if "if" in schema else []
         needs = schema.get("dependentSchemas", {})
@@ -2799,9 +2796,9 @@ class ValueMaker:
     def make_string(self) -> str:
         """Return a text by format, by name or by pattern."""
         low, high = self.count_range("Length", MAX_TEXT)
-        patterns = list(map(self.reader.pattern, self.arguments["pattern"]))
-        named = [*self.arguments["format"], *self.arguments["contentMediaType"]]
-        formats = list(filter(FORMATS.__contains__, named))
+        patterns = [self.reader.pattern(source) for source in self.arguments["pattern"]]
+        named = self.arguments["format"] + self.arguments["contentMediaType"]
+        formats = [name for name in named if name in FORMATS]
         template = FORMATS[formats[0]] if formats else find_by_name(TEXTS, self.name)
         for _ in range(TRIES if formats or patterns else 1):
             text = fill_template(self.rng, template)
@@ -2893,11 +2890,11 @@ class ValueMaker:
         if is_map and not (declared or required or self.minimal or self.attempt):
             low = max(low, min(2, high))
         for place, key in enumerate([*optional, *declared, *range(4 * low + TRIES)]):
-            enough = high if place < len(optional) and not self.reader.is_late() else low
-            if len(made) >= enough:
+            if key in made:
                 continue
-            name = key if isinstance(key, str) else self._random_name(key)
-            if name not in made:
+            enough = high if place < len(optional) and not self.reader.is_late() else low
+            name = self._random_name(key) if isinstance(key, int) and len(made) < enough else key
+            if len(made) < enough and name not in made:
                 with contextlib.suppress(Unsatisfiable):
                     made[name] = self._make_property(name)
         return {name: made[name] for name in (*declared, *made) if name in made}
