@@ -59,7 +59,7 @@ The sections, each of which uses only those above it; a star marks what touches 
 
 To add an endpoint: in a section of endpoints, declare its fields, write a function that takes the
 server and the request and returns JSON, a `Reply` or `Events`, and put
-`@route(method, path, body=fields)` above it. Its cases in the tests, its line in `--routes` and
+`@route("POST /v1/path", body=fields)` above it. Its cases in the tests, its line in `--routes` and
 its 405s follow by themselves.
 
 PYTEST_DONT_REWRITE: nothing here is an assertion of a test.
@@ -6427,8 +6427,8 @@ class Route:
     admit: Callable[[Any, dict[str, str]], Any] | None = None  # raises before a body is read
     handler: Any = None
 
-    def __init__(self, method: str, path: str, **facts: Any) -> None:
-        self.method = method
+    def __init__(self, operation: str, **facts: Any) -> None:
+        self.method, _, path = operation.partition(" ")
         self.path = path
         for name, value in facts.items():
             getattr(self, name)  # it is one of those above
@@ -7709,7 +7709,7 @@ def compose_chat(server: Server, request: Request) -> Answer:
     return finish_answer(answer, rng, map(message_text, body["messages"]))
 
 
-@route("POST", "/v1/chat/completions", body=CHAT_FIELDS, kind="chat", response=TEXT)
+@route("POST /v1/chat/completions", body=CHAT_FIELDS, kind="chat", response=TEXT)
 def create_chat_completion(server: Server, request: Request) -> Any:
     """Answer a conversation, whole or as a stream."""
     return send_answer(compose_chat(server, request))
@@ -7958,7 +7958,7 @@ def number_events(events: Iterable[Any]) -> Iterator[bytes]:
             number += 1
 
 
-@route("POST", "/v1/responses", body=RESPONSE_FIELDS, kind="response", response=TEXT)
+@route("POST /v1/responses", body=RESPONSE_FIELDS, kind="response", response=TEXT)
 def create_response(server: Server, request: Request) -> Any:
     """Answer a conversation in items, whole or as a stream of named events."""
     body = request.body
@@ -7984,9 +7984,9 @@ def create_response(server: Server, request: Request) -> Any:
     return response
 
 
-@route("GET", "/v1/responses/{id}")
-@route("DELETE", "/v1/responses/{id}")
-@route("POST", "/v1/responses/{id}/cancel")
+@route("GET /v1/responses/{id}")
+@route("DELETE /v1/responses/{id}")
+@route("POST /v1/responses/{id}/cancel")
 def refuse_response(server: Server, request: Request) -> Any:
     """Answer that there is no such response: none is stored."""
     raise ApiError("no_response", id=request.params["id"], param="response_id")
@@ -8054,8 +8054,7 @@ def compose_completion(server: Server, request: Request) -> Answer:
 
 
 @route(
-    "POST",
-    "/v1/completions",
+    "POST /v1/completions",
     body=COMPLETION_FIELDS,
     kind="completion",
     prompt="prompt",
@@ -8106,8 +8105,7 @@ def embed_inputs(request: Request, model: Model, inputs: list[Any]) -> Iterator[
 
 
 @route(
-    "POST",
-    "/v1/embeddings",
+    "POST /v1/embeddings",
     body=EMBEDDING_FIELDS,
     kind="embedding",
     input="input",
@@ -8150,7 +8148,7 @@ SCRIPTED_SCORES = ResponseType("rerank", RANKS)
 
 
 @route(
-    "POST", "/v1/rerank", body=RERANK_FIELDS, kind="rerank", input="query", response=SCRIPTED_SCORES
+    "POST /v1/rerank", body=RERANK_FIELDS, kind="rerank", input="query", response=SCRIPTED_SCORES
 )
 def rerank(server: Server, request: Request) -> Any:
     """Sort documents by their likeness to a query."""
@@ -8242,12 +8240,12 @@ class Jobs:
         ladders = (self.order, self.cancelled.split())
         self.following = {one: next for each in ladders for one, next in zip(each, each[1:])}
         JOBS[collection] = self
-        route("GET", path + "/{id}")(self.get)
+        route(f"GET {path}/{{id}}")(self.get)
         if self.listed is not None:
             limit = Field("limit", int, low=0, high=MAX_OBJECTS)
-            route("GET", path, query=Fields(limit, "after mine", self.filters))(self.list)
+            route(f"GET {path}", query=Fields(limit, "after mine", self.filters))(self.list)
         if self.cancelled:
-            route("POST", path + "/{id}/cancel")(self.cancel)
+            route(f"POST {path}/{{id}}/cancel")(self.cancel)
 
     def enter_status(self, server: Server, id: str, job: Item, status: str) -> Item:
         jobs: Collection = getattr(server, self.collection)
@@ -8444,7 +8442,7 @@ def file_object(server: Server, item: Item) -> Item:
 
 
 FILES = Jobs("files", "/v1/files", file_object, filters="purpose", listed="object data has_more")
-route("POST", "/v1/files/{id}/preprocess")(FILES.get)
+route("POST /v1/files/{id}/preprocess")(FILES.get)
 
 
 def find_file(server: Server, id: str, param: str, purpose: str = "") -> Item:
@@ -8462,8 +8460,8 @@ def find_file(server: Server, id: str, param: str, purpose: str = "") -> Item:
     return file
 
 
-@route("POST", "/v1/files", body=UPLOAD_FIELDS, max_bytes=STORAGE_LIMIT)
-@route("POST", "/v1/files/upload", body=WHOLE_UPLOAD_FIELDS, max_bytes=STORAGE_LIMIT)
+@route("POST /v1/files", body=UPLOAD_FIELDS, max_bytes=STORAGE_LIMIT)
+@route("POST /v1/files/upload", body=WHOLE_UPLOAD_FIELDS, max_bytes=STORAGE_LIMIT)
 def create_file(server: Server, request: Request) -> Any:
     """Store a file from a multipart body, or say where its data is to be put."""
     body, upload = request.body, request.body.get("file")
@@ -8483,7 +8481,7 @@ def name_upload(id: str) -> str:
     return id.replace("file", "upload", 1)
 
 
-@route("POST", "/v1/files/multipart/initiate", body=INITIATE_FIELDS)
+@route("POST /v1/files/multipart/initiate", body=INITIATE_FIELDS)
 def initiate_upload(server: Server, request: Request) -> Any:
     """Announce a large file that comes in parts."""
     server._check_room(request.body["file_size"])
@@ -8500,8 +8498,8 @@ def admit_upload(server: Server, params: dict[str, str]) -> None:
     server.files.get(params["id"])
 
 
-@route("PUT", "/__upload/{id}", open=True, max_bytes=STORAGE_LIMIT, admit=admit_upload)
-@route("PUT", "/__upload/{id}/{part}", open=True, max_bytes=STORAGE_LIMIT, admit=admit_upload)
+@route("PUT /__upload/{id}", open=True, max_bytes=STORAGE_LIMIT, admit=admit_upload)
+@route("PUT /__upload/{id}/{part}", open=True, max_bytes=STORAGE_LIMIT, admit=admit_upload)
 def put_file(server: Server, request: Request) -> Any:
     """Take the data of an announced file, or one part of it; it needs no key."""
     id, part = request.params["id"], request.params.get("part", "0")
@@ -8519,11 +8517,10 @@ def put_file(server: Server, request: Request) -> Any:
 
 
 @route(
-    "POST",
-    "/v1/files/multipart/complete",
+    "POST /v1/files/multipart/complete",
     body="upload_id! file_id! parts!:list:1..\n  part_number!:int etag",
 )
-@route("POST", "/v1/files/multipart/abort", body="upload_id! file_id!")
+@route("POST /v1/files/multipart/abort", body="upload_id! file_id!")
 def end_upload(server: Server, request: Request) -> Any:
     """Join the parts of a large file, or forget it."""
     upload_id, id = request.body["upload_id"], request.body["file_id"]
@@ -8538,7 +8535,7 @@ def end_upload(server: Server, request: Request) -> Any:
     return {"file": put_data(server, id, b"".join(map(server.contents.pop, names)))}
 
 
-@route("GET", "/v1/files/{id}/content")
+@route("GET /v1/files/{id}/content")
 def get_file_content(server: Server, request: Request) -> Any:
     """Return a file's bytes, or a range of them."""
     id = server.files.get(request.params["id"])["id"]
@@ -8547,7 +8544,7 @@ def get_file_content(server: Server, request: Request) -> Any:
     return serve_bytes(request, server.contents[id])
 
 
-@route("DELETE", "/v1/files/{id}")
+@route("DELETE /v1/files/{id}")
 def delete_file(server: Server, request: Request) -> Any:
     """Delete a file."""
     id = server.files.remove(request.params["id"])["id"]
@@ -8662,7 +8659,7 @@ ENDS = Keys(Field("job", dict, fields=Keys("status!")))
 JOB: Any = {"kind": "job", "response": ResponseType("job", ENDS, operator.itemgetter("job"))}
 
 
-@route("POST", "/v1/batches", body=BATCH_FIELDS, status=201, **JOB)
+@route("POST /v1/batches", body=BATCH_FIELDS, status=201, **JOB)
 def create_batch(server: Server, request: Request) -> Any:
     """Start a batch job from a file of requests."""
     file = find_file(server, request.body["input_file_id"], "input_file_id", "batch-api")
@@ -8855,7 +8852,7 @@ def resolve_trainable(server: Server, id: str) -> Model:
     return model
 
 
-@route("POST", "/v1/fine-tunes", body=FINE_TUNE_FIELDS, **JOB)
+@route("POST /v1/fine-tunes", body=FINE_TUNE_FIELDS, **JOB)
 def create_fine_tune(server: Server, request: Request) -> Any:
     """Start a fine-tuning job."""
     body, jobs = request.body, server.fine_tunes
@@ -8873,14 +8870,14 @@ def create_fine_tune(server: Server, request: Request) -> Any:
     return show_fine_tune(server, request, FINE_TUNES.start(server, request, item))
 
 
-@route("GET", "/v1/fine-tunes/{id}/events")
+@route("GET /v1/fine-tunes/{id}/events")
 def list_events(server: Server, request: Request) -> Any:
     """List what a fine-tuning job has reported."""
     job = server.fine_tunes.get(request.params["id"])
     return {"data": show_fine_tune(server, request, job)["events"]}
 
 
-@route("DELETE", "/v1/fine-tunes/{id}", query="force:bool")
+@route("DELETE /v1/fine-tunes/{id}", query="force:bool")
 def delete_fine_tune(server: Server, request: Request) -> Any:
     """Delete a fine-tuning job and the model it made."""
     job = server.fine_tunes.remove(request.params["id"])
@@ -8888,7 +8885,7 @@ def delete_fine_tune(server: Server, request: Request) -> Any:
     return {"message": f"Fine-tune job {job['id']} was deleted."}
 
 
-@route("GET", "/v1/fine-tunes/{id}/checkpoints")
+@route("GET /v1/fine-tunes/{id}/checkpoints")
 def list_checkpoints(server: Server, request: Request) -> Any:
     """List the checkpoints of a fine-tuning job, the final ones when it has completed."""
     job = server.fine_tunes.get(request.params["id"])
@@ -8908,8 +8905,7 @@ def list_checkpoints(server: Server, request: Request) -> Any:
 
 
 @route(
-    "GET",
-    "/v1/fine-tunes/{id}/metrics",
+    "GET /v1/fine-tunes/{id}/metrics",
     query="global_step_from,global_step_to,resolution:int:0.. logged_at_from logged_at_to",
 )
 def list_metrics(server: Server, request: Request) -> Any:
@@ -8932,7 +8928,7 @@ def list_metrics(server: Server, request: Request) -> Any:
     ]}  # fmt: skip
 
 
-@route("POST", "/v1/fine-tunes/estimate-price", body=ESTIMATE_FIELDS)
+@route("POST /v1/fine-tunes/estimate-price", body=ESTIMATE_FIELDS)
 def estimate_price(server: Server, request: Request) -> Any:
     """Estimate what a fine-tuning job would cost."""
     body, tokens, reasons = request.body, {"train": 0, "eval": 0}, []
@@ -8953,7 +8949,7 @@ def estimate_price(server: Server, request: Request) -> Any:
     }  # fmt: skip
 
 
-@route("GET", "/v1/fine-tunes/models/limits", query="model_name model")
+@route("GET /v1/fine-tunes/models/limits", query="model_name model")
 def get_training_limits(server: Server, request: Request) -> Any:
     """Say within which limits a model can be trained."""
     id = request.args.get("model_name") or request.args.get("model")
@@ -8962,15 +8958,14 @@ def get_training_limits(server: Server, request: Request) -> Any:
     return {"model_name": resolve_trainable(server, id).id, **LIMITS}
 
 
-@route("GET", "/v1/fine-tunes/models/supported", query="model_name model")
+@route("GET /v1/fine-tunes/models/supported", query="model_name model")
 def list_trainable(server: Server, request: Request) -> Any:
     """List the models that can be trained."""
     return {"models": list_ids(server, *TRAINABLE, wanted=request.args.get("model_name"))}
 
 
 @route(
-    "GET",
-    "/v1/finetune/download",
+    "GET /v1/finetune/download",
     query="ft_id! checkpoint_step:int checkpoint=merged|adapter|model_output_path",
 )
 def download_model(server: Server, request: Request) -> Any:
@@ -9022,8 +9017,7 @@ def tokenize_file(server: Server, id: str, count: int, on_inputs: bool) -> list[
 
 
 @route(
-    "POST",
-    "/v1/fine-tunes/preview",
+    "POST /v1/fine-tunes/preview",
     body="model! training_file! top_k:int:1..100 train_on_inputs:bool training_method=sft",
 )
 def preview_training(server: Server, request: Request) -> Any:
@@ -9039,7 +9033,7 @@ def preview_training(server: Server, request: Request) -> Any:
     }  # fmt: skip
 
 
-@route("GET", "/__tokenized/{id}.jsonl", open=True)
+@route("GET /__tokenized/{id}.jsonl", open=True)
 def serve_tokenized_dataset(server: Server, request: Request) -> Any:
     """Serve the tokens of a job's training file; it needs no key."""
     job = server.fine_tunes.get(request.params["id"])
@@ -9049,7 +9043,7 @@ def serve_tokenized_dataset(server: Server, request: Request) -> Any:
     return serve_bytes(request, data, NDJSON)
 
 
-@route("GET", "/v1/fine-tunes/{id}/download-tokenized-dataset")
+@route("GET /v1/fine-tunes/{id}/download-tokenized-dataset")
 def get_tokenized_dataset(server: Server, request: Request) -> Any:
     """Say where the tokens of a job's training file can be fetched."""
     id = request.params["id"]
@@ -9162,10 +9156,10 @@ EVALUATION_JOBS = Jobs(
     view=show_evaluation, statuses="pending queued running completed", filters="status", listed="",
     most=10,
 )  # fmt: skip
-route("GET", "/v1/evaluation/{id}/status")(EVALUATION_JOBS.get)
+route("GET /v1/evaluation/{id}/status")(EVALUATION_JOBS.get)
 
 
-@route("POST", "/v1/evaluation", body=EVALUATION_FIELDS, **JOB)
+@route("POST /v1/evaluation", body=EVALUATION_FIELDS, **JOB)
 def create_evaluation(server: Server, request: Request) -> Any:
     """Start to judge the rows of a data file."""
     type, parameters = request.body["type"], request.body["parameters"]
@@ -9177,7 +9171,7 @@ def create_evaluation(server: Server, request: Request) -> Any:
     return {"workflow_id": job["workflow_id"], "status": "pending"}
 
 
-@route("GET", "/v1/evaluation/model-list", query="model_source")
+@route("GET /v1/evaluation/model-list", query="model_source")
 def list_judges(server: Server, request: Request) -> Any:
     """Name the models that can judge."""
     return {"model_list": list_ids(server, "chat")}
@@ -9231,7 +9225,7 @@ ENDPOINTS = Jobs(
 )  # fmt: skip
 
 
-@route("POST", "/v1/endpoints", body=ENDPOINT_FIELDS, **JOB)
+@route("POST /v1/endpoints", body=ENDPOINT_FIELDS, **JOB)
 def create_endpoint(server: Server, request: Request) -> Any:
     """Create an endpoint; it is pending, then starting, then started."""
     if server.strict:
@@ -9242,7 +9236,7 @@ def create_endpoint(server: Server, request: Request) -> Any:
     return ENDPOINTS.start(server, request, item)
 
 
-@route("PATCH", "/v1/endpoints/{id}", body=CHANGE_FIELDS)
+@route("PATCH /v1/endpoints/{id}", body=CHANGE_FIELDS)
 def update_endpoint(server: Server, request: Request) -> Any:
     """Start or stop an endpoint, or change its settings."""
     id, changes = request.params["id"], pick_given(request.body, CHANGE_FIELDS)
@@ -9255,7 +9249,7 @@ def update_endpoint(server: Server, request: Request) -> Any:
     return ENDPOINTS.advance(server, id) if server.instant_jobs else endpoint
 
 
-@route("DELETE", "/v1/endpoints/{id}", status=204)
+@route("DELETE /v1/endpoints/{id}", status=204)
 def delete_endpoint(server: Server, request: Request) -> Any:
     """Delete an endpoint."""
     endpoint = server.endpoints.remove(request.params["id"])
@@ -9264,9 +9258,9 @@ def delete_endpoint(server: Server, request: Request) -> Any:
     return Reply(status=204)
 
 
-@route("GET", "/v1/endpoints/{id}/adapters")
-@route("POST", "/v1/endpoints/{id}/adapters", body="model_id!:1..")
-@route("DELETE", "/v1/endpoints/{id}/adapters", body="model_id!:1..")
+@route("GET /v1/endpoints/{id}/adapters")
+@route("POST /v1/endpoints/{id}/adapters", body="model_id!:1..")
+@route("DELETE /v1/endpoints/{id}/adapters", body="model_id!:1..")
 def handle_adapters(server: Server, request: Request) -> Any:
     """List, load or unload LoRA adapters, which answer as `endpoint:adapter`."""
     endpoint, id = server.endpoints.get(request.params["id"]), request.body.get("model_id", "")
@@ -9285,7 +9279,7 @@ def handle_adapters(server: Server, request: Request) -> Any:
     return {"object": "list", "data": rows}
 
 
-@route("GET", "/v1/hardware", query="model")
+@route("GET /v1/hardware", query="model")
 def list_hardware(server: Server, request: Request) -> Any:
     """List what endpoints run on; for a given model, whether it is available too."""
     model = request.args.get("model")
@@ -9304,7 +9298,7 @@ def list_hardware(server: Server, request: Request) -> Any:
     return {"object": "list", "data": items}
 
 
-@route("GET", "/v1/clusters/availability-zones")
+@route("GET /v1/clusters/availability-zones")
 def list_availability_zones(server: Server, request: Request) -> Any:
     """List where endpoints can run."""
     return {"avzones": ["us-central-4b", "us-east-1a", "us-west-2b"]}
@@ -9418,8 +9412,7 @@ SCRIPTED_IMAGES = ResponseType(
 
 
 @route(
-    "POST",
-    "/v1/images/generations",
+    "POST /v1/images/generations",
     body=IMAGE_FIELDS,
     kind="image",
     prompt="prompt",
@@ -9450,7 +9443,7 @@ def create_images(server: Server, request: Request) -> Any:
     return {"id": request.id, "model": model.id, "object": "list", "data": items}
 
 
-@route("GET", "/shrt/{token}", open=True)
+@route("GET /shrt/{token}", open=True)
 def get_image(server: Server, request: Request) -> Any:
     """Serve an image that an answer pointed to; it needs no key."""
     data, format = render_image(request.params["token"])
@@ -9518,8 +9511,7 @@ HEARING["response"] = ResponseType(
 
 
 @route(
-    "POST",
-    "/v1/audio/speech",
+    "POST /v1/audio/speech",
     body=SPEECH_FIELDS,
     kind="speech",
     prompt="input",
@@ -9583,8 +9575,8 @@ def make_segments(words: list[str], seconds: float, speakers: int) -> list[Item]
     return segments
 
 
-@route("POST", "/v1/audio/transcriptions", kind="transcription", **HEARING)
-@route("POST", "/v1/audio/translations", kind="translation", **HEARING)
+@route("POST /v1/audio/transcriptions", kind="transcription", **HEARING)
+@route("POST /v1/audio/translations", kind="translation", **HEARING)
 def create_transcript(server: Server, request: Request) -> Any:
     """Write down what a sound says, or a translation: words drawn from its bytes."""
     body, script = request.body, request.script or {}  # a fixture says all or some of it
@@ -9609,7 +9601,7 @@ def create_transcript(server: Server, request: Request) -> Any:
     return answer if body.get("response_format") == "verbose_json" else {"text": answer["text"]}
 
 
-@route("GET", "/v1/voices", query="model")
+@route("GET /v1/voices", query="model")
 def list_voices(server: Server, request: Request) -> Any:
     """List the voices of each speech model."""
     found = []
@@ -9685,8 +9677,7 @@ SCRIPTED_VIDEO = Keys(
 
 
 @route(
-    "POST",
-    "/v2/videos",
+    "POST /v2/videos",
     body=VIDEO_FIELDS,
     kind="video",
     prompt="prompt",
@@ -9711,7 +9702,7 @@ def create_video(server: Server, request: Request) -> Any:
     return show_video(server, request, VIDEOS.start(server, request, item))
 
 
-@route("GET", "/shrt/videos/{name}", open=True)
+@route("GET /shrt/videos/{name}", open=True)
 def get_video_file(server: Server, request: Request) -> Any:
     """Serve a video that an answer pointed to; it needs no key."""
     found = VIDEO_URL.fullmatch(request.params["name"])
@@ -9830,7 +9821,7 @@ def take_event(events: Iterator[Any]) -> Iterator[Any]:
 
 
 @route(
-    "GET", "/v1/realtime", query=f"{MODEL_ROW}\n{REALTIME_ROWS}", kind="realtime",
+    "GET /v1/realtime", query=f"{MODEL_ROW}\n{REALTIME_ROWS}", kind="realtime",
     input="prompt", response=HEARING["response"], status=101, slow=False,
 )  # fmt: skip
 class HearingSession(Session):
@@ -9966,7 +9957,7 @@ class HearingSession(Session):
 
 
 @route(
-    "GET", "/v1/audio/speech/websocket", query=VOICE_ROWS, kind="voice", prompt="input",
+    "GET /v1/audio/speech/websocket", query=VOICE_ROWS, kind="voice", prompt="input",
     response=SCRIPTED_SPEECH, status=101, slow=False,
 )  # fmt: skip
 class VoiceSession(Session):
@@ -10048,7 +10039,7 @@ class VoiceSession(Session):
 # --- Models
 
 
-@route("GET", "/v1/models", query="dedicated:bool")
+@route("GET /v1/models", query="dedicated:bool")
 def list_models(server: Server, request: Request) -> Any:
     """List the catalogue and the models that jobs have made."""
     items = [model_object(model) for model in list(server.models.values())]
@@ -10057,7 +10048,7 @@ def list_models(server: Server, request: Request) -> Any:
     return wrap_list(request, items, server.strict)
 
 
-@route("GET", "/v1/models/{id...}")
+@route("GET /v1/models/{id...}")
 def get_model(server: Server, request: Request) -> Any:
     """Describe one model; its slashes may come as they are or as %2F."""
     model = server.models.get(request.params["id"])
@@ -10067,7 +10058,7 @@ def get_model(server: Server, request: Request) -> Any:
     return {**item, "owned_by": item["organization"] or "user"}
 
 
-@route("GET", "/v1/autoscale/models")
+@route("GET /v1/autoscale/models")
 def list_autoscale_models(server: Server, request: Request) -> Any:
     return [{"name": id} for id in list_ids(server, "chat")]
 
@@ -10080,12 +10071,12 @@ def list_page(request: Request, items: list[Item]) -> Item:
 PAGE_FIELDS = Fields("limit:int:0..1000 after")
 
 
-@route("GET", "/v2/supported-models", query=PAGE_FIELDS)
+@route("GET /v2/supported-models", query=PAGE_FIELDS)
 def list_supported_models(server: Server, request: Request) -> Any:
     return list_page(request, [supported_model(model) for model in list(server.models.values())])
 
 
-@route("GET", "/v2/supported-models/{id...}")
+@route("GET /v2/supported-models/{id...}")
 def get_supported_model(server: Server, request: Request) -> Any:
     """Describe one model in the second API's form, by id or by name."""
     wanted = request.params["id"]
@@ -10105,13 +10096,13 @@ model_name!,model_source!:1.. model_type=model|adapter
 hf_token description base_model lora_model""")
 
 
-@route("GET", "/v1/projects", query=PAGE_FIELDS)
+@route("GET /v1/projects", query=PAGE_FIELDS)
 def list_projects(server: Server, request: Request) -> Any:
     owner = {f"organization_{name}": value for name, value in ORGANIZATION.items()}
     return list_page(request, [{**PROJECT, **owner}])
 
 
-@route("GET", "/v2/projects/{project}/models", query=PAGE_FIELDS)
+@route("GET /v2/projects/{project}/models", query=PAGE_FIELDS)
 def list_project_models(server: Server, request: Request) -> Any:
     """List the models that jobs and uploads have made."""
     return list_page(request, [
@@ -10124,8 +10115,8 @@ def list_project_models(server: Server, request: Request) -> Any:
     ])  # fmt: skip
 
 
-@route("GET", "/v2/whoami")
-@route("GET", "/v3/whoami")
+@route("GET /v2/whoami")
+@route("GET /v3/whoami")
 def get_identity(server: Server, request: Request) -> Any:
     """Say whose key this is: flat for Together's Python 2.x and nested for 3.x."""
     named = {"organization": ORGANIZATION, "project": PROJECT}
@@ -10155,7 +10146,7 @@ UPLOADS = Jobs(
 )
 
 
-@route("POST", "/v1/models", body=MODEL_UPLOAD_FIELDS)
+@route("POST /v1/models", body=MODEL_UPLOAD_FIELDS)
 def upload_model(server: Server, request: Request) -> Any:
     """Start to upload a model or an adapter from elsewhere."""
     name, source = request.body["model_name"], request.body["model_source"].partition("?")[0]
@@ -11186,7 +11177,7 @@ def page_policy() -> str:
 # === Control ===
 
 
-@route("GET", "/", open=True, slow=False)
+@route("GET /", open=True, slow=False)
 def get_root(server: Server, request: Request) -> Any:
     """Say what this is: to a browser by a page that shows the record."""
     if "text/html" in request.headers.get("accept", ""):
@@ -11209,20 +11200,20 @@ def list_route_lines() -> list[str]:
     return lines
 
 
-@route("GET", "/docs/together-ai.md", open=True)
+@route("GET /docs/together-ai.md", open=True)
 def get_documentation(server: Server, request: Request) -> Any:
     """Return what this file says of itself, and the table of routes."""
     lines = ["# together_fake", "", "```", __doc__, "```", "", *list_route_lines(), ""]
     return Reply("\n".join(lines).encode(), 200, "text/markdown; charset=utf-8")
 
 
-@route("GET", "/health", open=True, slow=False)
+@route("GET /health", open=True, slow=False)
 def get_health(server: Server, request: Request) -> Any:
     """Say that the server answers."""
     return {"status": "ok"}
 
 
-@route("POST", "/__parlel/reset", open=True, query="test")
+@route("POST /__parlel/reset", open=True, query="test")
 def reset_server(server: Server, request: Request) -> Any:
     """Go back to the state after the start, or forget what belongs to one test."""
     server.reset(test=request.args.get("test"))
@@ -11250,8 +11241,7 @@ def make_seed_row(name: str) -> Field:
 
 
 @route(
-    "POST",
-    "/__parlel/seed",
+    "POST /__parlel/seed",
     open=True,
     body=Keys(*map(make_seed_row, SEED_FIELDS)),
     max_bytes=STORAGE_LIMIT,
@@ -11353,7 +11343,7 @@ def show_row(call: Call) -> Item:
     }
 
 
-@route("GET", "/__parlel/requests", open=True, query=RECORD_FILTERS)
+@route("GET /__parlel/requests", open=True, query=RECORD_FILTERS)
 def list_requests(server: Server, request: Request) -> Any:
     """List the record, oldest first; a query may ask for a kind, a status, a test, a text ..."""
     args = request.args
@@ -11446,7 +11436,7 @@ def find_numbered(noun: str, items: Iterable[Any], request: Request) -> Any:
     raise ApiError("no_object", param="number", noun=noun, id=number[:20])
 
 
-@route("GET", "/__parlel/requests/{number}", open=True)
+@route("GET /__parlel/requests/{number}", open=True)
 def get_recorded_call(server: Server, request: Request) -> Any:
     """Describe one recorded call, with what came back and ways to say it again."""
     call = find_numbered("Call", server.requests, request)
@@ -11466,7 +11456,7 @@ def get_recorded_call(server: Server, request: Request) -> Any:
     }
 
 
-@route("GET", "/__parlel/requests/{number}/reply", open=True)
+@route("GET /__parlel/requests/{number}/reply", open=True)
 def get_recorded_reply(server: Server, request: Request) -> Any:
     """Return the bytes that one call got."""
     call = find_numbered("Call", server.requests, request)
@@ -11478,7 +11468,7 @@ def get_recorded_reply(server: Server, request: Request) -> Any:
     return reply
 
 
-@route("POST", "/__parlel/fixtures", open=True)
+@route("POST /__parlel/fixtures", open=True)
 def add_fixtures(server: Server, request: Request) -> Any:
     """Add the fixtures of a file's JSON, all or none."""
     try:
@@ -11491,8 +11481,7 @@ def add_fixtures(server: Server, request: Request) -> Any:
 
 
 @route(
-    "GET",
-    "/__parlel/fixtures",
+    "GET /__parlel/fixtures",
     open=True,
     query=Keys("from=requests", *RECORD_FILTERS.values()),
 )
@@ -11504,14 +11493,14 @@ def list_fixtures(server: Server, request: Request) -> Any:
     return Reply(write_fixtures(record_calls(calls, server.secrets).rows(), {}))
 
 
-@route("DELETE", "/__parlel/fixtures", open=True)
+@route("DELETE /__parlel/fixtures", open=True)
 def remove_fixtures(server: Server, request: Request) -> Any:
     """Remove the fixtures that were added at run time; those of files stay."""
     server.script.remove(*server.script.every)
     return {"ok": True}
 
 
-@route("DELETE", "/__parlel/fixtures/{number}", open=True)
+@route("DELETE /__parlel/fixtures/{number}", open=True)
 def remove_fixture(server: Server, request: Request) -> Any:
     """Remove one fixture that was added at run time, by its number."""
     find_numbered("Fixture", server.script.every, request).remove()
@@ -13966,7 +13955,9 @@ class TogetherAiServer(Scripting, Shared):
             known = self._upstream is not None or f"{request.method} {path}" in scripted
             if not known or not path.startswith("/v"):
                 raise
-            route = Route(request.method, path)  # which is the upstream's or a fixture's to know
+            route = Route(
+                f"{request.method} {path}"
+            )  # which is the upstream's or a fixture's to know
             read_loosely(request)
         return route
 
