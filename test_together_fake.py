@@ -1182,7 +1182,7 @@ BAD_ENTRIES = read_pairs(r"""
     fixtures[0].response.content: must be a string or an object or an array, not 1
 {"response": {"toolCalls": [{"name": "f"}]}}
     fixtures[0].response.toolCalls[0].arguments: is missing
-{"response": {"blocks": [{"type": "text", "name": "f"}]}}
+{"response": {"blocks": [{"type": "text"}]}}
     fixtures[0].response.blocks[0].text: is missing
 {"response": {"blocks": [{"type": "image"}]}}
     fixtures[0].response.blocks[0].type: must be one of text, toolCall, not "image"

@@ -784,7 +784,7 @@ class Fields(dict):  # type: ignore[type-arg]
         self.nested: Item = {name: tables[name] for name in tables if tables[name]}
         self.closed = closed
         self.cases = {  # by the type of an object
-            name[1:]: Fields(*common, *own.values(), " -".join(["", *own.ignored]))
+            name[1:]: Fields(*common, *own.values(), " -".join(["", *own.ignored]), closed=closed)
             for name, own in tables.items()
             if name[0] == "@"
         }
@@ -805,7 +805,7 @@ class Fields(dict):  # type: ignore[type-arg]
 
     def check(self, values: Item, place: str = "") -> None:
         """Check values in place; unknown names pass, unless closed; `null` counts as absent."""
-        if self.closed:
+        if self.closed and not self.cases:
             self.check_names(values, place)
         for name in self.required:
             if values.get(name) is None:
@@ -5034,7 +5034,6 @@ CHAOS: dict[str, Item] = {  # what each rate's hit does, as options; the first w
     "rateLimitRate": {"status": 429},
     "disconnectRate": {"disconnectAfterChunks": 0},
 }
-PROFILE = Keys(f"ttft:int|float:0..{MAX_MS} tps:int|float:0.001.. jitter:int|float:0..1")
 TIMINGS = Keys(
     f"ttftMs,totalDurationMs:int|float:0..{MAX_MS}",
     Field("interChunkDelaysMs", list, each=Field("", int, float, low=0, high=MAX_MS)),
@@ -5062,13 +5061,12 @@ OPTIONS = Keys(
     "shouldRetry,malformed,empty:bool",
     Field("after", str, test=("text:... or toolName", check_after)),
     "in=arguments before=finish|usage|done insert",
-    Field("streamingProfile", dict, fields=PROFILE),
     Field("recordedTimings", dict, fields=TIMINGS),
-    Field(
-        "chaos",
-        dict,
-        fields=Keys(f"latencyMs:int|float:0..{MAX_MS} {','.join(CHAOS)}:int|float:0..1"),
-    ),
+    f"""\
+streamingProfile:dict
+  ttft:int|float:0..{MAX_MS} tps:int|float:0.001.. jitter:int|float:0..1
+chaos:dict
+  latencyMs:int|float:0..{MAX_MS} {",".join(CHAOS)}:int|float:0..1""",
     "-openRouterProcessing,metadata",
 )
 TYPES_BY_KEY: dict[str, ResponseType] = {}  # where keys tell of two types, the later is meant
@@ -5098,10 +5096,6 @@ OVERRIDES = Fields(
     "id model finishReason role created:int:0..",
     Field("usage", dict, each=Field("", int, float, bool, dict, low=0)),
 )
-# Where an object or a list can be a text, its JSON is meant.
-TOOL_CALL = Keys("name! id arguments!:str|dict|list")
-BLOCK = Keys("type!=text|toolCall text name id arguments:str|dict|list")
-ENVELOPE = Keys("message!:str|dict type param code -metadata")
 RAW = Keys("text", Field("b64Json", str, test=BASE64), "contentType")
 
 
@@ -5183,7 +5177,7 @@ GENERATED = ResponseType("generated", Keys(), everywhere=True)  # the usual answ
 ERROR = ResponseType(
     "error",
     Keys(
-        Field("error", dict, fields=ENVELOPE),
+        "error:dict\n  message!:str|dict type param code -metadata",
         f"id retryAfter:int|float:0..{MAX_MS} retryAfterDate:bool status:int:200..4999",
         "-fallthrough",
     ),
@@ -5194,13 +5188,18 @@ ERROR = ResponseType(
 TEXT = ResponseType(
     "text",
     Keys(
-        "content:str|dict|list",
-        Field("toolCalls", list, each=Field("", dict, fields=TOOL_CALL)),
-        Field("blocks", list, each=Field("", dict, fields=BLOCK)),
-        "reasoning",
+        """\
+content:str|dict|list reasoning
+toolCalls:list
+  name! id arguments!:str|dict|list
+blocks:list
+  type!=text|toolCall
+  @text
+    text!
+  @toolCall
+    name! id arguments!:str|dict|list
+-systemFingerprint,provider,nativeFinishReason,webSearches,reasoningSignature,redactedThinking""",
         *OVERRIDES.values(),
-        "-systemFingerprint,provider,nativeFinishReason,webSearches,reasoningSignature",
-        "-redactedThinking",
     ),
     normalise_message,
     told_by="content toolCalls blocks",
@@ -5292,10 +5291,6 @@ def check_response(type: ResponseType, response: Item, place: str) -> None:
         raise ValueError(f"{place}.status: must be at least 400, not {status}")
     if status > 999 and not (type is ERROR and is_close_code(status)):
         raise ValueError(f"{place}.status: {status} is neither a status nor the code of a close")
-    for index, block in enumerate(response.get("blocks", ())):
-        for key in ("text",) if block["type"] == "text" else ("name", "arguments"):
-            if key not in block:
-                raise ValueError(f"{place}.blocks[{index}].{key}: is missing")
 
 
 def tell_type(response: Item, place: str, ignored: list[str]) -> ResponseType:
