@@ -10296,14 +10296,6 @@ def identify(kind: str, request: Request) -> tuple[Item, Item]:
     return {**name, "bodyDigest": digest_body(kind, request.body)}, {}
 
 
-def write_entry(entry: Item, secrets: Iterable[str] = ()) -> str:
-    """Write a fixture as aimock does, but no key."""
-    text = json.dumps(entry, indent=2, ensure_ascii=False)
-    for secret in secrets:
-        text = text.replace(ENCODE(secret)[1:-1], "***")
-    return "    " + text.replace("\n", "\n    ")
-
-
 def read_loosely(request: Request) -> None:
     if request.raw and not request.body:
         with contextlib.suppress(ApiError):
@@ -10311,11 +10303,7 @@ def read_loosely(request: Request) -> None:
             request.body = parse_body(request.raw, kind, NO_FIELDS)
 
 
-if TYPE_CHECKING:
-    Rank = tuple[int, int]
-
-
-def rank_match(match: Item) -> Rank:
+def rank_match(match: Item) -> tuple[int, int]:
     """Return what sorts matches: one that holds for other requests, too, has fewer words."""
     said = (("endpoint", "chat"), ("sequenceIndex", match.get("sequenceIndex")))
     name = {key: match[key] for key in match if key != "body" and (key, match[key]) not in said}
@@ -10326,36 +10314,39 @@ class Recording:
     """Fixtures for recorded calls: a sequence where one had several answers."""
 
     def __init__(self) -> None:
-        # Answers and what is secret in them, by the JSON of a request's name, then of its body.
-        self._names: dict[str, dict[str, list[tuple[Item, Iterable[str]]]]] = {}
+        # Answers by the JSON of a request's name, then of its body.
+        self._names: dict[str, dict[str, list[Item]]] = {}
 
     def add(self, identity: Any, answer: Item, secrets: Iterable[str]) -> None:
-        name, body = identity
+        """Add an answer to what identifies its request, but no key."""
+        told = ENCODE([*identity, answer])
+        for secret in secrets:
+            told = told.replace(ENCODE(secret)[1:-1], "***")
+        name, body, answer = json.loads(told)
         Fixture({"match": {**name, "body": body}, **answer}, "")
         alike = self._names.setdefault(CANONICAL(name), {})
-        alike.setdefault(CANONICAL(body), []).append((answer, tuple(secrets)))
+        alike.setdefault(CANONICAL(body), []).append(answer)
 
-    def rows(self) -> Iterator[tuple[Rank, str]]:
-        """Yield the JSON of the fixtures, each with its rank."""
+    def rows(self) -> Iterator[tuple[tuple[int, int], Item]]:
+        """Yield the fixtures, each with its rank."""
         for name, alike in self._names.items():
             for body, answers in alike.items():
                 match = json.loads(name)
                 rank = rank_match({**match, "body": json.loads(body)})
-                if any(answer["response"].keys() & {"json", "raw"} for answer, _ in answers):
+                if any(answer["response"].keys() & {"json", "raw"} for answer in answers):
                     match = {"endpoint": "chat", **match}  # the answer does not say what it is
                 if body != "{}" and (len(alike) > 1 or NAMES.isdisjoint(match)):
                     match["body"] = json.loads(body)
-                secrets = {secret for _, found in answers for secret in found}
-                for at, (answer, _) in enumerate(answers):
+                for at, answer in enumerate(answers):
                     number = {"sequenceIndex": at} if at < len(answers) - 1 else {}
-                    yield rank, write_entry({"match": {**match, **number}, **answer}, secrets)
+                    yield rank, {"match": {**match, **number}, **answer}
 
 
-def write_fixtures(rows: Iterable[tuple[Rank, str]], more: Mapping[str, Any]) -> bytes:
+def write_fixtures(rows: Iterable[tuple[tuple[int, int], Item]], more: Item) -> bytes:
     """Return a fixture file; `more` is what it says beside its fixtures."""
-    inner = ",\n".join(text for _, text in sorted(rows, key=lambda row: row[0]))
-    others = "".join(f"  {ENCODE(name)}: {json.dumps(more[name])},\n" for name in more)
-    return f'{{\n{others}  "fixtures": [\n{inner}\n  ]\n}}\n'.encode()
+    fixtures = [fixture for _, fixture in sorted(rows, key=operator.itemgetter(0))]
+    text = json.dumps({**more, "fixtures": fixtures}, indent=2, ensure_ascii=False)
+    return f"{text}\n".encode()
 
 
 def record_calls(calls: Iterable[Call], secrets: Iterable[str]) -> Recording:
@@ -10443,7 +10434,7 @@ class Recorder(Shared):
         tempfile.TemporaryFile(dir=os.path.dirname(self.path)).close()  # there can be a draft
         self._recording = Recording()
         self._mine: set[str] = set()
-        self._others: dict[str, Rank] = {}  # the entries of others, by their JSON
+        self._others: dict[str, tuple[int, int]] = {}  # ranks of others' entries, by their JSON
         self._more: Item = {}
         self._read()
         self._others = dict.fromkeys(self._others, (-sys.maxsize, 0))  # sorted by hand, maybe
@@ -10510,7 +10501,7 @@ class Recorder(Shared):
         self._more.pop("fixtures", None)
         known, self._others = self._others, {}
         for entry in read_file(data)["fixtures"]:
-            text = write_entry(entry)
+            text = ENCODE(entry)
             if text not in self._mine:
                 self._others[text] = known.get(text) or rank_match(entry["match"])
 
@@ -10521,10 +10512,10 @@ class Recorder(Shared):
             with lock_folder(self.path):
                 if stamp_files([self.path]) != self._seen:
                     self._read()
-                others = [(self._others[text], text) for text in self._others]
+                others = [(rank, json.loads(text)) for text, rank in self._others.items()]
                 mine = list(self._recording.rows())
                 write_file(self.path, write_fixtures(others + mine, self._more))
-                self._mine, self._seen = {text for _, text in mine}, stamp_files([self.path])
+                self._mine, self._seen = {ENCODE(row[1]) for row in mine}, stamp_files([self.path])
             self._unwritten = False
         except (OSError, ValueError) as error:
             self._tell(f"cannot record to {self.path}: {error}")
@@ -11445,7 +11436,7 @@ def get_recorded_call(server: Server, request: Request) -> Any:
         ],
         "copy": {
             "curl": write_curl(call, request.origin),
-            "python": write_python(call, json.loads(rows[0][1])) if rows else "",
+            "python": write_python(call, copy_json(rows[0][1])) if rows else "",
             "fixture": write_fixtures(rows, {}).decode() if rows else "",
         },
     }
