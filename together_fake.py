@@ -6990,9 +6990,9 @@ class Answer:
     def stream_choice(self, choice: Choice) -> Iterator[Any]:
         """Yield what each chunk of a choice adds: reasoning, text and tool calls, the end."""
         if choice.thoughts:
-            yield from repeat_json(ENCODE(self.thought(choice, SLOT)), choice.thoughts)
-            if "closes-thoughts" in self.traits:
-                yield self.thought(choice, "")
+            said = {"reasoning": SLOT, "reasoning_content": SLOT}
+            pieces = [*choice.thoughts, *([""] if "closes-thoughts" in self.traits else [])]
+            yield from repeat_json(ENCODE(self.chunk("thought", choice, said)), pieces)
         if "comments" in self.traits:
             yield KEEPALIVE
         is_cut = choice.finish_reason == "length" and "ends-with-text" in self.traits
@@ -7017,9 +7017,6 @@ class Answer:
         usage = more.get("usage") if "ends-with-usage" in self.traits else None
         return self.frame(kind, [self.part(kind, choice, said, **more)], usage)
 
-    def thought(self, choice: Choice, piece: str) -> Item:
-        return self.chunk("thought", choice, {"reasoning": piece, "reasoning_content": piece})
-
     def text(self, choice: Choice, piece: str, score: Any = None, **more: Any) -> Item:
         """Return the chunk of a token of the text, with its number where the engine tells it."""
         number = None
@@ -7038,19 +7035,17 @@ class Answer:
 
     def calls(self, choice: Choice) -> Iterator[Any]:
         """Yield each tool call: its head, then its arguments in pieces."""
-        cuts = "cuts-arguments" in self.traits
-        blank = "" if "blank" in self.traits else None
+        is_cut = "cuts-arguments" in self.traits
         for call in choice.tool_calls:
             text = call["function"]["arguments"]
             yield self.call("head", choice, call, {**call["function"], "arguments": ""})
-            pieces = call.get("pieces") or (split_tokens(text) if cuts else [text])
-            last = len(pieces) - (not cuts)  # which tells the end already
-            rest = {**call, "id": blank}
-            slotted = self.call("rest", choice, rest, {"arguments": SLOT})
-            yield from repeat_json(ENCODE(slotted), pieces[:last])
-            for piece in pieces[last:]:
-                more = {"finish_reason": choice.finish_reason}
-                yield self.call("rest", choice, rest, {"arguments": piece}, **more)
+            rest = {**call, "id": "" if "blank" in self.traits else None}
+            chunk = ENCODE(self.call("rest", choice, rest, {"arguments": SLOT}))
+            pieces = call.get("pieces") or (split_tokens(text) if is_cut else [text])
+            yield from repeat_json(chunk, pieces if is_cut else pieces[:-1])
+            if not is_cut:  # the last one tells the end already
+                last = {"arguments": pieces[-1]}
+                yield self.call("rest", choice, rest, last, finish_reason=choice.finish_reason)
             if "closes-calls" in self.traits:
                 yield self.call("close", choice, rest, {"arguments": ""})
 
@@ -7560,12 +7555,12 @@ def make_thoughts(rng: HashRandom, model: Model, effort: str) -> str:
 
 
 def compose_choice(
-    rng: HashRandom,
-    form: Form,
-    body: Item,
     model: Model,
     effort: str,
     wanted: WantedForm | None,
+    rng: HashRandom,
+    form: Form,
+    body: Item,
     budget: int,
     index: int,
 ) -> Choice:
@@ -7602,12 +7597,7 @@ def compose_choice(
 
 
 def script_choice(
-    rng: HashRandom,
-    form: Form,
-    body: Item,
-    script: Item,
-    budget: int,
-    index: int,
+    script: Item, rng: HashRandom, form: Form, body: Item, budget: int, index: int
 ) -> Choice:
     """Write one choice that a fixture scripts; the limits on its length hold too."""
     choice, ended = Choice(index), "finish_reason" in script  # as it was recorded
@@ -7620,13 +7610,10 @@ def script_choice(
         choice.write(text, count_tokens(text), None if ended else body.get("stop"), max(most, 0))
     if calls:
         choice.finish_reason = "tool_calls"
-        choice.tool_calls = [
-            tool_call(
-                rng.child("call", index, at), form, at, call["name"], call["arguments"], call["id"]
-            )
-            for at, call in enumerate(calls)
-        ]
-    choice.calls_first = bool(blocks) and blocks[0]["type"] == "tool_call"
+        choice.calls_first = blocks[0] is calls[0]
+    for at, call in enumerate(calls):
+        own, said = rng.child("call", index, at), (call["name"], call["arguments"], call["id"])
+        choice.tool_calls = (*choice.tool_calls, tool_call(own, form, at, *said))
     return choice
 
 
@@ -7635,11 +7622,11 @@ def apply_script(answer: Answer, script: Item) -> None:
     for name in ("id", "created", "model", "role"):
         setattr(answer, name, script.get(name) or getattr(answer, name))
     answer.request.id = answer.id
-    usage = answer.usage
-    if usage.keys() - {"reasoning_tokens"} <= (script.get("usage") or {}).keys():
+    usage, given = answer.usage, script.get("usage") or {}
+    if usage.keys() - {"reasoning_tokens"} <= given.keys():
         usage.clear()  # a whole one was given
-    usage.update(script.get("usage") or {})
-    if "total_tokens" not in (script.get("usage") or {}):
+    usage.update(given)
+    if "total_tokens" not in given:
         usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
     for choice in answer.choices:
         choice.finish_reason = script.get("finish_reason") or choice.finish_reason
@@ -7691,14 +7678,12 @@ def compose_chat(server: Server, request: Request) -> Answer:
     budget, prompt_tokens = find_budget(body, model, prompt_tokens)
     script = request.script = fill_forced_tool(body, request.script)
     wanted = read_prompt(server, request, body["messages"])
-    choices = []
-    for index in range(body.get("n") or 1):
-        if script:
-            choices.append(script_choice(rng, form, body, script, budget, index))
-        else:
-            choices.append(compose_choice(rng, form, body, model, effort, wanted, budget, index))
-            if choices[-1].finish_reason == "tool_calls":
-                request.form = ""
+    write = functools.partial(compose_choice, model, effort, wanted)
+    if script:
+        write = functools.partial(script_choice, script)
+    choices = [write(rng, form, body, budget, index) for index in range(body.get("n") or 1)]
+    if any(choice.finish_reason == "tool_calls" for choice in choices):
+        request.form = ""
     answer = Answer(request, form, choices, count_usage(prompt_tokens, choices))
     answer.key, answer.cached_tokens = rng.key, before // CACHED_TOKENS * CACHED_TOKENS
     return finish_answer(answer, rng, map(message_text, body["messages"]))
@@ -8038,7 +8023,7 @@ def compose_completion(server: Server, request: Request) -> Answer:
         wanted = read_prompt(server, request, [{"role": "user", "content": input_text(prompt)}])
         for index in range(body.get("n") or 1):
             if script:
-                choices.append(script_choice(rng, form, body, script, budget, len(choices)))
+                choices.append(script_choice(script, rng, form, body, budget, len(choices)))
             else:
                 choices.append(Choice(len(choices)))
                 text, count = make_answer(own.child("text", index), wanted)
