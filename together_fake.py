@@ -735,7 +735,9 @@ KIND_WORDS = {kind.__name__: kind for kind in KIND_NAMES}
 
 def read_word(word: str, fields: Fields | None) -> list[Field]:
     """Return the rows that a word tells of, see `Fields`, with the table of what is inside."""
-    rest, _, choices = word.partition("=")
+    head, _, inner = word.partition("[")
+    inner, _, tail = inner.rpartition("]")
+    rest, _, choices = (head + tail).partition("=")
     names, *rules = rest.split(":")
     kinds, low, high = "str", "", ""
     for rule in rules:
@@ -743,14 +745,13 @@ def read_word(word: str, fields: Fields | None) -> list[Field]:
             low, high = rule.split("..")
         else:
             kinds = rule
-    own, _, items = kinds.rstrip("]").partition("[")
-    each = Field("", *map(KIND_WORDS.__getitem__, items.split("|"))) if items else None
-    if fields and "list" in own:
+    each = read_word(f"item:{inner}", None)[0] if inner else None
+    if fields and "list" in kinds:
         each, fields = Field("", dict, fields=fields), None
     return [
         Field(
             name,
-            *map(KIND_WORDS.__getitem__, own.split("|")),
+            *map(KIND_WORDS.__getitem__, kinds.split("|")),
             low=json.loads(low or "-Infinity"),
             high=json.loads(high or "Infinity"),
             choices=tuple(filter(None, choices.split("|"))),
@@ -2319,12 +2320,11 @@ KINDS: dict[type, str] = {
 
 # What a keyword of each shape takes; those of any shape are in no row.
 SHAPES = Fields(
-    "text list:list switch:bool count:int:0..1e300 step:float:1e-8..1e300 schemas:list map:dict"
-    " limit:float|bool:-1e300..1e300 schema:dict|bool",  # limits: some are switches in draft 4
-    "items:dict|bool|list needs:dict",  # items: a list until 2019-09
-    Field("names", list, each=Field("", str)),
-    Field("types", str, list, low=1, choices=TYPES, each=Field("", str, choices=TYPES)),
-)  # fmt: skip
+    "text list:list switch:bool names:list[str] schema:dict|bool schemas:list map,needs:dict",
+    "limit:float|bool:-1e300..1e300",  # some are switches in draft 4
+    "step:float:1e-8..1e300 count:int:0..1e300 items:dict|bool|list",  # a list until 2019-09
+    "types:str|list[str={0}]:1..={0}".format("|".join(TYPES)),
+)
 
 
 SIZED = {"Length": "string", "Items": "array", "Properties": "object"}
@@ -5034,10 +5034,6 @@ CHAOS: dict[str, Item] = {  # what each rate's hit does, as options; the first w
     "rateLimitRate": {"status": 429},
     "disconnectRate": {"disconnectAfterChunks": 0},
 }
-TIMINGS = Keys(
-    f"ttftMs,totalDurationMs:int|float:0..{MAX_MS}",
-    Field("interChunkDelaysMs", list, each=Field("", int, float, low=0, high=MAX_MS)),
-)
 
 
 def check_after(place: str) -> None:
@@ -5055,19 +5051,18 @@ STRIKE_PLACES = ("after", "in", "before")
 OPTIONS = Keys(
     # Numbers that may be floats stay as they were written: 5 is not made 5.0.
     f"latency,disconnectAfterMs:int|float:0..{MAX_MS} replaySpeed:int|float:0.001..",
-    "chunkSize,times,truncateAfterChunks:int:1..",
-    Field("chunkSizes", list, low=1, each=Field("", int, low=1)),
+    "chunkSize,times,truncateAfterChunks:int:1.. chunkSizes:list[int:1..]:1..",
     f"{','.join(name for name in STRIKES if name != 'truncateAfterChunks')}:int:0..",
     "shouldRetry,malformed,empty:bool",
     Field("after", str, test=("text:... or toolName", check_after)),
-    "in=arguments before=finish|usage|done insert",
-    Field("recordedTimings", dict, fields=TIMINGS),
     f"""\
+in=arguments before=finish|usage|done insert -openRouterProcessing,metadata
 streamingProfile:dict
   ttft:int|float:0..{MAX_MS} tps:int|float:0.001.. jitter:int|float:0..1
+recordedTimings:dict
+  ttftMs,totalDurationMs:int|float:0..{MAX_MS} interChunkDelaysMs:list[int|float:0..{MAX_MS}]
 chaos:dict
   latencyMs:int|float:0..{MAX_MS} {",".join(CHAOS)}:int|float:0..1""",
-    "-openRouterProcessing,metadata",
 )
 TYPES_BY_KEY: dict[str, ResponseType] = {}  # where keys tell of two types, the later is meant
 RESPONSE = Keys(*OPTIONS.values())  # and the rows of all types: a header mixes them
@@ -5087,15 +5082,11 @@ OWN_MODEL = Keys(  # one that the catalogue lacks, or has otherwise
     Field("type", str, choices=LISTED_TYPES),
     Field("engine", str, choices=ENGINE_NAMES),
     f"contextLength:int:1.. dimensions:int:1..{MAX_DIMENSIONS}",
-    Field("traits", list, each=Field("", str, choices=TRAITS)),
-    "price:dict\n  input,output,cachedInput:int|float:0..",
-    "organization displayName",
+    f"organization displayName traits:list[str={'|'.join(TRAITS)}] price:dict\n"
+    "  input,output,cachedInput:int|float:0..",
 )
 
-OVERRIDES = Fields(
-    "id model finishReason role created:int:0..",
-    Field("usage", dict, each=Field("", int, float, bool, dict, low=0)),
-)
+OVERRIDES = Fields("id model finishReason role created:int:0.. usage:dict[int|float|bool|dict:0..]")
 RAW = Keys("text", Field("b64Json", str, test=BASE64), "contentType")
 
 
@@ -8065,9 +8056,8 @@ def normalise_vectors(said: Item) -> Item:
     return {"vectors": given if list in map(type, given) else [given]}
 
 
-FLOAT32 = Field("", int, float, low=-3.4e38, high=3.4e38)
-VECTOR = Field("embedding", list, each=Field("", int, float, list, each=FLOAT32))
-SCRIPTED_VECTORS = ResponseType("embedding", Keys(VECTOR), normalise_vectors)
+VECTORS = Keys("embedding:list[int|float|list[int|float:-3.4e38..3.4e38]]")
+SCRIPTED_VECTORS = ResponseType("embedding", VECTORS, normalise_vectors)
 
 
 def embed_inputs(request: Request, model: Model, inputs: list[Any]) -> Iterator[str]:
@@ -8123,8 +8113,7 @@ def document_text(document: Any, names: list[str] | None) -> str:
     return "\n".join([value if type(value) is str else ENCODE(value) for value in values])
 
 
-RANKS = Keys(Field("scores", list, each=Field("", int, float)))
-SCRIPTED_SCORES = ResponseType("rerank", RANKS)
+SCRIPTED_SCORES = ResponseType("rerank", Keys("scores:list[int|float]"))
 
 
 @route(
@@ -9453,7 +9442,7 @@ SPEECH_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg"}  # without parameters: 
 TRANSCRIPTION_FIELDS = Fields(
     "file!:Upload|str model language prompt response_format=json|verbose_json",
     f"temperature:float:0..1 diarize:bool min_speakers,max_speakers:int:1..{MAX_SPEAKERS}",
-    Field("timestamp_granularities", str, list, each=Field("", str, choices=("segment", "word"))),
+    "timestamp_granularities:str|list[str=segment|word]",
 )
 HEARING: Any = {"body": TRANSCRIPTION_FIELDS, "max_bytes": MAX_AUDIO_BYTES}
 SEGMENT_WORDS, WORDS_A_SECOND = 10, 2.5
