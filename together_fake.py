@@ -6461,25 +6461,11 @@ class Route:
 route = Route  # `@route(...)` above a handler declares it
 
 
-def refuse_path(method: str, path: str, allowed: list[str]) -> ApiError:
-    """Answer 405 for a known path, else 404 with the nearest emulated ones."""
-    if allowed:
-        allow = ", ".join(sorted({*allowed, "OPTIONS", *(["HEAD"] if "GET" in allowed else [])}))
-        error = ApiError("bad_method", path=path[:100], method=method[:20], allow=allow)
-        error.headers["Allow"] = allow
-        return error
-    from difflib import get_close_matches  # only for this message
-
-    own = path.startswith("/__")
-    paths = list(dict.fromkeys(known.path for known in ROUTES if known.open == own))
-    near = get_close_matches(path[:100], paths, n=3, cutoff=0.3) or paths[:3]
-    return ApiError(
-        "no_route", path=path[:100], reason=f" This emulator has {', '.join(near)}, among others."
-    )
-
-
 def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
-    """Return the route and the path's parameters; raise ApiError 404 or 405."""
+    """Return the route and the path's parameters.
+
+    Raises ApiError 405 for a known path, else 404 with the nearest emulated ones.
+    """
     method = "GET" if method == "HEAD" else method
     allowed: list[str] = []
     for known in ROUTES:
@@ -6488,7 +6474,18 @@ def find_route(method: str, path: str) -> tuple[Route, dict[str, str]]:
             if known.method == method:
                 return known, found
             allowed.append(known.method)
-    raise refuse_path(method, path, allowed)
+    if allowed:
+        allow = ", ".join(sorted({*allowed, "OPTIONS", *(["HEAD"] if "GET" in allowed else [])}))
+        error = ApiError("bad_method", path=path[:100], method=method[:20], allow=allow)
+        error.headers["Allow"] = allow
+        raise error
+    from difflib import get_close_matches  # only for this message
+
+    own = path.startswith("/__")
+    paths = list(dict.fromkeys(known.path for known in ROUTES if known.open == own))
+    near = ", ".join(get_close_matches(path[:100], paths, n=3, cutoff=0.3) or paths[:3])
+    reason = f" This emulator has {near}, among others."
+    raise ApiError("no_route", path=path[:100], reason=reason)
 
 
 # === Inference endpoints ===
@@ -10547,22 +10544,31 @@ def list_facts(call: Call) -> MatchFacts:
 FINISH = lazy_regex(rb'"finish_reason":\s*"|"response\.(?:completed|incomplete)"')
 
 
+def list_quotes(messages: list[Item]) -> tuple[list[str], set[Any]]:
+    """Return the texts of messages, and the ids of their tool calls."""
+    calls = [call for each in messages for call in list_objects(each.get("tool_calls"))]
+    texts = [str(join_text(each.get("content"))).strip() for each in messages]
+    return texts, {call.get("id") for call in calls} - {None}
+
+
 def find_half(call: Call) -> tuple[str, set[Any]] | None:
     """Return the text and the ids of tool calls of a stream without an end; else None."""
     is_text = call.kind in ("chat", "completion", "response") and call.outcome != "left"
     if not (is_text and call.events_sent and call.is_kept) or FINISH.search(call.raw_reply):
         return None
-    said = fold_stream(call.reply)
-    ids = {one["id"] for each in said for one in each["tool_calls"]} - {None}
-    return "".join(each["content"] for each in said).strip(), ids
+    texts, ids = list_quotes(fold_stream(call.reply))
+    return "".join(texts), ids
 
 
 def has_failed(call: Call) -> bool:
     is_json = call.reply_type.startswith("application/json")
-    broken = is_json and call.is_kept and not isinstance(call.reply, (dict, list))
-    left = call.outcome == "left" and call.excused
-    failed = call.status >= 400 or call.outcome == "cut" or left or broken
-    return call.has_ended and (failed or find_half(call) is not None)
+    return call.has_ended and (
+        call.status >= 400
+        or call.outcome == "cut"
+        or (call.outcome == "left" and call.excused)
+        or (is_json and call.is_kept and not isinstance(call.reply, (dict, list)))
+        or find_half(call) is not None
+    )
 
 
 def find_wait(call: Call) -> float:
@@ -10644,11 +10650,7 @@ def judge_halves(calls: Sequence[Call]) -> Iterator[Finding]:
             continue
         for following in calls:
             asked = list_facts(following).messages
-            said = [each for each in asked if each.get("role") == "assistant"]
-            texts = [str(join_text(each.get("content"))).strip() for each in said]
-            called = {
-                get_path(one, "id") for m in said for one in list_objects(m.get("tool_calls"))
-            }
+            texts, called = list_quotes([each for each in asked if each.get("role") == "assistant"])
             if following.started >= find_end(call) and (text in texts if text else ids & called):
                 text = f"took for whole {preview(text) if text else 'a tool call'}"
                 yield Finding("half_answer_taken", text, call, following)
@@ -10657,19 +10659,19 @@ def judge_halves(calls: Sequence[Call]) -> Iterator[Finding]:
 
 def find_wrong_results(messages: list[Item]) -> Iterator[str]:
     """Say which tool results answer no call, and which calls have none."""
-    made: set[Any] = set()
+    made: list[Any] = [None]
     waiting: list[Any] = []
     for message in messages:
         if message.get("role") == "tool":
             id = message.get("tool_call_id")
-            if id is not None and id not in made:
+            if id not in made:
                 yield f"sent a result for {preview(id)}, which no message before it calls"
             waiting = [each for each in waiting if each != id]
             continue
         yield from (f"sent no result for {preview(id)}" for id in waiting)
         calls = list_objects(message.get("tool_calls"))
         waiting = [call["id"] for call in calls if isinstance(call.get("id"), str)]
-        made.update(waiting)
+        made += waiting
 
 
 def judge_tools(calls: Iterable[Call]) -> Iterator[Finding]:
@@ -11320,9 +11322,8 @@ def list_requests(server: Server, request: Request) -> Any:
     # One after the other, so that others are served in between.
     items = [ENCODE(show_row(call) if rows else call.as_json()) for call in calls]
     more = {"last": last, "next": following, "epoch": epoch} if rows else {}
-    tail = ENCODE({"count": len(items), **more})[1:]
-    name = "rows" if rows else "requests"
-    return Reply(b'{"%b":[%b],%b' % (name.encode(), ",".join(items).encode(), tail.encode()))
+    head, tail = '{"rows":[' if rows else '{"requests":[', ENCODE({"count": len(items), **more})
+    return Reply(f"{head}{','.join(items)}],{tail[1:]}".encode())
 
 
 CONNECTION_HEADERS = {  # that concern one connection alone
@@ -11354,11 +11355,10 @@ def write_curl(call: Call, origin: str) -> str:
     import shlex
 
     method = "-I" if call.method == "HEAD" else f"-X {shlex.quote(call.method)}"
-    url = f"{origin}{call.path}?{call.query}" if call.query else origin + call.path
-    options = [(f"curl -gsS --path-as-is {method}", url)]
+    query = call.query and "?" + call.query
+    options = [(f"curl -gsS --path-as-is {method}", origin + call.path + query)]
     for name, value in call.headers.items():
-        made_anew = name in CONNECTION_HEADERS or value.startswith("multipart/")
-        if not made_anew and not is_secret_header(name):
+        if not (name in CONNECTION_HEADERS or value[:10] == "multipart/" or is_secret_header(name)):
             options.append(("-H", f"{name}: {value}" if value else f"{name};"))
     options += [("-H", f"authorization: Bearer {DEFAULT_KEY}"), *list_body_options(call)]
     return " \\\n  ".join(f"{option} {shlex.quote(text)}" for option, text in options)
@@ -12790,14 +12790,13 @@ ADDRESS = lazy_regex(r"[0-9.]+|\[[0-9a-f:.]+\]")  # nobody can point it elsewher
 MAX_LOG_LINES = 10_000  # that wait to be written
 LOG_SECONDS = 0.5  # for the last of them when the server stops
 MAX_QUICK_BYTES = 8192  # of a body that is answered before the next client is
-CORS_METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
-
-
-def is_unrecorded(request: Request) -> bool:
-    path = request.path
-    if path[:6] == "/shrt/" and request.headers.get("sec-fetch-site") == "same-origin":
-        return True  # the page shows an image
-    return request.method == "OPTIONS" or (path[:4] != "/v1/" and bool(UNRECORDED.match(path)))
+METHODS = "GET, POST, PUT, PATCH, DELETE, HEAD, OPTIONS"
+PREFLIGHT = {  # what a browser asks before it sends a page's request
+    "Access-Control-Allow-Methods": METHODS,
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Max-Age": "86400",
+    "Access-Control-Allow-Private-Network": "true",
+}
 
 
 def is_loopback(host: str) -> bool:
@@ -12829,26 +12828,6 @@ def check_page(server: Server, request: Request) -> None:
     named = host in (socket.gethostname().lower(), *server.allow_host)
     if not (named or is_loopback(host) or ADDRESS.fullmatch(host)):
         raise ApiError("foreign_page", who=host[:100])
-
-
-def brings_key(request: Request) -> bool:
-    """Tell whether a page's socket brings a key, in the query or a subprotocol."""
-    query = parse_form(request.query.encode())
-    offered = request.headers.get("sec-websocket-protocol", "")
-    found = query.get("api_key") or query.get("authorization") or KEY_PROTOCOL.search(offered)
-    return found is not None
-
-
-def answer_preflight(request: Request, reader: str) -> Reply:
-    """Answer what a browser asks before it sends a page's request."""
-    asked = request.headers.get("access-control-request-headers")
-    allowed = {
-        "Access-Control-Allow-Methods": CORS_METHODS,
-        "Access-Control-Allow-Headers": asked or "Authorization, Content-Type",
-        "Access-Control-Max-Age": "86400",
-        "Access-Control-Allow-Private-Network": "true",
-    }
-    return Reply(b"", 204, headers={"Allow": CORS_METHODS, **(allowed if reader else {})})
 
 
 def write_line(call: Call) -> str:
@@ -12946,14 +12925,6 @@ def as_response(word: str, value: Any) -> Any:
     return value
 
 
-def find_caller() -> str:
-    """Return the line that called this file, as `tests/test_bot.py:47`."""
-    frame = sys._getframe()
-    while frame.f_globals.get("__name__") in (__name__, "contextlib") and frame.f_back is not None:
-        frame = frame.f_back
-    return f"{shorten_path(frame.f_code.co_filename)}:{frame.f_lineno}"
-
-
 REPLY_WORDS = [*KEYWORDS, "when"]
 SCRIPT_WORDS = ("endpoint", "sequence_index")  # that say nothing of a recorded call
 CALL_WORDS = [
@@ -12965,7 +12936,11 @@ def fixture_from_keywords(
     verb: str, words: Mapping[str, Any], known: Sequence[str] = REPLY_WORDS
 ) -> Fixture:
     """Build the fixture of `reply(...)` or `fail(...)`; None counts as absent."""
-    place, source = f"{verb}()", f"{verb}() at {find_caller()}"
+    frame = sys._getframe()
+    while frame.f_globals.get("__name__") in (__name__, "contextlib") and frame.f_back is not None:
+        frame = frame.f_back  # to the line that called this file
+    place = f"{verb}()"
+    source = f"{place} at {shorten_path(frame.f_code.co_filename)}:{frame.f_lineno}"
     entry: Item = {"match": {}, "response": {}, "": {}}
     for word in words:
         if word not in known:
@@ -13127,7 +13102,7 @@ class Scripting:
 
         The keywords are the keys of fixture files in snake case.
         """
-        if isinstance(content, list) and content and all(isinstance(it, str) for it in content):
+        if isinstance(content, list) and set(map(type, content)) == {str}:
             import warnings
 
             sentence = "a list of texts is sent as JSON; a sequence of answers is iter([...])"
@@ -13317,10 +13292,8 @@ class Scripting:
             other = f"{call!r}: another operation, {call.kind or call.path}"
             lines.append(explain_mismatch(probe, call) if call.is_of(operation) else other)
         nothing = f"nothing reached {self.server.origin}; was the client built before the variables"
-        listing = "\n  ".join(lines) or f"{nothing} were set?"
-        return AssertionError(
-            f"wanted {wanted} to {operation}{given}, saw {seen}; nearest:\n  {listing}"
-        )
+        told = f"wanted {wanted} to {operation}{given}, saw {seen}; nearest:"
+        return AssertionError("\n  ".join([told, *(lines or [f"{nothing} were set?"])]))
 
     def assert_all_used(self) -> None:
         """Fail where fixtures were never served, and say why not."""
@@ -13798,15 +13771,17 @@ class TogetherAiServer(Scripting, Shared):
 
     def _record(self, request: Request) -> Call:
         """Keep the call, unless it only looks after the server."""
-        at = self._read_clock()
-        if is_unrecorded(request):
+        at, path, headers = self._read_clock(), request.path, request.headers
+        is_shown = path[:6] == "/shrt/" and headers.get("sec-fetch-site") == "same-origin"
+        is_unrecorded = is_shown or (path[:4] != "/v1/" and UNRECORDED.match(path))
+        if request.method == "OPTIONS" or is_unrecorded:
             return Call(0, request, at)
         with self._lock:
             call = Call(next(self._numbers), request, at)
             call.revision = next(self._revisions)
             call.episode = self._episode
             self._calls.append(call)
-            for key in request.headers.secrets:
+            for key in headers.secrets:
                 self.secrets[key] = None
             self._recorded_bytes += call.kept
             self._shorten_record()
@@ -13840,7 +13815,10 @@ class TogetherAiServer(Scripting, Shared):
 
     def _respond(self, request: Request, call: Call) -> Reply:
         if request.method == "OPTIONS":
-            return answer_preflight(request, self._find_reader(request))
+            asked = request.headers.get("access-control-request-headers")
+            names = {"Access-Control-Allow-Headers": asked} if asked else {}
+            allowed = {**PREFLIGHT, **names} if self._find_reader(request) else {}
+            return Reply(b"", 204, headers={"Allow": METHODS, **allowed})
         route = request.route or self._open(request, call)
         if (self.rpm or self.tpm) and route.kind not in ("", "job"):
             limited = self._limit(request)
@@ -13879,8 +13857,10 @@ class TogetherAiServer(Scripting, Shared):
         route = EXACT.get((request.method, request.path)) or self._find_route(request, call)
         call.kind, call.route_kind = route.recorded_kind, route.kind
         has_key = request.headers.has_key
-        if route.status == 101 and not has_key:
-            has_key = brings_key(request)
+        if route.status == 101 and not has_key:  # a page's socket brings one in other places
+            query = parse_form(request.query.encode())
+            offered = KEY_PROTOCOL.search(request.headers.get("sec-websocket-protocol", ""))
+            has_key = bool(query.get("api_key") or query.get("authorization") or offered)
             if not has_key:
                 check_page(self, request)
         if self.require_auth and not route.open and not has_key:
@@ -14141,20 +14121,17 @@ def serve(server: TogetherAiServer) -> int:
     import gc
     import signal
 
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    # A signal is written here at once, whatever the main thread does.
-    signal.set_wakeup_fd(writer.fileno())
-    catch_signals(lambda *_: writer.send(b"\0"))  # one that came before the file descriptor
-    server.start()
-    exports = [f"export {variable}={value}" for variable, value in server.env.items()]
-    bound = f"is bound to {server.host} and listens on {server.url}"
-    print_lines([f"together_fake {__version__} {bound}", *exports])
-    gc.freeze()  # what lives until the end need not be looked at again and again
-    reader.recv(1)
-    catch_signals(signal.SIG_IGN)  # one is enough
-    signal.set_wakeup_fd(-1)
-    server.stop()
+    signalled = threading.Lock()
+    signalled.acquire()
+    catch_signals(lambda *_: signalled.locked() and signalled.release())
+    with server:
+        exports = [f"export {variable}={value}" for variable, value in server.env.items()]
+        bound = f"is bound to {server.host} and listens on {server.url}"
+        print_lines([f"together_fake {__version__} {bound}", *exports])
+        gc.freeze()  # what lives until the end need not be looked at again and again
+        while not signalled.acquire(timeout=1):  # on Windows no signal ends it
+            pass
+        catch_signals(signal.SIG_IGN)  # one is enough
     return 0
 
 
