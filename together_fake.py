@@ -14121,15 +14121,20 @@ def serve(server: TogetherAiServer) -> int:
     import gc
     import signal
 
-    signalled = threading.Lock()
-    signalled.acquire()
-    catch_signals(lambda *_: signalled.locked() and signalled.release())
+    running = threading.Lock()
+    running.acquire()
+
+    def end(*_: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # it ends already
+            running.release()
+
+    catch_signals(end)
     with server:
         exports = [f"export {variable}={value}" for variable, value in server.env.items()]
         bound = f"is bound to {server.host} and listens on {server.url}"
         print_lines([f"together_fake {__version__} {bound}", *exports])
         gc.freeze()  # what lives until the end need not be looked at again and again
-        while not signalled.acquire(timeout=1):  # on Windows no signal ends it
+        while not running.acquire(timeout=1):  # on Windows no signal ends that
             pass
         catch_signals(signal.SIG_IGN)  # one is enough
     return 0
