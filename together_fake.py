@@ -297,12 +297,11 @@ class Headers(dict):  # type: ignore[type-arg]
     @functools.cached_property
     def masked(self) -> RecordedHeaders:
         """The fields without any key, for the record."""
-        return RecordedHeaders(
-            {
-                name: mask(self[name]) if is_secret_header(name) else hide_in_text(self[name])
-                for name in self
-            }
-        )
+        shown = {
+            name: mask(value) if is_secret_header(name) else hide_in_text(value)
+            for name, value in self.items()
+        }
+        return RecordedHeaders(shown)
 
     @functools.cached_property
     def secrets(self) -> set[str]:
@@ -6536,8 +6535,6 @@ class Choice:
     calls_first = False  # in a stream, before the text
     function_call: Item | None = None  # the older form of one tool call
     scores: Sequence[Any] = ()  # a token's (logprob, alternatives), where asked for
-    _pieces: list[str] | None = None
-
     text = ""
     token_count = 0  # of the text
     finish_reason = "tool_calls"
@@ -6567,12 +6564,10 @@ class Choice:
             self.thoughts = pieces
         return len(pieces)
 
-    @property
+    @functools.cached_property
     def pieces(self) -> list[str]:
         """What each chunk of a stream holds of the text: its tokens, or what a fixture wants."""
-        if self._pieces is None:
-            self._pieces = split_tokens(self.text)
-        return self._pieces
+        return split_tokens(self.text)
 
     def cut(self, sizes: Sequence[int]) -> None:
         """Let the chunks of a stream have these sizes in characters, the others the last of them.
@@ -6581,7 +6576,7 @@ class Choice:
         """
         left = itertools.chain(sizes, itertools.repeat(sizes[-1]))
         self.thoughts = cut_pieces("".join(self.thoughts), left)
-        self._pieces = cut_pieces(self.text, left)
+        self.pieces = cut_pieces(self.text, left)
         for call in self.tool_calls:
             call["pieces"] = cut_pieces(call["function"]["arguments"], left)
 
@@ -6652,23 +6647,15 @@ def arrange(keys: str, values: Mapping[str, Any]) -> Item:
 # The form of each engine's answers. To add one: a group here, its name in ENGINE_NAMES and `engine
 # NAME` in the catalogue. What a group lacks is as in the one that its heading names. It has the
 # keys of each object, in one kind of bodies or else in all (`whole`; the chunks `mark`, `opener`,
-# `thought`, `text`, `head` and `rest` of a call, `close` and `end`), and these traits:
-#   opens              each stream begins with an opener, not only one of tool calls
-#   blank              what a chunk lacks of reasoning and ids is "", not null
-#   marks              come before reasoning
-#   closes-thoughts, closes-calls  with an empty piece
-#   comments           keep a stream alive
-#   numbers-tokens     a chunk of text has the token's id
-#   cuts-arguments     of tool calls; else they come in one piece, with the end
-#   ends-with-text     the last chunk has the last token, where it is cut
-#   ends-with-usage    and the usage, which else has a chunk of its own
-#   counts-text        in the details of the usage
-#   tells-seed, null-content (beside tool calls), skips-reasoning, thinks-in-content
-#   hides-thoughts     where `reasoning_effort` is none; they are counted
-#   any-effort         takes any word as `reasoning_effort`
-#   talks-beside-calls  says a sentence too
-#   needs-content      where strict, in the messages of an assistant too
-#   only-streams       and refuses what Alibaba does
+# `thought`, `text`, `head` and `rest` of a call, `close` and `end`), and traits. Some in full:
+#   opens                         each stream, not only one of tool calls
+#   blank                         "" stands for reasoning and ids that a chunk has not
+#   marks                         two chunks of a tag come before reasoning
+#   closes-thoughts, closes-calls with an empty piece
+#   cuts-arguments                or they come in one piece, with the end
+#   ends-with-text, ends-with-usage  has the last token, where it is cut, and the usage at the end
+#   hides-thoughts, any-effort    of `reasoning_effort`: none hides them, and any word is taken
+#   needs-content                 where strict, in the messages of an assistant too
 FORM_TABLE = """\
 = B
 whole body: id object created model metadata prompt choices usage
@@ -6905,10 +6892,11 @@ class Answer:
     def find_ending(self, choice: Choice) -> Item:
         """Return what tells of the end of a choice."""
         token = self.form.rows.get(f"{choice.finish_reason} token")
+        stop = token and (choice.stop_text or int(token))
         return {
             "finish_reason": choice.finish_reason,
             "seed": self.find_seed(),
-            "matched_stop": token and (choice.stop_text or int(token)),
+            "matched_stop": stop,
         }
 
     def frame(self, kind: str, choices: list[Item], usage: Any) -> Item:
@@ -7281,11 +7269,10 @@ def read_tool_choice(body: Item) -> tuple[str, list[str]]:
         choice = body.get("function_call")
     names = [tool["name"] for tool in find_tools(body)]
     if choice is None or type(choice) is str:
-        mode = choice or "auto"
-        mode = "required" if mode == "any" else mode
-        if mode in names:
-            return "named", [mode]
-        return (mode if mode in ("none", "auto", "required") else "auto"), []
+        if choice and choice in names:
+            return "named", [choice]
+        mode = "required" if choice == "any" else choice
+        return (mode if mode in ("none", "required") else "auto"), []
     allowed = choice.get("allowed_tools")
     wanted = [choice] if allowed is None else allowed.get("tools") or []
     limited = [(tool.get("function") or tool).get("name") for tool in wanted]
