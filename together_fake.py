@@ -4616,7 +4616,6 @@ def accept_upgrade(request: Request) -> dict[str, str]:
 
 
 def write_frame(kind: int, data: bytes) -> bytes:
-    """Return a message in one frame, as a server sends it: without a mask."""
     size = len(data)
     mark, count = (size, 0) if size < 126 else (126, 2) if size < 65536 else (127, 8)
     return bytes((0x80 | kind, mark)) + size.to_bytes(8, "big")[8 - count :] + data
@@ -4718,7 +4717,6 @@ class Socket:
                 self.read_fragment(is_last, kind, data)
 
     def read_close(self, data: bytes) -> None:
-        """Close as the client does, or because of how it does."""
         code = int.from_bytes(data[:2], "big")
         if data and (len(data) < 2 or not is_close_code(code)):
             raise Closed(1002, "the code of a close is none that may be sent")
@@ -8158,7 +8156,6 @@ def merge(template: Item, changes: Item) -> Item:
 
 
 def complete(server: Server, item: Item, prefix: str, **template: Any) -> Item:
-    """Return an object with an id and what it lacks of the template."""
     return merge({"id": item.get("id") or server._next_id(prefix), **template}, item)
 
 
@@ -8219,7 +8216,6 @@ class Jobs:
         return job
 
     def start(self, server: Server, request: Request, item: Item) -> Item:
-        """Store a new job, whose it is and how it shall end."""
         job = server._store(self.collection, item)
         id = job[getattr(server, self.collection).key]
         end = (request.script or {}).get("status", "")
@@ -9062,7 +9058,6 @@ def judge_rows(server: Server, job: Item) -> Item:
 
 
 def note_status(server: Server, status: str, updates: Any = ()) -> Item:
-    """Return what a status adds to a job that keeps its history."""
     now = format_time(server._now())
     update = {"status": status, "message": f"Job is {status}", "timestamp": now}
     return {"status": status, "updated_at": now, "status_updates": [*updates, update]}
@@ -9766,7 +9761,6 @@ class Session(Socket):
 
 
 def take_event(events: Iterator[Any]) -> Iterator[Any]:
-    """Yield the next event, behind the pause before it."""
     for event in events:
         yield event
         if type(event) is bytes:
@@ -9852,7 +9846,6 @@ class HearingSession(Session):
             self.draft()
 
     def end_turn(self, is_speech: bool) -> None:
-        """Tell of all that was said, and when; what is no speech is forgotten."""
         start = (self.heard - len(self.sound)) / self.second
         if is_speech:
             self.draft({"start": start, "duration": self.speech / self.second})
@@ -9897,7 +9890,6 @@ class HearingSession(Session):
         yield {"type": "input_audio_buffer.processed", "processed_ms": milliseconds}
 
     def commit(self, message: Item) -> None:
-        """End the turn that goes on."""
         frame = bytes(self.unheard)
         self.unheard.clear()
         self.hear_frame(frame, self.limits)
@@ -11548,7 +11540,6 @@ def parse_fields(lines: str) -> Headers:
 
 
 def clean_header(text: str) -> str:
-    """Return a header without what would start a header of its own."""
     return text if text.isprintable() else UNSAFE.sub("", text)
 
 
@@ -11702,7 +11693,6 @@ class ReplyWriter:
         self.api_times = ""  # those of answers
 
     def write_whole(self, reply: Reply, head: Any, closes: bool) -> tuple[bytes, bytes]:
-        """Return the head and the body of a reply that is no stream."""
         start = self.write_head(reply, head, closes, f"Content-Length: {len(reply.body)}\r\n")
         ends = head.method == "HEAD" or reply.status in BODILESS
         return start, b"" if ends else reply.body
