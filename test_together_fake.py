@@ -1248,6 +1248,8 @@ class FrameTests(unittest.TestCase):
         found = []
 
         def hear(message):
+            line.write(socket.unsent)
+            socket.unsent = b""
             found.extend((9, pong) for pong in line.take())
             found.append((1, message))
 
@@ -5586,7 +5588,7 @@ class Line:
         self.sent, self.pauses = b"", []
         self.is_cut = False
         handler.on_open(self)
-        self.go_on()
+        self.on_bytes(b"")
 
     def write(self, data):
         self.sent += data
@@ -5595,6 +5597,12 @@ class Line:
         self.handler.on_bytes(data)
         if self.handler.closed or not self.is_held:
             self.go_on()
+
+    hear = on_bytes
+
+    def run(self, work, take):
+        work()
+        take(None, None)
 
     def go_on(self):
         try:
@@ -8831,7 +8839,7 @@ class Doubler:
 
     def __init__(self):
         self.left = threading.Event()
-        self.turns, self.closed = [], False
+        self.turns, self.closed, self.is_busy = [], False, False
 
     def on_open(self, connection):
         self.connection = connection
@@ -8942,6 +8950,22 @@ class LiveSocketTests(FakeCase):
         client.sendall(mask(8, b"\x03\xe8"))
         self.assertEqual(receive_all(client), b"\x88\x02\x03\xe8")
         self.assertEqual(self.wait_for_end().outcome, "complete")
+
+    def test_a_long_message_keeps_nobody_waiting(self):
+        heard = []
+
+        def hear(session, message):
+            if len(message) > fake.LONG_MESSAGE_BYTES:  # else the loop itself would ask
+                heard.append(self.ask("GET", "/health").status)
+            session.send({"heard": len(message)})
+
+        with mock.patch.object(fake.VoiceSession, "hear", hear):
+            client = self.connect()
+            sizes = (fake.LONG_MESSAGE_BYTES + 1, 10, fake.MAX_MESSAGE_BYTES)
+            client.sendall(b"".join(mask(1, b"x" * size) for size in sizes))
+            told = receive_until(client, b'{"heard":%d}' % sizes[-1])
+        self.assertEqual(re.findall(rb"heard\":(\d+)", told), [b"%d" % size for size in sizes])
+        self.assertEqual(heard, [200, 200])
 
     def test_a_turn_that_pauses_keeps_nobody_waiting(self):
         self.server.reply(audio=b"ab", latency=60_000)

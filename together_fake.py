@@ -4575,6 +4575,7 @@ class Call:
 
 MAX_MESSAGE_BYTES = 4 * 2**20  # of a message, all of its fragments together
 MAX_WAITING_BYTES = 16 * 2**20  # that a client sends without taking the answers
+LONG_MESSAGE_BYTES = 64 * 2**10  # a longer one is heard by a worker
 TOO_LONG = 1009, f"a message has more than {MAX_MESSAGE_BYTES} bytes"
 NO_TEXT = 1007, "a text is not UTF-8"
 TEXT_FRAME, BINARY_FRAME, CLOSE, PING, PONG = 1, 2, 8, 9, 10  # 0 goes on with a message
@@ -4589,7 +4590,6 @@ class Closed(Exception):
 
 
 def is_close_code(code: int) -> bool:
-    """Tell whether a socket may be closed with a code: a registered one, or a program's own."""
     return code in (*range(1000, 1004), *range(1007, 1015), *range(3000, 5000))
 
 
@@ -4660,10 +4660,12 @@ class Socket:
         self.decode = codecs.getincrementaldecoder("utf-8")().decode  # of its text
         self.turns: list[Iterator[Any]] = []
         self.waiting = 0  # bytes received since all turns had been sent
+        self.is_busy = False  # with a long message: nothing more is received, or sent at once
+        self.unsent = b""
         self.closed: Closed | None = None
 
     def send(self, event: Item) -> None:
-        self.connection.write(self.frame(ENCODE(event).encode()))
+        self.unsent += self.frame(ENCODE(event).encode())
 
     def on_open(self, connection: Any) -> None:
         self.connection = connection
@@ -4673,6 +4675,9 @@ class Socket:
         self.unread += data
         self.waiting = len(data) + (self.waiting if self.turns else 0)
         self.act(self.read)
+        if self.unsent and not (self.is_busy or self.closed):
+            self.connection.write(self.unsent)
+            self.unsent = b""
 
     def on_close(self) -> bytes:
         """End the call, once; return the frame that says why, behind the last word."""
@@ -4686,7 +4691,7 @@ class Socket:
         self.call.close_code, self.call.error = code, self.call.error or reason
         self.finish(closed.outcome)
         data = struct.pack(">H", code) + reason.encode("ascii", "replace")[:120]
-        return write_frame(CLOSE, data if code else b"")
+        return self.unsent + write_frame(CLOSE, data if code else b"")
 
     def finish(self, outcome: str) -> None:
         self.call.duration = time.perf_counter() - self.call.started
@@ -4707,12 +4712,12 @@ class Socket:
         """Act on the frames that are whole."""
         if self.waiting > MAX_WAITING_BYTES:
             raise Closed(1008, "too much waits to be answered")
-        while frame := take_frame(self.unread):
+        while not self.is_busy and (frame := take_frame(self.unread)):
             is_last, kind, data = frame
             if kind == CLOSE:
                 self.read_close(data)
             if kind == PING:
-                self.connection.write(write_frame(PONG, data))
+                self.unsent += write_frame(PONG, data)
             if kind <= BINARY_FRAME:
                 self.read_fragment(is_last, kind, data)
 
@@ -4734,9 +4739,16 @@ class Socket:
         if not succeeds(lambda data: self.decode(data, is_last), data):
             raise Closed(*NO_TEXT)
         self.message, self.kind = (b"", 0) if is_last else (message, TEXT_FRAME)
-        if is_last:
-            self.call.add_message(message, is_sent=False)
+        if is_last and len(message) > LONG_MESSAGE_BYTES:
+            self.is_busy = True
+            hear = functools.partial(self.hear, message)
+            self.connection.run(functools.partial(self.act, hear), self.read_on)
+        elif is_last:
             self.hear(message)
+
+    def read_on(self, *came: Any) -> None:
+        self.is_busy = False
+        self.connection.hear(b"")
 
     def draw(self) -> Generator[Any, None, None]:
         """Yield the events of the next turn in their frames, and its pauses, until it closes."""
@@ -4754,7 +4766,6 @@ class Socket:
         self.turns.remove(turn)
 
     def frame(self, event: bytes) -> bytes:
-        """Return the frame of an event, which is recorded."""
         self.call.add_message(event, is_sent=True)
         return write_frame(TEXT_FRAME, event)
 
@@ -8176,10 +8187,7 @@ class Jobs:
     listed: str | None = "data"
     most = MAX_OBJECTS
     enter: Callable[[Any, Item, str], Item]
-
-    @staticmethod
-    def view(server: Any, request: Request, job: Item) -> Any:
-        return job
+    view: Any = staticmethod(lambda server, request, job: job)
 
     def __init__(
         self, collection: str, path: str, make: Callable[[Any, Item], Item], **facts: Any
@@ -8313,7 +8321,6 @@ FILE: Item = {
 
 
 def read_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield the numbers and bytes of the lines that are not blank."""
     lines = enumerate(map(bytes.rstrip, io.BytesIO(data)), 1)
     return ((number, line) for number, line in lines if line)
 
@@ -8881,9 +8888,10 @@ def list_metrics(server: Server, request: Request) -> Any:
 def estimate_price(server: Server, request: Request) -> Any:
     """Estimate what a fine-tuning job would cost."""
     body, tokens, reasons = request.body, {"train": 0, "eval": 0}, []
-    epochs, evals = body.get("n_epochs") or 1, body.get("n_evals") or 0
-    uses = (("train", "training_file", epochs), ("eval", "validation_file", evals))
-    for use, name, times in uses:
+    for use, name, times in (
+        ("train", "training_file", body.get("n_epochs") or 1),
+        ("eval", "validation_file", body.get("n_evals") or 0),
+    ):
         if body.get(name):
             file = find_file(server, body[name], name)
             tokens[use] = file["bytes"] // TRAIN_TOKEN_BYTES * times
@@ -9718,6 +9726,7 @@ class Session(Socket):
 
     def hear(self, data: bytes) -> None:
         """Answer a message, or tell what is wrong with it."""
+        self.call.add_message(data, is_sent=False)
         try:
             message = parse_body(data, "", NO_FIELDS)
             type = str(message.get("type"))
@@ -12011,16 +12020,24 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return
         self.has_ended = not data
         if data and self.handler is not None:
-            self.handler.on_bytes(data)
-            pauses = type(self.awaited) is float
-            if self.awaited is SOCKET or (pauses and self.handler.closed):
-                self.go_on()
+            self.hear(data)
             return
         self.reader.feed(data)
         if data and self.awaited in BYTES:
             self.go_on()
         else:
             self.server.held.append(self)
+
+    def hear(self, data: bytes) -> None:
+        if not self.is_closed:
+            self.handler.on_bytes(data)
+            pauses = type(self.awaited) is float
+            if self.awaited is SOCKET or (pauses and self.handler.closed):
+                self.go_on()
+            self.server.held.append(self)
+
+    def run(self, work: Any, take: Any) -> None:
+        self.server.run(HEAVY, work, take)
 
     def refuse_plain(self, reason: str) -> None:
         """Record a client that shakes no hands, and answer it without TLS."""
@@ -12058,6 +12075,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def watch(self) -> None:
         """Have the selector watch for what can be done next."""
         full = self.reader.count_unused() > RECEIVE_BYTES and self.awaited not in BYTES
+        full = full or (self.handler is not None and self.handler.is_busy)
         interest = 0 if self.has_ended or full or self.is_closed else selectors.EVENT_READ
         interest |= selectors.EVENT_WRITE if self.unsent else 0
         if interest == self.interest:
