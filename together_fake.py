@@ -8180,7 +8180,7 @@ class Jobs:
     cancelled the status of a job that is cancelled, and those that follow it
     filters   members by which a list is asked for
     listed    the members of a list's answer; without them it is bare
-    most      how many a list has that asks for no limit
+    most      of a list that is asked for no limit
     """
 
     statuses = cancelled = filters = ""
@@ -9100,7 +9100,7 @@ def show_evaluation(server: Server, request: Request, job: Item) -> Item:
     """Return a job; generated clients want the counts of labels as JSON text."""
     results = job["results"]
     generated = is_together(request) and "x-stainless-lang" in request.headers
-    if generated and type(results) is dict and "label_counts" in results:
+    if generated and get_path(results, "label_counts"):
         results["label_counts"] = ENCODE(results["label_counts"])
     if request.route.path.endswith("/status"):
         return {"status": job["status"], "results": results}
