@@ -10512,7 +10512,7 @@ class Finding:
         for call in self.calls:
             told = "" if call.outcome == "complete" else f", {call.outcome}"
             lines.append(f"{call.started - self.calls[0].started:9.3f} s  {call!r}{told}")
-        return "\n    ".join(lines)
+        return "\n".join(lines)
 
 
 def is_inference(call: Call) -> bool:
@@ -11261,7 +11261,6 @@ def list_said(call: Call) -> list[Item]:
 
 
 def tell_message(message: Item) -> str:
-    """Return the beginning of a message in one line."""
     calls = [get_path(call, "function") or {} for call in list_objects(message.get("tool_calls"))]
     said = [f"{call.get('name')}({call.get('arguments')})" for call in calls]
     text = join_text(message.get("content"))
@@ -12898,7 +12897,7 @@ def list_refused_kinds(on_miss: Any) -> list[str]:
 def explain_mismatch(fixture: Fixture, call: Call) -> str:
     why = dict(call.misses).get(fixture)
     miss = explain_miss(fixture, why, list_facts(call), call.answered_by)
-    return f"{call!r}: {miss['reason']}".replace("\n", "\n    ")
+    return f"{call!r}: {miss['reason']}"
 
 
 KEYWORD_ROWS = (("response", RESPONSE), ("", OPTIONS), ("match", MATCH))
@@ -13040,7 +13039,7 @@ def explain_call(call: Call) -> str:
     """Say why a call failed, or which fixtures for its kind were passed over, and why."""
     misses = (miss for miss in call.near_misses if miss["differs"] != "response")
     told = [call.error] if call.error else [f"{m['fixture']}: {m['reason']}" for m in misses]
-    return "".join("\n    " + reason.rstrip().replace("\n", "\n    ") for reason in told)
+    return "".join("\n" + reason.rstrip() for reason in told)
 
 
 def read_fault(fault: Any) -> Item:
@@ -13069,10 +13068,15 @@ def other_verb(meant: str) -> Any:
     return property(refuse)
 
 
+def tell_lines(title: str, lines: Iterable[Any]) -> str:
+    """Write what there is below a title, what follows of each further in."""
+    told = [str(line).replace("\n", "\n    ") for line in lines]
+    return "\n  ".join([f"{title}:", *told]) if told else ""
+
+
 def refuse_lines(title: str, lines: Iterable[Any]) -> None:
-    told = "\n  ".join(map(str, lines))
-    if told:
-        raise AssertionError(f"{title}:\n  {told}")
+    if told := tell_lines(title, lines):
+        raise AssertionError(told)
 
 
 class Scripting:
@@ -13265,9 +13269,9 @@ class Scripting:
                 if tool == name and contains_json(given, arguments):
                     return call
                 seen[f"{tool}({preview(given, MAX_SHOWN)})"] = None
-        told = "\n  ".join(seen) or "no tool call came back to the service"
-        wanted = f"{name}({preview(arguments, MAX_SHOWN)})"
-        raise AssertionError(f"wanted a call of {wanted}, saw:\n  {told}")
+        wanted = f"wanted a call of {name}({preview(arguments, MAX_SHOWN)}), saw"
+        nothing = ["no tool call came back to the service"]
+        raise AssertionError(tell_lines(wanted, seen or nothing))
 
     def assert_usage(self, **counts: int) -> None:
         """Fail where the usage of all calls adds up to other counts of tokens."""
@@ -13287,8 +13291,8 @@ class Scripting:
             other = f"{call!r}: another operation, {call.kind or call.path}"
             lines.append(explain_mismatch(probe, call) if call.is_of(operation) else other)
         nothing = f"nothing reached {self.server.origin}; was the client built before the variables"
-        told = f"wanted {wanted} to {operation}{given}, saw {seen}; nearest:"
-        return AssertionError("\n  ".join([told, *(lines or [f"{nothing} were set?"])]))
+        told = f"wanted {wanted} to {operation}{given}, saw {seen}; nearest"
+        return AssertionError(tell_lines(told, lines or [f"{nothing} were set?"]))
 
     def assert_all_used(self) -> None:
         """Fail where fixtures were never served, and say why not."""
@@ -13304,14 +13308,13 @@ class Scripting:
             "never served": self._list_unused(),
             "warnings": [*self.script.files.warnings, *told],
         }
-        shown = [f"{title}:\n  " + "\n  ".join(lines) for title, lines in parts.items() if lines]
-        return "\n".join(shown)
+        return "\n".join(filter(None, itertools.starmap(tell_lines, parts.items())))
 
     def _list_unused(self) -> list[str]:
         lines, calls = [], [(call, list_facts(call)) for call in self.requests[-MAX_NEAR_MISSES:]]
         for fixture in self.script.unused(self.test_id):
             ranked = sorted(calls, key=lambda each: fixture.count_holding(each[1]))
-            nearest = [f"\n    nearest: {explain_mismatch(fixture, ranked[-1][0])}"] * bool(ranked)
+            nearest = [f"\nnearest: {explain_mismatch(fixture, ranked[-1][0])}"] * bool(ranked)
             lines.append("".join([json.dumps(fixture.describe()), *nearest]))
         return lines
 
@@ -14014,7 +14017,6 @@ def print_line(line: str) -> None:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print lines, as long as somebody reads them."""
     try:
         print("\n".join(lines), flush=True)  # at once, for who reads it
     except (OSError, ValueError, AttributeError):
@@ -14187,7 +14189,6 @@ def run_command(server: TogetherAiServer, command: Sequence[str]) -> int:
 
 
 def describe_version() -> str:
-    """Return version and digest, and whether this file is as released."""
     with open(__file__, encoding="utf-8") as file:
         source = file.read()
     digest = hashlib.sha256(source.replace(f'"{RELEASED}"', '""', 1).encode()).hexdigest()
@@ -14260,7 +14261,6 @@ if "pytest" in sys.modules:  # which asks for what follows
 
 
 def pytest_addoption(parser: Any) -> None:
-    """Declare what pytest's configuration may say; pytest calls this."""
     help = "the server's options, as on its command line"
     parser.addini("together_fake", help, type="args", default=[])
 
