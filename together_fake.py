@@ -6657,11 +6657,11 @@ def arrange(keys: str, values: Mapping[str, Any]) -> Item:
 # NAME` in the catalogue. What a group lacks is as in the one that its heading names. It has the
 # keys of each object, in one kind of bodies or else in all (`whole`; the chunks `mark`, `opener`,
 # `thought`, `text`, `head` and `rest` of a call, `close` and `end`), and traits. Some in full:
-#   opens                         each stream, not only one of tool calls
+#   opens-calls                   alone, no stream of a text
 #   blank                         "" stands for reasoning and ids that a chunk has not
 #   marks                         two chunks of a tag come before reasoning
 #   closes-thoughts, closes-calls with an empty piece
-#   cuts-arguments                or they come in one piece, with the end
+#   whole-arguments               come with the end, not in pieces
 #   ends-with-text, ends-with-usage  has the last token, where it is cut, and the usage at the end
 #   hides-thoughts, any-effort    of `reasoning_effort`: none hides them, and any word is taken
 #   needs-content                 where strict, in the messages of an assistant too
@@ -6681,7 +6681,6 @@ whole logprobs: content
 logprobs: nested
 call id: call_{hex}
 content type: application/json; charset=utf-8
-traits: opens cuts-arguments
 = A like B
 whole body: id object created model prompt choices usage
 whole choice: finish_reason seed index logprobs message
@@ -6700,13 +6699,14 @@ usage: prompt_tokens completion_tokens total_tokens cached_tokens
 whole logprobs: tokens
 logprobs: number
 call id: call_{letters}
-traits: tells-seed numbers-tokens ends-with-text ends-with-usage thinks-in-content null-content
+traits: opens-calls whole-arguments ends-with-text ends-with-usage null-content numbers-tokens \
+tells-seed thinks-in-content
 = completion like A
 whole choice: text finish_reason logprobs index
 usage: prompt_tokens completion_tokens total_tokens
 whole logprobs: offsets
 logprobs: offsets
-traits: numbers-tokens ends-with-text ends-with-usage null-content
+traits: opens-calls whole-arguments ends-with-text ends-with-usage null-content numbers-tokens
 = completion of A like A
 whole choice: text finish_reason seed logprobs index
 whole logprobs: offsets
@@ -6715,7 +6715,7 @@ logprobs: offsets
 usage: prompt_tokens total_tokens completion_tokens
 = gpt-oss-20b like B
 whole message: role content tool_calls function_call? reasoning?
-traits: opens cuts-arguments needs-content
+traits: needs-content
 = gpt-oss-20b without tools like B
 whole choice: index logprobs finish_reason seed message
 whole message: role content tool_calls reasoning?
@@ -6723,7 +6723,7 @@ opener body: id object created choices model usage
 choice: index text logprobs finish_reason matched_stop delta
 message: token_id role content tool_calls? reasoning?
 stop token: 200002
-traits: opens cuts-arguments needs-content skips-reasoning
+traits: needs-content skips-reasoning
 = K2.7 like B
 whole body: id object created model system_fingerprint prompt choices usage
 whole choice: index message logprobs? finish_reason seed
@@ -6732,7 +6732,7 @@ usage: prompt_tokens completion_tokens total_tokens prompt_tokens_details comple
 whole message: role content tool_calls function_call? reasoning?
 whole call: id type function
 call id: call_{uuid}
-traits: opens cuts-arguments needs-content talks-beside-calls hides-thoughts any-effort
+traits: needs-content talks-beside-calls hides-thoughts any-effort
 = C like K2.7
 whole body: id object created model prompt? choices usage system_fingerprint
 whole choice: index message logprobs? finish_reason matched_stop?
@@ -6751,7 +6751,7 @@ rest function: arguments
 logprobs: content
 id: chatcmpl-{hex:.24}
 call id: {name}_{index}
-traits: opens cuts-arguments closes-thoughts comments null-content
+traits: closes-thoughts comments null-content
 = DeepSeek like C
 whole message: role content reasoning_content tool_calls? function_call?
 choice: index delta logprobs finish_reason matched_stop?
@@ -6763,7 +6763,7 @@ usage: prompt_tokens completion_tokens total_tokens prompt_tokens_details comple
 id: {hex:.8}-aws_ue2
 call id: call_{hex}
 content type: application/json
-traits: opens cuts-arguments comments null-content
+traits: comments null-content
 = GLM like DeepSeek
 stop token: 154827
 tool_calls token: 154829
@@ -6780,7 +6780,7 @@ close message: token_id role content tool_calls
 end message: token_id role content
 usage: completion_tokens completion_tokens_details prompt_tokens prompt_tokens_details total_tokens
 id: chatcmpl-{uuid}
-traits: opens cuts-arguments marks blank closes-calls counts-text only-streams
+traits: marks blank closes-calls counts-text only-streams
 """
 USAGE_SIDES = (("prompt", "cached_tokens"), ("completion", "reasoning_tokens"))
 THOUGHT_MARKS = (("<think>", 128798, 0), ("\n", 201, -1.7881393e-06))  # text, token id and logprob
@@ -6793,7 +6793,7 @@ class Form:
 
     def __init__(self, rows: dict[str, str]) -> None:
         self.rows = rows
-        self.traits = frozenset(rows["traits"].split())
+        self.traits = frozenset(rows.get("traits", "").split())
 
     def arrange(self, kind: str, level: str, values: Item) -> Item:
         return arrange(self.rows.get(f"{kind} {level}") or self.rows[level], values)
@@ -6965,7 +6965,7 @@ class Answer:
             for text, number, logprob in marks:
                 said = {"token_id": number, "content": text}
                 yield self.chunk("mark", choice, said, logprobs=logprob)
-            if "opens" in self.traits or choice.tool_calls:
+            if choice.tool_calls or "opens-calls" not in self.traits:
                 yield self.chunk("opener", choice, {"reasoning_content": ""})
         for turn in itertools.zip_longest(*map(self.stream_choice, self.choices)):
             yield from filter(None, turn)  # a chunk of each choice
@@ -7020,7 +7020,7 @@ class Answer:
 
     def calls(self, choice: Choice) -> Iterator[Any]:
         """Yield each tool call: its head, then its arguments in pieces."""
-        is_cut = "cuts-arguments" in self.traits
+        is_cut = "whole-arguments" not in self.traits
         for call in choice.tool_calls:
             text = call["function"]["arguments"]
             yield self.call("head", choice, call, {**call["function"], "arguments": ""})
