@@ -8668,21 +8668,21 @@ max_grad_norm,weight_decay:float:0.. random_seed:int packing:bool multimodal_par
   train_vision:bool
 suffix:..40 from_hf_model hf_model_revision hf_output_repo_name wandb_base_url
 wandb_project_name wandb_name wandb_entity""")  # fmt: skip
-# The nested settings: the member that chooses among their forms, and the documented defaults
-# of each form, of which the first is the default.
-TRAINING_FORMS: dict[str, tuple[str, dict[str, Item]]] = {
-    "training_method": ("method", {
-        "sft": {"train_on_inputs": "auto"},
-        "dpo": {"dpo_beta": 0.1, "dpo_normalize_logratios_by_length": False},
-    }),
-    "training_type": ("type", {"Lora": {
+# The nested settings: the member that chooses among their forms, and the usual one.
+TRAINING_SETTINGS = (
+    ("training_method", "method", "sft"), ("training_type", "type", "Lora"),
+    ("lr_scheduler", "lr_scheduler_type", "linear"),
+)  # fmt: skip
+TRAINING_FORMS: dict[str, Item] = {  # with their documented defaults
+    "sft": {"train_on_inputs": "auto"},
+    "dpo": {"dpo_beta": 0.1, "dpo_normalize_logratios_by_length": False},
+    "Lora": {
         "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.0,
         "lora_trainable_modules": "all-linear",
-    }, "Full": {}}),
-    "lr_scheduler": ("lr_scheduler_type", {
-        "linear": {"lr_scheduler_args": {"min_lr_ratio": 0.0}},
-        "cosine": {"lr_scheduler_args": {"min_lr_ratio": 0.0, "num_cycles": 0.5}},
-    }),
+    },
+    "Full": {},
+    "linear": {"lr_scheduler_args": {"min_lr_ratio": 0.0}},
+    "cosine": {"lr_scheduler_args": {"min_lr_ratio": 0.0, "num_cycles": 0.5}},
 }  # fmt: skip
 FINE_TUNE: Item = {
     "object": "fine-tune", "status": "pending", "user_id": USER_ID,
@@ -8714,10 +8714,10 @@ cancelled job_stopped Job cancelled"""
 def complete_training(item: Item) -> Item:
     """Return the nested settings of a job with defaults, and the batch size."""
     settings: Item = {}
-    for name, (key, forms) in TRAINING_FORMS.items():
+    for name, key, usual in TRAINING_SETTINGS:
         given = item.get(name) or {}
-        form = given.get(key) or next(iter(forms))
-        settings[name] = merge({key: form, **forms[form]}, given)
+        form = given.get(key) or usual
+        settings[name] = merge({key: form, **TRAINING_FORMS[form]}, given)
     limits = LIMITS[f"{settings['training_type']['type'].lower()}_training"]
     dpo = settings["training_method"]["method"] == "dpo"
     size, most = item.get("batch_size"), limits["max_batch_size_dpo" if dpo else "max_batch_size"]
@@ -8846,13 +8846,10 @@ def list_checkpoints(server: Server, request: Request) -> Any:
     """List the checkpoints of a fine-tuning job, the final ones when it has completed."""
     job = server.fine_tunes.get(request.params["id"])
     *steps, last = list_steps(job, job["n_checkpoints"])
-    found = [("Intermediate", step) for step in steps]
-    if job["status"] == "completed":
-        full = job["training_type"]["type"] == "Full"
-        names = ["Final"] if full else ["Final Merged", "Final Adapter"]
-        found += [(name, last) for name in names]
-    elif job["status"] != "uploading":
-        found = []
+    full = job["training_type"]["type"] == "Full"
+    names = ["Final"] if full else ["Final Merged", "Final Adapter"]
+    found = [("Intermediate", step) for step in steps] + [(name, last) for name in names]
+    found = found[: {"uploading": len(steps), "completed": None}.get(job["status"], 0)]
     return {"data": [
         {"step": step, "created_at": job["updated_at"], "checkpoint_type": name,
          "path": f"s3://{USER}/{job['id']}/{name.replace(' ', '-').lower()}-{step}"}
