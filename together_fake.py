@@ -8174,6 +8174,7 @@ class Jobs:
     """The objects of one collection, how they go, and the routes that all of them have.
 
     make      `make(server, item)` completes an object
+    fields    of who makes one, which seeds are checked by
     statuses  from the first to the last, one taken whenever a job is retrieved
     enter     `enter(server, job, status)` does the work of a status and returns what changes
     view      `view(server, request, job)` returns a job as a client sees it
@@ -8184,6 +8185,7 @@ class Jobs:
     """
 
     statuses = cancelled = filters = ""
+    fields = NO_FIELDS
     listed: str | None = "data"
     most = MAX_OBJECTS
     enter: Callable[[Any, Item, str], Item]
@@ -8397,7 +8399,10 @@ def file_object(server: Server, item: Item) -> Item:
     return merge({**file, **describe_data(file, data)}, item)
 
 
-FILES = Jobs("files", "/v1/files", file_object, filters="purpose", listed="object data has_more")
+FILES = Jobs(
+    "files", "/v1/files", file_object, fields=UPLOAD_FIELDS, filters="purpose",
+    listed="object data has_more",
+)  # fmt: skip
 route("POST /v1/files/{id}/preprocess")(FILES.get)
 
 
@@ -8608,7 +8613,7 @@ def enter_batch(server: Server, job: Item, status: str) -> Item:
 
 
 BATCHES = Jobs(
-    "batches", "/v1/batches", batch_object, enter=enter_batch,
+    "batches", "/v1/batches", batch_object, fields=BATCH_FIELDS, enter=enter_batch,
     statuses="VALIDATING IN_PROGRESS COMPLETED", cancelled="CANCELLED", listed="",
 )  # fmt: skip
 ENDS = Keys(Field("job", dict, fields=Keys("status!")))
@@ -8790,7 +8795,8 @@ def fine_tune_object(server: Server, item: Item) -> Item:
 
 
 FINE_TUNES = Jobs(
-    "fine_tunes", "/v1/fine-tunes", fine_tune_object, enter=enter_fine_tune, view=show_fine_tune,
+    "fine_tunes", "/v1/fine-tunes", fine_tune_object, fields=FINE_TUNE_FIELDS,
+    enter=enter_fine_tune, view=show_fine_tune,
     statuses="pending queued running uploading completed", cancelled="cancel_requested cancelled",
 )  # fmt: skip
 
@@ -9105,9 +9111,9 @@ def show_evaluation(server: Server, request: Request, job: Item) -> Item:
 
 
 EVALUATION_JOBS = Jobs(
-    "evaluations", "/v1/evaluation", evaluation_object, enter=enter_evaluation,
-    view=show_evaluation, statuses="pending queued running completed", filters="status", listed="",
-    most=10,
+    "evaluations", "/v1/evaluation", evaluation_object, fields=EVALUATION_FIELDS,
+    enter=enter_evaluation, view=show_evaluation, statuses="pending queued running completed",
+    filters="status", listed="", most=10,
 )  # fmt: skip
 route("GET /v1/evaluation/{id}/status")(EVALUATION_JOBS.get)
 
@@ -9173,7 +9179,7 @@ def endpoint_object(server: Server, item: Item) -> Item:
 
 
 ENDPOINTS = Jobs(
-    "endpoints", "/v1/endpoints", endpoint_object, enter=enter_endpoint,
+    "endpoints", "/v1/endpoints", endpoint_object, fields=ENDPOINT_FIELDS, enter=enter_endpoint,
     statuses="PENDING STARTING STARTED", filters="type usage_type", listed="object data",
 )  # fmt: skip
 
@@ -9617,7 +9623,7 @@ def show_video(server: Server, request: Request, job: Item) -> Item:
 
 
 VIDEOS = Jobs(
-    "videos", "/v2/videos", video_object, enter=enter_video, view=show_video,
+    "videos", "/v2/videos", video_object, fields=VIDEO_FIELDS, enter=enter_video, view=show_video,
     statuses="in_progress completed", listed=None,
 )  # fmt: skip
 VIDEO_ENDS = {"completed": "completed", "processing": "completed", "failed": "failed"}
@@ -11167,21 +11173,12 @@ def reset_server(server: Server, request: Request) -> Any:
     return {"ok": True}
 
 
-SEED_FIELDS = {
-    "files": Fields(*UPLOAD_FIELDS.values(), "content"),
-    "batches": BATCH_FIELDS,
-    "fine_tunes": FINE_TUNE_FIELDS,
-    "evaluations": EVALUATION_FIELDS,
-    "endpoints": ENDPOINT_FIELDS,
-    "videos": VIDEO_FIELDS,
-    "jobs": NO_FIELDS,
-}
-SEEDED = f"bytes,created,created_at:int|str:0..{2**53}"
+SEEDED = f"content bytes,created,created_at:int|str:0..{2**53}"
 
 
 def make_seed_row(name: str) -> Field:
     """Return the row of seeds, checked as if they had been posted; nothing is required of one."""
-    rows = [row for row in SEED_FIELDS[name].values() if row.name not in ("file", "purpose")]
+    rows = [row for row in JOBS[name].fields.values() if row.name not in ("file", "purpose")]
     fields = Fields(*rows, SEEDED)
     fields.required = ()
     return Field(name, list, each=Field("", dict, fields=fields))
@@ -11190,7 +11187,7 @@ def make_seed_row(name: str) -> Field:
 @route(
     "POST /__parlel/seed",
     open=True,
-    body=Keys(*map(make_seed_row, SEED_FIELDS)),
+    body=Keys(*map(make_seed_row, JOBS)),
     max_bytes=STORAGE_LIMIT,
 )
 def seed_objects(server: Server, request: Request) -> Any:
