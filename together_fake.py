@@ -704,11 +704,13 @@ class Field:
         return value
 
     def check_items(self, value: Any, each: Field) -> None:
-        """Check the items of an array or values of an object, in place."""
         for key, item in enumerate(value) if type(value) is list else value.items():
-            if type(item) not in each.free:
+            if (kind := type(item)) not in each.free:
                 try:
-                    value[key] = each.check(item)
+                    if kind is dict and each.fields:
+                        each.fields.check(item, ".")
+                    else:
+                        value[key] = each.check(item)
                 except ApiError as error:
                     raise error.inside(f"[{key}]") from None
 
@@ -6448,7 +6450,6 @@ class Route:
         return handler
 
     def count_answers(self, body: Item) -> int:
-        """Return how many plain answers a body is worth."""
         inputs = body.get(QUICK_KINDS.get(self.kind, ""))
         several = isinstance(inputs, list) and inputs and type(inputs[0]) is not int
         if not several and MULTIPLIERS.isdisjoint(body):
@@ -7644,7 +7645,7 @@ def send_answer(answer: Answer) -> Any:
 
 
 def compose_chat(server: Server, request: Request) -> Answer:
-    """Write the whole answer to a conversation, whole or streamed."""
+    """Write the answer to a conversation."""
     body = request.body
     model = resolve_model(server, body["model"], "chat")
     prompt_tokens, before = count_messages(body["messages"], model)
@@ -7665,9 +7666,11 @@ def compose_chat(server: Server, request: Request) -> Answer:
     write = functools.partial(compose_choice, model, effort, wanted)
     if script:
         write = functools.partial(script_choice, script)
-    choices = [write(rng, form, body, budget, index) for index in range(body.get("n") or 1)]
-    if any(choice.finish_reason == "tool_calls" for choice in choices):
-        request.form = ""
+    choices = []
+    for index in range(body.get("n") or 1):
+        choices.append(write(rng, form, body, budget, index))
+        if choices[-1].finish_reason == "tool_calls":
+            request.form = ""
     answer = Answer(request, form, choices, count_usage(prompt_tokens, choices))
     answer.key, answer.cached_tokens = rng.key, before // CACHED_TOKENS * CACHED_TOKENS
     return finish_answer(answer, rng, map(message_text, body["messages"]))
@@ -12209,7 +12212,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         while self.timers and self.timers[0][0] <= self.now:
             heapq.heappop(self.timers)[2]()
         self.send_held()
-        if not self.stopping.is_set():
+        if any(self.waiting.values()) and not self.stopping.is_set():
             self.give_tasks()
 
     def send_held(self) -> None:
@@ -12360,6 +12363,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
             self.idle[kind] -= 1
             self.workers[kind] -= 1
             self.tasks[kind].put(None)
+        self.shorten_turns()
         take(*came)
 
     def shorten_turns(self) -> None:
@@ -13848,10 +13852,10 @@ class TogetherAiServer(Scripting, Shared):
             check_page(self, request)
         route = EXACT.get((request.method, request.path)) or self._find_route(request, call)
         call.kind, call.route_kind = route.recorded_kind, route.kind
-        has_key = request.headers.has_key
+        headers, has_key = request.headers, request.headers.has_key
         if route.status == 101 and not has_key:  # a page's socket brings one in other places
             query = parse_form(request.query.encode())
-            offered = KEY_PROTOCOL.search(request.headers.get("sec-websocket-protocol", ""))
+            offered = KEY_PROTOCOL.search(headers.get("sec-websocket-protocol", ""))
             has_key = bool(query.get("api_key") or query.get("authorization") or offered)
             if not has_key:
                 check_page(self, request)
@@ -13860,11 +13864,11 @@ class TogetherAiServer(Scripting, Shared):
         if route.query and (request.query or route.query.required):
             request.args = read_texts(parse_form(request.query.encode()), route.query)
             route.query.check(request.args)
-        coding = request.headers.get("content-encoding", "identity")
+        coding = headers.get("content-encoding", "identity")
         if coding != "identity":
             raise ApiError("unknown_encoding", coding=coding[:40])
         if route.body:
-            kind = request.headers.get("content-type", "")
+            kind = headers.get("content-type", "")
             request.body = parse_body(request.raw, kind, route.body)
             request.answers = route.count_answers(request.body)
             if len(request.raw) > MAX_RECORDED_BODY_BYTES:
@@ -13895,14 +13899,13 @@ class TogetherAiServer(Scripting, Shared):
 
     def _handle(self, route: Route, request: Request, call: Call) -> Reply:
         """Let the handler answer, or the upstream where no fixture does."""
-        is_socket = route.status == 101  # which no upstream is asked for
-        if self._upstream is not None and not (call.fixture or route.open or is_socket):
+        if self._upstream is not None and not (call.fixture or route.open or route.status == 101):
             call.fixture = "upstream"
             return self._upstream.pass_on(route.kind, request)
         if route.handler is None:
             find_route(request.method, route.path)  # which raises
-        asks = request.turn is not None or not is_socket
-        if asks and route.kind in self._refused and not call.fixture:
+        asks = request.turn or route.status != 101
+        if route.kind in self._refused and not call.fixture and asks:
             misses = explain_misses(call.misses, MatchFacts(route.kind, request))
             raise self.script.miss_error(request, misses)
         if route.body:
