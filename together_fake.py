@@ -12578,22 +12578,21 @@ class Upstream:
         self, pieces: Any, reply: Reply, response: Any, started: float, record: Callable[..., None]
     ) -> Generator[bytes, None, None]:
         """Pass pieces on, and have them recorded before the last: the client may ask at once."""
-        kept: list[bytes] = []
-        times: list[tuple[int, float]] = []
-        length, size, tail = response.length, 0, b""
+        kept, times, length = bytearray(), [], response.length
         ends = bool(response.chunked) or length is not None  # else a cut cannot be told
+        is_due = True
         try:
             for piece in itertools.chain(pieces, (b"",)):  # the last one: it has ended by itself
-                size += len(piece)
-                tail = (tail + piece[-len(DONE) :])[-len(DONE) :]
-                if size <= self.max_recorded:
-                    kept.append(piece)
-                    times.append((size, time.perf_counter() - started))
-                    ended = size == length or tail == DONE or (ends and not piece)
-                    data = b"" if piece and not ended else b"".join(kept)
-                    if ended or (data[:1] in (b"{", b"[") and succeeds(json.loads, data)):
-                        record(Reply(data, reply.status, reply.content_type, reply.headers), times)
-                        size = sys.maxsize  # once is enough
+                is_due = is_due and len(kept) + len(piece) <= self.max_recorded
+                if is_due:
+                    kept += piece
+                    times.append((len(kept), time.perf_counter() - started))
+                    is_json = not (piece or ends) and kept[:1] in (b"{", b"[")
+                    whole = succeeds(json.loads, kept) if is_json else ends and not piece
+                    if whole or len(kept) == length or kept.endswith(DONE):
+                        told = bytes(kept), reply.status, reply.content_type, reply.headers
+                        record(Reply(*told), times)
+                        is_due = False
                 if piece:
                     yield piece
         finally:
