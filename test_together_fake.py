@@ -11043,7 +11043,7 @@ class RecordingTests(RecordingCase):
         with mock.patch("sys.stderr", io.StringIO()) as stderr:
             self.text("lost")
             self.server.stop()
-        self.assertRegex(stderr.getvalue(), r"^cannot record to .+recorded\.json: ")
+        self.assertRegex(stderr.getvalue(), r"(?m)^cannot record to .+recorded\.json: ")
 
     # Asks the upstream questions from a number on; a function of `os` may kill it.
     PROGRAM = """

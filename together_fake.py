@@ -4803,7 +4803,7 @@ def convert_content(content: Any) -> Any:
         return list(map(convert_content, list_objects(content)))
     kind = get_path(content, "type")
     if kind in ("input_text", "output_text", "refusal"):
-        return {"type": "text", "text": content.get("refusal" if kind == "refusal" else "text")}
+        return {"type": "text", "text": content.get("text", content.get("refusal"))}
     if kind == "input_image" and content.get("image_url"):
         return {"type": "image_url", "image_url": {"url": content["image_url"]}}
     is_file = isinstance(content, dict) and kind != "input_audio"
@@ -4950,10 +4950,6 @@ def holds_key(key: str, wanted: Any, facts: MatchFacts) -> bool:
     return contains_json(facts[key], wanted)
 
 
-if TYPE_CHECKING:
-    Obstacle = tuple[str, str]  # why a fixture does not answer: a key, a sentence if it is known
-
-
 # What does not change what a chat says, so that it does not tell two of them apart.
 UNSAID_FIELDS = frozenset(("stream", "stream_options", "user"))
 COMPARABLE = make_encoder(
@@ -5075,13 +5071,10 @@ chaos:dict
   latencyMs:int|float:0..{MAX_MS} {",".join(CHAOS)}:int|float:0..1""",
 )
 TYPES_BY_KEY: dict[str, ResponseType] = {}  # where keys tell of two types, the later is meant
-RESPONSE = Keys(*OPTIONS.values())  # and the rows of all types: a header mixes them
-ENTRY = Keys(
-    Field("match!", dict, fields=MATCH),
-    Field("response", dict, fields=RESPONSE),
-    *OPTIONS.values(),
-    "-openRouterProcessing,metadata",
-)
+FOREIGN = "-openRouterProcessing,metadata"
+RESPONSE = Keys(*OPTIONS.values(), FOREIGN)  # and the rows of all types: a header mixes them
+RESPONSE_ROW = Field("response", dict, fields=RESPONSE)
+ENTRY = Keys(Field("match!", dict, fields=MATCH), RESPONSE_ROW, *OPTIONS.values(), FOREIGN)
 FIXTURE_FILE = Keys(
     "fixtures!:list models:dict exactTurns:bool",
     Field("normalise", list, each=Field("", str, test=("a regular expression", re.compile))),
@@ -5119,14 +5112,14 @@ def dump_json(value: Any) -> str:
 def normalise_message(said: Item) -> Item:
     """Return text and calls as blocks in stream order, and by kind."""
     spoken = [{"type": "text", "text": said["content"]}] if "content" in said else []
-    blocks, texts, calls = [], [], []
+    texts, calls, blocks = [], [], []
     for block in said.get("blocks") or spoken + said.get("toolCalls", []):
         if block.get("type") == "text":
             texts.append(dump_json(block["text"]))
             blocks.append({"type": "text", "text": texts[-1]})
         else:
-            call = {"id": None, **block, "type": "tool_call"}
-            calls.append({**call, "arguments": dump_json(block["arguments"])})
+            made = {"type": "tool_call", "arguments": dump_json(block["arguments"])}
+            calls.append({"id": None, **block, **made})
             blocks.append(calls[-1])
     more = snake_keys({key: said[key] for key in ("reasoning", *OVERRIDES) if key in said})
     content = "".join(texts) if texts else None
@@ -5504,8 +5497,8 @@ class Fixture:
 
         return normalise_message(json.loads(TEMPLATE.sub(quote_fact, text)))
 
-    def find_obstacle(self, facts: MatchFacts) -> Obstacle | None:
-        """Return the first reason why it does not answer, whatever was served before."""
+    def find_obstacle(self, facts: MatchFacts) -> tuple[str, str] | None:
+        """Return the first key for which it does not answer, and a sentence if one is known."""
         if not self.fits(facts.kind):
             return "response", ""
         if facts.is_handshake not in (None, self.is_whole):
@@ -5519,8 +5512,8 @@ class Fixture:
             return "when", "its function says no"
         return None
 
-    def find_use(self, test: str) -> Obstacle | None:
-        """Return the reason in what was served before."""
+    def find_use(self, test: str) -> tuple[str, str] | None:
+        """Return the same for what was served before."""
         served = self.counts.get(test, 0)
         if self.sequence is not None:
             count = sum(each.counts.get(test, 0) for each in self.sequel)
@@ -5645,9 +5638,9 @@ def parse_fixtures(data: Any, place: str = "") -> Loaded:
 
 
 def list_fixture_files(path: str) -> list[str]:
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-        raise ValueError(f"{path}: is neither a file nor a folder")
     if not os.path.isdir(path):
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError(f"{path}: is neither a file nor a folder")
         return [path]
     tree = sorted(os.walk(path), key=lambda row: row[0].split(os.sep))
     names = [os.path.join(folder, name) for folder, _, files in tree for name in sorted(files)]
@@ -5799,24 +5792,17 @@ def explain_key(fixture: Fixture, key: str, facts: MatchFacts, with_diff: bool) 
     return f"{name} {preview(got)} does not contain {preview(wanted)}{hint}"
 
 
-SHADOWED = ("shadowed", "")
-
-
 def explain_miss(
-    fixture: Fixture,
-    obstacle: Obstacle | None,
-    facts: MatchFacts,
-    served: Fixture | None,
-    with_diff: bool = True,
+    fixture: Fixture, obstacle: Any, facts: MatchFacts, served: Any, with_diff: bool = True
 ) -> Item:
     """Return why a fixture did not answer: what differs, and that in a sentence."""
     differs, reason = obstacle or fixture.find_obstacle(facts) or ("", "it matches")
-    if obstacle == SHADOWED and fixture.turn not in (None, facts["turnIndex"]):
+    if differs == "shadowed" and fixture.turn not in (None, facts["turnIndex"]):
         differs = "match.turnIndex"
-    elif obstacle == SHADOWED and served is not None:
+    if differs == "shadowed":
         later = ", added later," if served.number > fixture.number >= 0 else ""
         reason = f"it matched, but {served.source}{later} was served"
-    if not reason and differs == "response":
+    elif differs == "response" and not reason:
         kinds = ", ".join(filter(fixture.fits, OPERATIONS))
         reason = f"it answers {kinds}, and this is {facts.kind or 'another operation'}"
     reason = reason or explain_key(fixture, differs[6:], facts, with_diff)
@@ -5984,7 +5970,7 @@ class Fixtures(Shared):
                     chosen.count(facts.test, -1)
         others = (each for _, _, each in rows if each not in found)  # why is told when asked
         misses = (
-            (each, (reasons[each] or SHADOWED) if each in found else None)
+            (each, (reasons[each] or ("shadowed", "")) if each in found else None)
             for each in itertools.chain(found, others)
             if each is not chosen
         )
@@ -6090,7 +6076,6 @@ def whole_reply(fixture: Fixture, request: Request) -> Reply:
 
 
 STALL_SECONDS = 600.0  # after which a stalled stream is cut
-RESPONSE_ENDS = ("response.completed", "response.incomplete")
 
 
 def halve(text: bytes) -> bytes:
@@ -6120,7 +6105,8 @@ def read_item_event(event: Item) -> Item:
     elif type == "response.output_item.added" and item.get("type") == "function_call":
         call.update(id=item.get("call_id"), function={"name": item.get("name")})
     else:
-        return {"finish_reason": "stop"} if type in RESPONSE_ENDS else {}
+        ends = ("response.completed", "response.incomplete")
+        return {"finish_reason": "stop"} if type in ends else {}
     return {"delta": {"tool_calls": [call]}}
 
 
@@ -12587,7 +12573,7 @@ class Upstream:
                 if is_due:
                     kept += piece
                     times.append((len(kept), time.perf_counter() - started))
-                    is_json = not (piece or ends) and kept[:1] in (b"{", b"[")
+                    is_json = not (piece or ends) and bytes(kept[:1]) in (b"{", b"[")
                     whole = succeeds(json.loads, kept) if is_json else ends and not piece
                     if whole or len(kept) == length or kept.endswith(DONE):
                         told = bytes(kept), reply.status, reply.content_type, reply.headers
