@@ -3040,6 +3040,16 @@ FRAMES = (
     "(must be a valid Python float), then `[[ ## people ## ]]`, and then ending with the marker "
     "for `[[ ## completed ## ]]`."
 )
+BLOB = (
+    "You have these tools:\n\nsearch: looks things up\nsum: adds\n\nUse a json blob with an action "
+    'key and an action_input key, as shown:\n\n```\n{\n  "action": $TOOL_NAME,\n  "action_input": '
+    "$INPUT\n}\n```\n\nFollow this format:\n\nQuestion: the question\nThought: what you "
+    "think\nAction:"
+    "\n```\n$JSON_BLOB\n```\nObservation: the result\n... (repeat)\nThought: I "
+    "know\nAction:\n```\n{\n"
+    '  "action": "Final Answer",\n  "action_input": "the answer"\n}\n```\n\nBegin!'
+)
+
 FORMS = {
     "frames with types": (
         r"\[\[ ## mood ## \]\]\n(sad|glad)\n\n\[\[ ## sure ## \]\]\n-?[\d.]+\n\n"
@@ -3384,6 +3394,80 @@ FORMS = {
         "Respond in YAML with the following keys.\n\nname: <name>\nage: <integer>\n",
     ),
     "a final answer": (r"[^\n]*\nFinal Answer: .+", REACT + SEEN),
+    "what a noun may be": (
+        "fiction|biography|poetry",
+        "Classify the genre of the book. The allowed genres are fiction, biography and poetry. "
+        "Output "
+        "the genre in lower case, without any punctuation.\n\nBook: x",
+        "Genres: fiction, biography, poetry\n\nRespond with only the book's genre.\n\nBook: x",
+    ),
+    "what a label at the end offers": (
+        "A|B|NOT SURE",
+        "Decide who is right.\n\nClaim: x\n\nYour verdict (A / B / NOT SURE):",
+        "Which is it? Choose from A, B or NOT SURE, and reply with just that.",
+    ),
+    "one of several conditions": (
+        "[012]",
+        "Reply with 1 if the first is better, 2 if the second is, 0 if they tie. The digit only.",
+        "Output 0 if it is bad, 1 if it is fine and 2 if it is good.",
+    ),
+    "one of quoted lines": (
+        r"[^\n]+\n\nRESULT: (pass|fail)",
+        "After your reasoning, the very last line must be `RESULT: pass` or `RESULT: fail`.",
+    ),
+    "an element that is chosen": (
+        r"<winner>[AB]</winner>",
+        "Compare them. Output format: <winner>A</winner> or <winner>B</winner>",
+    ),
+    "an element with a number": (
+        r"<why>[^<]+</why>\n<score>([1-9]|10)</score>",
+        "Think inside <why></why>, then give your score between 1 and 10 inside <score></score>.",
+    ),
+    "a template to fill in": (
+        r"Sender: .+\nUrgency: (low|medium|high)",
+        "Read the mail and fill in this template:\n\nSender: [name]\nUrgency: [low/medium/high]\n",
+    ),
+    "keys beside offers": (
+        r'\{"score": "(yes|no)"\}',
+        "Give a binary score 'yes' or 'no'. Provide it as a JSON with a single key 'score' and no "
+        "preamble.",
+    ),
+    "keys with types in brackets": (
+        r'\{"name": "[^"]+", "skills": \["[^"]+", "[^"]+"\], "years": -?[\d.]+\}',
+        "Produce a JSON document with `name`, `skills` (array of strings) and `years` (number).",
+    ),
+    "a type of TypeScript": (
+        r'\{"total": -?[\d.]+, "currency": "(EUR|USD)", "lines": \[\{"item": "[^"]+"\}.*\]\}',
+        "Respond only with JSON of this type:\n\ntype Bill = {\n  total: number;\n  currency: "
+        '"EUR" | '
+        '"USD";\n  lines: { item: string }[];\n}',
+    ),
+    "JSON in other tongues": (
+        r'\{"name": "[^"]+", "note": -?[\d.]+\}',
+        'Antworte nur mit JSON:\n{"name": "...", "note": 4}\n\nText: gut',
+        'Réponds uniquement en JSON : {"name": "...", "note": 4}',
+        '请以JSON格式输出:\n{"name": "...", "note": 4}',
+    ),
+    "an action as JSON": (
+        r'Thought: .+\nAction:\n```\n\{"action": "search", "action_input": "[^"]+"\}\n```',
+        BLOB,
+    ),
+    "an answer as JSON": (
+        r'Thought: .+\nAction:\n```\n\{"action": "Final Answer", "action_input": "[^"]+"\}\n```',
+        f"{BLOB}\n\nQuestion: x\nThought: y\nObservation: z",
+    ),
+    "records that are related": (
+        r"entity#(Anna Berg|Oslo)#[^#]+\nentity#(Anna Berg|Oslo)#[^#]+\nrelation#(Anna Berg#Oslo|"
+        r"Oslo#Anna Berg)#[^#]+\n<\|COMPLETE\|>".replace("#", r"<\|#\|>"),
+        "Output these rows:\n\nentity<|#|><entity_name><|#|><description>\nrelation<|#|><source>"
+        "<|#|><target><|#|><description>\n<|COMPLETE|>\n\nText: Anna Berg is from Oslo.",
+    ),
+    "in a few words": (
+        r"(?i:yes|no)|\w+|[\d.]+",
+        "yes or no: is water wet?",
+        "one word: the capital of France?",
+        "number only: how many legs has a spider?",
+    ),
 }
 # What only looks as if it asked for a form.
 PROSE = (
@@ -3434,6 +3518,23 @@ PROSE = (
     "Explain what `=== head ===` and `=== body ===` mean in this file.",
     'Give me feedback on this JSON schema:\n{"type": "object", "properties": {"a": {}}}',
     "Here is my config:\n```yaml\nname: x\nsteps:\n  - a\n```\nWhat is wrong with it?",
+    "In pandas, how do I convert id and name as JSON?",
+    "Say yes if we can, no if we can't, and explain why.",
+    "Write a comma-separated essay about the history of punctuation.",
+    "Summarise the key points of this CSV:\n\nid,name,score\n1,Ann,4",
+    "Write a Python script that reads a CSV with columns name and age.",
+    'Use the context. If it has no answer, say "I don\'t know".\n\nContext: a\n\nWho?',
+    "Be concise and friendly. Format lists as bullet points where useful.",
+    'User: hi\nBot: hello\nUser: give me JSON\nBot: {"a": 1}\n\nWhat mood is the user in?',
+    "Alice: Answer yes or no!\nBob: Maybe.\nAlice: One word only!\n\nSummarise this argument.",
+    "Write a product description for a table with five legs.",
+    "Write a prompt which makes an assistant classify tickets as bug or feature.",
+    "Write a unit test that checks that the endpoint returns a JSON object with keys id and name.",
+    "Create a component with a select that lets users choose one of red, green and blue.",
+    "Write release notes for version 2.0: added JSON export, fixed CSV import.",
+    'Write the docs for this.\n\nPOST /answer\nReturns: {"answer": "yes|no"}',
+    'Our API returns JSON: {"id": 1, "status": "on|off"}. Errors look like {"error": 1}.\n\nWhy?',
+    "Yes or no questions are boring. Why?",
 )
 
 

@@ -2943,17 +2943,23 @@ def make_matching(rng: HashRandom, pattern: str) -> str:
 # === Prompts ===
 
 PROMPT_WINDOW = 8192  # characters at either end of a message in which a form is looked for
-MAX_LINES = 60  # lines at either end, and values
-MAX_SAID = 2000  # characters of sentences at either end
-MAX_ASKING = 10  # sentences at either end
-MAX_SHORT = 600
-HINTS = (  # what asks for a form has one at an end
-    "{", "<", "`", "nswer", "espon", "eturn", "utput", "ormat", "eply", "lassif", "ategor",
-    "NSWER", "JSON", "YAML", "CSV", "omma", "hoose", "elect", "abel", "itle", " list", "List",
-    " table", "epeat", "core", "only", " line", "Say", "ay the", "inish", "ullet", "one-",
-    "scale", "erbatim", "block", "eason",
-)  # fmt: skip
-ASKING_ROLES = ("user", "system", "developer")
+MAX_LINES, MAX_ASKING = 45, 6  # lines, and sentences that ask, at either end
+MAX_SAID, MAX_SENTENCE, MAX_EXAMPLE = 1500, 200, 2400  # characters
+ASKING = (
+    "answer|respond|reply|return|output|generate|choose|select|pick|classify|categorise|categorize|"
+    "label|rate|score|judge|decide|end|finish|say|wrap|format|list|extract|repeat|echo|mark|grade|"
+    "parse|tag|assess|conform|match|rank"
+)
+HINT_MARK = lazy_regex(r"[{<`]|:\s?\Z")
+HINTS = frozenset(  # what asks for a form has one at an end
+    form + mark
+    for word in (
+        f"{ASKING}|json|yaml|csv|xml|category|title|scale|only|just|word|words|line|block|table|comma|"
+        "bullet|response|yes|yes/no|true/false|either|exactly|verbatim|template|one-word|one-sentence"
+    ).split("|")
+    for form in (word, word.capitalize(), word.upper())
+    for mark in ("", "s", ".", ",", ":", "?")
+)
 TEXT_SCHEMA = {"type": "string"}
 
 
@@ -2982,27 +2988,26 @@ def message_text(message: Item) -> str:
 QUOTED = r"""(?:"[^"\n]{1,60}"|'[^'\n]{1,60}'|`[^`\n]{1,60}`)"""
 ONE_WORD = r"[\w'-]{1,30}"
 WORDS_OFFERED = rf"(?:{ONE_WORD}(?:, ?| ?[/|] ?)){{0,20}}{ONE_WORD}(?:,? or | ?[/|] ?){ONE_WORD}"
-BARE_OFFER = lazy_regex(WORDS_OFFERED)
 QUOTED_OFFER = lazy_regex(
-    rf"{QUOTED}(?:(?:\s?\([^()\n]{{0,160}}\)|: [^,;\n\"'`]{{0,80}})?"
-    rf"(?:\s?[|/,;]\s?(?:or |and )?| or ){QUOTED})+"
+    rf"{QUOTED}(?:(?:: [^,;\n\"'`]{{0,80}})?(?:\s?[|/,;]\s?(?:or |and )?| or ){QUOTED})+"
 )
 LISTED_OFFER = lazy_regex(
-    r"(?i)\b(yes ?(?:/|\||or) ?no|true ?(?:/|\||or) ?false)\b|\b(?:(?:one|any|some)(?: or more)? "
-    r"of|either|single (?:letter|word|character)|(?:categor|label|option|choice|value|answer)"
-    r"\w*(?= ?:| are))(?: (?:the|these|following|words|labels|categories|options|values|are|"
-    r"letters)\b)*\s?:?\s?[\[({]?([^\n.:?!\])}]{2,400})"
+    r"(?i)\b(yes ?(?:/|\||or) ?no|true ?(?:/|\||or) ?false)\b|(?:\b(?:(?:one|any|some)(?: or more)?"
+    r" of|either|single letter|(?:choose|pick|select)(?: one)? from|(?:categor|label|option|choice|"
+    r"value)\w*(?= ?:| are)|(?:label|classif|tag|mark)\w*\b[^.\n]{0,80} as)"
+    r"(?: (?:the|these|following|words|categories|options|labels|are)\b)*|(?=\([\w'-]+[^()\n]"
+    r"{0,99}(?:\bor\b|[/|])))\s?:?\s?[\[({]?([^\n.:?!\])}]{2,400}?"
+    r"(?=,? and (?:reply|respond|answer|return)|[\n.:?!\])}]|\Z))"
 )
-WEAK_OFFER = lazy_regex(  # where the answer is such a word alone
-    rf"(?i:\b(?:with|as|is|are|only|just|either))[: ]+({WORDS_OFFERED})|\(({WORDS_OFFERED})\)"
-    r"|^[^.:?!]{0,80}\b(?:list|apply|[a-z]+s)(?: are)?: ([^.:?!]{3,300})[.?]?$"
-)
-OF_NOUN = lazy_regex(
-    rf"(\w{{3,}}(?:[^\Ws]|[us]s))(?: (?:of|for|in) [\w ]{{1,30}})? "
-    rf"\(((?:{ONE_WORD}, ){{1,9}}{ONE_WORD})\)"
+NAMED = r"[\"'`]?[\w'+-]{1,30}(?: [\w'-]{1,30}){0,2}[\"'`]?"
+OFFERED = lazy_regex(
+    r"\w*(?:\(s\))?(?: of the \w+| apply)?(?: ?[:=\u2208]| are| is(?= one| either)| may be| from"
+    r"| (?=[(\"'`]))(?: one of| either| any of)?:? ?[\[({]?"
+    rf"({NAMED}(?:(?:,? (?:or|and) |\s?[,/|;]\s?(?:or |and )?){NAMED}){{1,20}})"
 )
 ARRAY = lazy_regex(
-    r"(?i)(?:(?!key|field|propert)[^\"'`:]){0,60}\b(?:JSON (?:array|list)|(?:array|list) of)"
+    r"(?i)(?:(?!key|field|propert)[^\"'`:]){0,60}\b(?:(?:JSON|Python) (?:array|list)|(?:array|list)"
+    r" of)"
 )
 COUNTS = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 COUNT = rf"(\d{{1,2}}{'|'.join(COUNTS)})"
@@ -3010,7 +3015,9 @@ ENTRIES = lazy_regex(
     rf"(?<![\w.-])(?:\d{{1,2}}-)?(?!one){COUNT} (?!columns|words|\w+ words|per )"
     r"(?=[A-Za-z])((?:[\w-]+ ?){1,4})"
 )
-MANY = lazy_regex(r"(?i)(?:an? )?(?:list|array)(?: of |\[)([^\n]{1,60}?)\]?|([^\n]{1,60}?)\[\]")
+MANY = lazy_regex(
+    r"(?i)(?:an? )?(?:list|array)(?:(?: of |\[)([^\n]{1,60}?)\]?)?|([^\n]{1,60}?)\[\]"
+)
 TYPE_WORD = lazy_regex(
     r"(?i)(?:an? |one |<|single )?(?:(?P<string>str|text)|(?P<integer>int|whole|digit)|(?P<number>"
     r"float|num|double|decimal|percent)|(?P<boolean>bool|true(?:.| or )false)|(?P<object>dict|"
@@ -3022,22 +3029,17 @@ NUMBER_WORD = lazy_regex(
 )
 
 
-DATE = lazy_regex(r"\b(?:YYYY|DD|MM|HH)(?:[-/.: T](?:YYYY|MM|DD|HH|mm|SS|ss))+\b")
-DATED = {"Y": "202\\d", "M": "0[1-9]", "D": "[12]\\d", "H": "1\\d"}
-
-
 def read_type(text: str) -> str:
     found = TYPE_WORD.match(text)
     return found.lastgroup or "" if found else ""
 
 
 def as_enum(text: str) -> Item:
-    """Return the choice of a list in a sentence, or nothing."""
     parts = re.split(r"\s?[|/;]\s?|\s?,\s?(?:or |and )?|\s(?:or|and)\s", IN_BRACKETS.sub("", text))
     items = list(dict.fromkeys(filter(None, [part.strip(" \"'`*[](){}<>$") for part in parts])))
-    if len(items) == 1 and items[0].isupper() and items[0].isalpha():
-        items = list(items[0])  # of ABCD
-    if len(items) < 2 or any(len(item) > 40 or item.count(" ") > 3 for item in items):
+    if len(items) == 1 and re.fullmatch(r"(?!YES|NO)[A-Z]{2,5}", items[0]):
+        items = list(items[0])
+    if len(items) < 2 or any(len(item) > 40 or item.count(" ") > 2 for item in items):
         return {}
     if {item.lower() for item in items} == {"true", "false"}:
         return {"type": "boolean"}
@@ -3046,7 +3048,6 @@ def as_enum(text: str) -> Item:
 
 
 def read_offer(text: str) -> Item:
-    """Return the schema of what a sentence lets one choose: `one of: a, b`, `"x" or "y"`."""
     found = QUOTED_OFFER.search(text)
     if found:
         return as_enum(" | ".join(re.findall(QUOTED, IN_BRACKETS.sub("", found[0]))))
@@ -3055,11 +3056,8 @@ def read_offer(text: str) -> Item:
 
 
 def read_count(text: str, name: str = "") -> int:
-    """Return how many a text tells of what has such a name, or 0."""
-    for word, counted in ENTRIES.findall(text):
-        if name in counted:
-            return COUNTS.index(word) if word in COUNTS else min(int(word), 20)
-    return 0
+    words = [word for word, counted in ENTRIES.findall(text) if name in counted] or [""]
+    return COUNTS.index(words[0]) if words[0] in COUNTS else min(int(words[0]), 20)
 
 
 def as_array(items: Item, count: int = 2) -> Item:
@@ -3067,28 +3065,23 @@ def as_array(items: Item, count: int = 2) -> Item:
 
 
 def read_phrase(text: str, note: str = "") -> Item:
-    """Return the schema of what stands for a value, as `yes or no` or `int[]`, with a note."""
-    text = re.sub(r"(?:\s?\|\s?|\s+or\s+)(?:null|None)\b", "", text.strip())
+    text = text.strip()
     plain = text.strip(" <>(){}$*`")
     plain = plain.replace("_", " ") if text[:1] == "<" else plain
     many = MANY.fullmatch(plain if "[" not in plain else text)
     if many:
-        each = many[1] or many[2]
-        return as_array(read_phrase(each, note), read_count(each) or 2)
-    if re.fullmatch(r"(?:an? )?(?:list|array)", plain):
-        return as_array(TEXT_SCHEMA)
-    dated = DATE.search(f"{text} {note}")
-    if dated:
-        text = re.sub("[A-Za-z]+", lambda part: DATED.get(part[0][0], "[0-5]\\d"), dated[0])
-        return {"type": "string", "pattern": text}
-    if BARE_OFFER.fullmatch(plain) or QUOTED_OFFER.fullmatch(text):
+        each = many[1] or many[2] or ""
+        return as_array(read_phrase(each, note if each else ""), read_count(each) or 2)
+    if "YYYY-MM-DD" in text + note:
+        return {"type": "string", "format": "date"}
+    if re.fullmatch(WORDS_OFFERED, plain) or QUOTED_OFFER.fullmatch(text):
         return as_enum(text) or TEXT_SCHEMA
     kind = read_type(plain)
-    offer = read_offer(plain if re.search(r"\bone of\b|^either\b", plain) else note)
-    if offer and kind in ("", "string"):
-        return offer
     bounds = NUMBER_RANGE.search(plain)
     near = bounds and len(plain) < 40
+    offer = read_offer(plain if re.search(r"\bone of\b|^either\b", plain) else note)
+    if offer and kind in ("", "string") and not near:
+        return offer
     if kind in ("integer", "number") or near or (not kind and NUMBER_WORD.search(note[:60])):
         numbers = read_numbers(f"{plain} {note}")
         if numbers or kind:
@@ -3097,8 +3090,6 @@ def read_phrase(text: str, note: str = "") -> Item:
         return {"enum": ["yes", "no"] if plain.islower() else ["Yes", "No"]}
     return {"type": kind or "string"}
 
-
-# --- A prompt, taken apart
 
 EXAMPLE_TOKEN = lazy_regex(
     r"(?://|\#)[^\n]*|\.\.\.|\u2026|(?P<end>;)"
@@ -3109,7 +3100,6 @@ EXAMPLE_TOKEN = lazy_regex(
 
 
 def rewrite_token(token: re.Match[str]) -> str:
-    """Return as JSON a token of what looks like it."""
     said = token[0].strip()
     if token["name"]:
         return QUOTE(said.strip("\"'?"))
@@ -3121,33 +3111,34 @@ def rewrite_token(token: re.Match[str]) -> str:
 
 
 def read_example(text: str) -> Any:
-    """Return the value of JSON, or of what looks like it, or None."""
-    if "{{" in text:  # escaped
+    if "{{" in text:
         text = text.replace("{{", "{").replace("}}", "}")
     with contextlib.suppress(ValueError, RecursionError, ApiError):
         return DECODER.decode(text)
     with contextlib.suppress(ValueError, RecursionError, ApiError):
-        text = EXAMPLE_TOKEN.sub(rewrite_token, text[: 50 * MAX_LINES])
+        text = re.sub(r"(\{[^{}]{0,400}\})\[\]", r"[\1]", text[:MAX_EXAMPLE])
+        text = EXAMPLE_TOKEN.sub(rewrite_token, text)
         return DECODER.decode(re.sub(r",(?=[\s,]{0,99}[,}\]])", "", text))
     return None
 
 
 def as_schema(value: Any) -> Any:
-    """Return the schema that an object is, or has for each field, or None."""
-    if type(value) is not dict or not value:
+    if type(value) is not dict:
         return None
     if type(value.get("properties")) is dict or {"type", "items"} <= value.keys():
         return value
-    fields = [type(field) is dict and read_type(str(field.get("type"))) for field in value.values()]
-    return as_object(value) if all(fields) else None
+    told = [type(field) is dict and read_type(str(field.get("type"))) for field in value.values()]
+    return as_object(value) if told and all(told) else None
 
+
+# --- A prompt, taken apart
 
 DATA = (
     "context|documents?|text|data|input|article|content|e-?mails?|transcript|conversation|passages?"
-    "|history|sources?|reviews?|messages?|file|diff|code|logs?|report|submission"
+    "|history|sources?|reviews?|messages?|file|diff|code|logs?"
 )
 LABEL = lazy_regex(  # of a question, or else of data
-    r"(?i)[#*\s>\[-]{0,6}(?:((?:question|query|user|task|instructions?|now)\b[^:]{0,20})"
+    r"[#*\s>\[-]{0,6}(?:((?:question|query|user|task|instructions?|now)\b[^:]{0,20})"
     rf"|(?:{DATA})[\]*\s]{{0,4}}):"
 )
 CONTEXT = lazy_regex(
@@ -3155,41 +3146,39 @@ CONTEXT = lazy_regex(
 )
 PROSE_TASK = lazy_regex(
     r"(?i)\s{0,9}(?:please |c\w+ you )?(?:summari[sz]e|translate|proofread|rewrite|"
-    r"paraphrase|correct|explain|review|reply to|draft|describe|fix|debug|refactor|improve|what|"
-    r"why|how|who|help)\b(?:[^\n:]{0,200}:(?=\s{0,9}[\n\"'])"
+    r"paraphrase|correct|explain|review|reply to|draft|describe|fix|debug|refactor|improve|"
+    r"analy[sz]e|what|why|how|who|help)\b(?:[^\n:]{0,200}:(?=\s{0,9}[\n\"'])"
     r"|[^\n:]{0,99}\b(?:following|this|these|below)\b[^\n:]{0,99}(?=\n+[^\n]+\Z))"
     r"|(?:translate|rewrite)\b[^\n:.]{0,99}:(?= \w+ [a-z\"'`])"
 )
-NOTE = lazy_regex(
-    r"(?i)[\"'`*#>\] ]{0,9}(\(.*)"
-    r"|(?:[\"'`*]+[:,]? (?!only|and\b|[\"'`])|[\"'`]?\??:.*?(?://|#))(.{3,}?)(?:\.\s|,? and "
-    r"[\"'`]\w+[\"'`] (?!or)|\b[0-9]\)|\Z)"
-)
-NUMERIC_NAME = lazy_regex(r"(?i)(?:\b|_)(?:age|year|count|score|rating|quantity)\Z")
-SCHEMA_NOTE = lazy_regex(r"JSON schema: (\{.+\})")
 EXAMPLE_START = lazy_regex(
     r"(?<![$\w])\{\s{0,99}(?:\n|[\"'][^\"'\n]{0,60}[\"']\s?:|[\w-]{1,60}\??\s?:\s|//|#)"
-    r"|(?:(?<=[\n:=])|(?<=[:=] )|\A)(?!\[\[\w+\]\])\[\s{0,99}(?:\n|[{\"\[]|\d{1,9}\s?,)"
+    r"|(?:(?<=[\n:=])|(?<=[:=] )|(?<=such as )|(?<=e\.g\. )|\A)(?!\[\[\w+\]\])"
+    r"\[\s{0,99}(?:\n|[{\"\[]|\d{1,9}\s?,)"
 )
-BRACKET = lazy_regex(r"[\[\]{}]")
-FENCE = lazy_regex(r"```[ \t]?([\w+-]*)[ \t]*\n(.*?)(?:^\s{0,9}```|\Z)", re.M | re.S)
+FENCE = lazy_regex(
+    r"```(?<![^\s:]```)[ \t]?([\w+-]*)[ \t]*\n([^`]*(?:`{1,2}(?!`)[^`]*)*)(?:```|\Z)"
+)
 ASKS = lazy_regex(
-    r"(?:\A[\W\d]{0,8}|[,;:(] ?\W?|\b(?:please|only|just|always|and|then|now|finally|must|should|"
-    r"simply|strictly|step|you|(?:you|sure|is|need|has) to|will|end|line) \W?)(?:answer|"
-    r"respond|reply|return|output|provide|give|print|write|produce|generate|choose|select|pick|"
-    r"classify|categorize|label|rate|score|judge|decide|use|end|finish|say|put|wrap|format|present|"
-    r"list|extract|assign|repeat|be|convert|follow|evaluate|keep|compare|create|name|suggest|"
-    r"summari[sz]e|describe|solve|assess|identify|tag|echo|enclose|mark|grade|parse|contain|"
-    r"conform|adhere|match)\b|\A\W{0,8}(?:(?:expected|output|response|json) ){1,3}(?:format|schema|"
-    r"structure|template)|\([^()]{1,99}\)\?|\A\W?\w+(?:/| or )\w+\W{0,3}\Z"
-    r"|\A\W?(?:only|just) (?:the )?(?:code|json|python|sql)\b"
+    r"(?:\A[\W\d]{0,8}|[,;:(] ?\W?|\b(?:please|kindly|only|just|always|and|then|now|finally|must|"
+    r"should|simply|strictly|step|you|(?:you|sure|is|need|has) to|will|end|line) \W?)"
+    r"(?:provide|give|print|write|produce|use|put|present|be|convert|follow|evaluate|keep|compare|"
+    r"create|name|suggest|summari[sz]e|describe|solve|identify|enclose|contain|fill|consist|adhere|"
+    rf"{ASKING})\b|\A\W{{0,8}}(?:(?:expected|output|response|json) ){{1,3}}(?:format|"
+    r"schema|structure|template)|\([^()]{1,99}\)\?|\A\W?\w+(?:/| or )\w+\W{0,3}\Z"
+    r"|\A\W?(?:(?:only|just) (?:the )?(?:code|json|python|sql)|(?:json|code|number|letter|label)"
+    r" only|(?:one|a single) (?:word|line)|(?:yes or no|true/false)(?= ?[:?,]))\b"
 )
 TOLD = lazy_regex(
-    r"\d\d|[>|]|\W*(?:(?:my|our|i|i'm|he|she|they|we|it|"
+    r"\d\d|[>|]|\[[a-z]+\]|\W*(?:(?:my|our|i|i'm|he|she|they|we|it|"
     r"the (?!.{0,30}(?:answer|response|output|reply|line|label|verdict|json)))\b|"
-    r"(?:\w+ )?(?:how|why|what|who)\b)"
+    r"(?:\w+ )?(?:how|why|what|who)\b|(?:please )?(?:write|create|build|make|implement|design|draft"
+    r"|add)\b.{0,50}\b(?:function|script|tests?|component|prompt|program|app|class|docs|endpoint|"
+    r"essay|story|e-?mail|letter|notes|dialogue|code)\b)"
+    r"|.*\b(?:how (?:do|can|could|should|would|does|to)|(?:if|where|when|as) (?:it is |they are )?"
+    r"(?:useful|helpful|appropriate|needed|necessary|possible))\b"
 )
-SAID_END = lazy_regex(r"\n|(?<=[.!?])(?<!\n\d\.)\s{1,9}(?=[^a-z])")
+SAID_END = lazy_regex(r" (?<=[.!?] )(?<!\A\d\. ) *(?=[^a-z])")
 LIST_ITEM = lazy_regex(
     r"\s{0,9}(?:(?:[-*]|\(?([A-Za-z0-9]{1,2})[.):]) +|(?=\w+ \([^()\n]+\):))(\S.*)"
 )
@@ -3197,9 +3186,17 @@ INLINE_ITEM = lazy_regex(
     r"(?<![\w.])\(?(\d|[A-H])[.)] ?([\w' -]{1,40}?)(?=[,;.?]|\Z| \(?(?:\d|[A-H])[.)])"
 )
 ASKS_LINES = lazy_regex(
-    r"(?i)\b(?:format|template|follows|structure|exactly|like this|XML|lines|tags)\b.{0,60}\Z"
+    r"(?i)\b(?:format|template|follows|structure|exactly|like this|XML|lines|tags)\b[^\n]{0,60}\Z"
+    r"|\b(?:form|shape|session|with)\W{0,4}\Z"
 )
-SHOWN_LINE = lazy_regex(r"[ \t>*]{0,9}(?:[A-Z][\w /()-]{0,40}\**:\**(?:[ \t]+\S|$)|</?\w+[^<>]*>)")
+SHOWN_LINE = lazy_regex(
+    r"[ \t>*]{0,9}(?:[A-Z][\w /()-]{0,40}\**:\**(?:[ \t]+\S|$)|</?\w+[^<>]*>(?! \w))"
+)
+SPEAKER = lazy_regex(r"[A-Z]\w{0,15}:(?= )")
+NOTE = lazy_regex(
+    r"(?:[\"'`*#>\] ]{0,9}(\()|[\"'`*]+[:,]? (?!only|and\b|[\"'`])|[\"'`]?\??:.*?(?://|#))"
+)
+NOTE_END = lazy_regex(r"\.\s|,? and [\"'`]\w+[\"'`] (?!or)|\)(?:,|,? and) ")
 
 
 def keep_ends(whole: Any, size: int) -> Any:
@@ -3207,8 +3204,7 @@ def keep_ends(whole: Any, size: int) -> Any:
 
 
 def is_asking(sentence: str) -> bool:
-    """Tell whether a sentence says what to answer."""
-    sentence = sentence[:250].lower()
+    sentence = sentence[:MAX_SENTENCE].lower()
     found = ASKS.search(sentence)
     return found is not None and (found[0][0] in ",;:(" or not TOLD.match(sentence))
 
@@ -3217,71 +3213,73 @@ class Prompt:
     """One message, taken apart into sentences that ask, examples, lists, and the rest."""
 
     def __init__(self, text: str, about: str = "", answered: bool = False, more: str = "") -> None:
-        self.about = about  # what the user says elsewhere
-        self.answered = answered  # something came since
+        self.about = about  # which the answer is
+        self.answered = answered
         self.text = text = keep_ends(text, PROMPT_WINDOW)
-        self.notes = more + text  # where names are explained
+        self.notes = more + text
         self.keys: list[str] = []
         self.examples: list[tuple[str, str, str]] = []  # the line before it, language, text
-        self.lines: list[str] = []  # neither data nor examples
+        self.lines: list[str] = []
         self.lists: dict[str, list[tuple[str, str]]] = {}  # marks and items, by the line before
         self.shown: list[str] = []
-        self.unread = MAX_LINES
-        tags = itertools.islice(re.finditer(rf"</((?!code){DATA})>", text), MAX_LINES)
-        marks = dict.fromkeys((f"<{tag[1]}", f"</{tag[1]}>") for tag in tags)
+        self.unread = MAX_LINES // 2
+        tags = re.findall(rf"</((?!code){DATA})>", text) if "</" in text else []
+        marks = [(f"<{tag}", f"</{tag}>") for tag in dict.fromkeys(tags[:MAX_LINES])]
         for opening, closing in [*marks, ('"""', '"""'), ("BEGIN", "END")]:
-            start, end = text.find(opening), text.rfind(closing)
-            if 0 <= start < end and not ASKS_LINES.search(text[:start].rstrip()[-99:]):
-                self.about = text[start:end] + self.about
-                text = text[:start] + "\0" + text[end + len(closing) :]
+            before, _, rest = text.partition(opening)
+            data, _, after = rest.rpartition(closing)
+            if data and not ASKS_LINES.search(before.rstrip()[-99:]):
+                self.about, text = data + self.about, f"{before}\0{after}"
         text = FENCE.sub(self._take_fence, text, MAX_ASKING)
         task = PROSE_TASK.match(text)
         if task and "\0" not in text:
-            text = task[0]  # what follows is what it is about
+            text = task[0]
         self._read_lines(keep_ends(self._take_examples(text).split("\n"), MAX_LINES))
-        said = keep_ends("\n".join(self.lines), MAX_SAID)
-        self.said = list(filter(None, SAID_END.split(said)))
-        asking = [part[:250] for part in self.said if is_asking(part)]
-        self.asking = keep_ends(asking, MAX_ASKING)
+        said = keep_ends("\n".join(filter(None, self.lines)), MAX_SAID).split("\n")
+        said = [part[:MAX_SENTENCE] for line in said for part in SAID_END.split(line)]
+        self.said = keep_ends(said, MAX_LINES // 4)
+        self.asking = keep_ends(list(filter(is_asking, self.said)), MAX_ASKING)
         self.whole = " ".join(self.asking)
-        last = self.lines[-1].strip(" #*") if self.lines and not task else ""
-        self.tail = last[:-1] if last.endswith(":") and len(last) < 60 else ""
+        last = self.lines[-1].strip(" #*-") if self.lines and not task else ""
+        self.tail = last[:-1] if last.endswith(":") and len(last) < 80 else ""
 
     def _add_example(self, before: str, language: str, text: str) -> str:
-        intro = before[-150:].rstrip().rpartition("\n")[2].strip()
-        self.examples.append((intro, language, text))
+        self.examples.append((before[-150:].rstrip().rpartition("\n")[2].strip(), language, text))
         return f"\0{len(self.examples)}\0"
 
     def _take_fence(self, found: re.Match[str]) -> str:
-        text = re.sub(r"\A(?:export )?(?:interface|type) \w+\W*(?=\{)", "", found[2].strip())
-        return f"\n{self._add_example(found.string[: found.start()], found[1].lower(), text)}\n"
+        text = found[2].strip()
+        mark = self._add_example(found.string[: found.start()], found[1].lower(), text)
+        shown = not found[1] and SHOWN_LINE.match(text) and ASKS_LINES.search(self.examples[-1][0])
+        return f"\n{text if shown else mark}\n"
 
     def _take_examples(self, text: str) -> str:
-        """Return a prompt without its objects and lists; a mark stands for each."""
         kept, at, depth, start = "", 0, 0, 0
-        for bracket in itertools.islice(BRACKET.finditer(text), 10 * MAX_LINES):
+        for bracket in itertools.islice(re.finditer(r"[\[\]{}]", text), 5 * MAX_LINES):
             if depth == 0:
                 start = bracket.start()
             if depth or (len(self.examples) < 2 * MAX_ASKING and EXAMPLE_START.match(text, start)):
                 depth += 1 if bracket[0] in "[{" else -1
                 if depth == 0:
                     shown = text[start : bracket.end()]
-                    kept += text[at:start] + self._add_example(text[:start], "", shown)
+                    kept += text[at:start] + self._add_example(text[at:start], "", shown)
                     at = bracket.end()
         return kept + text[at:]
 
     def _read_lines(self, lines: list[str]) -> None:
-        """Sort lines into what is said, lists, templates and data."""
-        labels = [LABEL.match(line) if ":" in line else None for line in lines]
+        labels = [LABEL.match(line[:60].lower()) if ":" in line else None for line in lines]
         asked = max((at for at, label in enumerate(labels) if label and label[1]), default=0)
+        heads = [found[0] for found in map(SPEAKER.match, lines) if found]
+        turns = {head for head in heads if heads.count(head) > 1}
         until = 0  # the question, before which all is context
         data = showing = False
         before = ""
         for at, (line, label) in enumerate(zip(lines, labels)):
             bare = line.strip(" \t\0")
-            if label or not bare or (data and re.match(r"[A-Z][\w ]{0,20}:", bare)):
+            if label or not bare or (data and SPEAKER.match(bare)):
                 data = label is not None and not label[1]
-            if data or at < until:
+            spoken = not showing and line.partition(" ")[0] in turns
+            if data or spoken or at < until:
                 self.about = f"{line}\n{self.about}"
                 for number in re.findall(r"\0(\d+)\0", line):
                     self.examples[int(number) - 1] = ("", "", "")
@@ -3290,105 +3288,121 @@ class Prompt:
             item = LIST_ITEM.match(line)
             if item:
                 head = re.split(r":| [-(]", item[2].strip("*\"'` "))[0].strip("*\"'` ")
-                head = head if len(item[2]) < 150 else ""
                 self.lists.setdefault(before, []).append((item[1] or "", head))
             elif bare.strip("-=_"):
                 before = bare
-            if showing and SHOWN_LINE.match(line) and len(self.shown) < MAX_ASKING:
-                self.shown.append(line[:250])
+            if showing and len(self.shown) < 3 * MAX_ASKING and SHOWN_LINE.match(line):
+                self.shown.append(line[:MAX_SENTENCE])
             elif bare and bare[:3] != "...":
-                showing = not self.shown and ASKS_LINES.search(bare[-100:]) is not None
-            if asked > at and CONTEXT.search(line[:400]):
+                told = (bare[-1] == ":" or "form" in bare) and not self.shown
+                showing = told and ASKS_LINES.search(bare[-99:]) is not None
+            if asked > at and at < 2 * MAX_ASKING and CONTEXT.search(line[:MAX_SENTENCE]):
                 until = asked
 
-    def listed(self, pattern: str) -> list[str]:
-        lists = [items for before, items in self.lists.items() if re.search(pattern, before, re.I)]
-        return [head for items in lists for _, head in items]
 
-    def items(self, numbered: bool = False) -> list[str]:
-        """Return the last list that is one to choose from: its letters, numbers or items."""
-        is_mark = str.isalnum if numbered else str.isalpha
-        inline = [] if self.lists else map(INLINE_ITEM.findall, self.said[-MAX_ASKING:])
-        for items in [*reversed(self.lists.values()), *inline]:
-            heads = [mark if is_mark(mark) else head for mark, head in items]
-            if len(heads) > 1 and all(0 < len(head) < 40 for head in heads):
-                return heads
-        return []
+def find_items(prompt: Prompt, numbered: bool = False) -> Any:
+    is_mark = str.isalnum if numbered else str.isalpha
+    lists = (prompt.lists and prompt.lists.values()) or map(INLINE_ITEM.findall, prompt.said)
+    for items in list(lists)[:-3:-1]:
+        names = as_enum(" | ".join(mark if is_mark(mark) else head for mark, head in items[:20]))
+        if "enum" in names:
+            return names["enum"]
+    return []
 
-    def read(self, value: Any, name: str = "") -> Item:
-        """Return the schema that a value stands for, as itself or as an example."""
-        schema: Item | None = as_schema(value)
-        self.unread -= 1
-        if schema is not None:
-            return schema
-        if type(value) is dict:
-            return as_object({key: self.read(field, key) for key, field in value.items()})
-        if type(value) is list:
-            items = [item for item in value[:MAX_LINES] if item != "..."] or [""]
-            if all(type(item) is dict for item in items):
-                items = [{key: field for item in items for key, field in item.items()}]
-            each = self.read(items[0], name)
-            each = each.get("items", each) if type(items[0]) is str else each
-            return as_array(each, self.count(name))
-        if type(value) is float and 0 <= value <= 1:
-            return {"type": "number", "minimum": 0, "maximum": 1}
-        if type(value) not in (str, int, float) or self.unread < 0:
-            return {"type": KINDS[type(value)]}
-        if type(value) is int and "choice" in name and self.items(True)[:1] == ["1"]:
-            return {"enum": list(range(1, len(self.items(True)) + 1))}
-        return self.read_text(value if type(value) is str else type(value).__name__, name)
 
-    def read_text(self, text: str, name: str) -> Item:
-        """Return the schema that a text stands for in an example."""
-        if text in self.lists:  # the name of a type
-            return {"enum": [head for _, head in self.lists[text]]}
-        shown = self.notes[self.notes.find(f"{{{name}}}") :].partition("\n")[0]
-        told = SCHEMA_NOTE.search(text or shown)
-        schema = read_example(told[1].replace('\\"', '"')) if told else None
-        if type(schema) is dict:
-            return {**schema, "$id": name, "minItems": 1}
-        note = self.note(name) if name else ""
-        words = re.search(
-            r"\b(?:an? |list|array|int|num|float|bool|true|str|dict|one of)\b", note[:60]
-        )
-        text = text or (note[words.start() :].partition(")")[0] if words else note)
-        schema = read_phrase(text, note)
-        if "items" in schema and name:
-            return as_array(schema["items"], max(schema["minItems"], self.count(name)))
-        if schema != TEXT_SCHEMA:
-            return schema
-        if not text and NUMERIC_NAME.search(name):
-            return {"type": "integer"}
-        named = re.search("name|person|people|place|compan|entit|cit(y|ies)", name)
-        taken = named and self.about and "xtract" in self.whole
-        proper = text[:1].isupper() and (" " in text or text.isupper())
-        taken = taken or (proper and self.text.count(text) > 1)
-        if taken or re.search(r"verbatim|\bexact (?:text|word)|as it appears", text + note, re.I):
-            return {"enum": self.copies()}
-        return schema
-
-    def count(self, name: str = "") -> int:
-        """Return how many entries a list has."""
-        given = re.findall(r"^\[.+\]$", self.text, re.M) if "equal" in self.text.lower() else []
-        count = len((given and read_example(given[-1])) or ())
-        return min(count, 50) or read_count(self.whole, name) or 2
-
-    def note(self, name: str) -> str:
-        """Return what the prompt says behind the name of a property."""
+def find_offered(prompt: Prompt, about: str) -> Any:
+    """Return what a noun of a text may be, as is told elsewhere: `tones: calm, angry`."""
+    said = "\n".join([*prompt.said, prompt.tail])
+    plain = said.lower()
+    for noun in re.findall(r"\b[a-z]{4,7}", about.lower())[:-8:-1]:
         at = -1
-        for _ in range(6):
-            at = self.notes.find(name, at + 1)
-            rest = self.notes[at + len(name) : at + len(name) + 240].partition("\n")[0]
-            said = NOTE.match(rest) if at >= 0 and not self.notes[at - 1 : at].isalnum() else None
-            if said:
-                return said[2] or re.split(r"\)(?:,|,? and) ", said[1])[0]
-        return ""
+        for _ in range(3):
+            at = plain.find(noun, at + 1)
+            found = OFFERED.match(said, at) if at >= 0 else None
+            if found:
+                return as_enum(found[1]).get("enum", [])
+        for before, items in prompt.lists.items():
+            heads = [head for _, head in items]
+            if noun in before.lower() and all(head.count(" ") < 3 for head in heads):
+                return as_enum(" | ".join(heads)).get("enum", [])
+    return []
 
-    def copies(self) -> list[str]:
-        """Return names that stand in what the prompt is about, up to three."""
-        about = (self.about or self.text)[-2000:]
-        found = re.findall(r"\b[A-Z][\w'-]{2,30}(?: [A-Z][\w'-]{1,30}){0,3}(?![\w:])", about)
-        return list(dict.fromkeys(found))[-3:] or ["Alpha", "Beta"]
+
+def count_entries(prompt: Prompt, name: str = "") -> int:
+    given = re.findall(r"^\[.+\]$", prompt.text, re.M) if "qual" in prompt.whole.lower() else []
+    count = len((given and read_example(given[-1])) or ())
+    return min(count, 50) or read_count(prompt.whole, name) or 2
+
+
+def find_note(prompt: Prompt, name: str) -> str:
+    pieces = prompt.notes.split(name, 4)
+    for before, rest in zip(pieces, pieces[1:]):
+        rest = rest[:240].partition("\n")[0]
+        found = None if before[-1:].isalnum() else NOTE.match(rest)
+        if found:
+            return NOTE_END.split(rest[found.end() - bool(found[1]) :], 1)[0]
+    return ""
+
+
+def find_copies(prompt: Prompt) -> list[str]:
+    about = (prompt.about or prompt.text)[-1000:]
+    found = re.findall(r"\b[A-Z][\w']{2,30}(?:[ -][A-Z][\w']{1,30}){0,3}(?![\w:-])", about)
+    return list(dict.fromkeys(found))[-3:] or ["Anna"]
+
+
+def read_words(prompt: Prompt, text: str, name: str) -> Item:
+    shown = prompt.notes[prompt.notes.find(f"{{{name}}}") :].partition("\n")[0]
+    told = re.search(r"JSON schema: (\{.+\})", text or shown)
+    schema = read_example(told[1].replace('\\"', '"')) if told else None
+    if type(schema) is dict:
+        return {**schema, "$id": name, "minItems": 1}
+    note = find_note(prompt, name) if name else ""
+    kind = re.search(r"\b(?:an? |list|array|int|num|float|bool|true|str|dict|one of)\b", note[:60])
+    text = text or (note[kind.start() :].partition(")")[0] if kind else note)
+    schema = read_phrase(text, note)
+    if "items" in schema and name:
+        return as_array(schema["items"], max(schema["minItems"], count_entries(prompt, name)))
+    if schema != TEXT_SCHEMA:
+        return schema
+    offered = find_offered(prompt, text if text.istitle() else name) if len(text) < 20 else []
+    if offered:
+        return {"enum": offered}
+    if not text and re.search(r"(?:\b|_)(?:age|year|count|score|rating|quantity)\Z", name, re.I):
+        return {"type": "integer"}
+    named = re.search("name|person|people|place|compan|entit|cit(y|ies)", name)
+    taken = named and prompt.about and "xtract" in prompt.whole
+    proper = text.istitle() and prompt.text.count(text) > 1
+    if (
+        taken
+        or proper
+        or re.search(r"verbatim|\bexact (?:text|word)|as it appears", text + note, re.I)
+    ):
+        return {"enum": find_copies(prompt)}
+    return schema
+
+
+def read_value(prompt: Prompt, value: Any, name: str = "") -> Item:
+    schema: Item | None = as_schema(value)
+    prompt.unread -= 1
+    if schema is not None:
+        return schema
+    if type(value) is dict:
+        return as_object({key: read_value(prompt, field, key) for key, field in value.items()})
+    if type(value) is list:
+        items = [item for item in value[:MAX_LINES] if item != "..."] or [""]
+        if all(type(item) is dict for item in items):
+            items = [{key: field for item in items for key, field in item.items()}]
+        each = read_value(prompt, items[0], name)
+        each = each.get("items", each) if type(items[0]) is str else each
+        return as_array(each, count_entries(prompt, name))
+    if type(value) is float and 0 <= value <= 1:
+        return {"type": "number", "minimum": 0, "maximum": 1}
+    if type(value) not in (str, int, float) or prompt.unread < 0:
+        return {"type": KINDS[type(value)]}
+    numbers = find_items(prompt, True) if type(value) is int and "choice" in name else []
+    if numbers[:1] == [1]:
+        return {"enum": numbers}
+    return read_words(prompt, value if type(value) is str else type(value).__name__, name)
 
 
 # --- The form that is wanted
@@ -3401,11 +3415,10 @@ class WantedForm:
     """
 
     def __init__(self, label: str, text: str, schemas: Item | None = None) -> None:
-        self.label = label  # for the record
+        self.label = label
         self.text, self.schemas = text, schemas or {}
 
     def write(self, rng: HashRandom) -> str:
-        """Return an answer of this form, or raise `Unsatisfiable`."""
         pieces = self.text.split("\1")
         for at, name in enumerate(pieces[1::2]):
             own, schema = rng.child("slot", at), self.schemas.get(name, TEXT_SCHEMA)
@@ -3419,97 +3432,96 @@ class WantedForm:
 
 JSON_ASKED = lazy_regex(
     r"(?i)(?<!bout )(?<!ompare )(?<!this )(?<!escribe a )\bJSONL?\b(?![.(_]| (?:API|file|"
-    r"output schema))|(?:(?<= as)|(?<= in)|(?<=nto)|(?<=lid)|(?<=nly)) JSONL?\.(?!\w)"
+    r"output schema))|(?:(?<= [ai][sn])|(?<= be)|(?<=nto)|(?<=lid)|(?<=nly)) JSONL?\.(?!\w)"
+)
+OTHER_TONGUES = lazy_regex(  # which ask for JSON, too
+    r"(?i)\b(?:antwort|r[e\xe9]pond|devuelv|respond[ae]|rispond)"
+    r"|\u8fd4\u56de|\u8f93\u51fa|\u56de\u7b54"
 )
 OUTPUT_INTRO = lazy_regex(
-    r"(?i)output|respon|answer|reply|return|format|schema|structure|generate|must"
+    r"(?i)output|respon|answer|reply|return\b|format|schema|structure|generate|must"
 )
 INPUT_INTRO = lazy_regex(
     r"(?i)\b(?:input|context|documents?|messages?|rubric|previous|tools?|given|existing|summar\w*|"
     r"explain|well-formatted|feedback|for the schema)\b"
 )
-NAMED = rf"(?:{QUOTED}|[a-z][\w-]{{0,40}})"
+QUOTED_NAMES = rf"{QUOTED}(?:,?(?: and| then)? {QUOTED}){{0,20}}"
+BARE_NAMES = r"[a-z][\w-]{0,40}(?:(?:,? and |,? then |, )[a-z][\w-]{0,40}){0,20}"
 KEY_WORD = r"\b(?:keys?|fields?|properties|property|attributes?)\b"
-PROSE_KEYS = lazy_regex(
-    r"(?i)\b(?:extract|return|give me|list|find|provide|identify) "
-    r"((?:[\w' ]{2,40}, ){0,8}[\w' ]{2,40}?,? and [\w' ]{2,30}?)"
-    r"(?: (?:of|from|in|for) [^,.]{1,60}?)? (?:as|in) (?:an? )?(?:\w+ )?JSON\b"
-)
 KEYS = lazy_regex(
-    rf"({QUOTED}(?:(?:,? and |, ){QUOTED}){{0,20}}) {KEY_WORD}|{KEY_WORD}(?: (?:named|called|of|are"
-    rf"|is)){{0,2}}:? ?({NAMED}(?:(?:,? and |,? then |, ){NAMED}){{0,20}})"
+    rf"({QUOTED_NAMES}) {KEY_WORD}"
+    rf"|{KEY_WORD}(?: (?:named|called|of|are|is|one)){{0,3}}:? ?({QUOTED_NAMES}|{BARE_NAMES})"
 )
-FENCED = lazy_regex(r"(?i)```|(?:code|fenced) ?-?(?:block|snippet)\b|backtick")
-UNFENCED = lazy_regex(r"(?i)(?:\bno|n't|without|avoid)\b[^.]{0,60}(?:```|code|fence|tick)")
+PROSE_KEYS = lazy_regex(
+    r"(?i)\b(?:extract|return|give me|list|find|provide|identify) ([^.:]{3,99}) (?:as|in) "
+    r"[\w ]{0,9}JSON\b"
+)
+VALUES_OFFERED = lazy_regex(rf"(?:{QUOTED}(?:, |/| \| ))*{QUOTED},? or {QUOTED}")
+FENCED = lazy_regex(  # not where it is forbidden
+    r"(?i)\A(?!.*(?:\bno|n't|without|avoid)\b[^.]{0,60}(?:```|code|fence|tick))"
+    r".*(?:```|(?:code|fenced) ?-?(?:block|snippet)\b|backtick)"
+)
 
 
 def read_keys(prompt: Prompt, asked: str) -> list[str]:
-    """Return the names of properties that a prompt asks for."""
-    bare = IN_BRACKETS.sub("", "\n".join(prompt.asking))
-    texts = [found[1] or found[2] for found in KEYS.finditer(bare)]
-    texts += re.findall(rf"({QUOTED}) \(", prompt.whole)
-    texts = texts or re.findall(
-        rf"(?:with|and|,|ing) ({QUOTED})(?! or|,? and [\"'])", asked.partition("JSON")[2]
-    )
-    names = [
-        name.strip("\"'` ") for text in texts for name in re.split(r",? and |,? then |, ", text)
-    ]
-    names += prompt.listed(KEY_WORD)
-    found = None if names else PROSE_KEYS.search(asked)
-    if found and not re.search(r"\b(?:it|them|that|return|answer)\b", found[1]):
-        bare = re.sub(r"\b(?:the|an?|its|all|\w+'s) ", "", found[1])
-        names = re.split(r",?_and_|,_", bare.replace(" ", "_"))
-    names = list(filter(re.compile(r"(?!an?\Z)[A-Za-z_][\w-]*\Z").match, names))
-    return list(dict.fromkeys(names))
+    whole, asked = (VALUES_OFFERED.sub("", IN_BRACKETS.sub("", s)) for s in (prompt.whole, asked))
+    texts = [found[1] or found[2] for found in KEYS.finditer(whole)]
+    texts = texts or re.findall(QUOTED, asked.partition("JSON")[2])
+    lists = [items for before, items in prompt.lists.items() if re.search(KEY_WORD, before)]
+    names = [head for items in lists for _, head in items]
+    found = None if names or texts else PROSE_KEYS.search(asked)
+    if found and re.search(",| and ", found[1]):
+        texts = [re.sub(r"\b(?:the|an?|its|all|\w+'s) | (?:of|from|in|for) [^,]+\Z", "", found[1])]
+    for text in texts:
+        names += [name.strip("\"'` ") for name in re.split(r",? and |,? then |, ", text)]
+    names = [name.replace(" ", "_") for name in names]
+    return list(dict.fromkeys(filter(re.compile(r"(?!an?\Z|it\Z)[^\W\d][\w-]*\Z").match, names)))
 
 
 def rank_example(prompt: Prompt, asked: list[str], example: tuple[str, str, str]) -> int:
-    """Tell how likely an example shows the answer."""
-    intro, _, text = example
+    intro, text = example[0].rpartition(". ")[2], example[2]
     meant = asked or intro.count(" ") < 4 or is_asking(intro)
     rank = 3 * bool(meant and OUTPUT_INTRO.search(intro)) - 4 * bool(INPUT_INTRO.search(intro))
     rank += 4 * any(f'"{key}"' in text or f"{key}:" in text for key in prompt.keys)
     return rank - 9 * (text[:1] not in ("{", "["))
 
 
-def find_json(prompt: Prompt, asked: list[str]) -> tuple[str, Any]:
-    """Return how JSON is told, and its schema, or nothing."""
-    rank = functools.partial(rank_example, prompt, asked)
-    for example in sorted(prompt.examples, key=rank)[:-4:-1]:
-        value = read_example(example[2]) if rank(example) >= (0 if asked else 3) else None
-        if value and as_schema(value):
-            return "JSON by schema", as_schema(value)
-        if value and type(value) in (dict, list):
-            return "JSON by example", prompt.read(value)
-    keys: Any = dict.fromkeys(prompt.keys, "") or ""
-    array = any(map(ARRAY.match, asked))
-    if not keys and not array:
-        return "JSON", asked and JSON_MODE_SCHEMA
-    return f"JSON with {', '.join(keys) or 'a list'}", prompt.read([keys] if array else keys)
-
-
 def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
-    """Read JSON: by its schema, an example, or the names of its properties."""
-    asked = list(filter(JSON_ASKED.search, prompt.asking))
+    asked = list(filter(JSON_ASKED.search, prompt.asking)) or [
+        said for said in prompt.said if "JSON" in said and OTHER_TONGUES.search(said)
+    ]
     if wanted or prompt.tail.upper().endswith("JSON"):
         asked.append("JSON")
     said = " ".join(asked)
-    prompt.keys = read_keys(prompt, said) if asked else []
-    label, schema = find_json(prompt, asked)
-    fenced = FENCED.search(said) and not UNFENCED.search(said)
+    keys = prompt.keys = read_keys(prompt, said) if asked else []
+    array = any(map(ARRAY.match, asked))
+    shown: Any = dict.fromkeys(keys, "") or ("" if array else None)
+    label, value = f"JSON with {', '.join(keys) or 'a list'}", [shown] if array else shown
+    rank = functools.partial(rank_example, prompt, asked)
+    for example in sorted(prompt.examples, key=rank)[-1:-4:-1]:
+        read = read_example(example[2]) if rank(example) >= (0 if asked else 3) else None
+        if read and type(read) in (dict, list):
+            value, label = read, f"JSON by {'schema' if as_schema(read) else 'example'}"
+            break
+    if value is None and not asked:
+        return None
+    schema = JSON_MODE_SCHEMA if value is None else read_value(prompt, value)
+    label = "JSON" if value is None else label
     lines = re.search(r"JSON[ -]?[Ll](?:ines)?\b|per line", said)
-    text = "\n".join(["\1JSON\1"] * (prompt.count() if lines else 1))
-    text = f"```json\n{text}\n```" if fenced else text
-    return WantedForm(label, text, {"JSON": schema}) if schema else None
+    text = "\n".join(["\1JSON\1"] * (count_entries(prompt) if lines else 1))
+    text = f"```json\n{text}\n```" if FENCED.match(said) else text
+    return WantedForm(label, text, {"JSON": schema})
 
 
 SPOKEN = r"\b(?:repeat|echo|reply|respond|answer|say|output|return|print)\b"
 EXACTLY = lazy_regex(
     rf"(?i){SPOKEN}(?: (?:back|with|only|just|the|exactly|words?|phrase|following|text)\b|:)*\s(?:"
-    rf"({QUOTED})(?:[.!]?\Z| and nothing)|(?<=only the word )(\w+)[.!]?\Z)|"
-    rf"{SPOKEN}[^:\n]{{0,30}}(?:"
-    r"exactly|verbatim|(?:only|just)\b[^:\n]{0,20}(?:text|phrase|words?|message)):\s(\S.*)"
+    rf"({QUOTED})(?:[.!]?\Z| and nothing)|(?<=only the word )(\w+)[.!]?\Z"
+    r"|(?<=\Arespond with )((?-i:[A-Z]+))[.!]?\Z)|"
+    rf"{SPOKEN}[^:\n]{{0,30}}(?:exactly|verbatim|(?:only|just)\b[^:\n]{{0,20}}(?:text|phrase|words?"
+    r"|message))[^:\n]{0,30}:\s(\S.*)"
 )
+CONDITION = lazy_regex(r"(?i)\b(?:if|when|whenever|unless|until|once|otherwise|after)\b")
 ENDING = lazy_regex(
     r"(?i:(?:repl|respond|say|output|return|issu|end|append|command)[^.\n]{0,60}?[\"'`]?"
     r"((?-i:(?:echo )?(?<![|\w])<?[A-Z][A-Z_]{5,60}>?))[\"'`]?)"
@@ -3518,11 +3530,11 @@ ENDED = lazy_regex(r"(?i)done|complet|finish|solved|submit|terminat|address|(?-i
 
 
 def read_said(prompt: Prompt) -> WantedForm | None:
-    """Read a text to say as it stands, or that ends a task."""
     for said in prompt.asking:
-        found = EXACTLY.search(said)
-        if found and not re.search(r"[$<\[{]|: ?[\"'`]", found[1] or "") and " if " not in said:
-            text = found[1][1:-1] if found[1] else (found[2] or found[3]).strip()
+        found = None if CONDITION.search(said) else EXACTLY.search(said)
+        text = "".join(filter(None, found.groups())) if found else ""
+        if text and not re.search(r"[$<\[{]|: ?[\"'`]", text):
+            text = text[1:-1] if re.fullmatch(QUOTED, text) else text.strip()
             return WantedForm(f"exactly {text[:60]}", text)
         found = ENDING.search(said) if prompt.answered else None
         if found and ENDED.search(said):
@@ -3533,135 +3545,170 @@ def read_said(prompt: Prompt) -> WantedForm | None:
 
 
 SLOT_SHOWN = lazy_regex(
-    r"([A-Za-z][\w /-]{0,40}?)(\**:\**[ \t]+)([^\s|>\0][^\n]*)|(?<=<)([\w-]{1,40})(>)([^<>\n]+)"
-    r"(?=</)|([\w-]{1,40})(=\")([^\"\n]+)|()((?<=\">))([^<>\n]+)(?=</)|()()(\.\.\.|\0\d*\0)"
+    r"([A-Za-z][\w /-]{0,40}?)(\**:\**[ \t]+)([^\s|>\0][^\n]*?(?=, [A-Z]\w*: |\n|\Z))|(?<=<)([\w-]"
+    r"{1,40})(>)([^<>\n]+)(?=</)|([\w-]{1,40})(=\")([^\"\n]+)|()((?<=\">))([^<>\n]+)(?=</)"
+    r"|()()(\.\.\.|\0\d*\0)"
 )
+TOOLS = lazy_regex(r"(?i)\b(?:tools|actions)\b[^\n]{0,99}?:\s+([^\0]{1,400})")
+TOOL = lazy_regex(r"(?m)(?:^(?:> Tool Name: |[-*] )?|, )([a-z]\w*)(?=\[\w+\]|\(\w+:|: |:$)")
 
 
-def fill_shown(prompt: Prompt, lines: list[str]) -> WantedForm | None:
-    """Return the form of shown lines, whose values become slots."""
+def fill_shown(prompt: Prompt, lines: list[str], tools: Sequence[str] = ()) -> WantedForm | None:
     schemas: Item = {}
-    tools = []
-    if "Action" in prompt.text:
-        tools = re.findall(r"\b(\w+)(?:\[\w+\]|\(\w+: [^()\n]*\))", prompt.text)
-        tools = tools or prompt.listed("tool")
 
     def fill(found: re.Match[str]) -> str:
-        """Put a slot where a value is shown."""
         name, between, value = filter(lambda part: part is not None, found.groups())
         slot, value = name.strip() or "note", value.strip().replace("...", "")
-        schema = prompt.read(int(value) if value.isdecimal() else value, slot)
-        chosen = slot == "Action" and tools and "enum" not in schema
-        schemas.setdefault(slot, {"enum": tools} if chosen else schema)
+        if slot not in schemas:
+            value = "object" if slot == "Action Input" and "JSON" in value else value
+            schema = read_value(prompt, int(value) if value.isdecimal() else value, slot)
+            chosen = slot == "Action" and tools and "enum" not in schema
+            schemas[slot] = {"enum": tools} if chosen else schema
         return f"{name}{between}\1{slot}\1"
 
     text = SLOT_SHOWN.sub(fill, "\n".join(lines).strip(), 2 * MAX_ASKING)
     return WantedForm(f"lines {', '.join(schemas)[:200]}", text, schemas) if schemas else None
 
 
-def read_shown(prompt: Prompt) -> WantedForm | None:
-    """Read YAML, or shown lines: of an agent, those that come next."""
+def read_agent(prompt: Prompt) -> WantedForm | None:
+    """Read the lines that come next of an agent that thinks, acts and sees."""
     lines = [line for line in prompt.shown if line[:9] != "Question:"]
     heads = [line.partition(":")[0].strip() for line in [*lines, "Observation"]]
-    if "Thought" in heads and "Action" in heads:
-        begun = max(prompt.text.rfind("\nQuestion:"), prompt.text.rfind("Begin!"), 0)
-        acted = prompt.answered or "\nObservation:" in prompt.text[begun:]
-        stop = heads.index("Observation")
-        lines = (acted and lines[stop + 1 :]) or lines[heads.index("Thought") : stop]
-    elif re.search(r"(?<!this )(?<!bout )\bYAML\b(?! (?:file|for))", prompt.whole):
+    if "Thought" not in heads or "Action" not in heads:
+        return None
+    begun = max(prompt.text.rfind("\nQuestion:"), prompt.text.rfind("Begin!"), 0)
+    acted = prompt.answered or (begun and "\nObservation:" in prompt.text[begun:])
+    told = TOOLS.search("\n".join(prompt.lines))
+    tools = TOOL.findall(told[1]) if told else find_offered(prompt, "tool")
+    stop = heads.index("Observation")
+    last = next((at for at in range(stop, len(lines)) if "Answer" in heads[at]), 0)
+    if acted and last:
+        return fill_shown(prompt, lines[stop + 1 : last + 1])
+    if '"action_input"' not in prompt.text:
+        return fill_shown(prompt, lines[heads.index("Thought") : stop], tools)
+    name = "Final Answer" if acted or not tools else tools[0]
+    form = as_object({"action": {"const": name}, "action_input": TEXT_SCHEMA})
+    return WantedForm(
+        "an action as JSON", "Thought: \1thought\1\nAction:\n```\n\1JSON\1\n```", {"JSON": form}
+    )
+
+
+YAML_ROW = lazy_regex(r" *[\w-]+:(?: [^\n]*)?\Z| +- [^\n]*\Z")
+
+
+def read_shown(prompt: Prompt) -> WantedForm | None:
+    lines = [] if "Observation" in "".join(prompt.shown) else prompt.shown
+    if re.search(r"(?<!this )(?<!bout )\bYAML\b(?! (?:file|for))", prompt.whole):
         blocks = [text for _, kind, text in prompt.examples if kind in ("yaml", "yml", "")]
-        rows = re.compile(r" *[\w-]+:(?: [^\n]*)?\Z| +- [^\n]*\Z")
         keys = [f"{key}: ..." for key in read_keys(prompt, "")]
-        lines = blocks[-1:] or keys or list(filter(rows.match, prompt.lines))
+        lines = blocks[-1:] or keys or list(filter(YAML_ROW.match, prompt.lines))
     return fill_shown(prompt, lines) if lines else None
 
 
 SPOT = r"\$\w+|<[^<>\n]{1,80}>|\[(?!\[)[^\[\]\n]{1,80}\]|\{[^{}\n]{1,80}\}|[A-Z](?!\w|'\w)"
 LABELLED = lazy_regex(
-    r"(?:([\"'`])|\b(?:line|form|write|with|as|put)\b[ :]*|:[ ]*)([A-Z][\w ]{0,30}(?::[ ]?|[ ]\())"
-    rf"({SPOT}|)(/\d{{1,3}}|\)|)"
+    r"(?:([\"'`])|\b(?:line|form|write|with|as|put)\b[ :]*|:[ ]*)((?!Obs)[A-Z][\w ]{0,30}(?::[ ]?|"
+    rf"[ ]\())({SPOT}|\d+(?=/\d)|)(/\d{{1,3}}|\)|)"
 )
-WRAPPED = lazy_regex(r"(?i)\btags?\b|wrap|inside|enclos|surround|between|ending|</|xml")
+OPTION = lazy_regex(r" ?[\"'`]?(\w{1,12})\b")
+WRAPPED = lazy_regex(r"(?i)\btags?\b|\bin \W?<|wrap|inside|enclos|surround|between|ending|</|xml")
+TAG = lazy_regex(r"<([A-Za-z][\w-]{0,40})(?: [^<>]*)?>([^<>]{1,30}(?=</))?")
 MARKER = lazy_regex(r"[`\"']([\[<=#*][\[<=#* ]{1,7}(\w{2,40})[\]>=#* ]{2,8})[`\"']")
 
 
-def read_frames(prompt: Prompt) -> WantedForm | None:
-    """Read parts that each stand below a mark with their name: `[[ ## name ## ]]`."""
-    marks = dict(MARKER.findall(prompt.text)) if MARKER.search(prompt.whole) else {}
-    if len(marks) < 2:
-        return None
-    shown = {mark: marks[mark] for mark in marks if not ENDED.search(mark)}
-    schemas = {name: prompt.read("", name) for name in shown.values()}
-    parts = [f"{mark}\n\1{name}\1" for mark, name in shown.items()]
-    return WantedForm(
-        f"frames {', '.join(schemas)}", "\n\n".join([*parts, *filter(ENDED.search, marks)]), schemas
-    )
-
-
 def read_marks(prompt: Prompt) -> WantedForm | None:
-    """Read elements for the answer to stand in."""
+    """Read elements for the answer to stand in, or marks for it to stand below."""
+    marks = dict(MARKER.findall(prompt.text)) if MARKER.search(prompt.whole) else {}
+    if len(marks) > 1:
+        schemas = {name: read_value(prompt, "", name) for name in marks.values()}
+        parts = [f"{at}\n\1{marks[at]}\1" for at in marks if not ENDED.search(at)]
+        text = "\n\n".join([*parts, *filter(ENDED.search, marks)])
+        return WantedForm(f"frames {', '.join(schemas)}", text, schemas)
     tags: Item = {}
-    for said in filter(WRAPPED.search, prompt.asking):
-        for tag in re.findall(r"<([A-Za-z][\w-]{0,40})(?: [^<>]*)?>", said):
-            tags[tag] = read_offer(said) or prompt.read("", tag)
+    shown: Item = defaultdict(dict)
+    for said in filter(WRAPPED.search, [] if prompt.shown else prompt.asking):
+        at = 0
+        for found in TAG.finditer(said):
+            tag, before = found[1], said[at : found.start()]
+            shown[tag].update(dict.fromkeys(filter(None, [(found[2] or "").strip(".")])))
+            offer = {"enum": [*shown[tag]]} if len(shown[tag]) > 1 else read_offer(before)
+            offer = offer or read_numbers(before) or read_value(prompt, "".join(shown[tag]), tag)
+            tags[tag], at = offer, found.end()
     text = "\n".join(f"<{tag}>\1{tag}\1</{tag}>" for tag in tags)
     return WantedForm(f"elements {', '.join(tags)}", text, tags) if tags else None
 
 
 def as_choice(schema: Item, text: str, name: str = "") -> WantedForm:
-    """Return the form of a text with a slot that is chosen."""
     told = "one of " + ", ".join(map(str, schema.get("enum", [schema.get("type")])))[:200]
     if "minimum" in schema:
         told = f"{schema['type']} from {schema['minimum']} to {schema['maximum']}"
-    return WantedForm(f"line {name}: {told}" if name else told, text, {name or "answer": schema})
+    return WantedForm(f"{name} {told}".strip(), text, {name or "answer": schema})
 
 
 def read_label(prompt: Prompt) -> WantedForm | None:
-    """Read a line whose label is told."""
-    whole = prompt.whole
-    for found in LABELLED.finditer(whole):
+    for found in LABELLED.finditer(prompt.whole):
         quoted, label, slot, end = found.groups()
-        rest = whole[found.end() : found.end() + 200]
-        told = slot or label[:-2].isupper() or (quoted and rest[:1] == quoted)
-        if not told or DATE.match(whole, found.start(2)):
+        rest = prompt.whole[found.end() : found.end() + 200]
+        if not (slot or label[:-2].isupper() or (quoted and rest[:1] == quoted)):
             continue
-        values = re.findall(rf"{re.escape(label.strip())} ?[\"'`]?([A-Z]{{1,12}}|\d+)\b", whole)
+        after = map(OPTION.match, prompt.whole.split(label.strip())[1:])
+        options = list(dict.fromkeys(value[1] for value in after if value))
         letters = [name for name in re.findall(r"\b[A-Z]\b", rest[:60]) if name != slot]
-        options = list(dict.fromkeys(values))
-        if len(options) < 2:
-            options = letters if len(letters) > 1 else prompt.items()
+        options = options if len(options) > 1 else letters if len(letters) > 1 else []
         schema = read_phrase(slot) if len(slot) > 1 else TEXT_SCHEMA
         if schema.keys().isdisjoint(("enum", "minimum")):
             limit = read_numbers(f"out of {end[1:]}" if end[:1] == "/" else rest[:60])
-            lettered = options and (len(slot) < 2 or "etter" in slot)
-            schema = read_offer(rest) or limit or ({"enum": options} if lettered else schema)
+            listed = options or find_items(prompt)
+            lettered = listed and (len(slot) < 2 or "etter" in slot)
+            schema = read_offer(rest) or limit or ({"enum": listed} if lettered else schema)
         name = label.rstrip(" :(")
-        text = "\1\1\n\n" * ("ntire" not in whole) + label.rstrip()
+        text = "\1\1\n\n" * ("ntire" not in prompt.whole) + label.rstrip()
         return as_choice(schema, f"{text}{' ' * (':' in label)}\1{name}\1{end}", name)
     return None
 
 
 def read_block(prompt: Prompt) -> WantedForm | None:
-    """Read a block of code."""
-    if not FENCED.search(prompt.whole) or UNFENCED.search(prompt.whole):
+    if not FENCED.match(prompt.whole):
         return None
     kinds = re.findall(r"```(\w+)", prompt.whole) + [kind for _, kind, _ in prompt.examples if kind]
-    kinds += re.findall(r"\b(?!code|fenced|an? )(\w+) (?:code )?(?:block|snippet)", prompt.whole)
-    kinds += [*re.findall(r"(?i)\b(python|javascript|sql|bash)\b", prompt.text), "code"]
-    kind = kinds[0].lower()
+    kinds += re.findall(r"(?i)\b(python|javascript|sql|bash)\b", "\n".join(prompt.said))
+    kind = [*kinds, "code"][0].lower()
     return WantedForm(f"block of {kind}", f"```{kind}\n\1{kind}\1\n```")
 
 
-FIELD_MARK = lazy_regex(r"<\|[^|\w]{0,9}\|?>")
+NAME_SLOT = lazy_regex("\1\\w*(?:name|source|target)\\w*\1")
+
+
+def read_records(prompt: Prompt) -> WantedForm | None:
+    """Read records whose fields a mark divides; what has a name is named as in the text."""
+    mark = re.search(r"<\|[^|\w]{0,9}\|?>", prompt.text)
+    if mark is None:
+        return None
+    names = [*find_copies(prompt), "Oslo"]
+    rows: Item = {}
+    for head, *fields in (line.split(mark[0]) for line in keep_ends(prompt.lines, 12)):
+        cells = [re.split(r"\W", field.strip("<{"))[0] for field in fields]
+        named = [at for at, cell in enumerate(cells) if re.search("name|source|target", cell)]
+        cells = [f"\1{cell}\1" for cell in cells]
+        for start in range(len(cells) > 1 and 3 - len(named)):
+            for at, name in zip(named, names[start:]):
+                cells[at] = name
+            row = mark[0].join([head.rpartition(" ")[2].strip("`"), *cells])
+            rows.setdefault(f"{head[-9:]}{start}", row)
+    end = re.findall(r"<\|[A-Z_]{3,20}\|>", prompt.text)[-1:]
+    return WantedForm("records", "\n".join([*list(rows.values())[:4], *end]))
+
+
 LISTS = (  # what asks for one, and what stands before each entry
     (r"numbered list|ordered list", "\nN. "),
     (r"bullet|markdown list", "\n- "),
-    (r"comma[ -]separated|separated by commas", ", "),
-    (r"\b(?:one|each) (?:\w+ )?(?:per|on (?:a|its own)) line", "\n"),
+    (r"comma[ -]separated(?=\W*\Z|,| \w*(?:list|values?|\w+s)\b)|separated by commas", ", "),
+    (r"\b(?:one|each) (?:\w+ )?(?:per|on (?:a|its own)) line|separated by (?:new ?|line )", "\n"),
 )
 TABLE = lazy_regex(
-    r"(?i)\bCSV\b(?! file)|markdown table"
-    r"|table (?:with|of|that has) |\b(?:as|in|into|return|output|make) an? (?:\w+ )?table\b"
+    r"(?i)\bCSV\b(?! file)(?<!is CSV)(?<!the CSV)|markdown table|comma-separated rows"
+    r"|table (?:with|of|that has|in) (?:the |\w+ )*(?:columns|markdown)"
+    r"|\b(?:as|in|into|return|output|make) an? (?:\w+ )?table\b"
 )
 COLUMN = r"[\"'`]?\w+(?: [A-Z]\w*)?[\"'`]?"
 COLUMNS = lazy_regex(
@@ -3671,181 +3718,122 @@ COLUMNS = lazy_regex(
 WORDS_ASKED = lazy_regex(rf"\b(?:\d{{1,2}}(?:-| to ))?{COUNT}[- ]words?\b")
 
 
-def read_records(prompt: Prompt) -> WantedForm | None:
-    """Read records whose fields a mark divides."""
-    mark = FIELD_MARK.search(prompt.text)
-    if mark is None:
-        return None
-    for line in prompt.text.split("\n"):
-        head, *fields = line.split(mark[0])
-        if len(fields) > 1:
-            head = head.rpartition(" ")[2].strip("`")
-            names = [re.split(r"\W", field.strip("<{"))[0] for field in fields]
-            schemas = {name: {"enum": prompt.copies()} for name in names if "name" in name}
-            row = mark[0].join([head, *(f"\1{name}\1" for name in names)])
-            end = re.findall(r"<\|[A-Z_]{3,20}\|>", prompt.text)[-1:]
-            return WantedForm("records", "\n".join([row, row, *end]), schemas)
-    return None
-
-
-SAYING = rf"(?i:{SPOKEN}[^.;:\n\"'`]{{0,30}}? )"
-VERDICT = r"([\"'`][\w ]{1,20}[\"'`]|[A-Z]\w*|[01]|yes|no|true|false),?"
-CONDITIONS = lazy_regex(
-    rf"{SAYING}{VERDICT} (?:if|when)\b[^;\n]{{0,120}}?(?:[,;.:]| and| or) ?(?:and |or |else |"
-    rf"if not,? |otherwise,? )*{SAYING}?{VERDICT}(?: (?:if|when|otherwise|in)\b|\W*\Z)"
-)
-OF_LIST = lazy_regex(r"(?i)categor|option|choice|label|letter|one of")
-RESTRICTED = lazy_regex(
-    r"(?i)\b(?:only|just)(?! about| on| if| when| in\b)|\balone\b|nothing (?:else|more)|do not "
-    r"explain|\b(?:one|single) (?:word|letter|digit|number|label)|\b(?:as|output|"
-    r"with|return) (?:an? )?(?:single )?(?:int|float|num|bool)|"
-    r"(?-i:[A-Z]{3,} or [A-Z]{3,})|classif|categor|\blabel"
-)
-
-
-def read_elsewhere(prompt: Prompt, said: str) -> Item:
-    """Return the schema of what a sentence restricts to."""
-    numeric = NUMBER_WORD.search(said)
-    for other in (said, *reversed(prompt.said[-40:])):
-        if numeric:
-            schema = read_numbers(other) or read_numbers(IN_BRACKETS.sub("", other))
-        else:
-            found = WEAK_OFFER.search(other[:400]) or OF_NOUN.search(other[:400])
-            words = list(filter(None, found.groups())) if found else []
-            schema = (
-                as_enum(words[-1])
-                if words and words[0] in (words[-1], *re.findall(r"\w+", said))
-                else {}
-            )
-        if schema:
-            return schema
-    kind = re.search(r"\b(?:int|float|num|bool|digit)(?:eger|ber|ean)?\b(?! of)", said)
-    return {"type": read_type(kind[0])} if kind else {}
-
-
-def list_pairs(prompt: Prompt, said: str, marks: list[str]) -> list[str]:
-    """Return lists of two of what is offered, where those that apply are asked for."""
-    if not re.search(r"(?i)\bappl[iy]|\bmatch|of those", " ".join(prompt.said)):
-        return []
-    offered = map(str, read_elsewhere(prompt, said).get("enum", [])[:MAX_ASKING])
-    pairs = itertools.combinations(offered, 2)
-    return ["".join(map("".join, zip(marks, pair))).lstrip("\n, ") for pair in pairs]
-
-
 def read_list(prompt: Prompt) -> WantedForm | None:
-    """Read a list or a table."""
     for said in prompt.asking:
         count = max(read_count(said) or 3, 2)
-        for pattern, before in LISTS:
-            if re.search(pattern, said, re.I):
-                marks = [before.replace("N", str(number + 1)) for number in range(count)]
-                pairs = list_pairs(prompt, said, marks)
-                if pairs:
-                    return as_choice({"enum": pairs}, "\1answer\1")
-                return WantedForm("list", "\1item\1".join([*marks, ""]).lstrip("\n, "))
-        found = WORDS_ASKED.search(said)
-        if found and found[1] != "one":
-            return WantedForm("words", " ".join(["\1word\1"] * read_count(f"{found[1]} of")))
-        found = TABLE.search(said)
-        if found:
-            named = COLUMNS.search(said)
-            names = re.split(r"\s?[,|]\s?(?:and )?| and ", named[1]) if named else ["name", "note"]
-            names = [name.strip("\"'`") for name in names]
+        table, words = TABLE.search(said), WORDS_ASKED.search(said)
+        if table:
+            named = COLUMNS.search(IN_BRACKETS.sub("", said)) or COLUMNS.search(said)
+            told = named[1] if named else "name, note"
+            names = [name.strip("\"'`") for name in re.split(r"\s?[,|]\s?(?:and )?| and ", told)]
             rows = [names, *[[f"\1{name}\1" for name in names]] * count]
-            if "table" not in found[0].lower():
+            if "table" not in table[0].lower():
                 return WantedForm("CSV", "\n".join(map(",".join, rows)))
             head, *lines = [f"| {' | '.join(row)} |" for row in rows]
             return WantedForm("table", "\n".join([head, "|" + "---|" * len(names), *lines]))
+        for pattern, before in LISTS:
+            if re.search(pattern, said, re.I):
+                offered = find_offered(prompt, f"apply {said}") if before == ", " else []
+                pairs = list(map(", ".join, zip(offered, offered[1:])))
+                if pairs:
+                    return as_choice({"enum": pairs}, "\1answer\1")
+                entries = [f"{before.replace('N', str(at + 1))}\1item\1" for at in range(count)]
+                return WantedForm("list", "".join(entries).lstrip("\n, "))
+        if words and words[1] != "one":
+            return WantedForm("words", " ".join(["\1word\1"] * read_count(f"{words[1]} of")))
     return None
 
 
+VERDICT = r"([\"'`][\w ]{1,20}[\"'`]|[A-Z]\w*|\d|yes|no|true|false)"
+CONDITIONS = lazy_regex(
+    rf"{VERDICT},? (?:if|when|otherwise)\b|(?i:otherwise|else|if not)(?:,? \w+)?:?,? {VERDICT}"
+)
+NOT_SAID = r"\b(?:function|method|program|script|code|test)|\w\(|and explain|in detail"
+OF_LIST = lazy_regex(r"(?i)categor|option|choice|label|letter|one of|\Aanswer\Z")
+RESTRICTED = lazy_regex(
+    r"(?i)\b(?:only|just)(?! about| on| if| when| in\b)|\balone\b|nothing (?:else|more)|do not "
+    r"explain|\b(?:one|single) (?:word|letter|digit|number|label)|\b(?:as|output|"
+    r"with|return) (?:an? )?(?:single )?(?:int|float|num|bool)|classif|categor|\blabel|without (?:"
+    r"any )?(?:punct|expla|other)|\bno (?:other|further|extra|preamble|expla)|exactly one"
+)
+
+
 def read_offered(prompt: Prompt, said: str) -> Item:
-    """Return the schema of what a sentence lets one choose, or nothing."""
-    letters = re.findall(r"\[\[([A-Z])\]\]", said)
-    pair = CONDITIONS.search(said) if re.search(" if | when ", said) else None
-    if pair and not re.search(r"\b(?:function|method|program|script|code|test)|\w\(", prompt.text):
-        return {"enum": [word.strip("\"'`") for word in pair.groups()]}
-    if DATE.search(said) and RESTRICTED.search(prompt.whole):
+    """Return the schema of what a sentence itself lets one choose, or nothing."""
+    if "YYYY-MM-DD" in said and RESTRICTED.search(prompt.whole):
         return read_phrase(said)
-    offer = {"enum": letters} if letters else read_offer(said)
-    if offer:
-        return offer
+    words = re.findall(r"\[\[([A-Z])\]\]", said)
+    if not words and re.search(" if | when ", said) and re.search(SPOKEN, said, re.I):
+        words = [a or b for a, b in CONDITIONS.findall(said)]
+    if len(words) > 1 and not re.search(NOT_SAID, " ".join(prompt.said)):
+        return {"enum": [word.strip("\"'`") for word in words]}
     bounds, numeric = NUMBER_RANGE.search(said), NUMBER_WORD.search(said)
-    if bounds and numeric and numeric.start() < bounds.end():
-        return read_numbers(said)
+    near = bounds and numeric and numeric.start() < bounds.end() and said[:2] != "If"
+    return read_offer(said) or (read_numbers(said) if near else {})
+
+
+def read_restricted(prompt: Prompt, said: str) -> Item:
+    """Return the schema of what a sentence restricts to and others tell, or nothing."""
     limited, of_list = RESTRICTED.search(said), OF_LIST.search(said)
-    if not limited and not of_list:
+    if not (limited or of_list or RESTRICTED.search(prompt.whole)):
         return {}
-    items = prompt.items(re.search("number|digit|index", said) is not None)
-    listed = {"enum": items} if items and not LIST_ITEM.match(said) else {}
-    if of_list and listed:
-        return listed
-    return (read_elsewhere(prompt, said) or listed) if limited else {}
+    items = [] if LIST_ITEM.match(said) else find_items(prompt, "number" in said)
+    if items and (of_list or (limited and type(items[0]) is int)):
+        return {"enum": items}
+    kind = re.search(r"\b(?:int|float|num|bool|digit)(?:eger|ber|ean)?\b(?! of)", said)
+    if limited and (kind or NUMBER_WORD.search(said)):
+        texts = (said, *reversed(prompt.said))
+        told = [read_numbers(text) or read_numbers(IN_BRACKETS.sub("", text)) for text in texts]
+        told = list(filter(None, told)) or [{"type": read_type(kind[0])} if kind else {}]
+        return max(told, key=lambda each: each.get("maximum", 0) - each.get("minimum", 0))
+    names = find_offered(prompt, said) or (items if limited else [])
+    return {"enum": names} if names else {}
 
 
 def read_choice(prompt: Prompt) -> WantedForm | None:
-    """Read a choice, or a short text."""
-    for said in reversed(prompt.asking):
-        schema = read_offered(prompt, said)
+    asking = [prompt.tail, *keep_ends(prompt.asking, MAX_ASKING // 2)[::-1]]
+    for read, said in itertools.product((read_offered, read_restricted), asking):
+        schema = read(prompt, said)
         if schema:
             if schema.get("enum") == ["Yes", "No"] and re.search("block|harm|unsafe", said):
                 schema = {"enum": ["No"]}
             return as_choice(schema, "[[\1answer\1]]" if "[[" in said else "\1answer\1")
-    items = prompt.items()
-    if items and prompt.tail.lower() in ("answer", "category", "label"):
-        return as_choice({"enum": items}, "\1answer\1")
     short = re.search(r"\b(?:one|single)[ -](line|sentence|word)\b", prompt.whole)
     name = "word" if short and short[1] == "word" else "description"
     return WantedForm(f"one {short[1]}", f"\1{name}\1") if short else None
 
 
 FORM_READERS = (
-    read_frames, read_json, read_said, read_shown, read_marks, read_label, read_block, read_records,
+    read_marks, read_agent, read_json, read_said, read_block, read_shown, read_label, read_records,
     read_list, read_choice,
 )  # fmt: skip
 RESULT = lazy_regex(
     r"(?i)\A\W*(?:observation|tool|result|output|returncode|error|format error|for context|"
-    r"continue|please (?:proceed|continue)|your (?:previous|last))|validation error|try again"
+    r"continue|please (?:pro|con)|your (?:previous|last))|validation error|try again"
 )
 
 
-@functools.lru_cache(maxsize=256)  # a system's message comes again with each request
-def has_hint(ends: str) -> bool:
-    is_short = len(ends) <= MAX_SHORT
-    for hint in HINTS if is_short else HINTS[:16]:
-        if hint in ends:
-            return True
-    return ends[-1:] == ":" or (is_short and "word" in ends and "few words" not in ends)
-
-
 def is_hinted(message: Item) -> bool:
-    if message["role"] not in ASKING_ROLES:
-        return False
-    text = message_text(message)
-    return has_hint(text if len(text) <= MAX_SHORT else keep_ends(text, MAX_SHORT))
+    text = keep_ends(message_text(message), 600)
+    return HINT_MARK.search(text) is not None or not HINTS.isdisjoint(text.split())
 
 
 def read_form(messages: list[Item], json_mode: bool = False) -> WantedForm | None:
-    """Return the form that is asked for: by the user's last message, else by the system's.
-
-    Where that is a result, the one before it that is none asks, too.
-    """
+    """Return the form that the user's last message that is no result, or the system, asks for."""
+    texts = [message_text(message) for message in messages]
     backwards = range(len(messages) - 1, -1, -1)
-    users = [at for at in backwards if messages[at]["role"] == "user"]
-    systems = [at for at in backwards if messages[at]["role"] in ("system", "developer")]
-    asked = users[:1] + systems[:2]
-    if len(users) > 1:
-        texts = ((at, message_text(messages[at])[:80]) for at in users)
-        asked[1:1] = [next((at for at, text in texts if not RESULT.search(text)), users[-1])]
-    asked = [at for at in asked if is_hinted(messages[at])]
-    said = message_text(messages[users[0]])[-PROMPT_WINDOW:] if users else ""
-    told = message_text(messages[systems[0]])[:PROMPT_WINDOW] if systems else ""
+    users = [at for at in backwards if messages[at]["role"] == "user"][:24]
+    systems = [at for at in backwards if messages[at]["role"] in ("system", "developer")][:2]
+    begun = [at for at in users if not RESULT.search(texts[at][:80])] or users[-1:]
+    asked = [
+        at for at in dict.fromkeys([*users[:1], *begun[:1], *systems]) if is_hinted(messages[at])
+    ]
+    told = texts[systems[0]][:PROMPT_WINDOW] if systems else ""
     vague = None
-    for number in dict.fromkeys(asked):
-        later = {message["role"] for message in messages[number:]}
-        answered = not later.isdisjoint(("tool", "function", "assistant"))
-        about = "" if number in users[:1] else said
-        prompt = Prompt(message_text(messages[number]), about, answered, told)
+    for number in asked:
+        answered = any(m["role"] in ("tool", "function", "assistant") for m in messages[number:])
+        about = texts[users[0]][-PROMPT_WINDOW:] if users and number != users[0] else ""
+        prompt = Prompt(texts[number], about, answered, told)
         tried = (read(prompt) for read in FORM_READERS)
         form = read_json(prompt, True) if json_mode else next(filter(None, tried), None)
         if form is not None:
