@@ -4803,6 +4803,10 @@ class ResponseTests(ResponseCase):
             self.respond(**fields, tools=[{**tools[0], **odd}, tools[1]])
             warned = [f"nothing reads {', '.join(places)}"] if odd else []
             self.assertEqual(list(self.server.requests[-1].warnings), warned)
+        self.assertRefused(
+            RESPONSES_PATH, {"model": LLAMA, "input": [{"type": []}]}, "input[0].type"
+        )
+        self.assertEqual(self.server.requests[-1].warnings, ())
 
     def test_nothing_is_stored(self):
         id = self.respond(store=True)["id"]

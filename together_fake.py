@@ -803,7 +803,9 @@ class Fields(dict):  # type: ignore[type-arg]
 
     def pick(self, values: Item) -> Fields | None:
         """Return the table for an object's type; of an unknown type nothing is known."""
-        return self.cases.get(values.get("type") or next(iter(self.cases))) if self.cases else self
+        if not self.cases:
+            return self
+        return self.cases.get(str(values.get("type") or next(iter(self.cases))))
 
     def check(self, values: Item, place: str = "") -> None:
         """Check values in place; unknown names pass, unless closed; `null` counts as absent."""
@@ -7348,17 +7350,14 @@ def choose_tools(body: Item) -> list[Item]:
     mode, names = read_tool_choice(body)
     if mode == "required" and not tools:
         raise ApiError("missing", param="tools")
-    if mode == "none" or not tools:
-        return []
-    offered = [tool for tool in tools if tool["name"] in names] if names else tools
-    if mode == "named":
-        return offered[:1]
+    offered = [tool for tool in tools if not names or tool["name"] in names]
+    if mode in ("none", "named") or not tools:
+        return offered[:1] if mode == "named" else []
     asked, done, ends = read_turn(body["messages"], [tool["name"] for tool in offered])
     final = find_final(body["messages"], offered)
-    if ends and final:
+    is_passed = bool(done) and HANDS_OVER.search(done[-1])
+    if ends and (final or (mode == "auto" and not is_passed)):
         return final[:1]
-    if ends and mode == "auto" and not (done and HANDS_OVER.search(done[-1])):
-        return []
     left = [tool for tool in offered if tool["name"] not in done and tool not in final]
     left = [tool for tool in left if not ends or not HANDS_OVER.search(tool["name"])] or left
     offered = (left if left or ends else final) or offered
