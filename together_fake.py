@@ -6515,7 +6515,7 @@ class Choice:
     """One of the texts that answer a prompt, as data: chunks and whole replies come from it."""
 
     thoughts: Sequence[str] = ()  # tokens of the reasoning
-    hidden_thoughts = 0  # how many more are counted and not shown
+    thought_count = 0  # of these, or of those that are not shown
     stop_text = ""  # before which the text was cut
     tool_calls: Sequence[Item] = ()
     calls_first = False  # in a stream, before the text
@@ -6544,11 +6544,8 @@ class Choice:
     def think(self, thoughts: str | None, budget: int, hidden: bool = False) -> int:
         """Take what of some reasoning is within the budget; return how many tokens that are."""
         pieces = split_tokens(thoughts)[: max(budget, 0)] if thoughts else []
-        if hidden:
-            self.hidden_thoughts = len(pieces)
-        else:
-            self.thoughts = pieces
-        return len(pieces)
+        self.thoughts, self.thought_count = [] if hidden else pieces, len(pieces)
+        return self.thought_count
 
     @functools.cached_property
     def pieces(self) -> list[str]:
@@ -7229,7 +7226,7 @@ def count_usage(prompt_tokens: int, choices: list[Choice]) -> Item:
     """Add up the tokens of an answer."""
     written = thought = 0
     for choice in choices:
-        thought += len(choice.thoughts) + choice.hidden_thoughts
+        thought += choice.thought_count
         written += choice.token_count
         for call in choice.tool_calls:
             written += sum(map(count_tokens, call["function"].values()))
