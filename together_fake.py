@@ -9273,22 +9273,22 @@ def read_pair(text: str, separator: str, place: str) -> tuple[int, ...]:
 
 def read_image_size(body: Item) -> tuple[int, int]:
     """Return width and height from whichever fields give them."""
-    given = {name: body[name] for name in ("width", "height") if body.get(name)}
+    given = [body.get("width"), body.get("height")]
     size, ratio = body.get("size"), body.get("aspect_ratio")
-    sides, place = dict.fromkeys(("width", "height"), DEFAULT_IMAGE_SIDE), ""
+    sides: Any = (DEFAULT_IMAGE_SIDE, DEFAULT_IMAGE_SIDE)
     if size and size != "auto":
-        sides, place = dict(zip(sides, read_pair(size, "x", "size"))), "size"
-    elif ratio and not given:
+        sides = read_pair(size, "x", "size")
+    elif ratio and not any(given):
         across, down = read_pair(ratio, ":", "aspect_ratio")
         root = min(max(across / down, 1 / 16), 16) ** 0.5
-        steps = {"width": round(64 * root), "height": round(64 / root)}  # that every model takes
-        sides = {name: min(16 * count, MAX_IMAGE_SIDE) for name, count in steps.items()}
-    sides.update(given)
+        steps = (round(64 * root), round(64 / root))  # that every model takes
+        sides = [min(16 * count, MAX_IMAGE_SIDE) for count in steps]
+    width, height = (own or side for own, side in zip(given, sides))
     rule = f"must be from {MIN_IMAGE_SIDE} to {MAX_IMAGE_SIDE} pixels"
-    for name, side in sides.items():
+    for name, side in (("width", width), ("height", height)):
         if not MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE:
-            raise refuse_value(name if name in given else place or name, rule, side)
-    return sides["width"], sides["height"]
+            raise refuse_value(name if body.get(name) else "size", rule, side)
+    return width, height
 
 
 IMAGE_FORMATS = ("png", "jpeg")
@@ -9296,10 +9296,7 @@ TOKEN_LETTERS = string.digits + string.ascii_letters
 
 
 def write_token(letters: str, width: int, height: int, format: str) -> str:
-    """Return the name of an image, which says all that is needed to make it.
-
-    It has 16 letters, as production's have; the last four are a number of base 62.
-    """
+    """Return the 16 letters of an image's name; the last four, of base 62, are its size."""
     number = ((width - 1) * MAX_IMAGE_SIDE + height - 1) * 2 + IMAGE_FORMATS.index(format)
     return letters + "".join([TOKEN_LETTERS[number // 62**place % 62] for place in range(4)])
 
