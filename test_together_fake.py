@@ -842,7 +842,7 @@ HEAVY = (
 
 
 def read_schema(schema):
-    return fake.SchemaReader(schema, fake.Budget(fake.MAX_STEPS))
+    return fake.SchemaReader(schema)
 
 
 def make_instance(schema, number=0):

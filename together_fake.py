@@ -1906,36 +1906,35 @@ class OutOfSteps(Exception):
     """The work allowed is used up, whatever is still to be tried."""
 
 
-class Budget:
-    """The steps of work that are left for one thing, so that none keeps a thread busy."""
+class Work(threading.local):
+    """The steps that a thread may still take for what it makes, so that nothing keeps it busy."""
 
-    def __init__(self, steps: float) -> None:
-        self.steps = steps
-
-    def spend(self, count: int = 1) -> None:
-        self.steps -= count
-        if self.steps < 0:
-            raise OutOfSteps
+    steps = math.inf
 
 
-WORK = threading.local()  # `steps` are left for the values of the request that it answers
+WORK = Work()
+
+
+def spend(count: int = 1) -> None:
+    WORK.steps = left = WORK.steps - count
+    if left < 0:
+        raise OutOfSteps
 
 
 @contextlib.contextmanager
-def bound_work() -> Iterator[Budget]:
+def bound_work() -> Iterator[None]:
     """Bound the work on one value, also by what is left for all values of a request."""
-    left = getattr(WORK, "steps", math.inf)
-    most = min(MAX_STEPS, left)
-    budget = Budget(most)
+    left = WORK.steps
+    WORK.steps = most = min(MAX_STEPS, left)
     try:
-        yield budget
+        yield
     except (OutOfSteps, RecursionError):
-        reason = "is too large, too deep or too entangled for the values that are asked for"
-        raise Unsatisfiable(f"the schema {reason}") from None
+        reason = "too large, too deep or too entangled for the values that are asked for"
+        raise Unsatisfiable(f"it is {reason}") from None
     except ValueError as error:  # from urljoin()
         raise Unsatisfiable(f"a URI is malformed: {error}") from None
     finally:
-        WORK.steps = left - most + max(0, budget.steps)
+        WORK.steps = left - most + max(0, WORK.steps)
 
 
 # Only what ECMA-262 and Python read alike. Whether a repeat is lazy does not change the texts.
@@ -1972,11 +1971,10 @@ class Pattern:
     whole  it is for whole texts
     """
 
-    def __init__(self, source: str, budget: Budget, whole: bool = False) -> None:
+    def __init__(self, source: str, whole: bool = False) -> None:
         self.source = source
-        self.budget = budget
         self._spare = 0  # characters that repeats may still add
-        budget.spend(len(source))
+        spend(len(source))
         found = [(token.lastgroup or "", token) for token in PATTERN_TOKEN.finditer(source)]
         self._tokens = [(kind, token[kind]) for kind, token in reversed(found)]  # the next one last
         flags = self._tokens.pop()[1] if found and found[0][0] == "flags" else ""
@@ -2038,27 +2036,27 @@ class Pattern:
             return (kind, expression, len(text) * (kind == "text"), text)
         members = list_members(expression)
         if max(members, default="\x7f") > "~":  # which took long to find
-            self.budget.spend(2000)
+            spend(2000)
         return (kind, expression, 1, members)
 
-    def _ends(self, node: Any, text: str, starts: set[int], budget: Budget) -> set[int]:
+    def _ends(self, node: Any, text: str, starts: set[int]) -> set[int]:
         """Return where the node can end, given where it may start."""
-        budget.spend(1 + len(starts) // 8)
+        spend(1 + len(starts) // 8)
         kind, content = node[:2]
         if kind in LEAVES:
             return {at + node[2] for at in starts if content.match(text, at)}
         if kind == "look":
-            return {at for at in starts if bool(self._ends(content, text, {at}, budget)) is node[2]}
+            return {at for at in starts if bool(self._ends(content, text, {at})) is node[2]}
         if kind == "any":
-            return {end for part in content for end in self._ends(part, text, starts, budget)}
+            return {end for part in content for end in self._ends(part, text, starts)}
         if kind == "repeat":
             follow = self._run_ends if node[4] else self._repeat_ends
-            return follow(node, text, starts, budget)
+            return follow(node, text, starts)
         for part in content:
-            starts = self._ends(part, text, starts, budget)
+            starts = self._ends(part, text, starts)
         return starts
 
-    def _run_ends(self, node: Any, text: str, starts: set[int], budget: Budget) -> set[int]:
+    def _run_ends(self, node: Any, text: str, starts: set[int]) -> set[int]:
         _, _, low, high, run = node
         ends: set[int] = set()
         run_end = next_end = 0
@@ -2068,14 +2066,14 @@ class Pattern:
             last = min(run_end, start + high)
             ends.update(range(max(start + low, next_end), last + 1))
             next_end = max(next_end, last + 1)
-        budget.spend(len(ends) // 8)
+        spend(len(ends) // 8)
         return ends
 
-    def _repeat_ends(self, node: Any, text: str, starts: set[int], budget: Budget) -> set[int]:
+    def _repeat_ends(self, node: Any, text: str, starts: set[int]) -> set[int]:
         _, part, low, high, _ = node
         ends = set() if low else set(starts)
         for count in range(1, high + 1):
-            starts = self._ends(part, text, starts, budget)
+            starts = self._ends(part, text, starts)
             if count >= low:
                 starts = starts - ends
                 ends |= starts
@@ -2083,7 +2081,7 @@ class Pattern:
                 break
         return ends
 
-    def is_in(self, text: str, budget: Budget | None = None) -> bool:
+    def is_in(self, text: str) -> bool:
         """Tell whether the pattern matches somewhere in the text."""
         first = self.tree
         while first[0] == "all" and first[1]:
@@ -2092,18 +2090,21 @@ class Pattern:
             starts = {found.start() for found in first[1].finditer(text)}
         else:
             starts = set(range(len(text) + 1))
-        return bool(self._ends(self.tree, text, starts, budget or self.budget))
+        return bool(self._ends(self.tree, text, starts))
 
     def search(self, text: str) -> bool:
         """Tell whether it is found in a text; one that takes too much work is not."""
+        left, WORK.steps = WORK.steps, MAX_STEPS + len(text) // 2
         try:
-            return self.is_in(text[:MAX_SEARCHED], Budget(MAX_STEPS + len(text) // 2))
+            return self.is_in(text[:MAX_SEARCHED])
         except OutOfSteps:
             return False
+        finally:
+            WORK.steps = left
 
     def _write(self, rng: HashRandom, node: Any, plain: bool) -> str:
         """Draw a text, of small letters if plain; whether anchors and looks match is seen later."""
-        self.budget.spend()
+        spend()
         kind, content = node[:2]
         if kind == "text":
             return str(node[3])
@@ -2461,18 +2462,16 @@ class SchemaReader:
     A read schema is True, False, or a dict of well-formed `VOCABULARY` after `rewrite()`.
     """
 
-    def __init__(self, document: Any, budget: Budget) -> None:
+    def __init__(self, document: Any) -> None:
         self.document = document
-        self.budget = budget
-        self.spend = budget.spend
-        self.pattern = functools.cache(lambda source: Pattern(source, budget))
+        self.pattern = functools.cache(Pattern)
         self.matches = functools.cache(lambda source, text: self.pattern(source).is_in(text))
         self.resolve = functools.cache(self._find)
         self.root = self.read(document, "#")
 
     def is_late(self) -> bool:
         """Tell whether so much work is done that only what must be there is made."""
-        return self.budget.steps < MAX_STEPS - MANY_STEPS
+        return WORK.steps < MAX_STEPS - MANY_STEPS
 
     @functools.cached_property
     def _names(self) -> tuple[Item, dict[int, str]]:
@@ -2481,7 +2480,7 @@ class SchemaReader:
         named, bases = {"#": self.document, f"{base}#": self.document}, {}
         todo = [(self.document, base)]
         for part, base in todo:  # grows on the way
-            self.spend(len(part) // 16)
+            spend(len(part) // 16)
             if type(part) is dict:
                 for keyword, mark in (("$id", ""), ("$anchor", "#"), ("$dynamicAnchor", "#")):
                     if isinstance(part.get(keyword), str):
@@ -2495,7 +2494,7 @@ class SchemaReader:
 
     def read(self, schema: Any, place: str) -> Any:
         """Return the schema as it is used, or raise `Unsatisfiable` where it is malformed."""
-        self.spend(1 + len(place) // 100)
+        spend(1 + len(place) // 100)
         if isinstance(schema, bool):
             return schema
         if not isinstance(schema, dict):
@@ -2552,7 +2551,7 @@ class SchemaReader:
         """Tell whether the value is valid; `format` is not tested, as in most validators."""
         if isinstance(schema, bool):
             return schema
-        self.spend()
+        spend()
         kind = KINDS[type(value)]
         for keyword, argument in schema.items():
             _, spoken_of, check = VOCABULARY[keyword]
@@ -2565,7 +2564,7 @@ class SchemaReader:
 
     def is_among(self, value: Any, choices: Any) -> bool:
         own = canonical(value)
-        self.spend((len(choices) + len(own)) // 16)
+        spend((len(choices) + len(own)) // 16)
         return any(own == canonical(choice) for choice in choices if choice == value)
 
     def list_inside(self, schemas: Sequence[Any], key: Any) -> list[Any]:
@@ -2590,7 +2589,7 @@ class SchemaReader:
 
     def find_rest(self, schema: Any, value: Any, keys: Iterable[Any]) -> list[Any]:
         """Return those properties or items that a schema, which the value meets, speaks not of."""
-        self.spend(len(value))
+        spend(len(value))
         wanted = isinstance(value, list) and schema.get("contains", False)
         all_others = "unevaluatedItems" if isinstance(value, list) else "unevaluatedProperties"
         rest = [
@@ -2612,7 +2611,7 @@ class SchemaReader:
         """Return the ways to fail a schema, each as schemas to meet; none where tests must do."""
         if isinstance(schema, bool):
             return [] if schema else [[]]
-        self.spend(len(schema))
+        spend(len(schema))
         keywords = sorted(schema, key="required".__eq__)  # a name is left out last
         return [way for keyword in keywords for way in NEGATIONS[keyword](self, schema[keyword])]
 
@@ -2621,7 +2620,7 @@ class SchemaReader:
 
         within  look at what must be inside, too
         """
-        self.spend(2 + len(schemas))
+        spend(2 + len(schemas))
         if False in schemas:
             return True
         schemas = [schema for schema in schemas if schema is not True]
@@ -2682,7 +2681,7 @@ class ValueMaker:
         """Return a value by the first way that is not blocked."""
         if self.depth < -MAX_MORE_DEPTH:
             raise self.refusal("nests too deep")
-        self.reader.spend(4)
+        spend(4)
         self.minimal = self.minimal or self.depth <= 0 or self.reader.is_late()
         trail, minimal, problem = self.trail, self.minimal, None
         for schema in self.schemas:
@@ -2708,7 +2707,7 @@ class ValueMaker:
                 return
             if schema is True:
                 continue
-            self.reader.spend(2)
+            spend(2)
             schemas.append(schema)
             todo += schema.get("allOf", ())
             if "$ref" in schema and schema["$ref"] not in refs:
@@ -2754,7 +2753,7 @@ class ValueMaker:
         """Return how often schemas, or those that they name, refer to others."""
         refs = [schema["$ref"] for schema in way if isinstance(schema, dict) and "$ref" in schema]
         text = str(list(map(self.reader.resolve, refs)) or way)
-        self.reader.spend(len(text) // 100)
+        spend(len(text) // 100)
         return text.count("'$ref'")
 
     def _fill(self, schemas: list[Any]) -> Any:
@@ -2928,8 +2927,8 @@ def make_instance(rng: HashRandom, schema: Any) -> Any:
     what must be there is made. Raises `Unsatisfiable` where no valid value is found.
     """
 
-    with bound_work() as budget:
-        reader = SchemaReader(schema, budget)
+    with bound_work():
+        reader = SchemaReader(schema)
         value = ValueMaker(reader, rng, [reader.root]).make()
         if reader.accepts(reader.root, value):
             return value
@@ -2938,8 +2937,8 @@ def make_instance(rng: HashRandom, schema: Any) -> Any:
 
 def make_matching(rng: HashRandom, pattern: str) -> str:
     """Return a text that the pattern matches as a whole, or raise `Unsatisfiable`."""
-    with bound_work() as budget:
-        return Pattern(pattern, budget, whole=True).make(rng, 0, MAX_TEXT)
+    with bound_work():
+        return Pattern(pattern, whole=True).make(rng, 0, MAX_TEXT)
 
 
 # === Prompts ===
@@ -5320,8 +5319,9 @@ def compile_pattern(wanted: Any, trusted: bool) -> Any:
         return wanted
     source = wanted["pattern"]
     try:
-        return Pattern(source, Budget(MAX_STEPS))
-    except (Unsatisfiable, OutOfSteps, RecursionError) as error:
+        with bound_work():
+            return Pattern(source)
+    except Unsatisfiable as error:
         if trusted:
             return re.compile(source)
         reason = f"cannot be matched with bounded work, so it is taken from files alone: {error}"
@@ -12651,12 +12651,13 @@ def explain_violation(schema: Any, text: str) -> str:
     """Say how a text misses a schema; nothing where it does not, or nobody can tell."""
     try:
         value = parse_json(text.encode("utf-8", "replace"))
-        reader = SchemaReader(schema, Budget(MAX_STEPS))
-        is_valid = reader.accepts(reader.root, value)
-        return "" if is_valid else find_violation(reader, reader.root, value)
+        with bound_work():
+            reader = SchemaReader(schema)
+            is_valid = reader.accepts(reader.root, value)
+            return "" if is_valid else find_violation(reader, reader.root, value)
     except ApiError:
         return f"{preview(text)} is no JSON"
-    except (Unsatisfiable, OutOfSteps, RecursionError):
+    except Unsatisfiable:
         return ""
 
 
@@ -12693,10 +12694,8 @@ def warn_of_text(body: Item, said: Item) -> Iterator[str]:
             schema = (format.get("json_schema") or format).get("schema", {"type": "object"})
             problem = explain_violation(schema, text)
         elif format["type"] == "regex":
-            pattern = Pattern(
-                format.get("pattern") or "", Budget(MAX_STEPS + len(text)), whole=True
-            )
-            problem = "" if pattern.is_in(text) else f"it is {preview(text)}"
+            pattern = Pattern(format.get("pattern") or "", whole=True)
+            problem = "" if pattern.search(text) else f"it is {preview(text)}"
         if problem:
             yield f"its content misses the {format['type']} of response_format: {problem}"
     for key in said.get("usage") or ():
