@@ -9111,16 +9111,13 @@ def list_judges(server: Server, request: Request) -> Any:
 
 # --- Dedicated endpoints
 
-SCALING = Fields("min_replicas!,max_replicas!:int:0..")
-CHANGE_FIELDS = Fields(
-    "display_name state=STARTED|STOPPED inactive_timeout:int:0..",
-    Field("autoscaling", dict, fields=SCALING),
-)
-ENDPOINT_FIELDS = Fields(
-    *CHANGE_FIELDS.values(),
-    "model!,hardware!:1.. availability_zone disable_prompt_cache,disable_speculative_decoding:bool",
-    Field("autoscaling!", dict, fields=SCALING),
-)
+CHANGE_FIELDS = Fields("""\
+display_name state=STARTED|STOPPED inactive_timeout:int:0.. autoscaling:dict
+  min_replicas!,max_replicas!:int:0..""")  # fmt: skip
+ENDPOINT_FIELDS = Fields(*CHANGE_FIELDS.values(), """\
+model!,hardware!:1.. availability_zone disable_prompt_cache,disable_speculative_decoding:bool
+autoscaling!:dict
+  min_replicas!,max_replicas!:int:0..""")  # fmt: skip
 # GPU, its GB, link and cents a minute for one; prices chosen
 HARDWARE = (("h100", 80, "sxm", 5.65), ("a100", 80, "sxm", 4.28), ("l40s", 48, "pcie", 3.5))
 
