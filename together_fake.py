@@ -641,43 +641,25 @@ def suggest(name: str, names: Iterable[str]) -> str:
 
 
 class Field:
-    """One row of a table of fields: what a value must be, by name.
+    """One row of a table of fields: what a value must be, by a name that ends in `!` if needed."""
 
-    name      one that ends in `!` must be there
-    kinds     Python types of the JSON value; an integer is a number, `True` is not an integer
-    low, high bounds of a number, or of the length of a string, array or object
-    choices   the values allowed, of their types
-    test      what a string shall be, in words, and the function that raises where it is not
-    each      the row that every item of an array must pass, or value of an object without fields
-    fields    the rows of a nested object
-    """
+    low, high = -math.inf, math.inf  # of a number, or the length of a string, array or object
+    choices: Sequence[Any] = ()  # the values allowed, of their types
+    test: tuple[str, Callable[[Any], Any]] | None = None  # what a string shall be; it raises else
+    each: Field | None = None  # of every item of an array, or value of an object without fields
+    fields: Fields | None = None  # of a nested object
 
-    def __init__(
-        self,
-        name: str,
-        *kinds: type,
-        low: float = -math.inf,
-        high: float = math.inf,
-        choices: Sequence[Any] = (),
-        test: tuple[str, Callable[[Any], Any]] | None = None,
-        each: Field | None = None,
-        fields: Fields | None = None,
-    ) -> None:
+    def __init__(self, name: str, *kinds: type, **rules: Any) -> None:
         self.name = name.rstrip("!")
-        self.kinds = kinds
-        self.types = frozenset(kinds)
         self.required = name.endswith("!")
-        self.low = low
-        self.high = high
-        self.choices = choices
-        self.words = {choice for choice in choices or () if type(choice) is str}
-        self.chosen = set(map(type, choices))
-        self.test = test
-        self.each = each
-        self.fields = fields
-        self.bounded = low > -math.inf or high < math.inf
+        self.kinds = kinds  # of the JSON value: an integer is a number, `True` is not an integer
+        self.types = frozenset(kinds)
+        vars(self).update(rules)
+        self.words = {choice for choice in self.choices if type(choice) is str}
+        self.chosen = set(map(type, self.choices))
+        self.bounded = self.low > -math.inf or self.high < math.inf
         # The types of which every value passes, so that most values cost one look-up.
-        limited = self.bounded or choices or test
+        limited = self.bounded or self.choices or self.test
         self.free = frozenset() if limited else self.types - {list, dict}
 
     def check(self, value: Any) -> Any:
@@ -739,28 +721,22 @@ def read_word(word: str, fields: Fields | None) -> list[Field]:
     head, _, inner = word.partition("[")
     inner, _, tail = inner.rpartition("]")
     rest, _, choices = (head + tail).partition("=")
-    names, *rules = rest.split(":")
-    kinds, low, high = "str", "", ""
-    for rule in rules:
+    names, *more = rest.split(":")
+    kinds = "str"
+    rules: Item = {"choices": tuple(filter(None, choices.split("|"))), "fields": fields}
+    for rule in more:
         if ".." in rule:
-            low, high = rule.split("..")
+            bounds = zip(("low", "high"), rule.split(".."))
+            rules.update((side, json.loads(bound)) for side, bound in bounds if bound)
         else:
             kinds = rule
-    each = read_word(f"item:{inner}", None)[0] if inner else None
-    if fields and "list" in kinds:
-        each, fields = Field("", dict, fields=fields), None
-    return [
-        Field(
-            name,
-            *map(KIND_WORDS.__getitem__, kinds.split("|")),
-            low=json.loads(low or "-Infinity"),
-            high=json.loads(high or "Infinity"),
-            choices=tuple(filter(None, choices.split("|"))),
-            each=each,
-            fields=fields,
-        )
-        for name in names.replace(",", ",-" if word[0] == "-" else ",").split(",")
-    ]
+    if inner:
+        rules["each"] = read_word(f"item:{inner}", None)[0]
+    elif fields and "list" in kinds:
+        rules.update(each=Field("", dict, fields=fields), fields=None)
+    types = [KIND_WORDS[kind] for kind in kinds.split("|")]
+    names = names.replace(",", ",-" if word[0] == "-" else ",")
+    return [Field(name, *types, **rules) for name in names.split(",")]
 
 
 class Fields(dict):  # type: ignore[type-arg]
