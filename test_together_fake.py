@@ -6488,6 +6488,15 @@ class RecordTests(FakeCase):
         got = self.ask("GET", "/__parlel/requests", headers={}).json
         self.assertEqual(got, {"requests": [], "count": 0})
 
+    def test_an_event_that_is_none_breaks_no_listing(self):
+        self.server.fail(malformed_after_chunks=0, user_message="broken")
+        self.server.reply(raw={"text": "\n\n: x\n\nhalf", "contentType": "text/event-stream"})
+        for text in ("broken", "raw", "whole"):
+            self.ask("POST", CHAT, {"model": LLAMA, "messages": say(text), "stream": True})
+        listed = self.ask("GET", "/__parlel/requests?model=" + LLAMA)
+        self.assertEqual((listed.status, len(self.server.requests)), (200, 3))
+        self.assertEqual([call.messages for call in self.server.requests], [[]] * 3)
+
     def test_the_record_is_bounded(self):
         self.server = TogetherAiServer(port=0, record_limit=3)
         for number in range(5):
@@ -8840,6 +8849,16 @@ class CrowdTests(SocketCase):
             client.close()
             calls = [(call.status, call.outcome, call.error) for call in server.requests]
         self.assertEqual(calls, [(503, "complete", error["message"])] * 2)
+
+    def test_nothing_is_begun_without_spare_memory(self):
+        """Python 3.11 unwinds for good where not a byte is left, and start() waits for good."""
+        self.serve(lambda request: fake.Reply(b"{}"))
+        with mock.patch.object(fake, "SPARE_BYTES", 2**60):
+            self.assertEqual(self.status(self.connect()), 503)
+            self.assertEqual(len(self.server.threads), 1)
+        self.assertEqual(self.status(self.connect()), 200)
+        with mock.patch.object(fake, "SPARE_BYTES", 2**60):
+            self.assertEqual(self.status(self.connect()), 503)
 
     def test_a_server_without_clients_sleeps(self):
         with mock.patch.object(fake, "LOOK_SECONDS", 0.01):
@@ -11958,9 +11977,10 @@ class WatchTests(UpstreamCase):
         self.watch()
         for broken, reason in (
             ('{"fixtures": [', "is not JSON"),
+            ('{"fixtures": [' + "9" * 9000 + "]}", "is not JSON"),
             ('{"fixtures": [{"match": {"userMesage": "x"}, "response": {}}]}', "userMesage"),
         ):
-            with self.subTest(broken):
+            with self.subTest(broken[:50]):
                 self.file.write_text(broken)
                 text, said = self.look()
                 self.assertRegex(said, f"^cannot load fixtures: recorded.json: .*{reason}")

@@ -4463,7 +4463,7 @@ class Call:
                 "from": "client" if event.startswith(b":") else "server",
                 "message": parse_events(event.lstrip(b": "))[0],
             }
-            for event in (self._pieces if self.is_stream else ())
+            for event in (self._pieces if self.is_stream and self.status == 101 else ())
         ]
 
     @property
@@ -5622,9 +5622,12 @@ def load_fixtures(*paths: str) -> Loaded:
         name = name.replace(os.sep, "/")
         try:
             with open(full, encoding="utf-8-sig") as file:
-                loaded.add(parse_fixtures(json.load(file), name))
-        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+                data = json.load(file)
+        except (ValueError, RecursionError) as error:
             problems.append(f"{name}: is not JSON: {error}")
+            continue
+        try:
+            loaded.add(parse_fixtures(data, name))
         except ValueError as error:
             problems.append(f"{error}")
     if problems:
@@ -11739,6 +11742,9 @@ TURN_SECONDS = 0.0005  # of a thread while workers are busy, so that the loop wa
 MAX_UNREAD_BYTES = 4 * 2**20  # of a handler
 STOP_SECONDS = 0.25  # for workers to end what they do; a test's function may sleep for longer
 
+# Memory that must be left to begin with a thread, half of it for its stack, or with a task: where
+# none is, threading waits for a thread that failed, and Python 3.11 unwinds for good.
+SPARE_BYTES = 16 * 2**20
 QUICK, HEAVY, WAITING = "quick", "heavy", "waiting"  # who answers, see `HttpServer`
 BEGUN = "begun"  # heavy, and before what is: it fills memory until it is sent
 MAX_WORKERS = {HEAVY: 2, WAITING: 10**6}  # at once
@@ -11803,8 +11809,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
                     if self.has_ended:
                         yield from self.see_off()
                 except MemoryError:  # before anything of a reply was sent
+                    yield LOOK_SECONDS  # for workers to leave some
                     yield from self.send_reply(app.answer(request, ApiError("no_memory")))
         except (ApiError, MemoryError) as reason:
+            if isinstance(reason, MemoryError):
+                yield LOOK_SECONDS
             error = reason if isinstance(reason, ApiError) else ApiError("no_memory")
             head = reader.head or Head("", "", b"GET / HTTP/1.0\r\n")
             request = Request(head.method, head.path, query=head.query, headers=head.fields)
@@ -12271,6 +12280,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         return True
 
     def start_thread(self, target: Callable[..., None], *args: Any) -> None:
+        bytes(SPARE_BYTES)
         thread = threading.Thread(target=target, args=args, name="together-fake", daemon=True)
         thread.start()
         self.threads = [*filter(threading.Thread.is_alive, self.threads), thread]
@@ -12289,6 +12299,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         came: list[Any] = [None, MemoryError()]  # a result and an error
         end = functools.partial(self.end_work, kind, take, came)  # while there is memory for it
         try:
+            bytes(SPARE_BYTES)
             came[:] = work(), None
         except MemoryError:
             pass  # its frames hold what there is
