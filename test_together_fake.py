@@ -8494,8 +8494,10 @@ class WorkTests(FakeCase):
         gate.set()
         for client in clients:
             self.assertEqual(client.recv(15), b"HTTP/1.1 200 OK")
-        self.assertEqual(sorted(order[:3]), ["/h0", "/h1", "/h2"])
+        self.assertEqual(sorted(order[:2]), ["/h0", "/h1"])
         self.assertEqual(len(order), 12)
+        for place, path in enumerate(order):  # as far as two at once keep it
+            self.assertLessEqual(abs(place - int(path[2:])), 3, order)
 
     def test_workers_draw_long_streams_and_end_one_before_another_begins(self):
         """Else the loop is busy for as long, and all wholes lie in memory at once."""
@@ -10505,6 +10507,15 @@ class UpstreamTests(UpstreamCase):
         self.assertEqual((got["authorization"], got["x-mine"]), ("Bearer own-key", "1"))
         self.assertEqual(got["host"], service.url.partition("//")[2])
         self.assertNotEqual(got.get("accept-encoding"), "br")  # it could not be recorded
+
+    def test_an_answer_that_nobody_takes_is_closed(self):
+        self.stand_before_service(send(OK_HEAD + b"Content-Length: 2\r\n\r\n{}"))
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            request = Request("POST", CHAT, HELLO, headers={"authorization": "Bearer x"})
+            self.server.answer(request).events.close()
+        self.assertEqual([str(each.message) for each in warned], [])
+        self.assertEqual(self.server.requests[0].outcome, "left")
 
     def test_what_comes_back_is_passed_on_as_it_is(self):
         odd = (

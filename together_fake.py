@@ -12143,6 +12143,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
                     self.stopping.wait(0.01)
         for connection in list(self.clients):
             connection.close()
+        self.waiting.clear()
         with contextlib.suppress(OSError):  # a process that has just been forked has it, too
             self.socket.shutdown(socket.SHUT_RDWR)
         self.close_sockets()
@@ -12430,6 +12431,7 @@ def read_pieces(response: Any, connection: Any) -> Generator[bytes, None, None]:
     """Yield a body as it comes; raise `Cut` where it does not come whole."""
     missing = response.length  # older Pythons do not count while read1() reads
     try:
+        yield b""  # has begun, so that closing it closes the connection
         while missing != 0:
             piece = response.read1(min(missing or RECEIVE_BYTES, RECEIVE_BYTES))
             if not piece:
@@ -12522,6 +12524,7 @@ class Upstream:
         reply = Reply(b"", response.status, content_type, headers)
         reply.waits = True
         pieces = read_pieces(response, connection)
+        next(pieces)
         reply.events = next(pieces, None) if response.status in BODILESS else pieces
         return reply
 
