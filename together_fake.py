@@ -4478,7 +4478,6 @@ class Call:
         return {"content_type": self.reply_type, "bytes": len(raw)} if raw else None
 
     def get_header(self, name: str, default: str = "") -> str:
-        """Return a header of the reply."""
         return {key.lower(): text for key, text in self.reply_headers.items()}.get(name, default)
 
     def is_of(self, operation: str) -> bool:
@@ -5863,7 +5862,6 @@ class Fixtures(Shared):
         return loaded
 
     def replace_files(self, fixtures: Loaded) -> None:
-        """Serve these fixtures in the place of those that files had."""
         with self._lock:
             self.files, self._rows = fixtures, None
             self.normaliser = Normaliser(self.normalise, fixtures.normalise)
@@ -6138,7 +6136,6 @@ class Fault:
         self, options: Mapping[str, Any], rng: HashRandom, error: Mapping[str, Any] | None = None
     ) -> None:
         self.error = error or {"status": 500}
-        self.has_error = error is not None
         rates = options.get("chaos", {})
         hits = (rate for rate in CHAOS if rng.child(rate).random() < rates.get(rate, 0))
         self.chaos = next(hits, "")
@@ -6146,6 +6143,21 @@ class Fault:
         self.latency = rates.get("latencyMs", 0)
         self.rng = rng.child("jitter")
         self.place = next((place for place in STRIKE_PLACES if place in options), "")
+        # After how many chunks what happens.
+        self.strikes = {name: self.options[name] for name in STRIKES if name in self.options}
+        if self.options.get("malformed"):
+            self.strikes["malformedAfterChunks"] = 0
+        if self.place and not self.strikes and "insert" not in options:
+            self.strikes["errorAfterChunks" if error else "disconnectAfterChunks"] = 0
+
+    def shorten(self) -> None:
+        """Leave what happens to a whole reply, sent in halves: it only waits, or is cut."""
+        self.latency += self.options.get("latency", 0)
+        most = {"disconnectAfterMs": MAX_MS, "disconnectAfterChunks": 1, "stallAfterChunks": 1}
+        self.options = {
+            name: min(self.options[name], most[name]) for name in most & self.options.keys()
+        }
+        self.strikes, self.place = self.options, ""
 
     def describe(self) -> str:
         """Name what goes wrong; nothing where chance let the call pass."""
@@ -6153,14 +6165,13 @@ class Fault:
         names += [name for name in self.options if name not in (*QUIET_OPTIONS, "status")]
         return f"the fixture's {', '.join(names)}" if names else ""
 
-    def delays(self, stream: bool) -> Iterator[float]:
-        """Yield the seconds before each chunk; a whole reply only knows latency."""
-        latency = self.options.get("latency", 0)
-        profile = self.options.get("streamingProfile", {}) if stream else {}
-        recorded = self.options.get("recordedTimings")
-        tick = 1000 / profile["tps"] if "tps" in profile else latency
-        first, rest = [profile.get("ttft", tick)], tick if stream else 0
-        if stream and recorded and not profile:
+    def delays(self) -> Iterator[float]:
+        """Yield the seconds before each chunk."""
+        profile, recorded = map(self.options.get, ("streamingProfile", "recordedTimings"))
+        profile = profile or {}
+        rest = 1000 / profile["tps"] if "tps" in profile else self.options.get("latency", 0)
+        first = [profile.get("ttft", rest)]
+        if recorded and not profile:
             delays = recorded.get("interChunkDelaysMs", [])
             first, rest = [recorded.get("ttftMs", 0), *delays], sum(delays) / max(1, len(delays))
         jitter, speed = profile.get("jitter", 0), 1000 * self.options.get("replaySpeed", 1)
@@ -6168,16 +6179,14 @@ class Fault:
             yield pause * (1 + jitter * (2 * self.rng.random() - 1)) / speed
 
     def pace(
-        self, events: Iterable[bytes], stream: bool, clock: Callable[[], float]
+        self, events: Iterable[bytes], clock: Callable[[], float]
     ) -> Generator[bytes | float, None, None]:
         """Yield events, and the seconds until the next one is due; Cut ends the connection."""
-        options, start = self.options, clock()
+        start, delays, inserted = clock(), self.delays(), self.options.get("insert")
         due = start + self.latency / 1000
-        end = start + options.get("disconnectAfterMs", float("inf")) / 1000
-        delays, inserted = self.delays(stream), options.get("insert") if stream else None
-        strikes = self.list_strikes(stream)
-        for event, since in self.locate(events) if stream else zip(events, itertools.count()):
-            hits = {name for name in strikes if strikes[name] == since}
+        end = start + self.options.get("disconnectAfterMs", math.inf) / 1000
+        for event, since in self.locate(events):
+            hits = {name for name in self.strikes if self.strikes[name] == since}
             if "malformedAfterChunks" in hits:
                 head, mark, data = event.partition(b"data: ")
                 event = head + mark + halve(data.rstrip()) + (b"\n\n" if len(hits) == 1 else b"")
@@ -6203,18 +6212,6 @@ class Fault:
             if inserted and since == (0 if self.place else 1):
                 yield inserted.encode()
             yield event
-
-    def list_strikes(self, stream: bool) -> dict[str, int]:
-        """Return after how many chunks what happens; a whole reply is only cut, or stalls."""
-        strikes = {name: self.options[name] for name in STRIKES if name in self.options}
-        if not stream:
-            cuts = ("disconnectAfterChunks", "stallAfterChunks")
-            return {name: min(strikes[name], 1) for name in cuts if name in strikes}
-        if self.options.get("malformed"):
-            strikes["malformedAfterChunks"] = 0
-        if self.place and not strikes and "insert" not in self.options:
-            strikes["errorAfterChunks" if self.has_error else "disconnectAfterChunks"] = 0
-        return strikes
 
     def locate(self, events: Iterable[bytes]) -> Iterator[tuple[bytes, int]]:
         """Yield each event with the number of chunks since the place; -1 before it."""
@@ -6245,16 +6242,16 @@ def apply_fault(reply: Reply, fault: Fault, clock: Callable[[], float]) -> Reply
         reply = status_reply(**fault.error, id=reply.id)
     if options.get("empty"):
         reply.body, reply.events = b"", None
-    if reply.events is not None:
-        reply.events = fault.pace(reply.events, True, clock)
-        return reply
-    if options.keys() & {"malformed", "malformedAfterChunks"}:
-        reply.body = halve(reply.body)
-    timed = {"latency", "disconnectAfterMs", "disconnectAfterChunks", "stallAfterChunks"}
-    if options.keys() & timed or fault.latency:
+    if reply.events is None:
+        if options.keys() & {"malformed", "malformedAfterChunks"}:
+            reply.body = halve(reply.body)
+        fault.shorten()
+        if not (fault.options or fault.latency):
+            return reply
         reply.headers = {**reply.headers, "Content-Length": str(len(reply.body))}
         half = halve(reply.body)
-        reply.events = fault.pace((half, reply.body[len(half) :]), False, clock)
+        reply.events = (half, reply.body[len(half) :])
+    reply.events = fault.pace(reply.events, clock)
     return reply
 
 
@@ -10333,7 +10330,6 @@ class Recorder(Shared):
         import tempfile
 
         self._change = change
-
         try:
             self.path = check_target(path)
         except OSError as error:
@@ -12495,7 +12491,6 @@ class Upstream:
         return reply
 
     def refuse(self, reason: str) -> ApiError:
-        """Return the error for an upstream that does not answer."""
         return ApiError("bad_upstream", url=self.url, reason=reason)
 
     def send(self, connection: Any, request: Request, headers: dict[str, str]) -> Any:
