@@ -5186,12 +5186,11 @@ def suggest_operation(name: str) -> str:
     return f", did you mean {paths[path]}?" if path in paths else suggest(name, OPERATIONS)
 
 
-def write_pattern(pattern: re.Pattern[str]) -> dict[str, str]:
-    flags = "".join(letter for letter in "aimsx" if pattern.flags & re.RegexFlag[letter.upper()])
-    return {"pattern": f"(?{flags}){pattern.pattern}" if flags else pattern.pattern}
-
-
 def as_json(value: Any) -> Any:
+    """Return what JSON can say of a pattern or a model; all else as it is."""
+    if isinstance(value, re.Pattern):
+        flags = "".join(flag for flag in "aimsx" if value.flags & re.RegexFlag[flag.upper()])
+        return {"pattern": f"(?{flags}){value.pattern}" if flags else value.pattern}
     dump = None if isinstance(value, type) else getattr(value, "model_dump", None)
     return dump(mode="json") if callable(dump) else value
 
@@ -5201,8 +5200,6 @@ def clean(value: Any, row: Field, place: str, ignored: list[str]) -> Any:
 
     Keys of a table may be in snake case; patterns, tuples and models become JSON.
     """
-    if isinstance(value, re.Pattern):
-        return write_pattern(value)
     value, each = as_json(value), row.each or row
     if isinstance(value, (list, tuple)):
         return [clean(item, each, place, ignored) for item in value]
