@@ -2944,7 +2944,7 @@ def as_object(properties: Item) -> Item:
     return {"type": "object", "properties": properties, "required": list(properties)}
 
 
-JSON_MODE_SCHEMA = as_object(  # of JSON that is not told
+JSON_MODE_SCHEMA = as_object(
     {
         "title": TEXT_SCHEMA,
         "summary": TEXT_SCHEMA,
@@ -3042,7 +3042,7 @@ def as_array(items: Item, count: int = 2) -> Item:
 
 
 def read_phrase(text: str, note: str = "") -> Item:
-    text = text.strip()
+    text = re.sub(r"(?:\s?\|\s?|\s+or\s+)(?:null|None)\b", "", text.strip())
     plain = text.strip(" <>(){}$*`")
     plain = plain.replace("_", " ") if text[:1] == "<" else plain
     many = MANY.fullmatch(plain if "[" not in plain else text)
@@ -3108,8 +3108,6 @@ def as_schema(value: Any) -> Any:
     return as_object(value) if told and all(told) else None
 
 
-# --- A prompt, taken apart
-
 DATA = (
     "context|documents?|text|data|input|article|content|e-?mails?|transcript|conversation|passages?"
     "|history|sources?|reviews?|messages?|file|diff|code|logs?"
@@ -3171,9 +3169,9 @@ SHOWN_LINE = lazy_regex(
 )
 SPEAKER = lazy_regex(r"[A-Z]\w{0,15}:(?= )")
 NOTE = lazy_regex(
-    r"(?:[\"'`*#>\] ]{0,9}(\()|[\"'`*]+[:,]? (?!only|and\b|[\"'`])|[\"'`]?\??:.*?(?://|#))"
+    r"(?i)(?:[\"'`*#>\] ]{0,9}(\()|[\"'`*]+[:,]? (?!only|and\b|[\"'`])|[\"'`]?\??:.*?(?://|#))"
 )
-NOTE_END = lazy_regex(r"\.\s|,? and [\"'`]\w+[\"'`] (?!or)|\)(?:,|,? and) ")
+NOTE_END = lazy_regex(r"\.\s|,? and [\"'`]\w+[\"'`] (?!or)|\)(?:,|,? and) [\"'`]| [0-9]\) ")
 
 
 def keep_ends(whole: Any, size: int) -> Any:
@@ -3190,7 +3188,7 @@ class Prompt:
     """One message, taken apart into sentences that ask, examples, lists, and the rest."""
 
     def __init__(self, text: str, about: str = "", answered: bool = False, more: str = "") -> None:
-        self.about = about  # which the answer is
+        self.about = about
         self.answered = answered
         self.text = text = keep_ends(text, PROMPT_WINDOW)
         self.notes = more + text
@@ -3247,7 +3245,7 @@ class Prompt:
         labels = [LABEL.match(line[:60].lower()) if ":" in line else None for line in lines]
         asked = max((at for at, label in enumerate(labels) if label and label[1]), default=0)
         heads = [found[0] for found in map(SPEAKER.match, lines) if found]
-        turns = {head for head in heads if heads.count(head) > 1}
+        turns = {head for head in heads if heads.count(head) > 1} - {lines[-1].strip()}
         until = 0  # the question, before which all is context
         data = showing = False
         before = ""
@@ -3257,7 +3255,7 @@ class Prompt:
                 data = label is not None and not label[1]
             spoken = not showing and line.partition(" ")[0] in turns
             if data or spoken or at < until:
-                self.about = f"{line}\n{self.about}"
+                self.about += f"\n{line}"
                 for number in re.findall(r"\0(\d+)\0", line):
                     self.examples[int(number) - 1] = ("", "", "")
                 continue
@@ -3306,7 +3304,7 @@ def find_offered(prompt: Prompt, about: str) -> Any:
 
 
 def count_entries(prompt: Prompt, name: str = "") -> int:
-    given = re.findall(r"^\[.+\]$", prompt.text, re.M) if "qual" in prompt.whole.lower() else []
+    given = re.findall(r"^\[.+\]$", prompt.text, re.M) if "equal" in prompt.text.lower() else []
     count = len((given and read_example(given[-1])) or ())
     return min(count, 50) or read_count(prompt.whole, name) or 2
 
@@ -3348,12 +3346,9 @@ def read_words(prompt: Prompt, text: str, name: str) -> Item:
         return {"type": "integer"}
     named = re.search("name|person|people|place|compan|entit|cit(y|ies)", name)
     taken = named and prompt.about and "xtract" in prompt.whole
-    proper = text.istitle() and prompt.text.count(text) > 1
-    if (
-        taken
-        or proper
-        or re.search(r"verbatim|\bexact (?:text|word)|as it appears", text + note, re.I)
-    ):
+    if text[:1].isupper() and (" " in text or text.isupper()):
+        taken = prompt.text.count(text) > 1
+    if taken or re.search(r"verbatim|\bexact (?:text|word)|as it appears", text + note, re.I):
         return {"enum": find_copies(prompt)}
     return schema
 
@@ -3380,9 +3375,6 @@ def read_value(prompt: Prompt, value: Any, name: str = "") -> Item:
     if numbers[:1] == [1]:
         return {"enum": numbers}
     return read_words(prompt, value if type(value) is str else type(value).__name__, name)
-
-
-# --- The form that is wanted
 
 
 class WantedForm:
@@ -3527,7 +3519,7 @@ SLOT_SHOWN = lazy_regex(
     r"|()()(\.\.\.|\0\d*\0)"
 )
 TOOLS = lazy_regex(r"(?i)\b(?:tools|actions)\b[^\n]{0,99}?:\s+([^\0]{1,400})")
-TOOL = lazy_regex(r"(?m)(?:^(?:> Tool Name: |[-*] )?|, )([a-z]\w*)(?=\[\w+\]|\(\w+:|: |:$)")
+TOOL = lazy_regex(r"(?m)(?:^(?:> Tool Name: |[-*] )?|, )([a-z]\w*)(?=\[\w+\]|\(\w+:|: |:?$)")
 
 
 def fill_shown(prompt: Prompt, lines: list[str], tools: Sequence[str] = ()) -> WantedForm | None:
