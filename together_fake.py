@@ -5038,8 +5038,7 @@ FIXTURE_FILE = Keys(
 )
 
 OWN_MODEL = Keys(  # one that the catalogue lacks, or has otherwise
-    Field("type", str, choices=LISTED_TYPES),
-    Field("engine", str, choices=ENGINE_NAMES),
+    f"type={'|'.join(LISTED_TYPES)} engine={'|'.join(ENGINE_NAMES)}",
     f"contextLength:int:1.. dimensions:int:1..{MAX_DIMENSIONS}",
     f"organization displayName traits:list[str={'|'.join(TRAITS)}] price:dict\n"
     "  input,output,cachedInput:int|float:0..",
@@ -8140,8 +8139,8 @@ class Jobs:
         JOBS[collection] = self
         route(f"GET {path}/{{id}}")(self.get)
         if self.listed is not None:
-            limit = Field("limit", int, low=0, high=MAX_OBJECTS)
-            route(f"GET {path}", query=Fields(limit, "after mine", self.filters))(self.list)
+            query = f"limit:int:0..{MAX_OBJECTS} after mine {self.filters}"
+            route(f"GET {path}", query=query)(self.list)
         if self.cancelled:
             route(f"POST {path}/{{id}}/cancel")(self.cancel)
 
@@ -8554,7 +8553,7 @@ BATCHES = Jobs(
     "batches", "/v1/batches", batch_object, fields=BATCH_FIELDS, enter=enter_batch,
     statuses="VALIDATING IN_PROGRESS COMPLETED", cancelled="CANCELLED", listed="",
 )  # fmt: skip
-ENDS = Keys(Field("job", dict, fields=Keys("status!")))
+ENDS = Keys("job:dict\n  status!")
 JOB: Any = {"kind": "job", "response": ResponseType("job", ENDS, operator.itemgetter("job"))}
 
 
@@ -9559,12 +9558,7 @@ VIDEOS = Jobs(
     statuses="in_progress completed", listed=None,
 )  # fmt: skip
 VIDEO_ENDS = {"completed": "completed", "processing": "completed", "failed": "failed"}
-SCRIPTED_VIDEO = Keys(
-    "id!",
-    Field("status!", str, choices=tuple(VIDEO_ENDS)),
-    "url error",
-    "-b64,cost,duration",
-)
+SCRIPTED_VIDEO = Keys(f"id! status!={'|'.join(VIDEO_ENDS)} url error -b64,cost,duration")
 
 
 @route(
@@ -9857,7 +9851,7 @@ class VoiceSession(Session):
     failure = "conversation.item.tts.failed"
     messages: Mapping[str, Fields] = {
         "input_text_buffer.append": Fields(f"text!:..{MAX_SPEECH_CHARACTERS}"),
-        "tts_session.updated": Fields(Field("session!", dict, fields=Fields(VOICE_ROWS))),
+        "tts_session.updated": Fields(f"session!:dict\n  {VOICE_ROWS}"),
         "input_text_buffer.commit": NO_FIELDS,
         "input_text_buffer.clear": NO_FIELDS,
     }
