@@ -1897,6 +1897,11 @@ def spend(count: int = 1) -> None:
         raise OutOfSteps
 
 
+def is_late() -> bool:
+    """Tell whether so much work is done that only what must be there is made."""
+    return WORK.steps < MAX_STEPS - MANY_STEPS
+
+
 @contextlib.contextmanager
 def bound_work() -> Iterator[None]:
     """Bound the work on one value, also by what is left for all values of a request."""
@@ -2219,7 +2224,7 @@ year: 1990 2025
 day hour minute: 1 23
 latitude lat longitude lon lng temperature: -5 40
 """)
-SAMPLE = lazy_regex(r"\{([^{}0-9]+)([0-9]*)\}")
+SAMPLE = lazy_regex(r"([^{]*)(?:\{([^{}0-9]+)([0-9]*)\})?")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -2241,15 +2246,13 @@ def find_by_name(table: Mapping[str, str], name: str) -> str:
 @functools.lru_cache(maxsize=256)  # the tables have about so many
 def read_template(template: str) -> list[list[str]]:
     """Return the choices for each part of a template; a text is the only one."""
-    parts = SAMPLE.split(template)  # text, kind, count, text, ...
-    read: list[list[str]] = []
-    for text, kind, count in zip(parts[::3], parts[1::3], parts[2::3]):
-        read += [[text], *[SAMPLES.get(kind, kind).split("|")] * int(count or 1)]
-    return [*read, parts[-1:]]
+    parts: list[list[str]] = []
+    for text, kind, count in SAMPLE.findall(template):
+        parts += [[text], *[SAMPLES.get(kind, kind).split("|")] * int(count or 1)]
+    return parts
 
 
 def fill_template(rng: HashRandom, template: str) -> str:
-    """Replace each `{kind}` of a template by a draw from `SAMPLES`."""
     parts = read_template(template)
     return "".join([rng.choice(part) if len(part) > 1 else part[0] for part in parts])
 
@@ -2264,6 +2267,12 @@ def canonical(value: Any) -> str:
         return '"' + value  # most are texts, and this is the short way for them
     plain = json.loads(json.dumps(value), parse_float=lambda digits: as_whole(float(digits)))
     return json.dumps(plain, sort_keys=True)
+
+
+def is_among(value: Any, choices: Any) -> bool:
+    own = canonical(value)
+    spend((len(choices) + len(own)) // 16)
+    return any(own == canonical(choice) for choice in choices if choice == value)
 
 
 NUMBER = r"-?[0-9]{1,9}(?:\.[0-9]{1,9})?"
@@ -2313,7 +2322,7 @@ SIZED = {"Length": "string", "Items": "array", "Properties": "object"}
 VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
     "type": ("types", "", lambda r, a, v, s: KINDS[type(v)] in a or (  # 2.0 is an integer
         "integer" in a and type(v) in (int, float) and v == v // 1)),
-    "enum": ("list", "", lambda r, a, v, s: r.is_among(v, a)),
+    "enum": ("list", "", lambda r, a, v, s: is_among(v, a)),
     "$ref": ("text", "", lambda r, a, v, s: r.accepts(r.resolve(a), v)),
     "allOf": ("schemas", "", lambda r, a, v, s: r.accepts_all(a, v)),
     "anyOf": ("schemas", "", lambda r, a, v, s: any(r.accepts(part, v) for part in a)),
@@ -2445,10 +2454,6 @@ class SchemaReader:
         self.resolve = functools.cache(self._find)
         self.root = self.read(document, "#")
 
-    def is_late(self) -> bool:
-        """Tell whether so much work is done that only what must be there is made."""
-        return WORK.steps < MAX_STEPS - MANY_STEPS
-
     @functools.cached_property
     def _names(self) -> tuple[Item, dict[int, str]]:
         """The parts by URI, and the URIs that references in a part start from, by its id()."""
@@ -2481,9 +2486,10 @@ class SchemaReader:
             if name not in VOCABULARY:
                 continue
             shape = VOCABULARY[name][0]
+            field = SHAPES.get(shape)
             try:
-                if shape in SHAPES and type(argument) not in SHAPES[shape].free:
-                    SHAPES[shape].check(argument)
+                if field is not None and type(argument) not in field.free:
+                    field.check(argument)
             except ApiError as error:
                 reason = error.facts["reason"]
                 raise Unsatisfiable(f"{place[:200]}: {keyword} {reason}") from None
@@ -2537,11 +2543,6 @@ class SchemaReader:
 
     def accepts_all(self, schemas: Any, value: Any) -> bool:
         return all(map(self.accepts, schemas, itertools.repeat(value)))
-
-    def is_among(self, value: Any, choices: Any) -> bool:
-        own = canonical(value)
-        spend((len(choices) + len(own)) // 16)
-        return any(own == canonical(choice) for choice in choices if choice == value)
 
     def list_inside(self, schemas: Sequence[Any], key: Any) -> list[Any]:
         """Return all that schemas ask of a property, or of an item by its number."""
@@ -2658,7 +2659,7 @@ class ValueMaker:
         if self.depth < -MAX_MORE_DEPTH:
             raise self.refusal("nests too deep")
         spend(4)
-        self.minimal = self.minimal or self.depth <= 0 or self.reader.is_late()
+        self.minimal = self.minimal or self.depth <= 0 or is_late()
         trail, minimal, problem = self.trail, self.minimal, None
         for schema in self.schemas:
             if isinstance(schema, bool) or not COMBINING.isdisjoint(schema):
@@ -2870,7 +2871,7 @@ class ValueMaker:
         for place, key in enumerate([*optional, *declared, *range(4 * low + TRIES)]):
             if key in made:
                 continue
-            enough = high if place < len(optional) and not self.reader.is_late() else low
+            enough = high if place < len(optional) and not is_late() else low
             name = self._random_name(key) if isinstance(key, int) and len(made) < enough else key
             if len(made) < enough and name not in made:
                 with contextlib.suppress(Unsatisfiable):
