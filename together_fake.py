@@ -10478,6 +10478,7 @@ def find_half(call: Call) -> tuple[str, set[Any]] | None:
 
 
 def has_failed(call: Call) -> bool:
+    """Tell whether a client may send a call's request again."""
     is_json = call.reply_type.startswith("application/json")
     return call.has_ended and (
         call.status >= 400
@@ -10833,9 +10834,7 @@ function drawCall(call) {
 }
 
 async function openCall(number) {
-  if (!number) return;
   opened = number;
-  history.replaceState(null, "", "#" + number);
   for (const [n, row] of rows) row.ariaCurrent = n === number;
   detail.hidden = false;
   let call;
@@ -10851,7 +10850,6 @@ async function openCall(number) {
 function closeCall() {
   rows.get(opened)?.focus();
   opened = 0;
-  history.replaceState(null, "", location.pathname);
   detail.hidden = true;
 }
 
@@ -11031,8 +11029,6 @@ document.onkeydown = (event) => {
   } else return;
   event.preventDefault();
 };
-window.onhashchange = () => openCall(Number(location.hash.slice(1))); // as in /#17
-window.onhashchange();
 poll();
 </script>
 </html>
@@ -11042,14 +11038,13 @@ poll();
 @functools.lru_cache(maxsize=1)
 def page_policy() -> str:
     """Return the content security policy under which nothing but the page itself can run."""
-    hashes = {}
-    for tag in ("script", "style"):
-        text = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-        hashes[tag] = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    texts = re.findall(r"<(?:style|script)>(.*?)</s", PAGE, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(text.encode()).digest()) for text in texts]
+    style, script = (f"sha256-{digest.decode()}" for digest in digests)
     return (
-        f"default-src 'none'; script-src 'sha256-{hashes['script']}';"
-        f" style-src 'sha256-{hashes['style']}'; img-src 'self' data:; media-src 'self' data:;"
-        " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src '{script}'; style-src '{style}'; img-src 'self' data:;"
+        " media-src 'self' data:; connect-src 'self'; base-uri 'none'; form-action 'none';"
+        " frame-ancestors 'none'"
     )
 
 
@@ -11122,8 +11117,7 @@ def seed_objects(server: Server, request: Request) -> Any:
     try:
         return {name: server.seed(name, items) for name, items in seeds.items()}
     except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        reason = f"a seed has a value of a wrong kind ({error!r})"
-        raise ApiError("bad_body", reason=reason) from None
+        raise ApiError("bad_body", reason=f"a seed's value is of a wrong kind: {error!r}") from None
 
 
 RECORD_FILTERS = Keys(
@@ -11181,6 +11175,7 @@ def list_said(call: Call) -> list[Item]:
 
 
 def tell_message(message: Item) -> str:
+    """Return the beginning of a message in one line."""
     calls = [get_path(call, "function") or {} for call in list_objects(message.get("tool_calls"))]
     said = [f"{call.get('name')}({call.get('arguments')})" for call in calls]
     text = join_text(message.get("content"))
@@ -13166,7 +13161,7 @@ class Scripting:
                 return calls
             if time.monotonic() >= end:
                 raise self._miscounted(operation, times, words, len(calls))
-            threading.Event().wait(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def wait_idle(self, timeout: float = 5) -> None:
         """Wait until every call has ended; fail after `timeout` seconds."""
@@ -13174,7 +13169,7 @@ class Scripting:
         while running := [call for call in self.requests if not call.has_ended]:
             if time.monotonic() >= end:
                 refuse_lines("still running", running)
-            threading.Event().wait(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def assert_all_matched(self) -> None:
         """Fail where no fixture answered a text (or what `on_miss` refuses)."""
@@ -13232,20 +13227,19 @@ class Scripting:
         calls = self.requests[-MAX_NEAR_MISSES:]
         missed = [(call, explain_call(call)) for call in calls if not call.fixture]
         told = [f"{call!r}: {warning}" for call in calls for warning in call.warnings]
-        parts = {
+        parts: dict[str, Iterable[str]] = {
             "answered by no fixture": [f"{call!r}{reason}" for call, reason in missed if reason],
             "never served": self._list_unused(),
             "warnings": [*self.script.files.warnings, *told],
         }
         return "\n".join(filter(None, itertools.starmap(tell_lines, parts.items())))
 
-    def _list_unused(self) -> list[str]:
-        lines, calls = [], [(call, list_facts(call)) for call in self.requests[-MAX_NEAR_MISSES:]]
+    def _list_unused(self) -> Iterator[str]:
+        calls = [(call, list_facts(call)) for call in self.requests[-MAX_NEAR_MISSES:]]
         for fixture in self.script.unused(self.test_id):
-            ranked = sorted(calls, key=lambda each: fixture.count_holding(each[1]))
-            nearest = [f"\nnearest: {explain_mismatch(fixture, ranked[-1][0])}"] * bool(ranked)
-            lines.append("".join([json.dumps(fixture.describe()), *nearest]))
-        return lines
+            nearest = sorted(calls, key=lambda each: fixture.count_holding(each[1]))[-1:]
+            told = [explain_mismatch(fixture, call) for call, _ in nearest]
+            yield "\nnearest: ".join([json.dumps(fixture.describe()), *told])
 
 
 class OneTest(Scripting):
@@ -13578,9 +13572,8 @@ class TogetherAiServer(Scripting, Shared):
     def _store(self, collection: str, item: Mapping[str, Any]) -> Item:
         jobs: Collection = getattr(self, collection)
         given = dict(item)
-        id = given.pop(jobs.key, None) or given.pop("id", None)
-        if id is not None:
-            given[jobs.key] = id
+        ids = given.pop(jobs.key, None), given.pop("id", None)
+        given[jobs.key] = ids[0] or ids[1]
         return jobs.add(JOBS[collection].make(self, given))
 
     # Scripts and stored objects
@@ -14117,6 +14110,7 @@ def run_command(server: TogetherAiServer, command: Sequence[str]) -> int:
 
 
 def describe_version() -> str:
+    """Return version and digest, and whether this file is as released."""
     with open(__file__, encoding="utf-8") as file:
         source = file.read()
     digest = hashlib.sha256(source.replace(f'"{RELEASED}"', '""', 1).encode()).hexdigest()

@@ -500,18 +500,6 @@ test('a server that is gone is told', async () => {
   }, {}, undefined, other.url);
 });
 
-test('an address with a number opens that call; one that is gone is told', () =>
-  visit(async (page, troubles) => {
-    await ask('linked');
-    await page.evaluate(() => { location.hash = '#1'; });
-    await side(page, 'Request').getByText('linked').waitFor();
-    await page.reload();
-    await side(page, 'Request').getByText('linked').waitFor();
-    await page.evaluate(() => { location.hash = '#77'; });
-    await page.locator('#detail').getByText('77').waitFor();
-    assert.match(troubles.splice(0).join(), /404/); // the browser reports it itself
-  }));
-
 test('it is dark where the user likes that', async () => {
   const colours = [];
   for (const colorScheme of ['light', 'dark'])
