@@ -7392,14 +7392,6 @@ def cut_calls(choice: Choice, budget: int) -> None:
         budget -= len(pieces)
 
 
-def find_schema(format: Item) -> Any:
-    """Return the schema of a response format; None where it leaves that to the prompt."""
-    inner = format.get("json_schema")
-    if format["type"] == "json_schema" and inner is None and "schema" not in format:
-        raise ApiError("missing", param="response_format.json_schema")
-    return (inner or format).get("schema")
-
-
 def read_prompt(server: Server, request: Request, messages: list[Item]) -> WantedForm | None:
     """Return the form that a prompt asks for, where nothing stronger says what to answer."""
     if request.script or not server.read_prompts:
@@ -7428,7 +7420,7 @@ def make_content(
     rng: HashRandom, body: Item, model: Model, form: WantedForm | None
 ) -> tuple[str, int]:
     """Return an answer in the format asked for, and the number of its tokens."""
-    format = body.get("response_format") or TEXT_FORMAT
+    format: Item = body.get("response_format") or TEXT_FORMAT
     kind = format["type"]
     if kind == "text" and model.type != "moderation":
         text, count = make_answer(rng, form)
@@ -7444,7 +7436,10 @@ def make_content(
     elif kind == "text":
         text = "safe"
     else:
-        schema = find_schema(format)
+        inner = format.get("json_schema")
+        if kind == "json_schema" and inner is None and "schema" not in format:
+            raise ApiError("missing", param="response_format.json_schema")
+        schema = (inner or format).get("schema")
         if schema is None:
             schema = form.schemas["JSON"] if form else JSON_MODE_SCHEMA  # within a fence, perhaps
         text = make_valid(rng, schema, "response_format")
@@ -7694,10 +7689,9 @@ def chat_choice(choice: Any) -> Any:
     limited = choice["type"] == "allowed_tools"
     chosen = choice["tools"] if limited else [choice]
     tools = [chat_tool({"name": tool["name"]}) for tool in chosen if tool["type"] == "function"]
-    if limited and tools:
-        allowed = {"mode": choice["mode"], "tools": tools}
-        return {"type": "allowed_tools", "allowed_tools": allowed}
-    return tools[0] if tools else "none"
+    if not limited or not tools:
+        return tools[0] if tools else "none"
+    return {"type": "allowed_tools", "allowed_tools": {"mode": choice["mode"], "tools": tools}}
 
 
 def chat_body(body: Item) -> Item:
@@ -7969,9 +7963,6 @@ def create_completion(server: Server, request: Request) -> Any:
 
 # --- Embeddings
 
-EMBEDDING_FIELDS = Fields(f"""\
-{MODEL_ROW} input!:str|list encoding_format=float|base64 dimensions:int:1..{MAX_DIMENSIONS} user""")
-
 
 def embed(model: Model, value: Any, dimensions: int | None) -> list[int]:
     vector = make_vector(input_text(value), model.dimensions, model.id.encode())
@@ -8007,7 +7998,8 @@ def embed_inputs(request: Request, model: Model, inputs: list[Any]) -> Iterator[
 
 @route(
     "POST /v1/embeddings",
-    body=EMBEDDING_FIELDS,
+    body=f"{MODEL_ROW} input!:str|list encoding_format=float|base64 "
+    f"dimensions:int:1..{MAX_DIMENSIONS} user",
     kind="embedding",
     input="input",
     response=SCRIPTED_VECTORS,
@@ -9952,10 +9944,10 @@ def list_page(request: Request, items: list[Item]) -> Item:
     return {"object": "list", "data": page, "next_cursor": page[-1]["id"] if more else None}
 
 
-PAGE_FIELDS = Fields("limit:int:0..1000 after")
+PAGE_ROWS = "limit:int:0..1000 after"
 
 
-@route("GET /v2/supported-models", query=PAGE_FIELDS)
+@route("GET /v2/supported-models", query=PAGE_ROWS)
 def list_supported_models(server: Server, request: Request) -> Any:
     return list_page(request, [supported_model(model) for model in list(server.models.values())])
 
@@ -9975,18 +9967,15 @@ def get_supported_model(server: Server, request: Request) -> Any:
 ORGANIZATION = {"id": "66a1b2c3d4e5f60718293a4b", "name": "Parlel"}  # pragma: allowlist secret
 PROJECT = {"id": "proj-5f0e1d2c3b4a", "name": "Default", "slug": "default"}
 API_KEY_ID = "key-9a8b7c6d5e4f"
-MODEL_UPLOAD_FIELDS = Fields("""\
-model_name!,model_source!:1.. model_type=model|adapter
-hf_token description base_model lora_model""")
 
 
-@route("GET /v1/projects", query=PAGE_FIELDS)
+@route("GET /v1/projects", query=PAGE_ROWS)
 def list_projects(server: Server, request: Request) -> Any:
     owner = {f"organization_{name}": value for name, value in ORGANIZATION.items()}
     return list_page(request, [{**PROJECT, **owner}])
 
 
-@route("GET /v2/projects/{project}/models", query=PAGE_FIELDS)
+@route("GET /v2/projects/{project}/models", query=PAGE_ROWS)
 def list_project_models(server: Server, request: Request) -> Any:
     """List the models that jobs and uploads have made."""
     return list_page(request, [
@@ -10030,7 +10019,11 @@ UPLOADS = Jobs(
 )
 
 
-@route("POST /v1/models", body=MODEL_UPLOAD_FIELDS)
+@route(
+    "POST /v1/models",
+    body="model_name!,model_source!:1.. model_type=model|adapter hf_token description base_model "
+    "lora_model",
+)
 def upload_model(server: Server, request: Request) -> Any:
     """Start to upload a model or an adapter from elsewhere."""
     name, source = request.body["model_name"], request.body["model_source"].partition("?")[0]
