@@ -5188,10 +5188,7 @@ def as_json(value: Any) -> Any:
 
 
 def clean(value: Any, row: Field, place: str, ignored: list[str]) -> Any:
-    """Copy JSON without nulls, comments and what its table ignores, whose places are noted.
-
-    Keys of a table may be in snake case; patterns, tuples and models become JSON.
-    """
+    """Copy JSON without nulls, comments and what its table ignores, whose places are noted."""
     value, each = as_json(value), row.each or row
     if isinstance(value, (list, tuple)):
         return [clean(item, each, place, ignored) for item in value]
@@ -5275,10 +5272,7 @@ def parse_entry(given: Any, place: str, ignored: list[str]) -> tuple[ResponseTyp
 
 
 def compile_pattern(wanted: Any, trusted: bool) -> Any:
-    """Compile `{"pattern": ...}`; a text stays as it is.
-
-    What the bounded matcher cannot read goes to `re`, where it comes from the test's author.
-    """
+    """Compile `{"pattern": ...}`; `re` has what the bounded matcher cannot read of an author."""
     if not isinstance(wanted, dict):
         return wanted
     source = wanted["pattern"]
@@ -5397,10 +5391,11 @@ class Fixture:
         self.type, entry = parse_entry(given, place, self.ignored)
         self.entry, self.source, self.when = entry, source, when
         self.counts: dict[str, int] = BoundedDict(MAX_TESTS)  # how often it was served, by test
-        self.sequel: list[Fixture] = []  # all fixtures of its sequence
+        self.sequel: dict[str, int] = {}  # the same of all fixtures of its sequence
         self.spell = to_snake if place.endswith("()") else str  # as its author writes keys
         self.said: Item = entry.get("response", {})
         self.normal: Item = self.type.normalise(self.said)
+        self._quotes = self.type is TEXT and "{{" in ENCODE(self.said)
         self.options = {key: entry[key] for key in OPTIONS if key in entry}
         is_error, late = self.type is ERROR, {"errorAfterChunks", *STRIKE_PLACES}
         # It is the reply of any operation, or closes a socket; a late error is neither.
@@ -5432,12 +5427,8 @@ class Fixture:
         return self.type.fits(kind) and not (is_calls and kind == "completion")
 
     def render(self, kind: str, request: Request) -> Item:
-        """Return the normal form with each `{{path}}` quoting the request, but for its keys.
-
-        What the request lacks is quoted as nothing; braces around anything else stay.
-        """
-        text = ENCODE(self.said)
-        if self.type is not TEXT or "{{" not in text:
+        """Return the normal form with each known `{{path}}` quoting the request, but its keys."""
+        if not self._quotes:
             return self.normal
         facts = MatchFacts(kind, request)
         facts["headers"] = request.headers.masked
@@ -5449,7 +5440,7 @@ class Fixture:
             fact = get_path(facts[key], *found[2].split(".")[1:])
             return "" if fact is None else ENCODE(dump_json(fact))[1:-1]
 
-        return normalise_message(json.loads(TEMPLATE.sub(quote_fact, text)))
+        return normalise_message(json.loads(TEMPLATE.sub(quote_fact, ENCODE(self.said))))
 
     def find_obstacle(self, facts: MatchFacts) -> tuple[str, str] | None:
         """Return the first key for which it does not answer, and a sentence if one is known."""
@@ -5469,11 +5460,10 @@ class Fixture:
     def find_use(self, test: str) -> tuple[str, str] | None:
         """Return the same for what was served before."""
         served = self.counts.get(test, 0)
-        if self.sequence is not None:
-            count = sum(each.counts.get(test, 0) for each in self.sequel)
-            if count != self.sequence:
-                wanted = f"{count}, wanted {self.sequence}"
-                return "match.sequenceIndex", f"{self.spell('sequenceIndex')} is {wanted}"
+        count = self.sequel.get(test, 0)
+        if self.sequence not in (None, count):
+            name = self.spell("sequenceIndex")
+            return "match.sequenceIndex", f"{name} is {count}, wanted {self.sequence}"
         if self.times is not None and served >= self.times:
             return "times", f"it is used up: served {served} of {self.times}"
         if isinstance(self.answers, SharedIterator) and self.answers.has_ended(test):
@@ -5500,7 +5490,8 @@ class Fixture:
         return sum(self.counts.values())
 
     def count(self, test: str, change: int) -> None:
-        self.counts[test] = self.counts.get(test, 0) + change
+        for counts in [self.counts] if self.sequence is None else [self.counts, self.sequel]:
+            counts[test] = counts.get(test, 0) + change
 
     def __repr__(self) -> str:
         return f"<Fixture {self.source}: {self.type.name}, served {self.served} times>"
@@ -5553,11 +5544,7 @@ class Loaded(list):  # type: ignore[type-arg]
 
 
 def parse_fixtures(data: Any, place: str = "") -> Loaded:
-    """Build the fixtures of a file's JSON; raise ValueError with a line for all that is wrong.
-
-    What only other providers have is left out, and named in a warning. What comes over HTTP has no
-    place; its patterns are never given to `re`.
-    """
+    """Build the fixtures of a file's JSON; raise ValueError with a line for all that is wrong."""
     prefix = f"{place}: " if place else ""
     ignored: list[str] = []
     problems: list[str] = []
@@ -5681,10 +5668,7 @@ def says_response(value: Any) -> bool:
 
 
 def answer_with(fixture: Fixture, facts: MatchFacts) -> Fixture:
-    """Return the fixture that says what one, its iterator or its function says this time.
-
-    A dict of a response's keys is that response; all else is the content.
-    """
+    """Return the fixture that says what one, its iterator or its function says this time."""
     if fixture.answers is None:
         return fixture
     given = facts.answer
@@ -5883,12 +5867,14 @@ class Fixtures(Shared):
         """Return the fixtures in the order in which they are asked, each behind its needle."""
         with self._lock:
             if self._rows is None:
-                sequences: dict[Any, list[Fixture]] = {}
+                sequences: dict[Any, dict[str, int]] = {}
                 order = sorted(self.every, key=lambda each: each.rank)
                 for each in order:
                     each.relaxed = each.relaxed and not self.exact_turns
-                    each.sequel = sequences.setdefault(each.group, [])
-                    each.sequel += [each] if each.sequence is not None else []
+                    if each.sequence is not None:
+                        each.sequel = sequences.setdefault(each.group, BoundedDict(MAX_TESTS))
+                        for test, count in each.counts.items():
+                            each.sequel[test] = each.sequel.get(test, 0) + count
                 self._rows = [(each.needle_key, each.needle, each) for each in order]
                 self._slow = any(
                     each.when or each.answers or '"pattern"' in each.group[0] for each in order
@@ -6021,7 +6007,7 @@ def whole_reply(fixture: Fixture, request: Request) -> Reply:
         reply = Reply(**fixture.normal)
         reply.id = name_request(request)
         if reply.content_type.startswith(EVENT_STREAM):  # whose events are its chunks
-            reply.events = (event for event in split_events(reply.body))
+            reply.events = iter(split_events(reply.body))
         return reply
     model, id = request.body.get("model"), name_request(request)
     reply = status_reply(**{"id": id, **fixture.normal}, model=model)
@@ -6232,7 +6218,7 @@ def apply_fault(reply: Reply, fault: Fault, clock: Callable[[], float]) -> Reply
     if options.get("empty"):
         reply.body, reply.events = b"", None
     if reply.events is None:
-        if options.keys() & {"malformed", "malformedAfterChunks"}:
+        if "malformedAfterChunks" in fault.strikes:
             reply.body = halve(reply.body)
         fault.shorten()
         if not (fault.options or fault.latency):
@@ -10154,11 +10140,7 @@ NAMES = {"userMessage", "inputText"}  # keys that tell most requests from others
 
 
 def identify(kind: str, request: Request) -> tuple[Item, Item]:
-    """Return the match that names a request, and the body that tells it from its namesakes.
-
-    It has the keys of aimock's recorder, and the model. A body that is too large to be kept, that
-    holds a secret or a file, or nothing, is known by its digest.
-    """
+    """Return the match that names a request, and the body that tells it from its namesakes."""
     facts, body = MatchFacts(kind, request), say_body(kind, request.body)
     name: Item = {}
     if kind != "chat":
@@ -10232,13 +10214,11 @@ def write_fixtures(rows: Iterable[tuple[tuple[int, int], Item]], more: Item) -> 
 
 
 def record_calls(calls: Iterable[Call], secrets: Iterable[str]) -> Recording:
-    """Return the fixtures that answer recorded calls as they were answered.
-
-    What was refused for its key or JSON would refuse others again.
-    """
+    """Return the fixtures that answer recorded calls as they were answered."""
     recording = Recording()
     for call in calls:
         request = call.as_request()
+        # What was refused for its key or JSON would refuse others again.
         unread = (call.status == 401 and not call.fixture) or (request.raw and call.body is None)
         if call.kind in OPERATIONS and call.outcome == "complete" and call.is_kept and not unread:
             reply = Reply(call.raw_reply, call.status, call.reply_type, call.reply_headers)
