@@ -2926,7 +2926,7 @@ MAX_SAID, MAX_SENTENCE, MAX_EXAMPLE = 1500, 200, 2400  # characters
 ASKING = (
     "answer|respond|reply|return|output|generate|choose|select|pick|classify|categorise|categorize|"
     "label|rate|score|judge|decide|end|finish|say|wrap|format|list|extract|repeat|echo|mark|grade|"
-    "parse|tag|assess|conform|match|rank"
+    "parse|tag|assess|conform|match"
 )
 HINT_MARK = lazy_regex(r"[{<`]|:\s?\Z")
 HINTS = frozenset(  # what asks for a form has one at an end
@@ -3191,7 +3191,7 @@ class Prompt:
     def __init__(self, text: str, about: str = "", answered: bool = False, more: str = "") -> None:
         self.about = about
         self.answered = answered
-        self.text = text = keep_ends(text, PROMPT_WINDOW)
+        self.text = text
         self.notes = more + text
         self.keys: list[str] = []
         self.examples: list[tuple[str, str, str]] = []  # the line before it, language, text
@@ -3214,7 +3214,7 @@ class Prompt:
         said = keep_ends("\n".join(filter(None, self.lines)), MAX_SAID).split("\n")
         said = [part[:MAX_SENTENCE] for line in said for part in SAID_END.split(line)]
         self.said = keep_ends(said, MAX_LINES // 4)
-        self.asking = keep_ends(list(filter(is_asking, self.said)), MAX_ASKING)
+        self.asking = keep_ends(list(filter(is_asking, self.said)), 4)
         self.whole = " ".join(self.asking)
         last = self.lines[-1].strip(" #*-") if self.lines and not task else ""
         self.tail = last[:-1] if last.endswith(":") and len(last) < 80 else ""
@@ -3261,7 +3261,7 @@ class Prompt:
                     self.examples[int(number) - 1] = ("", "", "")
                 continue
             self.lines.append(line)
-            item = LIST_ITEM.match(line)
+            item = LIST_ITEM.match(line[:MAX_SENTENCE])
             if item:
                 head = re.split(r":| [-(]", item[2].strip("*\"'` "))[0].strip("*\"'` ")
                 self.lists.setdefault(before, []).append((item[1] or "", head))
@@ -3278,8 +3278,8 @@ class Prompt:
 
 def find_items(prompt: Prompt, numbered: bool = False) -> Any:
     is_mark = str.isalnum if numbered else str.isalpha
-    lists = (prompt.lists and prompt.lists.values()) or map(INLINE_ITEM.findall, prompt.said)
-    for items in list(lists)[:-3:-1]:
+    lists = [*prompt.lists.values()] or [*map(INLINE_ITEM.findall, prompt.said[-3:])]
+    for items in lists[:-3:-1]:
         names = as_enum(" | ".join(mark if is_mark(mark) else head for mark, head in items[:20]))
         if "enum" in names:
             return names["enum"]
@@ -3292,7 +3292,7 @@ def find_offered(prompt: Prompt, about: str) -> Any:
     plain = said.lower()
     for noun in re.findall(r"\b[a-z]{4,7}", about.lower())[:-8:-1]:
         at = -1
-        for _ in range(3):
+        for _ in range(2):
             at = plain.find(noun, at + 1)
             found = OFFERED.match(said, at) if at >= 0 else None
             if found:
@@ -3450,10 +3450,10 @@ def read_keys(prompt: Prompt, asked: str) -> list[str]:
 
 def rank_example(prompt: Prompt, asked: list[str], example: tuple[str, str, str]) -> int:
     intro, text = example[0].rpartition(". ")[2], example[2]
-    meant = asked or intro.count(" ") < 4 or is_asking(intro)
-    rank = 3 * bool(meant and OUTPUT_INTRO.search(intro)) - 4 * bool(INPUT_INTRO.search(intro))
-    rank += 4 * any(f'"{key}"' in text or f"{key}:" in text for key in prompt.keys)
-    return rank - 9 * (text[:1] not in ("{", "["))
+    rank = -4 * bool(INPUT_INTRO.search(intro)) - 9 * (text[:1] not in ("{", "["))
+    if OUTPUT_INTRO.search(intro) and (asked or intro.count(" ") < 4 or is_asking(intro)):
+        rank += 3
+    return rank + 4 * any(f'"{key}"' in text or f"{key}:" in text for key in prompt.keys)
 
 
 def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
@@ -3541,7 +3541,7 @@ def fill_shown(prompt: Prompt, lines: list[str], tools: Sequence[str] = ()) -> W
 
 
 def read_agent(prompt: Prompt) -> WantedForm | None:
-    """Read the lines that come next of an agent that thinks, acts and sees."""
+    """Read the next lines of an agent that thinks, acts and sees."""
     lines = [line for line in prompt.shown if line[:9] != "Question:"]
     heads = [line.partition(":")[0].strip() for line in [*lines, "Observation"]]
     if "Thought" not in heads or "Action" not in heads:
@@ -3724,7 +3724,7 @@ RESTRICTED = lazy_regex(
     r"(?i)\b(?:only|just)(?! about| on| if| when| in\b)|\balone\b|nothing (?:else|more)|do not "
     r"explain|\b(?:one|single) (?:word|letter|digit|number|label)|\b(?:as|output|"
     r"with|return) (?:an? )?(?:single )?(?:int|float|num|bool)|classif|categor|\blabel|without (?:"
-    r"any )?(?:punct|expla|other)|\bno (?:other|further|extra|preamble|expla)|exactly one"
+    r"any )?(?:punct|expla|other)|\bno (?:other|further|extra|preamble|expla)"
 )
 
 
@@ -3752,7 +3752,7 @@ def read_restricted(prompt: Prompt, said: str) -> Item:
         return {"enum": items}
     kind = re.search(r"\b(?:int|float|num|bool|digit)(?:eger|ber|ean)?\b(?! of)", said)
     if limited and (kind or NUMBER_WORD.search(said)):
-        texts = (said, *reversed(prompt.said))
+        texts = (said, *keep_ends(prompt.said, 5))
         told = [read_numbers(text) or read_numbers(IN_BRACKETS.sub("", text)) for text in texts]
         told = list(filter(None, told)) or [{"type": read_type(kind[0])} if kind else {}]
         return max(told, key=lambda each: each.get("maximum", 0) - each.get("minimum", 0))
@@ -3761,7 +3761,7 @@ def read_restricted(prompt: Prompt, said: str) -> Item:
 
 
 def read_choice(prompt: Prompt) -> WantedForm | None:
-    asking = [prompt.tail, *keep_ends(prompt.asking, MAX_ASKING // 2)[::-1]]
+    asking = [prompt.tail, *keep_ends(prompt.asking, 2)[::-1]]
     for read, said in itertools.product((read_offered, read_restricted), asking):
         schema = read(prompt, said)
         if schema:
@@ -3790,7 +3790,7 @@ def is_hinted(message: Item) -> bool:
 
 def read_form(messages: list[Item], json_mode: bool = False) -> WantedForm | None:
     """Return the form that the user's last message that is no result, or the system, asks for."""
-    texts = [message_text(message) for message in messages]
+    texts = list(map(message_text, messages))
     backwards = range(len(messages) - 1, -1, -1)
     users = [at for at in backwards if messages[at]["role"] == "user"][:24]
     systems = [at for at in backwards if messages[at]["role"] in ("system", "developer")][:2]
@@ -3801,9 +3801,10 @@ def read_form(messages: list[Item], json_mode: bool = False) -> WantedForm | Non
     told = texts[systems[0]][:PROMPT_WINDOW] if systems else ""
     vague = None
     for number in asked:
+        window = PROMPT_WINDOW // (1 if number in (asked[0], *systems[:1]) else 4)
         answered = any(m["role"] in ("tool", "function", "assistant") for m in messages[number:])
         about = texts[users[0]][-PROMPT_WINDOW:] if users and number != users[0] else ""
-        prompt = Prompt(texts[number], about, answered, told)
+        prompt = Prompt(keep_ends(texts[number], window), about, answered, told)
         tried = (read(prompt) for read in FORM_READERS)
         form = read_json(prompt, True) if json_mode else next(filter(None, tried), None)
         if form is not None:
