@@ -773,8 +773,7 @@ class Fields(dict):  # type: ignore[type-arg]
         for block in re.split(r"\n(?! )", text):
             line, _, inner = block.partition("\n")
             fields = cls(re.sub("(?m)^  ", "", inner), closed=closed) if inner else None
-            words = line.split()
-            for word in words:
+            for word in (words := line.split()):
                 yield from read_word(word, fields if word is words[-1] else None)
 
     def pick(self, values: Item) -> Fields | None:
@@ -3859,11 +3858,11 @@ class Model:
         vars(self).update((name, facts[name]) for name in facts if facts[name] not in ("", None))
 
     def derive(
-        self, id: str, owner: str, display_name: str = "", prices: Sequence[float] = (0, 0)
+        self, id: str, owner: str, name: str = "", prices: Sequence[float] = (0, 0)
     ) -> Model:
         """Return a model that answers as this one does under another id."""
         model = copy.copy(self)
-        model.id, model.organization, model.display_name = id, owner, display_name or id
+        model.id, model.organization, model.display_name = id, owner, name or id
         model.prices, model.pricing = prices, None
         return model
 
@@ -6457,9 +6456,8 @@ def cut_pieces(text: str, sizes: Iterator[int]) -> list[str]:
     """Cut a text into pieces of these sizes."""
     pieces, start = [], 0
     while start < len(text):
-        end = start + next(sizes)
-        pieces.append(text[start:end])
-        start = end
+        pieces.append(text[start : start + next(sizes)])
+        start += len(pieces[-1])
     return pieces
 
 
@@ -6572,11 +6570,8 @@ def split_keys(keys: str) -> tuple[list[str], list[str]]:
 def arrange(keys: str, values: Mapping[str, Any]) -> Item:
     """Return the values under these keys, in their order."""
     names, optional = split_keys(keys)
-    chosen = dict(zip(names, map(values.get, names)))
-    for name in optional:
-        if chosen[name] in (None, []):
-            del chosen[name]
-    return chosen
+    found = zip(names, map(values.get, names))
+    return {name: each for name, each in found if each not in (None, []) or name not in optional}
 
 
 # The form of each engine's answers. To add one: a group here, its name in ENGINE_NAMES and `engine
@@ -6791,6 +6786,7 @@ class Answer:
         self.request = request
         self.form = form  # of its engine
         self.traits = form.traits
+        self.blank = "" if "blank" in form.traits else None
         self.prompt: list[Item] = []  # the echo
         self.id = request.id
         self.model: str = request.body["model"]
@@ -6851,8 +6847,7 @@ class Answer:
 
     def part(self, kind: str, choice: Choice, said: Item, **more: Any) -> Item:
         """Return what a body says of a choice; what that kind has no key for is left out."""
-        blank = "" if "blank" in self.traits else None
-        values = {"role": self.role, "content": "", "reasoning": blank, **said}
+        values = {"role": self.role, "content": "", "reasoning": self.blank, **said}
         message = self.form.arrange(kind, "message", values)
         part = {"index": choice.index, "role": self.role, "text": values["content"], **more}
         part["message"] = part["delta"] = message
@@ -6930,12 +6925,11 @@ class Answer:
 
     def text(self, choice: Choice, piece: str, score: Any = None, **more: Any) -> Item:
         """Return the chunk of a token of the text, with its number where the engine tells it."""
-        number = None
-        if "numbers-tokens" in self.traits:
-            number = SLOT_NUMBER if piece == SLOT else token_id(piece)
+        number = SLOT_NUMBER if piece == SLOT else token_id(piece)
+        said = {"token_id": number if "numbers-tokens" in self.traits else None, "content": piece}
         if score:
             more["logprobs"] = shape_logprobs(self.form.rows["logprobs"], [piece], [score])
-        return self.chunk("text", choice, {"token_id": number, "content": piece}, **more)
+        return self.chunk("text", choice, said, **more)
 
     def texts(self, choice: Choice, count: int) -> Iterator[Any]:
         pieces = choice.pieces[:count]
@@ -6950,7 +6944,7 @@ class Answer:
         for call in choice.tool_calls:
             text = call["function"]["arguments"]
             yield self.call("head", choice, call, {**call["function"], "arguments": ""})
-            rest = {**call, "id": "" if "blank" in self.traits else None}
+            rest = {**call, "id": self.blank}
             chunk = ENCODE(self.call("rest", choice, rest, {"arguments": SLOT}))
             pieces = call.get("pieces") or (split_tokens(text) if is_cut else [text])
             yield from repeat_json(chunk, pieces if is_cut else pieces[:-1])
@@ -7339,12 +7333,9 @@ def tool_call(
     rng: HashRandom, form: Form, index: int, name: str, arguments: str, id: str | None = None
 ) -> Item:
     """Return one tool call as messages hold it."""
-    return {
-        "index": index,
-        "id": id or form.name_call(rng, name, index),
-        "type": "function",
-        "function": {"name": name, "arguments": arguments},
-    }
+    function = {"name": name, "arguments": arguments}
+    id = id or form.name_call(rng, name, index)
+    return {"index": index, "id": id, "type": "function", "function": function}
 
 
 def choose_calls(rng: HashRandom, form: Form, body: Item, index: int) -> list[Item]:
