@@ -11180,6 +11180,44 @@ class RecordingTests(RecordingCase):
             self.server.stop()
         self.assertRegex(stderr.getvalue(), r"(?m)^cannot record to .+recorded\.json: ")
 
+    def test_a_file_that_somebody_reads_is_replaced_when_it_is_closed(self):
+        """Windows refuses to replace an open file."""
+        self.file.write_text("old")
+        for times, kept in ((3, b"new"), (99, b"old")):
+            refusals = [PermissionError(errno.EACCES, "open")] * times
+            outcomes = [*refusals, mock.DEFAULT]
+            quick = mock.patch.object(fake, "REPLACE_SECONDS", 0)
+            replace = mock.patch("os.replace", side_effect=outcomes, wraps=os.replace)
+            with quick, replace, contextlib.suppress(PermissionError):
+                fake.write_file(str(self.file), b"new")
+            self.assertEqual((self.file.read_bytes(), len(list(self.folder.iterdir()))), (kept, 1))
+            self.file.write_text("old")
+
+    # What Windows lacks, taken away.
+    WINDOWS = """
+import os, select, signal, sys
+for module in (os, select, signal):
+    for name in ("fork", "register_at_fork", "poll", "epoll", "kqueue", "SIGHUP"):
+        vars(module).pop(name, None)
+sys.modules["fcntl"] = None
+import together_fake as fake
+assert fake.MAX_CONNECTIONS == 500
+sys.exit(fake.main(sys.argv[1:]))
+"""
+
+    def test_it_records_without_what_windows_lacks(self):
+        command = [*PYTHON, "-c", self.WINDOWS, "--port=0", "--quiet", "--record", str(self.file)]
+        command += ["--upstream", self.service.url]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, text=True, cwd=COPY, **pipes) as program:
+            url = program.stdout.readline().split()[-1]
+            self.server = types.SimpleNamespace(port=int(url.rpartition(":")[2]))
+            for number in range(3):
+                self.text(f"hello {number}")
+            program.terminate()
+            self.assertEqual(program.communicate(timeout=PATIENCE)[1], "")
+        self.assertEqual((program.returncode, len(self.read_entries())), (0, 3))
+
     # Asks the upstream questions from a number on; a function of `os` may kill it.
     PROGRAM = """
 import os, sys, together_fake as fake
