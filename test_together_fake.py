@@ -8529,6 +8529,18 @@ class WorkTests(FakeCase):
         self.assertEqual(len(drawn), 2)
         self.assertLess(drawn[0], order.index((begun[2], "asked")))
 
+    def test_a_round_starts_one_worker_and_the_next_comes_at_once(self):
+        """A new thread waits for its turn behind all others, and so does who starts it."""
+        case = SocketCase()
+        self.addCleanup(case.doCleanups)
+        server = case.serve(start=False)
+        for _ in range(3):
+            server.run(fake.WAITING, int, int)
+        with mock.patch.object(server, "start_thread") as start:
+            for count in (1, 2, 3, 3):
+                server.give_tasks()
+                self.assertEqual((start.call_count, bool(server.soon)), (count, True))
+
     def test_threads_take_short_turns_while_workers_are_busy(self):
         """A loop that waits 5 ms at each system call beside heavy work answers nobody soon."""
         case, leave = SocketCase(), threading.Event()

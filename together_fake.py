@@ -11682,9 +11682,10 @@ TURN_SECONDS = 0.0005  # of a thread while workers are busy, so that the loop wa
 MAX_UNREAD_BYTES = 4 * 2**20  # of a handler
 STOP_SECONDS = 0.25  # for workers to end what they do; a test's function may sleep for longer
 
-# Memory that must be left to begin with a thread, half of it for its stack, or with a task: where
-# none is, threading waits for a thread that failed, and Python 3.11 unwinds for good.
-SPARE_BYTES = 16 * 2**20
+# Memory that must be left to begin with a thread, a part for its stack, or with a task: where
+# none is, threading waits for a thread that failed, and Python 3.11 unwinds for good. Of over 32 MB
+# C libraries touch none, which takes them 8 us.
+SPARE_BYTES = 33 * 2**20
 QUICK, HEAVY, WAITING = "quick", "heavy", "waiting"  # who answers, see `HttpServer`
 BEGUN = "begun"  # heavy, and before what is: it fills memory until it is sent
 MAX_WORKERS = {HEAVY: 2, WAITING: 10**6}  # at once
@@ -12199,7 +12200,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def give_tasks(self) -> None:
         """Give workers what waits for one: last in a round, which may go on with a stream."""
         for kind, waiting in self.waiting.items():
-            while waiting and (self.idle[kind] or self.start_worker(kind)):
+            if waiting and not self.idle[kind] and self.start_worker(kind):
+                self.soon.append(self.shorten_turns)  # one a round: each waits for its turn
+            while waiting and self.idle[kind]:
                 self.idle[kind] -= 1
                 self.tasks[kind].put(waiting.popleft())
         self.shorten_turns()
