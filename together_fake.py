@@ -5014,12 +5014,12 @@ STRIKE_PLACES = ("after", "in", "before")
 OPTIONS = Keys(
     # Numbers that may be floats stay as they were written: 5 is not made 5.0.
     f"latency,disconnectAfterMs:int|float:0..{MAX_MS} replaySpeed:int|float:0.001..",
-    "chunkSize,times,truncateAfterChunks:int:1.. chunkSizes:list[int:1..]:1..",
-    f"{','.join(name for name in STRIKES if name != 'truncateAfterChunks')}:int:0..",
+    f"{','.join(STRIKES)}:int:0.. chunkSize,times,truncateAfterChunks:int:1..",
+    "chunkSizes:list[int:1..]:1..",
     "shouldRetry,malformed,empty:bool",
     Field("after", str, test=("text:... or toolName", check_after)),
     f"""\
-in=arguments before=finish|usage|done insert -openRouterProcessing,metadata
+in=arguments before=finish|usage|done insert
 streamingProfile:dict
   ttft:int|float:0..{MAX_MS} tps:int|float:0.001.. jitter:int|float:0..1
 recordedTimings:dict
@@ -5423,8 +5423,8 @@ class Fixture:
     def fits(self, kind: str) -> bool:
         if self.closes:
             return kind in OPERATIONS and OPERATIONS[kind].status == 101
-        is_calls = self.type is TEXT and self.normal["content"] is None
-        return self.type.fits(kind) and not (is_calls and kind == "completion")
+        has_text = self.type is not TEXT or self.normal["content"] is not None
+        return self.type.fits(kind) and (has_text or kind != "completion")
 
     def render(self, kind: str, request: Request) -> Item:
         """Return the normal form with each known `{{path}}` quoting the request, but its keys."""
@@ -10350,7 +10350,7 @@ class Recorder(Shared):
         load_fixtures(self.path)  # names what is wrong
         with open(self.path, encoding="utf-8-sig") as file:
             data = json.load(file)
-        self._more = {**data, "fixtures": None} if "fixtures" in data else {}
+        self._more = {**data} if "fixtures" in data else {}
         self._more.pop("fixtures", None)
         known, self._others = self._others, {}
         for entry in read_file(data)["fixtures"]:
