@@ -7092,15 +7092,6 @@ TOOL_KEYS = {"tools", "functions", "tool_choice", "function_call"}
 MEDIA_TRAITS = {
     "image_url": "sees", "video_url": "watches", "audio_url": "hears", "input_audio": "hears"
 }  # fmt: skip
-PART_KEYS = {"text", *MEDIA_TRAITS}  # of a message's part, by its type
-
-
-def check_media(parts: list[Item], model: Model) -> None:
-    for part in parts if "known" in model.traits else ():
-        trait = MEDIA_TRAITS.get(part["type"])
-        if trait is not None and trait not in model.traits:
-            blind = model.engine != "A" and model.traits.isdisjoint(MEDIA_TRAITS.values())
-            raise ApiError("no_eyes" if blind else "no_media", model=model.id)
 
 
 def check_tool_choice(body: Item, model: Model) -> None:
@@ -7111,18 +7102,21 @@ def check_tool_choice(body: Item, model: Model) -> None:
         raise ApiError("no_grammar")
 
 
-def check_message(message: Item, number: int) -> None:
-    """Check the rules between the fields of one message."""
-    role = message["role"]
-    place = f"messages[{number}]"
-    content = message.get("content")
+def check_message(message: Item, place: str, model: Model) -> None:
+    """Check the rules between the fields of a message, and that a listed model takes its media."""
+    role, content = message["role"], message.get("content")
     if role == "tool" and not message.get("tool_call_id"):
         raise ApiError("missing", param=place + ".tool_call_id")
     if content is None and role != "assistant":
         raise ApiError("missing", param=place + ".content")
     for index, part in enumerate(content if type(content) is list else ()):
-        if part["type"] in PART_KEYS and part.get(part["type"]) is None:
-            raise ApiError("missing", param=f"{place}.content[{index}].{part['type']}")
+        kind = part["type"]
+        trait = MEDIA_TRAITS.get(kind)
+        if (trait or kind == "text") and part.get(kind) is None:
+            raise ApiError("missing", param=f"{place}.content[{index}].{kind}")
+        if trait and trait not in model.traits and "known" in model.traits:
+            blind = model.engine != "A" and model.traits.isdisjoint(MEDIA_TRAITS.values())
+            raise ApiError("no_eyes" if blind else "no_media", model=model.id)
 
 
 def count_messages(messages: list[Item], model: Model) -> tuple[int, int]:
@@ -7135,9 +7129,8 @@ def count_messages(messages: list[Item], model: Model) -> tuple[int, int]:
         content, role = message.get("content"), message["role"]
         before = count if role == "assistant" else before
         if type(content) is not str or role == "tool":
-            check_message(message, number)
+            check_message(message, f"messages[{number}]", model)
         if type(content) is list:
-            check_media(content, model)
             count += MEDIA_TOKENS * sum(part["type"] != "text" for part in content)
         count += MESSAGE_TOKENS + count_tokens(message_text(message))
         if message.get("tool_calls"):
