@@ -569,7 +569,6 @@ class ApiError(Exception):
         return ApiError(self.name, param=f"{place}{self.param}", **self.facts)
 
     def as_reply(self, recorded: bool = False, id: str = "") -> Reply:
-        """Return the reply that tells of the error, by its id where there is one."""
         named = {"id": id} if id and self.name != "unauthorized" else {}
         body = {**named, "error": self.envelope(recorded)}
         reply = Reply(ENCODE(body).encode(), self.status, headers=self.headers)
@@ -3782,9 +3781,14 @@ RESULT = lazy_regex(
 )
 
 
+@functools.lru_cache(maxsize=256)  # a system's message comes with each request
+def has_hint(text: str) -> bool:
+    found = HINTS.intersection(text.replace("few words", "").split())
+    return bool(found or HINT_MARK.search(text))
+
+
 def is_hinted(message: Item) -> bool:
-    text = keep_ends(message_text(message), 600)
-    return HINT_MARK.search(text) is not None or not HINTS.isdisjoint(text.split())
+    return has_hint(keep_ends(message_text(message), 600))
 
 
 def read_form(messages: list[Item], json_mode: bool = False) -> WantedForm | None:
@@ -4367,7 +4371,6 @@ class Call:
         self.events_sent += is_sent
 
     def add_sound(self, data: bytes, rate: int) -> None:
-        """Keep what a socket heard or said, as far as there is room for it."""
         self.sound, self.sound_rate = self.sound or bytearray(), rate
         self.sound += data[: MAX_RECORDED_BODY_BYTES - len(self.sound)]
 
@@ -6888,8 +6891,8 @@ class Answer:
                 yield self.chunk("mark", choice, said, logprobs=logprob)
             if choice.tool_calls or "opens-calls" not in self.traits:
                 yield self.chunk("opener", choice, {"reasoning_content": ""})
-        for turn in itertools.zip_longest(*map(self.stream_choice, self.choices)):
-            yield from filter(None, turn)  # a chunk of each choice
+        turns = itertools.zip_longest(*map(self.stream_choice, self.choices))
+        yield from filter(None, itertools.chain.from_iterable(turns))  # a chunk of each choice
         if "ends-with-usage" not in self.traits:
             yield self.frame("usage", [], self.list_usage())
 
@@ -12726,14 +12729,12 @@ def write_line(call: Call) -> str:
 
 def encode_events(chunks: Iterator[Any]) -> Iterator[bytes]:
     """Yield JSON values as server-sent events, and the sentinel."""
-    comment = ""
     for chunk in chunks:
-        if type(chunk) is bytes:
-            comment = chunk.decode()  # it goes with the next event
-            continue
+        comment = ""
+        while type(chunk) is bytes:  # goes with the next event
+            comment, chunk = chunk.decode(), next(chunks)
         text = chunk if type(chunk) is str else ENCODE(chunk)
         yield f"{comment}data: {text}\n\n".encode()
-        comment = ""
     yield DONE
 
 
