@@ -2299,10 +2299,8 @@ def read_numbers(text: str) -> Item:
     return {"type": kind, "minimum": bounds[0], "maximum": bounds[1]}
 
 
-KINDS: dict[type, str] = {
-    str: "string", int: "number", float: "number", bool: "boolean", list: "array", dict: "object",
-    type(None): "null",
-}  # fmt: skip
+KINDS: dict[type, str] = {kind: name.split()[1] for kind, name in KIND_NAMES.items()}
+KINDS.update({int: "number", type(None): "null"})
 
 
 # What a keyword of each shape takes; those of any shape are in no row.
@@ -2370,8 +2368,8 @@ VOCABULARY.update(
     (keyword, (shape, "no kind", lambda r, a, v, s: True)) for keyword, shape in LOOKED_AT.items()
 )
 RENAMED = {"$dynamicRef": "$ref", "$recursiveRef": "$ref"}
-OLDER = {"const", "dependencies", "dependentRequired", "items"} | {
-    "exclusiveMinimum", "exclusiveMaximum",
+OLDER = {  # keywords that are rewritten
+    "const", "dependencies", "dependentRequired", "exclusiveMaximum", "exclusiveMinimum", "items",
 }  # fmt: skip
 META_SCHEMA = lazy_regex(r"https?://json-schema\.org/draft[^#]*#")
 
@@ -2506,12 +2504,10 @@ class SchemaReader:
             return [self.read(part, f"{place}/{number}") for number, part in enumerate(argument)]
         if shape in ("schema", "items"):
             return self.read(argument, place)
-        read = {}
-        for name, part in argument.items():
-            if isinstance(part, list) and shape == "needs":
-                part = {"required": part}
-            read[name] = self.read(part, f"{place}/{name}")
-        return read
+        if shape == "needs":
+            parts = argument.items()
+            argument = {key: {"required": p} if isinstance(p, list) else p for key, p in parts}
+        return {name: self.read(argument[name], f"{place}/{name}") for name in argument}
 
     def _find(self, uri: str) -> Any:
         if META_SCHEMA.fullmatch(uri):
@@ -2602,10 +2598,9 @@ class SchemaReader:
         for schema in schemas:
             if "enum" in schema:
                 return not any(self.accepts_all(schemas, value) for value in schema["enum"])
-        names = (name for schema in schemas for name in schema.get("required", ()))
-        required = dict.fromkeys(names) if within else ()
+        names = {name for schema in schemas for name in schema.get("required", ()) if within}
         return not list_types(schemas) or any(
-            self.is_hopeless(self.list_inside(schemas, name), False) for name in required
+            self.is_hopeless(self.list_inside(schemas, name), False) for name in sorted(names)
         )
 
 
@@ -9332,7 +9327,6 @@ TRANSCRIPTION_FIELDS = Fields(
     f"temperature:float:0..1 diarize:bool min_speakers,max_speakers:int:1..{MAX_SPEAKERS}",
     "timestamp_granularities:str|list[str=segment|word]",
 )
-HEARING: Any = {"body": TRANSCRIPTION_FIELDS, "max_bytes": MAX_AUDIO_BYTES}
 SEGMENT_WORDS, WORDS_A_SECOND = 10, 2.5
 SPEECH_VOICES = {  # documented examples, by who made the model
     "cartesia": ("friendly sidekick", "british reading lady", "newsman", "storyteller lady"),
@@ -9357,14 +9351,16 @@ SCRIPTED_SPEECH = ResponseType(
     ),
     normalise_audio,
 )
-TRANSCRIPT = Keys(
-    f"text! language duration:int|float:0..{MAX_MS} words,segments:list[dict] -languages,usage",
-)
-HEARING["response"] = ResponseType(
-    "transcription",
-    Keys(Field("transcription", dict, fields=TRANSCRIPT)),
-    lambda said: snake_keys(said["transcription"]),
-)
+TRANSCRIPT = f"""\
+transcription:dict
+  text! language duration:int|float:0..{MAX_MS} words,segments:list[dict] -languages,usage"""
+HEARING: Any = {
+    "body": TRANSCRIPTION_FIELDS,
+    "max_bytes": MAX_AUDIO_BYTES,
+    "response": ResponseType(
+        "transcription", Keys(TRANSCRIPT), lambda said: snake_keys(said["transcription"])
+    ),
+}
 
 
 @route(
@@ -9525,7 +9521,9 @@ VIDEOS = Jobs(
     statuses="in_progress completed", listed=None,
 )  # fmt: skip
 VIDEO_ENDS = {"completed": "completed", "processing": "completed", "failed": "failed"}
-SCRIPTED_VIDEO = Keys(f"id! status!={'|'.join(VIDEO_ENDS)} url error -b64,cost,duration")
+SCRIPTED_VIDEO = f"""\
+video:dict
+  id! status!={"|".join(VIDEO_ENDS)} url error -b64,cost,duration"""
 
 
 @route(
@@ -9535,7 +9533,7 @@ SCRIPTED_VIDEO = Keys(f"id! status!={'|'.join(VIDEO_ENDS)} url error -b64,cost,d
     prompt="prompt",
     response=ResponseType(
         "video",
-        Keys(Field("video", dict, fields=SCRIPTED_VIDEO)),
+        Keys(SCRIPTED_VIDEO),
         lambda said: {**said["video"], "status": VIDEO_ENDS[said["video"]["status"]]},
     ),
     max_bytes=MAX_AUDIO_BYTES,
