@@ -370,6 +370,7 @@ class BodyTests(FakeCase):
             (b'{"a": "\xff"}', "byte 7 is not UTF-8."),
             (b'{"a": %b}' % (b"9" * 6000), "a number has too many digits"),
             (b"[" * 100000, "it nests deeper than 200."),
+            (b'{"a": [0%b]}' % (b",1" * 500_001), "it has more than 500000 commas."),
             (b'{"a": %b}' % (b"[" * 300 + b"]" * 300), "it nests"),
         ):
             with self.subTest(raw=raw[:30]):

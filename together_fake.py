@@ -596,6 +596,7 @@ class ApiError(Exception):
 
 MAX_JSON_BYTES = 32 * 2**20  # a JSON or form body
 MAX_JSON_DEPTH = 200  # brackets inside brackets
+MAX_JSON_COMMAS = 500_000  # of a body: while it is read no other thread runs, some 0.1 s
 MAX_FORM_FIELDS = 1000  # of one form, query or multipart body
 MAX_PART_HEAD_BYTES = 16384  # the headers of one multipart part
 
@@ -966,6 +967,8 @@ def parse_body(raw: bytes, content_type: str, fields: Fields) -> Item:
             return read_texts(parse_multipart(raw, content_type), fields)
         if kind.startswith("application/x-www-form-urlencoded") and raw.lstrip()[:1] != b"{":
             return read_texts(parse_form(raw), fields)
+    if len(raw) > MAX_JSON_COMMAS and raw.count(b",") > MAX_JSON_COMMAS:
+        raise ApiError("bad_json", reason=f"it has more than {MAX_JSON_COMMAS} commas")
     value = parse_json(raw) if raw else {}
     if type(value) is not dict:
         raise ApiError("bad_json", reason="the body must be a JSON object")
@@ -1456,6 +1459,7 @@ def make_word_vector(key: bytes, size: int, word: bytes) -> int:
 
 
 def find_words(text: str) -> list[bytes]:
+    text = text[: 32 * MAX_TEXT_WORDS]  # as far as words may count
     words: list[bytes] = WORD.findall(text.encode("utf-8", "surrogatepass").lower())
     return [word for word in words if word not in STOPWORDS] or words or [b""]
 
