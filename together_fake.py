@@ -10055,22 +10055,6 @@ def put_message(message: Item) -> Item:
     return {**words, **{name: value for name, value in said.items() if value}}
 
 
-def put_chat(request: Request, events: list[Any]) -> Item | None:
-    """Return a chat's answer, whole or in chunks, in a fixture's words; or None."""
-    messages = fold_stream(events)
-    scores = [get_path(event, "choices", "0", "logprobs") for event in events]
-    if len(messages) != 1 or any(scores) or not all("choices" in event for event in events):
-        return None
-    message, usual = messages[0], {"model": request.body.get("model"), "role": "assistant"}
-    if not message["finish_reason"] or message.keys() - IN_WORDS:
-        return None
-    said = {name: events[0].get(name) for name in ("id", "created", "model")}
-    said.update(usage=find_usage(events), finishReason=message["finish_reason"])
-    said["role"] = message["role"]
-    more = {name: said[name] for name in said if said[name] and said[name] != usual.get(name)}
-    return {**put_message(message), **more}
-
-
 def list_chunk_sizes(chunks: list[Any]) -> list[int]:
     """Return the characters in each chunk: of reasoning, of text, of arguments."""
     sizes: dict[Any, list[int]] = {"reasoning": [], "content": []}
@@ -10086,15 +10070,21 @@ def list_chunk_sizes(chunks: list[Any]) -> list[int]:
 def put_into_words(request: Request, reply: Reply) -> Item | None:
     """Return the response and options for a chat's answer; None where words cannot say it."""
     chunks = [event for event in parse_events(reply.body) if event != "[DONE]"]
-    is_stream = reply.content_type.startswith(EVENT_STREAM)
+    usual = {"model": request.body.get("model"), "role": "assistant"}
     try:
-        said = put_chat(request, chunks if is_stream else [parse_json(reply.body)])
-        if said is None or TEMPLATE.search(ENCODE(said)):  # it would quote a request
+        events = chunks or [parse_json(reply.body)]
+        (message,) = fold_stream(events)
+        scores = [get_path(event, "choices", "0", "logprobs") for event in events]
+        finish, is_chat = message["finish_reason"], all("choices" in event for event in events)
+        if any(scores) or not (finish and is_chat) or message.keys() - IN_WORDS:
             return None
-        sizes = list_chunk_sizes(chunks)
-        words = {"response": said, **({"chunkSizes": sizes} if sizes else {})}
+        said = {name: events[0].get(name) for name in ("id", "created", "model")}
+        said.update(usage=find_usage(events), finishReason=finish, role=message["role"])
+        more = {name: said[name] for name in said if said[name] and said[name] != usual.get(name)}
+        sizes, response = list_chunk_sizes(chunks), {**put_message(message), **more}
+        words = {"response": response, **({"chunkSizes": sizes} if sizes else {})}
         Fixture({"match": {}, **words}, "")
-        return words
+        return None if TEMPLATE.search(ENCODE(response)) else words  # it would quote a request
     except (ApiError, ValueError, TypeError, AttributeError, KeyError):
         return None  # it is not of the form that chats have
 
