@@ -6040,38 +6040,31 @@ def add_call_delta(calls: list[Item], delta: Item) -> None:
 
 def read_item_event(event: Item) -> Item:
     """Return what an event of the Responses API adds, as a part of a chunk."""
-    type, item = event.get("type"), event.get("item") or {}
-    call: Item = {"index": event.get("output_index")}
+    type, call = event.get("type"), {"index": event.get("output_index")}
+    kind, id, name = (get_path(event, "item", key) for key in ("type", "call_id", "name"))
     if type == "response.output_text.delta":
         return {"delta": {"content": event.get("delta")}}
     if type == "response.function_call_arguments.delta":
         call["function"] = {"arguments": event.get("delta")}
-    elif type == "response.output_item.added" and item.get("type") == "function_call":
-        call.update(id=item.get("call_id"), function={"name": item.get("name")})
+    elif type == "response.output_item.added" and kind == "function_call":
+        call.update(id=id, function={"name": name})
     else:
         ends = ("response.completed", "response.incomplete")
         return {"finish_reason": "stop"} if type in ends else {}
     return {"delta": {"tool_calls": [call]}}
 
 
-def list_deltas(events: Any) -> Iterator[tuple[str, Item]]:
-    """Yield what events, or a whole reply, add to the message of each choice."""
-    for event in list_objects(events):
-        for part in list_objects(event.get("choices")) or [read_item_event(event)]:
-            said = part.get("delta") or part.get("message") or {"content": part.get("text")}
-            said = said if isinstance(said, dict) else {"odd": said}
-            thought = said.get("reasoning") or said.get("reasoning_content")
-            if part:
-                more = {"reasoning": thought, "finish_reason": part.get("finish_reason")}
-                yield repr(part.get("index")), {**said, **more}
-
-
 def fold_stream(events: Any) -> list[Item]:
     """Return the messages that the events of a stream tell, cut or not, or a whole reply."""
     messages: dict[str, Item] = {}
-    for choice, delta in list_deltas(events):
+    parts = (list_objects(e.get("choices")) or [read_item_event(e)] for e in list_objects(events))
+    for part in filter(None, itertools.chain(*parts)):
+        said = part.get("delta") or part.get("message") or {"content": part.get("text")}
+        delta = {**said} if isinstance(said, dict) else {"odd": said}
+        delta["reasoning"] = delta.get("reasoning") or delta.get("reasoning_content")
+        delta["finish_reason"] = part.get("finish_reason")
         blank: Item = {"content": "", "reasoning": "", "tool_calls": [], "finish_reason": None}
-        message = messages.setdefault(choice, {**blank, "role": "assistant"})
+        message = messages.setdefault(repr(part.get("index")), {**blank, "role": "assistant"})
         if delta.get("content") and message["tool_calls"]:
             message["order"] = "a text after a tool call"  # as no fixture's words can say it
         for call in list_objects(delta.pop("tool_calls", None)):
