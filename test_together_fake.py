@@ -8451,6 +8451,11 @@ class WorkTests(FakeCase):
             self.assertIn("for the values that are asked for", got.json["error"]["message"])
             self.assertEqual(getattr(fake.WORK, "steps", math.inf), math.inf)
 
+    def test_patterns_of_added_fixtures_share_none(self):
+        rows = [entry({"userMessage": {"pattern": f"^[äöü]{n}"}}) for n in range(4)]
+        with mock.patch.object(fake, "MAX_REQUEST_STEPS", 5_000):
+            self.post("/__parlel/fixtures", {"fixtures": rows})
+
     def test_many_choices_are_written_one_by_one(self):
         """While JSON is written no other thread runs, and somebody may ask for /health."""
         body = {"model": LLAMA, "messages": say("hi"), "n": 99, "logprobs": 2, "max_tokens": 9}

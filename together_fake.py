@@ -2379,7 +2379,6 @@ META_SCHEMA = lazy_regex(r"https?://json-schema\.org/draft[^#]*#")
 
 
 def fail_limit(types: tuple[str, ...], opposite: str, more: int) -> Any:
-    """Return what says how a limit is not kept: by the keyword that is met then."""
     return lambda r, limit: [[{"type": types, opposite: limit + more}]]
 
 
@@ -13786,7 +13785,7 @@ class TogetherAiServer(Scripting, Shared):
                 rule = f"{reason} ({request.answers} > {MAX_ANSWERS})"
                 raise ApiError("invalid", param="n", reason=rule)
         handler: Any = request.turn or route.handler
-        WORK.steps = MAX_REQUEST_STEPS
+        WORK.steps = MAX_REQUEST_STEPS if route.kind else math.inf
         try:
             reply = as_reply(handler(self, request), request, route.status)
         finally:
