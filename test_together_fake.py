@@ -3450,11 +3450,12 @@ FORMS = {
         '请以JSON格式输出:\n{"name": "...", "note": 4}',
     ),
     "an action as JSON": (
-        r'Thought: .+\nAction:\n```\n\{"action": "search", "action_input": "[^"]+"\}\n```',
+        r'Thought: .+\nAction:\n```json\n\{"action": "search", "action_input": "[^"]+"\}\n```',
         BLOB,
     ),
     "an answer as JSON": (
-        r'Thought: .+\nAction:\n```\n\{"action": "Final Answer", "action_input": "[^"]+"\}\n```',
+        r'Thought: .+\nAction:\n```json\n\{"action": "Final Answer", "action_input": "[^"]+"\}'
+        r"\n```",
         f"{BLOB}\n\nQuestion: x\nThought: y\nObservation: z",
     ),
     "records that are related": (

@@ -2916,16 +2916,16 @@ def make_matching(rng: HashRandom, pattern: str) -> str:
 
 # === Prompts ===
 
-PROMPT_WINDOW = 8192  # characters at either end of a message in which a form is looked for
-MAX_LINES, MAX_ASKING = 45, 6  # lines, and sentences that ask, at either end
-MAX_SAID, MAX_SENTENCE, MAX_EXAMPLE = 1500, 200, 2400  # characters
+PROMPT_WINDOW = 8192  # characters at either end of a message
+MAX_LINES, MAX_ASKING = 45, 6
+MAX_SAID, MAX_SENTENCE = 1500, 200  # characters
 ASKING = (
     "answer|respond|reply|return|output|generate|choose|select|pick|classify|categorise|categorize|"
     "label|rate|score|judge|decide|end|finish|say|wrap|format|list|extract|repeat|echo|mark|grade|"
     "parse|tag|assess|conform|match"
 )
 HINT_MARK = lazy_regex(r"[{<`]|:\s?\Z")
-HINTS = frozenset(  # what asks for a form has one at an end
+HINTS = frozenset(
     form + mark
     for word in (
         f"{ASKING}|json|yaml|csv|xml|category|title|scale|only|just|word|words|line|block|table|comma|"
@@ -3066,7 +3066,7 @@ def read_phrase(text: str, note: str = "") -> Item:
 
 
 EXAMPLE_TOKEN = lazy_regex(
-    r"(?://|\#)[^\n]*|\.\.\.|\u2026|(?P<end>;)"
+    r"(?://|\#|\\)[^\n]*|\.\.\.|\u2026|(?P<end>;)"
     r"|(?P<name>[\"']?[\w$-]{1,60}[\"']?)\??(?=\s{0,9}:(?!//))"
     r"|(?P<text>\"[^\n]*?(?:\"(?=\s{0,99}[,;}\]]|\s{0,99}(?://|#|\n|\Z))|(?=\n)|\Z)"
     r"|'[^'\n]*'(?=\s{0,99}[,;}\]])|[^\s{}\[\],:;](?:\[\]|<[^<>\n]*>|[^,;\n{}\]/]|/(?!/))*)"
@@ -3090,7 +3090,7 @@ def read_example(text: str) -> Any:
     with contextlib.suppress(ValueError, RecursionError, ApiError):
         return DECODER.decode(text)
     with contextlib.suppress(ValueError, RecursionError, ApiError):
-        text = re.sub(r"(\{[^{}]{0,400}\})\[\]", r"[\1]", text[:MAX_EXAMPLE])
+        text = re.sub(r"(\{[^{}]{0,400}\})\[\]", r"[\1]", text[:2400])
         text = EXAMPLE_TOKEN.sub(rewrite_token, text)
         return DECODER.decode(re.sub(r",(?=[\s,]{0,99}[,}\]])", "", text))
     return None
@@ -3109,13 +3109,11 @@ DATA = (
     "context|documents?|text|data|input|article|content|e-?mails?|transcript|conversation|passages?"
     "|history|sources?|reviews?|messages?|file|diff|code|logs?"
 )
-LABEL = lazy_regex(  # of a question, or else of data
+LABEL = lazy_regex(
     r"[#*\s>\[-]{0,6}(?:((?:question|query|user|task|instructions?|now)\b[^:]{0,20})"
     rf"|(?:{DATA})[\]*\s]{{0,4}}):"
 )
-CONTEXT = lazy_regex(
-    rf"(?i)(?:following|below|these|this)\b.{{0,60}}\b(?:{DATA}|pieces)\b|^\W{{0,8}}context"
-)
+CONTEXT = lazy_regex(rf"(?i)(?:following|below|these|this)\b.{{0,60}}\b(?:{DATA}|pieces)\b")
 PROSE_TASK = lazy_regex(
     r"(?i)\s{0,9}(?:please |c\w+ you )?(?:summari[sz]e|translate|proofread|rewrite|"
     r"paraphrase|correct|explain|review|reply to|draft|describe|fix|debug|refactor|improve|"
@@ -3182,7 +3180,7 @@ def is_asking(sentence: str) -> bool:
 
 
 class Prompt:
-    """One message, taken apart into sentences that ask, examples, lists, and the rest."""
+    """A message, taken apart into what asks, shows, lists and tells."""
 
     def __init__(self, text: str, about: str = "", answered: bool = False, more: str = "") -> None:
         self.about = about
@@ -3192,7 +3190,7 @@ class Prompt:
         self.keys: list[str] = []
         self.examples: list[tuple[str, str, str]] = []  # the line before it, language, text
         self.lines: list[str] = []
-        self.lists: dict[str, list[tuple[str, str]]] = {}  # marks and items, by the line before
+        self.lists: dict[str, list[tuple[str, str]]] = {}
         self.shown: list[str] = []
         self.unread = MAX_LINES // 2
         tags = re.findall(rf"</((?!code){DATA})>", text) if "</" in text else []
@@ -3244,7 +3242,7 @@ class Prompt:
         heads = [found[0] for found in map(SPEAKER.match, lines) if found]
         turns = {head for head in heads if heads.count(head) > 1} - {lines[-1].strip()}
         until = 0  # the question, before which all is context
-        data = showing = False
+        given, data, showing = [], False, False
         before = ""
         for at, (line, label) in enumerate(zip(lines, labels)):
             bare = line.strip(" \t\0")
@@ -3252,7 +3250,7 @@ class Prompt:
                 data = label is not None and not label[1]
             spoken = not showing and line.partition(" ")[0] in turns
             if data or spoken or at < until:
-                self.about += f"\n{line}"
+                given.append(line)
                 for number in re.findall(r"\0(\d+)\0", line):
                     self.examples[int(number) - 1] = ("", "", "")
                 continue
@@ -3270,6 +3268,7 @@ class Prompt:
                 showing = told and ASKS_LINES.search(bare[-99:]) is not None
             if asked > at and at < 2 * MAX_ASKING and CONTEXT.search(line[:MAX_SENTENCE]):
                 until = asked
+        self.about = "\n".join([*given, self.about])
 
 
 def find_items(prompt: Prompt, numbered: bool = False) -> Any:
@@ -3283,7 +3282,7 @@ def find_items(prompt: Prompt, numbered: bool = False) -> Any:
 
 
 def find_offered(prompt: Prompt, about: str) -> Any:
-    """Return what a noun of a text may be, as is told elsewhere: `tones: calm, angry`."""
+    """Return what a noun may be, as is told elsewhere: `tones: calm, angry`."""
     said = "\n".join([*prompt.said, prompt.tail])
     plain = said.lower()
     for noun in re.findall(r"\b[a-z]{4,7}", about.lower())[:-8:-1]:
@@ -3334,6 +3333,9 @@ def read_words(prompt: Prompt, text: str, name: str) -> Item:
     schema = read_phrase(text, note)
     if "items" in schema and name:
         return as_array(schema["items"], max(schema["minItems"], count_entries(prompt, name)))
+    if schema == {"type": "integer"}:
+        bounds = [read_numbers(said) for said in prompt.said if name in said.lower()]
+        schema = next(filter(None, bounds), schema)
     if schema != TEXT_SCHEMA:
         return schema
     offered = find_offered(prompt, text if text.istitle() else name) if len(text) < 20 else []
@@ -3375,10 +3377,7 @@ def read_value(prompt: Prompt, value: Any, name: str = "") -> Item:
 
 
 class WantedForm:
-    """The form that a prompt asks its answer in: a text, and schemas of its slots.
-
-    A slot is a name between two \\1; without a name it is prose.
-    """
+    """A text with slots, each a name between two \\1 (none for prose), and their schemas."""
 
     def __init__(self, label: str, text: str, schemas: Item | None = None) -> None:
         self.label = label
@@ -3537,29 +3536,28 @@ def fill_shown(prompt: Prompt, lines: list[str], tools: Sequence[str] = ()) -> W
 
 
 def read_agent(prompt: Prompt) -> WantedForm | None:
-    """Read the next lines of an agent that thinks, acts and sees."""
+    """Read the next lines, or the JSON, of an agent that thinks, acts and sees."""
     lines = [line for line in prompt.shown if line[:9] != "Question:"]
     heads = [line.partition(":")[0].strip() for line in [*lines, "Observation"]]
-    if "Thought" not in heads or "Action" not in heads:
+    acts = "Thought" in heads and "Action" in heads
+    is_json = '"action_input"' in prompt.text
+    if not acts and not is_json:
         return None
     begun = max(prompt.text.rfind("\nQuestion:"), prompt.text.rfind("Begin!"), 0)
-    acted = prompt.answered or (begun and "\nObservation:" in prompt.text[begun:])
+    seen = prompt.about + prompt.text[begun:] * bool(begun)
+    acted = prompt.answered or "\nObservation:" in seen
     told = TOOLS.search("\n".join(prompt.lines))
     tools = TOOL.findall(told[1]) if told else find_offered(prompt, "tool")
     stop = heads.index("Observation")
     last = next((at for at in range(stop, len(lines)) if "Answer" in heads[at]), 0)
-    if acted and last:
+    if acts and acted and last:
         return fill_shown(prompt, lines[stop + 1 : last + 1])
-    if '"action_input"' not in prompt.text:
+    if not is_json:
         return fill_shown(prompt, lines[heads.index("Thought") : stop], tools)
     name = "Final Answer" if acted or not tools else tools[0]
     form = as_object({"action": {"const": name}, "action_input": TEXT_SCHEMA})
-    return WantedForm(
-        "an action as JSON", "Thought: \1thought\1\nAction:\n```\n\1JSON\1\n```", {"JSON": form}
-    )
-
-
-YAML_ROW = lazy_regex(r" *[\w-]+:(?: [^\n]*)?\Z| +- [^\n]*\Z")
+    text = "Thought: \1thought\1\nAction:\n" * acts + "```json\n\1JSON\1\n```"
+    return WantedForm("an action as JSON", text, {"JSON": form})
 
 
 def read_shown(prompt: Prompt) -> WantedForm | None:
@@ -3567,7 +3565,11 @@ def read_shown(prompt: Prompt) -> WantedForm | None:
     if re.search(r"(?<!this )(?<!bout )\bYAML\b(?! (?:file|for))", prompt.whole):
         blocks = [text for _, kind, text in prompt.examples if kind in ("yaml", "yml", "")]
         keys = [f"{key}: ..." for key in read_keys(prompt, "")]
-        lines = blocks[-1:] or keys or list(filter(YAML_ROW.match, prompt.lines))
+        lines = (
+            blocks[-1:]
+            or keys
+            or [line for line in prompt.lines if re.match(r" *[\w-]+:(?: [^\n]*)?\Z| +- ", line)]
+        )
     return fill_shown(prompt, lines) if lines else None
 
 
@@ -3665,7 +3667,7 @@ def read_records(prompt: Prompt) -> WantedForm | None:
     return WantedForm("records", "\n".join([*list(rows.values())[:4], *end]))
 
 
-LISTS = (  # what asks for one, and what stands before each entry
+LISTS = (
     (r"numbered list|ordered list", "\nN. "),
     (r"bullet|markdown list", "\n- "),
     (r"comma[ -]separated(?=\W*\Z|,| \w*(?:list|values?|\w+s)\b)|separated by commas", ", "),
@@ -3712,7 +3714,7 @@ def read_list(prompt: Prompt) -> WantedForm | None:
 
 VERDICT = r"([\"'`][\w ]{1,20}[\"'`]|[A-Z]\w*|\d|yes|no|true|false)"
 CONDITIONS = lazy_regex(
-    rf"{VERDICT},? (?:if|when|otherwise)\b|(?i:otherwise|else|if not)(?:,? \w+)?:?,? {VERDICT}"
+    rf"{VERDICT},? (?:if|when|otherwise)\b|(?i:otherwise|else)(?:,? \w+)?:?,? {VERDICT}"
 )
 NOT_SAID = r"\b(?:function|method|program|script|code|test)|\w\(|and explain|in detail"
 OF_LIST = lazy_regex(r"(?i)categor|option|choice|label|letter|one of|\Aanswer\Z")
