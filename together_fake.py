@@ -11717,29 +11717,28 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def converse(self) -> Generator[Any, Any, None]:
         """Answer one request after the other."""
         app, reader = self.server.app, self.reader
+        request: Any = None
         try:
             while not self.closes:
+                request = None
                 request = yield from reader.read_request()
                 request.peer = self.client_address, len(self.server.clients) - 1
                 kind = app._begin(request)
-                try:
-                    if kind is QUICK:
-                        reply = app.answer(request)
-                    else:
-                        request.client, self.call = self, request.call
-                        reply = yield kind, functools.partial(app.answer, request)
-                    yield from self.send_reply(reply)
-                    if self.has_ended:
-                        yield from self.see_off()
-                except MemoryError:  # before anything of a reply was sent
-                    yield LOOK_SECONDS  # for workers to leave some
-                    yield from self.send_reply(app.answer(request, ApiError("no_memory")))
+                if kind is QUICK:
+                    reply = app.answer(request)
+                else:
+                    request.client, self.call = self, request.call
+                    reply = yield kind, functools.partial(app.answer, request)
+                yield from self.send_reply(reply)
+                if self.has_ended:
+                    yield from self.see_off()
         except (ApiError, MemoryError) as reason:
-            if isinstance(reason, MemoryError):
-                yield LOOK_SECONDS
             error = reason if isinstance(reason, ApiError) else ApiError("no_memory")
+            if error is not reason:
+                yield LOOK_SECONDS  # for workers to leave some
             head = reader.head or Head("", "", b"GET / HTTP/1.0\r\n")
-            request = Request(head.method, head.path, query=head.query, headers=head.fields)
+            if request is None:
+                request = Request(head.method, head.path, query=head.query, headers=head.fields)
             if reader.head is None:  # all that is known is how it begins
                 line = reader.data[reader.at : reader.at + 100].partition(b"\r")[0]
                 request.method, request.path = "", line.decode("latin-1")
@@ -11758,14 +11757,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def see_off(self) -> Generator[Any, Any, None]:
         """Tell who has left from who only reads on, which what is sent to them shows."""
-        outcome = "left"
-        try:
-            while self.unsent:
-                yield ROOM
-            if not self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-                outcome = "complete"
-        finally:
-            self.end_call(outcome)
+        while self.unsent:
+            yield ROOM
+        gone = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        self.end_call("left" if gone else "complete")
 
     def end_call(self, outcome: str) -> None:
         if self.call is not None and not self.call.has_ended:
@@ -11961,10 +11956,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def close(self) -> None:
         """End its life and close the socket; what a worker does for it is dropped."""
         self.is_closed = self.has_ended = True
+        is_worked_on = type(self.awaited) is tuple
         self.unsent, self.awaited = b"", OVER
         self.watch()
         try:
             self.life.close()
+            if not is_worked_on:
+                self.end_call("left")
         except Exception:
             complain_of_bug()
         self.server.forget(self)
@@ -11983,15 +11981,13 @@ BUSY: set[Any] = set()  # servers whose workers are
 class HttpServer(http.server.ThreadingHTTPServer):
     """Serves `app` at an address, from construction (`OSError`: it is taken) to `stop()`.
 
-    Which thread answers: one, the loop. It alone reads from and writes to the clients, never
-    waits for one of them, and answers what is quick itself, so that a request costs no change of
-    threads. Workers do the rest and hand their results to the loop by `call_soon()`:
+    One thread, the loop, reads from and writes to the clients, never waits for one of them, and
+    answers what is quick itself. Workers do the rest and hand their results to it by `call_soon()`:
 
     HEAVY    what keeps a processor busy: two at once, the others in the order they came
     WAITING  what mostly sleeps, as a test's function or an upstream does: all at once
 
-    What happens while one request is slow: its connection is busy, all others go on. A reply
-    that pauses, as a slow stream does, needs no worker: `call_later()` goes on with it.
+    A reply that pauses, as a slow stream does, needs no worker: `call_later()` goes on with it.
 
     Replies to clients that ask at once leave at once, a few at a time: to wake a sleeping client
     costs a third of answering it, and while it is awake the next reply wakes nobody.
