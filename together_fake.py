@@ -5660,16 +5660,6 @@ def parse_header(text: str) -> Fixture:
         raise ApiError("bad_fixture", reason=str(error)) from None
 
 
-def says_response(value: Any) -> bool:
-    """Tell whether what a function gives is a response, rather than JSON."""
-    said = {to_camel(str(key)): value[key] for key in value} if isinstance(value, dict) else {}
-    type = find_response_type(said)
-    return type is not None and all(
-        key in type.fields and (said[key] is None or isinstance(said[key], type.fields[key].kinds))
-        for key in said
-    )
-
-
 def answer_with(fixture: Fixture, facts: MatchFacts) -> Fixture:
     """Return the fixture that says what one, its iterator or its function says this time."""
     if fixture.answers is None:
@@ -5678,7 +5668,13 @@ def answer_with(fixture: Fixture, facts: MatchFacts) -> Fixture:
     if not isinstance(fixture.answers, SharedIterator):
         given = run_code(fixture.source, fixture.answers, facts.request)
     value = as_json(given)
-    said = value if says_response(value) else {"content": value}
+    said = {to_camel(str(key)): value[key] for key in value} if isinstance(value, dict) else {}
+    type = find_response_type(said)
+    is_response = type is not None and all(
+        key in type.fields and (said[key] is None or isinstance(said[key], type.fields[key].kinds))
+        for key in said
+    )
+    said = value if is_response else {"content": value}  # all else is JSON
     entry = {"match": {}, "response": said, **fixture.options}
     answer: Fixture = run_code(fixture.source, Fixture, entry, "the answer", fixture.source)
     answer.is_model = value is not given
@@ -10017,20 +10013,6 @@ REPLACE_TRIES, REPLACE_SECONDS = 20, 0.05  # for others to close a file
 REST = 4  # times as long as it wrote a recorder leaves the processor to the clients
 
 
-def find_timings(data: bytes, times: Sequence[tuple[int, float]]) -> Item | None:
-    """Return when the events of a stream came, in ms; None where there are fewer than two.
-
-    times  the bytes so far and the seconds, for each piece that came
-    """
-    ends = itertools.accumulate(map(len, split_events(data)))
-    places = (bisect.bisect(times, (end, -math.inf)) for end in ends)
-    stamps = [min(round(times[place][1] * 1000), MAX_MS) for place in places]
-    if len(stamps) < 2:
-        return None
-    delays = [later - earlier for earlier, later in zip(stamps, stamps[1:])]
-    return {"ttftMs": stamps[0], "interChunkDelaysMs": delays, "totalDurationMs": stamps[-1]}
-
-
 # --- From an answer to what a fixture says: a chat in words, all else as it came
 
 
@@ -10100,11 +10082,22 @@ def keep_as_it_came(reply: Reply) -> Item:
 
 
 def put_answer(kind: str, request: Request, reply: Reply, times: Any = ()) -> Item:
+    """Return the response and options that answer as a reply did, at its pace if it was a stream.
+
+    times  the bytes so far and the seconds, for each piece that came
+    """
     words = put_into_words(request, reply) if kind == "chat" and reply.status == 200 else None
     answer = words or keep_as_it_came(reply)
-    is_stream = reply.content_type.startswith(EVENT_STREAM)
-    timings = find_timings(reply.body, times) if is_stream and times else None
-    return {**answer, "recordedTimings": timings} if timings else answer
+    if not times or not reply.content_type.startswith(EVENT_STREAM):
+        return answer
+    ends = itertools.accumulate(map(len, split_events(reply.body)))
+    places = (bisect.bisect(times, (end, -math.inf)) for end in ends)
+    stamps = [min(round(times[place][1] * 1000), MAX_MS) for place in places]
+    delays = [later - earlier for earlier, later in zip(stamps, stamps[1:])]
+    if delays:
+        timings = {"interChunkDelaysMs": delays, "totalDurationMs": stamps[-1]}
+        answer["recordedTimings"] = {"ttftMs": stamps[0], **timings}
+    return answer
 
 
 # --- From a request to what a fixture matches
@@ -10310,19 +10303,16 @@ class Recorder(Shared):
                     self._writer = None
                     return
             began = time.perf_counter()
-            for call in batch:
-                self._take(*call)
+            for kind, request, reply, times in batch:
+                try:
+                    read_loosely(request)
+                    answer = put_answer(kind, request, reply, times)
+                    request.body = self._change(request.body) if self._change else request.body
+                    self._recording.add(identify(kind, request), answer, request.headers.secrets)
+                except Exception as error:  # a bug, too, must not end the thread
+                    self._tell(f"cannot record {request.method} {request.path}: {error!r}")
             self._write()
             self._hurry.wait(REST * (time.perf_counter() - began))
-
-    def _take(self, kind: str, request: Request, reply: Reply, times: Any) -> None:
-        try:
-            read_loosely(request)
-            answer = put_answer(kind, request, reply, times)
-            request.body = self._change(request.body) if self._change else request.body
-            self._recording.add(identify(kind, request), answer, request.headers.secrets)
-        except Exception as error:  # a bug, too, must not end the thread
-            self._tell(f"cannot record {request.method} {request.path}: {error!r}")
 
     def _read(self) -> None:
         self._seen = stamp_files([self.path])
