@@ -5220,10 +5220,17 @@ def check_clean(value: Any, fields: Fields, place: str, ignored: list[str]) -> A
         raise ValueError(f"{place}{error.param}: {reason}") from None
 
 
-def check_response(type: ResponseType, response: Item, place: str) -> None:
-    """Refuse a response that says nothing, or in which keys do not go together."""
+def check_response(response: Item, place: str, ignored: list[str]) -> ResponseType:
+    """Return a clean response's type; take out what that ignores, refuse what it cannot say."""
+    type = find_response_type(response)
+    if type is None:
+        keys = ", ".join(TYPES_BY_KEY)
+        raise ValueError(f"{place}: has none of the keys that say what to answer: {keys}")
     for key in sorted(response.keys() - type.fields.keys()):
-        raise ValueError(f"{place}.{key}: does not go with a response of type {type.name}")
+        if key not in type.fields.ignored:
+            raise ValueError(f"{place}.{key}: does not go with a response of type {type.name}")
+        del response[key]
+        ignored.append(f"{place}.{key}")
     empty = next((key for key in response if response[key] in ([], {}) and key != "json"), None)
     images = [response["image"]] if "image" in response else response.get("images", [])
     if empty or not all("url" in image or "b64Json" in image for image in images):
@@ -5238,18 +5245,6 @@ def check_response(type: ResponseType, response: Item, place: str) -> None:
         raise ValueError(f"{place}.status: must be at least 400, not {status}")
     if status > 999 and not (type is ERROR and is_close_code(status)):
         raise ValueError(f"{place}.status: {status} is neither a status nor the code of a close")
-
-
-def tell_type(response: Item, place: str, ignored: list[str]) -> ResponseType:
-    """Return a clean response's type; take out of it what that ignores."""
-    type = find_response_type(response)
-    if type is None:
-        keys = ", ".join(TYPES_BY_KEY)
-        raise ValueError(f"{place}: has none of the keys that say what to answer: {keys}")
-    for key in [key for key in response if key in type.fields.ignored]:
-        del response[key]
-        ignored.append(f"{place}.{key}")
-    check_response(type, response, place)
     return type
 
 
@@ -5257,7 +5252,7 @@ def parse_entry(given: Any, place: str, ignored: list[str]) -> tuple[ResponseTyp
     """Return the type of a fixture's response, and its entry, checked and clean."""
     entry, type = check_clean(given, ENTRY, place, ignored), GENERATED
     if "response" in entry:
-        type = tell_type(entry["response"], place + ".response", ignored)
+        type = check_response(entry["response"], place + ".response", ignored)
     elif entry.keys() == {"match"} and not ("response" in given or "endpoint" in entry["match"]):
         raise ValueError(f"{place}: needs a response, or an option such as latency")
     name = entry["match"].get("endpoint", " ")
