@@ -10545,7 +10545,7 @@ def judge_budget(
     for call in calls:
         running = [each for each in running if find_end(each) > call.started] + [call]
         crowd = max(crowd, running, key=len)
-    spent = sum((call.usage or {}).get("total_tokens") or 0 for call in calls)
+    spent = sum(get_path(call.usage, "total_tokens") or 0 for call in calls)
     for what, used, allowed, shown in (
         ("tokens", spent, total_tokens, calls),
         ("calls", len(calls), most, calls),
@@ -13128,9 +13128,9 @@ class Scripting:
 
     def assert_usage(self, **counts: int) -> None:
         """Fail where the usage of all calls adds up to other counts of tokens."""
-        usages = [call.usage or {} for call in self.requests]
+        usages = [call.usage for call in self.requests]
         for name, wanted in counts.items():
-            each = [usage.get(name) or 0 for usage in usages]
+            each = [get_path(usage, name) or 0 for usage in usages]
             if sum(each) != wanted:
                 raise AssertionError(f"wanted {wanted} {name} in all, saw {sum(each)}: {each}")
 
@@ -14040,12 +14040,11 @@ def run_command(server: TogetherAiServer, command: Sequence[str]) -> int:
 
 def describe_version() -> str:
     """Return version and digest, and whether this file is as released."""
-    with open(__file__, encoding="utf-8") as file:
-        source = file.read()
-    digest = hashlib.sha256(source.replace(f'"{RELEASED}"', '""', 1).encode()).hexdigest()
+    with open(__file__, "rb") as file:
+        source = file.read().replace(b"\r\n", b"\n")
+    digest = hashlib.sha256(source.replace(f'"{RELEASED}"'.encode(), b'""', 1)).hexdigest()
     state = "as released" if digest == RELEASED else "modified"
-    whole = hashlib.sha256(source.encode()).hexdigest()
-    return f"together_fake {__version__}, {state}, sha256 {whole}"
+    return f"together_fake {__version__}, {state}, sha256 {hashlib.sha256(source).hexdigest()}"
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -14101,8 +14100,7 @@ if "pytest" in sys.modules:  # which asks for what follows
         outcome: Any = yield
         report, values = outcome.get_result(), getattr(item, "funcargs", {})
         server = values.get("together_fake") or values.get("together_fake_server")
-        told = server.explain() if report.failed and isinstance(server, Scripting) else ""
-        if told:
+        if report.failed and isinstance(server, Scripting) and (told := server.explain()):
             report.sections.append(("together_fake", told))
 
     together_fake_server: Any = pytest.fixture(scope="session")(serve_session)
@@ -14133,8 +14131,7 @@ class ExplainedResult:
             return found
 
         def add(test: Any, *args: Any) -> None:
-            told = self.server.explain()
-            if args[-1] and told:  # what was raised: its type, itself and where
+            if args[-1] and (told := self.server.explain()):  # its type, what was raised, where
                 args[-1][1].args = (f"{args[-1][1]}\n{told}",)
             found(test, *args)
 
