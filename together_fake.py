@@ -5865,10 +5865,10 @@ class Fixtures(Shared):
                 order = sorted(self.every, key=lambda each: each.rank)
                 for each in order:
                     each.relaxed = each.relaxed and not self.exact_turns
-                    if each.sequence is not None:
-                        each.sequel = sequences.setdefault(each.group, BoundedDict(MAX_TESTS))
-                        for test, count in each.counts.items():
-                            each.sequel[test] = each.sequel.get(test, 0) + count
+                for each in [each for each in order if each.sequence is not None]:
+                    each.sequel = sequences.setdefault(each.group, BoundedDict(MAX_TESTS))
+                    for test, count in each.counts.items():
+                        each.sequel[test] = each.sequel.get(test, 0) + count
                 self._rows = [(each.needle_key, each.needle, each) for each in order]
                 self._slow = any(
                     each.when or each.answers or '"pattern"' in each.group[0] for each in order
@@ -12309,7 +12309,7 @@ class UpstreamReader(io.RawIOBase):
         self.buffered = io.BufferedReader(self, RECEIVE_BYTES)
 
     def makefile(self, mode: str) -> Any:
-        """Return what `http.client` reads from: the same for each head that comes."""
+        """Return what `http.client` reads each head from."""
         return self.buffered
 
     def readable(self) -> bool:
