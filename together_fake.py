@@ -2980,7 +2980,7 @@ OFFERED = lazy_regex(
     rf"({NAMED}(?:(?:,? (?:or|and) |\s?[,/|;]\s?(?:or |and )?){NAMED}){{1,20}})"
 )
 ARRAY = lazy_regex(
-    r"(?i)(?:(?!key|field|propert)[^\"'`:]){0,60}\b(?:(?:JSON|Python) (?:array|list)|(?:array|list)"
+    r"(?i)(?:(?!key|field|propert)[^\"'`:]){0,60}\b(?:JSON (?:array|list)|(?:array|list)"
     r" of)"
 )
 COUNTS = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -3318,7 +3318,7 @@ def find_note(prompt: Prompt, name: str) -> str:
 def find_copies(prompt: Prompt) -> list[str]:
     about = (prompt.about or prompt.text)[-1000:]
     found = re.findall(r"\b[A-Z][\w']{2,30}(?:[ -][A-Z][\w']{1,30}){0,3}(?![\w:-])", about)
-    return list(dict.fromkeys(found))[-3:] or ["Anna"]
+    return list(dict.fromkeys(found))[-3:]
 
 
 def read_words(prompt: Prompt, text: str, name: str) -> Item:
@@ -3347,9 +3347,9 @@ def read_words(prompt: Prompt, text: str, name: str) -> Item:
     taken = named and prompt.about and "xtract" in prompt.whole
     if text[:1].isupper() and (" " in text or text.isupper()):
         taken = prompt.text.count(text) > 1
-    if taken or re.search(r"verbatim|\bexact (?:text|word)|as it appears", text + note, re.I):
-        return {"enum": find_copies(prompt)}
-    return schema
+    copied = re.search(r"verbatim|\bexact (?:text|word)|as it appears", text + note, re.I)
+    copies = find_copies(prompt) if taken or copied else []
+    return {"enum": copies} if copies else schema
 
 
 def read_value(prompt: Prompt, value: Any, name: str = "") -> Item:
@@ -3438,8 +3438,8 @@ def read_keys(prompt: Prompt, asked: str) -> list[str]:
     if found and re.search(",| and ", found[1]):
         texts = [re.sub(r"\b(?:the|an?|its|all|\w+'s) | (?:of|from|in|for) [^,]+\Z", "", found[1])]
     for text in texts:
-        names += [name.strip("\"'` ") for name in re.split(r",? and |,? then |, ", text)]
-    names = [name.replace(" ", "_") for name in names]
+        parts = re.split(r",? and |,? then |, ", text)
+        names += [part.strip("\"'` ").replace(" ", "_") for part in parts]
     return list(dict.fromkeys(filter(re.compile(r"(?!an?\Z|it\Z)[^\W\d][\w-]*\Z").match, names)))
 
 
@@ -3648,11 +3648,11 @@ NAME_SLOT = lazy_regex("\1\\w*(?:name|source|target)\\w*\1")
 
 
 def read_records(prompt: Prompt) -> WantedForm | None:
-    """Read records whose fields a mark divides; what has a name is named as in the text."""
+    """Read records whose fields a mark divides; names come from the text."""
     mark = re.search(r"<\|[^|\w]{0,9}\|?>", prompt.text)
     if mark is None:
         return None
-    names = [*find_copies(prompt), "Oslo"]
+    names = [*find_copies(prompt), "Anna", "Oslo"]
     rows: Item = {}
     for head, *fields in (line.split(mark[0]) for line in keep_ends(prompt.lines, 12)):
         cells = [re.split(r"\W", field.strip("<{"))[0] for field in fields]
