@@ -2924,7 +2924,6 @@ ASKING = (
     "label|rate|score|judge|decide|end|finish|say|wrap|format|list|extract|repeat|echo|mark|grade|"
     "parse|tag|assess|conform|match"
 )
-HINT_MARK = lazy_regex(r"[{<`]|:\s?\Z")
 HINTS = frozenset(
     form + mark
     for word in (
@@ -3781,10 +3780,11 @@ RESULT = lazy_regex(
 )
 
 
-@functools.lru_cache(maxsize=256)  # a system's message comes with each request
+@functools.lru_cache(maxsize=256)  # system messages come again
 def has_hint(text: str) -> bool:
-    found = HINTS.intersection(text.replace("few words", "").split())
-    return bool(found or HINT_MARK.search(text))
+    if "{" in text or "<" in text or "`" in text or text[-2:].rstrip()[-1:] == ":":
+        return True
+    return not HINTS.isdisjoint(text.replace("few words", "").split())
 
 
 def is_hinted(message: Item) -> bool:
