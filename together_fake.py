@@ -11645,6 +11645,7 @@ CROWDED_SECONDS = 1.0  # to ask, send on or read, where all places are taken and
 MAX_HELD = 8  # replies that are sent at once
 MAX_IDLE_WORKERS = 16
 LOOK_SECONDS = 0.25  # between two looks at who is slow or has left
+RESET_SECONDS = 0.02  # in which a client that has left answers by a reset
 TURN_SECONDS = 0.0005  # of a thread while workers are busy, so that the loop waits less for its
 MAX_UNREAD_BYTES = 4 * 2**20  # of a handler
 STOP_SECONDS = 0.25  # for workers to end what they do; a test's function may sleep for longer
@@ -11744,6 +11745,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Tell who has left from who only reads on, which what is sent to them shows."""
         while self.unsent:
             yield ROOM
+        yield WAITING, functools.partial(self.server.stopping.wait, RESET_SECONDS)
         gone = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         self.end_call("left" if gone else "complete")
 
