@@ -894,6 +894,13 @@ class SchemaTests(unittest.TestCase):
                         self.assertFalse(reader.accepts(reader.root, value), value)
         self.assertLess(len(refused), 9, refused)
 
+    def test_nothing_is_left_to_the_garbage_collector(self):
+        schema = {"$ref": "#/$defs/a", "$defs": {"a": {**TEXT, "pattern": "^[a-c]{3}$"}}}
+        make_instance(schema)
+        gc.collect()
+        make_instance(schema)
+        self.assertEqual(gc.collect(), 0)
+
     def test_impossible(self):
         for schema in IMPOSSIBLE:
             with self.subTest(schema=schema), self.assertRaises(fake.Unsatisfiable):

@@ -1900,7 +1900,6 @@ def spend(count: int = 1) -> None:
 
 
 def is_late() -> bool:
-    """Tell whether so much work is done that only what must be there is made."""
     return WORK.steps < MAX_STEPS - MANY_STEPS
 
 
@@ -2245,9 +2244,8 @@ def find_by_name(table: Mapping[str, str], name: str) -> str:
     return table["*"]
 
 
-@functools.lru_cache(maxsize=256)  # the tables have about so many
+@functools.lru_cache(maxsize=256)
 def read_template(template: str) -> list[list[str]]:
-    """Return the choices for each part of a template; a text is the only one."""
     parts: list[list[str]] = []
     for text, kind, count in SAMPLE.findall(template):
         parts += [[text], *[SAMPLES.get(kind, kind).split("|")] * int(count or 1)]
@@ -2361,7 +2359,7 @@ VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
     "unevaluatedProperties": ("schema", "object", lambda r, a, v, s: all(
         r.accepts(a, v[name]) for name in r.find_rest(s, v, v))),
 }  # fmt: skip
-# Keywords that others look at, or that are rewritten: the shape of the argument.
+# Keywords that others look at, or that are rewritten: the argument's shape.
 LOOKED_AT = {
     "default": "any", "examples": "any", "description": "any", "format": "text",
     "contentMediaType": "text", "minContains": "count", "maxContains": "count", "const": "any",
@@ -2371,7 +2369,6 @@ LOOKED_AT = {
 VOCABULARY.update(
     (keyword, (shape, "no kind", lambda r, a, v, s: True)) for keyword, shape in LOOKED_AT.items()
 )
-RENAMED = {"$dynamicRef": "$ref", "$recursiveRef": "$ref"}
 OLDER = {  # keywords that are rewritten
     "const", "dependencies", "dependentRequired", "exclusiveMaximum", "exclusiveMinimum", "items",
 }  # fmt: skip
@@ -2448,9 +2445,9 @@ class SchemaReader:
 
     def __init__(self, document: Any) -> None:
         self.document = document
-        self.pattern = functools.cache(Pattern)
-        self.matches = functools.cache(lambda source, text: self.pattern(source).is_in(text))
-        self.resolve = functools.cache(self._find)
+        self.pattern = pattern = functools.cache(Pattern)  # no cycle: all is freed at once
+        self.matches = functools.cache(lambda source, text: pattern(source).is_in(text))
+        self._resolved: Item = {}  # what a $ref has named, by URI
         self.root = self.read(document, "#")
 
     @functools.cached_property
@@ -2481,7 +2478,7 @@ class SchemaReader:
             raise Unsatisfiable(f"{place[:200]}: a schema is an object or a boolean")
         read: Item = {}
         for keyword, argument in schema.items():
-            name = RENAMED.get(keyword, keyword)
+            name = "$ref" if keyword == "$dynamicRef" else keyword
             if name not in VOCABULARY:
                 continue
             shape = VOCABULARY[name][0]
@@ -2512,19 +2509,24 @@ class SchemaReader:
             argument = {key: {"required": p} if isinstance(p, list) else p for key, p in parts}
         return {name: self.read(argument[name], f"{place}/{name}") for name in argument}
 
-    def _find(self, uri: str) -> Any:
+    def resolve(self, uri: str) -> Any:
+        """Return the read schema that a reference names, in this document."""
         if META_SCHEMA.fullmatch(uri):
             return {"enum": [{}]}  # the simplest schema
+        if uri in self._resolved:
+            return self._resolved[uri]
         start, _, pointer = uri.partition("#")
         named = self._names[0]
         try:
-            part = named[uri] if uri in named else named[f"{start}#"]
-            for key in () if uri in named else pointer.split("/")[1:]:
+            keys = [] if uri in named else pointer.split("/")[1:]
+            part = named[f"{start}#" if keys else uri]
+            for key in keys:
                 name = key.replace("~1", "/").replace("~0", "~")
                 part = part[int(key) if isinstance(part, list) else name]
-            return self.read(part, uri)
+            self._resolved[uri] = read = self.read(part, uri)
         except (LookupError, ValueError, TypeError):
             raise Unsatisfiable(f"$ref {uri[:200]!r}: names nothing in this schema") from None
+        return read
 
     def accepts(self, schema: Any, value: Any) -> bool:
         """Tell whether the value is valid; `format` is not tested, as in most validators."""
@@ -2590,10 +2592,7 @@ class SchemaReader:
         return [way for keyword in keywords for way in NEGATIONS[keyword](self, schema[keyword])]
 
     def is_hopeless(self, schemas: Sequence[Any], within: bool = True) -> bool:
-        """Tell whether a short look shows that the schemas cannot be met together.
-
-        within  look at what must be inside, too
-        """
+        """Tell whether a short look, also within, shows that they cannot be met together."""
         spend(2 + len(schemas))
         if False in schemas:
             return True
