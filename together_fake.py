@@ -645,19 +645,22 @@ class Field:
 
     low, high = -math.inf, math.inf  # of a number, or the length of a string, array or object
     choices: Sequence[Any] = ()  # the values allowed, of their types
+    words: Any = ()  # those that are texts
+    chosen: Any = ()  # the types of all
     test: tuple[str, Callable[[Any], Any]] | None = None  # what a string shall be; it raises else
     each: Field | None = None  # of every item of an array, or value of an object without fields
     fields: Fields | None = None  # of a nested object
 
     def __init__(self, name: str, *kinds: type, **rules: Any) -> None:
         self.name = name.rstrip("!")
-        self.required = name.endswith("!")
-        self.kinds = kinds  # of the JSON value: an integer is a number, `True` is not an integer
+        self.required = name[-1:] == "!"
+        self.kinds = kinds  # an integer is a number, `True` is not an integer
         self.types = frozenset(kinds)
         vars(self).update(rules)
-        self.words = {choice for choice in self.choices if type(choice) is str}
-        self.chosen = set(map(type, self.choices))
-        self.bounded = self.low > -math.inf or self.high < math.inf
+        if self.choices:
+            self.words = {choice for choice in self.choices if type(choice) is str}
+            self.chosen = set(map(type, self.choices))
+        self.bounded = "low" in rules or "high" in rules
         # The types of which every value passes, so that most values cost one look-up.
         limited = self.bounded or self.choices or self.test
         self.free = frozenset() if limited else self.types - {list, dict}
@@ -717,23 +720,28 @@ KIND_WORDS = {kind.__name__: kind for kind in KIND_NAMES}
 
 
 def read_word(word: str, fields: Fields | None) -> list[Field]:
-    """Return the rows that a word tells of, see `Fields`, with the table of what is inside."""
+    """Return the rows that a word tells of, see `Fields`."""
+    if word.isidentifier() and fields is None:  # most are, and an import reads 600
+        return [Field(word, str)]
     head, _, inner = word.partition("[")
     inner, _, tail = inner.rpartition("]")
     rest, _, choices = (head + tail).partition("=")
     names, *more = rest.split(":")
     kinds = "str"
-    rules: Item = {"choices": tuple(filter(None, choices.split("|"))), "fields": fields}
+    rules: Item = {"choices": tuple(choices.split("|"))} if choices else {}
     for rule in more:
         if ".." in rule:
-            bounds = zip(("low", "high"), rule.split(".."))
-            rules.update((side, json.loads(bound)) for side, bound in bounds if bound)
+            for side, bound in zip(("low", "high"), rule.split("..")):
+                if bound:
+                    rules[side] = float(bound) if "." in bound or "e" in bound else int(bound)
         else:
             kinds = rule
     if inner:
         rules["each"] = read_word(f"item:{inner}", None)[0]
     elif fields and "list" in kinds:
-        rules.update(each=Field("", dict, fields=fields), fields=None)
+        rules["each"] = Field("", dict, fields=fields)
+    elif fields is not None:
+        rules["fields"] = fields
     types = [KIND_WORDS[kind] for kind in kinds.split("|")]
     names = names.replace(",", ",-" if word[0] == "-" else ",")
     return [Field(name, *types, **rules) for name in names.split(",")]
@@ -770,9 +778,9 @@ class Fields(dict):  # type: ignore[type-arg]
     @classmethod
     def read_rows(cls, text: str, closed: bool) -> Iterator[Field]:
         """Yield the rows that words tell of."""
-        for block in re.split(r"\n(?! )", text):
-            line, _, inner = block.partition("\n")
-            fields = cls(re.sub("(?m)^  ", "", inner), closed=closed) if inner else None
+        for block in text.replace("\n ", "\f").split("\n"):
+            line, _, inner = block.partition("\f ")
+            fields = cls(inner.replace("\f ", "\n"), closed=closed) if inner else None
             for word in (words := line.split()):
                 yield from read_word(word, fields if word is words[-1] else None)
 
@@ -6448,7 +6456,7 @@ def cut_pieces(text: str, sizes: Iterator[int]) -> list[str]:
 
 
 class Choice:
-    """One of the texts that answer a prompt, as data: chunks and whole replies come from it."""
+    """One of the texts that answer a prompt."""
 
     thoughts: Sequence[str] = ()  # tokens of the reasoning
     thought_count = 0  # of these, or of those that are not shown
@@ -6485,7 +6493,7 @@ class Choice:
 
     @functools.cached_property
     def pieces(self) -> list[str]:
-        """What each chunk of a stream holds of the text: its tokens, or what a fixture wants."""
+        """The tokens of the text, or the pieces of it that a fixture wants."""
         return split_tokens(self.text)
 
     def cut(self, sizes: Sequence[int]) -> None:
@@ -6724,21 +6732,6 @@ class Form:
             index=index,
         )
 
-    def refuse(self, body: Item, thinks: bool, strict: bool) -> None:
-        """Raise ApiError where the engine does not take a request."""
-        said = body["messages"]
-        for each in said if strict and "needs-content" in self.traits else ():
-            if each["role"] == "assistant" and each.get("content") is None:
-                raise ApiError("empty_prompt")
-        if "only-streams" not in self.traits:
-            return
-        if not body.get("stream"):
-            raise ApiError("streaming_required", param="stream")
-        if any(each["role"] == "developer" for each in said):
-            raise ApiError("unknown_role", role="developer")
-        if thinks and body.get("tool_choice") not in (None, "auto", "none"):
-            raise ApiError("forced_while_thinking")
-
 
 def read_forms(table: str) -> dict[str, Form]:
     """Return the forms by their names."""
@@ -6759,7 +6752,7 @@ FORMS = read_forms(FORM_TABLE)
 
 
 class Answer:
-    """All that an answer says; it is shaped as a whole, or as chunks whose fold that whole is."""
+    """All that an answer says, as a whole or as chunks whose fold that is."""
 
     created = CREATED
     role = "assistant"
@@ -6832,7 +6825,7 @@ class Answer:
         return self.form.arrange(kind, "body", values)
 
     def part(self, kind: str, choice: Choice, said: Item, **more: Any) -> Item:
-        """Return what a body says of a choice; what that kind has no key for is left out."""
+        """Return what a body of this kind says of a choice."""
         values = {"role": self.role, "content": "", "reasoning": self.blank, **said}
         message = self.form.arrange(kind, "message", values)
         part = {"index": choice.index, "role": self.role, "text": values["content"], **more}
@@ -6880,7 +6873,7 @@ class Answer:
             yield self.frame("usage", [], self.list_usage())
 
     def stream_choice(self, choice: Choice) -> Iterator[Any]:
-        """Yield what each chunk of a choice adds: reasoning, text and tool calls, the end."""
+        """Yield the chunks of a choice: reasoning, text and tool calls, the end."""
         if choice.thoughts:
             said = {"reasoning": SLOT, "reasoning_content": SLOT}
             pieces = [*choice.thoughts, *([""] if "closes-thoughts" in self.traits else [])]
@@ -7080,12 +7073,25 @@ MEDIA_TRAITS = {
 }  # fmt: skip
 
 
-def check_tool_choice(body: Item, model: Model) -> None:
-    choice = body.get("tool_choice")
-    if type(choice) is str and choice not in ("auto", "none", "required"):
+def refuse_chat(body: Item, model: Model, traits: Any, thinks: bool, strict: bool) -> None:
+    """Raise ApiError for what an engine does not take, and where strict a model or anyone."""
+    choice, messages = body.get("tool_choice"), body["messages"]
+    is_forced = choice not in (None, "auto", "none")
+    if strict and is_forced and type(choice) is str and choice != "required":
         raise refuse_value("tool_choice", "must be auto, none, required or an object", choice)
-    if choice not in (None, "auto", "none") and "no-grammar" in model.traits:
+    if strict and is_forced and "no-grammar" in model.traits:
         raise ApiError("no_grammar")
+    for each in messages if strict and "needs-content" in traits else ():
+        if each["role"] == "assistant" and each.get("content") is None:
+            raise ApiError("empty_prompt")
+    if "only-streams" not in traits:
+        return
+    if not body.get("stream"):
+        raise ApiError("streaming_required", param="stream")
+    if any(each["role"] == "developer" for each in messages):
+        raise ApiError("unknown_role", role="developer")
+    if thinks and is_forced:
+        raise ApiError("forced_while_thinking")
 
 
 def check_message(message: Item, place: str, model: Model) -> None:
@@ -7536,13 +7542,11 @@ def compose_chat(server: Server, request: Request) -> Answer:
     body = request.body
     model = resolve_model(server, body["model"], "chat")
     prompt_tokens, before = count_messages(body["messages"], model)
-    if server.strict:
-        check_tool_choice(body, model)
     form = FORMS[model.engine]
     if body.get("tools") and body.get("tool_choice") == "none":
         form = FORMS.get(f"{model.engine} without tools", form)
     effort = find_effort(body, model)
-    form.refuse(body, effort != "none", server.strict)
+    refuse_chat(body, model, form.traits, effort != "none", server.strict)
     rng = HashRandom.of("chat", pick_facts(body, CHAT_FACTS))
     request.id = form.name_answer(rng)
     for name in () if TOOL_KEYS.isdisjoint(body) else ("tools", "functions"):
@@ -7679,10 +7683,7 @@ def chat_body(body: Item) -> Item:
 
 
 def list_items(choice: Choice, summarised: bool, digits: str) -> list[tuple[Item, Any]]:
-    """Return reasoning, text and calls as items, with their pieces; the last one may be cut.
-
-    Reasoning is a summary where one was asked for.
-    """
+    """Return reasoning, text and calls as items, with their pieces; the last one may be cut."""
     items: list[tuple[Item, Any]] = []
 
     def add(pieces: Any, type: str, **fields: Any) -> None:
