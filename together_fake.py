@@ -10410,7 +10410,7 @@ def find_half(call: Call) -> tuple[str, set[Any]] | None:
 
 
 def has_failed(call: Call) -> bool:
-    """Tell whether a client may send a call's request again."""
+    """Tell whether a client may ask again."""
     is_json = call.reply_type.startswith("application/json")
     return call.has_ended and (
         call.status >= 400
@@ -12262,6 +12262,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
             connection.socket.close()
         self.idle.update(self.workers)
         self.shorten_turns()
+        for waiting in self.waiting.values():
+            waiting.clear()  # and lets go of its streams
 
 
 # === Upstream ===
@@ -12399,7 +12401,8 @@ class Upstream:
         is_packed = "Content-Encoding" in reply.headers  # though nobody asked for that
         if self.recorder and reply.events and request.method != "HEAD" and not is_packed:
             record = functools.partial(self.recorder.add, kind, request)
-            reply.events = self.keep(reply.events, reply, response, started, record)
+            told = reply.status, reply.content_type, reply.headers
+            reply.events = self.keep(reply.events, told, response, started, record)
         return reply
 
     def refuse(self, reason: str) -> ApiError:
@@ -12436,9 +12439,9 @@ class Upstream:
         return reply
 
     def keep(
-        self, pieces: Any, reply: Reply, response: Any, started: float, record: Callable[..., None]
+        self, pieces: Any, told: Any, response: Any, started: float, record: Callable[..., None]
     ) -> Generator[bytes, None, None]:
-        """Pass pieces on, and have them recorded before the last: the client may ask at once."""
+        """Pass pieces on, recorded before the last: the client may ask at once."""
         kept, times, length = bytearray(), [], response.length
         ends = bool(response.chunked) or length is not None  # else a cut cannot be told
         is_due = True
@@ -12451,8 +12454,7 @@ class Upstream:
                     is_json = not (piece or ends) and bytes(kept[:1]) in (b"{", b"[")
                     whole = succeeds(json.loads, kept) if is_json else ends and not piece
                     if whole or len(kept) == length or kept.endswith(DONE):
-                        told = bytes(kept), reply.status, reply.content_type, reply.headers
-                        record(Reply(*told), times)
+                        record(Reply(bytes(kept), *told), times)
                         is_due = False
                 if piece:
                     yield piece
@@ -12924,7 +12926,7 @@ def other_verb(meant: str) -> Any:
 
 
 def tell_lines(title: str, lines: Iterable[Any]) -> str:
-    """Write what there is below a title, what follows of each further in."""
+    """Write lines, if any, below a title."""
     told = [str(line).replace("\n", "\n    ") for line in lines]
     return "\n  ".join([f"{title}:", *told]) if told else ""
 
@@ -13374,7 +13376,7 @@ class TogetherAiServer(Scripting, Shared):
                 self._logger = None
 
     def _write_log(self) -> None:
-        """Write a line for each call, where nobody waits for it; what cannot be is dropped."""
+        """Write a line for each call; one that cannot be written is dropped."""
         log: Any = self.log
         while call := self._logged.get():
             with contextlib.suppress(BaseException):
@@ -13842,7 +13844,7 @@ class TogetherAiServer(Scripting, Shared):
         return WAITING
 
     def _take_turn(self, server: Server, request: Request) -> Any:
-        """Handle what is heavy behind what waits, of which there may be many."""
+        """Handle what is heavy behind what waits."""
         with self._heavy:
             return request.route.handler(self, request)
 
@@ -13983,7 +13985,7 @@ def serve(server: TogetherAiServer) -> int:
         bound = f"is bound to {server.host} and listens on {server.url}"
         print_lines([f"together_fake {__version__} {bound}", *exports])
         gc.freeze()  # what lives until the end need not be looked at again and again
-        while not running.acquire(timeout=1):  # on Windows no signal ends that
+        while not running.acquire(timeout=1):  # on Windows signals wait
             pass
         catch_signals(signal.SIG_IGN)  # one is enough
     return 0
