@@ -2925,7 +2925,7 @@ def make_matching(rng: HashRandom, pattern: str) -> str:
 
 PROMPT_WINDOW = 8192  # characters at either end of a message
 MAX_LINES, MAX_ASKING = 45, 6
-MAX_SAID, MAX_SENTENCE = 1500, 200  # characters
+MAX_SAID, MAX_SENTENCE = 1200, 200  # characters
 ASKING = (
     "answer|respond|reply|return|output|generate|choose|select|pick|classify|categorise|categorize|"
     "label|rate|score|judge|decide|end|finish|say|wrap|format|list|extract|repeat|echo|mark|grade|"
@@ -3231,7 +3231,7 @@ class Prompt:
 
     def _take_examples(self, text: str) -> str:
         kept, at, depth, start = "", 0, 0, 0
-        for bracket in itertools.islice(re.finditer(r"[\[\]{}]", text), 5 * MAX_LINES):
+        for bracket in itertools.islice(re.finditer(r"[\[\]{}]", text), 180):
             if depth == 0:
                 start = bracket.start()
             if depth or (len(self.examples) < 2 * MAX_ASKING and EXAMPLE_START.match(text, start)):
