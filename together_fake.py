@@ -3542,7 +3542,7 @@ def fill_shown(prompt: Prompt, lines: list[str], tools: Sequence[str] = ()) -> W
 
 
 def read_agent(prompt: Prompt) -> WantedForm | None:
-    """Read the next lines, or the JSON, of an agent that thinks, acts and sees."""
+    """Read the next lines, or JSON, of an agent that thinks and acts."""
     lines = [line for line in prompt.shown if line[:9] != "Question:"]
     heads = [line.partition(":")[0].strip() for line in [*lines, "Observation"]]
     acts = "Thought" in heads and "Action" in heads
@@ -3571,11 +3571,8 @@ def read_shown(prompt: Prompt) -> WantedForm | None:
     if re.search(r"(?<!this )(?<!bout )\bYAML\b(?! (?:file|for))", prompt.whole):
         blocks = [text for _, kind, text in prompt.examples if kind in ("yaml", "yml", "")]
         keys = [f"{key}: ..." for key in read_keys(prompt, "")]
-        lines = (
-            blocks[-1:]
-            or keys
-            or [line for line in prompt.lines if re.match(r" *[\w-]+:(?: [^\n]*)?\Z| +- ", line)]
-        )
+        rest = "\n".join(prompt.lines).partition("YAML")[2]
+        lines = blocks[-1:] or keys or re.findall(r"(?m)^ *[\w-]+:(?: .*)?$|^ +- .*", rest)
     return fill_shown(prompt, lines) if lines else None
 
 
@@ -3642,7 +3639,7 @@ def read_label(prompt: Prompt) -> WantedForm | None:
 
 
 def read_block(prompt: Prompt) -> WantedForm | None:
-    if not FENCED.match(prompt.whole):
+    if not FENCED.match(prompt.whole) or "YAML" in prompt.whole:
         return None
     kinds = re.findall(r"```(\w+)", prompt.whole) + [kind for _, kind, _ in prompt.examples if kind]
     kinds += re.findall(r"(?i)\b(python|javascript|sql|bash)\b", "\n".join(prompt.said))
