@@ -3360,6 +3360,7 @@ FORMS = {
         r"[^,]+(, [^,]+){4}",
         "List five fruits, separated by commas.",
         "Give 5 names as a comma-separated list.",
+        "Name five colours, comma-separated.",
     ),
     "CSV": (
         r"name,age,city\n([^,\n]+,[^,\n]+,[^,\n]+\n?){3}",

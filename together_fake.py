@@ -2934,8 +2934,8 @@ ASKING = (
 HINTS = frozenset(
     form + mark
     for word in (
-        f"{ASKING}|json|yaml|csv|xml|category|title|scale|only|just|word|words|line|block|table|comma|"
-        "bullet|response|yes|yes/no|true/false|either|exactly|verbatim|template|one-word|one-sentence"
+        f"{ASKING}|json|yaml|csv|category|title|only|just|word|words|line|block|table|separated|comma|"
+        "bullet|response|yes|yes/no|true/false|either|exactly|template|one-word|comma-separated"
     ).split("|")
     for form in (word, word.capitalize(), word.upper())
     for mark in ("", "s", ".", ",", ":", "?")
