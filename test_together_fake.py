@@ -7208,6 +7208,17 @@ class CountTests(ScriptingCase):
             self.assertEqual(self.ask("POST", CHAT, refused).status, 400)
             self.assertEqual(self.text(), wanted)
 
+    def test_answers_of_refused_requests_come_next_in_order_and_once(self):
+        answers = fake.SharedIterator(iter("abc"), "here")
+        taken = [answers.take("") for _ in "abc"]
+        for letter in taken[:2]:  # the third is served already
+            answers.give_back("", letter)
+        self.assertFalse(answers.has_ended(""))
+        self.assertEqual([answers.take("") for _ in "ab"], ["a", "b"])
+        self.assertRaises(StopIteration, answers.take, "")
+        self.assertTrue(answers.has_ended(""))
+        self.assertEqual(answers.take("another test"), "a")
+
     def test_how_often(self):
         self.assertIsNone(self.server.assert_called("chat", times=0))
         self.server.assert_not_called("chat")

@@ -5347,14 +5347,19 @@ class SharedIterator:
         self._lock = threading.Lock()  # of this iterator alone: its code may take its time
         self._answers: list[Any] = []  # and this iterator itself where they have ended
         self._places: dict[str, int] = BoundedDict(MAX_TESTS)  # of each test's next one
+        self._returned: dict[str, list[Any]] = BoundedDict(MAX_TESTS)  # by refused requests
 
     def has_ended(self, test: str) -> bool:
+        if self._returned.get(test):
+            return False
         place = self._places.get(test, 0)
         return any(each is self for each in self._answers[place : place + 1])
 
     def take(self, test: str) -> Any:
         """Return a test's next answer; raise StopIteration where there is none."""
         with self._lock:
+            if returned := self._returned.get(test):
+                return returned.pop(0)
             place = self._places.get(test, 0)
             if place == len(self._answers):
                 self._answers.append(run_code(self.source, next, self.iterator, self))
@@ -5363,9 +5368,9 @@ class SharedIterator:
             self._places[test] = place + 1
             return self._answers[place]
 
-    def give_back(self, test: str) -> None:
+    def give_back(self, test: str, answer: Any) -> None:
         with self._lock:
-            self._places[test] -= 1
+            self._returned[test] = [*self._returned.get(test, ()), answer]
 
 
 # What sorts fixtures: a header's, limited ones, steps (a reply(), a POST; the last first), files.
@@ -5920,7 +5925,7 @@ class Fixtures(Shared):
         with self._lock:
             fixture.count(facts.test, -1)
         if isinstance(fixture.answers, SharedIterator):
-            fixture.answers.give_back(facts.test)
+            fixture.answers.give_back(facts.test, facts.answer)
 
     def miss_error(self, request: Request, misses: list[Item]) -> ApiError:
         reasons = [f" {miss['fixture']}: {miss['reason']}." for miss in misses]
