@@ -689,6 +689,7 @@ class Field:
         return value
 
     def check_items(self, value: Any, each: Field) -> None:
+        """Check what a list or an object of free names holds, in place."""
         for key, item in enumerate(value) if type(value) is list else value.items():
             if (kind := type(item)) not in each.free:
                 try:
@@ -4638,6 +4639,7 @@ class Socket:
         self.act(self.open)
 
     def on_bytes(self, data: bytes) -> None:
+        """Take what has come; answer each whole message."""
         self.unread += data
         self.waiting = len(data) + (self.waiting if self.turns else 0)
         self.act(self.read)
@@ -5586,6 +5588,7 @@ def parse_fixtures(data: Any, place: str = "") -> Loaded:
 
 
 def list_fixture_files(path: str) -> list[str]:
+    """Return the file itself, or the JSON files of a folder, in the order of their names."""
     if not os.path.isdir(path):
         if os.path.exists(path) and not os.path.isfile(path):
             raise ValueError(f"{path}: is neither a file nor a folder")
@@ -5756,6 +5759,7 @@ def explain_miss(
 def explain_misses(
     misses: Sequence[Any], facts: MatchFacts, served: Fixture | None = None
 ) -> list[Item]:
+    """Tell why each of them did not answer, the nearest first, and of those what differs."""
     ranked = sorted(misses, key=lambda miss: -miss[0].count_holding(facts))
     return [
         explain_miss(fixture, obstacle, facts, served, index < MAX_DIFFS)
@@ -5838,6 +5842,7 @@ class Fixtures(Shared):
         return loaded
 
     def replace_files(self, fixtures: Loaded) -> None:
+        """Serve these fixtures of files from now on; what was served is forgotten."""
         with self._lock:
             self.files, self._rows = fixtures, None
             self.normaliser = Normaliser(self.normalise, fixtures.normalise)
@@ -6373,6 +6378,7 @@ class Route:
         return handler
 
     def count_answers(self, body: Item) -> int:
+        """Return how many answers a body asks for, which bounds what may be asked."""
         inputs = body.get(QUICK_KINDS.get(self.kind, ""))
         several = isinstance(inputs, list) and inputs and type(inputs[0]) is not int
         if not several and MULTIPLIERS.isdisjoint(body):
@@ -11881,6 +11887,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.server.held.append(self)
 
     def hear(self, data: bytes) -> None:
+        """Give what has come on a socket to its session, and go on where that ended or waits."""
         if not self.is_closed:
             self.handler.on_bytes(data)
             pauses = type(self.awaited) is float
