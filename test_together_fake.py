@@ -371,7 +371,8 @@ class BodyTests(FakeCase):
             (b'{"a": "\xff"}', "byte 7 is not UTF-8."),
             (b'{"a": %b}' % (b"9" * 6000), "a number has too many digits"),
             (b"[" * 100000, "it nests deeper than 200."),
-            (b'{"a": [0%b]}' % (b",1" * 500_001), "it has more than 500000 commas."),
+            (b'{"a": [0%b]}' % (b",[]" * 120_000), "it has too many values."),
+            (b'{"a": {%b}}' % b",".join(b'"%d" :1' % key for key in range(120_000)), "it has too"),
             (b'{"a": %b}' % (b"[" * 300 + b"]" * 300), "it nests"),
         ):
             with self.subTest(raw=raw[:30]):
@@ -380,6 +381,21 @@ class BodyTests(FakeCase):
                 self.assertTrue(message.startswith(start), message)
         message = self.json("POST", CHAT, b"", status=400)["error"]["message"]
         self.assertEqual(message, "Missing required field: model.")
+
+    def test_what_is_large_but_real_is_read(self):
+        """2,048 inputs of 512 ids; texts full of marks; what a test says, of any size."""
+        ids = [[7] * 512] * 2048
+        body = {"model": HELLO["model"], "input": ids, "text": "{[:," * 40_000}
+        raw = json.dumps(body).encode()
+        self.assertEqual(fake.parse_body(raw, "", fake.NO_FIELDS), body)
+        body = json.loads('{"x": "' + "{[:," * 40_000 + '"}')
+        self.assertEqual(fake.parse_json(json.dumps(body, indent=1).encode() + b"\n"), body)
+        deep = b'{"x": "%b", "y": %b}' % (b":" * 120_000, b"[" * 250 + b"]" * 250)
+        with self.assertRaisesRegex(fake.ApiError, "nests deeper"):
+            fake.parse_json(deep)
+        many = b'{"fixtures": [{}%b]}' % (b",{}" * 120_000)
+        error = self.json("POST", "/__parlel/fixtures", many, status=400)["error"]
+        self.assertIn("fixtures[0]", error["message"])
 
     def test_fields_with_and_without_brackets_are_one_array(self):
         for form, values in (
