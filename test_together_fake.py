@@ -9579,6 +9579,28 @@ class CallbackTests(FakeCase):
             self.assertTrue(wait_until(lambda call=call: call.has_ended))
             self.assertEqual((call.status, call.outcome), (200, outcome))
 
+    def test_who_sends_no_more_but_reads_a_paused_stream_has_not_left(self):
+        clients = self.server._http.clients
+        body = {"model": LLAMA, "messages": say("hi"), "stream": True}
+        data = json.dumps(body).encode()
+        raw = POST + b"Content-Length: %d\r\n\r\n" % len(data) + data
+        for end, outcome in (
+            (lambda client: client.shutdown(socket.SHUT_WR), "complete"),
+            (socket.socket.close, "left"),
+        ):
+            self.server.reset()
+            self.server.reply("one two three", latency=100)
+            with socket.create_connection(("127.0.0.1", self.server.port), PATIENCE) as client:
+                client.sendall(raw)
+                self.assertTrue(wait_until(lambda: self.server.requests))
+                end(client)
+                if outcome == "complete":
+                    self.assertIn(b"[DONE]", receive_all(client))
+            call = self.server.requests[-1]
+            self.assertTrue(wait_until(lambda call=call: call.has_ended))
+            self.assertEqual((call.status, call.outcome), (200, outcome))
+        self.assertTrue(wait_until(lambda: not clients))
+
     def test_a_handshake_that_is_reset_while_it_waits_has_left(self):
         entered, leave = threading.Event(), threading.Event()
         self.addCleanup(leave.set)
@@ -10775,9 +10797,15 @@ class UpstreamTests(UpstreamCase):
         left = threading.Event()
 
         def act(client):
-            client.sendall(EVENTS_HEAD + chunk(b"data: 1\n\n"))
+            client.sendall(EVENTS_HEAD)
+            client.settimeout(0.02)
+            end = time.monotonic() + PATIENCE
             with contextlib.suppress(ConnectionError):
-                client.recv(1)
+                while time.monotonic() < end:
+                    client.sendall(chunk(b"data: 1\n\n"))
+                    with contextlib.suppress(socket.timeout):
+                        client.recv(1)
+                        break
             left.set()
 
         self.stand_before_service(act, record=self.file)
@@ -10785,8 +10813,26 @@ class UpstreamTests(UpstreamCase):
             client.sendall(RAW_CHAT)
             receive_until(client, b"data: 1\n\n\r\n")
         self.assertTrue(left.wait(PATIENCE))
+        self.assertTrue(wait_until(lambda: self.server.requests[0].outcome == "left"))
         self.server.stop()
         self.assertFalse(self.file.exists())
+
+    def test_who_sends_no_more_gets_its_answer(self):
+        def act(client):
+            ended.wait(PATIENCE)
+            self.assertFalse(left.wait(0.1))
+            client.sendall(OK_HEAD + b"Content-Length: 2\r\n\r\n{}")
+
+        ended, left = threading.Event(), threading.Event()
+        with mock.patch.object(fake, "LOOK_SECONDS", 0.02):
+            self.stand_before_service(act)
+            with socket.create_connection(("127.0.0.1", self.server.port), PATIENCE) as client:
+                client.sendall(RAW_CHAT)
+                client.shutdown(socket.SHUT_WR)
+                clients = self.server._http.clients
+                self.assertTrue(wait_until(lambda: any(each.has_ended for each in clients)))
+                ended.set()
+                self.assertIn(b"200 OK", receive_all(client))
 
     def test_stop_does_not_wait_for_it(self):
         asked = threading.Event()

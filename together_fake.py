@@ -11684,6 +11684,7 @@ MAX_HELD = 8  # replies that are sent at once
 MAX_IDLE_WORKERS = 16
 LOOK_SECONDS = 0.25  # between two looks at who is slow or has left
 RESET_SECONDS = 0.02  # in which a client that has left answers by a reset
+STALLED_SECONDS = 4.0  # a pause behind which it need not be heard who reads on
 TURN_SECONDS = 0.0005  # of a thread while workers are busy, so that the loop waits less for its
 MAX_UNREAD_BYTES = 4 * 2**20  # of a handler
 STOP_SECONDS = 0.25  # for workers to end what they do; a test's function may sleep for longer
@@ -11818,6 +11819,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         kind = WAITING if reply.waits else QUICK
         is_drawn = False  # by a worker: closing it meanwhile ends Python 3.12 with a fault
         piece: Any = b""
+        has_paused = False
         try:
             while True:
                 is_drawn = kind is not QUICK
@@ -11831,9 +11833,14 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 if piece is None:
                     return
                 if type(piece) is float:
+                    has_paused = True
                     yield piece
                 else:
                     self.unsent += piece
+                    if has_paused and self.has_ended:  # who has left resets what is sent
+                        yield ROOM
+                        yield RESET_SECONDS
+                    has_paused = False
                     if len(self.unsent) >= MAX_GATHERED_BYTES:
                         yield ROOM
                         kind = WAITING if reply.waits else BEGUN
@@ -11951,8 +11958,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         usual = self.awaited is IDLE and self.interest == selectors.EVENT_READ
         if usual and not (self.unsent or self.has_ended):
             return
-        waits = self.awaited in BYTES or type(self.awaited) is float or self.handler is not None
-        if self.has_ended and waits:
+        is_stalled = type(self.awaited) is float and self.awaited > STALLED_SECONDS
+        if self.has_ended and (self.awaited in BYTES or is_stalled or self.handler is not None):
             self.awaited = OVER  # it has left, or has all it asked for
         if self.unsent or self.awaited not in (ROOM, OVER):
             self.watch()
@@ -12365,7 +12372,7 @@ class UpstreamReader(io.RawIOBase):
         while size is None:
             with contextlib.suppress(socket.timeout):
                 size = self.sock.recv_into(buffer)
-            has_left = size is None and getattr(self.client, "has_ended", False)
+            has_left = size is None and getattr(self.client, "is_closed", False)
             if self.stopping.is_set() or has_left:
                 raise Cut
             if time.monotonic() >= end:
