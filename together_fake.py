@@ -851,20 +851,17 @@ def read_slowly(text: str, limit: float) -> Any:
     """Read JSON as `DECODER` does, but in Python, so that other threads get their turns."""
     total = 0
 
-    def weigh(parse: Any, weight: int) -> Any:
-        def parse_and_weigh(*args: Any) -> Any:
-            nonlocal total
-            value, end = parse(*args)
-            total += weight * len(value) + 10
-            if total > limit:
-                raise ApiError("bad_json", reason="it has too many values")
-            return value, end
-
-        return parse_and_weigh
+    def weigh(weight: int, parse: Any, *args: Any) -> Any:
+        nonlocal total
+        value, end = parse(*args)
+        total += weight * len(value) + 10
+        if total > limit:
+            raise ApiError("bad_json", reason="it has too many values")
+        return value, end
 
     slow: Any = json.JSONDecoder(parse_constant=refuse_constant, parse_float=read_float)
-    slow.parse_array = weigh(slow.parse_array, 1)
-    slow.parse_object = weigh(slow.parse_object, 10)
+    slow.parse_array = functools.partial(weigh, 1, slow.parse_array)
+    slow.parse_object = functools.partial(weigh, 10, slow.parse_object)
     slow.scan_once = json.scanner.py_make_scanner(slow)  # type: ignore[attr-defined]
     return slow.decode(text)
 
@@ -14073,7 +14070,8 @@ def run_command(server: TogetherAiServer, command: Sequence[str]) -> int:
 
     def pass_on(number: int, frame: Any) -> None:
         if number != signal.SIGINT or not os.isatty(0):  # a terminal sends Ctrl-C to both
-            process.send_signal(number)
+            with contextlib.suppress(ValueError):  # Windows sends Ctrl-C itself to both
+                process.send_signal(number)
 
     program = shutil.which(command[0]) or command[0]
     with (
