@@ -393,7 +393,7 @@ class BodyTests(FakeCase):
         deep = b'{"x": "%b", "y": %b}' % (b":" * 120_000, b"[" * 250 + b"]" * 250)
         with self.assertRaisesRegex(fake.ApiError, "nests deeper"):
             fake.parse_json(deep)
-        many = b"[0%b]" % (b",[]" * 120_000)
+        many = b'{"x": [0%b]}' % (b",[]" * 120_000)
         error = self.json("POST", "/__parlel/fixtures", many, status=400)["error"]
         self.assertIn("fixture was refused", error["message"])
 
