@@ -393,6 +393,9 @@ class BodyTests(FakeCase):
         deep = b'{"x": "%b", "y": %b}' % (b":" * 120_000, b"[" * 250 + b"]" * 250)
         with self.assertRaisesRegex(fake.ApiError, "nests deeper"):
             fake.parse_json(deep)
+        keys = b'{"a": {%b' % (b'"a" :1,' * 120_000)  # its end is never reached
+        with self.assertRaisesRegex(fake.ApiError, "too many values"):
+            fake.parse_json(keys)
         many = b'{"x": [0%b]}' % (b",[]" * 120_000)
         error = self.json("POST", "/__parlel/fixtures", many, status=400)["error"]
         self.assertIn("fixture was refused", error["message"])

@@ -101,6 +101,7 @@ import weakref
 import zlib
 from collections import defaultdict, deque
 from email.utils import formatdate, parsedate_to_datetime
+from types import SimpleNamespace
 from urllib.parse import parse_qsl, quote, unquote, urljoin
 
 TYPE_CHECKING = False  # as in typing, whose import would cost a cold start 4 ms
@@ -851,17 +852,23 @@ def read_slowly(text: str, limit: float) -> Any:
     """Read JSON as `DECODER` does, but in Python, so that other threads get their turns."""
     total = 0
 
-    def weigh(weight: int, parse: Any, *args: Any) -> Any:
+    def count(value: Any, _: Any) -> Any:
         nonlocal total
-        value, end = parse(*args)
-        total += weight * len(value) + 10
+        total += 10
         if total > limit:
             raise ApiError("bad_json", reason="it has too many values")
-        return value, end
+        return value
+
+    def weigh(parse: Any, *args: Any) -> Any:
+        nonlocal total
+        value, end = parse(*args)
+        total += len(value)
+        return count(value, end), end
 
     slow: Any = json.JSONDecoder(parse_constant=refuse_constant, parse_float=read_float)
-    slow.parse_array = functools.partial(weigh, 1, slow.parse_array)
-    slow.parse_object = functools.partial(weigh, 10, slow.parse_object)
+    slow.parse_array = functools.partial(weigh, slow.parse_array)
+    slow.parse_object = functools.partial(weigh, slow.parse_object)
+    slow.memo = SimpleNamespace(setdefault=count, clear=int)  # asked for each key
     slow.scan_once = json.scanner.py_make_scanner(slow)  # type: ignore[attr-defined]
     return slow.decode(text)
 
