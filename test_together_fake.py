@@ -3417,6 +3417,12 @@ FORMS = {
         f"You can use tools: search[query], finish[answer].\nUse this format:\n{REACT_LINES}",
         f"Use these tools:\n- search: finds\n- finish: ends\n\nUse this format:\n{REACT_LINES}",
     ),
+    "a score in its range": (
+        r'\{"score": [0-5]\}',
+        'Score 0 to 5 by likeness. Answer in JSON: {"properties": {"score": {"type": "integer"}}, '
+        '"required": ["score"]}',
+        'Score1: bad\nScore5: good\n\nAnswer as JSON: {"score": 3}',
+    ),
     "YAML without a block": (
         r"name: .+\nage: -?\d+",
         "Answer in YAML:\nname: string\nage: int\n\nDescribe a person.",

@@ -2333,7 +2333,7 @@ def read_numbers(text: str) -> Item:
     digits = set(re.findall(NUMBER, plain))
     if digits == {"0", "1"} and re.search(r"\bif\b|\bor\b|otherwise|else|[/=|]", plain, re.I):
         return {"enum": [0, 1]}
-    found = NUMBER_RANGE.search(text)
+    found = NUMBER_RANGE.search(text) or NUMBER_RANGE.search(plain)
     if found is None:
         percent = re.search(r"\bpercent", text)
         return {"type": "number", "minimum": 0, "maximum": 100} if percent else {}
@@ -3362,6 +3362,36 @@ def find_copies(prompt: Prompt) -> list[str]:
     return list(dict.fromkeys(found))[-3:]
 
 
+SCORED = lazy_regex(r"(?i)\b(?:scor|rat(?:e|ing)\b|scale|grade)")
+SCORE_TOLD = lazy_regex(r"(?i)\W*(?:score|rating|grade)?[ _]?(\d\d?)(?:_\w+)?\s?[:=-] ")
+
+
+def width(numbers: Item) -> Any:
+    return numbers.get("maximum", 0) - numbers.get("minimum", 0)
+
+
+def find_range(prompt: Prompt, name: str) -> str:
+    """Return what is said of a number's widest range."""
+    scored = SCORED.search(name.replace("_", " "))
+    called = SCORED if scored else re.compile(rf"(?i)\b{re.escape(name)}s?\b")
+    told = [said for said in prompt.said if called.search(said)]
+    told = [f"{called.split(said, 1)[1]} {said}"[:199] for said in keep_ends(told, 1)]
+    marks = [int(at[1]) for at in map(SCORE_TOLD.match, prompt.lines) if scored and at]
+    told += [f"{min(marks)}-{max(marks)}"] if len(marks) > 1 else []
+    return max(told, key=lambda text: width(read_numbers(text)), default="")
+
+
+def bound_numbers(prompt: Prompt, schema: Any, name: str = "") -> Any:
+    """Return a schema with what the prompt says of its numbers."""
+    if type(schema) is not dict:
+        return schema
+    if schema.get("type") not in ("integer", "number"):
+        return {k: bound_numbers(prompt, v, name if k == "items" else k) for k, v in schema.items()}
+    prompt.unread -= 1
+    told = prompt.unread < 0 or read_numbers(str(schema.get("description")))
+    return schema if told else {**schema, "description": find_range(prompt, name)}
+
+
 def read_words(prompt: Prompt, text: str, name: str) -> Item:
     shown = prompt.notes[prompt.notes.find(f"{{{name}}}") :].partition("\n")[0]
     told = re.search(r"JSON schema: (\{.+\})", text or shown)
@@ -3374,9 +3404,6 @@ def read_words(prompt: Prompt, text: str, name: str) -> Item:
     schema = read_phrase(text, note)
     if "items" in schema and name:
         return as_array(schema["items"], max(schema["minItems"], count_entries(prompt, name)))
-    if schema == {"type": "integer"}:
-        bounds = [read_numbers(said) for said in prompt.said if name in said.lower()]
-        schema = next(filter(None, bounds), schema)
     if schema != TEXT_SCHEMA:
         return schema
     offered = find_offered(prompt, text if text.istitle() else name) if len(text) < 20 else []
@@ -3511,7 +3538,7 @@ def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
             break
     if value is None and not asked:
         return None
-    schema = JSON_MODE_SCHEMA if value is None else read_value(prompt, value)
+    schema = JSON_MODE_SCHEMA if value is None else bound_numbers(prompt, read_value(prompt, value))
     label = "JSON" if value is None else label
     lines = re.search(r"JSON[ -]?[Ll](?:ines)?\b|per line", said)
     text = "\n".join(["\1JSON\1"] * (count_entries(prompt) if lines else 1))
@@ -3569,7 +3596,7 @@ def fill_shown(prompt: Prompt, lines: list[str], tools: Sequence[str] = ()) -> W
             value = "object" if slot == "Action Input" and "JSON" in value else value
             schema = read_value(prompt, int(value) if value.isdecimal() else value, slot)
             chosen = slot == "Action" and tools and "enum" not in schema
-            schemas[slot] = {"enum": tools} if chosen else schema
+            schemas[slot] = {"enum": tools} if chosen else bound_numbers(prompt, schema, slot)
         return f"{name}{between}\1{slot}\1"
 
     text = SLOT_SHOWN.sub(fill, "\n".join(lines).strip(), 2 * MAX_ASKING)
@@ -3788,10 +3815,8 @@ def read_restricted(prompt: Prompt, said: str) -> Item:
         return {"enum": items}
     kind = re.search(r"\b(?:int|float|num|bool|digit)(?:eger|ber|ean)?\b(?! of)", said)
     if limited and (kind or NUMBER_WORD.search(said)):
-        texts = (said, *keep_ends(prompt.said, 5))
-        told = [read_numbers(text) or read_numbers(IN_BRACKETS.sub("", text)) for text in texts]
-        told = list(filter(None, told)) or [{"type": read_type(kind[0])} if kind else {}]
-        return max(told, key=lambda each: each.get("maximum", 0) - each.get("minimum", 0))
+        told = filter(None, map(read_numbers, (said, *keep_ends(prompt.said, 5))))
+        return max(told, key=width, default={"type": read_type(kind[0])} if kind else {})
     names = find_offered(prompt, said) or (items if limited else [])
     return {"enum": names} if names else {}
 
