@@ -3834,6 +3834,45 @@ def read_choice(prompt: Prompt) -> WantedForm | None:
     return WantedForm(f"one {short[1]}", f"\1{name}\1") if short else None
 
 
+SORTS = lazy_regex(r"(?i)label|class|categ|sentiment|intent|topic")
+FEW_LABELS = lazy_regex(
+    r"(?!(?:.*\n)*(?i:yes|no|ok|okay|hi|hello|thanks|done)\b)"
+    r"[\w-]+(?: [\w-]+)?(?:\n[\w-]+(?: [\w-]+)?)+"
+)
+NEW_TURN = lazy_regex(r"(?i)\W*(?:explain|thanks?|how|wh\w+|tell|now)\b")
+
+
+def read_shots(answers: list[str], about: str) -> WantedForm | None:
+    """Read what answers given before share: keys of JSON, or labels."""
+    answers = [text.strip() for text in answers[-6:] if 0 < len(text) < 1200]
+    shown = [read_example(text) if text[:1] == "{" else {"": text} for text in answers]
+    if len(shown) < 2 or not shown[0] or len({tuple(each or ()) for each in shown}) > 1:
+        return None
+    fields: Item = {}
+    for key, value in shown[0].items():
+        labels = [*dict.fromkeys(str(each[key]) for each in shown)]
+        few = len(labels) < len(shown) and not labels[0].istitle()
+        if (
+            (few or SORTS.search(key or about))
+            and type(value) is str
+            and FEW_LABELS.fullmatch("\n".join(labels))
+        ):
+            fields[key] = {"enum": labels}
+        elif key:
+            fields[key] = read_value(Prompt(""), value, key)
+    if "" in shown[0]:
+        return as_choice(fields[""], "\1answer\1") if fields else None
+    return WantedForm("JSON as before", "\1JSON\1", {"JSON": as_object(fields)})
+
+
+def read_turns(messages: list[Item], texts: list[str]) -> WantedForm | None:
+    new = NEW_TURN.match(texts[-1])
+    if new and not any(text.startswith(new[0]) for text in texts[:-1]):
+        return None
+    given = [text for each, text in zip(messages, texts) if each["role"] == "assistant"]
+    return read_shots(given, texts[0][:999])
+
+
 FORM_READERS = (
     read_marks, read_agent, read_json, read_said, read_block, read_shown, read_label, read_records,
     read_list, read_choice,
@@ -3879,7 +3918,8 @@ def read_form(messages: list[Item], json_mode: bool = False) -> WantedForm | Non
             if form.schemas.get("JSON") is not JSON_MODE_SCHEMA:
                 return form
             vague = vague or form
-    return vague
+    shots = len(messages) > 4 and read_turns(messages, texts)
+    return shots if shots and (not json_mode or "JSON" in shots.schemas) else vague
 
 
 # === Catalogue ===
