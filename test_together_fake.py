@@ -3423,6 +3423,16 @@ FORMS = {
         '"required": ["score"]}',
         'Score1: bad\nScore5: good\n\nAnswer as JSON: {"score": 3}',
     ),
+    "labels of examples": (
+        "pos|neg",
+        "Classify.\n\nReview: good\nLabel: pos\n\nReview: bad\nLabel: neg\n\nReview: fine\nLabel:",
+        "In: a\nOut: pos\n\nIn: b\nOut: neg\n\nIn: c\nOut: neg\n\nIn: d\nOut:",
+    ),
+    "JSON of examples": (
+        r'\{"x": -?[\d.]+\}',
+        'Q: a\nA: {"x": 1}\n\nQ: b\nA: {"x": 2}\n\nQ: c\nA:',
+        'Text: a\nJSON:\n{\n  "x": 1\n}\n\nText: b\nJSON:\n{\n  "x": 2\n}\n\nText: c\nJSON:',
+    ),
     "YAML without a block": (
         r"name: .+\nage: -?\d+",
         "Answer in YAML:\nname: string\nage: int\n\nDescribe a person.",

@@ -3865,6 +3865,14 @@ def read_shots(answers: list[str], about: str) -> WantedForm | None:
     return WantedForm("JSON as before", "\1JSON\1", {"JSON": as_object(fields)})
 
 
+def read_pairs(prompt: Prompt) -> WantedForm | None:
+    """Read what follows a label that ends the text, where it stands before."""
+    before, _, label = prompt.text.strip().rpartition("\n")
+    named = re.fullmatch(r"[A-Z][\w ]{0,30}:", label)
+    shots = named and re.findall(rf"(?m)^{label}\s*(\{{[^{{}}]*\}}|\S.*)", before)
+    return read_shots(shots, label + before[:99]) if shots else None
+
+
 def read_turns(messages: list[Item], texts: list[str]) -> WantedForm | None:
     new = NEW_TURN.match(texts[-1])
     if new and not any(text.startswith(new[0]) for text in texts[:-1]):
@@ -3875,7 +3883,7 @@ def read_turns(messages: list[Item], texts: list[str]) -> WantedForm | None:
 
 FORM_READERS = (
     read_marks, read_agent, read_json, read_said, read_block, read_shown, read_label, read_records,
-    read_list, read_choice,
+    read_list, read_choice, read_pairs,
 )  # fmt: skip
 RESULT = lazy_regex(
     r"(?i)\A\W*(?:observation|tool|result|output|returncode|error|format error|for context|"
