@@ -774,6 +774,7 @@ KEYWORDS = (
     ({"$ref": "#/x/0", "x": [WHOLE]}, [1], ["a"]),
     (NODE, [[], [[], [[]]]], [[1], [[[1]]]]),
     ({"$dynamicAnchor": "n", "type": "array", "items": {"$dynamicRef": "#n"}}, [[[]]], [[1]]),
+    ({"$recursiveAnchor": True, "type": "array", "items": {"$recursiveRef": "#"}}, [[[]]], [[1]]),
     (
         {"$id": "http://e.org/a", "$ref": "b#/$defs/c"}
         | {"$defs": {"b": {"$id": "b", "$defs": {"c": WHOLE}}}},

@@ -1,4 +1,4 @@
-# together_fake 0.4.0: a stand-in for the Together AI HTTP API, to be copied into a repository.
+# together_fake 0.5.0: a stand-in for the Together AI HTTP API, to be copied into a repository.
 # SPDX-License-Identifier: MIT
 # From the repository together_fake. To renew it, copy a newer together_fake.py over this file;
 # `python -m together_fake --version` says whether this one was changed since it was released.
@@ -121,7 +121,7 @@ if TYPE_CHECKING:
     TextMatch = Union[str, re.Pattern[str], Mapping[str, str]]  # a text, or a pattern
 
 __all__ = ["FAULTS", "ApiError", "Call", "TogetherAiServer", "main"]
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 # pragma: allowlist nextline secret - the digest of this file without it; .ci/stamp.py
 RELEASED = "cbc9a6ddd8c82e88a9f6fabe95553580708f5bb61b34f8cc5f18e5d00cdd3714"
 
@@ -2082,6 +2082,7 @@ class Pattern:
         return starts
 
     def _run_ends(self, node: Any, text: str, starts: set[int]) -> set[int]:
+        """Return where repeats of one character may end that begin at these places."""
         _, _, low, high, run = node
         ends: set[int] = set()
         run_end = next_end = 0
@@ -2095,6 +2096,7 @@ class Pattern:
         return ends
 
     def _repeat_ends(self, node: Any, text: str, starts: set[int]) -> set[int]:
+        """Return where repeats of a part may end that begin at these places."""
         _, part, low, high, _ = node
         ends = set() if low else set(starts)
         for count in range(1, high + 1):
@@ -2521,7 +2523,7 @@ class SchemaReader:
             raise Unsatisfiable(f"{place[:200]}: a schema is an object or a boolean")
         read: Item = {}
         for keyword, argument in schema.items():
-            name = "$ref" if keyword == "$dynamicRef" else keyword
+            name = "$ref" if keyword in ("$dynamicRef", "$recursiveRef") else keyword
             if name not in VOCABULARY:
                 continue
             shape = VOCABULARY[name][0]
@@ -2925,6 +2927,7 @@ class ValueMaker:
         return self.make_inside(name, schemas, name)
 
     def _random_name(self, number: int) -> str:
+        """Return a name for a property that the schema does not name."""
         rng = self.rng.child("name", number, self.attempt)
         patterns = list(itertools.chain(*self.arguments["patternProperties"]))
         if patterns:
@@ -3050,6 +3053,7 @@ def read_type(text: str) -> str:
 
 
 def as_enum(text: str) -> Item:
+    """Return the schema of words offered in a row, such as `a, b or c`; {} where they are none."""
     parts = re.split(r"\s?[|/;]\s?|\s?,\s?(?:or |and )?|\s(?:or|and)\s", IN_BRACKETS.sub("", text))
     items = list(dict.fromkeys(filter(None, [part.strip(" \"'`*[](){}<>$") for part in parts])))
     if len(items) == 1 and re.fullmatch(r"(?!YES|NO)[A-Z]{2,5}", items[0]):
@@ -3080,6 +3084,7 @@ def as_array(items: Item, count: int = 2) -> Item:
 
 
 def read_phrase(text: str, note: str = "") -> Item:
+    """Return the schema of a value by what is said of it, and by a note beside its name."""
     text = re.sub(r"(?:\s?\|\s?|\s+or\s+)(?:null|None)\b", "", text.strip())
     plain = text.strip(" <>(){}$*`")
     plain = plain.replace("_", " ") if text[:1] == "<" else plain
@@ -3115,6 +3120,7 @@ EXAMPLE_TOKEN = lazy_regex(
 
 
 def rewrite_token(token: re.Match[str]) -> str:
+    """Return a part of an example as JSON has it."""
     said = token[0].strip()
     if token["name"]:
         return QUOTE(said.strip("\"'?"))
@@ -3126,6 +3132,7 @@ def rewrite_token(token: re.Match[str]) -> str:
 
 
 def read_example(text: str) -> Any:
+    """Return an example as a value, also in the ways of Python, TypeScript and BAML."""
     if "{{" in text:
         text = text.replace("{{", "{").replace("}}", "}")
     with contextlib.suppress(ValueError, RecursionError, ApiError):
@@ -3138,6 +3145,7 @@ def read_example(text: str) -> Any:
 
 
 def as_schema(value: Any) -> Any:
+    """Return a value that is a JSON schema, or a schema for each field; else None."""
     if type(value) is not dict:
         return None
     if type(value.get("properties")) is dict or {"type", "items"} <= value.keys():
@@ -3265,6 +3273,7 @@ class Prompt:
         return f"\n{text if shown else mark}\n"
 
     def _take_examples(self, text: str) -> str:
+        """Replace JSON in a text by marks, and keep it as examples."""
         kept, at, depth, start = "", 0, 0, 0
         for bracket in itertools.islice(re.finditer(r"[\[\]{}]", text), 180):
             if depth == 0:
@@ -3278,6 +3287,7 @@ class Prompt:
         return kept + text[at:]
 
     def _read_lines(self, lines: list[str]) -> None:
+        """Sort the lines into what is told, listed, shown and only data."""
         labels = [LABEL.match(line[:60].lower()) if ":" in line else None for line in lines]
         asked = max((at for at, label in enumerate(labels) if label and label[1]), default=0)
         heads = [found[0] for found in map(SPEAKER.match, lines) if found]
@@ -3313,6 +3323,7 @@ class Prompt:
 
 
 def find_items(prompt: Prompt, numbered: bool = False) -> Any:
+    """Return what the last list holds: its marks, such as A and B, or its heads."""
     is_mark = str.isalnum if numbered else str.isalpha
     lists = [*prompt.lists.values()] or [*map(INLINE_ITEM.findall, prompt.said[-3:])]
     for items in lists[:-3:-1]:
@@ -3347,6 +3358,7 @@ def count_entries(prompt: Prompt, name: str = "") -> int:
 
 
 def find_note(prompt: Prompt, name: str) -> str:
+    """Return what is said beside a name, in brackets, quotes or a comment."""
     pieces = prompt.notes.split(name, 4)
     for before, rest in zip(pieces, pieces[1:]):
         rest = rest[:240].partition("\n")[0]
@@ -3366,7 +3378,7 @@ SCORED = lazy_regex(r"(?i)\b(?:scor|rat(?:e|ing)\b|scale|grade)")
 SCORE_TOLD = lazy_regex(r"(?i)\W*(?:score|rating|grade)?[ _]?(\d\d?)(?:_\w+)?\s?[:=-] ")
 
 
-def width(numbers: Item) -> Any:
+def measure_width(numbers: Item) -> Any:
     return numbers.get("maximum", 0) - numbers.get("minimum", 0)
 
 
@@ -3378,7 +3390,7 @@ def find_range(prompt: Prompt, name: str) -> str:
     told = [f"{called.split(said, 1)[1]} {said}"[:199] for said in keep_ends(told, 1)]
     marks = [int(at[1]) for at in map(SCORE_TOLD.match, prompt.lines) if scored and at]
     told += [f"{min(marks)}-{max(marks)}"] if len(marks) > 1 else []
-    return max(told, key=lambda text: width(read_numbers(text)), default="")
+    return max(told, key=lambda text: measure_width(read_numbers(text)), default="")
 
 
 def bound_numbers(prompt: Prompt, schema: Any, name: str = "") -> Any:
@@ -3393,6 +3405,7 @@ def bound_numbers(prompt: Prompt, schema: Any, name: str = "") -> Any:
 
 
 def read_words(prompt: Prompt, text: str, name: str) -> Item:
+    """Return the schema of a value that an example shows as a text."""
     shown = prompt.notes[prompt.notes.find(f"{{{name}}}") :].partition("\n")[0]
     told = re.search(r"JSON schema: (\{.+\})", text or shown)
     schema = read_example(told[1].replace('\\"', '"')) if told else None
@@ -3421,6 +3434,7 @@ def read_words(prompt: Prompt, text: str, name: str) -> Item:
 
 
 def read_value(prompt: Prompt, value: Any, name: str = "") -> Item:
+    """Return the schema of a value that an example shows."""
     schema: Item | None = as_schema(value)
     prompt.unread -= 1
     if schema is not None:
@@ -3452,6 +3466,7 @@ class WantedForm:
         self.text, self.schemas = text, schemas or {}
 
     def write(self, rng: HashRandom) -> str:
+        """Return the text with a value for each of its slots."""
         pieces = self.text.split("\1")
         for at, name in enumerate(pieces[1::2]):
             own, schema = rng.child("slot", at), self.schemas.get(name, TEXT_SCHEMA)
@@ -3497,6 +3512,7 @@ FENCED = lazy_regex(  # not where it is forbidden
 
 
 def read_keys(prompt: Prompt, asked: str) -> list[str]:
+    """Return the names of the keys that the prompt lists or names."""
     whole, asked = (VALUES_OFFERED.sub("", IN_BRACKETS.sub("", s)) for s in (prompt.whole, asked))
     texts = [found[1] or found[2] for found in KEYS.finditer(whole)]
     texts = texts or re.findall(QUOTED, asked.partition("JSON")[2])
@@ -3520,6 +3536,7 @@ def rank_example(prompt: Prompt, asked: list[str], example: tuple[str, str, str]
 
 
 def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
+    """Read JSON by a schema, an example or the names of its keys."""
     asked = list(filter(JSON_ASKED.search, prompt.asking)) or [
         said for said in prompt.said if "JSON" in said and OTHER_TONGUES.search(said)
     ]
@@ -3563,6 +3580,7 @@ ENDED = lazy_regex(r"(?i)done|complet|finish|solved|submit|terminat|address|(?-i
 
 
 def read_said(prompt: Prompt) -> WantedForm | None:
+    """Read what shall be repeated, or said at the end."""
     for said in prompt.asking:
         found = None if CONDITION.search(said) else EXACTLY.search(said)
         text = "".join(filter(None, found.groups())) if found else ""
@@ -3587,6 +3605,7 @@ TOOL = lazy_regex(r"(?m)(?:^(?:> Tool Name: |[-*] )?|, )([a-z]\w*)(?=\[\w+\]|\(\
 
 
 def fill_shown(prompt: Prompt, lines: list[str], tools: Sequence[str] = ()) -> WantedForm | None:
+    """Return lines that are shown, with a slot for each value behind a label or in a tag."""
     schemas: Item = {}
 
     def fill(found: re.Match[str]) -> str:
@@ -3629,6 +3648,7 @@ def read_agent(prompt: Prompt) -> WantedForm | None:
 
 
 def read_shown(prompt: Prompt) -> WantedForm | None:
+    """Read lines, or YAML, that show how the answer shall look."""
     lines = [] if "Observation" in "".join(prompt.shown) else prompt.shown
     if re.search(r"(?<!this )(?<!bout )\bYAML\b(?! (?:file|for))", prompt.whole):
         blocks = [text for _, kind, text in prompt.examples if kind in ("yaml", "yml", "")]
@@ -3679,6 +3699,7 @@ def as_choice(schema: Item, text: str, name: str = "") -> WantedForm:
 
 
 def read_label(prompt: Prompt) -> WantedForm | None:
+    """Read one line with a label, such as `ANSWER: $LETTER`, and what may stand behind it."""
     for found in LABELLED.finditer(prompt.whole):
         quoted, label, slot, end = found.groups()
         rest = prompt.whole[found.end() : found.end() + 200]
@@ -3701,6 +3722,7 @@ def read_label(prompt: Prompt) -> WantedForm | None:
 
 
 def read_block(prompt: Prompt) -> WantedForm | None:
+    """Read a block of code."""
     if not FENCED.match(prompt.whole) or "YAML" in prompt.whole:
         return None
     kinds = re.findall(r"```(\w+)", prompt.whole) + [kind for _, kind, _ in prompt.examples if kind]
@@ -3752,6 +3774,7 @@ WORDS_ASKED = lazy_regex(rf"\b(?:\d{{1,2}}(?:-| to ))?{COUNT}[- ]words?\b")
 
 
 def read_list(prompt: Prompt) -> WantedForm | None:
+    """Read a list, a table, CSV or a number of words."""
     for said in prompt.asking:
         count = max(read_count(said) or 3, 2)
         table, words = TABLE.search(said), WORDS_ASKED.search(said)
@@ -3816,12 +3839,13 @@ def read_restricted(prompt: Prompt, said: str) -> Item:
     kind = re.search(r"\b(?:int|float|num|bool|digit)(?:eger|ber|ean)?\b(?! of)", said)
     if limited and (kind or NUMBER_WORD.search(said)):
         told = filter(None, map(read_numbers, (said, *keep_ends(prompt.said, 5))))
-        return max(told, key=width, default={"type": read_type(kind[0])} if kind else {})
+        return max(told, key=measure_width, default={"type": read_type(kind[0])} if kind else {})
     names = find_offered(prompt, said) or (items if limited else [])
     return {"enum": names} if names else {}
 
 
 def read_choice(prompt: Prompt) -> WantedForm | None:
+    """Read one of a few, a number in a range, or one word, line or sentence."""
     asking = [prompt.tail, *keep_ends(prompt.asking, 2)[::-1]]
     for read, said in itertools.product((read_offered, read_restricted), asking):
         schema = read(prompt, said)
@@ -3874,6 +3898,7 @@ def read_pairs(prompt: Prompt) -> WantedForm | None:
 
 
 def read_turns(messages: list[Item], texts: list[str]) -> WantedForm | None:
+    """Read the form that the turns of the assistant share so far, unless the last one asks anew."""
     new = NEW_TURN.match(texts[-1])
     if new and not any(text.startswith(new[0]) for text in texts[:-1]):
         return None
