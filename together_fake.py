@@ -123,7 +123,7 @@ if TYPE_CHECKING:
 __all__ = ["FAULTS", "ApiError", "Call", "TogetherAiServer", "main"]
 __version__ = "0.5.0"
 # pragma: allowlist nextline secret - the digest of this file without it; .ci/stamp.py
-RELEASED = "cbc9a6ddd8c82e88a9f6fabe95553580708f5bb61b34f8cc5f18e5d00cdd3714"
+RELEASED = "3ceb207888e7b302eeef75b92de83d2ea5e8e9331106eb844578ce18b0dc6d1b"
 
 DEFAULT_PORT = 4863
 DEFAULT_RECORD_LIMIT = 1000  # calls
