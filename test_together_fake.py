@@ -3418,6 +3418,47 @@ FORMS = {
         f"You can use tools: search[query], finish[answer].\nUse this format:\n{REACT_LINES}",
         f"Use these tools:\n- search: finds\n- finish: ends\n\nUse this format:\n{REACT_LINES}",
     ),
+    "a ranking": (
+        r"(?:\[[123]\] > ){2}\[[123]\]",
+        "Rank the passages. Output the ranking as [2] > [1] > [3].\n\n[1] a\n[2] b\n[3] c",
+        "[1] a\n[2] b\n[3] c\n\nThe output format must be [] > [], e.g. [4] > [2].",
+    ),
+    "a rating in doubled brackets": (
+        r"\[\[(?:[1-9]|10)\]\]",
+        "Rate it on a scale of 1 to 10 by strictly following this format: [[rating]].\n\nText: x",
+        'Give your score from 1 to 10, for example: "Rating: [[5]]".\n\nText: x',
+    ),
+    "what the label at the end may have": (
+        "[1-5]",
+        "Relevance (1-5) - important content.\n\nSummary: x\n\nForm (scores ONLY):\n- Relevance:",
+        "Judge a text.\nStyle (1 to 5) - is it clear?\n\nText: x\n\nStyle:",
+    ),
+    "one of two, by a question or a condition": (
+        "spam|ham",
+        "Is the following comment spam or ham?\n\nComment: win money\n\nAnswer:",
+        "If it sells something, reply `spam`; otherwise reply `ham`.\n\nMail: hello",
+        "Reply with exactly one word, spam or ham.\n\nMail: hello",
+    ),
+    "words offered for an element": (
+        "<label>(?:good|bad|mixed)</label>",
+        "Respond inside <label></label> tags with good, bad or mixed.",
+        "Put it into <label> tags as good, bad or mixed.",
+    ),
+    "one of the list that the label at the end names": (
+        "billing|tech",
+        "Pick the best agent.\n\nAgents:\n- billing: money\n- tech: bugs\n\nQuery: x\n\nAgent:",
+        "Route it to a team.\n\nTeams:\n1. billing - money\n2. tech - bugs\n\nMail: x\nTeam:",
+    ),
+    "letters and percents": (
+        r"Grade: [A-F]\nSure: \d+%",
+        "Respond in this exact format:\n\nGrade: <letter A-F>\nSure: <0-100>%",
+        "OUTPUT FORMAT:\nGrade: <A-F>\nSure: <0-100>%",
+    ),
+    "records of a shape": (
+        r"(?:\([a-z ]+; [a-z ]+\)\n?)+",
+        "List pairs, one per line, in the form (noun; verb).\n\nText: cats run",
+        "List the events, each on its own line, in the format (noun; verb).\n\nText: cats run",
+    ),
     "a score in its range": (
         r'\{"score": [0-5]\}',
         'Score 0 to 5 by likeness. Answer in JSON: {"properties": {"score": {"type": "integer"}}, '

@@ -3011,10 +3011,11 @@ QUOTED_OFFER = lazy_regex(
 )
 LISTED_OFFER = lazy_regex(
     r"(?i)\b(yes ?(?:/|\||or) ?no|true ?(?:/|\||or) ?false)\b|(?:\b(?:(?:one|any|some)(?: or more)?"
-    r" of|either|single letter|(?:choose|pick|select)(?: one)? from|(?:categor|label|option|choice|"
+    r" of|either|single letter|(?:one|single) (?:word|label)(?=[,:] ?[^\n.]{1,80}(?: or |[/|]))"
+    r"|(?:choose|pick|select)(?: one)? from|(?:categor|label|option|choice|"
     r"value)\w*(?= ?:| are)|(?:label|classif|tag|mark)\w*\b[^.\n]{0,80} as)"
     r"(?: (?:the|these|following|words|categories|options|labels|are)\b)*|(?=\([\w'-]+[^()\n]"
-    r"{0,99}(?:\bor\b|[/|])))\s?:?\s?[\[({]?([^\n.:?!\])}]{2,400}?"
+    r"{0,99}(?:\bor\b|[/|])))\s?[:,]?\s?[\[({]?([^\n.:?!\])}]{2,400}?"
     r"(?=,? and (?:reply|respond|answer|return)|[\n.:?!\])}]|\Z))"
 )
 NAMED = r"[\"'`]?[\w'+-]{1,30}(?: [\w'-]{1,30}){0,2}[\"'`]?"
@@ -3080,7 +3081,9 @@ def read_count(text: str, name: str = "") -> int:
 
 
 def as_array(items: Item, count: int = 2) -> Item:
-    return {"type": "array", "items": items, "minItems": count, "maxItems": count}
+    unique = len(items.get("enum", ())) >= count
+    bounds = {"minItems": count, "maxItems": count, "uniqueItems": unique}
+    return {"type": "array", "items": items, **bounds}
 
 
 def read_phrase(text: str, note: str = "") -> Item:
@@ -3096,7 +3099,12 @@ def read_phrase(text: str, note: str = "") -> Item:
         return {"type": "string", "format": "date"}
     if re.fullmatch(WORDS_OFFERED, plain) or QUOTED_OFFER.fullmatch(text):
         return as_enum(text) or TEXT_SCHEMA
-    kind = read_type(plain)
+    letters = re.fullmatch(r"(?:\w+ )?\(?([A-H])(?:-| to )([A-H])\)?", plain)
+    if letters:
+        return {"enum": [chr(at) for at in range(ord(letters[1]), ord(letters[2]) + 1)]}
+    kind = "integer" if text == "<number>" else read_type(plain)
+    if text[:1] == "<" and NUMBER_WORD.match(plain) and not kind:
+        return {"type": "number"}
     bounds = NUMBER_RANGE.search(plain)
     near = bounds and len(plain) < 40
     offer = read_offer(plain if re.search(r"\bone of\b|^either\b", plain) else note)
@@ -3312,7 +3320,8 @@ class Prompt:
                 self.lists.setdefault(before, []).append((item[1] or "", head))
             elif bare.strip("-=_"):
                 before = bare
-            if showing and len(self.shown) < 3 * MAX_ASKING and SHOWN_LINE.match(line):
+            slots = showing or re.search(r": <\w+>.*: <\w+>", line)
+            if slots and len(self.shown) < 3 * MAX_ASKING and SHOWN_LINE.match(line):
                 self.shown.append(line[:MAX_SENTENCE])
             elif bare and bare[:3] != "...":
                 told = (bare[-1] == ":" or "form" in bare) and not self.shown
@@ -3424,7 +3433,7 @@ def read_words(prompt: Prompt, text: str, name: str) -> Item:
         return {"enum": offered}
     if not text and re.search(r"(?:\b|_)(?:age|year|count|score|rating|quantity)\Z", name, re.I):
         return {"type": "integer"}
-    named = re.search("name|person|people|place|compan|entit|cit(y|ies)", name)
+    named = re.search("name|person|people|place|compan|entit|cit(y|ies)", name or prompt.whole)
     taken = named and prompt.about and "xtract" in prompt.whole
     if text[:1].isupper() and (" " in text or text.isupper()):
         taken = prompt.text.count(text) > 1
@@ -3615,8 +3624,10 @@ def fill_shown(prompt: Prompt, lines: list[str], tools: Sequence[str] = ()) -> W
             value = "object" if slot == "Action Input" and "JSON" in value else value
             schema = read_value(prompt, int(value) if value.isdecimal() else value, slot)
             chosen = slot == "Action" and tools and "enum" not in schema
-            schemas[slot] = {"enum": tools} if chosen else bound_numbers(prompt, schema, slot)
-        return f"{name}{between}\1{slot}\1"
+            schemas[slot] = (
+                {"enum": tools} if chosen else bound_numbers(prompt, schema, f"{slot} {value}")
+            )
+        return f"{name}{between}\1{slot}\1{'%' * (value[-2:] == '>%')}"
 
     text = SLOT_SHOWN.sub(fill, "\n".join(lines).strip(), 2 * MAX_ASKING)
     return WantedForm(f"lines {', '.join(schemas)[:200]}", text, schemas) if schemas else None
@@ -3666,11 +3677,17 @@ LABELLED = lazy_regex(
 OPTION = lazy_regex(r" ?[\"'`]?(\w{1,12})\b")
 WRAPPED = lazy_regex(r"(?i)\btags?\b|\bin \W?<|wrap|inside|enclos|surround|between|ending|</|xml")
 TAG = lazy_regex(r"<([A-Za-z][\w-]{0,40})(?: [^<>]*)?>([^<>]{1,30}(?=</))?")
+WORDS_AFTER = lazy_regex(rf"(?:</[\w-]+>)? tags? (?:with|as|containing) ({WORDS_OFFERED})\W*\Z")
 MARKER = lazy_regex(r"[`\"']([\[<=#*][\[<=#* ]{1,7}(\w{2,40})[\]>=#* ]{2,8})[`\"']")
 
 
 def read_marks(prompt: Prompt) -> WantedForm | None:
-    """Read elements for the answer to stand in, or marks for it to stand below."""
+    """Read elements for the answer to stand in, marks for it to stand below, or a ranking."""
+    if "] > [" in prompt.whole:
+        names = re.findall(r"(?m)^\[\d+\]", prompt.text) or re.findall(r"\[\d+\]", prompt.whole)
+        names = list(dict.fromkeys(names))
+        orders = [" > ".join(names[at:] + names[:at]) for at in range(len(names))]
+        return WantedForm("ranking", "\1order\1", {"order": {"enum": orders or ["[1]"]}})
     marks = dict(MARKER.findall(prompt.text)) if MARKER.search(prompt.whole) else {}
     if len(marks) > 1:
         schemas = {name: read_value(prompt, "", name) for name in marks.values()}
@@ -3685,6 +3702,8 @@ def read_marks(prompt: Prompt) -> WantedForm | None:
             tag, before = found[1], said[at : found.start()]
             shown[tag].update(dict.fromkeys(filter(None, [(found[2] or "").strip(".")])))
             offer = {"enum": [*shown[tag]]} if len(shown[tag]) > 1 else read_offer(before)
+            words = WORDS_AFTER.match(said, found.end())
+            offer = offer or (as_enum(words[1]) if words else {})
             offer = offer or read_numbers(before) or read_value(prompt, "".join(shown[tag]), tag)
             tags[tag], at = offer, found.end()
     text = "\n".join(f"<{tag}>\1{tag}\1</{tag}>" for tag in tags)
@@ -3760,6 +3779,9 @@ LISTS = (
     (r"comma[ -]separated(?=\W*\Z|,| \w*(?:list|values?|\w+s)\b)|separated by commas", ", "),
     (r"\b(?:one|each) (?:\w+ )?(?:per|on (?:a|its own)) line|separated by (?:new ?|line )", "\n"),
 )
+RECORD_SHAPE = lazy_regex(
+    r"\b(?:form|format|as|like)(?: of|:)? [\"'`]?(\(?\w+(?:(?:; |\|)\w+)+\)?)"
+)
 TABLE = lazy_regex(
     r"(?i)\bCSV\b(?! file)(?<!is CSV)(?<!the CSV)|markdown table|comma-separated rows"
     r"|table (?:with|of|that has|in) (?:the |\w+ )*(?:columns|markdown)"
@@ -3793,7 +3815,9 @@ def read_list(prompt: Prompt) -> WantedForm | None:
                 pairs = list(map(", ".join, zip(offered, offered[1:])))
                 if pairs:
                     return as_choice({"enum": pairs}, "\1answer\1")
-                entries = [f"{before.replace('N', str(at + 1))}\1item\1" for at in range(count)]
+                shape = RECORD_SHAPE.search(said)
+                item = re.sub(r"(\w+)", "\1\\1\1", shape[1]) if shape else "\1item\1"
+                entries = [f"{before.replace('N', str(at + 1))}{item}" for at in range(count)]
                 return WantedForm("list", "".join(entries).lstrip("\n, "))
         if words and words[1] != "one":
             return WantedForm("words", " ".join(["\1word\1"] * read_count(f"{words[1]} of")))
@@ -3803,6 +3827,8 @@ def read_list(prompt: Prompt) -> WantedForm | None:
 VERDICT = r"([\"'`][\w ]{1,20}[\"'`]|[A-Z]\w*|\d|yes|no|true|false)"
 CONDITIONS = lazy_regex(
     rf"{VERDICT},? (?:if|when|otherwise)\b|(?i:otherwise|else)(?:,? \w+)?:?,? {VERDICT}"
+    rf"|(?i:\b(?:if|when) [^.;\"'`\n]{{1,99}}, (?:then )?{SPOKEN}(?: with| only)? )"
+    r"([\"'`]\w+[\"'`])"
 )
 NOT_SAID = r"\b(?:function|method|program|script|code|test)|\w\(|and explain|in detail"
 OF_LIST = lazy_regex(r"(?i)categor|option|choice|label|letter|one of|\Aanswer\Z")
@@ -3819,10 +3845,12 @@ def read_offered(prompt: Prompt, said: str) -> Item:
     if "YYYY-MM-DD" in said and RESTRICTED.search(prompt.whole):
         return read_phrase(said)
     words = re.findall(r"\[\[([A-Z])\]\]", said)
-    if not words and re.search(" if | when ", said) and re.search(SPOKEN, said, re.I):
-        words = [a or b for a, b in CONDITIONS.findall(said)]
+    if not words and re.search(r"(?i)\b(?:if|when)\b", said) and re.search(SPOKEN, said, re.I):
+        words = ["".join(found) for found in CONDITIONS.findall(said)]
     if len(words) > 1 and not re.search(NOT_SAID, " ".join(prompt.said)):
         return {"enum": [word.strip("\"'`") for word in words]}
+    if re.search(r"\[\[(?:\d+|\w*(?:rating|score))\]\]", said):
+        return next(filter(None, map(read_numbers, [said, *prompt.said])), {})
     bounds, numeric = NUMBER_RANGE.search(said), NUMBER_WORD.search(said)
     near = bounds and numeric and numeric.start() < bounds.end() and said[:2] != "If"
     return read_offer(said) or (read_numbers(said) if near else {})
@@ -3830,7 +3858,8 @@ def read_offered(prompt: Prompt, said: str) -> Item:
 
 def read_restricted(prompt: Prompt, said: str) -> Item:
     """Return the schema of what a sentence restricts to and others tell, or nothing."""
-    limited, of_list = RESTRICTED.search(said), OF_LIST.search(said)
+    heads = {before.strip(" *#:").lower().rstrip("s") for before in prompt.lists}
+    limited, of_list = RESTRICTED.search(said), OF_LIST.search(said) or said.lower() in heads
     if not (limited or of_list or RESTRICTED.search(prompt.whole)):
         return {}
     items = [] if LIST_ITEM.match(said) else find_items(prompt, "number" in said)
@@ -3844,10 +3873,20 @@ def read_restricted(prompt: Prompt, said: str) -> Item:
     return {"enum": names} if names else {}
 
 
+def read_tail(prompt: Prompt, said: str) -> Item:
+    """Return the schema of what follows the label at the end, or nothing."""
+    if not said or said != prompt.tail:
+        return {}
+    told = "\n".join(prompt.said)
+    bounds = re.search(rf"\b{re.escape(said)}\W{{0,3}}\(([\d. to-]{{3,12}})\)", told)
+    either = re.search(rf"(?m)\b(?:following|this|below)\b.* ({ONE_WORD} or {ONE_WORD})\?$", told)
+    return read_numbers(bounds[1]) if bounds else as_enum(either[1]) if either else {}
+
+
 def read_choice(prompt: Prompt) -> WantedForm | None:
     """Read one of a few, a number in a range, or one word, line or sentence."""
     asking = [prompt.tail, *keep_ends(prompt.asking, 2)[::-1]]
-    for read, said in itertools.product((read_offered, read_restricted), asking):
+    for read, said in itertools.product((read_offered, read_tail, read_restricted), asking):
         schema = read(prompt, said)
         if schema:
             if schema.get("enum") == ["Yes", "No"] and re.search("block|harm|unsafe", said):
