@@ -3459,6 +3459,43 @@ FORMS = {
         "List pairs, one per line, in the form (noun; verb).\n\nText: cats run",
         "List the events, each on its own line, in the format (noun; verb).\n\nText: cats run",
     ),
+    "a result behind a mark": (
+        r"[\s\S]+\n\n(?:\\boxed\{\d+\}|#### \d+|\[RESULT\] [1-5])",
+        "Solve it. Put your final answer within \\boxed{}.\n\nProblem: 2+2",
+        "Think step by step and finish with #### <answer>.\n\nProblem: 2+2",
+        'The output format should be "Feedback: (why) [RESULT] (an integer between 1 and 5)".',
+    ),
+    "one of the words before a label at the end": (
+        "good|bad|mixed",
+        "What is the mood of this mail? good, bad, or mixed\nMail: I love it\nMood:",
+        "Say what the mood is: good, bad or mixed.\n\nMail: hello\n\nMood:",
+    ),
+    "an element whose value is described": (
+        r"<score>(?:\d|10)</score>",
+        "Give your answer as <score>X</score> where X is between 0 and 10.",
+        "Answer in the form <score>N</score>, where N is a number from 0 to 10.",
+    ),
+    "only a query": (
+        "SELECT .+",
+        "Write an SQL query for all users older than 30. Return only the SQL.",
+        "Translate the question into a query. Output just the SQL.\n\nQuestion: who is ill?",
+    ),
+    "objects with these keys": (
+        r'\[\{"question": ".+", "answer": ".+"\}.*\]',
+        "Write 3 questions. Return a JSON array of objects with question and answer.",
+        "Return a JSON list of objects with question, answer.",
+    ),
+    "some of what is allowed": (
+        r'\["(?:sport|tech|art)"(?:, "(?:sport|tech|art)")*\]',
+        "Assign tags. Allowed tags: sport, tech, art. Return a JSON list.\n\nText: x",
+        "Possible topics: sport, tech, art. Return the topics as a JSON array.\n\nText: x",
+    ),
+    "five lines, a checklist of four, a year": (
+        r"(?:[a-z ]+\n){4}[a-z ]+|(?:- \[ \] [a-z ]+\n?){4}|[12]\d{3}",
+        "Write five versions of the question. Provide them separated by newlines.\n\nQuestion: x",
+        "Produce a markdown checklist of 4 items for moving house.",
+        "What year did it end? Answer with a four digit year only.",
+    ),
     "a score in its range": (
         r'\{"score": [0-5]\}',
         'Score 0 to 5 by likeness. Answer in JSON: {"properties": {"score": {"type": "integer"}}, '

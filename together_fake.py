@@ -123,7 +123,7 @@ if TYPE_CHECKING:
 __all__ = ["FAULTS", "ApiError", "Call", "TogetherAiServer", "main"]
 __version__ = "0.5.0"
 # pragma: allowlist nextline secret - the digest of this file without it; .ci/stamp.py
-RELEASED = "3ceb207888e7b302eeef75b92de83d2ea5e8e9331106eb844578ce18b0dc6d1b"
+RELEASED = "8b99bfcbb3154a8b39037528ed3fc857624289894e56ce0aa4813c896fe408e4"
 
 DEFAULT_PORT = 4863
 DEFAULT_RECORD_LIMIT = 1000  # calls
@@ -2973,7 +2973,7 @@ HINTS = frozenset(
     form + mark
     for word in (
         f"{ASKING}|json|yaml|csv|category|title|only|just|word|words|line|block|table|separated|comma|"
-        "bullet|response|yes|yes/no|true/false|either|exactly|template|one-word|comma-separated"
+        "bullet|checklist|response|yes|yes/no|true/false|either|exactly|template|one-word|comma-separated"
     ).split("|")
     for form in (word, word.capitalize(), word.upper())
     for mark in ("", "s", ".", ",", ":", "?")
@@ -3334,7 +3334,9 @@ class Prompt:
 def find_items(prompt: Prompt, numbered: bool = False) -> Any:
     """Return what the last list holds: its marks, such as A and B, or its heads."""
     is_mark = str.isalnum if numbered else str.isalpha
-    lists = [*prompt.lists.values()] or [*map(INLINE_ITEM.findall, prompt.said[-3:])]
+    tagged = re.findall(r"<(?:option|choice|label|category)[^<>]*>()([^<>]+)</", prompt.text)
+    inline = [tagged] if tagged else map(INLINE_ITEM.findall, prompt.said[-3:])
+    lists = [*prompt.lists.values()] or [*inline]
     for items in lists[:-3:-1]:
         names = as_enum(" | ".join(mark if is_mark(mark) else head for mark, head in items[:20]))
         if "enum" in names:
@@ -3428,7 +3430,11 @@ def read_words(prompt: Prompt, text: str, name: str) -> Item:
         return as_array(schema["items"], max(schema["minItems"], count_entries(prompt, name)))
     if schema != TEXT_SCHEMA:
         return schema
-    offered = find_offered(prompt, text if text.istitle() else name) if len(text) < 20 else []
+    offered = (
+        find_offered(prompt, text if text.istitle() else name or " ".join(prompt.said))
+        if len(text) < 20
+        else []
+    )
     if offered:
         return {"enum": offered}
     if not text and re.search(r"(?:\b|_)(?:age|year|count|score|rating|quantity)\Z", name, re.I):
@@ -3490,6 +3496,7 @@ class WantedForm:
 JSON_ASKED = lazy_regex(
     r"(?i)(?<!bout )(?<!ompare )(?<!this )(?<!escribe a )\bJSONL?\b(?![.(_]| (?:API|file|"
     r"output schema))|(?:(?<= [ai][sn])|(?<= be)|(?<=nto)|(?<=lid)|(?<=nly)) JSONL?\.(?!\w)"
+    r"|(?<=only a )Python dict"
 )
 OTHER_TONGUES = lazy_regex(  # which ask for JSON, too
     r"(?i)\b(?:antwort|r[e\xe9]pond|devuelv|respond[ae]|rispond)"
@@ -3507,6 +3514,8 @@ BARE_NAMES = r"[a-z][\w-]{0,40}(?:(?:,? and |,? then |, )[a-z][\w-]{0,40}){0,20}
 KEY_WORD = r"\b(?:keys?|fields?|properties|property|attributes?)\b"
 KEYS = lazy_regex(
     rf"({QUOTED_NAMES}) {KEY_WORD}"
+    rf"|\bobjects? (?:with|of) (?!(?:the(?:se)?|this|that|exactly|two|three|an?|one) )"
+    rf"(?!keys?\b|fields?\b|propert)({BARE_NAMES})"
     rf"|{KEY_WORD}(?: (?:named|called|of|are|is|one)){{0,3}}:? ?({QUOTED_NAMES}|{BARE_NAMES})"
 )
 PROSE_KEYS = lazy_regex(
@@ -3523,7 +3532,7 @@ FENCED = lazy_regex(  # not where it is forbidden
 def read_keys(prompt: Prompt, asked: str) -> list[str]:
     """Return the names of the keys that the prompt lists or names."""
     whole, asked = (VALUES_OFFERED.sub("", IN_BRACKETS.sub("", s)) for s in (prompt.whole, asked))
-    texts = [found[1] or found[2] for found in KEYS.finditer(whole)]
+    texts = [found[found.lastindex or 0] for found in KEYS.finditer(whole)]
     texts = texts or re.findall(QUOTED, asked.partition("JSON")[2])
     lists = [items for before, items in prompt.lists.items() if re.search(KEY_WORD, before)]
     names = [head for items in lists for _, head in items]
@@ -3678,6 +3687,7 @@ OPTION = lazy_regex(r" ?[\"'`]?(\w{1,12})\b")
 WRAPPED = lazy_regex(r"(?i)\btags?\b|\bin \W?<|wrap|inside|enclos|surround|between|ending|</|xml")
 TAG = lazy_regex(r"<([A-Za-z][\w-]{0,40})(?: [^<>]*)?>([^<>]{1,30}(?=</))?")
 WORDS_AFTER = lazy_regex(rf"(?:</[\w-]+>)? tags? (?:with|as|containing) ({WORDS_OFFERED})\W*\Z")
+WHERE = lazy_regex(r"</[\w-]+>,? where \w+ is ([^<>]{1,60})")
 MARKER = lazy_regex(r"[`\"']([\[<=#*][\[<=#* ]{1,7}(\w{2,40})[\]>=#* ]{2,8})[`\"']")
 
 
@@ -3703,7 +3713,9 @@ def read_marks(prompt: Prompt) -> WantedForm | None:
             shown[tag].update(dict.fromkeys(filter(None, [(found[2] or "").strip(".")])))
             offer = {"enum": [*shown[tag]]} if len(shown[tag]) > 1 else read_offer(before)
             words = WORDS_AFTER.match(said, found.end())
+            where = WHERE.match(said, found.end())
             offer = offer or (as_enum(words[1]) if words else {})
+            offer = read_numbers(where[1]) if where and not offer else offer
             offer = offer or read_numbers(before) or read_value(prompt, "".join(shown[tag]), tag)
             tags[tag], at = offer, found.end()
     text = "\n".join(f"<{tag}>\1{tag}\1</{tag}>" for tag in tags)
@@ -3719,6 +3731,11 @@ def as_choice(schema: Item, text: str, name: str = "") -> WantedForm:
 
 def read_label(prompt: Prompt) -> WantedForm | None:
     """Read one line with a label, such as `ANSWER: $LETTER`, and what may stand behind it."""
+    mark = re.search(r"\\boxed\{|#### |\[RESULT\] ", prompt.whole)
+    if mark:
+        limit = read_numbers(prompt.whole[mark.end() :]) or read_numbers("0 to 100")
+        end = "}" * (mark[0][-1] == "{")
+        return as_choice(limit, f"\1\1\n\n{mark[0]}\1number\1{end}", "number")
     for found in LABELLED.finditer(prompt.whole):
         quoted, label, slot, end = found.groups()
         rest = prompt.whole[found.end() : found.end() + 200]
@@ -3776,11 +3793,12 @@ def read_records(prompt: Prompt) -> WantedForm | None:
 LISTS = (
     (r"numbered list|ordered list", "\nN. "),
     (r"bullet|markdown list", "\n- "),
+    (r"checklist", "\n- [ ] "),
     (r"comma[ -]separated(?=\W*\Z|,| \w*(?:list|values?|\w+s)\b)|separated by commas", ", "),
     (r"\b(?:one|each) (?:\w+ )?(?:per|on (?:a|its own)) line|separated by (?:new ?|line )", "\n"),
 )
 RECORD_SHAPE = lazy_regex(
-    r"\b(?:form|format|as|like)(?: of|:)? [\"'`]?(\(?\w+(?:(?:; |\|)\w+)+\)?)"
+    r"\b(?:form|format|as|like)(?: of|:)? [\"'`]?(\(?\w+(?:(?:; | ?\| ?)\w+)+\)?)"
 )
 TABLE = lazy_regex(
     r"(?i)\bCSV\b(?! file)(?<!is CSV)(?<!the CSV)|markdown table|comma-separated rows"
@@ -3798,7 +3816,7 @@ WORDS_ASKED = lazy_regex(rf"\b(?:\d{{1,2}}(?:-| to ))?{COUNT}[- ]words?\b")
 def read_list(prompt: Prompt) -> WantedForm | None:
     """Read a list, a table, CSV or a number of words."""
     for said in prompt.asking:
-        count = max(read_count(said) or 3, 2)
+        count = max(read_count(said) or read_count(prompt.whole) or 3, 2)
         table, words = TABLE.search(said), WORDS_ASKED.search(said)
         if table:
             named = COLUMNS.search(IN_BRACKETS.sub("", said)) or COLUMNS.search(said)
@@ -3880,6 +3898,7 @@ def read_tail(prompt: Prompt, said: str) -> Item:
     told = "\n".join(prompt.said)
     bounds = re.search(rf"\b{re.escape(said)}\W{{0,3}}\(([\d. to-]{{3,12}})\)", told)
     either = re.search(rf"(?m)\b(?:following|this|below)\b.* ({ONE_WORD} or {ONE_WORD})\?$", told)
+    either = either or re.search(rf"(?m)[?:] ({WORDS_OFFERED})\.?$", told)
     return read_numbers(bounds[1]) if bounds else as_enum(either[1]) if either else {}
 
 
@@ -3889,9 +3908,19 @@ def read_choice(prompt: Prompt) -> WantedForm | None:
     for read, said in itertools.product((read_offered, read_tail, read_restricted), asking):
         schema = read(prompt, said)
         if schema:
+            if schema.get("type") in ("integer", "number") and re.search(r"\byear\b", said):
+                return as_choice(schema, "\1year\1", "year")
+            if schema == {"type": "boolean"} and "True" in said:
+                schema = {"enum": ["True", "False"]}
             if schema.get("enum") == ["Yes", "No"] and re.search("block|harm|unsafe", said):
                 schema = {"enum": ["No"]}
             return as_choice(schema, "[[\1answer\1]]" if "[[" in said else "\1answer\1")
+    only = re.search(
+        r"(?i)\b(?:only|just) (?:the |a |valid |raw )*(SQL|regex|code|command)(?! ?\w)",
+        prompt.whole,
+    )
+    if only:
+        return WantedForm(f"only {only[1]}", f"\1{only[1].lower()}\1")
     short = re.search(r"\b(?:one|single)[ -](line|sentence|word)\b", prompt.whole)
     name = "word" if short and short[1] == "word" else "description"
     return WantedForm(f"one {short[1]}", f"\1{name}\1") if short else None
