@@ -3485,6 +3485,16 @@ FORMS = {
         "Write 3 questions. Return a JSON array of objects with question and answer.",
         "Return a JSON list of objects with question, answer.",
     ),
+    "JSON with keys of one letter": (
+        r'\{"a": ".+", "b": ".+"\}',
+        "Return JSON with the keys a and b.",
+        "Respond with a Python dictionary that has the keys 'a' and 'b'.",
+    ),
+    "JSON with nouns": (
+        r'\{"title": ".+", "body": ".+"\}',
+        "Reply as JSON with a title and a body.",
+        "Write a JSON object containing the title and the body of a letter.",
+    ),
     "some of what is allowed": (
         r'\["(?:sport|tech|art)"(?:, "(?:sport|tech|art)")*\]',
         "Assign tags. Allowed tags: sport, tech, art. Return a JSON list.\n\nText: x",

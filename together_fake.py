@@ -2972,8 +2972,9 @@ ASKING = (
 HINTS = frozenset(
     form + mark
     for word in (
-        f"{ASKING}|json|yaml|csv|category|title|only|just|word|words|line|block|table|separated|comma|"
-        "bullet|checklist|response|yes|yes/no|true/false|either|exactly|template|one-word|comma-separated"
+        f"{ASKING}|json|yaml|csv|category|title|only|just|word|words|line|block|table|separated|"
+        "comma|bullet|checklist|response|yes|yes/no|true/false|either|exactly|template|one-word|"
+        "comma-separated"
     ).split("|")
     for form in (word, word.capitalize(), word.upper())
     for mark in ("", "s", ".", ",", ":", "?")
@@ -3496,7 +3497,7 @@ class WantedForm:
 JSON_ASKED = lazy_regex(
     r"(?i)(?<!bout )(?<!ompare )(?<!this )(?<!escribe a )\bJSONL?\b(?![.(_]| (?:API|file|"
     r"output schema))|(?:(?<= [ai][sn])|(?<= be)|(?<=nto)|(?<=lid)|(?<=nly)) JSONL?\.(?!\w)"
-    r"|(?<=only a )Python dict"
+    r"|\bPython dict(?:ionary)?(?= (?:with|that has|containing)\b)"
 )
 OTHER_TONGUES = lazy_regex(  # which ask for JSON, too
     r"(?i)\b(?:antwort|r[e\xe9]pond|devuelv|respond[ae]|rispond)"
@@ -3510,12 +3511,14 @@ INPUT_INTRO = lazy_regex(
     r"explain|well-formatted|feedback|for the schema)\b"
 )
 QUOTED_NAMES = rf"{QUOTED}(?:,?(?: and| then)? {QUOTED}){{0,20}}"
-BARE_NAMES = r"[a-z][\w-]{0,40}(?:(?:,? and |,? then |, )[a-z][\w-]{0,40}){0,20}"
+BARE_NAME = r"(?!an? (?!and |then ))[a-z][\w-]{0,40}"
+BARE_NAMES = rf"{BARE_NAME}(?:(?:,? and |,? then |, ){BARE_NAME}){{0,20}}"
+NOUN = r"(?:(?:an?|the|its) )?[a-z][\w-]{0,40}"
 KEY_WORD = r"\b(?:keys?|fields?|properties|property|attributes?)\b"
 KEYS = lazy_regex(
     rf"({QUOTED_NAMES}) {KEY_WORD}"
-    rf"|\bobjects? (?:with|of) (?!(?:the(?:se)?|this|that|exactly|two|three|an?|one) )"
-    rf"(?!keys?\b|fields?\b|propert)({BARE_NAMES})"
+    rf"|\b(?:objects?|JSON) (?:with|of|containing) ({NOUN}(?:(?:,? and |, ){NOUN}){{1,20}})"
+    r"(?=[.,:;)\n]|\Z| (?:for|of|from|in|to)\b)"
     rf"|{KEY_WORD}(?: (?:named|called|of|are|is|one)){{0,3}}:? ?({QUOTED_NAMES}|{BARE_NAMES})"
 )
 PROSE_KEYS = lazy_regex(
@@ -3541,8 +3544,9 @@ def read_keys(prompt: Prompt, asked: str) -> list[str]:
         texts = [re.sub(r"\b(?:the|an?|its|all|\w+'s) | (?:of|from|in|for) [^,]+\Z", "", found[1])]
     for text in texts:
         parts = re.split(r",? and |,? then |, ", text)
-        names += [part.strip("\"'` ").replace(" ", "_") for part in parts]
-    return list(dict.fromkeys(filter(re.compile(r"(?!an?\Z|it\Z)[^\W\d][\w-]*\Z").match, names)))
+        parts = [re.sub(r"\A(?:an?|the|its) ", "", part.strip("\"'` ")) for part in parts]
+        names += [part.replace(" ", "_") for part in parts]
+    return list(dict.fromkeys(filter(re.compile(r"(?!it\Z)[^\W\d][\w-]*\Z").match, names)))
 
 
 def rank_example(prompt: Prompt, asked: list[str], example: tuple[str, str, str]) -> int:
@@ -3686,18 +3690,15 @@ LABELLED = lazy_regex(
 OPTION = lazy_regex(r" ?[\"'`]?(\w{1,12})\b")
 WRAPPED = lazy_regex(r"(?i)\btags?\b|\bin \W?<|wrap|inside|enclos|surround|between|ending|</|xml")
 TAG = lazy_regex(r"<([A-Za-z][\w-]{0,40})(?: [^<>]*)?>([^<>]{1,30}(?=</))?")
-WORDS_AFTER = lazy_regex(rf"(?:</[\w-]+>)? tags? (?:with|as|containing) ({WORDS_OFFERED})\W*\Z")
-WHERE = lazy_regex(r"</[\w-]+>,? where \w+ is ([^<>]{1,60})")
+AFTER_TAG = lazy_regex(
+    rf"(?:</[\w-]+>)?(?: tags? (?:with|as|containing) ({WORDS_OFFERED})\W*\Z"
+    r"|,? where \w+ is ([^<>]{1,60}))"
+)
 MARKER = lazy_regex(r"[`\"']([\[<=#*][\[<=#* ]{1,7}(\w{2,40})[\]>=#* ]{2,8})[`\"']")
 
 
 def read_marks(prompt: Prompt) -> WantedForm | None:
-    """Read elements for the answer to stand in, marks for it to stand below, or a ranking."""
-    if "] > [" in prompt.whole:
-        names = re.findall(r"(?m)^\[\d+\]", prompt.text) or re.findall(r"\[\d+\]", prompt.whole)
-        names = list(dict.fromkeys(names))
-        orders = [" > ".join(names[at:] + names[:at]) for at in range(len(names))]
-        return WantedForm("ranking", "\1order\1", {"order": {"enum": orders or ["[1]"]}})
+    """Read elements for the answer to stand in, or marks for it to stand below."""
     marks = dict(MARKER.findall(prompt.text)) if MARKER.search(prompt.whole) else {}
     if len(marks) > 1:
         schemas = {name: read_value(prompt, "", name) for name in marks.values()}
@@ -3712,12 +3713,11 @@ def read_marks(prompt: Prompt) -> WantedForm | None:
             tag, before = found[1], said[at : found.start()]
             shown[tag].update(dict.fromkeys(filter(None, [(found[2] or "").strip(".")])))
             offer = {"enum": [*shown[tag]]} if len(shown[tag]) > 1 else read_offer(before)
-            words = WORDS_AFTER.match(said, found.end())
-            where = WHERE.match(said, found.end())
-            offer = offer or (as_enum(words[1]) if words else {})
-            offer = read_numbers(where[1]) if where and not offer else offer
-            offer = offer or read_numbers(before) or read_value(prompt, "".join(shown[tag]), tag)
-            tags[tag], at = offer, found.end()
+            told = AFTER_TAG.match(said, found.end())
+            words, where = told.groups("") if told else ("", "")
+            offer = offer or as_enum(words) or read_numbers(where) or read_numbers(before)
+            tags[tag] = offer or read_value(prompt, "".join(shown[tag]), tag)
+            at = found.end()
     text = "\n".join(f"<{tag}>\1{tag}\1</{tag}>" for tag in tags)
     return WantedForm(f"elements {', '.join(tags)}", text, tags) if tags else None
 
@@ -3731,11 +3731,6 @@ def as_choice(schema: Item, text: str, name: str = "") -> WantedForm:
 
 def read_label(prompt: Prompt) -> WantedForm | None:
     """Read one line with a label, such as `ANSWER: $LETTER`, and what may stand behind it."""
-    mark = re.search(r"\\boxed\{|#### |\[RESULT\] ", prompt.whole)
-    if mark:
-        limit = read_numbers(prompt.whole[mark.end() :]) or read_numbers("0 to 100")
-        end = "}" * (mark[0][-1] == "{")
-        return as_choice(limit, f"\1\1\n\n{mark[0]}\1number\1{end}", "number")
     for found in LABELLED.finditer(prompt.whole):
         quoted, label, slot, end = found.groups()
         rest = prompt.whole[found.end() : found.end() + 200]
@@ -3757,8 +3752,39 @@ def read_label(prompt: Prompt) -> WantedForm | None:
     return None
 
 
+def read_ranking(prompt: Prompt) -> WantedForm | None:
+    """Read an order of numbers, `[2] > [1]`."""
+    if "] > [" not in prompt.whole:
+        return None
+    names = re.findall(r"(?m)^\[\d+\]", prompt.text) or re.findall(r"\[\d+\]", prompt.whole)
+    names = list(dict.fromkeys(names)) or ["[1]"]
+    orders = [" > ".join(names[at:] + names[:at]) for at in range(len(names))]
+    return as_choice({"enum": orders}, "\1answer\1")
+
+
+RESULT_MARK = lazy_regex(r"\\boxed\{|#### |\[RESULT\] ")
+
+
+def read_result(prompt: Prompt) -> WantedForm | None:
+    """Read a mark behind which a number ends the answer."""
+    mark = RESULT_MARK.search(prompt.whole)
+    if mark is None:
+        return None
+    limit = read_numbers(prompt.whole[mark.end() :]) or read_numbers("0 to 100")
+    end = "}" * mark[0].endswith("{")
+    return as_choice(limit, f"\1\1\n\n{mark[0]}\1number\1{end}", "number")
+
+
+ONLY_CODE = lazy_regex(
+    r"(?i)\b(?:only|just) (?:the |a |valid |raw )*(SQL|regex|code|command)(?! ?\w)"
+)
+
+
 def read_block(prompt: Prompt) -> WantedForm | None:
-    """Read a block of code."""
+    """Read a block of code, or nothing but code."""
+    only = ONLY_CODE.search(prompt.whole)
+    if only and not FENCED.match(prompt.whole):
+        return WantedForm(f"only {only[1]}", f"\1{only[1].lower()}\1")
     if not FENCED.match(prompt.whole) or "YAML" in prompt.whole:
         return None
     kinds = re.findall(r"```(\w+)", prompt.whole) + [kind for _, kind, _ in prompt.examples if kind]
@@ -3908,19 +3934,14 @@ def read_choice(prompt: Prompt) -> WantedForm | None:
     for read, said in itertools.product((read_offered, read_tail, read_restricted), asking):
         schema = read(prompt, said)
         if schema:
-            if schema.get("type") in ("integer", "number") and re.search(r"\byear\b", said):
-                return as_choice(schema, "\1year\1", "year")
+            if schema.keys() == {"type"} and schema["type"] in ("integer", "number"):
+                name = next(filter(NUMBERS.get, re.findall(r"\w+", said.lower())), "number")
+                return as_choice(schema, f"\1{name}\1", name)
             if schema == {"type": "boolean"} and "True" in said:
                 schema = {"enum": ["True", "False"]}
             if schema.get("enum") == ["Yes", "No"] and re.search("block|harm|unsafe", said):
                 schema = {"enum": ["No"]}
             return as_choice(schema, "[[\1answer\1]]" if "[[" in said else "\1answer\1")
-    only = re.search(
-        r"(?i)\b(?:only|just) (?:the |a |valid |raw )*(SQL|regex|code|command)(?! ?\w)",
-        prompt.whole,
-    )
-    if only:
-        return WantedForm(f"only {only[1]}", f"\1{only[1].lower()}\1")
     short = re.search(r"\b(?:one|single)[ -](line|sentence|word)\b", prompt.whole)
     name = "word" if short and short[1] == "word" else "description"
     return WantedForm(f"one {short[1]}", f"\1{name}\1") if short else None
@@ -3975,8 +3996,8 @@ def read_turns(messages: list[Item], texts: list[str]) -> WantedForm | None:
 
 
 FORM_READERS = (
-    read_marks, read_agent, read_json, read_said, read_block, read_shown, read_label, read_records,
-    read_list, read_choice, read_pairs,
+    read_ranking, read_marks, read_agent, read_json, read_said, read_block, read_shown,
+    read_result, read_label, read_records, read_list, read_choice, read_pairs,
 )  # fmt: skip
 RESULT = lazy_regex(
     r"(?i)\A\W*(?:observation|tool|result|output|returncode|error|format error|for context|"
