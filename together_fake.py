@@ -393,6 +393,14 @@ def redact(value: Any, secret: bool = False) -> Any:
 class Cut(Exception):
     """Raised by a stream to cut its connection."""
 
+    outcome = "cut"
+
+
+class Left(Cut):
+    """Raised by a stream whose client has left."""
+
+    outcome = "left"
+
 
 class Reply:
     """A whole answer: bytes with a status, or a stream of events."""
@@ -4624,8 +4632,8 @@ class Call:
                     self.excused = True
                 yield event
             outcome = "complete"
-        except Cut:
-            outcome = "cut"
+        except Cut as error:
+            outcome = error.outcome
             raise
         finally:
             if kept and kept[-1].endswith(DONE):  # who has this need not wait for the end
@@ -12565,7 +12573,7 @@ class UpstreamReader(io.RawIOBase):
                 size = self.sock.recv_into(buffer)
             has_left = size is None and getattr(self.client, "is_closed", False)
             if self.stopping.is_set() or has_left:
-                raise Cut
+                raise Left if has_left else Cut
             if time.monotonic() >= end:
                 raise socket.timeout
         if not size and self.head_end and self.begun:
