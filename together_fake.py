@@ -1373,7 +1373,7 @@ def count_short(text: str) -> int:
 
 
 def count_tokens(text: str) -> int:
-    """Return `len(split_tokens(text))`, of a long text piece by piece: others get their turn."""
+    """Count tokens, of a long text piece by piece, where a cut may add one: others get turns."""
     if len(text) <= MAX_REMEMBERED_TEXT:
         return count_short(text)
     starts = range(0, len(text), MAX_COUNTED_TEXT)
@@ -1540,7 +1540,9 @@ def make_vector(text: str, size: int, model_key: bytes) -> list[int]:
     lanes: list[int] = []
     for start in range(0, len(words), BLOCK_WORDS):
         block = words[start : start + BLOCK_WORDS]
-        total = sum([make_word_vector(model_key, size, word) for word in block])
+        is_short = max(map(len, block)) <= MAX_WORD_BYTES  # longer words are not remembered
+        make = make_word_vector if is_short else make_word_vector.__wrapped__
+        total = sum([make(model_key, size, word) for word in block])
         sums = struct.unpack(f"<{size + 1}H", total.to_bytes(2 * size + 2, "little"))
         lanes = list(map(operator.add, lanes, sums)) if lanes else list(sums)
     # One standard deviation above the mean: unrelated texts have a cosine of about 0.1.
@@ -2422,9 +2424,6 @@ LOOKED_AT = {
 VOCABULARY.update(
     (keyword, (shape, "no kind", lambda r, a, v, s: True)) for keyword, shape in LOOKED_AT.items()
 )
-OLDER = {  # keywords that are rewritten
-    "const", "dependencies", "dependentRequired", "exclusiveMaximum", "exclusiveMinimum", "items",
-}  # fmt: skip
 META_SCHEMA = lazy_regex(r"https?://json-schema\.org/draft[^#]*#")
 
 
@@ -2550,7 +2549,7 @@ class SchemaReader:
             elif name == "$ref":
                 argument = unquote(join_uri(self._names[1][id(schema)], argument))
             read[name] = argument
-        return read if OLDER.isdisjoint(read) else rewrite(read)
+        return rewrite(read)
 
     def _read_inner(self, argument: Any, shape: str, place: str) -> Any:
         if isinstance(argument, list):
@@ -3828,7 +3827,7 @@ LISTS = (
     (r"numbered list|ordered list", "\nN. "),
     (r"bullet|markdown list", "\n- "),
     (r"checklist", "\n- [ ] "),
-    (r"comma[ -]separated(?=\W*\Z|,| \w*(?:list|values?|\w+s)\b)|separated by commas", ", "),
+    (r"comma[ -]separated(?=\W*\Z|[,:]| \w*(?:list|values?|\w+s)\b)|separated by commas", ", "),
     (r"\b(?:one|each) (?:\w+ )?(?:per|on (?:a|its own)) line|separated by (?:new ?|line )", "\n"),
 )
 RECORD_SHAPE = lazy_regex(
@@ -3863,7 +3862,10 @@ def read_list(prompt: Prompt) -> WantedForm | None:
             return WantedForm("table", "\n".join([head, "|" + "---|" * len(names), *lines]))
         for pattern, before in LISTS:
             if re.search(pattern, said, re.I):
-                offered = find_offered(prompt, f"apply {said}") if before == ", " else []
+                offered = []
+                if before == ", ":
+                    named = said.rstrip(".").partition("separated: ")[2]
+                    offered = as_enum(named).get("enum") or find_offered(prompt, f"apply {said}")
                 pairs = list(map(", ".join, zip(offered, offered[1:])))
                 if pairs:
                     return as_choice({"enum": pairs}, "\1answer\1")
@@ -4943,8 +4945,10 @@ class Socket:
         elif is_last:
             self.hear(message)
 
-    def read_on(self, *came: Any) -> None:
+    def read_on(self, result: Any = None, error: Any = None) -> None:
         self.is_busy = False
+        if error is not None:  # no memory was left to hear it
+            self.closed = Closed(1011, "no memory is left")
         self.connection.hear(b"")
 
     def draw(self) -> Generator[Any, None, None]:
@@ -6808,7 +6812,7 @@ def arrange(keys: str, values: Mapping[str, Any]) -> Item:
 # The form of each engine's answers. To add one: a group here, its name in ENGINE_NAMES and `engine
 # NAME` in the catalogue. What a group lacks is as in the one that its heading names. It has the
 # keys of each object, in one kind of bodies or else in all (`whole`; the chunks `mark`, `opener`,
-# `thought`, `text`, `head` and `rest` of a call, `close` and `end`), and traits. Some in full:
+# `thought`, `text`, `head` and `rest` of a call, `close`, `usage`, `end`), and traits. In full:
 #   opens-calls                   alone, no stream of a text
 #   blank                         "" stands for reasoning and ids that a chunk has not
 #   marks                         two chunks of a tag come before reasoning
@@ -7520,7 +7524,7 @@ def choose_tools(body: Item) -> list[Item]:
         return offered[:1] if mode == "named" else []
     asked, done, ends = read_turn(body["messages"], [tool["name"] for tool in offered])
     final = find_final(body["messages"], offered)
-    is_passed = bool(done) and HANDS_OVER.search(done[-1])
+    is_passed = bool(done) and HANDS_OVER.search(done[-1] or "")
     if ends and (final or (mode == "auto" and not is_passed)):
         return final[:1]
     left = [tool for tool in offered if tool["name"] not in done and tool not in final]
@@ -8173,7 +8177,7 @@ def normalise_vectors(said: Item) -> Item:
     return {"vectors": given if list in map(type, given) else [given]}
 
 
-VECTORS = Keys("embedding:list[int|float|list[int|float:-3.4e38..3.4e38]]")
+VECTORS = Keys("embedding:list[int|float|list[int|float:-3.4e38..3.4e38]:-3.4e38..3.4e38]")
 SCRIPTED_VECTORS = ResponseType("embedding", VECTORS, normalise_vectors)
 
 
@@ -11983,7 +11987,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Tell who has left from who only reads on, which what is sent to them shows."""
         while self.unsent:
             yield ROOM
-        yield WAITING, functools.partial(self.server.stopping.wait, RESET_SECONDS)
+        yield RESET_SECONDS
         gone = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         self.end_call("left" if gone else "complete")
 
@@ -12294,10 +12298,12 @@ class HttpServer(http.server.ThreadingHTTPServer):
                     self.stopping.wait(0.01)
         for connection in list(self.clients):
             connection.close()
-        self.waiting.clear()
+        undone = [take for waiting in self.waiting.values() for _, take in waiting]
         with contextlib.suppress(OSError):  # a process that has just been forked has it, too
             self.socket.shutdown(socket.SHUT_RDWR)
-        self.close_sockets()
+        self.close_sockets()  # which lets go of their streams, and so ends those calls
+        for take in undone:
+            take(Reply())
 
     def serve_round(self) -> None:
         """Wait until something can be done, and do all of it."""
@@ -12473,13 +12479,14 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     def shorten_turns(self) -> None:
         """Have threads take turns more often, in the whole process, while workers are busy."""
-        before = bool(BUSY)
-        (BUSY.discard if self.idle == self.workers else BUSY.add)(self)
-        if BUSY and not before:
-            HttpServer.usual_turn = sys.getswitchinterval()
-            sys.setswitchinterval(min(TURN_SECONDS, HttpServer.usual_turn))
-        elif before and not BUSY:
-            sys.setswitchinterval(HttpServer.usual_turn)
+        with Shared._lock:  # another server's loop does so, too
+            before = bool(BUSY)
+            (BUSY.discard if self.idle == self.workers else BUSY.add)(self)
+            if BUSY and not before:
+                HttpServer.usual_turn = sys.getswitchinterval()
+                sys.setswitchinterval(min(TURN_SECONDS, HttpServer.usual_turn))
+            elif before and not BUSY:
+                sys.setswitchinterval(HttpServer.usual_turn)
 
     # The end
 
@@ -13159,8 +13166,7 @@ def make_probe(words: Mapping[str, Any]) -> Fixture:
     return fixture_from_keywords("assert_called", {**words, "latency": 0}, [*CALL_WORDS, "latency"])
 
 
-POLL_SECONDS = 0.005
-# What other libraries call it.
+POLL_SECONDS = 0.005  # between two looks; not by time.sleep(), which a test may patch
 
 
 def other_verb(meant: str) -> Any:
@@ -13284,7 +13290,7 @@ class Scripting:
         asked = [call for call in self.requests if call.number > since and is_inference(call)]
         refuse_lines("wrongs", judge_budget(asked, total_tokens, calls, at_once))
 
-    if not TYPE_CHECKING:  # no __getattr__, which would slow all attributes
+    if not TYPE_CHECKING:  # as other libraries call it; __getattr__ would slow all attributes
         respond = other_verb("reply()")
         on_message = other_verb("reply(user_message=...)")
         add_fixture = other_verb("reply() or load()")
@@ -13339,7 +13345,7 @@ class Scripting:
                 return calls
             if time.monotonic() >= end:
                 raise self._miscounted(operation, times, words, len(calls))
-            time.sleep(POLL_SECONDS)
+            threading.Event().wait(POLL_SECONDS)
 
     def wait_idle(self, timeout: float = 5) -> None:
         """Wait until every call has ended; fail after `timeout` seconds."""
@@ -13347,7 +13353,7 @@ class Scripting:
         while running := [call for call in self.requests if not call.has_ended]:
             if time.monotonic() >= end:
                 refuse_lines("still running", running)
-            time.sleep(POLL_SECONDS)
+            threading.Event().wait(POLL_SECONDS)
 
     def assert_all_matched(self) -> None:
         """Fail where no fixture answered a text (or what `on_miss` refuses)."""
@@ -13993,9 +13999,7 @@ class TogetherAiServer(Scripting, Shared):
             known = self._upstream is not None or f"{request.method} {path}" in scripted
             if not known or not path.startswith("/v"):
                 raise
-            route = Route(
-                f"{request.method} {path}"
-            )  # which is the upstream's or a fixture's to know
+            route = Route(f"{request.method} {path}")  # the upstream's or a fixture's to know
             read_loosely(request)
         return route
 
