@@ -3516,6 +3516,11 @@ FORMS = {
         "List those that apply, comma-separated: a, b, c.",
         "Name the labels, comma-separated: a, b, c",
     ),
+    "names from the text by one noun": (
+        r'\{"people": "(?:Anna Smith|Bob Jones)"\}',
+        "Extract the people in the text as JSON.\n\nText: then Anna Smith met Bob Jones",
+        "Please extract people as JSON.\n\nText: there Anna Smith saw Bob Jones",
+    ),
     "some of what is allowed": (
         r'\["(?:sport|tech|art)"(?:, "(?:sport|tech|art)")*\]',
         "Assign tags. Allowed tags: sport, tech, art. Return a JSON list.\n\nText: x",

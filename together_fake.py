@@ -123,7 +123,7 @@ if TYPE_CHECKING:
 __all__ = ["FAULTS", "ApiError", "Call", "TogetherAiServer", "main"]
 __version__ = "0.5.0"
 # pragma: allowlist nextline secret - the digest of this file without it; .ci/stamp.py
-RELEASED = "8b99bfcbb3154a8b39037528ed3fc857624289894e56ce0aa4813c896fe408e4"
+RELEASED = "6f745cd1aa656b4b4d7cf3cc766fb3d0d47ddebd6c1b3b7800922d6df97125ad"
 
 DEFAULT_PORT = 4863
 DEFAULT_RECORD_LIMIT = 1000  # calls
@@ -3547,7 +3547,7 @@ def read_keys(prompt: Prompt, asked: str) -> list[str]:
     lists = [items for before, items in prompt.lists.items() if re.search(KEY_WORD, before)]
     names = [head for items in lists for _, head in items]
     found = None if names or texts else PROSE_KEYS.search(asked)
-    if found and re.search(",| and ", found[1]):
+    if found and ("xtract" in found[0] or re.search(",| and ", found[1])):
         texts = [re.sub(r"\b(?:the|an?|its|all|\w+'s) | (?:of|from|in|for) [^,]+\Z", "", found[1])]
     for text in texts:
         parts = re.split(r",? and |,? then |, ", text)
