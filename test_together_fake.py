@@ -393,6 +393,8 @@ class BodyTests(FakeCase):
         deep = b'{"x": "%b", "y": %b}' % (b":" * 120_000, b"[" * 250 + b"]" * 250)
         with self.assertRaisesRegex(fake.ApiError, "nests deeper"):
             fake.parse_json(deep)
+        escapes = {"x": '\\" {[:,' * 60_000 + "\\"}
+        self.assertEqual(fake.parse_json(json.dumps(escapes).encode()), escapes)
         keys = b'{"a": {%b' % (b'"a" :1,' * 120_000)  # its end is never reached
         with self.assertRaisesRegex(fake.ApiError, "too many values"):
             fake.parse_json(keys)
