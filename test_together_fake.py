@@ -489,9 +489,9 @@ class TextTests(unittest.TestCase):
     def test_golden(self):
         self.assertEqual(
             fake.make_text(golden(2), 2),
-            "Near the coast, this clear journey explains a clear view of the whole, so it"
-            " pays to stay flexible. Besides, some problems solve themselves, because"
-            " curiosity keeps things moving.",
+            "Under an open sky, this clear journey needs a good deal of open debate, even if"
+            " patience matters more than talent. Besides, the simple version is usually right,"
+            " while some problems solve themselves.",
         )
 
     def test_lengths(self):
@@ -3802,7 +3802,7 @@ class PromptTests(LocalCase):
             server.answer(fake.Request("POST", CHAT, body, headers={"authorization": "Bearer k"}))
             self.assertEqual(server.requests[-1].form, "")
             content = server.requests[-1].reply["choices"][0]["message"]["content"]
-            self.assertNotIn("age", content)
+            self.assertNotIn('"age"', content)
 
 
 class ThoughtTests(LocalCase):

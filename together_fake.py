@@ -1,4 +1,4 @@
-# together_fake 0.5.0: a stand-in for the Together AI HTTP API, to be copied into a repository.
+# together_fake 0.6.0: a stand-in for the Together AI HTTP API, to be copied into a repository.
 # SPDX-License-Identifier: MIT
 # From the repository together_fake. To renew it, copy a newer together_fake.py over this file;
 # `python -m together_fake --version` says whether this one was changed since it was released.
@@ -120,7 +120,7 @@ if TYPE_CHECKING:
     TextMatch = Union[str, re.Pattern[str], Mapping[str, str]]  # a text, or a pattern
 
 __all__ = ["FAULTS", "ApiError", "Call", "TogetherAiServer", "main"]
-__version__ = "0.5.0"
+__version__ = "0.6.0"
 # pragma: allowlist nextline secret - the digest of this file without it; .ci/stamp.py
 RELEASED = "6f745cd1aa656b4b4d7cf3cc766fb3d0d47ddebd6c1b3b7800922d6df97125ad"
 
@@ -1099,249 +1099,119 @@ MAX_COUNTED_TEXT = 2**18  # characters of a text whose tokens are counted at onc
 MAX_REMEMBERED_TEXT = 1000  # of one whose number is remembered
 
 
-def phrases(text: str, first: str = " ", last: str = "") -> tuple[str, ...]:
+def phrases(text: str, first: str = " ") -> tuple[str, ...]:
     """Split a list at slashes and line ends; repeat it, so that any byte picks one."""
-    found = [first + phrase + last for phrase in text.replace("\n", "/").split("/")]
+    found = [first + phrase for phrase in text.replace("\n", "/").split("/")]
     return tuple(found * (256 // len(found)))
 
 
 # Every subject is singular, every verb fits a singular subject, every adjective may follow "a".
 DETERMINERS = phrases("a/the/this/every/one/each/that/a/the/some/any/a/the/our/your/their")
 ADJECTIVES = phrases("""\
-quiet/small/careful/gentle/simple/patient/steady/familiar/bright/calm/clear/modest/narrow/wide/warm
-cool/soft/slow/long/short/deep/light/plain/fresh/kind/brave/thoughtful/generous/playful/practical
-humble/curious/lively/peaceful/friendly/faithful/sturdy/rural/local/distant/nearby/hidden/silver
-golden/green/blue/grey/pale/wooden/little/large/useful/common/rare/natural/modern/timeless/seasonal
-daily/hopeful/graceful/tidy/mild/new""")
+quiet/small/careful/gentle/simple/patient/steady/familiar/bright/calm/clear/modest/narrow/warm/long
+short/fresh/kind/thoughtful/generous/practical/curious/lively/friendly/local/nearby/hidden/wooden
+little/common/modern/new""")
 NOUNS = phrases("""\
-garden/river/letter/library/kitchen/morning/evening/journey/question/answer/story/idea/plan/habit
-lesson/village/market/bridge/window/mountain/valley/forest/harbor/road/path/map/book/page/song
-melody/painting/workshop/project/team/teacher/student/neighbor/friend/traveler/gardener
-conversation/meeting/memory/pattern/signal/system/process/method/draft/design/tool/table/lamp/clock
-season/breeze/meadow/lake/island/shore/field/orchard/notebook/harvest""")
+garden/river/letter/library/kitchen/morning/evening/journey/question/story/idea/plan/habit/lesson
+village/market/bridge/window/valley/harbor/map/book/song/workshop/project/teacher/neighbor/friend
+meeting/method/notebook/season""")
 VERBS = phrases("""\
-rewards/invites/needs/brings/shows/teaches/suggests/supports/shapes/reflects/offers/reveals
-welcomes/deserves/inspires/encourages/protects/restores/explains/creates/provides/requires/promises
-values/holds/builds/lends/adds/gives/demands/calls for/points to""")
-OBJECTS = phrases("""\
-a steady kind of attention
-a little more patience
-the value of a good rest
-a sense of quiet order
-room for a second thought
-a clear view of the whole
-more than first meets the eye
-a feeling of shared purpose
-the comfort of routine
-a calm and open mind
-small signs of progress
-a fair balance of work and play
-the kind of trust that lasts
-simple answers to hard problems
-an honest look at the facts
-a slower and kinder pace
-new ways of seeing old things
-a lasting interest in detail
-the courage to begin again
-a good deal of practice
-time for the things that matter
-a fresh start for everyone
-both skill and good humor
-a warm welcome for strangers
-the pleasure of a task well done
-plenty of light and air
-a better grasp of the basics
-deep roots and wide branches
-a thread that ties things together
-the first step toward change
-useful hints for later
-a story worth telling twice""")
+rewards/invites/needs/brings/shows/teaches/suggests/supports/offers/reveals/deserves/inspires
+encourages/adds/requires/promises""")
+AMOUNTS = phrases("""\
+a sense of/a new kind of/the value of/a little more/the comfort of/a good deal of/a fair share of
+the pleasure of/plenty of/a fresh look at/a lasting interest in/a better grasp of/room for/time for
+the first signs of/a taste for""")
+QUALITIES = phrases("""\
+patience/quiet order/shared purpose/honest work/good humor/steady progress/careful practice/trust
+common sense/calm attention/careful thought/everyday courage/gentle change/open debate
+good advice/curiosity""")
 TAILS = phrases("""\
 over the course of a year
 when nobody is in a hurry
-long before the work is done
-in ways that are easy to miss/from the very first day
-as the days grow longer
+long before the work is done/from the very first day
 even on a rainy afternoon
-without any need for noise
 at almost every turn
 in the middle of a busy week
-once the basics are in place
 far more often than expected
 with a little help from others
-at the end of a long day
 one small step at a time
-before the first cup of tea
 when the evening light comes in
-as long as people stay curious
-in every part of the country
-after a short period of rest
 for those who take the time
 in the company of good friends
-whenever the weather allows it
-on both sides of the river
-by the time spring returns
-across many different fields
-through practice and repetition
-if the conditions are right
-in a way that feels natural/from one generation to the next
-without losing sight of the goal
-as any beginner soon finds out""", last=".")  # fmt: skip
+across many different fields/from one generation to the next
+as any beginner soon finds out""")
 CLAUSES = phrases("""\
 people notice the small details first
 a short walk clears the mind
-the best ideas arrive without much effort
+the best ideas arrive without effort
 clear notes save a lot of time
-the simple version is usually the right one
+the simple version is usually right
 good tools make slow work pleasant
 children ask the most useful questions
 a shared meal brings people together
 the weather sets the mood of the day
-careful reading pays off later
-small changes add up quickly
 there is more than one good answer
-the details decide the outcome
 most plans improve after a pause
 the numbers tell only part of the story
 a good question opens many doors
-the old path still leads home
-practice turns effort into ease
 everyone learns at a different speed
 the first draft is rarely the last
+a calm voice carries further""")
+CONJUNCTIONS = phrases("because/since/and/while/although/as/even if/and", ", ")
+REASONS = phrases("""\
+careful reading pays off later
+small changes add up quickly
+the details decide the outcome
+the old path still leads home
+practice turns effort into ease
 some problems solve themselves
-a calm voice carries further
-the light changes from hour to hour
 good company shortens any road
-the work feels lighter in the morning
-a clean desk helps the mind settle
-mistakes are often the best teachers
-the quiet hours are the most productive
+the morning makes work lighter
+mistakes are good teachers
 patience matters more than talent
 water finds its own way
 a second look reveals new patterns
-nothing has to be perfect at once""")
-CAUSES = phrases("""\
-because good work takes time
-since every place has its own pace
-so there is no need to rush
-while the rest can safely wait
-and the results speak for themselves
-because simple things tend to last
-which makes the next step easier
-and that is often enough
-so the outcome stays open
-because nobody sees the whole picture
-and a little order helps
-which is a comfort to many
-since the basics rarely change
-so it pays to stay flexible
-and most people come to agree
-because trust grows slowly
-while the seasons come and go
-and the effort is soon repaid
-which leaves room for surprise
-because curiosity keeps things moving
-so a clear plan is worth having
-and few would want it otherwise
-since balance is easily lost
-because small habits shape long years
-which explains its lasting appeal
-and there is always more to learn
-so a short break does no harm
-because the details matter
-while the main idea stays the same
-and the view is better from there
-since good advice is hard to find
-which is how most good things begin""", ", ", ".")  # fmt: skip
+nothing has to be perfect
+simple things tend to last
+trust grows slowly
+there is always more to learn""")
 STEPS = phrases("""\
 start with a short list
-leave room for a second try
 look at the problem from both sides
 ask a friend for an honest opinion
 write down what is already known
-keep the first version small
 compare the options side by side
-rest before making a decision
-read the instructions twice
-measure before and after each change
 begin with the part that is clear
-listen before offering an answer
-put the hardest task first
-take a walk and come back later
 explain the idea in plain words
 check the facts one more time""")
 OPENINGS = phrases("""\
-In most places,
-As a rule,
-On a calm day,
-In the long run,
-For many people,
-More often than not,
-In quiet moments,
-At first glance,
-With some practice,
-Over the years,
-In a small way,
-Under an open sky,
-Near the coast,
-In the early hours,
-By all accounts,
-To a curious mind,""")
+In most places,/As a rule,/On a calm day,/In the long run,/For many people,/More often than not,
+In quiet moments,/At first glance,/With some practice,/Over the years,/In a small way,
+Near the coast,/Under an open sky,/In the early hours,/By all accounts,/To a curious mind,""")
 LINKS = phrases("""\
-At the same time,
-Even so,
-For the same reason,
-In much the same way,
-After a while,
-Of course,
-As a result,
-On the other hand,
-Besides,
-In turn,
-Once in a while,
-Most of all,
-In the end,
-Little by little,
-Of all these things,
-Seen in this light,""")
+At the same time,/Even so,/For the same reason,/In much the same way,/After a while,/Of course,
+As a result,/On the other hand,/Besides,/In turn,/Once in a while,/Most of all,/In the end,
+Little by little,/Of all these things,/Seen in this light,""")
 RESULTS = phrases("""\
-The result
-Such a choice
-This way of working
-All of this
-The whole experience
-That simple fact
-Such an approach
-The idea behind it
-This kind of care
-Each of these steps
-Every part of it
-The long tradition
-That sort of thing
-The effort
-Such a view
-The change""")
+The result/Such a choice/This way of working/All of this/The whole experience/That simple fact
+Such an approach/The idea behind it/This kind of care/Each of these steps/Every part of it
+The long tradition/That sort of thing/The effort/Such a view/The change""")
 ADVICE = phrases("""\
-It helps to
-It is wise to
-It is often enough to
-The best step is to
-One good way is to
-It never hurts to
-A sensible rule is to
-It is worth the time to""")
+It helps to/It is wise to/It is often enough to/The best step is to/One good way is to
+It never hurts to/A sensible rule is to/It is worth the time to""")
 
 SUBJECT = (DETERMINERS, ADJECTIVES, NOUNS)
-NEW_SUBJECT = (tuple(" " + word[1:].capitalize() for word in SUBJECT[0]), ADJECTIVES, NOUNS)
-PREDICATE = (VERBS, OBJECTS, TAILS)
+PREDICATE = (VERBS, AMOUNTS, QUALITIES)
+CAUSE = (CONJUNCTIONS, REASONS)
 OPENING_FORMS = (
-    (*NEW_SUBJECT, *PREDICATE), (OPENINGS, *SUBJECT, VERBS, OBJECTS, CAUSES),
-    (OPENINGS, CLAUSES, CAUSES), (*NEW_SUBJECT, VERBS, OBJECTS, CAUSES),
+    (*SUBJECT, *PREDICATE, TAILS), (OPENINGS, *SUBJECT, *PREDICATE, *CAUSE),
+    (OPENINGS, CLAUSES, *CAUSE), (*SUBJECT, *PREDICATE, *CAUSE),
 )  # fmt: skip
 LATER_FORMS = (
-    OPENING_FORMS[0], (LINKS, CLAUSES, CAUSES), (RESULTS, *PREDICATE), (ADVICE, STEPS, CAUSES),
-    (LINKS, *SUBJECT, *PREDICATE), (RESULTS, VERBS, OBJECTS, CAUSES), (OPENINGS, CLAUSES, CAUSES),
-    (ADVICE, STEPS, TAILS),
+    OPENING_FORMS[0], (LINKS, CLAUSES, *CAUSE), (RESULTS, *PREDICATE, TAILS),
+    (ADVICE, STEPS, *CAUSE), (LINKS, *SUBJECT, *PREDICATE, TAILS), (RESULTS, *PREDICATE, *CAUSE),
+    (OPENINGS, CLAUSES, *CAUSE), (ADVICE, STEPS, TAILS),
 )  # fmt: skip
 PLACES = 8  # of a sentence in a text, which have sentences of their own
 
@@ -1374,7 +1244,8 @@ def make_sentence(place: int, number: int) -> tuple[str, int]:
     """Write one of a place's 256 sentences, and count its tokens."""
     rng = HashRandom(b"sentence").child(place, number)
     tables = rng.choice(LATER_FORMS if place else OPENING_FORMS)
-    text = "".join([rng.choice(table) for table in tables])
+    words = "".join([rng.choice(table) for table in tables])
+    text = f" {words[1].upper()}{words[2:]}."
     return text, count_tokens(text)
 
 
@@ -1398,31 +1269,17 @@ def make_text(rng: HashRandom, sentences: int | None = None) -> str:
     return make_prose(rng, sentences)[0][1:]
 
 
-TASKS = phrases("""\
-answer in a helpful way
-keep the answer short and clear
-find out what is really being asked
-look at the question first
-stay close to the facts
-choose a friendly tone
-consider what the reader needs
-weigh a few possible answers""")
 REQUESTS = phrases("""\
-asks for a direct reply
-wants something they can use
-seems to expect a few sentences
-gives enough context to begin
-asks an open question
-wants a clear explanation
-does not ask for a long list
-likely knows the basics""")
+asks for a direct reply/wants something they can use/seems to expect a few sentences
+gives enough context to begin/asks an open question/wants a clear explanation
+does not ask for a long list/likely knows the basics""")
 
 
 def make_thought(rng: HashRandom) -> str:
-    data = rng.randbytes(4)
+    data = rng.randbytes(5)
     return (
-        f"We need to{TASKS[data[0]]}. The user{REQUESTS[data[1]]}. So it is best to"
-        f"{STEPS[data[2]]} and then mention{OBJECTS[data[3]]}."
+        f"We need to{STEPS[data[0] & 254]}. The user{REQUESTS[data[1]]}. So it is best to"
+        f"{STEPS[data[2] | 1]} and then mention{AMOUNTS[data[3]]}{QUALITIES[data[4]]}."
     )
 
 
