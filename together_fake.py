@@ -1529,105 +1529,55 @@ PALETTES = phrases("""\
 2d2a55 f08a6c ffd9a0 a35d78 241f3d
 0d1530 3c5480 f4f1de 2f4468 0a1022
 4a9bd6 dff1f7 fffbe6 9cc7c4 2f6b55
-7cc4b5 f3f5dc fffdf0 a5cfae 2c5f5a
 e8b77a fbe6c2 fff8e8 d99a6c 7a3f35
 c98bab fbe3dc fff4ea c58ca2 5a3358
-a9cbb7 eef3dc ffffff 8fb38d 1f4037
-1f5f8b a8dadc fdf0d5 5fa8bd 12344d
-6c63a8 e6d5f0 fff3e6 a694c9 34295a
-d98555 f9dfa8 fff6d6 c9733f 4e2a1e
 8fb8de eef6fb ffffff b4cfe4 41607f
-3a1c3f e4572e ffd07b 8f2f4a 1d0f26
-062c36 2a8c82 e9f5db 1d6a6a 04191f
-b59f84 efe3cc fffaf0 b39a7c 52432f
-141e46 41b3a3 f6fff8 2b6777 0b132b""")
+062c36 2a8c82 e9f5db 1d6a6a 04191f""")
 # Layers from far to near: the shape and its height in percent of the picture's smaller side.
 SCENES = phrases("""\
 peaks-20 peaks-16 hills-9 hills-7
 hills-8 hills-9 hills-9 hills-8 hills-7
 peaks-18 hills-6 hills-4 hills-8
-peaks-13 waves-1 waves-1 waves-1 waves-2
 peaks-12 peaks-12 peaks-11 peaks-10 peaks-8
 hills-9 peaks-9 hills-6 hills-8
-peaks-14 hills-8 waves-1 waves-1
-peaks-14 peaks-9 hills-5 waves-1""")
-# One turn of a smooth wave and of a jagged one, from -256 to 256 in 1024 steps.
-WAVE = [step * (512 - step) >> 8 for step in range(512)]
-WAVE += [-height for height in WAVE]
-FOLD = [abs(step - 512) - 256 for step in range(1024)]
-# The waves that make a shape: their turns from left to right, and how much each counts of 8.
-RIDGES = {
-    "hills": (WAVE, ((1, 5), (4, 3))), "waves": (WAVE, ((14, 5), (23, 3))),
-    "peaks": (FOLD, ((1, 4), (3, 3), (8, 1))),
-}  # fmt: skip
-HALOS = ((12, 25, 36), (26, 16, 36), (65, 11, 8), (100, 10, 1))  # light, size and shades
-
-
-@functools.lru_cache(maxsize=16)
-def scale_wave(shape: str, weight: int) -> list[int]:
-    return [height * weight for height in RIDGES[shape][0]]
-
-
-def outline(data: bytes, shape: str, width: int) -> list[int]:
-    """Draw a height from -256 to 256 for each column."""
-    heights = [0] * width
-    for (turns, weight), extra, start in zip(RIDGES[shape][1], data, data[4:]):
-        table, step = scale_wave(shape, weight), (turns * 1024 + 4 * extra << 10) // width
-        places = range(start << 12, (start << 12) + step * width, step)
-        heights = list(map(operator.add, heights, [table[at >> 10 & 1023] for at in places]))
-    return [height >> 3 for height in heights]
+peaks-14 peaks-9 hills-5 hills-3
+peaks-9 hills-12 peaks-6 hills-5
+hills-6 hills-5 hills-4 hills-3 hills-2""")
+HALOS = ((12, 25), (26, 16), (65, 11), (100, 10))  # of the sun: light and size in percent
+HILLS = 5  # of a layer
 
 
 def blend(one: bytes, other: bytes, share: int, whole: int = 100) -> bytes:
     return bytes([a + (b - a) * share // whole for a, b in zip(one, other)])
 
 
-class Canvas:
-    """A picture of things in front of each other; a thing is a smooth change of colour.
+def outline(shape: str, width: int, height: int) -> list[int]:
+    """Return how far a thing reaches to either side in each row, from its top down."""
+    if shape == "peaks":
+        return [width * down // height for down in range(height)]
+    return [width * math.isqrt(height**2 - up**2) // height for up in range(height, 0, -1)]
 
-    What happens on the way down is kept by row, with one row more below the picture: in a
-    column, thing `new` replaces those up to `limit`. Thing 0 is behind all others.
-    """
+
+class Canvas:
+    """A picture whose things are painted over each other, the nearest last."""
 
     def __init__(self, width: int, height: int) -> None:
         self.width = width
-        self.height = height
-        # a column, a limit and what is new as one number: tuples would wake the garbage collector
-        self.steps: list[list[int]] = [[] for _ in range(height + 1)]
-        self.columns: list[bytes] = []  # of each thing: the palette index in every row
+        # Palette indices behind a zero byte, as a PNG has them.
+        self.rows: list[Any] = [bytearray(1 + width) for _ in range(height)]
         self.palette = b""
 
-    def add(self, first: bytes, last: bytes, shades: int, top: int, bottom: int) -> int:
-        """Add a thing of one colour at `top` and another at `bottom`."""
+    def paint(
+        self, x: int, top: int, outline: Sequence[int], first: bytes, last: bytes, shades: int
+    ) -> None:
+        """Paint a thing around a column, from one colour at its top to another."""
         offset = len(self.palette) // 3
-        cuts = [top + (bottom - top) * shade // shades for shade in range(1, shades)]
-        cuts = [0, *[min(max(cut, 0), self.height) for cut in cuts], self.height]
-        rows = [bytes([offset + i]) * (cuts[i + 1] - cuts[i]) for i in range(shades)]
-        self.columns.append(b"".join(rows))
         self.palette += b"".join([blend(first, last, shade, shades) for shade in range(shades)])
-        return len(self.columns) - 1
-
-    def paint(self, left: int, rows: list[int], limit: int, new: int) -> None:
-        """Change things below the given rows of the columns from `left` on."""
-        change, steps, last = limit << 8 | new, self.steps, self.height
-        rows = rows[max(0, -left) : max(0, self.width - left)]
-        for column, row in enumerate(rows, max(0, left) + 1):
-            steps[0 if row < 0 else last if row > last else row].append(column << 16 | change)
-
-    def rows(self) -> list[bytes]:
-        """Return the rows, palette indices behind a zero byte, as a PNG has them."""
-        rows = []
-        row = bytearray([255]) + bytes(self.width)  # 255 becomes the filter byte 0
-        shades, line, last = b"".join(self.columns), b"", b""
-        for index, steps in zip(range(self.height), self.steps):
-            for step in steps:
-                if row[step >> 16] <= step >> 8 & 255:
-                    row[step >> 16] = step & 255
-            table = shades[index :: self.height]  # of all things in this row
-            if steps or table != last:
-                line, last = bytes(row.translate(table.ljust(256, b"\0"))), table
-            rows.append(line)
-        return rows
+        for down, reach in enumerate(outline):
+            left, right = max(1, x - reach), min(self.width, x + reach) + 1
+            if 0 <= top + down < len(self.rows) and left < right:
+                colour = bytes([offset + down * shades // len(outline)])
+                self.rows[top + down][left:right] = colour * (right - left)
 
 
 def paint_landscape(rng: HashRandom, width: int, height: int) -> Canvas:
@@ -1635,28 +1585,28 @@ def paint_landscape(rng: HashRandom, width: int, height: int) -> Canvas:
     data = rng.randbytes(64)
     codes, scene = PALETTES[data[3]].split(), SCENES[data[4]].split()
     top, horizon, sun, far, near = [blend(bytes.fromhex(code), data[:3], 3) for code in codes]
-    side, skyline = min(width, height), height * (42 + data[5] % 24) // 100
+    side, skyline = min(width, height), max(1, height * (42 + data[5] % 24) // 100)
     canvas = Canvas(width, height)
-    canvas.add(top, horizon, 80, 0, skyline)
+    canvas.paint(0, 0, [width] * skyline, top, horizon, 80)
     x, y = width * (12 + data[6] % 76) // 100, skyline * (25 + data[7] % 70) // 100
-    for light, size, shades in HALOS:
+    for light, size in HALOS:
         radius = side * (5 + data[8] % 7) * size // 1000
-        half = [math.isqrt(radius * radius - step * step) for step in range(-radius, radius + 1)]
-        thing = canvas.add(blend(top, sun, light), blend(horizon, sun, light), shades, 0, skyline)
-        canvas.paint(x - radius, [y - rows for rows in half], thing - 1, thing)
-        canvas.paint(x - radius, [y + rows + 1 for rows in half], thing, thing - 1)
-    behind, deep = horizon, (height - skyline) // len(scene)
+        half = outline("hills", radius, radius)
+        rows = max(0, y - radius), min(y + radius, skyline)
+        first, last = [blend(blend(top, horizon, row, skyline), sun, light) for row in rows]
+        canvas.paint(x, y - radius, half + half[::-1], first, last, 12)
+    deep = (height - skyline) // len(scene)
     for place, layer in enumerate(scene):
         shape, _, percent = layer.partition("-")
         base, swell = skyline + deep * place, side * int(percent) // 100
-        colour = blend(far, near, place, len(scene) - 1)
+        colour, drawn = blend(far, near, place, len(scene) - 1), data[9 + 11 * place :]
+        for hill in range(HILLS):
+            tall = swell * (130 + drawn[hill]) // 256
+            x = width * (25 * hill + drawn[hill + HILLS] % 25) // 100
+            reach = width * (26 + drawn[hill] % 25) // 100
+            canvas.paint(x, base - tall, outline(shape, reach, tall), colour, colour, 1)
         mist = blend(colour, horizon, 30)
-        edge = canvas.add(blend(colour, behind, 50), colour, 1, 0, 1)
-        thing = canvas.add(colour, mist, 16, base - swell, base + deep + swell)
-        line = [height * swell >> 7 for height in outline(data[9 + 8 * place :], shape, width)]
-        canvas.paint(0, [base - (step >> 1) - (step & 1) for step in line], edge - 1, edge)
-        canvas.paint(0, [base - (step >> 1) for step in line], thing - 1, thing)
-        behind = mist
+        canvas.paint(0, base, [width] * (height - base), colour, mist, 16)
     return canvas
 
 
@@ -1664,12 +1614,15 @@ def make_image(rng: HashRandom, width: int, height: int, format: str = "png") ->
     """Paint a landscape; a PNG's pixels and a JPEG's bytes are the same on every machine."""
     if format == "png":
         canvas = paint_landscape(rng, width, height)
-        return encode_png(width, height, canvas.rows(), canvas.palette)
+        return encode_png(width, height, canvas.rows, canvas.palette)
     # Whole blocks of two by two colours; a decoder cuts off what the size does not include.
     canvas = paint_landscape(rng, (width + 7) // 8 * 2, (height + 7) // 8 * 2)
-    return encode_jpeg(width, height, canvas.rows(), canvas.palette)
+    return encode_jpeg(width, height, canvas.rows, canvas.palette)
 
 
+# One turn of a smooth wave from -256 to 256 in 1024 steps.
+WAVE = [step * (512 - step) >> 8 for step in range(512)]
+WAVE += [-height for height in WAVE]
 CHARACTER_MS = 60  # of speech
 MAX_SPEECH_CHARACTERS = 5000
 ENCODINGS = {"pcm_f32le": "f", "pcm_s16le": "h"}  # the struct code of a sample
