@@ -666,7 +666,7 @@ class MediaTests(unittest.TestCase):
             self.assertEqual((file.getframerate(), file.getnframes()), (44100, 10584))
 
     def test_speech_golden(self):
-        heads = ["2876d2278526", "e0a4aa91d038"]
+        heads = ["6323c6b5674d", "8e41bac6f9ff"]
         for encoding, wanted in zip(fake.ENCODINGS, heads):
             samples = fake.make_speech(golden(1), "Hello there, friend", 16000, encoding)
             self.assertEqual(hashlib.sha256(samples).hexdigest()[:12], wanted)

@@ -1626,20 +1626,14 @@ WAVE += [-height for height in WAVE]
 CHARACTER_MS = 60  # of speech
 MAX_SPEECH_CHARACTERS = 5000
 ENCODINGS = {"pcm_f32le": "f", "pcm_s16le": "h"}  # the struct code of a sample
-# Letters with the strength of three harmonics and the loudness of 16; others hum quietly.
-VOICES = {
-    **dict.fromkeys("aA", (4, 4, 3, 16)), **dict.fromkeys("eE", (5, 2, 4, 14)),
-    **dict.fromkeys("iI", (6, 1, 3, 12)), **dict.fromkeys("oO", (5, 4, 1, 15)),
-    **dict.fromkeys("uU", (7, 3, 0, 12)), **dict.fromkeys(".,;:!?-()\"'\n\t ", (7, 2, 0, 0)),
-}  # fmt: skip
+VOWELS, PAUSES = "aeiouAEIOU", ".,;:!?-()\"'\n\t "
 
 
-def make_period(voice: tuple[int, ...], size: int, encoding: str) -> bytes:
-    """Return one period of a voice in so many samples, from 0 to 0."""
-    one, two, three, loudness = voice
+def make_period(loudness: int, size: int, encoding: str) -> bytes:
+    """Return one period of a hum, of three harmonics, in so many samples, from 0 to 0."""
     turn = [1024 * step // size for step in range(size)]
     samples = [
-        (WAVE[t] * one + WAVE[2 * t & 1023] * two + WAVE[3 * t & 1023] * three) * loudness >> 1
+        (WAVE[t] * 5 + WAVE[2 * t & 1023] * 3 + WAVE[3 * t & 1023] * 2) * loudness >> 1
         for t in turn
     ]
     if encoding == "pcm_f32le":
@@ -1658,7 +1652,8 @@ def make_speech(rng: HashRandom, text: str, sample_rate: int, encoding: str) -> 
         size = max(sample_rate // (pitch + data[place >> 3 & 63] % 3 * 8), 2)
         end = sample_rate * CHARACTER_MS * (place + 1) // 1000
         count = max(-((at - end) // size), 0)
-        parts.append(hum_once(VOICES.get(letter, (7, 2, 0, 5)), size, encoding) * count)
+        loudness = 14 if letter in VOWELS else 0 if letter in PAUSES else 5
+        parts.append(hum_once(loudness, size, encoding) * count)
         at += count * size
     width = struct.calcsize(ENCODINGS[encoding])
     return b"".join(parts)[: sample_rate * CHARACTER_MS * len(text) // 1000 * width]
