@@ -11346,7 +11346,6 @@ MAX_GATHERED_BYTES = 64 * 2**10  # of replies or events that are at hand, sent a
 MAX_REMEMBERED_HEADS = 128  # of requests, so that they need not be taken apart again
 
 RECEIVE_BYTES = 64 * 2**10  # taken at once
-MAX_RECEIVE_BYTES = 2**20  # likewise, of a body whose length is known
 LAST_CHUNK = b"0\r\n\r\n"
 IDLE, PARTIAL = "idle", "partial"  # a new request is to come, or the rest of one
 SINGLE = {"content-length", "host", "transfer-encoding"}  # refused when repeated
@@ -11429,6 +11428,11 @@ def parse_fields(lines: str) -> Headers:
     return headers
 
 
+def check_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise ApiError("too_large", size=size, limit=limit)
+
+
 def clean_header(text: str) -> str:
     return text if text.isprintable() else UNSAFE.sub("", text)
 
@@ -11479,7 +11483,6 @@ class RequestReader:
         self.data = b""  # what has come
         self.at = 0  # what stands before has been used
         self.head: Any = None  # of the latest request
-        self.wanted = RECEIVE_BYTES  # to be received at once
 
     def feed(self, data: bytes) -> None:
         self.data, self.at = self.data[self.at :] + data, 0
@@ -11528,35 +11531,28 @@ class RequestReader:
 
     def read_body(self, head: Head) -> Generator[str, None, bytes]:
         """Return a body by its length or its chunks, after a wished-for 100 Continue."""
-        self.check_size(head.size)
+        limit = self.server.app._limit_body(Request(head.method, head.path, headers=head.fields))
+        check_size(head.size, limit)
         waits = head.fields.get("expect", "").lower() == "100-continue" and head.minor != "0"
         if waits and not self.count_unused():
             self.say(b"HTTP/1.1 100 Continue\r\n\r\n")
-        return (yield from self.read_chunks() if head.coding else self.read_exactly(head.size))
-
-    def check_size(self, size: int) -> None:
-        asked = Request(self.head.method, self.head.path, headers=self.head.fields)
-        limit = self.server.app._limit_body(asked)
-        if size > limit:
-            raise ApiError("too_large", size=size, limit=limit)
+        chunked = self.read_chunks(limit)
+        return (yield from chunked if head.coding else self.read_exactly(head.size))
 
     def read_exactly(self, size: int) -> Generator[str, None, bytes]:
         """Return the next `size` bytes."""
         body = io.BytesIO()  # gives its bytes away without a copy
         self.at += body.write(self.data[self.at : self.at + size])
         while missing := size - body.tell():
-            self.wanted = max(RECEIVE_BYTES, min(missing, MAX_RECEIVE_BYTES))
             yield PARTIAL
             self.at = body.write(self.data[:missing])
-        self.wanted = RECEIVE_BYTES
         return body.getvalue()
 
-    def read_chunks(self) -> Generator[str, None, bytes]:
+    def read_chunks(self, limit: int) -> Generator[str, None, bytes]:
         """Return a body that comes in chunks; its trailers are read and dropped."""
         body = bytearray()
         while size := int((yield from self.read_line(CHUNK_LINE))[1], 16):
-            if len(body) + size > MAX_JSON_BYTES:
-                self.check_size(len(body) + size)
+            check_size(len(body) + size, limit)
             body += yield from self.read_exactly(size)
             yield from self.read_line(CHUNK_END)
         for _ in range(MAX_HEADERS + 1):
@@ -11574,102 +11570,91 @@ class RequestReader:
         return match
 
 
-class ReplyWriter:
-    """Makes bytes of replies; the headers that all of one second share are made once."""
+@functools.lru_cache(maxsize=1)
+def common_headers(second: int) -> tuple[str, str]:
+    """Return the headers of every reply in a second of Unix time, and those of answers."""
+    date = formatdate(second, usegmt=True)
+    return f"Server: together-fake\r\nDate: {date}\r\n", API_TIMES.format(at=format_time(second))
 
-    def __init__(self) -> None:
-        self.second = 0  # Unix time of those headers
-        self.common = ""
-        self.api_times = ""  # those of answers
 
-    def write_whole(self, reply: Reply, head: Any, closes: bool) -> tuple[bytes, bytes]:
-        start = self.write_head(reply, head, closes, f"Content-Length: {len(reply.body)}\r\n")
-        ends = head.method == "HEAD" or reply.status in BODILESS
-        return start, b"" if ends else reply.body
+def answer_headers(reply: Reply, times: str) -> str:
+    """Return the headers that production gives every answer, made of its id."""
+    id = clean_header(reply.id)
+    own = id[-17:-16] == "-"  # in Together's form; there are others
+    ray = id[-16:] if own else hashlib.blake2b(id.encode(), digest_size=8).hexdigest()
+    trace = f"{ray[:8]}-{ray[8:12]}-4{ray[1:4]}-a{ray[4:7]}-{ray[:12]}"
+    etag = f'etag: W/"{len(reply.body):x}-{id}"\r\n' if reply.events is None else ""
+    return (
+        f"x-request-id: {id}\r\n{times}cf-ray: {ray}-SEA\r\n"
+        f"x-amzn-trace-id: {trace}-noamzn\r\n{etag}"
+    )
 
-    def write_events(self, reply: Reply, head: Any, closes: bool) -> Iterator[Any]:
-        """Yield the bytes of a stream, as many as are at hand, and seconds to pause between.
 
-        The first events leave with the head, the last ones with the end.
-        """
-        events: Iterable[Any] = reply.events or ()
-        size = reply.headers.get("Content-Length")
-        framing = CHUNKED if head.minor != "0" else ""
-        if size is None:
-            reply.headers = {**UNCACHED, **reply.headers}
-        else:
-            framing = f"Content-Length: {size}\r\n"
-        start = self.write_head(reply, head, closes, framing)
-        frame: Callable[[Any], bytes] = frame_chunk if framing is CHUNKED else bytes
-        last = LAST_CHUNK if framing is CHUNKED else b""
-        if head.method == "HEAD":
-            events, last = (), b""
-        drawn = bytearray()
-        most = 1 if reply.waits else MAX_GATHERED_BYTES
-        has_begun = False
-        try:
-            for event in events:
-                pauses = type(event) is float
-                if not pauses:
-                    drawn += event
-                    has_begun = True  # if only with b"", so that the head leaves
-                    if len(drawn) < most:
-                        continue
-                if drawn or (start and has_begun):
-                    yield start + frame(drawn)
-                    start, drawn = b"", bytearray()
-                if pauses:
-                    yield event
-        except Exception:  # what was drawn before is sent
-            if drawn:
+def write_head(reply: Reply, head: Head, closes: bool, framing: str) -> bytes:
+    """Return the status line and the headers; `framing` tells where the reply ends."""
+    fields, times = common_headers(int(time.time()))
+    if reply.reader:
+        fields += CROSS_ORIGIN if reply.reader == "*" else CROSS_ORIGIN.replace("*", reply.reader)
+    for name, value in reply.headers.items():
+        if name.lower() not in OWN:
+            fields += clean_header(f"{name}: {value}") + "\r\n"
+    if reply.id:
+        fields += answer_headers(reply, times)
+    if reply.status not in BODILESS:
+        fields += f"Content-Type: {clean_header(reply.content_type)}\r\n{framing}"
+    if reply.handler is not None:
+        fields += "Connection: Upgrade\r\n"
+    elif closes:
+        fields += "Connection: close\r\n"
+    elif head.minor == "0":
+        fields += "Connection: keep-alive\r\n"
+    reason = http.client.responses.get(reply.status, "")
+    lines = f"HTTP/1.1 {reply.status} {reason}\r\n{fields}\r\n"
+    return lines.encode("latin-1", "replace")
+
+
+def write_whole(reply: Reply, head: Head, closes: bool) -> tuple[bytes, bytes]:
+    start = write_head(reply, head, closes, f"Content-Length: {len(reply.body)}\r\n")
+    ends = head.method == "HEAD" or reply.status in BODILESS
+    return start, b"" if ends else reply.body
+
+
+def write_events(reply: Reply, head: Head, closes: bool) -> Iterator[Any]:
+    """Yield the bytes of a stream, as many as are at hand, and seconds to pause between.
+
+    The first events leave with the head, the last ones with the end.
+    """
+    size = reply.headers.get("Content-Length")
+    is_chunked = size is None and head.minor != "0"
+    framing = "" if size is None else f"Content-Length: {size}\r\n"
+    if size is None:
+        reply.headers = {**UNCACHED, **reply.headers}
+    start = write_head(reply, head, closes, CHUNKED if is_chunked else framing)
+    frame: Callable[[Any], bytes] = frame_chunk if is_chunked else bytes
+    events, last = reply.events, LAST_CHUNK if is_chunked else b""
+    if head.method == "HEAD":
+        events, last = (), b""
+    drawn = bytearray()
+    most = 1 if reply.waits else MAX_GATHERED_BYTES
+    has_begun = False
+    try:
+        for event in events:
+            pauses = type(event) is float
+            if not pauses:
+                drawn += event
+                has_begun = True  # if only with b"", so that the head leaves
+                if len(drawn) < most:
+                    continue
+            if drawn or (start and has_begun):
                 yield start + frame(drawn)
-            raise
-        yield start + frame(drawn) + last
-
-    def write_head(self, reply: Reply, head: Any, closes: bool, framing: str) -> bytes:
-        """Return the status line and the headers; `framing` tells where the reply ends."""
-        fields = self.common_headers()
-        if reply.reader:
-            fields += (
-                CROSS_ORIGIN if reply.reader == "*" else CROSS_ORIGIN.replace("*", reply.reader)
-            )
-        for name, value in reply.headers.items():
-            if name.lower() not in OWN:
-                fields += clean_header(f"{name}: {value}") + "\r\n"
-        if reply.id:
-            fields += self.answer_headers(reply)
-        if reply.status not in BODILESS:
-            fields += f"Content-Type: {clean_header(reply.content_type)}\r\n{framing}"
-        if reply.handler is not None:
-            fields += "Connection: Upgrade\r\n"
-        elif closes:
-            fields += "Connection: close\r\n"
-        elif head.minor == "0":
-            fields += "Connection: keep-alive\r\n"
-        reason = http.client.responses.get(reply.status, "")
-        lines = f"HTTP/1.1 {reply.status} {reason}\r\n{fields}\r\n"
-        return lines.encode("latin-1", "replace")
-
-    def answer_headers(self, reply: Reply) -> str:
-        """Return the headers that production gives every answer, made of its id."""
-        id = clean_header(reply.id)
-        own = id[-17:-16] == "-"  # in Together's form; there are others
-        ray = id[-16:] if own else hashlib.blake2b(id.encode(), digest_size=8).hexdigest()
-        trace = f"{ray[:8]}-{ray[8:12]}-4{ray[1:4]}-a{ray[4:7]}-{ray[:12]}"
-        etag = f'etag: W/"{len(reply.body):x}-{id}"\r\n' if reply.events is None else ""
-        return (
-            f"x-request-id: {id}\r\n{self.api_times}cf-ray: {ray}-SEA\r\n"
-            f"x-amzn-trace-id: {trace}-noamzn\r\n{etag}"
-        )
-
-    def common_headers(self) -> str:
-        """Return the headers of every reply, with the time as HTTP writes it, once a second."""
-        now = int(time.time())
-        if now != self.second:
-            self.common = f"Server: together-fake\r\nDate: {formatdate(now, usegmt=True)}\r\n"
-            self.api_times = API_TIMES.format(at=format_time(now))
-            self.second = now
-        return self.common
+                start, drawn = b"", bytearray()
+            if pauses:
+                yield event
+    except Exception:  # what was drawn before is sent
+        if drawn:
+            yield start + frame(drawn)
+        raise
+    yield start + frame(drawn) + last
 
 
 # === Sockets ===
@@ -11691,7 +11676,6 @@ STOP_SECONDS = 0.25  # for workers to end what they do; a test's function may sl
 # C libraries touch none, which takes them 8 us.
 SPARE_BYTES = 33 * 2**20
 QUICK, HEAVY, WAITING = "quick", "heavy", "waiting"  # who answers, see `HttpServer`
-BEGUN = "begun"  # heavy, and before what is: it fills memory until it is sent
 MAX_WORKERS = {HEAVY: 2, WAITING: 10**6}  # at once
 # What a connection waits for beside those of HTTP; behind OVER nothing follows.
 ROOM, OVER, END, SOCKET = "room", "over", "end", "socket"
@@ -11714,7 +11698,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
     ROOM           what is to be sent has been
     END, SOCKET    a refused client sends no more, one that was handed over does
     0.5            so many seconds have passed
-    (kind, work)   a worker has done this work; it goes on with the result
+    (kind, work, has_begun)  a worker has done this work; it goes on with the result
     """
 
     server: Any
@@ -11725,7 +11709,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.reader = RequestReader(server, self.write)
         self.unsent: Any = b""
         self.since = server.now  # when it began to wait
-        self.closes = False  # after this reply
+        self.has_begun = False  # with a reply in events
+        self.closes = False  # after this one
         self.has_ended = False  # the client sends no more
         self.is_closed = False
         self.call: Any = None  # the latest that a worker answers
@@ -11742,7 +11727,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         request: Any = None
         try:
             while not self.closes:
-                request = None
+                request, self.has_begun = None, False
                 request = yield from reader.read_request()
                 request.peer = self.client_address, len(self.server.clients) - 1
                 kind = app._begin(request)
@@ -11750,22 +11735,24 @@ class Connection(http.server.BaseHTTPRequestHandler):
                     reply = app.answer(request)
                 else:
                     request.client, self.call = self, request.call
-                    reply = yield kind, functools.partial(app.answer, request)
+                    reply = yield kind, functools.partial(app.answer, request), False
                 yield from self.send_reply(reply)
                 if self.has_ended:
                     yield from self.see_off()
-        except (ApiError, MemoryError) as reason:
-            error = reason if isinstance(reason, ApiError) else ApiError("no_memory")
-            if error is not reason:
+        except (ApiError, MemoryError) as error:
+            if self.has_begun:
+                raise Cut from None
+            if isinstance(error, MemoryError):
                 yield LOOK_SECONDS  # for workers to leave some
+                error = ApiError("no_memory")
             head = reader.head or Head("", "", b"GET / HTTP/1.0\r\n")
-            if request is None:
-                request = Request(head.method, head.path, query=head.query, headers=head.fields)
             if reader.head is None:  # all that is known is how it begins
                 line = reader.data[reader.at : reader.at + 100].partition(b"\r")[0]
-                request.method, request.path = "", line.decode("latin-1")
+                request = Request("", line.decode("latin-1"))
+            elif request is None:
+                request = Request(head.method, head.path, query=head.query, headers=head.fields)
             reply = app.answer(request, error)
-            self.unsent += b"".join(self.server.writer.write_whole(reply, head, True))
+            self.unsent += b"".join(write_whole(reply, head, True))
             yield from self.linger()
 
     def linger(self) -> Generator[Any, Any, None]:
@@ -11791,13 +11778,13 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def send_reply(self, reply: Reply) -> Generator[Any, Any, None]:
         """Send the reply to the latest request."""
-        head, writer = self.reader.head, self.server.writer
+        head = self.reader.head
         endless = reply.events is not None and "Content-Length" not in reply.headers
         self.closes = closes = head.closes or (endless and head.minor == "0")
         if reply.events is not None:
-            yield from self.send_events(reply, writer.write_events(reply, head, closes))
+            yield from self.send_events(reply, write_events(reply, head, closes))
             return
-        start, body = writer.write_whole(reply, head, closes)
+        start, body = write_whole(reply, head, closes)
         if len(body) <= MAX_GATHERED_BYTES:
             self.unsent += start + body
         else:  # it is not copied behind its head
@@ -11814,35 +11801,29 @@ class Connection(http.server.BaseHTTPRequestHandler):
         """Send the pieces of a stream, which pauses where it says so."""
         draw = functools.partial(next, pieces, None)
         kind = WAITING if reply.waits else QUICK
-        is_drawn = False  # by a worker: closing it meanwhile ends Python 3.12 with a fault
-        piece: Any = b""
-        has_paused = False
+        has_paused = is_worked_on = False
         try:
             while True:
-                is_drawn = kind is not QUICK
-                try:
-                    piece = (yield kind, draw) if is_drawn else draw()
-                except MemoryError:
-                    if piece != b"":  # the head has been sent
-                        raise Cut from None
-                    raise
-                is_drawn = False
+                is_worked_on = kind is not QUICK
+                piece = (yield kind, draw, True) if is_worked_on else draw()
+                is_worked_on = False
                 if piece is None:
                     return
                 if type(piece) is float:
                     has_paused = True
                     yield piece
-                else:
-                    self.unsent += piece
-                    if has_paused and self.has_ended:  # who has left resets what is sent
-                        yield ROOM
-                        yield RESET_SECONDS
-                    has_paused = False
-                    if len(self.unsent) >= MAX_GATHERED_BYTES:
-                        yield ROOM
-                        kind = WAITING if reply.waits else BEGUN
+                    continue
+                self.unsent += piece
+                self.has_begun = True
+                if has_paused and self.has_ended:  # who has left resets what is sent
+                    yield ROOM
+                    yield RESET_SECONDS
+                has_paused = False
+                if len(self.unsent) >= MAX_GATHERED_BYTES:
+                    yield ROOM
+                    kind = WAITING if reply.waits else HEAVY
         finally:
-            if not is_drawn:  # else the worker lets go of it
+            if not is_worked_on:  # closing it meanwhile ends Python 3.12 with a fault
                 reply.events.close()
 
     def hand_over(self, handler: Any) -> Generator[Any, Any, None]:
@@ -11898,7 +11879,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.flush()
             return
         try:
-            data = self.socket.recv(self.reader.wanted)  # more than a record of TLS has
+            data = self.socket.recv(RECEIVE_BYTES)  # more than a record of TLS has
         except self.server.not_yet:
             return
         except MemoryError:
@@ -11906,8 +11887,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 self.go_on(error=ApiError("no_memory"))
             return
         except OSError as error:
-            if (reason := getattr(error, "reason", "")) and self.awaited is IDLE:
-                self.refuse_plain(reason)
+            if (reason := getattr(error, "reason", "")) and self.awaited is IDLE:  # no TLS
+                self.go_on(error=ApiError("bad_http", reason=f"this port speaks TLS ({reason})"))
             self.close()
             return
         self.has_ended = not data
@@ -11930,14 +11911,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.server.held.append(self)
 
     def run(self, work: Any, take: Any) -> None:
-        self.server.run(HEAVY, work, take)
-
-    def refuse_plain(self, reason: str) -> None:
-        """Record a client that shakes no hands, and answer it without TLS."""
-        self.go_on(error=ApiError("bad_http", reason=f"this port speaks TLS ({reason})"))
-        with contextlib.suppress(OSError):
-            socket.socket.recv(self.socket, RECEIVE_BYTES)  # unread, it would reset the answer away
-            socket.socket.send(self.socket, self.unsent)
+        self.server.run(HEAVY, work, False, take)
 
     def flush(self) -> None:
         """Send what is to be sent; go on where that was waited for."""
@@ -12005,7 +11979,69 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.unsent, self.has_ended = b"", True
 
 
-BUSY: set[Any] = set()  # servers whose workers are
+BUSY: list[float] = []  # the interval of turns before each task that is done
+
+
+class Workers:
+    """Threads that do what takes long, so many at once; the loop gives them their tasks."""
+
+    def __init__(self, server: Any, most: int) -> None:
+        self.server, self.most = server, most
+        self.waiting: deque[Any] = deque()  # tasks that no worker has: work, and who takes its end
+        self.given: Any = queue.SimpleQueue()  # tasks that one has; None ends it
+        self.count = self.idle = 0
+
+    def give_tasks(self) -> None:
+        """Give what waits to who is idle, and begin with one more: each waits for its turn."""
+        if self.waiting and not self.idle and self.count < self.most:
+            try:
+                self.server.start_thread(self.work)
+                self.count += 1
+                self.idle += 1
+                self.server.soon.append(int)  # the next round comes at once
+            except (RuntimeError, MemoryError):  # there are too many threads
+                if not self.count:
+                    self.idle -= 1
+                    self.do(*self.waiting.popleft())
+        while self.waiting and self.idle > 0:
+            self.idle -= 1
+            self.given.put(self.waiting.popleft())
+
+    def work(self) -> None:
+        """Do one task after the other, until `stop()`."""
+        while task := self.given.get():
+            try:
+                self.do(*task)
+            except MemoryError:
+                self.given.put(task)  # when some is left
+            task = None  # else it would keep a stream open that was given up
+
+    def do(self, work: Callable[[], Any], take: Callable[..., None]) -> None:
+        """Do something, and have the loop take its result or its error."""
+        came: list[Any] = [None, MemoryError()]
+        end = functools.partial(self.end_task, take, came)  # while there is memory for it
+        with Shared._lock:  # the whole process takes turns more often meanwhile
+            BUSY.append(sys.getswitchinterval())
+            sys.setswitchinterval(min(TURN_SECONDS, BUSY[-1]))
+        try:
+            bytes(SPARE_BYTES)
+            came[:] = work(), None
+        except MemoryError:
+            pass  # its frames hold what there is
+        except BaseException as error:
+            came[1] = error
+        with Shared._lock:
+            sys.setswitchinterval(BUSY.pop())
+        self.server.call_soon(end)
+
+    def end_task(self, take: Callable[..., None], came: list[Any]) -> None:
+        """Take what a worker has done; one too many ends."""
+        self.idle += 1
+        if self.idle > MAX_IDLE_WORKERS:
+            self.idle -= 1
+            self.count -= 1
+            self.given.put(None)
+        take(*came)
 
 
 class HttpServer(http.server.ThreadingHTTPServer):
@@ -12025,7 +12061,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     request_queue_size = 1024  # connections that wait to be accepted
     allow_reuse_address = os.name == "posix"  # on Windows it would let two servers share the port
-    usual_turn = sys.getswitchinterval()
 
     def __init__(self, address: tuple[str, int], app: Any, ssl_context: Any = None) -> None:
         """Bind to (host, port)."""
@@ -12036,7 +12071,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
             import ssl
 
             self.not_yet += (ssl.SSLWantReadError, ssl.SSLWantWriteError)
-        self.writer = ReplyWriter()
         self.patience = dict(PATIENCE)
         self.stopping = threading.Event()
         self.now = time.monotonic()  # when this round began
@@ -12046,10 +12080,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.timer_numbers = itertools.count()
         self.soon: deque[Callable[[], None]] = deque()  # what workers want to be called
         self.threads: list[threading.Thread] = []
-        self.waiting: Item = {kind: deque() for kind in MAX_WORKERS}  # tasks that wait for a worker
-        self.tasks: Item = {kind: queue.SimpleQueue() for kind in MAX_WORKERS}  # that have one
-        self.workers = dict.fromkeys(MAX_WORKERS, 0)
-        self.idle = dict.fromkeys(MAX_WORKERS, 0)  # of them
+        self.workers = {kind: Workers(self, MAX_WORKERS[kind]) for kind in MAX_WORKERS}
         self.accepting = self.looks = False
         super().__init__(address, Connection)
         # For all clients:
@@ -12092,7 +12123,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
                     self.stopping.wait(0.01)
         for connection in list(self.clients):
             connection.close()
-        undone = [take for waiting in self.waiting.values() for _, take in waiting]
+        undone = [take for each in self.workers.values() for _, take in each.waiting]
         with contextlib.suppress(OSError):  # a process that has just been forked has it, too
             self.socket.shutdown(socket.SHUT_RDWR)
         self.close_sockets()  # which lets go of their streams, and so ends those calls
@@ -12113,8 +12144,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
         while self.timers and self.timers[0][0] <= self.now:
             heapq.heappop(self.timers)[2]()
         self.send_held()
-        if any(self.waiting.values()) and not self.stopping.is_set():
-            self.give_tasks()
+        if not self.stopping.is_set():
+            for workers in self.workers.values():
+                workers.give_tasks()
 
     def send_held(self) -> None:
         """Send the replies held back; who has more to be sent comes again in the next round."""
@@ -12200,87 +12232,20 @@ class HttpServer(http.server.ThreadingHTTPServer):
 
     # Workers
 
-    def run(self, kind: str, work: Callable[[], Any], take: Callable[..., None]) -> None:
-        """Have a worker do something; the loop is then given its result and its error."""
-        if kind is BEGUN:
-            self.waiting[HEAVY].appendleft((work, take))
-        else:
-            self.waiting[kind].append((work, take))
+    def run(self, kind: str, work: Any, has_begun: bool, take: Callable[..., None]) -> None:
+        """Have a worker do something; the loop is then given its result and its error.
 
-    def give_tasks(self) -> None:
-        """Give workers what waits for one: last in a round, which may go on with a stream."""
-        for kind, waiting in self.waiting.items():
-            if waiting and not self.idle[kind] and self.start_worker(kind):
-                self.soon.append(self.shorten_turns)  # one a round: each waits for its turn
-            while waiting and self.idle[kind]:
-                self.idle[kind] -= 1
-                self.tasks[kind].put(waiting.popleft())
-        self.shorten_turns()
-
-    def start_worker(self, kind: str) -> bool:
-        """Start one more; tell whether there may be and is."""
-        if self.workers[kind] >= MAX_WORKERS[kind]:
-            return False
-        try:
-            self.start_thread(self.work, kind)
-        except (RuntimeError, MemoryError):  # there are too many
-            if self.workers[kind]:
-                return False
-            self.idle[kind] -= 1
-            self.do(kind, *self.waiting[kind].popleft())
-            return False
-        self.workers[kind] += 1
-        self.idle[kind] += 1
-        return True
+        What has begun goes before what has not: it fills memory until it is sent.
+        """
+        waiting = self.workers[kind].waiting
+        add = waiting.appendleft if has_begun else waiting.append
+        add((work, take))
 
     def start_thread(self, target: Callable[..., None], *args: Any) -> None:
         bytes(SPARE_BYTES)
         thread = threading.Thread(target=target, args=args, name="together-fake", daemon=True)
         thread.start()
         self.threads = [*filter(threading.Thread.is_alive, self.threads), thread]
-
-    def work(self, kind: str) -> None:
-        """Do one task after the other, until `stop()`."""
-        while task := self.tasks[kind].get():
-            try:
-                self.do(kind, *task)
-            except MemoryError:
-                self.tasks[kind].put(task)  # when some is left
-            task = None  # else it would keep a stream open that was given up
-
-    def do(self, kind: str, work: Callable[[], Any], take: Callable[..., None]) -> None:
-        """Do something, and have the loop take what came of it."""
-        came: list[Any] = [None, MemoryError()]  # a result and an error
-        end = functools.partial(self.end_work, kind, take, came)  # while there is memory for it
-        try:
-            bytes(SPARE_BYTES)
-            came[:] = work(), None
-        except MemoryError:
-            pass  # its frames hold what there is
-        except BaseException as error:
-            came[1] = error
-        self.call_soon(end)
-
-    def end_work(self, kind: str, take: Callable[..., None], came: list[Any]) -> None:
-        """Take what a worker has done; one too many ends."""
-        self.idle[kind] += 1
-        if self.idle[kind] > MAX_IDLE_WORKERS:
-            self.idle[kind] -= 1
-            self.workers[kind] -= 1
-            self.tasks[kind].put(None)
-        self.shorten_turns()
-        take(*came)
-
-    def shorten_turns(self) -> None:
-        """Have threads take turns more often, in the whole process, while workers are busy."""
-        with Shared._lock:  # another server's loop does so, too
-            before = bool(BUSY)
-            (BUSY.discard if self.idle == self.workers else BUSY.add)(self)
-            if BUSY and not before:
-                HttpServer.usual_turn = sys.getswitchinterval()
-                sys.setswitchinterval(min(TURN_SECONDS, HttpServer.usual_turn))
-            elif before and not BUSY:
-                sys.setswitchinterval(HttpServer.usual_turn)
 
     # The end
 
@@ -12293,9 +12258,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
         elif self.threads[0] is not threading.current_thread():  # the loop, which starts others
             self.threads[0].join()
         end = time.monotonic() + STOP_SECONDS
-        for tasks in self.tasks.values():
-            for _ in self.threads:
-                tasks.put(None)
+        for workers in self.workers.values():
+            for _ in range(workers.count):
+                workers.given.put(None)
         for thread in self.threads[1:]:
             if thread is not threading.current_thread():
                 thread.join(max(0, end - time.monotonic()))
@@ -12306,10 +12271,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
             used.close()
         for connection in list(self.clients):
             connection.socket.close()
-        self.idle.update(self.workers)
-        self.shorten_turns()
-        for waiting in self.waiting.values():
-            waiting.clear()  # and lets go of its streams
+        for workers in self.workers.values():
+            workers.waiting.clear()  # and lets go of its streams
 
 
 # === Upstream ===
