@@ -4220,18 +4220,9 @@ class Shared:
 class Collection(Shared):
     """The newest objects of one noun; it hands out copies and raises the 404."""
 
-    def __init__(
-        self,
-        noun: str,
-        *,
-        key: str = "id",
-        status: str = "status",
-        forget: Callable[[str], Any] = lambda id: None,
-    ) -> None:
+    def __init__(self, noun: str, forget: Callable[[str], Any] = lambda id: None) -> None:
         self.noun = noun
         self.forget = forget  # what else is kept of an object that goes
-        self.key = key
-        self.status = status  # the name of a job's status
         self._items: dict[str, Item] = {}
 
     def __len__(self) -> int:
@@ -4249,9 +4240,9 @@ class Collection(Shared):
             items: list[Item] = copy_json(list(self._items.values()))
         return reversed(items)
 
-    def add(self, item: Item) -> Item:
+    def add(self, id: str, item: Item) -> Item:
         with self._lock:
-            self._items[item[self.key]] = copy_json(item)
+            self._items[id] = copy_json(item)
             while len(self._items) > MAX_OBJECTS:
                 self.remove(next(iter(self._items)))
         return item
@@ -8089,14 +8080,13 @@ def merge(template: Item, changes: Item) -> Item:
     return merged
 
 
-def complete(server: Server, item: Item, prefix: str, **template: Any) -> Item:
-    return merge({"id": item.get("id") or server._next_id(prefix), **template}, item)
-
-
 class Jobs:
     """The objects of one collection, how they go, and the routes that all of them have.
 
-    make      `make(server, item)` completes an object
+    make      `make(server, item)` returns what an object has that its item lacks
+    prefix    of ids
+    key       the member that is the id
+    status    the member that is the status
     fields    of who makes one, which seeds are checked by
     statuses  from the first to the last, one taken whenever a job is retrieved
     enter     `enter(server, job, status)` does the work of a status and returns what changes
@@ -8107,7 +8097,8 @@ class Jobs:
     most      of a list that is asked for no limit
     """
 
-    statuses = cancelled = filters = ""
+    key, status = "id", "status"
+    prefix = statuses = cancelled = filters = ""
     fields = NO_FIELDS
     listed: str | None = "data"
     most = MAX_OBJECTS
@@ -8130,17 +8121,20 @@ class Jobs:
         if self.cancelled:
             route(f"POST {path}/{{id}}/cancel")(self.cancel)
 
+    def objects(self, server: Server) -> Collection:
+        found: Collection = getattr(server, self.collection)
+        return found
+
     def enter_status(self, server: Server, id: str, job: Item, status: str) -> Item:
-        jobs: Collection = getattr(server, self.collection)
-        return jobs.update(id, **{jobs.status: status, **self.enter(server, job, status)})
+        changes = {self.status: status, **self.enter(server, job, status)}
+        return self.objects(server).update(id, **changes)
 
     def advance(self, server: Server, id: str) -> Item:
         """Take a job to its next status, or to its last where jobs are instant."""
-        jobs: Collection = getattr(server, self.collection)
         with server.job_lock:
-            job = jobs.get(id)
-            while job.get(jobs.status) in self.following:
-                status, end = self.following[job[jobs.status]], server.starts.get(id, ("",))[0]
+            job = self.objects(server).get(id)
+            while job.get(self.status) in self.following:
+                status, end = self.following[job[self.status]], server.starts.get(id, ("",))[0]
                 if end not in ("", *self.order) and status == self.order[:4][-1]:
                     status = end  # before the last of the work
                 job = self.enter_status(server, id, job, status)
@@ -8150,7 +8144,7 @@ class Jobs:
 
     def start(self, server: Server, request: Request, item: Item) -> Item:
         job = server._store(self.collection, item)
-        id = job[getattr(server, self.collection).key]
+        id = job[self.key]
         end = (request.script or {}).get("status", "")
         server.starts[id] = end, pick_given(request.headers, ["x-test-id"])
         return self.advance(server, id) if server.instant_jobs else job
@@ -8161,13 +8155,12 @@ class Jobs:
 
     def list(self, server: Server, request: Request) -> Any:
         """List what there is, newest first; jobs do not move."""
-        jobs: Collection = getattr(server, self.collection)
-        found = list(jobs)
+        found = list(self.objects(server))
         for name in self.filters.split():
             wanted = request.args.get(name) or ""
             wanted = OPENAI_PURPOSES.get(wanted, wanted)
             found = [job for job in found if wanted in ("", job.get(name, "on-demand"))]
-        page, more = take_page(found, request.args, jobs.key, self.most)
+        page, more = take_page(found, request.args, self.key, self.most)
         shown = [self.view(server, request, job) for job in page]
         if not self.listed:
             return wrap_list(request, shown, server.strict, more)
@@ -8175,7 +8168,7 @@ class Jobs:
 
     def cancel(self, server: Server, request: Request) -> Any:
         """Cancel a job that has not ended."""
-        jobs, status = getattr(server, self.collection), self.cancelled.split()[0]
+        jobs, status = self.objects(server), self.cancelled.split()[0]
         with server.job_lock:
             job = jobs.get(request.params["id"])
             if job["status"] in self.following:
@@ -8284,8 +8277,9 @@ def validate_lines(data: bytes, purpose: str) -> Item:
     return pick_given(report, report) if count else wrong
 
 
-def describe_data(file: Item, data: bytes) -> Item:
-    """Return what is known of a file once its data is there; nobody looks into CSV and Parquet."""
+def put_data(server: Server, file: Item, data: bytes) -> Item:
+    """Keep a file's data and return what is known by it; nobody looks into CSV and Parquet."""
+    server._keep(file["id"], data)
     facts: Item = {"bytes": len(data), "Processed": True, "LineCount": data.count(b"\n")}
     report: Item = {"valid": True}
     if file["purpose"] in LINES:
@@ -8302,28 +8296,22 @@ def store_lines(server: Server, name: str, purpose: str, lines: bytes) -> str:
     return id
 
 
-def put_data(server: Server, id: str, data: bytes) -> Item:
-    server._keep(id, data)
-    return server.files.update(id, **describe_data(server.files.get(id), data))
-
-
 def file_object(server: Server, item: Item) -> Item:
-    """Complete a file; its `content`, a text or bytes, is its data."""
+    """Return what a file lacks; its `content`, a text or bytes, is its data."""
     data = item.pop("content", None)
-    server._drop(item.get("id") or "")  # of an older file
+    server._drop(item["id"])  # of an older file
     item["purpose"] = OPENAI_PURPOSES.get(item.get("purpose", ""), item.get("purpose"))
     suffix = (item.get("filename") or "").rpartition(".")[2].lower()
     kind = suffix if suffix in FILE_TYPES else "jsonl"
-    file = complete(server, item, "file-", created_at=server._now(), FileType=kind, **FILE)
+    file = merge({**FILE, "created_at": server._now(), "FileType": kind}, item)
     if data is None:
         return file
     data = data.encode() if type(data) is str else data
-    server._keep(file["id"], data)
-    return merge({**file, **describe_data(file, data)}, item)
+    return {**file, **put_data(server, file, data)}
 
 
 FILES = Jobs(
-    "files", "/v1/files", file_object, fields=UPLOAD_FIELDS, filters="purpose",
+    "files", "/v1/files", file_object, prefix="file-", fields=UPLOAD_FIELDS, filters="purpose",
     listed="object data has_more",
 )  # fmt: skip
 route("POST /v1/files/{id}/preprocess")(FILES.get)
@@ -8394,7 +8382,7 @@ def put_file(server: Server, request: Request) -> Any:
     if part not in map(str, range(MAX_PARTS + 1)):
         raise ApiError("no_object", param="part", noun="Part", id=part)
     if part == "0":
-        put_data(server, id, request.raw)
+        server.files.update(id, **put_data(server, server.files.get(id), request.raw))
     else:
         server._keep(f"{id}/{part.zfill(3)}", request.raw)
     return Reply(headers={"ETag": f'"{len(request.raw):x}-{zlib.crc32(request.raw):08x}"'})
@@ -8416,7 +8404,8 @@ def end_upload(server: Server, request: Request) -> Any:
     names = sorted(name for name in list(server.contents) if name.startswith(f"{id}/"))
     if names != sorted(f"{id}/{part['part_number']:03}" for part in request.body["parts"]):
         raise ApiError("invalid", param="parts", reason="must be the parts that were put")
-    return {"file": put_data(server, id, b"".join(map(server.contents.pop, names)))}
+    data = b"".join(map(server.contents.pop, names))
+    return {"file": server.files.update(id, **put_data(server, server.files.get(id), data))}
 
 
 @route("GET /v1/files/{id}/content")
@@ -8456,7 +8445,7 @@ BATCH: Item = {
 
 def batch_object(server: Server, item: Item) -> Item:
     made, deadline = (format_time(server._now() + wait) for wait in (0, 86400))
-    return complete(server, item, "", created_at=made, job_deadline=deadline, **BATCH)
+    return {**BATCH, "created_at": made, "job_deadline": deadline}
 
 
 def run_line(
@@ -8703,22 +8692,21 @@ def fine_tune_object(server: Server, item: Item) -> Item:
     """Complete a fine-tuning job, with the events up to its status."""
     now, file_id = format_time(server._now()), item.get("training_file") or ""
     file = server.files.get(file_id) if file_id in server.files else FILE
-    job = complete(server, item, "ft-", created_at=now, updated_at=now, **FINE_TUNE)
+    job = merge({**FINE_TUNE, "created_at": now, "updated_at": now}, item)
     words = [job["model"].rpartition("/")[2], job.get("suffix") or ""]
     words.append(HashRandom.of("fine-tune", job["id"]).hex(8))
     job["model_output_name"] = f"{USER}/{'-'.join(filter(None, words))}"
     job.update(TrainingFileNumLines=file["LineCount"], TrainingFileSize=file["bytes"])
-    job["events"] = []
     item.update(complete_training(item), events=None)
     job = merge(job, item)
     end, ladder = job["status"], JOBS["fine_tunes"].order
     for status in ladder[: ladder.index(end) + 1] if end in ladder else ("pending", end):
         job.update(enter_fine_tune(server, job, status))
-    return merge(job, item)
+    return job
 
 
 FINE_TUNES = Jobs(
-    "fine_tunes", "/v1/fine-tunes", fine_tune_object, fields=FINE_TUNE_FIELDS,
+    "fine_tunes", "/v1/fine-tunes", fine_tune_object, prefix="ft-", fields=FINE_TUNE_FIELDS,
     enter=enter_fine_tune, view=show_fine_tune,
     statuses="pending queued running uploading completed", cancelled="cancel_requested cancelled",
 )  # fmt: skip
@@ -8998,14 +8986,11 @@ def note_status(server: Server, status: str, updates: Any = ()) -> Item:
 
 
 def evaluation_object(server: Server, item: Item) -> Item:
-    """Complete an evaluation job."""
-    ids = (f"{server._next_id('eval-')[:9]}-{server._now()}" for _ in itertools.count())
-    return merge({
-        "workflow_id": next(id for id in ids if id not in server.evaluations),
-        "type": "classify", "owner_id": USER_ID, "results": None,
+    return {
+        "type": "classify", "owner_id": USER_ID, "results": None, "parameters": {},
         "created_at": format_time(server._now()),
-        **note_status(server, item.get("status", "pending")), "parameters": {},
-    }, item)  # fmt: skip
+        **note_status(server, item.get("status", "pending")),
+    }  # fmt: skip
 
 
 def enter_evaluation(server: Server, job: Item, status: str) -> Item:
@@ -9034,9 +9019,9 @@ def show_evaluation(server: Server, request: Request, job: Item) -> Item:
 
 
 EVALUATION_JOBS = Jobs(
-    "evaluations", "/v1/evaluation", evaluation_object, fields=EVALUATION_FIELDS,
-    enter=enter_evaluation, view=show_evaluation, statuses="pending queued running completed",
-    filters="status", listed="", most=10,
+    "evaluations", "/v1/evaluation", evaluation_object, prefix="eval-", key="workflow_id",
+    fields=EVALUATION_FIELDS, enter=enter_evaluation, view=show_evaluation,
+    statuses="pending queued running completed", filters="status", listed="", most=10,
 )  # fmt: skip
 route("GET /v1/evaluation/{id}/status")(EVALUATION_JOBS.get)
 
@@ -9084,12 +9069,11 @@ def enter_endpoint(server: Server, endpoint: Item, state: str) -> Item:
 
 
 def endpoint_object(server: Server, item: Item) -> Item:
-    """Complete an endpoint; a started one answers under its name."""
-    id = item.get("id") or server._next_id("endpoint-")
+    """Return what an endpoint lacks; a started one answers under its name."""
     model = item.get("model", "meta-llama/Llama-3.3-70B-Instruct-Turbo")
-    name = f"{USER}/{model}-{HashRandom.of('endpoint', id).hex(8)}"
+    name = f"{USER}/{model}-{HashRandom.of('endpoint', item['id']).hex(8)}"
     endpoint = merge({
-        "object": "endpoint", "id": id, "name": name, "display_name": name, "model": model,
+        "object": "endpoint", "name": name, "display_name": name, "model": model,
         "hardware": "1x_nvidia_h100_80gb_sxm", "type": "dedicated", "owner": USER,
         "state": "PENDING", "autoscaling": {"min_replicas": 1, "max_replicas": 1},
         "inactive_timeout": None, "created_at": format_time(server._now()),
@@ -9099,8 +9083,9 @@ def endpoint_object(server: Server, item: Item) -> Item:
 
 
 ENDPOINTS = Jobs(
-    "endpoints", "/v1/endpoints", endpoint_object, fields=ENDPOINT_FIELDS, enter=enter_endpoint,
-    statuses="PENDING STARTING STARTED", filters="type usage_type", listed="object data",
+    "endpoints", "/v1/endpoints", endpoint_object, prefix="endpoint-", status="state",
+    fields=ENDPOINT_FIELDS, enter=enter_endpoint, statuses="PENDING STARTING STARTED",
+    filters="type usage_type", listed="object data",
 )  # fmt: skip
 
 
@@ -9516,18 +9501,18 @@ def read_video_size(body: Item) -> str:
 
 
 def video_object(server: Server, item: Item) -> Item:
-    """Complete a video job; its URL says all that is needed to make the file."""
+    """Return what a video lacks; its URL says all that is needed to make the file."""
     (seconds,) = read_counts(r"(\d{1,2})", item.get("seconds"), (DEFAULT_VIDEO_SECONDS,))
     item.update(size=read_video_size(item), seconds=str(min(seconds, MAX_VIDEO_SECONDS)))
-    id, now = item.get("id") or server._next_id("video-"), server._now()
-    name = random_letters(HashRandom.of("video", item.pop("facts", id)), 16)
+    name = random_letters(HashRandom.of("video", item.pop("facts", item["id"])), 16)
     name = f"{name}-{item['size']}-{item['seconds']}s{item.pop('fps', DEFAULT_FPS)}.mp4"
     url = f"{item.pop('origin', server.origin)}/shrt/videos/{name}"
-    return merge({
-        "id": id, "object": "video", "model": "minimax/hailuo-02", "status": "in_progress",
+    now = server._now()
+    return {
+        "object": "video", "model": "minimax/hailuo-02", "status": "in_progress",
         "created_at": now, "completed_at": now if item.get("status") == "completed" else None,
         "outputs": {"cost": 0, "video_url": item.pop("url", url)}, "error": None,
-    }, item)  # fmt: skip
+    }  # fmt: skip
 
 
 def enter_video(server: Server, job: Item, status: str) -> Item:
@@ -9541,8 +9526,8 @@ def show_video(server: Server, request: Request, job: Item) -> Item:
 
 
 VIDEOS = Jobs(
-    "videos", "/v2/videos", video_object, fields=VIDEO_FIELDS, enter=enter_video, view=show_video,
-    statuses="in_progress completed", listed=None,
+    "videos", "/v2/videos", video_object, prefix="video-", fields=VIDEO_FIELDS, enter=enter_video,
+    view=show_video, statuses="in_progress completed", listed=None,
 )  # fmt: skip
 VIDEO_ENDS = {"completed": "completed", "processing": "completed", "failed": "failed"}
 SCRIPTED_VIDEO = f"""\
@@ -9995,13 +9980,11 @@ def get_identity(server: Server, request: Request) -> Any:
 
 
 def upload_job_object(server: Server, item: Item) -> Item:
-    """Complete the job that uploads a model."""
-    return merge({
-        "type": "model_upload", "job_id": server._next_id("job-"),
+    return {
+        "type": "model_upload", "created_at": format_time(server._now()),
         "args": {"description": "", "modelName": f"{USER}/model", "modelSource": ""},
-        "created_at": format_time(server._now()),
         **note_status(server, item.get("status", "Queued")),
-    }, item)  # fmt: skip
+    }  # fmt: skip
 
 
 def enter_upload(server: Server, job: Item, status: str) -> Item:
@@ -10011,8 +9994,9 @@ def enter_upload(server: Server, job: Item, status: str) -> Item:
 
 
 UPLOADS = Jobs(
-    "jobs", "/v1/jobs", upload_job_object, enter=enter_upload, statuses="Queued Running Complete"
-)
+    "jobs", "/v1/jobs", upload_job_object, prefix="job-", key="job_id", enter=enter_upload,
+    statuses="Queued Running Complete",
+)  # fmt: skip
 
 
 @route(
@@ -13433,9 +13417,9 @@ class TogetherAiServer(Scripting, Shared):
             self.batches = Collection("Batch")
             self.fine_tunes = Collection("Fine-tune")
             self.videos = Collection("Video")
-            self.evaluations = Collection("Evaluation", key="workflow_id")
-            self.endpoints = Collection("Endpoint", status="state")
-            self.jobs = Collection("Job", key="job_id")
+            self.evaluations = Collection("Evaluation")
+            self.endpoints = Collection("Endpoint")
+            self.jobs = Collection("Job")
             self.adapters: dict[str, dict[str, str]] = BoundedDict(MAX_OBJECTS)
             self.contents: dict[str, bytes] = {}  # by file id; parts by "file id/number"
             # How each job shall end, and whose test it belongs to.
@@ -13511,11 +13495,12 @@ class TogetherAiServer(Scripting, Shared):
         return prefix + random_uuid(HashRandom.of(prefix, count))
 
     def _store(self, collection: str, item: Mapping[str, Any]) -> Item:
-        jobs: Collection = getattr(self, collection)
-        given = dict(item)
+        jobs, given = JOBS[collection], dict(item)
         ids = given.pop(jobs.key, None), given.pop("id", None)
-        given[jobs.key] = ids[0] or ids[1]
-        return jobs.add(JOBS[collection].make(self, given))
+        id = ids[0] or ids[1] or self._next_id(jobs.prefix)
+        given[jobs.key] = id
+        made = {jobs.key: id, **jobs.make(self, given)}
+        return jobs.objects(self).add(id, merge(made, given))
 
     # Scripts and stored objects
 
