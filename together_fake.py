@@ -8060,7 +8060,8 @@ USER = "parlel"  # whose models and jobs these are
 USER_ID = "65f0c2a1b3d4e5f60718293a"
 OPENAI_PURPOSES = {"batch": "batch-api", "batch_output": "batch-generated"}
 JOBS: dict[str, Jobs] = {}
-RANGE = lazy_regex(r"bytes=(?=-?[0-9])([0-9]*)-([0-9]*)")
+# No size has more than 18 digits.
+RANGE = lazy_regex(r"bytes=(?=-?[0-9])([0-9]{0,18})[0-9]*-([0-9]{0,18})[0-9]*")
 
 
 def merge(template: Item, changes: Item) -> Item:
@@ -8185,11 +8186,10 @@ def serve_bytes(
 ) -> Reply:
     """Return bytes, or the one range of them that the request asks for."""
     headers, size = {"Accept-Ranges": "bytes"}, len(data)
-    found = RANGE.fullmatch(request.headers.get("range", "").replace(" ", ""))
-    # no size has more than 18 digits
-    first, last = (digits[:18] for digits in (found.groups() if found else ("", "")))
-    if not found or (first and last and int(last) < int(first)):  # ignored, as RFC 9110 has it
+    found = RANGE.fullmatch(request.headers.get("range", ""))
+    if not found:
         return Reply(data, 200, content_type, headers)
+    first, last = found.groups()
     start = int(first) if first else max(0, size - int(last))
     part = range(size)[start : int(last) + 1 if first and last else size]
     if not part:
@@ -8207,19 +8207,15 @@ PARSED_BYTES = 2 * 2**20  # of a JSONL file: what is parsed line by line, the re
 
 MAX_PARTS = 250  # of an upload
 FILE_TYPES = ("jsonl", "csv", "parquet")
-UPLOAD_FIELDS = Fields(
-    "purpose!=fine-tune|batch-api|eval|calibration|eval-sample|eval-output|eval-summary"
-    "|batch-generated|batch|batch_output|assistants|assistants_output|vision|user_data|evals",
-    f"file_name:1.. file_type={'|'.join(FILE_TYPES)} checksum file:Upload",
-)
-WHOLE_UPLOAD_FIELDS = Fields(*UPLOAD_FIELDS.values(), "file!:Upload")
-INITIATE_FIELDS = Fields(
-    *UPLOAD_FIELDS.values(), f"file_size!:int:1.. num_parts!:int:1..{MAX_PARTS}"
-)
+UPLOAD_ROWS = f"""\
+purpose!=fine-tune|batch-api|eval|calibration|eval-sample|eval-output|eval-summary\
+|batch-generated|batch|batch_output|assistants|assistants_output|vision|user_data|evals
+file_name:1.. file_type={"|".join(FILE_TYPES)} checksum"""
+UPLOAD_FIELDS = Fields(UPLOAD_ROWS, "file:Upload")
 MESSAGES = """\
 messages!:list:1..
   role!=system|user|assistant|tool|developer content:str|list[dict]"""
-DATASETS = {  # what a line of a training file may be; its first required field tells which
+DATASETS = {  # what a line of a training file may be; its first field tells which
     "CONVERSATION": Fields(MESSAGES),
     "INSTRUCTION": Fields("prompt! completion!"),
     "GENERAL": Fields("text!"),
@@ -8228,9 +8224,12 @@ DATASETS = {  # what a line of a training file may be; its first required field 
         "preferred_output!,non_preferred_output!:list:1..",
     ),
 }
-BATCH_LINE_FIELDS = Fields("custom_id!:1..64 body!:dict method=POST url")
+BATCH_LINE_FIELDS = Fields(
+    "custom_id!:1..64 method=POST url",
+    Field("body!", dict, fields=Fields(Field("stream", bool, choices=(False,)))),
+)
 LINES = {  # what is checked, by purpose
-    "fine-tune": DATASETS, "batch-api": {"": BATCH_LINE_FIELDS}, "eval": {"": NO_FIELDS}
+    "fine-tune": NO_FIELDS, "batch-api": BATCH_LINE_FIELDS, "eval": NO_FIELDS
 }  # fmt: skip
 FILE: Item = {
     "object": "file", "filename": "data.jsonl", "bytes": 0, "purpose": "fine-tune",
@@ -8250,44 +8249,44 @@ def parse_line(line: bytes) -> Item:
     return value
 
 
-def check_line(line: bytes, formats: dict[str, Fields]) -> dict[str, Fields]:
-    """Check one line, which must have one of these formats; return that."""
-    row = parse_line(line)
-    for name, fields in formats.items():
-        if len(formats) == 1 or fields.required[0] in row:
-            fields.check(row)
-            return {name: fields}
-    wanted = " or ".join("+".join(fields.required) for fields in formats.values())
-    raise ApiError("missing", param=wanted)
+def find_format(row: Item) -> str:
+    """Return the format of a training file by one of its lines."""
+    for format, fields in DATASETS.items():
+        if fields.required[0] in row:
+            return format
+    raise ApiError("missing", param=" or ".join(fields.required[0] for fields in DATASETS.values()))
 
 
 def validate_lines(data: bytes, purpose: str) -> Item:
     """Check the first `PARSED_BYTES` of a JSONL file; return the report."""
-    count, size, formats = 0, 0, LINES[purpose]
-    wrong: Item = {"valid": False, "error": "The file has no lines."}
-    wrong["error_type"] = "INVALID_FORMAT"
+    report: Item = {"valid": True, "nlines": 0}
+    wrong = {"valid": False, "error": "The file has no lines.", "error_type": "INVALID_FORMAT"}
+    fields, size = LINES[purpose], 0
     for number, line in read_lines(data):
-        count, size = count + 1, size + len(line)
+        report["nlines"] += 1
+        size += len(line)
+        if size > PARSED_BYTES:
+            continue
         try:
-            formats = check_line(line, formats) if size <= PARSED_BYTES else formats
+            row = parse_line(line)
+            if purpose == "fine-tune":
+                fields = DATASETS[report.setdefault("dataset_format", find_format(row))]
+            fields.check(row)
         except ApiError as error:
             return {**wrong, "error": f"Line {number}: {error.message}", "line_number": number}
-    format = next(iter(formats)) if len(formats) == 1 else ""
-    report = {"valid": True, "nlines": count, "dataset_format": format or None}
-    return pick_given(report, report) if count else wrong
+    return report if report["nlines"] else wrong
 
 
 def put_data(server: Server, file: Item, data: bytes) -> Item:
     """Keep a file's data and return what is known by it; nobody looks into CSV and Parquet."""
     server._keep(file["id"], data)
-    facts: Item = {"bytes": len(data), "Processed": True, "LineCount": data.count(b"\n")}
-    report: Item = {"valid": True}
-    if file["purpose"] in LINES:
-        if file["FileType"] == "jsonl":
-            report = validate_lines(data, file["purpose"])
-        facts["LineCount"] = report.get("nlines", 0)
-        facts["validation_report"] = {"file_id": file["id"], **report}
-    return {**facts, "processing_status": report.get("error_type", "COMPLETED")}
+    is_checked = file["FileType"] == "jsonl" and file["purpose"] in LINES
+    report = validate_lines(data, file["purpose"]) if is_checked else {"valid": True}
+    return {
+        "bytes": len(data), "Processed": True, "LineCount": report.get("nlines", 0),
+        "validation_report": {"file_id": file["id"], **report},
+        "processing_status": report.get("error_type", "COMPLETED"),
+    }  # fmt: skip
 
 
 def store_lines(server: Server, name: str, purpose: str, lines: bytes) -> str:
@@ -8303,7 +8302,7 @@ def file_object(server: Server, item: Item) -> Item:
     item["purpose"] = OPENAI_PURPOSES.get(item.get("purpose", ""), item.get("purpose"))
     suffix = (item.get("filename") or "").rpartition(".")[2].lower()
     kind = suffix if suffix in FILE_TYPES else "jsonl"
-    file = merge({**FILE, "created_at": server._now(), "FileType": kind}, item)
+    file = merge({"created_at": server._now(), "FileType": kind, **FILE}, item)
     if data is None:
         return file
     data = data.encode() if type(data) is str else data
@@ -8322,18 +8321,17 @@ def find_file(server: Server, id: str, param: str, purpose: str = "") -> Item:
     if id not in server.files:
         raise ApiError("no_object", param=param, noun="File", id=id)
     file, reason = server.files.get(id), ""
-    report = file.get("validation_report") or {"valid": file["Processed"]}
     if purpose not in ("", file["purpose"]):
         reason = f"its purpose is {file['purpose']}, not {purpose}"
-    elif purpose == "fine-tune" and not report["valid"]:
-        reason = report.get("error") or "its data was never put"
+    elif purpose == "fine-tune" and file["processing_status"] != "COMPLETED":
+        reason = get_path(file, "validation_report", "error") or "its data was never put"
     if reason:
         raise ApiError("bad_file", param=param, id=id, reason=reason)
     return file
 
 
 @route("POST /v1/files", body=UPLOAD_FIELDS, max_bytes=STORAGE_LIMIT)
-@route("POST /v1/files/upload", body=WHOLE_UPLOAD_FIELDS, max_bytes=STORAGE_LIMIT)
+@route("POST /v1/files/upload", body=Fields(UPLOAD_ROWS, "file!:Upload"), max_bytes=STORAGE_LIMIT)
 def create_file(server: Server, request: Request) -> Any:
     """Store a file from a multipart body, or say where its data is to be put."""
     body, upload = request.body, request.body.get("file")
@@ -8349,43 +8347,43 @@ def create_file(server: Server, request: Request) -> Any:
     return Reply(b"", 302, headers={"Location": place, "X-Together-File-Id": file["id"]})
 
 
-def name_upload(id: str) -> str:
-    return id.replace("file", "upload", 1)
-
-
-@route("POST /v1/files/multipart/initiate", body=INITIATE_FIELDS)
+@route(
+    "POST /v1/files/multipart/initiate",
+    body=Fields(UPLOAD_ROWS, f"file_size!:int:1.. num_parts!:int:1..{MAX_PARTS}"),
+)
 def initiate_upload(server: Server, request: Request) -> Any:
     """Announce a large file that comes in parts."""
-    server._check_room(request.body["file_size"])
     request.body.pop("file", None)  # none of it is there yet
     place, id = create_file(server, request).headers.values()
     parts = [
         {"PartNumber": number, "URL": f"{place}/{number}", "Headers": {}}
         for number in range(1, request.body["num_parts"] + 1)
     ]
-    return {"upload_id": name_upload(id), "file_id": id, "parts": parts}
+    return {"upload_id": id, "file_id": id, "parts": parts}
 
 
 def admit_upload(server: Server, params: dict[str, str]) -> None:
     server.files.get(params["id"])
+    part = params.get("part", "1")
+    if part not in map(str, range(1, MAX_PARTS + 1)):
+        raise ApiError("no_object", param="part", noun="Part", id=part)
 
 
 @route("PUT /__upload/{id}", open=True, max_bytes=STORAGE_LIMIT, admit=admit_upload)
 @route("PUT /__upload/{id}/{part}", open=True, max_bytes=STORAGE_LIMIT, admit=admit_upload)
 def put_file(server: Server, request: Request) -> Any:
     """Take the data of an announced file, or one part of it; it needs no key."""
-    id, part = request.params["id"], request.params.get("part", "0")
+    admit_upload(server, request.params)
+    id, part = request.params["id"], request.params.get("part")
     status = server.files.get(id)["processing_status"]
     if status != "PENDING" and server.contents.get(id) != request.raw:  # the same again is fine
-        reason = "its data cannot change any more"
+        reason = "its data cannot change"
         raise ApiError("bad_state", noun="File", id=id, status=status, reason=reason)
-    if part not in map(str, range(MAX_PARTS + 1)):
-        raise ApiError("no_object", param="part", noun="Part", id=part)
-    if part == "0":
-        server.files.update(id, **put_data(server, server.files.get(id), request.raw))
-    else:
+    if part:
         server._keep(f"{id}/{part.zfill(3)}", request.raw)
-    return Reply(headers={"ETag": f'"{len(request.raw):x}-{zlib.crc32(request.raw):08x}"'})
+    else:
+        server.files.update(id, **put_data(server, server.files.get(id), request.raw))
+    return Reply(headers={"ETag": f'"{zlib.crc32(request.raw):08x}"'})
 
 
 @route(
@@ -8395,14 +8393,14 @@ def put_file(server: Server, request: Request) -> Any:
 @route("POST /v1/files/multipart/abort", body="upload_id! file_id!")
 def end_upload(server: Server, request: Request) -> Any:
     """Join the parts of a large file, or forget it."""
-    upload_id, id = request.body["upload_id"], request.body["file_id"]
-    if id not in server.files or id in server.contents or upload_id != name_upload(id):
-        raise ApiError("no_object", param="upload_id", noun="Upload", id=upload_id)
+    body, id = request.body, request.body["upload_id"]
+    if id not in server.files or id in server.contents:
+        raise ApiError("no_object", param="upload_id", noun="Upload", id=id)
     if request.route.path.endswith("abort"):
         server.files.remove(id)
         return {"success": True}
     names = sorted(name for name in list(server.contents) if name.startswith(f"{id}/"))
-    if names != sorted(f"{id}/{part['part_number']:03}" for part in request.body["parts"]):
+    if names != sorted(f"{id}/{part['part_number']:03}" for part in body["parts"]):
         raise ApiError("invalid", param="parts", reason="must be the parts that were put")
     data = b"".join(map(server.contents.pop, names))
     return {"file": server.files.update(id, **put_data(server, server.files.get(id), data))}
@@ -8445,63 +8443,56 @@ BATCH: Item = {
 
 def batch_object(server: Server, item: Item) -> Item:
     made, deadline = (format_time(server._now() + wait) for wait in (0, 86400))
-    return {**BATCH, "created_at": made, "job_deadline": deadline}
+    return {"created_at": made, "job_deadline": deadline, **BATCH}
 
 
-def run_line(
-    server: Server, job: Item, line: bytes, number: int, seen: set[str]
-) -> tuple[Any, Reply]:
-    """Answer a line of a batch; return its custom_id, too, which is noted in `seen`."""
+def run_line(server: Server, job: Item, number: int, line: bytes, seen: set[str]) -> Item:
+    """Answer a line of a batch: return a row of the output, or of the errors."""
     row: Item = {}
     try:
         row = parse_line(line)
         BATCH_LINE_FIELDS.check(row)
         if row["custom_id"] in seen:
             raise ApiError("invalid", param="custom_id", reason="must differ from earlier ones")
-        seen.add(row["custom_id"])
-        if row["body"].get("stream"):
-            raise ApiError("invalid", param="body.stream", reason="must be false in a batch")
     except ApiError as error:
         error.message = f"Line {number}: {error.message}"
-        return row.get("custom_id"), error.as_reply()
-    headers = {"authorization": f"Bearer {DEFAULT_KEY}", "content-type": "application/json"}
-    headers.update(server.starts.get(job["id"], ("", {}))[1])
-    request = Request("POST", job["endpoint"], ENCODE(row["body"]).encode(), headers=headers)
-    request.batch = job["id"]
-    reply = server.answer(request)
-    reply.body = reply.read()
-    return row["custom_id"], reply
+        reply = error.as_reply()
+    else:
+        seen.add(row["custom_id"])
+        headers = {"authorization": f"Bearer {DEFAULT_KEY}", "content-type": "application/json"}
+        headers.update(server.starts.get(job["id"], ("", {}))[1])
+        request = Request("POST", job["endpoint"], ENCODE(row["body"]).encode(), headers=headers)
+        request.batch = job["id"]
+        reply = server.answer(request)
+    id, body = HashRandom.of("batch", [job["id"], number]).hex(24), reply.read()
+    made: Item = {"id": f"br_{id}", "custom_id": row.get("custom_id")}
+    said = json.loads(body) if succeeds(json.loads, body) else None  # a fault may have cut it
+    if reply.status == 200 and said is not None:
+        return {**made, "response": {"status_code": 200, "body": said}}
+    told = get_path(said, "error")
+    message = get_path(told, "message") or f"The request failed with status {reply.status}."
+    code = get_path(told, "code") or get_path(told, "type")
+    return {**made, "error": {"message": message, "code": code}}
 
 
 def run_batch(server: Server, job: Item, data: bytes) -> Item:
     """Answer every line of a batch and store what came of them."""
-    results: dict[str, list[bytes]] = {"output": [], "error": []}
+    rows: dict[str, bytearray] = {"output": bytearray(), "error": bytearray()}
     seen: set[str] = set()
-    source, size = HashRandom.of("batch", job["id"]), 0
     for number, line in read_lines(data):
         if server.stopping.is_set():
             return {"status": "FAILED", "error": "The server stopped."}
-        if size > server.max_stored_bytes:
+        row = run_line(server, job, number, line, seen)
+        kind = "error" if "error" in row else "output"
+        rows[kind] += ENCODE(row).encode() + b"\n"
+        if len(rows[kind]) > server.max_stored_bytes:
             break  # the storing will say so
-        id, reply = run_line(server, job, line, number, seen)
-        said = json.loads(reply.body) if succeeds(json.loads, reply.body) else None
-        kind, row = "output", {"id": f"br_{source.child(number).hex(24)}", "custom_id": id}
-        if reply.status == 200 and said is not None:  # a fault may have cut it
-            row["response"] = {"status_code": 200, "body": said}
-        else:
-            kind, error = "error", get_path(said, "error")
-            reason = f"The request failed with status {reply.status}."
-            code = get_path(error, "code") or get_path(error, "type")
-            row["error"] = {"message": get_path(error, "message") or reason, "code": code}
-        results[kind].append(ENCODE(row).encode() + b"\n")
-        size += len(results[kind][-1])
     changes: Item = {"progress": 100.0}
     try:
-        for kind in filter(results.get, results):
+        for kind in filter(rows.get, rows):
             name = f"{job['id']}_{kind}.jsonl"
-            changes[f"{kind}_file_id"] = store_lines(
-                server, name, "batch-generated", b"".join(results[kind])
-            )
+            lines = bytes(rows[kind])
+            changes[f"{kind}_file_id"] = store_lines(server, name, "batch-generated", lines)
     except ApiError as error:
         changes.update(status="FAILED", error=error.message)
     return changes
@@ -8513,10 +8504,8 @@ def enter_batch(server: Server, job: Item, status: str) -> Item:
     ended: Item = {"completed_at": format_time(server._now())}
     if status == "COMPLETED":
         return {**ended, **run_batch(server, job, data)}
-    if status == "CANCELLED":
-        return ended
     if status != "IN_PROGRESS":
-        return {**ended, "error": f"The batch was scripted to end as {status}."}
+        return ended
     count = sum(1 for _ in read_lines(data))
     if 0 < count <= MAX_BATCH_LINES:
         return {}
@@ -8536,8 +8525,7 @@ JOB: Any = {"kind": "job", "response": ResponseType("job", ENDS, operator.itemge
 def create_batch(server: Server, request: Request) -> Any:
     """Start a batch job from a file of requests."""
     file = find_file(server, request.body["input_file_id"], "input_file_id", "batch-api")
-    kept = ("endpoint", "input_file_id", "model_id", "metadata")
-    given = {name: request.body.get(name) for name in kept}
+    given = pick_given(request.body, ("endpoint", "input_file_id", "model_id", "metadata"))
     job = BATCHES.start(server, request, {**given, "file_size_bytes": file["bytes"]})
     return {"job": job}
 
@@ -8692,7 +8680,7 @@ def fine_tune_object(server: Server, item: Item) -> Item:
     """Complete a fine-tuning job, with the events up to its status."""
     now, file_id = format_time(server._now()), item.get("training_file") or ""
     file = server.files.get(file_id) if file_id in server.files else FILE
-    job = merge({**FINE_TUNE, "created_at": now, "updated_at": now}, item)
+    job = merge({"created_at": now, "updated_at": now, **FINE_TUNE}, item)
     words = [job["model"].rpartition("/")[2], job.get("suffix") or ""]
     words.append(HashRandom.of("fine-tune", job["id"]).hex(8))
     job["model_output_name"] = f"{USER}/{'-'.join(filter(None, words))}"
@@ -8987,9 +8975,9 @@ def note_status(server: Server, status: str, updates: Any = ()) -> Item:
 
 def evaluation_object(server: Server, item: Item) -> Item:
     return {
-        "type": "classify", "owner_id": USER_ID, "results": None, "parameters": {},
+        "type": "classify", "owner_id": USER_ID, "results": None,
         "created_at": format_time(server._now()),
-        **note_status(server, item.get("status", "pending")),
+        **note_status(server, item.get("status", "pending")), "parameters": {},
     }  # fmt: skip
 
 
