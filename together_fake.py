@@ -8537,8 +8537,6 @@ UNKNOWN_MODEL = Model("chat", "", traits=())  # what a base that the catalogue l
 TRAIN_PRICE = 0.48  # USD for a million tokens
 TRAIN_TOKEN_BYTES = 4  # of a training file, by which its tokens are estimated
 MAX_METRICS = 1000  # points of a curve
-# the members of examples that are no messages, each with the role it stands for
-PLAIN = (("prompt", "user"), ("completion", "assistant"), ("text", "assistant"))
 NDJSON = "application/x-ndjson"
 MAX_TOKENIZED = 1000  # examples of a tokenized dataset
 LIMITS: Item = {  # documented, but for the flags
@@ -8573,32 +8571,25 @@ max_grad_norm,weight_decay:float:0.. random_seed:int packing:bool multimodal_par
   train_vision:bool
 suffix:..40 from_hf_model hf_model_revision hf_output_repo_name wandb_base_url
 wandb_project_name wandb_name wandb_entity""")  # fmt: skip
-# The nested settings: the member that chooses among their forms, and the usual one.
-TRAINING_SETTINGS = (
-    ("training_method", "method", "sft"), ("training_type", "type", "Lora"),
-    ("lr_scheduler", "lr_scheduler_type", "linear"),
-)  # fmt: skip
-TRAINING_FORMS: dict[str, Item] = {  # with their documented defaults
-    "sft": {"train_on_inputs": "auto"},
-    "dpo": {"dpo_beta": 0.1, "dpo_normalize_logratios_by_length": False},
-    "Lora": {
-        "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.0,
-        "lora_trainable_modules": "all-linear",
-    },
-    "Full": {},
-    "linear": {"lr_scheduler_args": {"min_lr_ratio": 0.0}},
-    "cosine": {"lr_scheduler_args": {"min_lr_ratio": 0.0, "num_cycles": 0.5}},
-}  # fmt: skip
 FINE_TUNE: Item = {
     "object": "fine-tune", "status": "pending", "user_id": USER_ID,
     "model": "meta-llama/Meta-Llama-3.1-8B-Instruct-Reference", "model_output_path": "",
     "adapter_output_name": None, "training_file": "", "validation_file": "", "from_checkpoint": "",
     "job_id": "", "started_at": None, "multimodal_params": None, "n_epochs": 1, "n_checkpoints": 1,
-    "n_evals": 0, "learning_rate": 1e-05, "max_grad_norm": 1.0, "warmup_ratio": 0.0,
-    "weight_decay": 0.0, "train_on_inputs": "auto", "token_count": 0, "param_count": 0,
-    "total_price": 0, "epochs_completed": 0, "queue_depth": 0, "wandb_project_name": "",
-    "wandb_url": "", "events": [],
+    "n_evals": 0, "batch_size": "max", "learning_rate": 1e-05, "max_grad_norm": 1.0,
+    "warmup_ratio": 0.0, "weight_decay": 0.0, "train_on_inputs": "auto", "token_count": 0,
+    "param_count": 0, "total_price": 0, "epochs_completed": 0, "queue_depth": 0,
+    "wandb_project_name": "", "wandb_url": "", "events": [],
     "progress": {"estimate_available": False, "seconds_remaining": 0},
+    "training_method": {"method": "sft", "train_on_inputs": "auto"},
+    "training_type": {
+        "type": "Lora", "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.0,
+        "lora_trainable_modules": "all-linear",
+    },
+    "lr_scheduler": {"lr_scheduler_type": "linear", "lr_scheduler_args": {"min_lr_ratio": 0.0}},
+}  # fmt: skip
+SETTINGS = {  # each with the member that tells its form; those of other forms stay as given
+    "training_method": "method", "training_type": "type", "lr_scheduler": "lr_scheduler_type"
 }  # fmt: skip
 # What a job reports on entering a status: the status, a type and the documented message.
 FINE_TUNE_EVENTS = """\
@@ -8616,19 +8607,6 @@ error job_error The job was scripted to fail
 cancelled job_stopped Job cancelled"""
 
 
-def complete_training(item: Item) -> Item:
-    """Return the nested settings of a job with defaults, and the batch size."""
-    settings: Item = {}
-    for name, key, usual in TRAINING_SETTINGS:
-        given = item.get(name) or {}
-        form = given.get(key) or usual
-        settings[name] = merge({key: form, **TRAINING_FORMS[form]}, given)
-    limits = LIMITS[f"{settings['training_type']['type'].lower()}_training"]
-    dpo = settings["training_method"]["method"] == "dpo"
-    size, most = item.get("batch_size"), limits["max_batch_size_dpo" if dpo else "max_batch_size"]
-    return {**settings, "batch_size": min(size, most) if type(size) is int else most}
-
-
 def list_steps(job: Item, count: int) -> list[int]:
     """Return training steps at equal distances, the last of all among them."""
     total = job["n_epochs"] * max(1, -(-job["TrainingFileNumLines"] // job["batch_size"]))
@@ -8641,8 +8619,9 @@ def list_new_events(job: Item, status: str) -> list[Item]:
     steps, events = list_steps(job, job["n_epochs"]), []
     for row in FINE_TUNE_EVENTS.split("\n"):
         reached, type, message = row.split(" ", 2)
-        last = steps[-1:] if status == "uploading" else [0]
-        for step in (steps if type == "epoch_complete" else last) if reached == status else ():
+        if reached != status:
+            continue
+        for step in steps if type == "epoch_complete" else [0]:
             events.append({
                 "object": "fine-tune-event", "param_count": 0, "token_count": 0,
                 "training_offset": 0, "wandb_url": "", "checkpoint_path": "", "hash": "",
@@ -8677,16 +8656,22 @@ def show_fine_tune(server: Server, request: Request, job: Item) -> Item:
 
 
 def fine_tune_object(server: Server, item: Item) -> Item:
-    """Complete a fine-tuning job, with the events up to its status."""
+    """Return what a fine-tuning job lacks, with the events up to its status."""
     now, file_id = format_time(server._now()), item.get("training_file") or ""
     file = server.files.get(file_id) if file_id in server.files else FILE
-    job = merge({"created_at": now, "updated_at": now, **FINE_TUNE}, item)
+    item["events"] = None
+    facts = {"TrainingFileNumLines": file["LineCount"], "TrainingFileSize": file["bytes"]}
+    template = {"created_at": now, "updated_at": now, **FINE_TUNE, **facts}
+    for name, key in SETTINGS.items():
+        if (item.get(name) or {}).get(key, FINE_TUNE[name][key]) != FINE_TUNE[name][key]:
+            template[name] = {}
+    job = merge(template, item)
+    if job["batch_size"] == "max":
+        limits = LIMITS[job["training_type"]["type"].lower() + "_training"]
+        item["batch_size"] = job["batch_size"] = limits["max_batch_size"]
     words = [job["model"].rpartition("/")[2], job.get("suffix") or ""]
     words.append(HashRandom.of("fine-tune", job["id"]).hex(8))
-    job["model_output_name"] = f"{USER}/{'-'.join(filter(None, words))}"
-    job.update(TrainingFileNumLines=file["LineCount"], TrainingFileSize=file["bytes"])
-    item.update(complete_training(item), events=None)
-    job = merge(job, item)
+    job = {"model_output_name": f"{USER}/{'-'.join(filter(None, words))}", **job}
     end, ladder = job["status"], JOBS["fine_tunes"].order
     for status in ladder[: ladder.index(end) + 1] if end in ladder else ("pending", end):
         job.update(enter_fine_tune(server, job, status))
@@ -8718,9 +8703,8 @@ def create_fine_tune(server: Server, request: Request) -> Any:
     """Start a fine-tuning job."""
     body, jobs = request.body, server.fine_tunes
     base = (body.get("from_checkpoint") or "").partition(":")[0]
-    if base.startswith("ft-"):
-        jobs.get(base)  # or 404
-    model = body.get("model") or (jobs.get(base)["model"] if base in jobs else base)
+    earlier = jobs.get(base) if base in jobs or base.startswith("ft-") else {"model": base}
+    model = body.get("model") or earlier["model"]
     if not model:
         raise ApiError("missing", param="model")
     for name in ("training_file", "validation_file"):
@@ -8754,7 +8738,8 @@ def list_checkpoints(server: Server, request: Request) -> Any:
     full = job["training_type"]["type"] == "Full"
     names = ["Final"] if full else ["Final Merged", "Final Adapter"]
     found = [("Intermediate", step) for step in steps] + [(name, last) for name in names]
-    found = found[: {"uploading": len(steps), "completed": None}.get(job["status"], 0)]
+    if job["status"] != "completed":
+        found = []
     return {"data": [
         {"step": step, "created_at": job["updated_at"], "checkpoint_type": name,
          "path": f"s3://{USER}/{job['id']}/{name.replace(' ', '-').lower()}-{step}"}
@@ -8769,41 +8754,37 @@ def list_checkpoints(server: Server, request: Request) -> Any:
 def list_metrics(server: Server, request: Request) -> Any:
     """List the loss curve of a fine-tuning job as far as it has come; it falls."""
     job, args = server.fine_tunes.get(request.params["id"]), request.args
-    total, rate, rng = list_steps(job, 1)[0], job["learning_rate"], HashRandom.of("loss", job["id"])
-    done = {"pending": 0, "queued": 0, "uploading": total, "completed": total}
-    last = min(done.get(job["status"], (total + 1) // 2), args.get("global_step_to") or total)
+    (total,) = list_steps(job, 1)
+    done = {"running": (total + 1) // 2, "uploading": total, "completed": total}
+    last = min(done.get(job["status"], 0), args.get("global_step_to") or total)
     first = args.get("global_step_from") or 1
-    points = min(args.get("resolution") or MAX_METRICS, MAX_METRICS, max(0, last - first + 1))
+    points = min(args.get("resolution") or MAX_METRICS, MAX_METRICS, last - first + 1)
     steps = [first + (last - first) * n // max(1, points - 1) for n in range(points)]
-    high, low = 2 + rng.random(), 0.3 + rng.random() / 3
-    # a point moves by less than half of what the curve falls until the next
+    loss = 2 + HashRandom.of("loss", job["id"]).random()
     return {"metrics": [
         {"train/global_step": step, "train/epoch": round(step / total * job["n_epochs"], 4),
-         "train/loss": round(low + (high - low) / (1 + 8 * at / total), 6),
-         "train/learning_rate": round(rate * (1 - (step - 1) / total), 12)}
+         "train/loss": round(loss / (1 + 8 * step / total), 6),
+         "train/learning_rate": round(job["learning_rate"] * (1 - (step - 1) / total), 12)}
         for step in steps
-        for at in [step + 0.4 * rng.child(step).random()]
     ]}  # fmt: skip
 
 
 @route("POST /v1/fine-tunes/estimate-price", body=ESTIMATE_FIELDS)
 def estimate_price(server: Server, request: Request) -> Any:
     """Estimate what a fine-tuning job would cost."""
-    body, tokens, reasons = request.body, {"train": 0, "eval": 0}, []
+    body, tokens, reasons = request.body, [], []
     for use, name, times in (
         ("train", "training_file", body.get("n_epochs") or 1),
         ("eval", "validation_file", body.get("n_evals") or 0),
     ):
-        if body.get(name):
-            file = find_file(server, body[name], name)
-            tokens[use] = file["bytes"] // TRAIN_TOKEN_BYTES * times
-            if file["processing_status"] != "COMPLETED":
-                reasons.append(f"{use}_file_{'invalid' if file['Processed'] else 'not_validated'}")
+        file = find_file(server, body[name], name) if body.get(name) else FILE
+        tokens.append(file["bytes"] // TRAIN_TOKEN_BYTES * times)
+        if body.get(name) and file["processing_status"] != "COMPLETED":
+            reasons.append(f"{use}_file_{'invalid' if file['Processed'] else 'not_validated'}")
     return {
         "estimation_available": not reasons, "allowed_to_proceed": not reasons, "user_limit": 100.0,
-        "estimated_total_price": round(sum(tokens.values()) * TRAIN_PRICE / 1e6, 6),
-        "estimated_train_token_count": tokens["train"],
-        "estimated_eval_token_count": tokens["eval"],
+        "estimated_total_price": round(sum(tokens) * TRAIN_PRICE / 1e6, 6),
+        "estimated_train_token_count": tokens[0], "estimated_eval_token_count": tokens[1],
         **({"unavailable_reason": reasons[0]} if reasons else {}),
     }  # fmt: skip
 
@@ -8841,13 +8822,11 @@ def download_model(server: Server, request: Request) -> Any:
     step = args.get("checkpoint_step") or steps[-1]
     if step not in steps:
         raise ApiError("no_object", param="checkpoint_step", noun="Checkpoint", id=step)
-    weights = HashRandom.of("weights", [job["id"], step, args.get("checkpoint")]).randbytes(65536)
-    config = ENCODE({"base_model": job["model"], "name": job["model_output_name"], "step": step})
+    weights = HashRandom.of("weights", [job["id"], step, args.get("checkpoint")])
     with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, data in (("config.json", config.encode()), ("model.safetensors", weights)):
-            entry = tarfile.TarInfo(name)
-            entry.size = len(data)
-            archive.addfile(entry, io.BytesIO(data))
+        entry = tarfile.TarInfo("model.safetensors")
+        entry.size = 65536
+        archive.addfile(entry, io.BytesIO(weights.randbytes(entry.size)))
     packer = zlib.compressobj(0, zlib.DEFLATED, 16 + zlib.MAX_WBITS)  # gzip
     packed = bytearray(packer.compress(tar.getvalue()) + packer.flush())
     packed[8:10] = b"\0\xff"  # no word of the level and the system: the same on all
@@ -8855,22 +8834,18 @@ def download_model(server: Server, request: Request) -> Any:
 
 
 def tokenize_file(server: Server, id: str, count: int, on_inputs: bool) -> list[Item]:
-    """Return the first examples of a file as tokens; -100 labels what is not learned."""
+    """Return a file's first examples as tokens; only the last text of one is learned."""
     examples: list[Item] = []
     for _, line in itertools.islice(read_lines(server.contents.get(id, b"")), count):
-        given, labels, spans = parse_line(line), [], []
-        tokens: list[str] = []
-        plain = [{"role": role, "content": given[name]} for name, role in PLAIN if name in given]
-        for message in given.get("messages") or plain:
-            pieces, start = split_tokens(message_text(message) + "\n"), len(tokens)
-            trained = on_inputs or message["role"] == "assistant"
-            labels += [token_id(piece) if trained else -100 for piece in pieces]
-            tokens += pieces
-            spans += [[start, len(tokens)]] if trained else []
+        row, names = parse_line(line), ("prompt", "completion", "text")
+        messages = row.get("messages") or [{"content": row[name]} for name in names if name in row]
+        pieces = [split_tokens(message_text(message) + "\n") for message in messages]
+        tokens = list(itertools.chain(*pieces))
+        ids, start = list(map(token_id, tokens)), 0 if on_inputs else sum(map(len, pieces[:-1]))
         examples.append({
-            "tokens": tokens, "labels": labels, "trained_spans": spans, "truncated": False,
-            "input_ids": list(map(token_id, tokens)), "num_tokens": len(tokens),
-            "num_trained_tokens": len(labels) - labels.count(-100),
+            "tokens": tokens, "input_ids": ids, "labels": [-100] * start + ids[start:],
+            "trained_spans": [[start, len(tokens)]], "truncated": False,
+            "num_tokens": len(tokens), "num_trained_tokens": len(tokens) - start,
         })  # fmt: skip
     return examples
 
