@@ -6541,10 +6541,11 @@ SLOT, SLOT_NUMBER = "\udc00", "\udc01"
 
 def repeat_json(text: str, pieces: Iterable[str]) -> Iterator[str]:
     """Yield JSON for each piece of a text, which stands where SLOT does."""
-    text = text.replace("%", "%%").replace(QUOTE(SLOT), "%(piece)s")
-    text, numbered = text.replace(QUOTE(SLOT_NUMBER), "%(number)d"), SLOT_NUMBER in text
+    text = text.replace(QUOTE(SLOT), "\0").replace(QUOTE(SLOT_NUMBER), "\1")  # no JSON has those
+    numbered = "\1" in text
     for piece in pieces:
-        yield text % {"piece": QUOTE(piece), "number": numbered and token_id(piece)}
+        filled = text.replace("\0", QUOTE(piece))
+        yield filled.replace("\1", str(token_id(piece))) if numbered else filled
 
 
 def describe_token(piece: str, logprob: float) -> Item:
@@ -6590,8 +6591,11 @@ def split_keys(keys: str) -> tuple[list[str], list[str]]:
 def arrange(keys: str, values: Mapping[str, Any]) -> Item:
     """Return the values under these keys, in their order."""
     names, optional = split_keys(keys)
-    found = zip(names, map(values.get, names))
-    return {name: each for name, each in found if each not in (None, []) or name not in optional}
+    found = dict(zip(names, map(values.get, names)))
+    for name in optional:
+        if found[name] in (None, []):
+            del found[name]
+    return found
 
 
 # The form of each engine's answers. To add one: a group here, its name in ENGINE_NAMES and `engine
@@ -6784,7 +6788,6 @@ class Answer:
     role = "assistant"
     objects = ("chat.completion", "chat.completion.chunk")  # of the whole, of a chunk
     unended = 0  # choices whose stream goes on
-    cached_tokens = 0  # of the prompt
     key = b""  # 32 bytes, drawn, for what has ids of another form
 
     def __init__(self, request: Request, form: Form, choices: list[Choice], usage: Item) -> None:
@@ -6803,19 +6806,15 @@ class Answer:
 
     def list_usage(self) -> Item:
         """Return the usage as the engine tells it; what a fixture adds to it stands last."""
-        keys = self.form.rows["usage"]
-        counts = {"reasoning_tokens": 0, "cached_tokens": self.cached_tokens, **self.usage}
+        keys, counts = self.form.rows["usage"], dict(self.usage)
         for side, part in USAGE_SIDES if "details" in keys else ():
-            name = f"{side}_tokens_details"
-            details = {part: counts[part]}
+            name, details = f"{side}_tokens_details", {part: counts[part]}
             if "counts-text" in self.traits:
                 details["text_tokens"] = counts[f"{side}_tokens"]
             absent = f"{name}?" in keys and not counts[part]
             counts.setdefault(name, None if absent else details)
-        usage = {**arrange(keys, counts), **self.usage}
-        if "reasoning_tokens" not in keys:
-            usage.pop("reasoning_tokens", None)
-        return usage
+        given = (self.request.script or {}).get("usage") or {}
+        return {**arrange(keys, counts), **given}
 
     def find_seed(self) -> int | None:
         """Return the seed asked for, else one made of the id: up to 2 ** 64, of 16 digits."""
@@ -6972,8 +6971,7 @@ def make_template(answer: Answer, values: Item) -> tuple[str, Callable[[Item], A
     """Return the JSON of a plain answer with slots for values, and what picks those in order."""
     slots: Any = {name: value and SLOT + name for name, value in values.items()}
     blank, choice = copy.copy(answer), copy.copy(answer.choices[0])
-    for name in ("id", "model", "seed", "cached_tokens"):
-        setattr(blank, name, slots[name])
+    blank.id, blank.model, blank.seed = slots["id"], slots["model"], slots["seed"]
     blank.usage = {name: slots[name] for name in answer.usage}
     choice.text, choice.thoughts = slots["text"], slots["thoughts"]
     blank.choices = [choice]
@@ -7003,7 +7001,6 @@ def encode_answer(answer: Answer) -> bytes:
         "text": QUOTE(choice.text),
         "thoughts": thoughts and QUOTE(thoughts),
         "seed": answer.find_seed(),
-        "cached_tokens": answer.cached_tokens,
         **answer.usage,
     }
     key = (answer.form, answer.objects[0], choice.finish_reason, *map(bool, values.values()))
@@ -7071,13 +7068,13 @@ function_call:str|dict
 context_length_exceeded_behavior=truncate|error reasoning_effort reasoning:dict
   enabled:bool
 compliance=hipaa chat_template_kwargs,metadata:dict""")  # fmt: skip
-# What would change a model's answer; the rest (stream, user, limits on the length) does not.
-CHAT_FACTS = frozenset((
-    "model", "messages", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
-    "presence_penalty", "frequency_penalty", "logit_bias", "seed", "n", "response_format",
-    "tools", "tool_choice", "functions", "function_call", "reasoning_effort", "reasoning",
-    "chat_template_kwargs", "safety_model",
-))  # fmt: skip
+# What changes no answer, but its length or how it is sent.
+UNDRAWN = {
+    "prompt", "max_tokens", "max_completion_tokens", "stop", "stream", "stream_options", "echo",
+    "logprobs", "top_logprobs", "user", "metadata", "compliance", "parallel_tool_calls",
+    "context_length_exceeded_behavior",
+}  # fmt: skip
+CHAT_FACTS = frozenset(CHAT_FIELDS) - UNDRAWN
 
 
 def pick_given(body: Item, names: Iterable[str]) -> Item:
@@ -7179,7 +7176,7 @@ def find_budget(body: Item, model: Model, prompt_tokens: int) -> tuple[int, int]
     )
 
 
-def count_usage(prompt_tokens: int, choices: list[Choice]) -> Item:
+def count_usage(prompt_tokens: int, choices: list[Choice], cached_tokens: int = 0) -> Item:
     """Add up the tokens of an answer."""
     written = thought = 0
     for choice in choices:
@@ -7195,6 +7192,7 @@ def count_usage(prompt_tokens: int, choices: list[Choice]) -> Item:
         "completion_tokens": written,
         "total_tokens": prompt_tokens + written,
         "reasoning_tokens": thought,
+        "cached_tokens": cached_tokens,
     }
 
 
@@ -7435,10 +7433,6 @@ def make_content(
     return text, count_tokens(text)
 
 
-THINKING_FIELDS = ("chat_template_kwargs", "reasoning")
-THINKING_SWITCHES = {"enabled", "thinking", "enable_thinking"}
-
-
 def find_effort(body: Item, model: Model) -> str:
     """Return how much a model shall think, in the words of `reasoning_effort`."""
     effort: str = body.get("reasoning_effort") or "medium"
@@ -7448,9 +7442,9 @@ def find_effort(body: Item, model: Model) -> str:
         )
     if not model.thinks:
         return "none"
-    told = [given for name in THINKING_FIELDS if (given := body.get(name))]
-    off = any(given.get(name) is False for given in told for name in THINKING_SWITCHES)
-    return "none" if off else effort
+    switches = {**(body.get("chat_template_kwargs") or {}), **(body.get("reasoning") or {})}
+    told = map(switches.get, ("enabled", "thinking", "enable_thinking"))
+    return "none" if any(each is False for each in told) else effort
 
 
 def make_thoughts(rng: HashRandom, model: Model, effort: str) -> str:
@@ -7459,17 +7453,11 @@ def make_thoughts(rng: HashRandom, model: Model, effort: str) -> str:
 
 
 def compose_choice(
-    model: Model,
-    effort: str,
-    wanted: WantedForm | None,
-    rng: HashRandom,
-    form: Form,
-    body: Item,
-    budget: int,
-    index: int,
-) -> Choice:
+    choice: Choice, model: Model, effort: str, wanted: Any, rng: HashRandom, form: Form,
+    body: Item, budget: int,
+) -> None:  # fmt: skip
     """Write one choice of a chat answer."""
-    choice, thoughts = Choice(index), ""
+    index, thoughts = choice.index, ""
     calls = choose_calls(rng, form, body, index)
     if model.thinks and "skips-reasoning" not in form.traits:
         thoughts = make_thoughts(rng.child("reasoning", index), model, effort)
@@ -7497,14 +7485,13 @@ def compose_choice(
         choice.function_call, choice.tool_calls = choice.tool_calls[0]["function"], ()
         if choice.finish_reason == "tool_calls":
             choice.finish_reason = "function_call"
-    return choice
 
 
 def script_choice(
-    script: Item, rng: HashRandom, form: Form, body: Item, budget: int, index: int
-) -> Choice:
+    choice: Choice, script: Item, rng: HashRandom, form: Form, body: Item, budget: int
+) -> None:
     """Write one choice that a fixture scripts; the limits on its length hold too."""
-    choice, ended = Choice(index), "finish_reason" in script  # as it was recorded
+    ended = "finish_reason" in script  # as it was recorded
     most = sys.maxsize if ended else budget
     most -= choice.think(script["reasoning"], most)
     blocks = script["blocks"]
@@ -7516,9 +7503,9 @@ def script_choice(
         choice.finish_reason = "tool_calls"
         choice.calls_first = blocks[0] is calls[0]
     for at, call in enumerate(calls):
-        own, said = rng.child("call", index, at), (call["name"], call["arguments"], call["id"])
-        choice.tool_calls = (*choice.tool_calls, tool_call(own, form, at, *said))
-    return choice
+        own = rng.child("call", choice.index, at)
+        said = tool_call(own, form, at, call["name"], call["arguments"], call["id"])
+        choice.tool_calls = (*choice.tool_calls, said)
 
 
 def apply_script(answer: Answer, script: Item) -> None:
@@ -7527,8 +7514,8 @@ def apply_script(answer: Answer, script: Item) -> None:
         setattr(answer, name, script.get(name) or getattr(answer, name))
     answer.request.id = answer.id
     usage, given = answer.usage, script.get("usage") or {}
-    if usage.keys() - {"reasoning_tokens"} <= given.keys():
-        usage.clear()  # a whole one was given
+    if {"prompt_tokens", "completion_tokens", "total_tokens"} <= given.keys():
+        usage["reasoning_tokens"] = 0  # a whole one was given
     usage.update(given)
     if "total_tokens" not in given:
         usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
@@ -7575,21 +7562,24 @@ def compose_chat(server: Server, request: Request) -> Answer:
     refuse_chat(body, model, form.traits, effort != "none", server.strict)
     rng = HashRandom.of("chat", pick_facts(body, CHAT_FACTS))
     request.id = form.name_answer(rng)
-    for name in () if TOOL_KEYS.isdisjoint(body) else ("tools", "functions"):
-        prompt_tokens += count_tokens(ENCODE(body[name])) if body.get(name) else 0
+    for tools in (body.get("tools"), body.get("functions")):
+        prompt_tokens += count_tokens(ENCODE(tools)) if tools else 0
     budget, prompt_tokens = find_budget(body, model, prompt_tokens)
     script = request.script = fill_forced_tool(body, request.script)
     wanted = read_prompt(server, request, body["messages"])
-    write = functools.partial(compose_choice, model, effort, wanted)
-    if script:
-        write = functools.partial(script_choice, script)
     choices = []
     for index in range(body.get("n") or 1):
-        choices.append(write(rng, form, body, budget, index))
-        if choices[-1].finish_reason == "tool_calls":
+        choice = Choice(index)
+        if script:
+            script_choice(choice, script, rng, form, body, budget)
+        else:
+            compose_choice(choice, model, effort, wanted, rng, form, body, budget)
+        if choice.finish_reason == "tool_calls":
             request.form = ""
-    answer = Answer(request, form, choices, count_usage(prompt_tokens, choices))
-    answer.key, answer.cached_tokens = rng.key, before // CACHED_TOKENS * CACHED_TOKENS
+        choices.append(choice)
+    cached = before // CACHED_TOKENS * CACHED_TOKENS
+    answer = Answer(request, form, choices, count_usage(prompt_tokens, choices, cached))
+    answer.key = rng.key
     return finish_answer(answer, rng, map(message_text, body["messages"]))
 
 
@@ -7736,7 +7726,7 @@ def list_items(choice: Choice, summarised: bool, digits: str) -> list[tuple[Item
 
 def response_usage(answer: Answer) -> Item:
     """Return the usage in the words of the Responses API, which fixtures may use."""
-    usage = {"cached_tokens": answer.cached_tokens, **answer.usage}
+    usage = answer.usage
     cached = (usage.get("prompt_tokens_details") or usage).get("cached_tokens", 0)
     thought = (usage.get("completion_tokens_details") or usage).get("reasoning_tokens", 0)
     told = {
@@ -7877,9 +7867,7 @@ def refuse_response(server: Server, request: Request) -> Any:
 MAX_INPUT_ITEMS = 2048  # texts of one embedding request
 
 COMPLETION_FIELDS = Fields(SAMPLING_ROWS + "prompt!:str|list logprobs:int:0..20")
-COMPLETION_FACTS = frozenset((*COMPLETION_FIELDS, "suffix")) - {  # what draws another text
-    "prompt", "max_tokens", "stop", "stream", "stream_options", "echo", "logprobs", "user",
-}  # fmt: skip
+COMPLETION_FACTS = frozenset((*COMPLETION_FIELDS, "suffix")) - UNDRAWN
 
 
 def read_inputs(value: Any, place: str) -> list[Any]:
@@ -7922,12 +7910,13 @@ def compose_completion(server: Server, request: Request) -> Answer:
         own = HashRandom.of("prompt", [facts, prompt])
         wanted = read_prompt(server, request, [{"role": "user", "content": input_text(prompt)}])
         for index in range(body.get("n") or 1):
+            choice = Choice(len(choices))
             if script:
-                choices.append(script_choice(script, rng, form, body, budget, len(choices)))
+                script_choice(choice, script, rng, form, body, budget)
             else:
-                choices.append(Choice(len(choices)))
                 text, count = make_answer(own.child("text", index), wanted)
-                choices[-1].write(text, count, body.get("stop"), budget)
+                choice.write(text, count, body.get("stop"), budget)
+            choices.append(choice)
     answer = Answer(request, form, choices, count_usage(prompt_tokens, choices))
     answer.objects = completion_objects(request, server.strict)
     return finish_answer(answer, rng, map(input_text, prompts))
