@@ -10854,13 +10854,13 @@ class UpstreamTests(UpstreamCase):
     def test_a_failure_is_told_and_not_recorded(self):
         line = b"X-Many: 1\r\n"
         for name, act, reason in (
-            ("no answer", send(b""), "Remote end closed connection"),
+            ("no answer", send(b""), "it closed the connection within"),
             ("no HTTP", send(b"SSH-2.0-OpenSSH_9.2\r\n"), "its answer is not HTTP"),
             ("no status", send(b"HTTP/1.1 yes\r\n\r\n"), "its answer is not HTTP"),
-            ("cut head", send(b"HTTP/1."), "its answer is not HTTP"),
-            ("head cut after its first line", send(OK_HEAD), "its answer is not HTTP"),
-            ("head cut in a line", send(OK_HEAD[:-9]), "its answer is not HTTP"),
-            ("head cut after an early one", send(b"HTTP/1.1 103 Early\r\n\r\n"), "its answer is"),
+            ("cut head", send(b"HTTP/1."), "it closed the connection within"),
+            ("head cut after its first line", send(OK_HEAD), "it closed the connection within"),
+            ("head cut in a line", send(OK_HEAD[:-9]), "it closed the connection within"),
+            ("head cut after an early one", send(b"HTTP/1.1 103 Early\r\n\r\n"), "it closed"),
             ("endless line", send(b"HTTP/1.1 200 " + b"K" * 70000), "its answer is not HTTP"),
             ("many headers", send(OK_HEAD + line * 200 + b"\r\n"), "its answer is not HTTP"),
             ("stall", lambda client: client.recv(1), "nothing came from it within 0.2 seconds"),

@@ -12220,25 +12220,11 @@ NOT_PASSED = {*CONNECTION_HEADERS, "x-parlel-fixture", "x-aimock-context"}
 NOT_RETURNED = NOT_PASSED | {"alt-svc"}
 
 
-def drop_headers(pairs: Iterable[tuple[str, str]], names: set[str]) -> dict[str, str]:
+def drop_headers(headers: Mapping[str, str], names: set[str]) -> dict[str, str]:
     """Return the headers that travel on: neither those names nor what `Connection` names."""
-    headers: dict[str, str] = {}
-    for name, value in pairs:
-        name = name.title()
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    headers = {name.title(): value for name, value in headers.items()}
     gone = names.union(re.split(r"[ \t,]+", headers.get("Connection", "").lower()))
     return {name: headers[name] for name in headers if name.lower() not in gone}
-
-
-def explain_failure(error: Exception, seconds: float) -> str:
-    """Say in half a sentence why an upstream gave no answer."""
-    if isinstance(error, Cut):
-        return "its client left before it answered"
-    if isinstance(error, socket.timeout):
-        return f"nothing came from it within {seconds:g} seconds"
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}"
-    return f"its answer is not HTTP ({error!r:.100})"
 
 
 class UpstreamReader(io.RawIOBase):
@@ -12249,12 +12235,8 @@ class UpstreamReader(io.RawIOBase):
 
     def __init__(self, sock: Any, client: Any, stopping: Any, seconds: float):
         sock.settimeout(min(seconds, LOOK_SECONDS))
-        self.sock = sock
-        self.client = client
-        self.stopping = stopping
-        self.seconds = seconds
+        self.sock, self.client, self.stopping, self.seconds = sock, client, stopping, seconds
         self.head_end = time.monotonic() + seconds
-        self.begun = False
         self.buffered = io.BufferedReader(self, RECEIVE_BYTES)
 
     def makefile(self, mode: str) -> Any:
@@ -12265,41 +12247,20 @@ class UpstreamReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Receive some bytes; raise `Cut` when nobody wants them any more."""
+        """Receive some bytes; raise `Left` when nobody wants them any more."""
         end = self.head_end or time.monotonic() + self.seconds
-        size = None
-        while size is None:
-            with contextlib.suppress(socket.timeout):
-                size = self.sock.recv_into(buffer)
-            has_left = size is None and getattr(self.client, "is_closed", False)
-            if self.stopping.is_set() or has_left:
-                raise Left if has_left else Cut
-            if time.monotonic() >= end:
-                raise socket.timeout
-        if not size and self.head_end and self.begun:
-            raise http.client.HTTPException("its head was cut")
-        self.begun = True
-        return int(size)
-
-
-def read_pieces(response: Any, connection: Any) -> Generator[bytes, None, None]:
-    """Yield a body as it comes; raise `Cut` where it does not come whole."""
-    missing = response.length  # older Pythons do not count while read1() reads
-    try:
-        yield b""  # has begun, so that closing it closes the connection
-        while missing != 0:
-            piece = response.read1(min(missing or RECEIVE_BYTES, RECEIVE_BYTES))
-            if not piece:
-                break
-            missing = missing and missing - len(piece)
-            yield piece
-        if missing:
-            raise Cut
-    except (OSError, http.client.HTTPException, ValueError):
-        raise Cut from None
-    finally:
-        response.close()
-        connection.close()
+        while time.monotonic() < end:
+            try:
+                size: int = self.sock.recv_into(buffer)
+            except socket.timeout:
+                size = -1
+            if self.stopping.is_set() or (size < 0 and self.client and self.client.is_closed):
+                raise Left
+            if not size and self.head_end:
+                raise ConnectionError("it closed the connection within the head of its answer")
+            if size >= 0:
+                return size
+        raise socket.timeout(f"nothing came from it within {self.seconds:g} seconds")
 
 
 class Upstream:
@@ -12317,14 +12278,12 @@ class Upstream:
         if not is_known or parts.query or parts.fragment or "@" in parts.netloc:
             rule = "must be an http:// or https:// URL without a name, a password or a query"
             raise ValueError(f"upstream {rule}, not {hide_in_url(url)!r}")
-        self.url = url
+        self.url, self.recorder, self.stopping = url, recorder, stopping
         is_secure = parts.scheme == "https"
         kind: Any = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
         seconds = min(self.seconds, CONNECT_SECONDS)
         self.connect = functools.partial(kind, parts.hostname, parts.port, timeout=seconds)
         self.prefix = re.sub(r"(?:/v1)?/*$", "", parts.path.rstrip("/"))
-        self.recorder = recorder
-        self.stopping = stopping
         self.name = f"1.1 together-fake-{os.getpid():x}-{id(self):x}"  # in `Via`
 
     def pass_on(self, kind: str, request: Request) -> Reply:
@@ -12334,27 +12293,39 @@ class Upstream:
             raise self.refuse("it is this server")
         if ".." in re.split(r"[/\\]", unquote(unquote(request.path))):
             raise self.refuse(f"the path {request.path[:100]} leads out of it")
-        headers = drop_headers([*request.headers.items(), ("via", self.name)], NOT_PASSED)
-        headers["Connection"] = "close"
         connection = self.connect()
         try:
-            response = self.send(connection, request, headers)
-            reply = self.relay(request, response, connection)
+            response = self.send(connection, request)
+            reply = self.begin_reply(response)
         except (Cut, OSError, http.client.HTTPException, ValueError) as error:
             connection.close()
-            raise self.refuse(explain_failure(error, self.seconds)) from None
+            told = f"its answer is not HTTP ({error!r:.100})"
+            if isinstance(error, OSError):
+                told = f"{error.strerror or error}"
+            elif isinstance(error, Cut):
+                told = "its client left before it answered"
+            raise self.refuse(told) from None
+
+        def record(body: bytes, times: Any) -> None:
+            kept = Reply(body, reply.status, reply.content_type, reply.headers)
+            recorder.add(kind, request, kept, [(size, at - started) for size, at in times])
+
+        recorder: Any = self.recorder
+        has_body = request.method != "HEAD" and response.status not in BODILESS
         is_packed = "Content-Encoding" in reply.headers  # though nobody asked for that
-        if self.recorder and reply.events and request.method != "HEAD" and not is_packed:
-            record = functools.partial(self.recorder.add, kind, request)
-            told = reply.status, reply.content_type, reply.headers
-            reply.events = self.keep(reply.events, told, response, started, record)
+        is_kept = recorder is not None and has_body and not is_packed
+        pieces = self.read_pieces(response, connection, record if is_kept else None)
+        next(pieces)  # it has begun, so that closing it closes the connection
+        reply.events = next(pieces, None) if response.status in BODILESS else pieces
         return reply
 
     def refuse(self, reason: str) -> ApiError:
         return ApiError("bad_upstream", url=self.url, reason=reason)
 
-    def send(self, connection: Any, request: Request, headers: dict[str, str]) -> Any:
+    def send(self, connection: Any, request: Request) -> Any:
         """Send a request and return the head of the answer, from which its body can be read."""
+        headers = drop_headers({**request.headers, "via": self.name}, NOT_PASSED)
+        headers["Connection"] = "close"
         connection.connect()
         target = self.prefix + request.path + (f"?{request.query}" if request.query else "")
         connection.request(request.method, target, request.raw or None, headers)
@@ -12367,9 +12338,10 @@ class Upstream:
                 return response
             response.fp = None  # type: ignore[assignment]  # which it would close
 
-    def relay(self, request: Request, response: Any, connection: Any) -> Reply:
-        """Make an upstream's answer a reply whose body is passed on while it comes."""
-        headers = drop_headers(response.getheaders(), NOT_RETURNED)
+    def begin_reply(self, response: Any) -> Reply:
+        """Make the head of an answer that of a reply."""
+        names = response.headers.keys()
+        headers = drop_headers({name: response.getheader(name) for name in names}, NOT_RETURNED)
         content_type = headers.get("Content-Type", "application/octet-stream")
         size = response.getheader("Content-Length")
         if size and not (size.isdecimal() and len(size) < 19):
@@ -12378,33 +12350,45 @@ class Upstream:
             headers["Content-Length"] = size
         reply = Reply(b"", response.status, content_type, headers)
         reply.waits = True
-        pieces = read_pieces(response, connection)
-        next(pieces)
-        reply.events = next(pieces, None) if response.status in BODILESS else pieces
         return reply
 
-    def keep(
-        self, pieces: Any, told: Any, response: Any, started: float, record: Callable[..., None]
+    def read_pieces(
+        self, response: Any, connection: Any, record: Callable[..., None] | None
     ) -> Generator[bytes, None, None]:
-        """Pass pieces on, recorded before the last: the client may ask at once."""
-        kept, times, length = bytearray(), [], response.length
-        ends = bool(response.chunked) or length is not None  # else a cut cannot be told
-        is_due = True
+        """Yield a body as it comes; raise `Cut` where it does not come whole.
+
+        It is recorded before its last piece is passed on: the client may ask at once.
+        """
+        kept = bytearray()
+        times: list[tuple[int, float]] = []  # bytes so far, and when they came
+        missing = response.length  # older Pythons do not count while read1() reads
+        ends = response.chunked or missing is not None  # else a cut cannot be told
         try:
-            for piece in itertools.chain(pieces, (b"",)):  # the last one: it has ended by itself
-                is_due = is_due and len(kept) + len(piece) <= self.max_recorded
-                if is_due:
+            yield b""
+            while True:
+                size = RECEIVE_BYTES if missing is None else min(missing, RECEIVE_BYTES)
+                piece = response.read1(size) if size else b""
+                if missing and not piece:
+                    raise Cut
+                missing = missing and missing - len(piece)
+                if record and len(kept) + len(piece) > self.max_recorded:
+                    record = None
+                if record:
                     kept += piece
-                    times.append((len(kept), time.perf_counter() - started))
-                    is_json = not (piece or ends) and bytes(kept[:1]) in (b"{", b"[")
-                    whole = succeeds(json.loads, kept) if is_json else ends and not piece
-                    if whole or len(kept) == length or kept.endswith(DONE):
-                        record(Reply(bytes(kept), *told), times)
-                        is_due = False
-                if piece:
-                    yield piece
+                    times.append((len(kept), time.perf_counter()))
+                    is_json = not piece and kept.startswith((b"{", b"["))
+                    is_whole = (ends and not piece) or (is_json and succeeds(json.loads, kept))
+                    if is_whole or missing == 0 or kept.endswith(DONE):
+                        record(bytes(kept), times)
+                        record = None
+                if not piece:
+                    return
+                yield piece
+        except (OSError, http.client.HTTPException, ValueError):
+            raise Cut from None
         finally:
-            pieces.close()
+            response.close()
+            connection.close()
 
 
 # === Warnings ===
