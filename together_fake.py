@@ -11052,39 +11052,37 @@ def list_said(call: Call) -> list[Item]:
     """Return what came back; over a socket, what went both ways."""
     place, reply = f"/__parlel/requests/{call.number}/reply", call.reply
     if call.status == 101:
-        played = [{"role": "sound", "content": [{"type": "audio", "url": place}]}]
         said = [{"role": each["from"], "content": each["message"]} for each in call.messages]
-        return said + played * bool(call.sound)
+        sound = {"role": "sound", "content": [{"type": "audio", "url": place}]}
+        return [*said, sound] if call.sound else said
     events = list_objects(reply if call.events_sent else [reply])
     whole = events[-1] if events else None
     output = get_path(whole, "output") or get_path(whole, "response", "output")
-    if output:
-        return convert_items({"input": output})
-    error = next(filter(None, (get_path(event, "error", "message") for event in events)), None)
-    said = fold_stream(events) + ([{"role": "error", "content": error}] if error else [])
-    if said or call.events_sent:
+    said = convert_items({"input": output}) if output else fold_stream(events)
+    errors = [get_path(event, "error", "message") for event in events]
+    said += [{"role": "error", "content": error} for error in errors if error][:1]
+    kind = get_path(reply, "content_type")
+    if said or reply is None or call.events_sent:
         return said
-    if get_path(reply, "content_type"):
-        file = {"type": reply["content_type"].partition("/")[0], "url": place}
-        return [{"role": f"{reply['content_type']}, {reply['bytes']} bytes", "content": [file]}]
+    if kind:
+        file = {"type": kind.partition("/")[0], "url": place}
+        return [{"role": f"{kind}, {reply['bytes']} bytes", "content": [file]}]
     images = [
         {"type": "image", "url": item.get("url") or f"data:image/png;base64,{item['b64_json']}"}
         for item in list_objects(get_path(reply, "data"))
         if item.keys() & {"url", "b64_json"}
     ]
     rest = get_path(reply, "results") or get_path(reply, "data") or reply
-    shown = {"role": "images", "content": images}
-    return [shown if images else {"role": "reply", "content": rest}]
+    text = rest if type(rest) is str else ENCODE(rest)
+    return [{"role": "images", "content": images} if images else {"role": "reply", "content": text}]
 
 
 def tell_message(message: Item) -> str:
     """Return the beginning of a message in one line."""
     calls = [get_path(call, "function") or {} for call in list_objects(message.get("tool_calls"))]
     said = [f"{call.get('name')}({call.get('arguments')})" for call in calls]
-    text = join_text(message.get("content"))
-    if message.get("role") == "reply" and not isinstance(text, str):
-        text = ENCODE(message["content"])
-    return " ".join(" ".join([str(text or ""), *said])[: 2 * MAX_SHOWN].split())[:MAX_SHOWN]
+    text = " ".join([str(join_text(message.get("content")) or ""), *said])
+    return " ".join(text[: 2 * MAX_SHOWN].split())[:MAX_SHOWN]
 
 
 def show_row(call: Call) -> Item:
@@ -13163,7 +13161,7 @@ class TogetherAiServer(Scripting, Shared):
     Everything else is for the handlers in this file, and may change. The options:
 
     port          0 takes any free one
-    host          the address to listen on (default: this machine alone)
+    host          the address to listen on
     require_auth  answer 401 where no key comes
     strict        behave as production does where this file is more helpful
     instant_jobs  finish jobs when they are created
@@ -13171,8 +13169,8 @@ class TogetherAiServer(Scripting, Shared):
     seed          what the chances in faults are drawn from
     read_prompts  answer in the form that a prompt asks for
     models        more models: {"acme/llama": {"engine": "B", "context_length": 8192}}
-    on_miss       where no fixture matches: "generate", or an "error" for texts; or what for each
-                  kind, as {"embedding": "error"}
+    on_miss       where no fixture matches: "generate" or, for texts, "error"; or a word by kind,
+                  as {"embedding": "error"}
     exact_turns   turns of fixture files hold exactly
     warnings      "record" them with their calls, or answer those with an "error" 500
     normalise     patterns of what fixtures do not compare, or a function of the body
@@ -13804,26 +13802,17 @@ def print_lines(lines: Iterable[str]) -> None:
         sys.stdout = None  # the interpreter would flush it again
 
 
-COMMAND_OPTIONS = (  # each with its default, or its type where there is none
-    ("host", "127.0.0.1", "address to listen on"),
-    ("port", int, f"0 takes any free one ({DEFAULT_PORT}; with --run 0)"),
-    ("strict", False, "be no more helpful than production"),
-    ("no-auth", False, "answer without a key too"),
-    ("no-read-prompts", False, "answer in prose, whatever form a prompt asks for"),
-    ("on-miss", "generate", "without a fixture: generate, error, or kinds: chat,embedding"),
-    ("exact-turns", False, "turns of fixture files hold exactly, too"),
-    ("strict-scripts", False, "a call with a warning is a 500 that tells it"),
-    ("upstream", str, "the URL where to send what no fixture answers"),
-    ("record", str, "fixture file to which its answers are added"),
-    ("instant-jobs", False, "jobs finish when they are created"),
-    ("max-stored-bytes", MAX_STORED_BYTES, "of files"),
-    ("record-limit", DEFAULT_RECORD_LIMIT, "calls to keep"),
-    ("seed", 0, "of the chances in faults"),
-    ("allow-origin", "", "pages that may reach what is stored"),
-    ("allow-host", "", "more names of this server"),
-    ("quiet", False, "no line for each request"),
-    ("watch", False, "follow changes of the fixture files"),
-)
+SERVER_OPTIONS = (  # those of the class, whose docstring says what they do
+    "host", "port", "strict", "on_miss", "exact_turns", "upstream", "record", "instant_jobs",
+    "max_stored_bytes", "record_limit", "seed", "allow_origin", "allow_host",
+)  # fmt: skip
+SWITCHES = {  # of the command alone
+    "no_auth": "answer without a key too",
+    "no_read_prompts": "answer in prose, whatever form a prompt asks for",
+    "strict_scripts": "a call with a warning is a 500 that tells it",
+    "quiet": "no line for each request",
+    "watch": "follow changes of the fixture files",
+}
 
 
 def read_options(args: Sequence[str] | None) -> Any:
@@ -13835,22 +13824,22 @@ def read_options(args: Sequence[str] | None) -> Any:
         description="A local, repeatable stand-in for the Together AI API.",
         epilog="Every option may be a variable, too: TOGETHER_FAKE_PORT, TOGETHER_FAKE_STRICT=1.",
     )
-    variables = []
-
-    def read_variable(option: str, default: Any) -> Any:
-        variables.append("TOGETHER_FAKE_" + option.upper().replace("-", "_"))
-        return os.environ.get(variables[-1]) or default
-
-    for name, default, help in COMMAND_OPTIONS:
-        kind, default = (default, None) if type(default) is type else (type(default), default)
-        value = read_variable(name, default)
-        if kind is bool:
-            on = value is not False and value.lower() not in ("0", "false", "no", "off")
-            parser.add_argument(f"--{name}", action="store_true", default=on, help=help)
+    told = dict(re.findall(r"(?m)^    (\w+)  +(.+)", TogetherAiServer.__doc__ or ""), **SWITCHES)
+    usual: Item = dict(TogetherAiServer.__init__.__kwdefaults__ or {}, port=None)
+    names = (*SERVER_OPTIONS, *SWITCHES, "fixtures")
+    variables = {name: f"TOGETHER_FAKE_{name.upper()}" for name in names}
+    given = {name: os.environ.get(variables[name], "") for name in names}
+    for name in (*SERVER_OPTIONS, *SWITCHES):
+        option, help = "--" + name.replace("_", "-"), told.get(name)
+        value, default = given[name], usual.get(name, False)
+        if default is False:
+            on = value.lower() not in ("", "0", "false", "no", "off")
+            parser.add_argument(option, action="store_true", default=on, help=help)
         else:
-            help += f" ({default})" if default else ""
-            parser.add_argument(f"--{name}", type=kind, default=value, help=help)
-    fixtures = [path for path in read_variable("fixtures", "").split(os.pathsep) if path]
+            kind: Any = int if name == "port" or type(default) is int else str
+            help = f"{help} ({default})" if default else help
+            parser.add_argument(option, type=kind, default=value or default, help=help)
+    fixtures = given["fixtures"].split(os.pathsep)
     parser.add_argument("--fixtures", action="append", metavar="PATH", help="file or folder")
     parser.add_argument("--check", metavar="PATH", help="say what is wrong in fixtures and exit")
     parser.add_argument("--routes", action="store_true", help="print the routes and exit")
@@ -13858,16 +13847,17 @@ def read_options(args: Sequence[str] | None) -> Any:
     help = "run this, which finds the server by itself, and exit with its status"
     parser.add_argument("--run", nargs=argparse.REMAINDER, metavar="COMMAND", help=help)
     options = parser.parse_args(args)
-    for name in sorted(set(os.environ) - set(variables)):
-        if name.startswith("TOGETHER_FAKE_"):
-            print_line(f"nothing reads the variable {name}{suggest(name, variables)}")
-    options.fixtures = options.fixtures or fixtures
+    known = variables.values()
+    for variable in sorted(os.environ):
+        if variable.startswith("TOGETHER_FAKE_") and variable not in known:
+            print_line(f"nothing reads the variable {variable}{suggest(variable, known)}")
+    options.fixtures = options.fixtures or list(filter(None, fixtures))
     if options.run == []:
         parser.error("--run needs a command, as in --run npx vitest run")
     if options.port is None:
         options.port = 0 if options.run else DEFAULT_PORT
-    options.allow_origin = options.allow_origin.split(",")
-    options.allow_host = options.allow_host.split(",")
+    options.allow_origin = options.allow_origin and options.allow_origin.split(",")
+    options.allow_host = options.allow_host and options.allow_host.split(",")
     if options.on_miss not in ("generate", "error"):
         options.on_miss = dict.fromkeys(options.on_miss.split(","), "error")
     return options
@@ -13929,13 +13919,12 @@ def reserve_streams() -> None:
 
 def build_server(options: Any) -> TogetherAiServer:
     """Return the server that a command line asks for."""
-    known = TogetherAiServer.__init__.__annotations__
     server = TogetherAiServer(
         require_auth=not options.no_auth,
         read_prompts=not options.no_read_prompts,
         warnings="error" if options.strict_scripts else "record",
         log=None if options.quiet or options.run else print_line,
-        **{name: value for name, value in vars(options).items() if name in known},
+        **{name: getattr(options, name) for name in SERVER_OPTIONS},
     )
     for path in options.fixtures:
         server._load(path)
