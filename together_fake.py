@@ -5364,33 +5364,37 @@ class SharedIterator:
 
     def __init__(self, iterator: Iterator[Any], source: str) -> None:
         self.iterator, self.source = iterator, source
-        self._lock = threading.Lock()  # of this iterator alone: its code may take its time
-        self._answers: list[Any] = []  # and this iterator itself where they have ended
-        self._places: dict[str, int] = BoundedDict(MAX_TESTS)  # of each test's next one
+        self.known: list[Any] = []
         self._returned: dict[str, list[Any]] = BoundedDict(MAX_TESTS)  # by refused requests
+        self._lock = threading.Lock()  # of this iterator alone: its code may take its time
 
-    def has_ended(self, test: str) -> bool:
-        if self._returned.get(test):
-            return False
-        place = self._places.get(test, 0)
-        return any(each is self for each in self._answers[place : place + 1])
-
-    def take(self, test: str) -> Any:
-        """Return a test's next answer; raise StopIteration where there is none."""
+    def take(self, test: str, place: int) -> Any:
+        """Return a test's next answer, at a place; raise IndexError where there is none."""
         with self._lock:
             if returned := self._returned.get(test):
                 return returned.pop(0)
-            place = self._places.get(test, 0)
-            if place == len(self._answers):
-                self._answers.append(run_code(self.source, next, self.iterator, self))
-            if self._answers[place] is self:
-                raise StopIteration
-            self._places[test] = place + 1
-            return self._answers[place]
+            while place >= len(self.known):
+                answer = run_code(self.source, next, self.iterator, self)
+                if answer is self:
+                    raise IndexError
+                self.known.append(answer)
+            return self.known[place]
 
     def give_back(self, test: str, answer: Any) -> None:
         with self._lock:
             self._returned[test] = [*self._returned.get(test, ()), answer]
+
+
+def show_difference(wanted: Any, got: Any) -> str:
+    """Return where two long values differ; a wanted text is looked for by its first letters."""
+    one, other = (v if isinstance(v, str) else preview(v, MAX_COMPARED) for v in (wanted, got))
+    if len(one) <= 60 and (len(other) <= 60 or isinstance(got, str)):
+        return ""
+    other = other[max(0, other.find(one[:20])) :]
+    same = (at for at, pair in enumerate(zip(one, other)) if pair[0] != pair[1])
+    start = max(0, next(same, min(len(one), len(other))) - 40)
+    parts = (text[start : start + MAX_SHOWN].replace("\n", "\\n") for text in (one, other))
+    return "\n".join(map("{} {}".format, "-+", parts))
 
 
 # What sorts fixtures: a header's, limited ones, steps (a reply(), a POST; the last first), files.
@@ -5417,8 +5421,8 @@ class Fixture:
         self.ignored: list[str] = []  # places of what only others read
         self.type, entry = parse_entry(given, place, self.ignored)
         self.entry, self.source, self.when = entry, source, when
-        self.counts: dict[str, int] = BoundedDict(MAX_TESTS)  # how often it was served, by test
-        self.sequel: dict[str, int] = {}  # the same of all fixtures of its sequence
+        # How often it was served, by test; of a sequence all its fixtures together.
+        self.counts: dict[str, int] = BoundedDict(MAX_TESTS)
         self.spell = to_snake if place.endswith("()") else str  # as its author writes keys
         self.said: Item = entry.get("response", {})
         self.normal: Item = self.type.normalise(self.said)
@@ -5447,6 +5451,11 @@ class Fixture:
         self.needle_key = next(keys, "")
         self.needle: str = self.match.get(self.needle_key, "")
 
+    @property
+    def slow(self) -> bool:
+        """Whether it asks a pattern or a function, which may take their time."""
+        return bool(self.when or self.answers or '"pattern"' in self.group[0])
+
     def fits(self, kind: str) -> bool:
         if self.closes:
             return kind in OPERATIONS and OPERATIONS[kind].status == 101
@@ -5469,33 +5478,71 @@ class Fixture:
 
         return normalise_message(json.loads(TEMPLATE.sub(quote_fact, ENCODE(self.said))))
 
-    def find_obstacle(self, facts: MatchFacts) -> tuple[str, str] | None:
-        """Return the first key for which it does not answer, and a sentence if one is known."""
+    def find_obstacle(self, facts: MatchFacts) -> str:
+        """Return the first key for which it does not answer."""
         if not self.fits(facts.kind):
-            return "response", ""
+            return "response"
         if facts.is_handshake not in (None, self.is_whole):
-            return "response", "of a socket a status refuses the handshake, all else is a turn"
+            return "handshake"
         for key, wanted in self.wanted.items():
             if not holds_key(key, wanted, facts):
-                return f"match.{key}", ""
+                return f"match.{key}"
         if not self.relaxed and self.turn not in (None, facts["turnIndex"]):
-            return "match.turnIndex", ""
-        if self.when is not None and not run_code(self.source, self.when, facts.request):
-            return "when", "its function says no"
-        return None
+            return "match.turnIndex"
+        says_no = self.when and not run_code(self.source, self.when, facts.request)
+        return "when" if says_no else ""
 
-    def find_use(self, test: str) -> tuple[str, str] | None:
+    def find_use(self, test: str) -> str:
         """Return the same for what was served before."""
-        served = self.counts.get(test, 0)
-        count = self.sequel.get(test, 0)
-        if self.sequence not in (None, count):
-            name = self.spell("sequenceIndex")
-            return "match.sequenceIndex", f"{name} is {count}, wanted {self.sequence}"
-        if self.times is not None and served >= self.times:
-            return "times", f"it is used up: served {served} of {self.times}"
-        if isinstance(self.answers, SharedIterator) and self.answers.has_ended(test):
-            return "answers", f"it is used up: its iterator ended after {served}"
-        return None
+        if self.sequence not in (None, self.counts.get(test, 0)):
+            return "match.sequenceIndex"
+        is_used_up = self.times is not None and self.counts.get(test, 0) >= self.times
+        return "times" if is_used_up else ""
+
+    def count_held(self, differs: str) -> int:
+        """Return how many keys hold before the one that differs."""
+        keys = ["response", "handshake", *(f"match.{key}" for key in self.wanted), differs]
+        return keys.index(differs)
+
+    def explain(
+        self, facts: MatchFacts, differs: str, by: Fixture | None = None, with_diff: bool = True
+    ) -> Item:
+        """Say how a request differs, or what was served instead."""
+        if differs == "shadowed" and self.turn not in (None, facts["turnIndex"]):
+            differs = "match.turnIndex"
+        sequence, count = self.spell("sequenceIndex"), self.counts.get(facts.test, 0)
+        kinds = ", ".join(filter(self.fits, OPERATIONS))
+        later = ", added later," if by is not None and by.number > self.number >= 0 else ""
+        reasons = {
+            "": "it matches",
+            "response": f"it answers {kinds}, and this is {facts.kind or 'another operation'}",
+            "handshake": "of a socket a status refuses the handshake, all else is a turn",
+            "match.not": "what it excludes holds",
+            "match.sequenceIndex": f"{sequence} is {count}, wanted {self.sequence}",
+            "when": "its function says no",
+            "times": f"it is used up: served {self.times} of {self.times}",
+            "shadowed": f"it matched, but {by and by.source}{later} was served",
+        }
+        reason = reasons.get(differs) or self._compare(differs[6:], facts, with_diff)
+        return {"fixture": self.source, "differs": differs, "reason": reason}
+
+    def _compare(self, key: str, facts: MatchFacts, with_diff: bool) -> str:
+        name, wanted, got = self.spell(key), self.match[key], facts[key]
+        if key == "headers":
+            got = {name.lower(): facts.request.headers.masked.get(name) for name in wanted}
+        elif key == "body":
+            got = redact({name: got[name] for name in wanted if name in got})
+        if diff := show_difference(wanted, got) if with_diff else "":
+            return f"{name} differs:\n{diff}\n"
+        if got in (None, ()):
+            return f"there is no {name}, wanted {preview(wanted)}"
+        if isinstance(wanted, dict) and wanted.keys() == {"pattern"}:
+            return f"{name} {preview(got)} does not match the pattern {preview(wanted['pattern'])}"
+        if TEXT_KEYS.get(key) is not operator.contains:
+            return f"{name} is {preview(got)}, wanted {preview(wanted)}"
+        is_near = isinstance(wanted, str) and wanted.lower() in got.lower()
+        hint = ", but it does where case is ignored" if is_near else ""
+        return f"{name} {preview(got)} does not contain {preview(wanted)}{hint}"
 
     @property
     def calls(self) -> list[Call]:
@@ -5503,22 +5550,20 @@ class Fixture:
         calls = self.owner.list_calls() if self.owner is not None else []
         return [call for call in calls if call.answered_by is self]
 
-    def count_holding(self, facts: MatchFacts) -> int:
-        if not self.fits(facts.kind):
-            return -1
-        return sum(holds_key(key, wanted, facts) for key, wanted in self.wanted.items())
-
     def remove(self) -> None:
         if self.owner is not None:
             self.owner.remove(self)
 
     @property
     def served(self) -> int:
-        return sum(self.counts.values())
+        counts = self.counts.values()
+        return sum(counts if self.sequence is None else (n > self.sequence for n in counts))
 
-    def count(self, test: str, change: int) -> None:
-        for counts in [self.counts] if self.sequence is None else [self.counts, self.sequel]:
-            counts[test] = counts.get(test, 0) + change
+    def count(self, test: str, change: int) -> int:
+        """Count that it is served, or not; return how often it was before."""
+        before = self.counts.get(test, 0)
+        self.counts[test] = before + change
+        return before
 
     def __repr__(self) -> str:
         return f"<Fixture {self.source}: {self.type.name}, served {self.served} times>"
@@ -5638,22 +5683,20 @@ def load_fixtures(*paths: str) -> Loaded:
     return loaded
 
 
-def find_unreachable(fixtures: Sequence[Fixture]) -> list[str]:
+def find_unreachable(fixtures: Iterable[Fixture]) -> list[str]:
     """Return a sentence for each fixture that can never answer, since another does."""
     found = []
     first: dict[Any, Fixture] = {}
     for fixture in (each for each in fixtures if each.sequence is None):
-        endpoint = {"endpoint": fixture.match.get("endpoint")}
-        wider = [] if fixture.turn is not None else [CANONICAL({}), CANONICAL(endpoint)]
-        type = fixture.type.name
-        own = type if fixture.fits("completion") else f"{type} without content"
-        keys = itertools.product((type, own), (fixture.group[0], *wider))
-        other = next((first[key] for key in keys if key in first), None)
+        type, same = fixture.type.name, fixture.group[0]
+        wider = [{}, {"endpoint": fixture.match.get("endpoint")}] if fixture.turn is None else []
+        others = [first.get((type, match)) for match in (same, *map(CANONICAL, wider))]
+        other = next(filter(None, others), None)
         if other is not None:
-            same = "the same match" if other.match == fixture.match else "a wider match"
-            found.append(f"{fixture.source}: never answers, since {other.source} has {same}")
+            how = "the same" if other.match == fixture.match else "a wider"
+            found.append(f"{fixture.source}: never answers, since {other.source} has {how} match")
         elif fixture.times is None:
-            first[own, fixture.group[0]] = fixture
+            first[type, same] = fixture
     return found
 
 
@@ -5722,66 +5765,15 @@ def choose(fixtures: list[Fixture], turn: int) -> Fixture | None:
     return min(fixtures, key=prefer, default=None)
 
 
-def show_difference(wanted: Any, got: Any) -> str:
-    """Return where two long values differ; a wanted text is looked for by its first letters."""
-    one, other = (v if isinstance(v, str) else preview(v, MAX_COMPARED) for v in (wanted, got))
-    if len(one) <= 60 and (len(other) <= 60 or isinstance(got, str)):
-        return ""
-    other = other[max(0, other.find(one[:20])) :]
-    same = (at for at, pair in enumerate(zip(one, other)) if pair[0] != pair[1])
-    start = max(0, next(same, min(len(one), len(other))) - 40)
-    parts = (text[start : start + MAX_SHOWN].replace("\n", "\\n") for text in (one, other))
-    return "\n".join(map("{} {}".format, "-+", parts))
-
-
-def explain_key(fixture: Fixture, key: str, facts: MatchFacts, with_diff: bool) -> str:
-    """Say how a request differs from what a fixture wants of it."""
-    if key == "not":
-        return "what it excludes holds"
-    name, wanted, got = fixture.spell(key), fixture.match[key], facts[key]
-    if key == "headers":
-        got = {name.lower(): facts.request.headers.masked.get(name) for name in wanted}
-    elif key == "body":
-        got = redact({name: got[name] for name in wanted if name in got})
-    diff = show_difference(wanted, got) if with_diff else ""
-    if diff:
-        return f"{name} differs:\n{diff}\n"
-    if got in (None, ()):
-        return f"there is no {name}, wanted {preview(wanted)}"
-    if isinstance(wanted, dict) and wanted.keys() == {"pattern"}:
-        return f"{name} {preview(got)} does not match the pattern {preview(wanted['pattern'])}"
-    if TEXT_KEYS.get(key) is not operator.contains:
-        return f"{name} is {preview(got)}, wanted {preview(wanted)}"
-    is_near = isinstance(wanted, str) and wanted.lower() in got.lower()
-    hint = ", but it does where case is ignored" if is_near else ""
-    return f"{name} {preview(got)} does not contain {preview(wanted)}{hint}"
-
-
-def explain_miss(
-    fixture: Fixture, obstacle: Any, facts: MatchFacts, served: Any, with_diff: bool = True
-) -> Item:
-    """Return why a fixture did not answer: what differs, and that in a sentence."""
-    differs, reason = obstacle or fixture.find_obstacle(facts) or ("", "it matches")
-    if differs == "shadowed" and fixture.turn not in (None, facts["turnIndex"]):
-        differs = "match.turnIndex"
-    if differs == "shadowed":
-        later = ", added later," if served.number > fixture.number >= 0 else ""
-        reason = f"it matched, but {served.source}{later} was served"
-    elif differs == "response" and not reason:
-        kinds = ", ".join(filter(fixture.fits, OPERATIONS))
-        reason = f"it answers {kinds}, and this is {facts.kind or 'another operation'}"
-    reason = reason or explain_key(fixture, differs[6:], facts, with_diff)
-    return {"fixture": fixture.source, "differs": differs, "reason": reason}
-
-
 def explain_misses(
-    misses: Sequence[Any], facts: MatchFacts, served: Fixture | None = None
+    misses: Iterable[Any], facts: MatchFacts, by: Fixture | None = None
 ) -> list[Item]:
     """Tell why each of them did not answer, the nearest first, and of those what differs."""
-    ranked = sorted(misses, key=lambda miss: -miss[0].count_holding(facts))
+    known = [(each, each.find_obstacle(facts) if key is None else key) for each, key in misses]
+    known.sort(key=lambda miss: -miss[0].count_held(miss[1]))
     return [
-        explain_miss(fixture, obstacle, facts, served, index < MAX_DIFFS)
-        for index, (fixture, obstacle) in enumerate(ranked)
+        fixture.explain(facts, differs, by, index < MAX_DIFFS)
+        for index, (fixture, differs) in enumerate(known)
     ]
 
 
@@ -5802,9 +5794,8 @@ class Fixtures(Shared):
         self.exact_turns = exact_turns  # in files, too
         self.normalise = normalise  # patterns, or a function of the body
         self.list_calls = list_calls
-        self._slow = False  # one of them asks a pattern or a function
         self._added: list[Fixture] = []
-        self._rows: list[tuple[str, str, Fixture]] | None = None
+        self._arranged: Any = None
         self.replace_files(Loaded())
         self.watched: Sequence[str] = ()
         self._seen: list[tuple[str, int, int]] = []
@@ -5816,8 +5807,8 @@ class Fixtures(Shared):
 
     @property
     def slow(self) -> bool:
-        self._list_rows()
-        return self._slow
+        """Whether one of them asks a pattern or a function."""
+        return bool(self._arrange()[2])
 
     @property
     def empty(self) -> bool:
@@ -5837,7 +5828,8 @@ class Fixtures(Shared):
         """Remove fixtures that were added at run time; those of files stay."""
         gone = set(fixtures)
         with self._lock:
-            self._added, self._rows = [each for each in self._added if each not in gone], None
+            self._added = [each for each in self._added if each not in gone]
+            self._arranged = None
 
     def add(self, fixtures: Sequence[Fixture]) -> None:
         """Add fixtures in one step; raise ValueError where there are too many."""
@@ -5851,7 +5843,7 @@ class Fixtures(Shared):
                 if fixture.source == "run time":
                     fixture.source = f"run time[{fixture.number}]"
                 fixture.owner = self
-            self._added, self._rows = [*self._added, *fixtures], None
+            self._added, self._arranged = [*self._added, *fixtures], None
 
     def load(self, path: str) -> Loaded:
         loaded = load_fixtures(path)
@@ -5862,7 +5854,7 @@ class Fixtures(Shared):
     def replace_files(self, fixtures: Loaded) -> None:
         """Serve these fixtures of files from now on; what was served is forgotten."""
         with self._lock:
-            self.files, self._rows = fixtures, None
+            self.files, self._arranged = fixtures, None
             self.normaliser = Normaliser(self.normalise, fixtures.normalise)
             self.loose = Normaliser(self.normalise, fixtures.normalise, is_loose=True)
             for fixture in fixtures:
@@ -5889,56 +5881,56 @@ class Fixtures(Shared):
 
     # Which one is served
 
-    def _list_rows(self) -> list[tuple[str, str, Fixture]]:
-        """Return the fixtures in the order in which they are asked, each behind its needle."""
+    def _arrange(self) -> Any:
+        """Return the fixtures as they are asked, also in runs of one needle's key; any is slow."""
         with self._lock:
-            if self._rows is None:
+            if self._arranged is None:
                 sequences: dict[Any, dict[str, int]] = {}
-                order = sorted(self.every, key=lambda each: each.rank)
-                for each in order:
+                for each in self.every:
                     each.relaxed = each.relaxed and not self.exact_turns
-                for each in [each for each in order if each.sequence is not None]:
-                    each.sequel = sequences.setdefault(each.group, BoundedDict(MAX_TESTS))
-                    for test, count in each.counts.items():
-                        each.sequel[test] = each.sequel.get(test, 0) + count
-                self._rows = [(each.needle_key, each.needle, each) for each in order]
-                self._slow = any(
-                    each.when or each.answers or '"pattern"' in each.group[0] for each in order
-                )
-            return self._rows
+                    if each.sequence is not None:
+                        each.counts = sequences.setdefault(each.group, each.counts)
+                order = sorted(self.every, key=lambda each: each.rank)
+                runs = itertools.groupby(order, key=lambda each: each.needle_key)
+                needles = [(key, [(each.needle, each) for each in run]) for key, run in runs]
+                self._arranged = order, needles, any(each.slow for each in order)
+            return self._arranged
 
     def find(self, facts: MatchFacts) -> tuple[Fixture | None, list[Any]]:
         """Return the fixture that answers, counted as served; and why the others do not."""
-        rows, own = self._list_rows(), facts.request.headers.get("x-parlel-fixture")
+        order, needles, _ = self._arrange()
+        own = facts.request.headers.get("x-parlel-fixture")
         if facts.normaliser.is_loose:  # as recordings are compared, which are in files
-            rows = [row for row in rows if row[2].rank == LAST]
-        elif own:
-            rows = [("", "", parse_header(own)), *rows]
-        texts = {key: t if type(t := facts[key]) in (str, tuple) else "" for key in TEXT_KEYS}
-        texts[""] = ""
-        likely = [each for key, needle, each in rows if needle in texts[key]]
+            own, order = None, [each for each in order if each.rank == LAST]
+        likely = [parse_header(own)] if own else []
         if not facts.normaliser.is_idle:
-            likely = [row[2] for row in rows]
+            likely += order
+        for key, run in needles if facts.normaliser.is_idle else ():
+            text = facts[key] if key else ""
+            text = text if type(text) in (str, tuple) else ""
+            likely += [each for needle, each in run if needle in text]
         # Patterns and functions may take their time: they are asked without the lock.
         found = {each: each.find_obstacle(facts) for each in likely}
         while True:
             with self._lock:
                 reasons = {each: found[each] or each.find_use(facts.test) for each in found}
-                matching = [each for each in found if reasons[each] is None]
+                matching = [each for each in found if not reasons[each]]
                 chosen = choose(matching, facts["turnIndex"])
                 if chosen is not None:
-                    chosen.count(facts.test, 1)
+                    place = chosen.count(facts.test, 1)
             if chosen is None or not isinstance(chosen.answers, SharedIterator):
                 break
             try:
-                facts.answer = chosen.answers.take(facts.test)
+                facts.answer = chosen.answers.take(facts.test, place)
                 break
-            except StopIteration:  # it has ended; another one may answer
+            except IndexError:  # it has ended; another one may answer
                 with self._lock:
                     chosen.count(facts.test, -1)
-        others = (each for _, _, each in rows if each not in found)  # why is told when asked
+                    chosen.times = len(chosen.answers.known)
+        reasons.update(dict.fromkeys(matching, "shadowed"))
+        others = (each for each in order if each not in found)  # why is told when asked
         misses = (
-            (each, (reasons[each] or ("shadowed", "")) if each in found else None)
+            (each, reasons.get(each))
             for each in itertools.chain(found, others)
             if each is not chosen
         )
@@ -12679,9 +12671,10 @@ def list_refused_kinds(on_miss: Any) -> list[str]:
 
 
 def explain_mismatch(fixture: Fixture, call: Call) -> str:
-    why = dict(call.misses).get(fixture)
-    miss = explain_miss(fixture, why, list_facts(call), call.answered_by)
-    return f"{call!r}: {miss['reason']}"
+    (told,) = explain_misses(
+        [(fixture, dict(call.misses).get(fixture))], list_facts(call), call.answered_by
+    )
+    return f"{call!r}: {told['reason']}"
 
 
 KEYWORD_ROWS = (("response", RESPONSE), ("", OPTIONS), ("match", MATCH))
@@ -12821,7 +12814,8 @@ if TYPE_CHECKING:
 
 def explain_call(call: Call) -> str:
     """Say why a call failed, or which fixtures for its kind were passed over, and why."""
-    misses = (miss for miss in call.near_misses if miss["differs"] != "response")
+    others = ("response", "handshake")
+    misses = (miss for miss in call.near_misses if miss["differs"] not in others)
     told = [call.error] if call.error else [f"{m['fixture']}: {m['reason']}" for m in misses]
     return "".join("\n" + reason.rstrip() for reason in told)
 
@@ -12987,7 +12981,7 @@ class Scripting:
         """Return the calls of an operation, `"chat"` or `"POST /v1/..."`, that match."""
         check_operation(operation)
         probe, calls = make_probe(words), [call for call in self.requests if call.is_of(operation)]
-        return [call for call in calls if probe.find_obstacle(list_facts(call)) is None]
+        return [call for call in calls if not probe.find_obstacle(list_facts(call))]
 
     def assert_called(
         self, operation: str, *, times: int | None = None, **words: Unpack[CallWords]
@@ -13096,7 +13090,8 @@ class Scripting:
     def _list_unused(self) -> Iterator[str]:
         calls = [(call, list_facts(call)) for call in self.requests[-MAX_NEAR_MISSES:]]
         for fixture in self.script.unused(self.test_id):
-            nearest = sorted(calls, key=lambda each: fixture.count_holding(each[1]))[-1:]
+            differing = [(call, fixture.find_obstacle(facts)) for call, facts in calls]
+            nearest = sorted(differing, key=lambda row: fixture.count_held(row[1]))[-1:]
             told = [explain_mismatch(fixture, call) for call, _ in nearest]
             yield "\nnearest: ".join([json.dumps(fixture.describe()), *told])
 
