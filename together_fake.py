@@ -4794,33 +4794,26 @@ def convert_content(content: Any) -> Any:
     return {"type": "file", "file": content} if is_file else content
 
 
-def find_turn(messages: list[Item], key: str = "") -> Item:
-    """Return the assistant's message at the end; a new one where that has the key already."""
-    if not messages or messages[-1]["role"] != "assistant" or key in messages[-1]:
-        messages.append({"role": "assistant"})
-    return messages[-1]
-
-
-def add_item(messages: list[Item], item: Item) -> None:
-    """Add an item to a chat's messages; what the assistant did in a row is one message."""
+def convert_item(item: Item) -> Item:
+    """Return a message with what one item adds to a chat; nothing for what a chat has not."""
     kind, role = item.get("type") or "message", item.get("role")
     content = convert_content(item.get("content"))
-    if kind == "message" and role != "assistant":
-        messages.append({"role": "system" if role == "developer" else role, "content": content})
-    elif kind == "message":
-        find_turn(messages, "content")["content"] = join_text(content)
-    elif kind == "function_call_output":
+    if kind == "message" and role == "assistant":
+        return {"role": role, "content": join_text(content)}
+    if kind == "message":
+        return {"role": "system" if role == "developer" else role, "content": content}
+    if kind == "function_call_output":
         result = {"role": "tool", "tool_call_id": item.get("call_id")}
-        messages.append({**result, "content": convert_content(item.get("output"))})
-    elif kind == "function_call":
+        return {**result, "content": convert_content(item.get("output"))}
+    if kind == "function_call":
         function = {"name": item.get("name"), "arguments": item.get("arguments")}
         call = {"id": item.get("call_id"), "type": "function", "function": function}
-        find_turn(messages).setdefault("tool_calls", []).append(call)
-    elif kind == "reasoning":
-        parts = item.get("content") or item.get("summary")
-        texts = [str(part.get("text", "")) for part in list_objects(parts)]
-        turn = find_turn(messages, "content")
-        turn["reasoning"] = turn.get("reasoning", "") + "".join(texts)
+        return {"role": "assistant", "tool_calls": [call]}
+    if kind == "reasoning":
+        parts = list_objects(item.get("content") or item.get("summary"))
+        texts = [str(part.get("text", "")) for part in parts]
+        return {"role": "assistant", "reasoning": "".join(texts)}
+    return {}
 
 
 def convert_items(body: Item) -> list[Item]:
@@ -4829,8 +4822,14 @@ def convert_items(body: Item) -> list[Item]:
     messages = [{"role": "system", "content": instructions}] if instructions else []
     if isinstance(given, str):
         messages.append({"role": "user", "content": given})
-    for item in list_objects(given):
-        add_item(messages, item)
+    for item in filter(None, map(convert_item, list_objects(given))):
+        last = messages[-1] if messages else {}
+        is_more = last.get("role") == item["role"] == "assistant"
+        if is_more and ("tool_calls" in item or "content" not in last):  # one message says both
+            key, value = item.popitem()
+            last[key] = last[key] + value if key in last else value
+        else:
+            messages.append(item)
     return messages
 
 
@@ -5072,7 +5071,12 @@ OWN_MODEL = Keys(  # one that the catalogue lacks, or has otherwise
     "  input,output,cachedInput:int|float:0..",
 )
 
-OVERRIDES = Fields("id model finishReason role created:int:0.. usage:dict[int|float|bool|dict:0..]")
+OVERRIDES = Fields("""\
+id model finishReason role created:int:0.. usage:dict
+  prompt_tokens,completion_tokens,total_tokens,cached_tokens,reasoning_tokens:int|float:0..
+  input_tokens,output_tokens:int|float:0.. prompt_tokens_details,completion_tokens_details:dict
+  input_tokens_details,output_tokens_details:dict""")
+USAGE_KEYS = OVERRIDES.nested["usage"]
 RAW = Keys("text", Field("b64Json", str, test=BASE64), "contentType")
 
 
@@ -5169,7 +5173,7 @@ TEXT = ResponseType(
 content:str|dict|list reasoning
 toolCalls:list
   name! id arguments!:str|dict|list
-blocks:list
+blocks:list:1..
   type!=text|toolCall
   @text
     text!
@@ -5225,7 +5229,7 @@ def clean(value: Any, row: Field, place: str, ignored: list[str]) -> Any:
         return {key: clean(item, each, place, ignored) for key, item in value.items()}
     copy = {}
     for given, item in value.items():
-        key = to_camel(given)
+        key = to_camel(given) if row.fields.closed else given
         at = f"{place}.{key}"
         if key in row.fields.ignored and key not in row.fields:
             ignored.append(at)
@@ -5244,31 +5248,25 @@ def check_clean(value: Any, fields: Fields, place: str, ignored: list[str]) -> A
         raise ValueError(f"{place}{error.param}: {reason}") from None
 
 
-def check_response(response: Item, place: str, ignored: list[str]) -> ResponseType:
-    """Return a clean response's type; take out what that ignores, refuse what it cannot say."""
-    type = find_response_type(response)
+def check_response(said: Item, place: str, ignored: list[str]) -> ResponseType:
+    """Return the type of a response; refuse what it cannot say, note what it ignores."""
+    type = find_response_type(said)
     if type is None:
         keys = ", ".join(TYPES_BY_KEY)
         raise ValueError(f"{place}: has none of the keys that say what to answer: {keys}")
-    for key in sorted(response.keys() - type.fields.keys()):
-        if key not in type.fields.ignored:
-            raise ValueError(f"{place}.{key}: does not go with a response of type {type.name}")
-        del response[key]
-        ignored.append(f"{place}.{key}")
-    empty = next((key for key in response if response[key] in ([], {}) and key != "json"), None)
-    images = [response["image"]] if "image" in response else response.get("images", [])
-    if empty or not all("url" in image or "b64Json" in image for image in images):
-        raise ValueError(f"{place}.{empty or 'image'}: says nothing")
-    if len({isinstance(item, list) for item in response.get("embedding", ())}) > 1:
-        raise ValueError(f"{place}.embedding: must be numbers, or a list of numbers each")
-    for name, count in response.get("usage", {}).items():
-        if name.endswith("_tokens") and isinstance(count, dict):
-            raise ValueError(f"{place}.usage.{name}: must be a number, not {preview(count)}")
-    status = response.get("status", 400)
-    if status < 400 and type is ERROR and "error" not in response:
-        raise ValueError(f"{place}.status: must be at least 400, not {status}")
+    foreign = sorted(said.keys() - type.fields.keys())
+    ignored += (f"{place}.{key}" for key in foreign)
+    reason = f"does not go with a response of type {type.name}"
+    wrong = {key: reason for key in foreign if key not in type.fields.ignored}
+    if len({isinstance(item, list) for item in said.get("embedding", ())}) > 1:
+        wrong["embedding"] = "must be numbers, or a list of numbers each"
+    status = said.get("status", 400)
+    if status < 400 and type is ERROR and "error" not in said:
+        wrong["status"] = f"must be at least 400, not {status}"
     if status > 999 and not (type is ERROR and is_close_code(status)):
-        raise ValueError(f"{place}.status: {status} is neither a status nor the code of a close")
+        wrong["status"] = f"{status} is neither a status nor the code of a close"
+    if wrong:
+        raise ValueError("; ".join(f"{place}.{key}: {wrong[key]}" for key in wrong))
     return type
 
 
@@ -5413,6 +5411,7 @@ class Fixture:
     rank: float = FIRST
     relaxed = False  # a turn near its own will do, as aimock has it in files
     owner: Fixtures | None = None
+    list_calls: Callable[[], list[Call]] = list
     answers: Any = None  # a function of the request, or an iterator, that gives the content
     is_model = False  # of pydantic, or the like
 
@@ -5547,8 +5546,7 @@ class Fixture:
     @property
     def calls(self) -> list[Call]:
         """The recorded calls that it answered."""
-        calls = self.owner.list_calls() if self.owner is not None else []
-        return [call for call in calls if call.answered_by is self]
+        return [call for call in self.list_calls() if call.answered_by is self]
 
     def remove(self) -> None:
         if self.owner is not None:
@@ -5783,17 +5781,10 @@ class Fixtures(Shared):
     They are asked by rank; `choose` takes one of those that match.
     """
 
-    def __init__(
-        self,
-        seed: int = 0,
-        exact_turns: bool = False,
-        normalise: Any = (),
-        list_calls: Callable[[], list[Call]] = list,
-    ) -> None:
+    def __init__(self, seed: int = 0, exact_turns: bool = False, normalise: Any = ()) -> None:
         self.seed = seed
         self.exact_turns = exact_turns  # in files, too
         self.normalise = normalise  # patterns, or a function of the body
-        self.list_calls = list_calls
         self._added: list[Fixture] = []
         self._arranged: Any = None
         self.replace_files(Loaded())
@@ -5836,10 +5827,11 @@ class Fixtures(Shared):
         with self._lock:
             if len(self._added) + len(fixtures) > MAX_FIXTURES:
                 raise ValueError(f"there may be at most {MAX_FIXTURES} fixtures; remove some")
-            limited = list(itertools.takewhile(lambda each: each.times is not None, fixtures))
+            rank: float = LIMITED  # until one is not
             for fixture in fixtures:
                 fixture.number = next(self._numbers)
-                fixture.rank = LIMITED if fixture in limited else -fixtures[0].number
+                rank = rank if fixture.times is not None else -fixtures[0].number
+                fixture.rank = rank
                 if fixture.source == "run time":
                     fixture.source = f"run time[{fixture.number}]"
                 fixture.owner = self
@@ -7943,7 +7935,7 @@ def normalise_vectors(said: Item) -> Item:
     return {"vectors": given if list in map(type, given) else [given]}
 
 
-VECTORS = Keys("embedding:list[int|float|list[int|float:-3.4e38..3.4e38]:-3.4e38..3.4e38]")
+VECTORS = Keys("embedding:list[int|float|list[int|float:-3.4e38..3.4e38]:-3.4e38..3.4e38]:1..")
 SCRIPTED_VECTORS = ResponseType("embedding", VECTORS, normalise_vectors)
 
 
@@ -8001,7 +7993,7 @@ def document_text(document: Any, names: list[str] | None) -> str:
     return "\n".join([value if type(value) is str else ENCODE(value) for value in values])
 
 
-SCRIPTED_SCORES = ResponseType("rerank", Keys("scores:list[int|float]"))
+SCRIPTED_SCORES = ResponseType("rerank", Keys("scores:list[int|float]:1.."))
 
 
 @route(
@@ -9208,8 +9200,8 @@ SCRIPTED_IMAGE = Keys("url revisedPrompt", Field("b64Json", str, test=BASE64))
 SCRIPTED_IMAGES = ResponseType(
     "image",
     Keys(
-        Field("image", dict, fields=SCRIPTED_IMAGE),
-        Field("images", list, each=Field("", dict, fields=SCRIPTED_IMAGE)),
+        Field("image", dict, low=1, fields=SCRIPTED_IMAGE),
+        Field("images", list, low=1, each=Field("", dict, low=1, fields=SCRIPTED_IMAGE)),
     ),
     lambda said: {"images": list(map(snake_keys, said.get("images", [said.get("image", {})])))},
     told_by="image images",
@@ -12388,11 +12380,6 @@ MODEL_TYPES = {  # by kind of operation, where these are called otherwise
     "translation": "transcribe",
 }  # fmt: skip
 FINISH_REASONS = ("stop", "eos", "length", "tool_calls", "function_call")
-USAGE_KEYS = [
-    f"{name}_tokens{more}"
-    for name in ("prompt", "completion", "total", "cached", "reasoning", "input", "output")
-    for more in ("", "_details")
-]
 STREAM_OPTIONS = (  # that a whole reply does not know
     "chunkSize", "chunkSizes", "streamingProfile", "recordedTimings", "truncateAfterChunks",
     "malformedAfterChunks", "endAfterChunks", "insert", *STRIKE_PLACES,
@@ -12974,6 +12961,7 @@ class Scripting:
             )
         own = {"test_id": self.test_id} if self.test_id else {}
         fixture = fixture_from_keywords(verb, {**words, **own})
+        fixture.list_calls = lambda: self.requests
         self.script.add([fixture])
         return fixture
 
@@ -13218,7 +13206,7 @@ class TogetherAiServer(Scripting, Shared):
         self.rpm, self.tpm, self.ssl_context = rpm, tpm, ssl_context
         self.allow_origin, self.allow_host = allow_origin, allow_host
         self.record_limit, self.log, self.clock = record_limit, log, clock
-        self.script = Fixtures(seed, exact_turns, normalise, lambda: self.requests)
+        self.script = Fixtures(seed, exact_turns, normalise)
         self._prepare(models or {}, upstream, record)
 
     def _prepare(self, models: Mapping[str, Any], upstream: str | None, record: Any) -> None:
