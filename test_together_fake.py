@@ -11443,7 +11443,7 @@ class RecordingTests(RecordingCase):
                 reply = fake.Reply(b"{}")
                 answer = fake.put_answer("chat", request, reply)
                 recording.add(fake.identify("chat", request), answer, ())
-            self.assertEqual(len(list(recording.rows())), count)
+            self.assertEqual(len(recording.list_fixtures()), count)
             return time.process_time() - began
 
         few, many = (min(record(count) for _ in range(2)) for count in (30, 240))

@@ -5035,7 +5035,7 @@ STRIKES = (
     "disconnectAfterChunks", "truncateAfterChunks", "errorAfterChunks", "malformedAfterChunks",
     "stallAfterChunks", "endAfterChunks",
 )  # fmt: skip
-QUIET_OPTIONS = ("times", "chunkSize", "chunkSizes", "shouldRetry", "chaos")  # that are no fault
+QUIET_OPTIONS = {"times", "chunkSize", "chunkSizes", "shouldRetry"}  # that are no fault
 STRIKE_PLACES = ("after", "in", "before")
 OPTIONS = Keys(
     # Numbers that may be floats stay as they were written: 5 is not made 5.0.
@@ -5435,7 +5435,7 @@ class Fixture:
         # With `in`, engines that send all arguments at once cut them, too.
         size = self.options.get("chunkSize", int("in" in self.options))
         self.chunk_sizes: list[int] = self.options.get("chunkSizes") or ([size] if size else [])
-        self.faulty = not self.options.keys() <= set(QUIET_OPTIONS) - {"chaos"}
+        self.faulty = not self.options.keys() <= QUIET_OPTIONS
         self.match: Item = entry["match"]
         self.turn: int | None = self.match.get("turnIndex")
         self.sequence: int | None = self.match.get("sequenceIndex")
@@ -6136,12 +6136,6 @@ class Fault:
             name: min(self.options[name], most[name]) for name in most & self.options.keys()
         }
         self.strikes, self.place = self.options, ""
-
-    def describe(self) -> str:
-        """Name what goes wrong; nothing where chance let the call pass."""
-        names = [self.chaos] if self.chaos else []
-        names += [name for name in self.options if name not in (*QUIET_OPTIONS, "status")]
-        return f"the fixture's {', '.join(names)}" if names else ""
 
     def delays(self) -> Iterator[float]:
         """Yield the seconds before each chunk."""
@@ -10084,13 +10078,6 @@ def read_loosely(request: Request) -> None:
             request.body = parse_body(request.raw, kind, NO_FIELDS)
 
 
-def rank_match(match: Item) -> tuple[int, int]:
-    """Return what sorts matches: one that holds for other requests, too, has fewer words."""
-    said = (("endpoint", "chat"), ("sequenceIndex", match.get("sequenceIndex")))
-    name = {key: match[key] for key in match if key != "body" and (key, match[key]) not in said}
-    return -len(CANONICAL(name)), -len(CANONICAL(match.get("body", {})))
-
-
 class Recording:
     """Fixtures for recorded calls: a sequence where one had several answers."""
 
@@ -10108,29 +10095,29 @@ class Recording:
         alike = self._names.setdefault(CANONICAL(name), {})
         alike.setdefault(CANONICAL(body), []).append(answer)
 
-    def rows(self) -> Iterator[tuple[tuple[int, int], Item]]:
-        """Yield the fixtures, each with its rank."""
-        for name, alike in self._names.items():
-            for body, answers in alike.items():
-                match = json.loads(name)
-                rank = rank_match({**match, "body": json.loads(body)})
-                if any(answer["response"].keys() & {"json", "raw"} for answer in answers):
-                    match = {"endpoint": "chat", **match}  # the answer does not say what it is
-                if body != "{}" and (len(alike) > 1 or NAMES.isdisjoint(match)):
-                    match["body"] = json.loads(body)
-                for at, answer in enumerate(answers):
-                    number = {"sequenceIndex": at} if at < len(answers) - 1 else {}
-                    yield rank, {"match": {**match, **number}, **answer}
+    def list_fixtures(self) -> list[Item]:
+        """Return the fixtures; those that hold for other requests, too, have fewer words."""
+        fixtures = []
+        rows = [(name, body) for name in self._names for body in self._names[name]]
+        for name, body in sorted(rows, key=lambda row: (-len(row[0]), -len(row[1]))):
+            match, answers = json.loads(name), self._names[name][body]
+            if any(answer["response"].keys() & {"json", "raw"} for answer in answers):
+                match = {"endpoint": "chat", **match}  # the answer does not say what it is
+            if body != "{}" and (len(self._names[name]) > 1 or NAMES.isdisjoint(match)):
+                match["body"] = json.loads(body)
+            for at, answer in enumerate(answers):
+                number = {"sequenceIndex": at} if at < len(answers) - 1 else {}
+                fixtures.append({"match": {**match, **number}, **answer})
+        return fixtures
 
 
-def write_fixtures(rows: Iterable[tuple[tuple[int, int], Item]], more: Item) -> bytes:
+def write_fixtures(fixtures: list[Item], more: Item) -> bytes:
     """Return a fixture file; `more` is what it says beside its fixtures."""
-    fixtures = [fixture for _, fixture in sorted(rows, key=operator.itemgetter(0))]
     text = json.dumps({**more, "fixtures": fixtures}, indent=2, ensure_ascii=False)
     return f"{text}\n".encode()
 
 
-def record_calls(calls: Iterable[Call], secrets: Iterable[str]) -> Recording:
+def record_calls(calls: Iterable[Call], secrets: Iterable[str]) -> list[Item]:
     """Return the fixtures that answer recorded calls as they were answered."""
     recording = Recording()
     for call in calls:
@@ -10142,7 +10129,7 @@ def record_calls(calls: Iterable[Call], secrets: Iterable[str]) -> Recording:
             answer = put_answer(call.kind, request, reply)
             with contextlib.suppress(ValueError):
                 recording.add(call.identity or identify(call.kind, request), answer, secrets)
-    return recording
+    return recording.list_fixtures()
 
 
 def check_target(path: str) -> str:
@@ -10211,11 +10198,10 @@ class Recorder(Shared):
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         tempfile.TemporaryFile(dir=os.path.dirname(self.path)).close()  # there can be a draft
         self._recording = Recording()
-        self._mine: set[str] = set()
-        self._others: dict[str, tuple[int, int]] = {}  # ranks of others' entries, by their JSON
+        self._mine: set[str] = set()  # the JSON of entries
+        self._others: list[Item] = []  # sorted by hand, maybe
         self._more: Item = {}
         self._read()
-        self._others = dict.fromkeys(self._others, (-sys.maxsize, 0))  # sorted by hand, maybe
         self._told = ""
         self._unwritten = False
         self._waiting: list[tuple[str, Request, Reply, Any]] = []
@@ -10267,18 +10253,15 @@ class Recorder(Shared):
     def _read(self) -> None:
         self._seen = stamp_files([self.path])
         if not self._seen:
-            self._others = {}
+            self._others = []
             return
         load_fixtures(self.path)  # names what is wrong
         with open(self.path, encoding="utf-8-sig") as file:
             data = json.load(file)
         self._more = {**data} if "fixtures" in data else {}
         self._more.pop("fixtures", None)
-        known, self._others = self._others, {}
-        for entry in read_file(data)["fixtures"]:
-            text = ENCODE(entry)
-            if text not in self._mine:
-                self._others[text] = known.get(text) or rank_match(entry["match"])
+        entries = read_file(data)["fixtures"]
+        self._others = [entry for entry in entries if ENCODE(entry) not in self._mine]
 
     def _write(self) -> None:
         """Write the file; where that fails, it is tried again later."""
@@ -10287,10 +10270,9 @@ class Recorder(Shared):
             with lock_folder(self.path):
                 if stamp_files([self.path]) != self._seen:
                     self._read()
-                others = [(rank, json.loads(text)) for text, rank in self._others.items()]
-                mine = list(self._recording.rows())
-                write_file(self.path, write_fixtures(others + mine, self._more))
-                self._mine, self._seen = {ENCODE(row[1]) for row in mine}, stamp_files([self.path])
+                mine = self._recording.list_fixtures()
+                write_file(self.path, write_fixtures(self._others + mine, self._more))
+                self._mine, self._seen = set(map(ENCODE, mine)), stamp_files([self.path])
             self._unwritten = False
         except (OSError, ValueError) as error:
             self._tell(f"cannot record to {self.path}: {error}")
@@ -11187,7 +11169,7 @@ def find_numbered(noun: str, items: Iterable[Any], request: Request) -> Any:
 def get_recorded_call(server: Server, request: Request) -> Any:
     """Describe one recorded call, with what came back and ways to say it again."""
     call = find_numbered("Call", server.requests, request)
-    rows = list(record_calls([call], server.secrets).rows())
+    rows = record_calls([call], server.secrets)
     return {
         **call.as_json(),
         "asked": list_facts(call).messages,
@@ -11197,7 +11179,7 @@ def get_recorded_call(server: Server, request: Request) -> Any:
         ],
         "copy": {
             "curl": write_curl(call, request.origin),
-            "python": write_python(call, copy_json(rows[0][1])) if rows else "",
+            "python": write_python(call, copy_json(rows[0])) if rows else "",
             "fixture": write_fixtures(rows, {}).decode() if rows else "",
         },
     }
@@ -11237,7 +11219,7 @@ def list_fixtures(server: Server, request: Request) -> Any:
     if request.args.get("from") is None:
         return server.script.describe()
     calls = [call for call in server.requests if passes_filters(server, call, request.args)]
-    return Reply(write_fixtures(record_calls(calls, server.secrets).rows(), {}))
+    return Reply(write_fixtures(record_calls(calls, server.secrets), {}))
 
 
 @route("DELETE /__parlel/fixtures", open=True)
@@ -13439,8 +13421,8 @@ class TogetherAiServer(Scripting, Shared):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a fixture file that answers every recorded call again."""
-        rows = record_calls(self.requests, self.secrets).rows()
-        write_file(os.fspath(path), write_fixtures(rows, {}))
+        fixtures = record_calls(self.requests, self.secrets)
+        write_file(os.fspath(path), write_fixtures(fixtures, {}))
 
     def seed(self, collection: str, items: Iterable[Mapping[str, Any]]) -> list[Item]:
         """Store objects under ids of your choice; what an item lacks gets a default.
@@ -13728,7 +13710,7 @@ class TogetherAiServer(Scripting, Shared):
         fault = draw_fault(self.script, answer)
         if fault is None:
             return reply
-        call.notes += tuple(filter(None, [fault.describe()]))
+        call.notes += (f"the fixture's {fault.chaos}",) if fault.chaos else ()
         return apply_fault(reply, fault, time.monotonic)
 
     def _begin(self, request: Request) -> str:
