@@ -1770,7 +1770,7 @@ class ScriptTests(unittest.TestCase):
         chosen, misses = script.find(facts)
         misses = fake.explain_misses(misses, facts, chosen)
         rows = [
-            ("run time[3]", "match.sequenceIndex", "sequenceIndex is 0, wanted 1"),
+            ("run time[3]", "match.sequenceIndex", "it was not the turn of sequenceIndex 1"),
             ("run time[4]", "match.not", "what it excludes holds"),
             ("run time[5]", "times", "it is used up: served 1 of 1"),
             ("run time[0]", "match.userMessage", 'userMessage "hello" does not contain "bye"'),
@@ -6754,7 +6754,7 @@ class ScriptedRecordTests(ScriptingCase):
         self.outcome("hi")
         (near,) = self.server.requests[0].near_misses
         self.assertEqual(near["differs"], "match.sequenceIndex")
-        self.assertEqual(near["reason"], "sequence_index is 0, wanted 1")
+        self.assertEqual(near["reason"], "it was not the turn of sequence_index 1")
 
     def test_record_tells_which_fixture_served(self):
         self.server.reply("a", user_message="a")

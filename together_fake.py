@@ -5509,7 +5509,7 @@ class Fixture:
         """Say how a request differs, or what was served instead."""
         if differs == "shadowed" and self.turn not in (None, facts["turnIndex"]):
             differs = "match.turnIndex"
-        sequence, count = self.spell("sequenceIndex"), self.counts.get(facts.test, 0)
+        sequence = self.spell("sequenceIndex")
         kinds = ", ".join(filter(self.fits, OPERATIONS))
         later = ", added later," if by is not None and by.number > self.number >= 0 else ""
         reasons = {
@@ -5517,7 +5517,7 @@ class Fixture:
             "response": f"it answers {kinds}, and this is {facts.kind or 'another operation'}",
             "handshake": "of a socket a status refuses the handshake, all else is a turn",
             "match.not": "what it excludes holds",
-            "match.sequenceIndex": f"{sequence} is {count}, wanted {self.sequence}",
+            "match.sequenceIndex": f"it was not the turn of {sequence} {self.sequence}",
             "when": "its function says no",
             "times": f"it is used up: served {self.times} of {self.times}",
             "shadowed": f"it matched, but {by and by.source}{later} was served",
