@@ -501,7 +501,7 @@ headers_too_large 431: The request's head has more than 64 KB or 100 fields.
 foreign_page 403: {who} may not use this route: it is for programs, for pages of this machine, \
 and for those that allow_origin and allow_host name.
 bad_file 400: {param}: file {id} cannot be used: {reason}.
-bad_state 400: {noun} {id} is {status}; {reason}.
+bad_state 400: {noun} {id} is {status}: it is too early for this, or too late.
 storage_full 413 type=request_too_large: The files would take {size} bytes; this server keeps at \
 most {limit}. Delete some, or raise max_stored_bytes.
 no_upgrade 426: {path} is a WebSocket: ask for an upgrade, with version 13.
@@ -8061,15 +8061,13 @@ class Jobs:
     view      `view(server, request, job)` returns a job as a client sees it
     cancelled the status of a job that is cancelled, and those that follow it
     filters   members by which a list is asked for
-    listed    the members of a list's answer; without them it is bare
-    most      of a list that is asked for no limit
+    listed    what a list is: an object, or a bare array; "" where there is none
     """
 
     key, status = "id", "status"
     prefix = statuses = cancelled = filters = ""
     fields = NO_FIELDS
-    listed: str | None = "data"
-    most = MAX_OBJECTS
+    listed = "object"
     enter: Callable[[Any, Item, str], Item]
     view: Any = staticmethod(lambda server, request, job: job)
 
@@ -8083,7 +8081,7 @@ class Jobs:
         self.following = {one: next for each in ladders for one, next in zip(each, each[1:])}
         JOBS[collection] = self
         route(f"GET {path}/{{id}}")(self.get)
-        if self.listed is not None:
+        if self.listed:
             query = f"limit:int:0..{MAX_OBJECTS} after mine {self.filters}"
             route(f"GET {path}", query=query)(self.list)
         if self.cancelled:
@@ -8128,11 +8126,11 @@ class Jobs:
             wanted = request.args.get(name) or ""
             wanted = OPENAI_PURPOSES.get(wanted, wanted)
             found = [job for job in found if wanted in ("", job.get(name, "on-demand"))]
-        page, more = take_page(found, request.args, self.key, self.most)
+        page, more = take_page(found, request.args, self.key)
         shown = [self.view(server, request, job) for job in page]
-        if not self.listed:
+        if self.listed == "array":
             return wrap_list(request, shown, server.strict, more)
-        return pick_given({"object": "list", "data": shown, "has_more": more}, self.listed.split())
+        return {"object": "list", "data": shown, "has_more": more}
 
     def cancel(self, server: Server, request: Request) -> Any:
         """Cancel a job that has not ended."""
@@ -8142,9 +8140,7 @@ class Jobs:
             if job["status"] in self.following:
                 job = self.enter_status(server, job["id"], job, status)
         if job["status"] != status:
-            reason = "only a job that has not ended can be cancelled"
-            facts = {"noun": jobs.noun, "id": job["id"], "status": job["status"]}
-            raise ApiError("bad_state", **facts, reason=reason)
+            raise ApiError("bad_state", noun=jobs.noun, id=job["id"], status=job["status"])
         return self.view(server, request, job)
 
 
@@ -8277,9 +8273,8 @@ def file_object(server: Server, item: Item) -> Item:
 
 
 FILES = Jobs(
-    "files", "/v1/files", file_object, prefix="file-", fields=UPLOAD_FIELDS, filters="purpose",
-    listed="object data has_more",
-)  # fmt: skip
+    "files", "/v1/files", file_object, prefix="file-", fields=UPLOAD_FIELDS, filters="purpose"
+)
 route("POST /v1/files/{id}/preprocess")(FILES.get)
 
 
@@ -8344,8 +8339,7 @@ def put_file(server: Server, request: Request) -> Any:
     id, part = request.params["id"], request.params.get("part")
     status = server.files.get(id)["processing_status"]
     if status != "PENDING" and server.contents.get(id) != request.raw:  # the same again is fine
-        reason = "its data cannot change"
-        raise ApiError("bad_state", noun="File", id=id, status=status, reason=reason)
+        raise ApiError("bad_state", noun="File", id=id, status=status)
     if part:
         server._keep(f"{id}/{part.zfill(3)}", request.raw)
     else:
@@ -8482,7 +8476,7 @@ def enter_batch(server: Server, job: Item, status: str) -> Item:
 
 BATCHES = Jobs(
     "batches", "/v1/batches", batch_object, fields=BATCH_FIELDS, enter=enter_batch,
-    statuses="VALIDATING IN_PROGRESS COMPLETED", cancelled="CANCELLED", listed="",
+    statuses="VALIDATING IN_PROGRESS COMPLETED", cancelled="CANCELLED", listed="array",
 )  # fmt: skip
 ENDS = Keys("job:dict\n  status!")
 JOB: Any = {"kind": "job", "response": ResponseType("job", ENDS, operator.itemgetter("job"))}
@@ -8782,9 +8776,7 @@ def download_model(server: Server, request: Request) -> Any:
     args, tar = request.args, io.BytesIO()
     job = server.fine_tunes.get(args.get("ft_id") or "")
     if job["status"] != "completed":
-        reason = "its model can be downloaded when it is completed"
-        facts = {"noun": "Fine-tune", "id": job["id"], "status": job["status"]}
-        raise ApiError("bad_state", **facts, reason=reason)
+        raise ApiError("bad_state", noun="Fine-tune", id=job["id"], status=job["status"])
     steps = list_steps(job, job["n_checkpoints"])
     step = args.get("checkpoint_step") or steps[-1]
     if step not in steps:
@@ -8867,12 +8859,12 @@ input_data_file_path!:1.. model_to_evaluate,model_a,model_b:str|dict{JUDGE_ROWS}
   input_template!""")  # fmt: skip
 LABELS = "labels!,pass_labels!:list[str]:1.."
 SCORES = "min_score!,max_score!,pass_threshold!:float:-1e9..1e9"
-EVALUATIONS: dict[str, tuple[Fields, Callable[[Any], Sequence[Any]]]] = {
+EVALUATIONS: dict[str, tuple[Fields, Callable[[Item], Sequence[Any]]]] = {
     # by type: its parameters, and the verdicts that a row may get
     "classify": (Fields(*PARAMETERS.values(), LABELS), lambda p: p["labels"]),
     "compare": (PARAMETERS, lambda p: ("A", "A", "B", "B", "Tie")),
-    "score": (Fields(*PARAMETERS.values(), SCORES), lambda p: [
-        p["min_score"] + (p["max_score"] - p["min_score"]) * step / 20 for step in range(21)]),
+    "score": (Fields(*PARAMETERS.values(), SCORES), lambda p: (
+        p["min_score"], p["pass_threshold"], p["max_score"])),
 }  # fmt: skip
 EVALUATION_FIELDS = Fields(f"type!={'|'.join(EVALUATIONS)} parameters!:dict")
 
@@ -8951,7 +8943,7 @@ def show_evaluation(server: Server, request: Request, job: Item) -> Item:
 EVALUATION_JOBS = Jobs(
     "evaluations", "/v1/evaluation", evaluation_object, prefix="eval-", key="workflow_id",
     fields=EVALUATION_FIELDS, enter=enter_evaluation, view=show_evaluation,
-    statuses="pending queued running completed", filters="status", listed="", most=10,
+    statuses="pending queued running completed", filters="status", listed="array",
 )  # fmt: skip
 route("GET /v1/evaluation/{id}/status")(EVALUATION_JOBS.get)
 
@@ -9015,7 +9007,7 @@ def endpoint_object(server: Server, item: Item) -> Item:
 ENDPOINTS = Jobs(
     "endpoints", "/v1/endpoints", endpoint_object, prefix="endpoint-", status="state",
     fields=ENDPOINT_FIELDS, enter=enter_endpoint, statuses="PENDING STARTING STARTED",
-    filters="type usage_type", listed="object data",
+    filters="type usage_type",
 )  # fmt: skip
 
 
@@ -9457,7 +9449,7 @@ def show_video(server: Server, request: Request, job: Item) -> Item:
 
 VIDEOS = Jobs(
     "videos", "/v2/videos", video_object, prefix="video-", fields=VIDEO_FIELDS, enter=enter_video,
-    view=show_video, statuses="in_progress completed", listed=None,
+    view=show_video, statuses="in_progress completed", listed="",
 )  # fmt: skip
 VIDEO_ENDS = {"completed": "completed", "processing": "completed", "failed": "failed"}
 SCRIPTED_VIDEO = f"""\
