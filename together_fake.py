@@ -2805,26 +2805,31 @@ def message_text(message: Item) -> str:
     return content or ""
 
 
+# A list in a row: of items in quotes, of single words the last behind "or", or of phrases.
 QUOTED = r"""(?:"[^"\n]{1,60}"|'[^'\n]{1,60}'|`[^`\n]{1,60}`)"""
 ONE_WORD = r"[\w'-]{1,30}"
+JOINING = r"(?:and|or|for|with|based|that|which|if|when|as|to|by|in|on|is|are|only|it)\b"
+PHRASE = rf"(?:{QUOTED}|\w[\w'+-]{{0,29}}(?: (?!{JOINING})[\w+][\w'+-]{{0,29}}){{0,2}})"
+BETWEEN = r"(?: ?\([^()\n]{0,80}\))?(?:\s?[|/,;]\s?(?:or |and )?| or )"
+QUOTED_ROW = (
+    rf"{QUOTED}(?:(?:: [^,;\n\"'`]{{0,80}})?{BETWEEN}{QUOTED}){{0,20}}"
+    rf"(?:,? (?:or|and) | ?[|/;] ?){QUOTED}"
+)
 WORDS_OFFERED = rf"(?:{ONE_WORD}(?:, ?| ?[/|] ?)){{0,20}}{ONE_WORD}(?:,? or | ?[/|] ?){ONE_WORD}"
-QUOTED_OFFER = lazy_regex(
-    rf"{QUOTED}(?:(?:: [^,;\n\"'`]{{0,80}})?(?:\s?[|/,;]\s?(?:or |and )?| or ){QUOTED})+"
+ROW_OFFERED = rf"{PHRASE}(?:{BETWEEN}{PHRASE}){{1,20}}(?: and {PHRASE})?"
+OFFER = lazy_regex(
+    rf"({QUOTED_ROW})|(?i:\b(yes ?(?:/|\||or) ?no|true ?(?:/|\||or) ?false)\b)"
+    r"|(?i:\b(?:(?:one|any|some)(?: or more)? of|either|single letter|literal|(?:choose|pick"
+    r"|select)(?: one)? from|(?:categor|label|option|choice|value)\w*(?= ?:| are)"
+    r"|(?:label|classif|tag|mark)\w*\b[^.\n]{0,80} as)"
+    r"(?: (?:the|these|following|words|categories|options|labels|are)\b)*"
+    rf"\s?[:,=]?\s?[\[({{]?)({ROW_OFFERED}|[A-Z]{{2,8}}\b)"
+    rf"|\((?=[^()\n]{{0,99}}(?:\bor\b|[/|]))({ROW_OFFERED})\)"
+    rf"|(?:one|single) (?:word|label)[:,] ({WORDS_OFFERED})"
 )
-LISTED_OFFER = lazy_regex(
-    r"(?i)\b(yes ?(?:/|\||or) ?no|true ?(?:/|\||or) ?false)\b|(?:\b(?:(?:one|any|some)(?: or more)?"
-    r" of|either|single letter|(?:one|single) (?:word|label)(?=[,:] ?[^\n.]{1,80}(?: or |[/|]))"
-    r"|(?:choose|pick|select)(?: one)? from|(?:categor|label|option|choice|"
-    r"value)\w*(?= ?:| are)|(?:label|classif|tag|mark)\w*\b[^.\n]{0,80} as)"
-    r"(?: (?:the|these|following|words|categories|options|labels|are)\b)*|(?=\([\w'-]+[^()\n]"
-    r"{0,99}(?:\bor\b|[/|])))\s?[:,]?\s?[\[({]?([^\n.:?!\])}]{2,400}?"
-    r"(?=,? and (?:reply|respond|answer|return)|[\n.:?!\])}]|\Z))"
-)
-NAMED = r"[\"'`]?[\w'+-]{1,30}(?: [\w'-]{1,30}){0,2}[\"'`]?"
-OFFERED = lazy_regex(
-    r"\w*(?:\(s\))?(?: of the \w+| apply)?(?: ?[:=\u2208]| are| is(?= one| either)| may be| from"
-    r"| (?=[(\"'`]))(?: one of| either| any of)?:? ?[\[({]?"
-    rf"({NAMED}(?:(?:,? (?:or|and) |\s?[,/|;]\s?(?:or |and )?){NAMED}){{1,20}})"
+TOLD_OF = lazy_regex(
+    r"(?:(?:\(s\))? ?[:=\u2208]| (?:are|is(?= one| either)|may be|from|(?=[(\"'`])))"
+    rf"(?: one of| either| any of)?:? ?[\[({{]?({ROW_OFFERED})"
 )
 ARRAY = lazy_regex(
     r"(?i)(?:(?!key|field|propert)[^\"'`:]){0,60}\b(?:JSON (?:array|list)|(?:array|list)"
@@ -2855,10 +2860,9 @@ def read_type(text: str) -> str:
     return found.lastgroup or "" if found else ""
 
 
-def as_enum(text: str) -> Item:
-    """Return the schema of words offered in a row, such as `a, b or c`; {} where they are none."""
-    parts = re.split(r"\s?[|/;]\s?|\s?,\s?(?:or |and )?|\s(?:or|and)\s", IN_BRACKETS.sub("", text))
-    items = list(dict.fromkeys(filter(None, [part.strip(" \"'`*[](){}<>$") for part in parts])))
+def as_enum(items: Iterable[str]) -> Item:
+    """Return the schema of one of some texts, as a prompt writes them; {} where they are none."""
+    items = [*dict.fromkeys(filter(None, [item.strip(" \"'`*[](){}<>$") for item in items]))]
     if len(items) == 1 and re.fullmatch(r"(?!YES|NO)[A-Z]{2,5}", items[0]):
         items = list(items[0])
     if len(items) < 2 or any(len(item) > 40 or item.count(" ") > 2 for item in items):
@@ -2869,12 +2873,16 @@ def as_enum(text: str) -> Item:
     return {"enum": [as_whole(float(item)) for item in items] if numbers else items}
 
 
+def read_row(text: str) -> Item:
+    """Return the schema of what a row offers, such as `a, b or c`."""
+    if re.match(QUOTED, text):
+        return as_enum(re.findall(QUOTED, IN_BRACKETS.sub("", text)))
+    return as_enum(re.split(rf"{BETWEEN}| and ", text))
+
+
 def read_offer(text: str) -> Item:
-    found = QUOTED_OFFER.search(text)
-    if found:
-        return as_enum(" | ".join(re.findall(QUOTED, IN_BRACKETS.sub("", found[0]))))
-    found = LISTED_OFFER.search(text)
-    return as_enum(found[1] or found[2]) if found else {}
+    found = OFFER.search(text)
+    return read_row(found[found.lastindex or 0]) if found else {}
 
 
 def read_count(text: str, name: str = "") -> int:
@@ -2899,8 +2907,8 @@ def read_phrase(text: str, note: str = "") -> Item:
         return as_array(read_phrase(each, note if each else ""), read_count(each) or 2)
     if "YYYY-MM-DD" in text + note:
         return {"type": "string", "format": "date"}
-    if re.fullmatch(WORDS_OFFERED, plain) or QUOTED_OFFER.fullmatch(text):
-        return as_enum(text) or TEXT_SCHEMA
+    if re.fullmatch(WORDS_OFFERED, plain) or re.fullmatch(QUOTED_ROW, text):
+        return read_row(text) or TEXT_SCHEMA
     letters = re.fullmatch(r"(?:\w+ )?\(?([A-H])(?:-| to )([A-H])\)?", plain)
     if letters:
         return {"enum": [chr(at) for at in range(ord(letters[1]), ord(letters[2]) + 1)]}
@@ -2938,7 +2946,7 @@ def rewrite_token(token: re.Match[str]) -> str:
         return "," if token["end"] else ""
     if re.fullmatch(rf"(?i:true|false|null|none)|{NUMBER}", said):
         return said.lower().replace("none", "null")
-    return QUOTE(said if QUOTED_OFFER.fullmatch(said) else said.strip("\"'"))
+    return QUOTE(said if re.fullmatch(QUOTED_ROW, said) else said.strip("\"'"))
 
 
 def read_example(text: str) -> Any:
@@ -2989,20 +2997,18 @@ FENCE = lazy_regex(
     r"```(?<![^\s:]```)[ \t]?([\w+-]*)[ \t]*\n([^`]*(?:`{1,2}(?!`)[^`]*)*)(?:```|\Z)"
 )
 ASKS = lazy_regex(
-    r"(?:\A[\W\d]{0,8}|[,;:(] ?\W?|\b(?:please|kindly|only|just|always|and|then|now|finally|must|"
-    r"should|simply|strictly|step|you|(?:you|sure|is|need|has) to|will|end|line) \W?)"
-    r"(?:provide|give|print|write|produce|use|put|present|be|convert|follow|evaluate|keep|compare|"
-    r"create|name|suggest|summari[sz]e|describe|solve|identify|enclose|contain|fill|consist|adhere|"
-    rf"{ASKING})\b|\A\W{{0,8}}(?:(?:expected|output|response|json) ){{1,3}}(?:format|"
-    r"schema|structure|template)|\([^()]{1,99}\)\?|\A\W?\w+(?:/| or )\w+\W{0,3}\Z"
-    r"|\A\W?(?:(?:only|just) (?:the )?(?:code|json|python|sql)|(?:json|code|number|letter|label)"
-    r" only|(?:one|a single) (?:word|line)|(?:yes or no|true/false)(?= ?[:?,]))\b"
+    r"\b(?:provide|give|print|write|produce|use|put|present|convert|follow|show|keep|compare|create"
+    r"|name|suggest|summari[sz]e|describe|enclose|fill|contain|consist|adhere|(?:must|should) be|"
+    rf"only|just|format|schema|structure|template|one (?:word|line)|{ASKING})\b"
+    r"|\b(?:antwort|r[e\xe9]pond|devuelv|respond[ae]|rispond)|\u8fd4\u56de|\u8f93\u51fa|\u56de\u7b54"
+    r"|\([^()]{1,99}\)\?|\A\W?\w+(?:/| or )\w+(?:\W{0,3}\Z| ?[:?,])"
 )
 TOLD = lazy_regex(
     r"\d\d|[>|]|\[[a-z]+\]|\W*(?:(?:my|our|i|i'm|he|she|they|we|it|"
     r"the (?!.{0,30}(?:answer|response|output|reply|line|label|verdict|json)))\b|"
-    r"(?:\w+ )?(?:how|why|what|who)\b|(?:please )?(?:write|create|build|make|implement|design|draft"
-    r"|add)\b.{0,50}\b(?:function|script|tests?|component|prompt|program|app|class|docs|endpoint|"
+    r"(?:explain|translate)\b(?!.*(?:,| and ))|is it\b|(?:can you )?review\b"
+    r"|(?:\w+ )?(?:how|why|what|who)\b|(?:please )?(?:write|create|build|make|implement|design"
+    r"|draft|add)\b.{0,50}\b(?:function|script|tests?|component|prompt|program|app|class|docs|endpoint|"
     r"essay|story|e-?mail|letter|notes|dialogue|code)\b)"
     r"|.*\b(?:how (?:do|can|could|should|would|does|to)|(?:if|where|when|as) (?:it is |they are )?"
     r"(?:useful|helpful|appropriate|needed|necessary|possible))\b"
@@ -3023,7 +3029,7 @@ SHOWN_LINE = lazy_regex(
 )
 SPEAKER = lazy_regex(r"[A-Z]\w{0,15}:(?= )")
 NOTE = lazy_regex(
-    r"(?i)(?:[\"'`*#>\] ]{0,9}(\()|[\"'`*]+[:,]? (?!only|and\b|[\"'`])|[\"'`]?\??:.*?(?://|#))"
+    r"(?i)(?:[\"'`*#>\] ]{0,9}(\()|[\"'`*]+[:,]? (?!only|and\b|[\"'`{])|[\"'`]?\??:.*?(?://|#))"
 )
 NOTE_END = lazy_regex(r"\.\s|,? and [\"'`]\w+[\"'`] (?!or)|\)(?:,|,? and) [\"'`]| [0-9]\) ")
 
@@ -3035,7 +3041,7 @@ def keep_ends(whole: Any, size: int) -> Any:
 def is_asking(sentence: str) -> bool:
     sentence = sentence[:MAX_SENTENCE].lower()
     found = ASKS.search(sentence)
-    return found is not None and (found[0][0] in ",;:(" or not TOLD.match(sentence))
+    return found is not None and (found[0][0] == "(" or not TOLD.match(sentence))
 
 
 class Prompt:
@@ -3071,6 +3077,19 @@ class Prompt:
         self.whole = " ".join(self.asking)
         last = self.lines[-1].strip(" #*-") if self.lines and not task else ""
         self.tail = last[:-1] if last.endswith(":") and len(last) < 80 else ""
+
+    @functools.cached_property
+    def offers(self) -> list[tuple[str, Item]]:
+        """What may be chosen, behind the words that tell of what: rows, then lists."""
+        said = "\n".join([*self.said, self.tail])
+        rows = [
+            (re.split(r"[.,;\n]", said[: row.start()])[-1][-40:], row[1])
+            for row in TOLD_OF.finditer(said)
+        ]
+        lists = [(told, [head for _, head in items]) for told, items in self.lists.items()]
+        return [(told, read_row(row)) for told, row in rows] + [
+            (told, as_enum(heads)) for told, heads in lists
+        ]
 
     def _add_example(self, before: str, language: str, text: str) -> str:
         self.examples.append((before[-150:].rstrip().rpartition("\n")[2].strip(), language, text))
@@ -3133,35 +3152,25 @@ class Prompt:
         self.about = "\n".join([*given, self.about])
 
 
-def find_items(prompt: Prompt, numbered: bool = False) -> Any:
-    """Return what the last list holds: its marks, such as A and B, or its heads."""
+def find_items(prompt: Prompt, numbered: bool = False) -> Item:
+    """Return the schema of what the last list holds: its marks, such as A and B, or its heads."""
     is_mark = str.isalnum if numbered else str.isalpha
     tagged = re.findall(r"<(?:option|choice|label|category)[^<>]*>()([^<>]+)</", prompt.text)
     inline = [tagged] if tagged else map(INLINE_ITEM.findall, prompt.said[-3:])
-    lists = [*prompt.lists.values()] or [*inline]
-    for items in lists[:-3:-1]:
-        names = as_enum(" | ".join(mark if is_mark(mark) else head for mark, head in items[:20]))
-        if "enum" in names:
-            return names["enum"]
-    return []
+    for items in ([*prompt.lists.values()] or [*inline])[:-3:-1]:
+        schema = as_enum(mark if is_mark(mark) else head for mark, head in items[:20])
+        if schema:
+            return schema
+    return {}
 
 
-def find_offered(prompt: Prompt, about: str) -> Any:
-    """Return what a noun may be, as is told elsewhere: `tones: calm, angry`."""
-    said = "\n".join([*prompt.said, prompt.tail])
-    plain = said.lower()
+def find_offered(prompt: Prompt, about: str) -> Item:
+    """Return the schema of what a noun may be, as is told elsewhere: `tones: calm, angry`."""
     for noun in re.findall(r"\b[a-z]{4,7}", about.lower())[:-8:-1]:
-        at = -1
-        for _ in range(2):
-            at = plain.find(noun, at + 1)
-            found = OFFERED.match(said, at) if at >= 0 else None
-            if found:
-                return as_enum(found[1]).get("enum", [])
-        for before, items in prompt.lists.items():
-            heads = [head for _, head in items]
-            if noun in before.lower() and all(head.count(" ") < 3 for head in heads):
-                return as_enum(" | ".join(heads)).get("enum", [])
-    return []
+        for told, schema in prompt.offers:
+            if noun in told.lower() and schema:
+                return schema
+    return {}
 
 
 def count_entries(prompt: Prompt, name: str = "") -> int:
@@ -3232,13 +3241,10 @@ def read_words(prompt: Prompt, text: str, name: str) -> Item:
         return as_array(schema["items"], max(schema["minItems"], count_entries(prompt, name)))
     if schema != TEXT_SCHEMA:
         return schema
-    offered = (
-        find_offered(prompt, text if text.istitle() else name or " ".join(prompt.said))
-        if len(text) < 20
-        else []
-    )
+    about = text if text.istitle() else name or " ".join(prompt.said)
+    offered = find_offered(prompt, about) if len(text) < 20 else {}
     if offered:
-        return {"enum": offered}
+        return offered
     if not text and re.search(r"(?:\b|_)(?:age|year|count|score|rating|quantity)\Z", name, re.I):
         return {"type": "integer"}
     named = re.search("name|person|people|place|compan|entit|cit(y|ies)", name or prompt.whole)
@@ -3269,9 +3275,9 @@ def read_value(prompt: Prompt, value: Any, name: str = "") -> Item:
         return {"type": "number", "minimum": 0, "maximum": 1}
     if type(value) not in (str, int, float) or prompt.unread < 0:
         return {"type": KINDS[type(value)]}
-    numbers = find_items(prompt, True) if type(value) is int and "choice" in name else []
-    if numbers[:1] == [1]:
-        return {"enum": numbers}
+    numbers = find_items(prompt, True) if type(value) is int and "choice" in name else {}
+    if numbers.get("enum", [0])[0] == 1:
+        return numbers
     return read_words(prompt, value if type(value) is str else type(value).__name__, name)
 
 
@@ -3296,46 +3302,54 @@ class WantedForm:
 
 
 JSON_ASKED = lazy_regex(
-    r"(?i)(?<!bout )(?<!ompare )(?<!this )(?<!escribe a )\bJSONL?\b(?![.(_]| (?:API|file|"
+    r"(?i)(?<!bout )(?<!ompare )(?<!this )(?<!escribe a )(?<![a-z])JSONL?(?![a-z.(_]| (?:API|file|"
     r"output schema))|(?:(?<= [ai][sn])|(?<= be)|(?<=nto)|(?<=lid)|(?<=nly)) JSONL?\.(?!\w)"
     r"|\bPython dict(?:ionary)?(?= (?:with|that has|containing)\b)"
-)
-OTHER_TONGUES = lazy_regex(  # which ask for JSON, too
-    r"(?i)\b(?:antwort|r[e\xe9]pond|devuelv|respond[ae]|rispond)"
-    r"|\u8fd4\u56de|\u8f93\u51fa|\u56de\u7b54"
 )
 OUTPUT_INTRO = lazy_regex(
     r"(?i)output|respon|answer|reply|return\b|format|schema|structure|generate|must"
 )
 INPUT_INTRO = lazy_regex(
-    r"(?i)\b(?:input|context|documents?|messages?|rubric|previous|tools?|given|existing|summar\w*|"
+    r"(?i)\b(?:input|context|documents?|messages?|rubric|previous|tools?|given|existing|summar\w*|arguments|"
     r"explain|well-formatted|feedback|for the schema)\b"
 )
-QUOTED_NAMES = rf"{QUOTED}(?:,?(?: and| then)? {QUOTED}){{0,20}}"
-BARE_NAME = r"(?!an? (?!and |then ))[a-z][\w-]{0,40}"
-BARE_NAMES = rf"{BARE_NAME}(?:(?:,? and |,? then |, ){BARE_NAME}){{0,20}}"
-NOUN = r"(?:(?:an?|the|its) )?[a-z][\w-]{0,40}"
+KEY_NAME = r"(?:(?:an?|the|its) (?!and\b))?(?!an? (?!and ))[A-Za-z][\w-]{0,40}(?: [A-Z]\w*)?"
+KEYS_END = r"(?=\W*\Z|[.,:;)\n]| (?:for|of|from|in|to)\b)"
+KEY_NAMES = (
+    rf"{QUOTED}(?:(?:,? (?:and |then )?|,| ?\| ?){QUOTED}){{0,20}}"
+    rf"|{KEY_NAME}(?:\s?[,|]\s?{KEY_NAME}){{0,20}}(?:,? (?:and|then) {KEY_NAME}{KEYS_END})?"
+)
 KEY_WORD = r"\b(?:keys?|fields?|properties|property|attributes?)\b"
 KEYS = lazy_regex(
-    rf"({QUOTED_NAMES}) {KEY_WORD}"
-    rf"|\b(?:objects?|JSON) (?:with|of|containing) ({NOUN}(?:(?:,? and |, ){NOUN}){{1,20}})"
-    r"(?=[.,:;)\n]|\Z| (?:for|of|from|in|to)\b)"
-    rf"|{KEY_WORD}(?: (?:named|called|of|are|is|one)){{0,3}}:? ?({QUOTED_NAMES}|{BARE_NAMES})"
+    rf"({QUOTED}(?:(?:,? (?:and |then )?|,){QUOTED}){{0,20}}) {KEY_WORD}"
+    r"|\b(?:objects?|JSON) (?:with|of|containing) (?=[^.:;]*(?:,| and ))"
+    rf"({KEY_NAMES}){KEYS_END}"
+    rf"|{KEY_WORD}(?: (?:named|called|of|are|is|one)){{0,3}}:? ?({KEY_NAMES})"
 )
 PROSE_KEYS = lazy_regex(
     r"(?i)\b(?:extract|return|give me|list|find|provide|identify) ([^.:]{3,99}) (?:as|in) "
     r"[\w ]{0,9}JSON\b"
 )
-VALUES_OFFERED = lazy_regex(rf"(?:{QUOTED}(?:, |/| \| ))*{QUOTED},? or {QUOTED}")
+VALUES_ROW = lazy_regex(rf"(?:{QUOTED}(?:, |/| \| ))*{QUOTED},? or {QUOTED}")
 FENCED = lazy_regex(  # not where it is forbidden
     r"(?i)\A(?!.*(?:\bno|n't|without|avoid)\b[^.]{0,60}(?:```|code|fence|tick))"
     r".*(?:```|(?:code|fenced) ?-?(?:block|snippet)\b|backtick)"
 )
 
 
+KEYS_BETWEEN = r",? (?:and|then) |\s?[,|]\s?"
+
+
+def split_names(text: str) -> list[str]:
+    return [
+        re.sub(r"\A(?:an?|the|its) ", "", part.strip("\"'` "))
+        for part in re.split(KEYS_BETWEEN, text)
+    ]
+
+
 def read_keys(prompt: Prompt, asked: str) -> list[str]:
     """Return the names of the keys that the prompt lists or names."""
-    whole, asked = (VALUES_OFFERED.sub("", IN_BRACKETS.sub("", s)) for s in (prompt.whole, asked))
+    whole, asked = (VALUES_ROW.sub("", IN_BRACKETS.sub("", s)) for s in (prompt.whole, asked))
     texts = [found[found.lastindex or 0] for found in KEYS.finditer(whole)]
     texts = texts or re.findall(QUOTED, asked.partition("JSON")[2])
     lists = [items for before, items in prompt.lists.items() if re.search(KEY_WORD, before)]
@@ -3343,10 +3357,7 @@ def read_keys(prompt: Prompt, asked: str) -> list[str]:
     found = None if names or texts else PROSE_KEYS.search(asked)
     if found and ("xtract" in found[0] or re.search(",| and ", found[1])):
         texts = [re.sub(r"\b(?:the|an?|its|all|\w+'s) | (?:of|from|in|for) [^,]+\Z", "", found[1])]
-    for text in texts:
-        parts = re.split(r",? and |,? then |, ", text)
-        parts = [re.sub(r"\A(?:an?|the|its) ", "", part.strip("\"'` ")) for part in parts]
-        names += [part.replace(" ", "_") for part in parts]
+    names += [name.replace(" ", "_") for text in texts for name in split_names(text)]
     return list(dict.fromkeys(filter(re.compile(r"(?!it\Z)[^\W\d][\w-]*\Z").match, names)))
 
 
@@ -3360,9 +3371,7 @@ def rank_example(prompt: Prompt, asked: list[str], example: tuple[str, str, str]
 
 def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
     """Read JSON by a schema, an example or the names of its keys."""
-    asked = list(filter(JSON_ASKED.search, prompt.asking)) or [
-        said for said in prompt.said if "JSON" in said and OTHER_TONGUES.search(said)
-    ]
+    asked = list(filter(JSON_ASKED.search, prompt.asking))
     if wanted or prompt.tail.upper().endswith("JSON"):
         asked.append("JSON")
     said = " ".join(asked)
@@ -3459,7 +3468,7 @@ def read_agent(prompt: Prompt) -> WantedForm | None:
     seen = prompt.about + prompt.text[begun:] * bool(begun)
     acted = prompt.answered or "\nObservation:" in seen
     told = TOOLS.search("\n".join(prompt.lines))
-    tools = TOOL.findall(told[1]) if told else find_offered(prompt, "tool")
+    tools = TOOL.findall(told[1]) if told else find_offered(prompt, "tool").get("enum", ())
     stop = heads.index("Observation")
     last = next((at for at in range(stop, len(lines)) if "Answer" in heads[at]), 0)
     if acts and acted and last:
@@ -3485,8 +3494,9 @@ def read_shown(prompt: Prompt) -> WantedForm | None:
 
 SPOT = r"\$\w+|<[^<>\n]{1,80}>|\[(?!\[)[^\[\]\n]{1,80}\]|\{[^{}\n]{1,80}\}|[A-Z](?!\w|'\w)"
 LABELLED = lazy_regex(
-    r"(?:([\"'`])|\b(?:line|form|write|with|as|put)\b[ :]*|:[ ]*)((?!Obs)[A-Z][\w ]{0,30}(?::[ ]?|"
-    rf"[ ]\())({SPOT}|\d+(?=/\d)|)(/\d{{1,3}}|\)|)"
+    r"(?:(?:([\"'`])|\b(?:line|form|write|with|as|put)\b[ :]*|:[ ]*)(?=[A-Z])(?!Obs|Thou)"
+    r"|(?=[\\#\[]))([A-Z][\w ]{0,30}(?::[ ]?|[ ]\()|\\boxed\{|\#{4}[ ]|\[RESULT\][ ])"
+    rf"({SPOT}|\d+(?=/\d)|)(/\d{{1,3}}|\)|)"
 )
 OPTION = lazy_regex(r" ?[\"'`]?(\w{1,12})\b")
 WRAPPED = lazy_regex(r"(?i)\btags?\b|\bin \W?<|wrap|inside|enclos|surround|between|ending|</|xml")
@@ -3510,13 +3520,15 @@ def read_marks(prompt: Prompt) -> WantedForm | None:
     shown: Item = defaultdict(dict)
     for said in filter(WRAPPED.search, [] if prompt.shown else prompt.asking):
         at = 0
+        if said[0] == "<":
+            continue
         for found in TAG.finditer(said):
             tag, before = found[1], said[at : found.start()]
             shown[tag].update(dict.fromkeys(filter(None, [(found[2] or "").strip(".")])))
             offer = {"enum": [*shown[tag]]} if len(shown[tag]) > 1 else read_offer(before)
             told = AFTER_TAG.match(said, found.end())
             words, where = told.groups("") if told else ("", "")
-            offer = offer or as_enum(words) or read_numbers(where) or read_numbers(before)
+            offer = offer or read_row(words) or read_numbers(where) or read_numbers(before)
             tags[tag] = offer or read_value(prompt, "".join(shown[tag]), tag)
             at = found.end()
     text = "\n".join(f"<{tag}>\1{tag}\1</{tag}>" for tag in tags)
@@ -3531,49 +3543,30 @@ def as_choice(schema: Item, text: str, name: str = "") -> WantedForm:
 
 
 def read_label(prompt: Prompt) -> WantedForm | None:
-    """Read one line with a label, such as `ANSWER: $LETTER`, and what may stand behind it."""
+    """Read one line with a label or mark, such as `ANSWER: $LETTER`, and what may stand behind."""
     for found in LABELLED.finditer(prompt.whole):
         quoted, label, slot, end = found.groups()
+        is_mark = label[0] in "\\#["
         rest = prompt.whole[found.end() : found.end() + 200]
-        if not (slot or label[:-2].isupper() or (quoted and rest[:1] == quoted)):
+        closed = quoted and rest[:1] == quoted
+        if not (slot or is_mark or label[:-2].isupper() or closed):
             continue
         after = map(OPTION.match, prompt.whole.split(label.strip())[1:])
         options = list(dict.fromkeys(value[1] for value in after if value))
         letters = [name for name in re.findall(r"\b[A-Z]\b", rest[:60]) if name != slot]
         options = options if len(options) > 1 else letters if len(letters) > 1 else []
-        schema = read_phrase(slot) if len(slot) > 1 else TEXT_SCHEMA
-        if schema.keys().isdisjoint(("enum", "minimum")):
+        schema = read_numbers("0 to 100") if is_mark else TEXT_SCHEMA
+        schema = read_phrase(slot) if len(slot) > 1 and not is_mark else schema
+        if is_mark or schema.keys().isdisjoint(("enum", "minimum")):
             limit = read_numbers(f"out of {end[1:]}" if end[:1] == "/" else rest[:60])
-            listed = options or find_items(prompt)
-            lettered = listed and (len(slot) < 2 or "etter" in slot)
-            schema = read_offer(rest) or limit or ({"enum": listed} if lettered else schema)
-        name = label.rstrip(" :(")
-        text = "\1\1\n\n" * ("ntire" not in prompt.whole) + label.rstrip()
-        return as_choice(schema, f"{text}{' ' * (':' in label)}\1{name}\1{end}", name)
+            listed = {"enum": options} if options else find_items(prompt)
+            lettered = len(slot) < 2 or "etter" in slot
+            schema = read_offer(rest) or limit or (listed if lettered else {}) or schema
+        name = "number" if is_mark else label.rstrip(" :(")
+        start = "\1\1\n\n" * ("ntire" not in prompt.whole) + label.rstrip()
+        end = "}" if label[-1] == "{" else end
+        return as_choice(schema, f"{start}{' ' * (label[-1] in ': ')}\1{name}\1{end}", name)
     return None
-
-
-def read_ranking(prompt: Prompt) -> WantedForm | None:
-    """Read an order of numbers, `[2] > [1]`."""
-    if "] > [" not in prompt.whole:
-        return None
-    names = re.findall(r"(?m)^\[\d+\]", prompt.text) or re.findall(r"\[\d+\]", prompt.whole)
-    names = list(dict.fromkeys(names)) or ["[1]"]
-    orders = [" > ".join(names[at:] + names[:at]) for at in range(len(names))]
-    return as_choice({"enum": orders}, "\1answer\1")
-
-
-RESULT_MARK = lazy_regex(r"\\boxed\{|#### |\[RESULT\] ")
-
-
-def read_result(prompt: Prompt) -> WantedForm | None:
-    """Read a mark behind which a number ends the answer."""
-    mark = RESULT_MARK.search(prompt.whole)
-    if mark is None:
-        return None
-    limit = read_numbers(prompt.whole[mark.end() :]) or read_numbers("0 to 100")
-    end = "}" * mark[0].endswith("{")
-    return as_choice(limit, f"\1\1\n\n{mark[0]}\1number\1{end}", "number")
 
 
 ONLY_CODE = lazy_regex(
@@ -3592,9 +3585,6 @@ def read_block(prompt: Prompt) -> WantedForm | None:
     kinds += re.findall(r"(?i)\b(python|javascript|sql|bash)\b", "\n".join(prompt.said))
     kind = [*kinds, "code"][0].lower()
     return WantedForm(f"block of {kind}", f"```{kind}\n\1{kind}\1\n```")
-
-
-NAME_SLOT = lazy_regex("\1\\w*(?:name|source|target)\\w*\1")
 
 
 def read_records(prompt: Prompt) -> WantedForm | None:
@@ -3632,23 +3622,20 @@ TABLE = lazy_regex(
     r"|table (?:with|of|that has|in) (?:the |\w+ )*(?:columns|markdown)"
     r"|\b(?:as|in|into|return|output|make) an? (?:\w+ )?table\b"
 )
-COLUMN = r"[\"'`]?\w+(?: [A-Z]\w*)?[\"'`]?"
-COLUMNS = lazy_regex(
-    r"(?:columns?|headers?)(?: row| are| is|:)* "
-    rf"({COLUMN}(?:\s?[,|]\s?(?:and )?{COLUMN}| and {COLUMN}(?=\W*\Z|[.:;\n])){{0,20}})"
-)
+COLUMNS = lazy_regex(rf"(?:columns?|headers?)(?: row| are| is|:)* ({KEY_NAMES})")
 WORDS_ASKED = lazy_regex(rf"\b(?:\d{{1,2}}(?:-| to ))?{COUNT}[- ]words?\b")
 
 
 def read_list(prompt: Prompt) -> WantedForm | None:
     """Read a list, a table, CSV or a number of words."""
     for said in prompt.asking:
+        if said[:3] == "If ":
+            continue
         count = max(read_count(said) or read_count(prompt.whole) or 3, 2)
         table, words = TABLE.search(said), WORDS_ASKED.search(said)
         if table:
             named = COLUMNS.search(IN_BRACKETS.sub("", said)) or COLUMNS.search(said)
-            told = named[1] if named else "name, note"
-            names = [name.strip("\"'`") for name in re.split(r"\s?[,|]\s?(?:and )?| and ", told)]
+            names = split_names(named[1] if named else "name, note")
             rows = [names, *[[f"\1{name}\1" for name in names]] * count]
             if "table" not in table[0].lower():
                 return WantedForm("CSV", "\n".join(map(",".join, rows)))
@@ -3659,7 +3646,8 @@ def read_list(prompt: Prompt) -> WantedForm | None:
                 offered = []
                 if before == ", ":
                     named = said.rstrip(".").partition("separated: ")[2]
-                    offered = as_enum(named).get("enum") or find_offered(prompt, f"apply {said}")
+                    offer = read_row(named) or find_offered(prompt, f"apply {said}")
+                    offered = offer.get("enum", [])
                 pairs = list(map(", ".join, zip(offered, offered[1:])))
                 if pairs:
                     return as_choice({"enum": pairs}, "\1answer\1")
@@ -3681,17 +3669,23 @@ CONDITIONS = lazy_regex(
 NOT_SAID = r"\b(?:function|method|program|script|code|test)|\w\(|and explain|in detail"
 OF_LIST = lazy_regex(r"(?i)categor|option|choice|label|letter|one of|\Aanswer\Z")
 RESTRICTED = lazy_regex(
-    r"(?i)\b(?:only|just)(?! about| on| if| when| in\b)|\balone\b|nothing (?:else|more)|do not "
-    r"explain|\b(?:one|single) (?:word|letter|digit|number|label)|\b(?:as|output|"
+    r"(?i)\b(?:only|just)(?! about| on| if| when| in\b| from)|\balone\b|nothing (?:else|more)|do"
+    r" not explain|\b(?:one|single) (?:word|letter|digit|number|label)|\b(?:as|output|"
     r"with|return) (?:an? )?(?:single )?(?:int|float|num|bool)|classif|categor|\blabel|without (?:"
     r"any )?(?:punct|expla|other)|\bno (?:other|further|extra|preamble|expla)"
 )
+
+
+QUESTION_ROW = lazy_regex(rf"(?m)(?:({QUOTED_ROW}|{WORDS_OFFERED})\?|[?:] ({WORDS_OFFERED})\.?)$")
 
 
 def read_offered(prompt: Prompt, said: str) -> Item:
     """Return the schema of what a sentence itself lets one choose, or nothing."""
     if "YYYY-MM-DD" in said and RESTRICTED.search(prompt.whole):
         return read_phrase(said)
+    if "] > [" in said:
+        names = list(dict.fromkeys(re.findall(r"(?m)^\[\d+\]", prompt.text) or ["[1]", "[2]"]))
+        return {"enum": [" > ".join(names[at:] + names[:at]) for at in range(len(names))]}
     words = re.findall(r"\[\[([A-Z])\]\]", said)
     if not words and re.search(r"(?i)\b(?:if|when)\b", said) and re.search(SPOKEN, said, re.I):
         words = ["".join(found) for found in CONDITIONS.findall(said)]
@@ -3705,37 +3699,35 @@ def read_offered(prompt: Prompt, said: str) -> Item:
 
 
 def read_restricted(prompt: Prompt, said: str) -> Item:
-    """Return the schema of what a sentence restricts to and others tell, or nothing."""
+    """Return the schema of what a sentence or the label at the end restricts to, or nothing."""
     heads = {before.strip(" *#:").lower().rstrip("s") for before in prompt.lists}
     limited, of_list = RESTRICTED.search(said), OF_LIST.search(said) or said.lower() in heads
+    at_end = said and said == prompt.tail
+    told = "\n".join(prompt.said)
+    if at_end or limited:
+        bounds = re.search(rf"\b{re.escape(prompt.tail)}\W{{0,3}}\(([\d. to-]{{3,12}})\)", told)
+        asked = QUESTION_ROW.search(told)
+        if bounds and at_end:
+            return read_numbers(bounds[1])
+        if asked and not NUMBER_WORD.search(said):
+            return read_row(asked[1] or asked[2])
     if not (limited or of_list or RESTRICTED.search(prompt.whole)):
         return {}
-    items = [] if LIST_ITEM.match(said) else find_items(prompt, "number" in said)
-    if items and (of_list or (limited and type(items[0]) is int)):
-        return {"enum": items}
+    items = {} if LIST_ITEM.match(said) else find_items(prompt, "number" in said)
+    if items and (of_list or (limited and type(items.get("enum", "")[0]) is int)):
+        return items
     kind = re.search(r"\b(?:int|float|num|bool|digit)(?:eger|ber|ean)?\b(?! of)", said)
     if limited and (kind or NUMBER_WORD.search(said)):
-        told = filter(None, map(read_numbers, (said, *keep_ends(prompt.said, 5))))
-        return max(told, key=measure_width, default={"type": read_type(kind[0])} if kind else {})
-    names = find_offered(prompt, said) or (items if limited else [])
-    return {"enum": names} if names else {}
-
-
-def read_tail(prompt: Prompt, said: str) -> Item:
-    """Return the schema of what follows the label at the end, or nothing."""
-    if not said or said != prompt.tail:
-        return {}
-    told = "\n".join(prompt.said)
-    bounds = re.search(rf"\b{re.escape(said)}\W{{0,3}}\(([\d. to-]{{3,12}})\)", told)
-    either = re.search(rf"(?m)\b(?:following|this|below)\b.* ({ONE_WORD} or {ONE_WORD})\?$", told)
-    either = either or re.search(rf"(?m)[?:] ({WORDS_OFFERED})\.?$", told)
-    return read_numbers(bounds[1]) if bounds else as_enum(either[1]) if either else {}
+        limits = filter(None, map(read_numbers, (said, *keep_ends(prompt.said, 5))))
+        typed = {"type": read_type(kind[0])} if kind else {}
+        return max(limits, key=measure_width, default=typed)
+    return find_offered(prompt, said) or (items if limited else {})
 
 
 def read_choice(prompt: Prompt) -> WantedForm | None:
     """Read one of a few, a number in a range, or one word, line or sentence."""
     asking = [prompt.tail, *keep_ends(prompt.asking, 2)[::-1]]
-    for read, said in itertools.product((read_offered, read_tail, read_restricted), asking):
+    for read, said in itertools.product((read_offered, read_restricted), asking):
         schema = read(prompt, said)
         if schema:
             if schema.keys() == {"type"} and schema["type"] in ("integer", "number"):
@@ -3800,8 +3792,8 @@ def read_turns(messages: list[Item], texts: list[str]) -> WantedForm | None:
 
 
 FORM_READERS = (
-    read_ranking, read_marks, read_agent, read_json, read_said, read_block, read_shown,
-    read_result, read_label, read_records, read_list, read_choice, read_pairs,
+    read_marks, read_agent, read_json, read_said, read_block, read_shown,
+    read_label, read_records, read_list, read_choice, read_pairs,
 )  # fmt: skip
 RESULT = lazy_regex(
     r"(?i)\A\W*(?:observation|tool|result|output|returncode|error|format error|for context|"
