@@ -511,7 +511,6 @@ no_memory 503 type=service_unavailable: Service unavailable: no memory is left
 bad_upstream 502: The upstream {url} does not answer: {reason}.
 unknown_encoding 415: Content-Encoding {coding!r} is not known: send bodies as they are.
 unknown_coding 501: Transfer-Encoding {coding!r} is not known; only chunked is.
-bad_version 505: The HTTP version is not known; HTTP/1.1 and HTTP/1.0 are.
 bad_fixture 400: The fixture was refused: {reason}
 no_fixture 404: No fixture matches {method} {path}.{reason}
 script_failed 500: The script of this test failed: {reason}
@@ -11280,21 +11279,14 @@ TRAILER_LINE = lazy_regex(rf"(?:{NAME}:{VALUE})?\r\n".encode("latin-1"))
 # Tells from its first bytes that a head will never be one, so that nobody waits for the rest.
 HOPELESS = lazy_regex(rb"\A(?:\r\n)?[^!-~\r]|(?<!\r)\n|\r(?!\n|\Z)|\0")
 
-TLS_HERE = "this is TLS: have the client use http://, or give the server an ssl_context"
-HTTP_2_HERE = "this is HTTP/2: have the client speak HTTP/1.1, as curl does with --http1.1"
-# (pattern, error, reason): why a head is none, the first that matches.
-REFUSALS = [
-    (lazy_regex(r"\A\x16\x03"), "bad_http", TLS_HERE),
-    (lazy_regex(r"\APRI \* HTTP/2"), "bad_http", HTTP_2_HERE),
-    (lazy_regex(r"\A[^\r\n]* HTTP/(?!1\.)[0-9.]+\r\n"), "bad_version", ""),
-    (lazy_regex(r"(?<!\r)\n|\r(?!\n|\Z)|\0"), "bad_http", "it has a bare CR, LF or NUL"),
-    (lazy_regex(r""), "bad_http", "a line is neither METHOD /path HTTP/1.1 nor Name: value"),
-]
-
 
 def explain_refusal(head: str) -> ApiError:
-    name, reason = next((name, why) for pattern, name, why in REFUSALS if pattern.search(head))
-    return ApiError(name, reason=reason)
+    reason = "a line is neither METHOD /path HTTP/1.1 nor Name: value, and then CR LF"
+    if head.startswith("\x16\x03"):
+        reason = "this is TLS: have the client use http://, or give the server an ssl_context"
+    if head.startswith("PRI * HTTP/2"):
+        reason = "this is HTTP/2: have the client speak HTTP/1.1, as curl does with --http1.1"
+    return ApiError("bad_http", reason=reason)
 
 
 def parse_fields(lines: str) -> Headers:
@@ -11337,12 +11329,11 @@ class Head:
         self.method, path, query, self.minor, lines = match.groups()
         self.path, self.query = path or "/", query or ""
         self.fields = fields = parse_fields(lines)
-        if self.minor != "0" and "host" not in fields:
+        old = self.minor == "0"
+        if not old and "host" not in fields:
             raise ApiError("bad_http", reason="HTTP/1.1 needs a Host header")
         self.origin = scheme + (fields.get("host") or netloc)
-        options = fields.get("connection", "").lower()
-        old = self.minor == "0"
-        self.closes = "close" in options or (old and "keep-alive" not in options)
+        self.closes = old or "close" in fields.get("connection", "").lower()
         self.coding: str | None = fields.get("transfer-encoding")
         if self.coding is not None and ("content-length" in fields or old):
             raise ApiError("bad_http", reason="Transfer-Encoding takes HTTP/1.1 and no length")
@@ -11474,7 +11465,7 @@ def answer_headers(reply: Reply, times: str) -> str:
     )
 
 
-def write_head(reply: Reply, head: Head, closes: bool, framing: str) -> bytes:
+def write_head(reply: Reply, closes: bool, framing: str) -> bytes:
     """Return the status line and the headers; `framing` tells where the reply ends."""
     fields, times = common_headers(int(time.time()))
     if reply.reader:
@@ -11490,20 +11481,18 @@ def write_head(reply: Reply, head: Head, closes: bool, framing: str) -> bytes:
         fields += "Connection: Upgrade\r\n"
     elif closes:
         fields += "Connection: close\r\n"
-    elif head.minor == "0":
-        fields += "Connection: keep-alive\r\n"
     reason = http.client.responses.get(reply.status, "")
     lines = f"HTTP/1.1 {reply.status} {reason}\r\n{fields}\r\n"
     return lines.encode("latin-1", "replace")
 
 
-def write_whole(reply: Reply, head: Head, closes: bool) -> tuple[bytes, bytes]:
-    start = write_head(reply, head, closes, f"Content-Length: {len(reply.body)}\r\n")
+def write_whole(reply: Reply, head: Head, closes: bool = False) -> tuple[bytes, bytes]:
+    start = write_head(reply, closes or head.closes, f"Content-Length: {len(reply.body)}\r\n")
     ends = head.method == "HEAD" or reply.status in BODILESS
     return start, b"" if ends else reply.body
 
 
-def write_events(reply: Reply, head: Head, closes: bool) -> Iterator[Any]:
+def write_events(reply: Reply, head: Head) -> Iterator[Any]:
     """Yield the bytes of a stream, as many as are at hand, and seconds to pause between.
 
     The first events leave with the head, the last ones with the end.
@@ -11513,7 +11502,7 @@ def write_events(reply: Reply, head: Head, closes: bool) -> Iterator[Any]:
     framing = "" if size is None else f"Content-Length: {size}\r\n"
     if size is None:
         reply.headers = {**UNCACHED, **reply.headers}
-    start = write_head(reply, head, closes, CHUNKED if is_chunked else framing)
+    start = write_head(reply, head.closes, CHUNKED if is_chunked else framing)
     frame: Callable[[Any], bytes] = frame_chunk if is_chunked else bytes
     events, last = reply.events, LAST_CHUNK if is_chunked else b""
     if head.method == "HEAD":
@@ -11663,12 +11652,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def send_reply(self, reply: Reply) -> Generator[Any, Any, None]:
         """Send the reply to the latest request."""
         head = self.reader.head
-        endless = reply.events is not None and "Content-Length" not in reply.headers
-        self.closes = closes = head.closes or (endless and head.minor == "0")
+        self.closes = head.closes
         if reply.events is not None:
-            yield from self.send_events(reply, write_events(reply, head, closes))
+            yield from self.send_events(reply, write_events(reply, head))
             return
-        start, body = write_whole(reply, head, closes)
+        start, body = write_whole(reply, head)
         if len(body) <= MAX_GATHERED_BYTES:
             self.unsent += start + body
         else:  # it is not copied behind its head
@@ -13475,13 +13463,10 @@ class TogetherAiServer(Scripting, Shared):
                 raise refusal
             reply = self._respond(request, call)
         except BaseException as error:  # a test's function may raise SystemExit
-            if isinstance(error, ApiError):
-                refusal, call.error = error, error.message
-            elif isinstance(error, MemoryError):
+            refusal = error if isinstance(error, ApiError) else ApiError("bug", reason=repr(error))
+            if isinstance(error, MemoryError):
                 refusal = ApiError("no_memory")
-                call.error = refusal.message
-            else:
-                refusal, call.error = ApiError("bug", reason=repr(error)), complain_of_bug()
+            call.error = complain_of_bug() if refusal.name == "bug" else refusal.message
             call.kind = call.kind or read_family(request.path)
             reply = refusal.as_reply(self.strict, name_request(request))
         if request.route is None or request.route.kind in ("", "job"):
