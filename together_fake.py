@@ -11583,7 +11583,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.unsent: Any = b""
         self.since = server.now  # when it began to wait
         self.has_begun = False  # with a reply in events
-        self.closes = False  # after this one
         self.has_ended = False  # the client sends no more
         self.is_closed = False
         self.call: Any = None  # the latest that a worker answers
@@ -11599,7 +11598,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         app, reader = self.server.app, self.reader
         request: Any = None
         try:
-            while not self.closes:
+            while self.handler is None and not (reader.head and reader.head.closes):
                 request, self.has_begun = None, False
                 request = yield from reader.read_request()
                 request.peer = self.client_address, len(self.server.clients) - 1
@@ -11652,7 +11651,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
     def send_reply(self, reply: Reply) -> Generator[Any, Any, None]:
         """Send the reply to the latest request."""
         head = self.reader.head
-        self.closes = head.closes
         if reply.events is not None:
             yield from self.send_events(reply, write_events(reply, head))
             return
@@ -11704,7 +11702,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         `on_bytes()` hears what comes, until it is `closed`; workers `draw()` what is sent, while
         there are `turns`; `on_close()` returns what the client is told last.
         """
-        self.handler, self.closes = handler, True
+        self.handler = handler
         try:
             handler.on_open(self)
             handler.on_bytes(self.reader.data[self.reader.at :])
@@ -11753,10 +11751,6 @@ class Connection(http.server.BaseHTTPRequestHandler):
         try:
             data = self.socket.recv(RECEIVE_BYTES)  # more than a record of TLS has
         except self.server.not_yet:
-            return
-        except MemoryError:
-            if self.awaited in BYTES:  # else the worker may leave some
-                self.go_on(error=ApiError("no_memory"))
             return
         except OSError as error:
             if (reason := getattr(error, "reason", "")) and self.awaited is IDLE:  # no TLS
@@ -11989,10 +11983,10 @@ class HttpServer(http.server.ThreadingHTTPServer):
         while not self.stopping.is_set():
             try:
                 self.serve_round()
-            except Exception:  # nobody else would serve
-                with contextlib.suppress(MemoryError):
+            except Exception as error:  # nobody else would serve
+                if not isinstance(error, MemoryError):  # some of which workers leave
                     complain_of_bug()
-                    self.stopping.wait(0.01)
+                self.stopping.wait(0.01)
         for connection in list(self.clients):
             connection.close()
         undone = [take for each in self.workers.values() for _, take in each.waiting]
@@ -13169,11 +13163,12 @@ class TogetherAiServer(Scripting, Shared):
         self.stopping = threading.Event()
         if upstream is None and record is not None:
             raise ValueError("record needs an upstream, whose answers it records")
-        change = self.script.normaliser.change
-        recorder = None if record is None else Recorder(os.fspath(record), change)
-        self._upstream = None
+        self._recorder: Recorder | None = None
+        if record is not None:
+            self._recorder = Recorder(os.fspath(record), self.script.normaliser.change)
+        self._upstream: Upstream | None = None
         if upstream is not None:
-            self._upstream = Upstream(upstream, recorder, self.stopping)
+            self._upstream = Upstream(upstream, self._recorder, self.stopping)
         self._http: HttpServer | None = None
         self._ending: HttpServer | None = None
         self._make_locks()
@@ -13207,14 +13202,11 @@ class TogetherAiServer(Scripting, Shared):
             try:
                 http_server = HttpServer((self.host, self._wanted_port), self, self.ssl_context)
             except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise
-                reason = f"port {self._wanted_port} is taken; port 0 takes any free one"
-                raise OSError(error.errno, reason) from None
+                if error.errno == errno.EADDRINUSE:
+                    error.strerror = f"port {self._wanted_port} is taken; port 0 takes any free one"
+                raise
             http_server.start()
-            self._parent_port = 0
-            with self._lock:
-                self._http = http_server
+            self._http, self._parent_port = http_server, 0
             STARTED.add(self)
             if self.log is not None:
                 logger = threading.Thread(target=self._write_log, name="log", daemon=True)
@@ -13231,8 +13223,8 @@ class TogetherAiServer(Scripting, Shared):
             self._ending = http_server
             self.stopping.set()
             http_server.stop()
-            if self._upstream is not None and self._upstream.recorder is not None:
-                self._upstream.recorder.finish()
+            if self._recorder is not None:
+                self._recorder.finish()
             if self._logger is not None:
                 self._logged.put(None)
                 self._logger.join(LOG_SECONDS)
