@@ -9118,16 +9118,15 @@ def read_pair(text: str, separator: str, place: str) -> tuple[int, ...]:
 
 def read_image_size(body: Item) -> tuple[int, int]:
     """Return width and height from whichever fields give them."""
-    given = [body.get("width"), body.get("height")]
+    given = (body.get("width"), body.get("height"))
     size, ratio = body.get("size"), body.get("aspect_ratio")
     sides: Any = (DEFAULT_IMAGE_SIDE, DEFAULT_IMAGE_SIDE)
     if size and size != "auto":
         sides = read_pair(size, "x", "size")
     elif ratio and not any(given):
         across, down = read_pair(ratio, ":", "aspect_ratio")
-        root = min(max(across / down, 1 / 16), 16) ** 0.5
-        steps = (round(64 * root), round(64 / root))  # that every model takes
-        sides = [min(16 * count, MAX_IMAGE_SIDE) for count in steps]
+        root = (across / down) ** 0.5
+        sides = (16 * round(64 * root), 16 * round(64 / root))  # that every model takes
     width, height = (own or side for own, side in zip(given, sides))
     rule = f"must be from {MIN_IMAGE_SIDE} to {MAX_IMAGE_SIDE} pixels"
     for name, side in (("width", width), ("height", height)):
@@ -9136,25 +9135,18 @@ def read_image_size(body: Item) -> tuple[int, int]:
     return width, height
 
 
-IMAGE_FORMATS = ("png", "jpeg")
-TOKEN_LETTERS = string.digits + string.ascii_letters
-
-
-def write_token(letters: str, width: int, height: int, format: str) -> str:
-    """Return the 16 letters of an image's name; the last four, of base 62, are its size."""
-    number = ((width - 1) * MAX_IMAGE_SIDE + height - 1) * 2 + IMAGE_FORMATS.index(format)
-    return letters + "".join([TOKEN_LETTERS[number // 62**place % 62] for place in range(4)])
+# Seven letters, width and height, and how the format begins: sixteen as in production.
+IMAGE_TOKEN = lazy_regex(r"([0-9A-Za-z]{7})([0-9]{4})([0-9]{4})([jp])")
 
 
 def render_image(token: str) -> tuple[bytes, str]:
     """Return the file that an image's name stands for, and its format."""
-    digits = token[12:] if re.fullmatch(r"[0-9A-Za-z]{16}", token) else ""
-    number = sum(TOKEN_LETTERS.index(letter) * 62**place for place, letter in enumerate(digits))
-    width, height = (side + 1 for side in divmod(number // 2, MAX_IMAGE_SIDE))
-    if not all(MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE for side in (width, height)):
+    found = IMAGE_TOKEN.fullmatch(token)
+    letters, width, height, end = found.groups() if found else ("", 0, 0, "")
+    if not all(MIN_IMAGE_SIDE <= int(side) <= MAX_IMAGE_SIDE for side in (width, height)):
         raise ApiError("no_object", param="token", noun="Image", id=token[:100])
-    rng, format = HashRandom.of_bytes(token[:12].encode()), IMAGE_FORMATS[number % 2]
-    return make_image(rng, width, height, format), format
+    rng, format = HashRandom.of_bytes(letters.encode()), "png" if end == "p" else "jpeg"
+    return make_image(rng, int(width), int(height), format), format
 
 
 def show_image(server: Server, request: Request, rng: HashRandom, size: tuple[int, int]) -> Item:
@@ -9165,10 +9157,11 @@ def show_image(server: Server, request: Request, rng: HashRandom, size: tuple[in
     item: Item = {}
     asked = request.body.get("response_format")
     format = request.body.get("output_format") or ("jpeg" if server.strict else "png")
-    token = write_token(random_letters(rng, 12), *size, format)
+    width, height = size
+    token = f"{random_letters(rng, 7)}{width:04}{height:04}{format[0]}"
     if asked in (None, "url"):
         item["url"] = f"{request.origin or server.origin}/shrt/{token}"
-    if asked not in (None, "url") or (asked is None and not server.strict):
+    if asked != "url" and (asked or not server.strict):
         item["b64_json"] = base64.b64encode(render_image(token)[0]).decode()
     return item
 
@@ -9206,12 +9199,10 @@ def create_images(server: Server, request: Request) -> Any:
     rng = HashRandom.of("image", pick_facts(body, IMAGE_FACTS))
     request.id = random_id(rng) + "-SEA"  # where it was made
     items = []
-    scripted = request.script["images"] if request.script else [{}] * (body.get("n") or 1)
-    for index, image in enumerate(scripted):
+    images = request.script["images"] if request.script else [{}] * (body.get("n") or 1)
+    for index, image in enumerate(images):
         own = rng.child("image", index)
-        given = (
-            pick_given(image, image) if request.script else show_image(server, request, own, size)
-        )
+        given = pick_given(image, image) or show_image(server, request, own, size)
         timings = {"inference": (100 + own.randbelow(900)) / 1000}  # as every image says
         items.append({"index": index, **given, "timings": timings})
     return {"id": request.id, "model": model.id, "object": "list", "data": items}
@@ -9336,16 +9327,17 @@ def transcribe(body: Item, task: str) -> tuple[list[str], float]:
 
 
 def make_segments(words: list[str], seconds: float, speakers: int) -> list[Item]:
-    """Spread words over the time; speakers take turns, a segment each."""
-    ends = [0, *itertools.accumulate(len(word) + 1 for word in words)]
-    times = [round(seconds * end / ends[-1], 2) for end in ends]
-    timed = [{"word": w, "start": s, "end": e} for w, s, e in zip(words, times, times[1:])]
+    """Spread words evenly over the time; speakers take turns, a segment each."""
+    times = [round(seconds * n / len(words), 2) for n in range(len(words) + 1)]
     segments = []
     for id, at in enumerate(range(0, len(words), SEGMENT_WORDS)):
         speaker = {"speaker_id": f"SPEAKER_{id % speakers:02}"}
-        part = [{**word, **speaker} for word in timed[at : at + SEGMENT_WORDS]]
-        whole = {"id": id, "start": part[0]["start"], "end": part[-1]["end"], **speaker}
+        part = [
+            {"word": words[n], "start": times[n], "end": times[n + 1], **speaker}
+            for n in range(len(words))[at : at + SEGMENT_WORDS]
+        ]
         text = " ".join(words[at : at + SEGMENT_WORDS])
+        whole = {"id": id, "start": part[0]["start"], "end": part[-1]["end"], **speaker}
         segments.append({**whole, "text": text, "words": part})
     return segments
 
