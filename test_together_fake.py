@@ -7084,16 +7084,6 @@ class MistakeTests(ScriptingCase):
             'its content misses the json_object of response_format: "Rome" is no JSON',
         ),
         (
-            {"content": "Rome"},
-            {"response_format": {"type": "regex", "pattern": "[0-9]+"}},
-            'its content misses the regex of response_format: it is "Rome"',
-        ),
-        (
-            {"content": "Rome"},
-            {"response_format": {"type": "regex"}},
-            'its content misses the regex of response_format: it is "Rome"',
-        ),
-        (
             {"content": "x", "usage": {"prompt_token": 3}},
             {},
             "its usage has prompt_token, did you mean prompt_tokens?",

@@ -5606,34 +5606,35 @@ class Loaded(list):  # type: ignore[type-arg]
 
 def parse_fixtures(data: Any, place: str = "") -> Loaded:
     """Build the fixtures of a file's JSON; raise ValueError with a line for all that is wrong."""
-    prefix = f"{place}: " if place else ""
-    ignored: list[str] = []
-    problems: list[str] = []
-    loaded = Loaded()
+    loaded, ignored, problems = Loaded(), [], []
+    file: Item = {"fixtures": []}
     try:
         file = read_file(data)
         loaded.models = parse_models(file.get("models", {}))
+        if loaded.models and not place:
+            raise ValueError("models: are for files and TogetherAiServer(models=...) alone")
     except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from None
-    if loaded.models and not place:
-        problems.append("models: are for files and TogetherAiServer(models=...) alone")
-    loaded.normalise, entries = file.get("normalise", []), file["fixtures"]
-    for index, entry in enumerate(entries):
+        problems.append(f"{error}")
+    loaded.normalise = file.get("normalise", [])
+    is_relaxed = bool(place or len(file["fixtures"]) > 1) and not file.get("exactTurns")
+    for index, entry in enumerate(file["fixtures"]):
         at = f"fixtures[{index}]"
-        source = f"file {place}[{index}]" if place else "run time"
         name = str(get_path(entry, "match", "endpoint"))
         said = find_response_type(get_path(entry, "response") or ())
         if FOREIGN_ENDPOINTS.match(name) and (name != "realtime" or said is TEXT):
             ignored.append(at)
             continue
         try:
-            loaded.append(Fixture(entry, at, source))
-            ignored += loaded[-1].ignored
-            loaded[-1].relaxed = (place or len(entries) > 1) and not file.get("exactTurns")
+            fixture = Fixture(entry, at, f"file {place}[{index}]" if place else "run time")
         except ValueError as error:
-            problems.append(f"{prefix}{error}")
+            problems.append(f"{error}")
+            continue
+        fixture.relaxed = is_relaxed
+        ignored += fixture.ignored
+        loaded.append(fixture)
+    prefix = f"{place}: " if place else ""
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ValueError("\n".join(prefix + problem for problem in problems))
     if ignored:
         loaded.warnings = [f"{prefix}ignored, for other providers only: {', '.join(ignored)}"]
     return loaded
@@ -5651,6 +5652,14 @@ def list_fixture_files(path: str) -> list[str]:
     return [name for name in names if name.endswith(".json") and os.path.isfile(name)]
 
 
+def load_json(path: str, name: str) -> Any:
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: is not JSON: {error}") from None
+
+
 def load_fixtures(*paths: str) -> Loaded:
     """Load files or folders; raise ValueError with a line for all that is wrong in all of it."""
     loaded, problems = Loaded(), []
@@ -5658,13 +5667,7 @@ def load_fixtures(*paths: str) -> Loaded:
         name = os.path.basename(path) if full == path else os.path.relpath(full, path)
         name = name.replace(os.sep, "/")
         try:
-            with open(full, encoding="utf-8-sig") as file:
-                data = json.load(file)
-        except (ValueError, RecursionError) as error:
-            problems.append(f"{name}: is not JSON: {error}")
-            continue
-        try:
-            loaded.add(parse_fixtures(data, name))
+            loaded.add(parse_fixtures(load_json(full, name), name))
         except ValueError as error:
             problems.append(f"{error}")
     if problems:
@@ -10177,7 +10180,6 @@ class Recorder(Shared):
         self._others: list[Item] = []  # sorted by hand, maybe
         self._more: Item = {}
         self._read()
-        self._told = ""
         self._unwritten = False
         self._waiting: list[tuple[str, Request, Reply, Any]] = []
         self._hurry = threading.Event()
@@ -10221,7 +10223,7 @@ class Recorder(Shared):
                     request.body = self._change(request.body) if self._change else request.body
                     self._recording.add(identify(kind, request), answer, request.headers.secrets)
                 except Exception as error:  # a bug, too, must not end the thread
-                    self._tell(f"cannot record {request.method} {request.path}: {error!r}")
+                    complain(f"cannot record {request.method} {request.path}: {error!r}\n")
             self._write()
             self._hurry.wait(REST * (time.perf_counter() - began))
 
@@ -10231,8 +10233,7 @@ class Recorder(Shared):
             self._others = []
             return
         load_fixtures(self.path)  # names what is wrong
-        with open(self.path, encoding="utf-8-sig") as file:
-            data = json.load(file)
+        data = load_json(self.path, self.path)
         self._more = {**data} if "fixtures" in data else {}
         self._more.pop("fixtures", None)
         entries = read_file(data)["fixtures"]
@@ -10240,7 +10241,7 @@ class Recorder(Shared):
 
     def _write(self) -> None:
         """Write the file; where that fails, it is tried again later."""
-        self._unwritten = True
+        is_told, self._unwritten = self._unwritten, True
         try:
             with lock_folder(self.path):
                 if stamp_files([self.path]) != self._seen:
@@ -10250,12 +10251,8 @@ class Recorder(Shared):
                 self._mine, self._seen = set(map(ENCODE, mine)), stamp_files([self.path])
             self._unwritten = False
         except (OSError, ValueError) as error:
-            self._tell(f"cannot record to {self.path}: {error}")
-
-    def _tell(self, text: str) -> None:
-        if text != self._told:
-            self._told = text
-            complain(text + "\n")
+            if not is_told:
+                complain(f"cannot record to {self.path}: {error}\n")
 
 
 # === Verdict ===
@@ -12326,8 +12323,7 @@ STREAM_OPTIONS = (  # that a whole reply does not know
 )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=256)
-def suggest_near(name: str, names: tuple[str, ...]) -> str:
+def suggest_near(name: str, names: Iterable[str]) -> str:
     near = suggest(name, names)
     return near if near.endswith("?") else ""
 
@@ -12339,7 +12335,7 @@ def list_unread(values: Item, fields: Fields, place: str = "") -> Iterator[str]:
         return
     for name, value in values.items():
         if name not in table and name not in table.ignored:
-            yield f"{place}{name}{suggest_near(name, tuple(table))}"
+            yield f"{place}{name}{suggest_near(name, table)}"
         inner = table.nested.get(name)
         if inner is None:
             continue
@@ -12361,7 +12357,7 @@ def warn_of_request(server: Server, route: Route, body: Item) -> Iterator[str]:
     model = server.models.get(id)
     if model is None:
         if all(each["name"] != id for each in server.endpoints):
-            near = suggest_near(id[:100], tuple(server.models))
+            near = suggest_near(id[:100], server.models)
             yield f"the model {id[:100]!r} is listed nowhere{near}"
     elif SERVED_AS.get(model.type, model.type) != MODEL_TYPES.get(kind, kind):
         yield f"{id} is a model of type {model.type}, which does not serve {kind}"
@@ -12431,14 +12427,9 @@ def warn_of_text(body: Item, said: Item) -> Iterator[str]:
     format, text = body.get("response_format"), said["content"]
     reason = said.get("finish_reason")
     if format is not None and text is not None and reason != "length":
-        problem = ""
-        if format["type"] in ("json_schema", "json_object"):
-            schema = (format.get("json_schema") or format).get("schema", {"type": "object"})
-            problem = explain_violation(schema, text)
-        elif format["type"] == "regex":
-            pattern = Pattern(format.get("pattern") or "", whole=True)
-            problem = "" if pattern.search(text) else f"it is {preview(text)}"
-        if problem:
+        schema = (format.get("json_schema") or format).get("schema", {"type": "object"})
+        is_json = format["type"] in ("json_schema", "json_object")
+        if problem := explain_violation(schema, text) if is_json else "":
             yield f"its content misses the {format['type']} of response_format: {problem}"
     for key in said.get("usage") or ():
         if key not in USAGE_KEYS:
@@ -12642,7 +12633,7 @@ def fixture_from_keywords(
     entry: Item = {"match": {}, "response": {}, "": {}}
     for word in words:
         if word not in known:
-            hint = suggest_near(word, tuple(known)) or f" (of the body: body={{{word!r}: ...}})"
+            hint = suggest_near(word, known) or f" (of the body: body={{{word!r}: ...}})"
             raise TypeError(f"{place} has no keyword {word!r}{hint}")
         if words[word] is not None and word != "when":
             part, key = KEYWORDS[word]
