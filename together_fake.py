@@ -5212,6 +5212,8 @@ def as_json(value: Any) -> Any:
 def clean(value: Any, row: Field, place: str, ignored: list[str]) -> Any:
     """Copy JSON without nulls, comments and what its table ignores, whose places are noted."""
     value, each = as_json(value), row.each or row
+    if row.test is BASE64 and isinstance(value, (bytes, bytearray)):
+        return base64.b64encode(value).decode()
     if isinstance(value, (list, tuple)):
         return [clean(item, each, place, ignored) for item in value]
     if not isinstance(value, dict):
@@ -9169,14 +9171,27 @@ def show_image(server: Server, request: Request, rng: HashRandom, size: tuple[in
     return item
 
 
-SCRIPTED_IMAGE = Keys("url revisedPrompt", Field("b64Json", str, test=BASE64))
+SCRIPTED_IMAGE: Item = {
+    "low": 1,
+    "test": BASE64,
+    "fields": Keys("url revisedPrompt", Field("b64Json", str, test=BASE64)),
+}
+
+
+def normalise_images(said: Item) -> Item:
+    given = said.get("images", [said.get("image")])
+    return {
+        "images": [{"b64_json": each} if type(each) is str else snake_keys(each) for each in given]
+    }
+
+
 SCRIPTED_IMAGES = ResponseType(
     "image",
     Keys(
-        Field("image", dict, low=1, fields=SCRIPTED_IMAGE),
-        Field("images", list, low=1, each=Field("", dict, low=1, fields=SCRIPTED_IMAGE)),
+        Field("image", str, dict, **SCRIPTED_IMAGE),
+        Field("images", list, low=1, each=Field("", str, dict, **SCRIPTED_IMAGE)),
     ),
-    lambda said: {"images": list(map(snake_keys, said.get("images", [said.get("image", {})])))},
+    normalise_images,
     told_by="image images",
 )
 
@@ -9268,14 +9283,19 @@ SCRIPTED_SPEECH = ResponseType(
     normalise_audio,
 )
 TRANSCRIPT = f"""\
-transcription:dict
+transcription:str|dict
   text! language duration:int|float:0..{MAX_MS} words,segments:list[dict] -languages,usage"""
+
+
+def normalise_transcript(said: Item) -> Item:
+    given = said["transcription"]
+    return {"text": given} if type(given) is str else snake_keys(given)
+
+
 HEARING: Any = {
     "body": TRANSCRIPTION_FIELDS,
     "max_bytes": MAX_AUDIO_BYTES,
-    "response": ResponseType(
-        "transcription", Keys(TRANSCRIPT), lambda said: snake_keys(said["transcription"])
-    ),
+    "response": ResponseType("transcription", Keys(TRANSCRIPT), normalise_transcript),
 }
 
 
@@ -12602,18 +12622,6 @@ KEYWORDS.update(response_model=("response", "model"), response_headers=("respons
 KEYWORDS.update(not_=KEYWORDS.pop("not"), in_=KEYWORDS.pop("in"))
 
 
-def as_response(word: str, value: Any) -> Any:
-    """Return a keyword's value as a fixture has it: bytes as base64, ..."""
-    if isinstance(value, (bytes, bytearray)) and word in ("image", "audio"):
-        encoded = base64.b64encode(value).decode()
-        return {"b64Json": encoded} if word == "image" else encoded
-    if word == "transcription" and isinstance(value, str):
-        return {"text": value}
-    if word == "images" and isinstance(value, (list, tuple)):
-        return [as_response("image", item) for item in value]
-    return value
-
-
 REPLY_WORDS = [*KEYWORDS, "when"]
 SCRIPT_WORDS = ("endpoint", "sequence_index")  # that say nothing of a recorded call
 CALL_WORDS = [
@@ -12637,7 +12645,7 @@ def fixture_from_keywords(
             raise TypeError(f"{place} has no keyword {word!r}{hint}")
         if words[word] is not None and word != "when":
             part, key = KEYWORDS[word]
-            entry[part][key] = as_response(word, words[word])
+            entry[part][key] = words[word]
     entry.update(entry.pop(""))
     content, answers = entry["response"].get("content"), None
     if hasattr(content, "__next__"):
