@@ -1774,7 +1774,7 @@ class ScriptTests(unittest.TestCase):
             ("run time[4]", "match.not", "what it excludes holds"),
             ("run time[5]", "times", "it is used up: served 1 of 1"),
             ("run time[0]", "match.userMessage", 'userMessage "hello" does not contain "bye"'),
-            ("run time[1]", "match.model", 'model is "n", wanted "m"'),
+            ("run time[1]", "match.model", 'model "n" is not "m"'),
             ("run time[2]", "response", "it answers rerank, and this is chat"),
         ]
         names = ("fixture", "differs", "reason")
@@ -1782,9 +1782,7 @@ class ScriptTests(unittest.TestCase):
         self.assertEqual(misses, [dict(zip(names, row)) for row in rows])
         error = script.miss_error(facts.request, misses[4:5])
         self.assertEqual(error.status, 404)
-        start = (
-            'No fixture matches POST /v1/chat/completions. run time[1]: model is "n", wanted "m".'
-        )
+        start = 'No fixture matches POST /v1/chat/completions. run time[1]: model "n" is not "m".'
         self.assertEqual(error.message, start + " And 6 more.")
 
     def test_64_threads_share_one_sequence(self):
@@ -6836,7 +6834,7 @@ class OrderTests(ScriptingCase):
             misses = self.server.requests[1].near_misses
             self.assertEqual(
                 [miss["reason"] for miss in misses],
-                ["turn_index is 1, wanted 3"] + [f"turnIndex is 1, wanted {n}" for n in (0, 2)],
+                ["turn_index 1 is not 3"] + [f"turnIndex 1 is not {n}" for n in (0, 2)],
             )
 
     def test_limited_ones_first_in_their_order_then_the_last_added(self):
@@ -6889,8 +6887,8 @@ class OrderTests(ScriptingCase):
                 ended.source: "it is used up: served 1 of 1",
                 hidden.source: f"it matched, but {served.source}, added later, was served",
                 "file f.json[0]": f"it matched, but {served.source} was served",
-                turn.source: "turn_index is 0, wanted 3",
-                other.source: 'model is "m", wanted "other"',
+                turn.source: "turn_index 0 is not 3",
+                other.source: 'model "m" is not "other"',
                 vector.source: "it answers embedding, and this is chat",
             },
         )
@@ -7577,7 +7575,7 @@ class DifferenceTests(ScriptingCase):
             with self.subTest(number=number):
                 fixture = self.server.reply(**given)
                 with self.assertRaisesRegex(
-                    AssertionError, f"nearest: <Call {number}: .*(wanted|contain)"
+                    AssertionError, f"nearest: <Call {number}: .*(is not|wanted|contain)"
                 ):
                     self.server.assert_all_used()
                 fixture.remove()

@@ -4753,7 +4753,6 @@ MAX_NEAR_MISSES = 20
 MAX_FIXTURES = 10_000
 MAX_TESTS = 10_000  # whose calls are counted apart
 MAX_COMPARED = 4000  # characters of two texts that are compared
-MAX_DIFFS = 3  # of the nearest misses of one call
 MAX_SHOWN = 200  # characters of a text: where two differ, and in the list of calls
 
 
@@ -5496,9 +5495,7 @@ class Fixture:
         keys = ["response", "handshake", *(f"match.{key}" for key in self.wanted), differs]
         return keys.index(differs)
 
-    def explain(
-        self, facts: MatchFacts, differs: str, by: Fixture | None = None, with_diff: bool = True
-    ) -> Item:
+    def explain(self, facts: MatchFacts, differs: str, by: Fixture | None) -> Item:
         """Say how a request differs, or what was served instead."""
         if differs == "shadowed" and self.turn not in (None, facts["turnIndex"]):
             differs = "match.turnIndex"
@@ -5515,26 +5512,27 @@ class Fixture:
             "times": f"it is used up: served {self.times} of {self.times}",
             "shadowed": f"it matched, but {by and by.source}{later} was served",
         }
-        reason = reasons.get(differs) or self._compare(differs[6:], facts, with_diff)
+        reason = reasons.get(differs) or self._compare(differs[6:], facts)
         return {"fixture": self.source, "differs": differs, "reason": reason}
 
-    def _compare(self, key: str, facts: MatchFacts, with_diff: bool) -> str:
+    def _compare(self, key: str, facts: MatchFacts) -> str:
         name, wanted, got = self.spell(key), self.match[key], facts[key]
         if key == "headers":
             got = {name.lower(): facts.request.headers.masked.get(name) for name in wanted}
         elif key == "body":
             got = redact({name: got[name] for name in wanted if name in got})
-        if diff := show_difference(wanted, got) if with_diff else "":
+        if diff := show_difference(wanted, got):
             return f"{name} differs:\n{diff}\n"
         if got in (None, ()):
             return f"there is no {name}, wanted {preview(wanted)}"
+        verb, hint = "is not", ""
         if isinstance(wanted, dict) and wanted.keys() == {"pattern"}:
-            return f"{name} {preview(got)} does not match the pattern {preview(wanted['pattern'])}"
-        if TEXT_KEYS.get(key) is not operator.contains:
-            return f"{name} is {preview(got)}, wanted {preview(wanted)}"
-        is_near = isinstance(wanted, str) and wanted.lower() in got.lower()
-        hint = ", but it does where case is ignored" if is_near else ""
-        return f"{name} {preview(got)} does not contain {preview(wanted)}{hint}"
+            verb, wanted = "does not match the pattern", wanted["pattern"]
+        elif TEXT_KEYS.get(key) is operator.contains:
+            verb = "does not contain"
+            if isinstance(wanted, str) and wanted.lower() in got.lower():
+                hint = ", but it does where case is ignored"
+        return f"{name} {preview(got)} {verb} {preview(wanted)}{hint}"
 
     @property
     def calls(self) -> list[Call]:
@@ -5762,13 +5760,10 @@ def choose(fixtures: list[Fixture], turn: int) -> Fixture | None:
 def explain_misses(
     misses: Iterable[Any], facts: MatchFacts, by: Fixture | None = None
 ) -> list[Item]:
-    """Tell why each of them did not answer, the nearest first, and of those what differs."""
+    """Tell why each of them did not answer, the nearest first."""
     known = [(each, each.find_obstacle(facts) if key is None else key) for each, key in misses]
     known.sort(key=lambda miss: -miss[0].count_held(miss[1]))
-    return [
-        fixture.explain(facts, differs, by, index < MAX_DIFFS)
-        for index, (fixture, differs) in enumerate(known)
-    ]
+    return [fixture.explain(facts, differs, by) for fixture, differs in known]
 
 
 class Fixtures(Shared):
