@@ -10104,10 +10104,8 @@ class Recording:
         return fixtures
 
 
-def write_fixtures(fixtures: list[Item], more: Item) -> bytes:
-    """Return a fixture file; `more` is what it says beside its fixtures."""
-    text = json.dumps({**more, "fixtures": fixtures}, indent=2, ensure_ascii=False)
-    return f"{text}\n".encode()
+def write_fixtures(file: Item) -> bytes:
+    return (json.dumps(file, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def record_calls(calls: Iterable[Call], secrets: Iterable[str]) -> list[Item]:
@@ -10191,10 +10189,7 @@ class Recorder(Shared):
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         tempfile.TemporaryFile(dir=os.path.dirname(self.path)).close()  # there can be a draft
         self._recording = Recording()
-        self._mine: set[str] = set()  # the JSON of entries
-        self._others: list[Item] = []  # sorted by hand, maybe
-        self._more: Item = {}
-        self._read()
+        self._mine: set[str] = set()  # the JSON of what it last wrote
         self._unwritten = False
         self._waiting: list[tuple[str, Request, Reply, Any]] = []
         self._hurry = threading.Event()
@@ -10242,28 +10237,19 @@ class Recorder(Shared):
             self._write()
             self._hurry.wait(REST * (time.perf_counter() - began))
 
-    def _read(self) -> None:
-        self._seen = stamp_files([self.path])
-        if not self._seen:
-            self._others = []
-            return
-        load_fixtures(self.path)  # names what is wrong
-        data = load_json(self.path, self.path)
-        self._more = {**data} if "fixtures" in data else {}
-        self._more.pop("fixtures", None)
-        entries = read_file(data)["fixtures"]
-        self._others = [entry for entry in entries if ENCODE(entry) not in self._mine]
-
     def _write(self) -> None:
         """Write the file; where that fails, it is tried again later."""
         is_told, self._unwritten = self._unwritten, True
         try:
             with lock_folder(self.path):
-                if stamp_files([self.path]) != self._seen:
-                    self._read()
+                data = load_json(self.path, self.path) if os.path.exists(self.path) else []
+                file: Item = data if isinstance(data, dict) and "match" not in data else {}
+                others = read_file(data)["fixtures"]  # of earlier runs and of other programs
+                others = [entry for entry in others if ENCODE(entry) not in self._mine]
                 mine = self._recording.list_fixtures()
-                write_file(self.path, write_fixtures(self._others + mine, self._more))
-                self._mine, self._seen = set(map(ENCODE, mine)), stamp_files([self.path])
+                file["fixtures"] = others + mine
+                write_file(self.path, write_fixtures(file))
+                self._mine = set(map(ENCODE, mine))
             self._unwritten = False
         except (OSError, ValueError) as error:
             if not is_told:
@@ -11167,7 +11153,7 @@ def get_recorded_call(server: Server, request: Request) -> Any:
         "copy": {
             "curl": write_curl(call, request.origin),
             "python": write_python(call, copy_json(rows[0])) if rows else "",
-            "fixture": write_fixtures(rows, {}).decode() if rows else "",
+            "fixture": write_fixtures({"fixtures": rows}).decode() if rows else "",
         },
     }
 
@@ -11206,7 +11192,7 @@ def list_fixtures(server: Server, request: Request) -> Any:
     if request.args.get("from") is None:
         return server.script.describe()
     calls = [call for call in server.requests if passes_filters(server, call, request.args)]
-    return Reply(write_fixtures(record_calls(calls, server.secrets), {}))
+    return Reply(write_fixtures({"fixtures": record_calls(calls, server.secrets)}))
 
 
 @route("DELETE /__parlel/fixtures", open=True)
@@ -13372,7 +13358,7 @@ class TogetherAiServer(Scripting, Shared):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a fixture file that answers every recorded call again."""
         fixtures = record_calls(self.requests, self.secrets)
-        write_file(os.fspath(path), write_fixtures(fixtures, {}))
+        write_file(os.fspath(path), write_fixtures({"fixtures": fixtures}))
 
     def seed(self, collection: str, items: Iterable[Mapping[str, Any]]) -> list[Item]:
         """Store objects under ids of your choice; what an item lacks gets a default.
