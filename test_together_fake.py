@@ -832,13 +832,6 @@ ENTANGLED = (
         "then": {"required": ["c"], "properties": {"b": False, "c": WHOLE}},
         "unevaluatedProperties": False,
     },
-    {
-        "properties": {f"p{n}": TEXT for n in range(20)},
-        "dependentRequired": {f"p{n}": [f"q{n}"] for n in range(19)},
-        "additionalProperties": False,
-        "minProperties": 1,
-        "type": "object",
-    },
 )
 IMPOSSIBLE = (
     False,
@@ -864,8 +857,6 @@ HEAVY = (
     {"allOf": [{"anyOf": [{"const": n}, {"const": -n}]} for n in range(1, 60)]},
     {"allOf": [{"const": ["x" * 100] * 5000}] * 50},
     {**TEXT, "pattern": "".join(rf"[^\x00-\u0{100 + n}]" for n in range(300))},
-    {"properties": {f"p{n}": TEXT for n in range(200)}, "required": ["p0"], "type": "object"}
-    | {"dependentRequired": {f"p{n}": [f"p{m}" for m in range(200)] for n in range(200)}},
     {"type": "array", "minItems": 100, "items": {"type": "array", "minItems": 100}},
 )
 

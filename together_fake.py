@@ -1775,7 +1775,8 @@ PATTERN_TOKEN = lazy_regex(
     re.DOTALL,
 )
 SET_OPERATOR = lazy_regex(r"\\.|(?!^)[\[&|~]", re.DOTALL)  # some day Python may read sets in sets
-REPEATS = {"*": (0, MAX_TEXT), "+": (1, MAX_TEXT), "?": (0, 1)}
+ENDLESS = MAX_SEARCHED  # repeats
+REPEATS = {"*": (0, ENDLESS), "+": (1, ENDLESS), "?": (0, 1)}
 LEAVES = ("text", "set", "at")
 PRINTABLE = "".join(map(chr, range(32, 127)))
 
@@ -1842,8 +1843,7 @@ class Pattern:
 
     def _read_repeat(self, before: list[Any], text: str) -> Any:
         first, comma, last = text.strip("{}").partition(",")
-        low, high = REPEATS.get(text) or (int(first), int(last or MAX_TEXT if comma else first))
-        high = min(high, MAX_TEXT)
+        low, high = REPEATS.get(text) or (int(first), int(last or ENDLESS if comma else first))
         if not before or before[-1][0] == "at" or low > high:
             raise self._refusal(f"{text} repeats nothing, or not as often as it says")
         part, run = before.pop(), None
@@ -1867,45 +1867,42 @@ class Pattern:
             spend(2000)
         return (kind, expression, 1, members)
 
-    def _ends(self, node: Any, text: str, starts: set[int]) -> set[int]:
-        """Return where the node can end, given where it may start."""
+    def _ends(self, node: Any, text: str, starts: Any) -> Any:
+        """Return where the node can end, given where it may start: a set, or the range of all."""
         spend(1 + len(starts) // 8)
         kind, content = node[:2]
         if kind in LEAVES:
+            if type(starts) is range:
+                return {found.start() + node[2] for found in content.finditer(text)}
             return {at + node[2] for at in starts if content.match(text, at)}
         if kind == "look":
             return {at for at in starts if bool(self._ends(content, text, {at})) is node[2]}
         if kind == "any":
             return {end for part in content for end in self._ends(part, text, starts)}
         if kind == "repeat":
-            follow = self._run_ends if node[4] else self._repeat_ends
-            return follow(node, text, starts)
+            return self._repeat_ends(node, text, starts)
         for part in content:
             starts = self._ends(part, text, starts)
         return starts
 
-    def _run_ends(self, node: Any, text: str, starts: set[int]) -> set[int]:
-        """Return where repeats of one character may end that begin at these places."""
-        _, _, low, high, run = node
-        ends: set[int] = set()
-        run_end = next_end = 0
-        for start in sorted(starts):
-            if start >= run_end:
-                run_end = run.match(text, start).end()
-            last = min(run_end, start + high)
-            ends.update(range(max(start + low, next_end), last + 1))
-            next_end = max(next_end, last + 1)
-        spend(len(ends) // 8)
-        return ends
-
-    def _repeat_ends(self, node: Any, text: str, starts: set[int]) -> set[int]:
+    def _repeat_ends(self, node: Any, text: str, starts: Any) -> set[int]:
         """Return where repeats of a part may end that begin at these places."""
-        _, part, low, high, _ = node
+        _, part, low, high, run = node
         ends = set() if low else set(starts)
+        if run:
+            end = -1
+            for start in sorted(starts):
+                if start > end:
+                    end = run.match(text, start).end()
+                elif high == ENDLESS:
+                    continue
+                ends.update(range(start + low, min(start + high, end) + 1))
+            spend(len(ends) // 8)
+            return ends
         for count in range(1, high + 1):
-            starts = self._ends(part, text, starts)
+            starts = set(self._ends(part, text, starts))
             if count >= low:
-                starts = starts - ends
+                starts -= ends
                 ends |= starts
             if not starts:
                 break
@@ -1913,14 +1910,7 @@ class Pattern:
 
     def is_in(self, text: str) -> bool:
         """Tell whether the pattern matches somewhere in the text."""
-        first = self.tree
-        while first[0] == "all" and first[1]:
-            first = first[1][0]
-        if first[0] in LEAVES:
-            starts = {found.start() for found in first[1].finditer(text)}
-        else:
-            starts = set(range(len(text) + 1))
-        return bool(self._ends(self.tree, text, starts))
+        return bool(self._ends(self.tree, text, range(len(text) + 1)))
 
     def search(self, text: str) -> bool:
         """Tell whether it is found in a text; one that takes too much work is not."""
@@ -1933,7 +1923,11 @@ class Pattern:
             WORK.steps = left
 
     def _write(self, rng: HashRandom, node: Any, plain: bool) -> str:
-        """Draw a text, of small letters if plain; whether anchors and looks match is seen later."""
+        """Draw a text; whether anchors and looks match is seen later.
+
+        It repeats as long as there are characters to spare, or less often and with small letters
+        if plain.
+        """
         spend()
         kind, content = node[:2]
         if kind == "text":
@@ -1946,14 +1940,12 @@ class Pattern:
             return self._write(rng, rng.choice(content), plain)
         if kind == "all":
             return "".join([self._write(rng, part, plain) for part in content])
-        return self._write_repeat(rng, node, plain) if kind == "repeat" else ""
-
-    def _write_repeat(self, rng: HashRandom, node: Any, plain: bool) -> str:
-        """Repeat as long as there are characters to spare, or less often if plain."""
-        texts = [self._write(rng, node[1], plain) for _ in range(node[2])]
-        while len(texts) < node[3] and self._spare > 0 and (not plain or rng.randbelow(8)):
-            texts.append(self._write(rng, node[1], plain))
-            self._spare -= max(1, len(texts[-1]))
+        texts: list[str] = []
+        if kind == "repeat":
+            texts = [self._write(rng, content, plain) for _ in range(node[2])]
+            while len(texts) < node[3] and self._spare > 0 and (not plain or rng.randbelow(8)):
+                texts.append(self._write(rng, content, plain))
+                self._spare -= max(1, len(texts[-1]))
         return "".join(texts)
 
     def make(self, rng: HashRandom, low: int, high: int, others: Sequence[Pattern] = ()) -> str:
@@ -2174,7 +2166,7 @@ VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
     "anyOf": ("schemas", "", lambda r, a, v, s: any(r.accepts(part, v) for part in a)),
     "oneOf": ("schemas", "", lambda r, a, v, s: sum(r.accepts(part, v) for part in a) == 1),
     "not": ("schema", "", lambda r, a, v, s: not r.accepts(a, v)),
-    "if": ("schema", "", lambda r, a, v, s: r.accepts(r.find_branch(s, v), v)),
+    "if": ("schema", "", lambda r, a, v, s: r.accepts_all(r.list_branches(s, v), v)),
     "minimum": ("limit", "number", lambda r, a, v, s: v >= a),
     "maximum": ("limit", "number", lambda r, a, v, s: v <= a),
     "exclusiveMinimum": ("limit", "number", lambda r, a, v, s: v > a),
@@ -2220,34 +2212,7 @@ VOCABULARY.update(
 META_SCHEMA = lazy_regex(r"https?://json-schema\.org/draft[^#]*#")
 
 
-def fail_limit(types: tuple[str, ...], opposite: str, more: int) -> Any:
-    return lambda r, limit: [[{"type": types, opposite: limit + more}]]
-
-
-# The ways to fail a keyword by its argument, each as schemas to meet; the rest is left to tests.
-NEGATIONS: dict[str, Callable[[Any, Any], list[list[Any]]]] = {
-    **dict.fromkeys(VOCABULARY, lambda r, a: [[]]),
-    **dict.fromkeys(LOOKED_AT, lambda r, a: []),
-    "type": lambda r, a: [[{"type": tuple(name for name in TYPES if name not in a)}]],
-    "properties": lambda r, a: [
-        [{"type": ("object",), "required": [name], "properties": {name: {"not": part}}}]
-        for name, part in a.items()],
-    "allOf": lambda r, a: [[{"not": part}] for part in a],
-    "anyOf": lambda r, a: [[{"not": part} for part in a]],
-    "not": lambda r, a: [[a]],
-    "$ref": lambda r, a: [[{"not": r.resolve(a)}]],
-    "required": lambda r, a: [[{"type": ("object",), "properties": {name: False}}] for name in a],
-}  # fmt: skip
-for types, low, high, step in (
-    (("number", "integer"), "minimum", "exclusiveMaximum", 0),
-    (("number", "integer"), "exclusiveMinimum", "maximum", 0),
-    *(((kind,), f"min{end}", f"max{end}", 1) for end, kind in SIZED.items()),
-):
-    NEGATIONS[low] = fail_limit(types, high, -step)
-    NEGATIONS[high] = fail_limit(types, low, step)
-
-
-def rewrite(schema: Item) -> Item:
+def rewrite(schema: Item) -> Any:
     """Say all in few keywords of draft 2020-12, with the types as a tuple."""
     for side, strict in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
         if isinstance(schema.get(strict), bool) and schema.pop(strict) and side in schema:
@@ -2263,7 +2228,7 @@ def rewrite(schema: Item) -> Item:
         if "enum" in schema:
             schema["allOf"] = [*schema.get("allOf", ()), {"enum": schema["enum"]}]
         schema["enum"] = [schema.pop("const")]
-    return schema
+    return False if schema.get("not") in (True, {}) else schema
 
 
 def list_types(schemas: Sequence[Any]) -> list[str]:
@@ -2405,8 +2370,14 @@ class SchemaReader:
             asked += parts
         return asked
 
-    def find_branch(self, schema: Any, value: Any) -> Any:
-        return schema.get("then" if self.accepts(schema["if"], value) else "else", True)
+    def list_branches(self, schema: Any, value: Any) -> list[Any]:
+        """Return what a schema asks of a value beside the rest, by `if` and `dependentSchemas`."""
+        needs = schema.get("dependentSchemas", {}) if isinstance(value, dict) else {}
+        branches = [needs[key] for key in needs if key in value]
+        if "if" in schema:
+            side = "then" if self.accepts(schema["if"], value) else "else"
+            branches.append(schema.get(side, True))
+        return branches
 
     def find_rest(self, schema: Any, value: Any, keys: Iterable[Any]) -> list[Any]:
         """Return those properties or items that a schema, which the value meets, speaks not of."""
@@ -2420,41 +2391,22 @@ class SchemaReader:
         ]
         parts = [part for name in ("allOf", "anyOf", "oneOf") for part in schema.get(name, ())]
         parts += [self.resolve(schema["$ref"])] if "$ref" in schema else []
-        parts += [schema["if"], self.find_branch(schema, value)] if "if" in schema else []
-        needs = schema.get("dependentSchemas", {})
-        parts += [needs[key] for key in needs if key in value]
+        parts += [schema["if"]] if "if" in schema else []
+        parts += self.list_branches(schema, value)
         for part in parts:
             if isinstance(part, dict) and self.accepts(part, value):
                 rest = [] if all_others in part else self.find_rest(part, value, rest)
         return rest
 
-    def negate(self, schema: Any) -> list[list[Any]]:
-        """Return the ways to fail a schema, each as schemas to meet; none where tests must do."""
-        if isinstance(schema, bool):
-            return [] if schema else [[]]
-        spend(len(schema))
-        keywords = sorted(schema, key="required".__eq__)  # a name is left out last
-        return [way for keyword in keywords for way in NEGATIONS[keyword](self, schema[keyword])]
 
-    def is_hopeless(self, schemas: Sequence[Any], within: bool = True) -> bool:
-        """Tell whether a short look, also within, shows that they cannot be met together."""
-        spend(2 + len(schemas))
-        if False in schemas:
-            return True
-        schemas = [schema for schema in schemas if schema is not True]
-        for schema in schemas:
-            if "enum" in schema:
-                return not any(self.accepts_all(schemas, value) for value in schema["enum"])
-        names = {name for schema in schemas for name in schema.get("required", ()) if within}
-        return not list_types(schemas) or any(
-            self.is_hopeless(self.list_inside(schemas, name), False) for name in sorted(names)
-        )
-
-
-COMBINING = {"$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas"}  # add parts
+COMBINING = {"$ref", "allOf", "anyOf", "oneOf"}  # add parts
 # What a made value does not meet by the way it is made, and is therefore tested for.
-TESTED = {"oneOf", "not", "contains", "if", "unevaluatedItems", "unevaluatedProperties"}
+TESTED = {
+    *("oneOf", "not", "contains", "if", "dependentSchemas"),
+    *("unevaluatedItems", "unevaluatedProperties"),
+}
 NAMING = {"enum", "examples", "default"}  # keywords with values
+NULL = {"type": ("null",)}
 MAPS = ("additionalProperties", "patternProperties", "unevaluatedProperties")
 
 
@@ -2462,23 +2414,27 @@ class ValueMaker:
     """One place of an instance: makes its value, which meets all of `schemas`, and those inside."""
 
     arguments: dict[str, list[Any]]  # what the schemas give to each keyword
-    attempt = 0  # how many values were made that did not pass
+    attempts: Sequence[int] = range(TRIES)  # late ones make less, or longer ones
+    attempt = 0  # this one's number
     depth = 6  # levels that are left before only what must be there is made
     minimal = False  # only that is made
     path = "#"  # where this is in the instance
     name = ""  # of the property, for values that look natural
     trail = frozenset(("#",))  # references on the way
 
-    def __init__(self, reader: SchemaReader, rng: HashRandom, schemas: list[Any]) -> None:
+    def __init__(self, reader: SchemaReader, rng: HashRandom, given: list[Any]) -> None:
         self.reader = reader
         self.rng = rng
-        self.schemas = schemas
+        self.given = given
+        self.starts: dict[int, int] = {}  # which of some schemas is tried first, by their id()
 
     def count_range(self, what: str, limit: int) -> tuple[int, int]:
         low = int(max(self.arguments["min" + what], default=0))
         high = int(min([limit, *self.arguments["max" + what]]))
         if low > high:
             raise self.refusal(f"min{what} {low} is above {high}")
+        if self.attempt > TRIES - 4:  # for what must not be short
+            low = min(max(low, 2 ** (self.attempt - 5)), high)
         return low, high
 
     def refusal(self, reason: str) -> Unsatisfiable:
@@ -2500,28 +2456,33 @@ class ValueMaker:
             raise self.refusal("nests too deep")
         spend(4)
         self.minimal = self.minimal or self.depth <= 0 or is_late()
+        if all(type(schema) is dict and COMBINING.isdisjoint(schema) for schema in self.given):
+            return self._fill(self.given)
         trail, minimal, problem = self.trail, self.minimal, None
-        for schema in self.schemas:
-            if isinstance(schema, bool) or not COMBINING.isdisjoint(schema):
-                break
-        else:
-            return self._fill(self.schemas)
-        for schemas in itertools.islice(self._ways(self.schemas, [], []), MAX_BRANCHES):
-            refs = {schema["$ref"] for schema in schemas if "$ref" in schema}
-            self.minimal, self.trail = minimal or not refs.isdisjoint(trail), trail | refs
+        for number in range(MAX_BRANCHES):
             try:
-                return self._fill(schemas)
+                schemas, refs, left = self._choose(number)
+                if left and left == number:  # there is nothing to choose
+                    break
+                if not left:
+                    self.minimal, self.trail = minimal or not refs.isdisjoint(trail), trail | refs
+                    return self._fill(schemas)
             except Unsatisfiable as error:
                 problem = problem or error
-        raise problem or self.refusal("no value is allowed here")
+            self.minimal, self.trail = minimal, trail
+        raise problem or self.no_value("value")
 
-    def _ways(self, todo: list[Any], schemas: list[Any], choices: list[Any]) -> Iterator[list[Any]]:
-        """Yield all schemas to be met together, for each way of choosing."""
-        todo, schemas, choices = list(todo), list(schemas), list(choices)
-        refs = {schema["$ref"] for schema in schemas if "$ref" in schema}
+    def _choose(self, number: int) -> tuple[list[Any], set[str], int]:
+        """Return all schemas to be met together, their references, and what is left of a number.
+
+        The number chooses one way through anyOf and oneOf; where there are fewer, some is left.
+        """
+        schemas: list[Any] = []
+        refs: set[str] = set()
+        todo = list(self.given)
         for schema in todo:  # grows on the way
             if schema is False:
-                return
+                raise self.refusal("no value is allowed here")
             if schema is True:
                 continue
             spend(2)
@@ -2530,46 +2491,21 @@ class ValueMaker:
             if "$ref" in schema and schema["$ref"] not in refs:
                 refs.add(schema["$ref"])
                 todo.append(self.reader.resolve(schema["$ref"]))
-            choices += self._list_choices(schema)
-        if self.reader.is_hopeless(schemas):
-            return
-        if not choices:
-            yield schemas
-            return
-        drawn, last = choices[0]
-        start = self.rng.randbelow(len(drawn)) if drawn else 0
-        order: Any = [{"type": ("null",)}].__eq__  # null last; the simplest first when deep
-        if self.minimal or not refs.isdisjoint(self.trail):
-            order = self._count_refs
-        for way in sorted(drawn[start:] + drawn[:start], key=order) + last:
-            yield from self._ways(way, schemas, choices[1:])
+            is_simple = self.minimal or not refs.isdisjoint(self.trail)
+            order = self._count_refs if is_simple else lambda part: part == NULL  # null last
+            for parts in filter(None, (schema.get("anyOf"), schema.get("oneOf"))):
+                if id(parts) not in self.starts:
+                    self.starts[id(parts)] = self.rng.randbelow(len(parts))
+                start = self.starts[id(parts)]
+                number, place = divmod(number, len(parts))
+                todo.append(sorted(parts[start:] + parts[:start], key=order)[place])
+        return schemas, refs, number
 
-    def _list_choices(self, schema: Any) -> Iterator[tuple[list[Any], list[Any]]]:
-        """Yield the choices that a schema leaves: ways to draw from, and those to try last.
-
-        A way is a list of schemas to be met.
-        """
-        if "anyOf" in schema:
-            yield [[part] for part in schema["anyOf"]], []
-        if "oneOf" in schema:
-            parts = schema["oneOf"]
-            alone = [[p, *({"not": other} for other in parts if other is not p)] for p in parts]
-            yield [[part] for part in parts], alone
-        if "if" in schema:
-            met, then = schema["if"], schema.get("then", True)
-            shown = {"required": list(met.get("properties", ())) if isinstance(met, dict) else []}
-            yield [[met, shown, then], [{"not": met}, schema.get("else", True)]], [[met, then]]
-        needs = schema.get("dependentSchemas", {})
-        for key, part in needs.items():
-            ways = [[{"required": [key]}, part], [{"properties": {key: False}}]]
-            yield [], ways[::-1] if self.minimal or len(needs) > TRIES else ways
-        if "not" in schema:
-            yield [], self.reader.negate(schema["not"])
-
-    def _count_refs(self, way: list[Any]) -> int:
-        """Return how often schemas, or those that they name, refer to others."""
-        refs = [schema["$ref"] for schema in way if isinstance(schema, dict) and "$ref" in schema]
-        text = str(list(map(self.reader.resolve, refs)) or way)
+    def _count_refs(self, schema: Any) -> int:
+        """Return how often a schema, or the one that it names, refers to others."""
+        if isinstance(schema, dict) and "$ref" in schema:
+            schema = self.reader.resolve(schema["$ref"])
+        text = str(schema)
         spend(len(text) // 100)
         return text.count("'$ref'")
 
@@ -2587,16 +2523,30 @@ class ValueMaker:
         kinds = [] if self.arguments["enum"] else list_types(schemas)
         if len(kinds) > 1:
             kinds.sort(key=(("array", "object") if self.minimal else ("null",)).__contains__)
+        attempts = self.attempts if is_tested else self.attempts[:1]
         problem = None
         for kind in kinds:
             try:
-                for self.attempt in range(TRIES if is_tested else 1):
+                for self.attempt in attempts:
                     value = getattr(self, f"make_{kind}")()
                     if not is_tested or self.reader.accepts_all(schemas, value):
                         return value
+                    with contextlib.suppress(Unsatisfiable):
+                        return self._make_again(value)
             except Unsatisfiable as error:
                 problem = problem or error
         raise problem or self.no_value("value")
+
+    def _make_again(self, value: Any) -> Any:
+        """Make a value with what it, as it was made, calls for by `if` and the like."""
+        parts = [part for each in self.schemas for part in self.reader.list_branches(each, value)]
+        new = [part for part in parts if part is not True and part not in self.given]
+        if not new:
+            raise self.no_value("value")
+        again = copy.copy(self)
+        again.rng, again.attempts = HashRandom(self.rng.key), [self.attempt]
+        again.given = [*self.given, *new]
+        return again.make()
 
     def _list_known_values(self) -> list[Any]:
         """Return the values that are named: by enum, else as examples or defaults."""
@@ -2653,7 +2603,8 @@ class ValueMaker:
         low = max([-math.inf, *self.arguments["minimum"], *self.arguments["exclusiveMinimum"]])
         high = min([math.inf, *self.arguments["maximum"], *self.arguments["exclusiveMaximum"]])
         beyond = (natural[1], natural[1] + MAX_ITEMS * step)
-        for start, end in (natural, (low, low + 100 * step), (high - 100 * step, high), beyond):
+        spans = [natural, (low, low + 100 * step), (high - 100 * step, high), beyond]
+        for start, end in (*spans, (1e9, 1e9 + step), (-1e9, step - 1e9)):
             start, end = max(start, low), min(end, high)
             if -1e300 <= start <= end <= 1e300:
                 first = int(-(-start // step))
@@ -2661,8 +2612,7 @@ class ValueMaker:
                 chosen = self.attempt + (self.rng.randbelow(count) if count > 0 else 0)
                 for place in range(chosen, chosen + min(count, MAX_ITEMS)):
                     times = first + place % count
-                    yield round(times * step, 10)
-                    yield times * step
+                    yield from {round(times * step, 10): 0, times * step: 0}
                 yield start + (end - start) / 2
 
     def make_array(self) -> list[Any]:
@@ -2701,7 +2651,7 @@ class ValueMaker:
         if len(required) > high:
             raise self.no_value("object")
         made = {name: self._make_property(name) for name in required}
-        optional = [] if self.minimal else list(declared)
+        optional = [] if self.minimal or self.attempt > TRIES // 2 else list(declared)
         if optional and self.attempt:
             skipped = self.rng.child("skip", self.attempt).randbytes(len(declared))
             optional = [name for name, byte in zip(declared, skipped) if byte % 2]
