@@ -3832,137 +3832,128 @@ class Model:
         self.engine: str = "A" if re.search(r"-Turbo(-Free)?$", id) else "B"
         vars(self).update((name, facts[name]) for name in facts if facts[name] not in ("", None))
 
-    def derive(
-        self, id: str, owner: str, name: str = "", prices: Sequence[float] = (0, 0)
-    ) -> Model:
+    def derive(self, id: str, owner: str, prices: Sequence[float] = (0, 0)) -> Model:
         """Return a model that answers as this one does under another id."""
         model = copy.copy(self)
-        model.id, model.organization, model.display_name = id, owner, name or id
-        model.prices, model.pricing = prices, None
+        model.id = model.display_name = id
+        model.organization, model.prices, model.pricing = owner, prices, None
         return model
 
 
-# A type's heading, then: id | organization | display name | context length | prices | more, which
-# are traits, the engine, dimensions and prices by another unit. The id says who and what it is
-# where nothing else does.
-# Ids, lengths, names and prices as they were seen up to 2026-10; below the second `chat`, older
-# ids that programs and tests still use. What is not known is left out.
+# A type's heading, then: id | organization, where the id does not say | context length | prices |
+# more, which are traits, the engine, dimensions and prices by another unit. All as it was seen up
+# to 2026-10; below the second `chat`, older ids that programs and tests still use. What is not
+# known is left out.
 MODEL_TABLE = """\
 = chat
-meta-llama/Llama-3.3-70B-Instruct-Turbo|Meta|Meta Llama 3.3 70B Instruct Turbo|131072|1.04/1.04
-openai/gpt-oss-120b|OpenAI|OpenAI GPT-OSS 120B|131072|0.15/0.6|always-thinks, engine gpt-oss-120b
-openai/gpt-oss-20b|OpenAI|OpenAI GPT-OSS 20B|131072|0.05/0.2|thinks, engine gpt-oss-20b
-deepseek-ai/DeepSeek-V4-Pro|Deepseek|Deepseek V4 Pro|512000|1.74/3.48/0.2\
-|thinks, sees, watches, hears
-deepseek-ai/DeepSeek-V4-Pro-0813|Deepseek|Deepseek V4 Pro 0813|1048576|1.32/3.96/0.13\
-|thinks, engine DeepSeek
-deepseek-ai/DeepSeek-V4.1-Flash|Deepseek|Deepseek V4.1 Flash|1048576|0.3/1.2/0.006\
-|thinks, engine DeepSeek
-deepseek-ai/DeepSeek-V4-Flash-0731|Deepseek|Deepseek V4 Flash 0731|1048576|0.14/0.28/0.03|thinks
-moonshotai/Kimi-K3|Moonshot AI||1048576|3/15/0.3|thinks, sees, watches, engine C
-moonshotai/Kimi-K2.7-Code|Moonshot AI||262144|0.95/4/0.19|thinks, sees, watches, engine K2.7
-zai-org/GLM-5.3|||1048575|1.4/4.4/0.26|thinks, engine GLM
-zai-org/GLM-5.3-Flash|||1048575|0.15/0.5/0.03|always-thinks, sees, engine GLM
-zai-org/GLM-5.2|||1048575|1.4/4.4/0.26|thinks, engine GLM
-Qwen/Qwen3.8-2.4T-A95B|||1010000|2/6/0.25|thinks
-Qwen/Qwen3.8-Flash|||1000000|0.15/0.47|thinks, engine Qwen
-Qwen/Qwen3.7-Max|||1000000|2.5/7.5/0.5|thinks, engine Qwen
-Qwen/Qwen3.7-Plus|||1000000|0.32/1.28|thinks, engine Qwen
-Qwen/Qwen3.6-Plus|||1000000|0.5/3|thinks, sees, watches, engine Qwen
-Qwen/Qwen3.5-9B||Qwen3.5 9B FP8|262144|0.17/0.25|thinks, sees, watches
-Qwen/Qwen2.5-7B-Instruct-Turbo|||32768|0.3/0.3|no-grammar
-MiniMaxAI/MiniMax-M3|MiniMaxAI||524288|0.3/1.2/0.06|thinks, sees
-MiniMaxAI/MiniMax-M2.7|MiniMaxAI|MiniMax M2.7 FP4|196608|0.3/1.2/0.06|thinks
-google/gemma-4-31B-it||Gemma 4 31B-it FP8|262144|0.39/0.97|sees, watches
-google/gemma-3n-E4B-it||Gemma 3N E4B Instruct|32768|0.06/0.12|sees, hears
-LiquidAI/LFM2.5-8B-A1B|LiquidAI|LFM2.5-8B-A1B|128000|0.03/0.12
-thinkingmachines/Inkling|Thinking Machines||524288|1/4.05/0.17
-meta-models/Muse-Glimmer-30B|Meta||131072|0.35/1.5/0.04
-together/Tev1-4B-experimental||Tev1 4B Experimental|32768|0.042/0
-deepcogito/cogito-v2-1-671b||Cogito v2.1 671B|163840|1.25/1.25|thinks
+meta-llama/Llama-3.3-70B-Instruct-Turbo|Meta|131072|1.04/1.04
+openai/gpt-oss-120b|OpenAI|131072|0.15/0.6|always-thinks, engine gpt-oss-120b
+openai/gpt-oss-20b|OpenAI|131072|0.05/0.2|thinks, engine gpt-oss-20b
+deepseek-ai/DeepSeek-V4-Pro|Deepseek|512000|1.74/3.48/0.2|thinks, sees, watches, hears
+deepseek-ai/DeepSeek-V4-Pro-0813|Deepseek|1048576|1.32/3.96/0.13|thinks, engine DeepSeek
+deepseek-ai/DeepSeek-V4.1-Flash|Deepseek|1048576|0.3/1.2/0.006|thinks, engine DeepSeek
+deepseek-ai/DeepSeek-V4-Flash-0731|Deepseek|1048576|0.14/0.28/0.03|thinks
+moonshotai/Kimi-K3|Moonshot AI|1048576|3/15/0.3|thinks, sees, watches, engine C
+moonshotai/Kimi-K2.7-Code|Moonshot AI|262144|0.95/4/0.19|thinks, sees, watches, engine K2.7
+zai-org/GLM-5.3||1048575|1.4/4.4/0.26|thinks, engine GLM
+zai-org/GLM-5.3-Flash||1048575|0.15/0.5/0.03|always-thinks, sees, engine GLM
+zai-org/GLM-5.2||1048575|1.4/4.4/0.26|thinks, engine GLM
+Qwen/Qwen3.8-2.4T-A95B||1010000|2/6/0.25|thinks
+Qwen/Qwen3.8-Flash||1000000|0.15/0.47|thinks, engine Qwen
+Qwen/Qwen3.7-Max||1000000|2.5/7.5/0.5|thinks, engine Qwen
+Qwen/Qwen3.7-Plus||1000000|0.32/1.28|thinks, engine Qwen
+Qwen/Qwen3.6-Plus||1000000|0.5/3|thinks, sees, watches, engine Qwen
+Qwen/Qwen3.5-9B||262144|0.17/0.25|thinks, sees, watches
+Qwen/Qwen2.5-7B-Instruct-Turbo||32768|0.3/0.3|no-grammar
+MiniMaxAI/MiniMax-M3|MiniMaxAI|524288|0.3/1.2/0.06|thinks, sees
+MiniMaxAI/MiniMax-M2.7|MiniMaxAI|196608|0.3/1.2/0.06|thinks
+google/gemma-4-31B-it||262144|0.39/0.97|sees, watches
+google/gemma-3n-E4B-it||32768|0.06/0.12|sees, hears
+LiquidAI/LFM2.5-8B-A1B|LiquidAI|128000|0.03/0.12
+thinkingmachines/Inkling|Thinking Machines|524288|1/4.05/0.17
+meta-models/Muse-Glimmer-30B|Meta|131072|0.35/1.5/0.04
+together/Tev1-4B-experimental||32768|0.042/0
+deepcogito/cogito-v2-1-671b||163840|1.25/1.25|thinks
 = moderation
-meta-llama/Llama-Guard-4-12B|Meta||1048576|0.2/0.2|sees
+meta-llama/Llama-Guard-4-12B|Meta|1048576|0.2/0.2|sees
 = code
-facebook/cwm|Meta|Facebook CWM|131072
+facebook/cwm|Meta|131072
 = language
-meta-llama/Meta-Llama-3.1-8B|Meta||16384|0.2/0.2
-mistralai/Mixtral-8x7B-v0.1|mistralai|Mixtral 8X7b V0.1|32768
-Qwen/Qwen2-72B||Qwen 2 (72B)|32768
+meta-llama/Meta-Llama-3.1-8B|Meta|16384|0.2/0.2
+mistralai/Mixtral-8x7B-v0.1|mistralai|32768
+Qwen/Qwen2-72B||32768
 = embedding
-intfloat/multilingual-e5-large-instruct||Multilingual E5 Large Instruct|514|0.02/0.02\
-|dimensions 1024
-BAAI/bge-base-en-v1.5|BAAI|BAAI-Bge-Base-1.5|512|0.008/0.008
+intfloat/multilingual-e5-large-instruct||514|0.02/0.02|dimensions 1024
+BAAI/bge-base-en-v1.5|BAAI|512|0.008/0.008
 = rerank
-Salesforce/Llama-Rank-V1|salesforce|Salesforce Llama Rank V1 (8B)|8192|0.1/0.1
-mixedbread-ai/mxbai-rerank-large-v2|Mixedbread AI|Mxbai Rerank Large V2|32768
+Salesforce/Llama-Rank-V1|salesforce|8192|0.1/0.1
+mixedbread-ai/mxbai-rerank-large-v2|Mixedbread AI|32768
 = image
-black-forest-labs/FLUX.1-schnell||FLUX.1 Schnell|||image_pixel 0.0027
-black-forest-labs/FLUX.2-dev||FLUX.2 [dev]|||image 0.0154
-black-forest-labs/FLUX.2-pro||FLUX.2 [pro]|||image 0.03, no-steps
-black-forest-labs/FLUX.1-kontext-pro||FLUX.1 Kontext [pro]|0||image_pixel 0.04
-google/flash-image-2.5||Gemini Flash Image 2.5 (Nano Banana)|||image 0.039, no-steps
-stabilityai/stable-diffusion-xl-base-1.0|stabilityai|SD XL|||image 0.0019
-Qwen/Qwen-Image|||||image 0.0058
+black-forest-labs/FLUX.1-schnell||||image_pixel 0.0027
+black-forest-labs/FLUX.2-dev||||image 0.0154
+black-forest-labs/FLUX.2-pro||||image 0.03, no-steps
+black-forest-labs/FLUX.1-kontext-pro||0||image_pixel 0.04
+google/flash-image-2.5||||image 0.039, no-steps
+stabilityai/stable-diffusion-xl-base-1.0|stabilityai|||image 0.0019
+Qwen/Qwen-Image||||image 0.0058
 = audio
-hexgrad/Kokoro-82M||||4/0
-canopylabs/orpheus-3b-0.1-ft|Canopy Labs|Orpheus 3B 0.1 FT||15/0
-cartesia/sonic||Cartesia Sonic|0|65/0
-cartesia/sonic-2||Cartesia Sonic 2|448|65/0
-cartesia/sonic-3||Cartesia Sonic 3|448|65/0
+hexgrad/Kokoro-82M|||4/0
+canopylabs/orpheus-3b-0.1-ft|Canopy Labs||15/0
+cartesia/sonic||0|65/0
+cartesia/sonic-2||448|65/0
+cartesia/sonic-3||448|65/0
 = transcribe
-openai/whisper-large-v3|OpenAI|Whisper large-v3|1|0.27/0.85|transcribe 0.0015
-nvidia/parakeet-tdt-0.6b-v3||Nvidia Parakeet TDT 0.6B V3|448||transcribe 0.0015
-nvidia/nemotron-3-asr-streaming-0.6b||Nemotron 3 ASR Streaming 0.6B|||sockets-only
+openai/whisper-large-v3|OpenAI|1|0.27/0.85|transcribe 0.0015
+nvidia/parakeet-tdt-0.6b-v3||448||transcribe 0.0015
+nvidia/nemotron-3-asr-streaming-0.6b||||sockets-only
 = video
-minimax/hailuo-02|MiniMaxAI|MiniMax Hailuo 02|||video 0.56 768p / 10s
-minimax/video-01-director|MiniMaxAI|MiniMax 01 Director
-openai/sora-2|OpenAI|Sora 2|||video 0.8 720p / 8s
-ByteDance/Seedance-1.0-pro|ByteDance|ByteDance Seedance 1.0 Pro|||video 0.565 720p / 5s
-Wan-AI/wan2.7-t2v|Wan-AI|Wan 2.7 T2V|||video 0.1 per 5 seconds
+minimax/hailuo-02|MiniMaxAI|||video 0.56 768p / 10s
+minimax/video-01-director|MiniMaxAI
+openai/sora-2|OpenAI|||video 0.8 720p / 8s
+ByteDance/Seedance-1.0-pro|ByteDance|||video 0.565 720p / 5s
+Wan-AI/wan2.7-t2v|Wan-AI|||video 0.1 per 5 seconds
 = chat
-meta-llama/Llama-3.3-70B-Instruct-Turbo-Free|Meta|Meta Llama 3.3 70B Instruct Turbo Free|131072
-meta-llama/Llama-4-Scout-17B-16E-Instruct|Meta|Llama 4 Scout Instruct (17Bx16E)|1048576|0.18/0.59\
-|sees, engine Scout
-meta-llama/Llama-Vision-Free|Meta|Meta Llama Vision Free|131072||sees
-deepseek-ai/DeepSeek-R1|DeepSeek||163840|3/7|thinks, engine A
-moonshotai/Kimi-K2.6|Moonshot AI|Kimi K2.6 Fp4|262144|1.2/4.5/0.2|thinks, sees, watches
-nvidia/nemotron-3-ultra-550b-a55b|NVIDIA|NVIDIA Nemotron 3 Ultra 550B A55B NVFP4|512288\
-|0.6/3.6/0.2|thinks, retired
-Qwen/Qwen3.5-397B-A17B|||262144|0.6/3.6|thinks, sees, watches
-Qwen/Qwen3-235B-A22B-Instruct-2507-tput||Qwen3 235B A22B Instruct 2507 FP8|262144|0.2/0.6
-meta-llama/Meta-Llama-3.1-8B-Instruct-Turbo|Meta||131072|0.18/0.18|retired
-mistralai/Mixtral-8x7B-Instruct-v0.1|mistralai|Mixtral-8x7B Instruct v0.1|32768|0.6/0.6|retired
-Qwen/Qwen2.5-72B-Instruct-Turbo|||131072|1.2/1.2|retired
-meta-llama/Llama-3.1-405B-Instruct|Meta||4096|3.5/3.5|retired
-zai-org/GLM-5.1|||202752|1.4/4.4/0.26|thinks, retired
+meta-llama/Llama-3.3-70B-Instruct-Turbo-Free|Meta|131072
+meta-llama/Llama-4-Scout-17B-16E-Instruct|Meta|1048576|0.18/0.59|sees, engine Scout
+meta-llama/Llama-Vision-Free|Meta|131072||sees
+deepseek-ai/DeepSeek-R1|DeepSeek|163840|3/7|thinks, engine A
+moonshotai/Kimi-K2.6|Moonshot AI|262144|1.2/4.5/0.2|thinks, sees, watches
+nvidia/nemotron-3-ultra-550b-a55b|NVIDIA|512288|0.6/3.6/0.2|thinks, retired
+Qwen/Qwen3.5-397B-A17B||262144|0.6/3.6|thinks, sees, watches
+Qwen/Qwen3-235B-A22B-Instruct-2507-tput||262144|0.2/0.6
+meta-llama/Meta-Llama-3.1-8B-Instruct-Turbo|Meta|131072|0.18/0.18|retired
+mistralai/Mixtral-8x7B-Instruct-v0.1|mistralai|32768|0.6/0.6|retired
+Qwen/Qwen2.5-72B-Instruct-Turbo||131072|1.2/1.2|retired
+meta-llama/Llama-3.1-405B-Instruct|Meta|4096|3.5/3.5|retired
+zai-org/GLM-5.1||202752|1.4/4.4/0.26|thinks, retired
 = embedding
-togethercomputer/m2-bert-80M-8k-retrieval|Together|M2-BERT-Retrieval-8k|8192|0.008/0.008
-togethercomputer/m2-bert-80M-32k-retrieval|Together|M2-BERT-Retrieval-32K|32768|0.008/0.008
-togethercomputer/m2-bert-80M-2k-retrieval|Together|M2-BERT-Retrieval-2K|2048|0.008/0.008
-Alibaba-NLP/gte-modernbert-base||Gte Modernbert Base|8192|0.08/0.08
-BAAI/bge-large-en-v1.5|BAAI|BAAI-Bge-Large-1.5|512|0.016/0.016|dimensions 1024
-WhereIsAI/UAE-Large-V1|WhereIsAI|UAE-Large v1|512|0.016/0.016|dimensions 1024
+togethercomputer/m2-bert-80M-8k-retrieval|Together|8192|0.008/0.008
+togethercomputer/m2-bert-80M-32k-retrieval|Together|32768|0.008/0.008
+togethercomputer/m2-bert-80M-2k-retrieval|Together|2048|0.008/0.008
+Alibaba-NLP/gte-modernbert-base||8192|0.08/0.08
+BAAI/bge-large-en-v1.5|BAAI|512|0.016/0.016|dimensions 1024
+WhereIsAI/UAE-Large-V1|WhereIsAI|512|0.016/0.016|dimensions 1024
 = rerank
-Salesforce/Llama-Rank-v1|salesforce|Salesforce Llama Rank V1 (8B)|8192|0.1/0.1
+Salesforce/Llama-Rank-v1|salesforce|8192|0.1/0.1
 = image
-black-forest-labs/FLUX.1-schnell-Free||FLUX.1 [schnell] Free
-black-forest-labs/FLUX.1-dev||FLUX.1 [dev]
-black-forest-labs/FLUX.1-dev-lora||FLUX.1 [dev] LoRA|||loras
-black-forest-labs/FLUX.1-pro||FLUX.1 [pro]
-black-forest-labs/FLUX.1-redux||FLUX.1 [redux]
-black-forest-labs/FLUX.1-depth||FLUX.1 [depth]
-black-forest-labs/FLUX.1-canny||FLUX.1 [canny]
-black-forest-labs/FLUX.1-krea-dev||FLUX.1 Krea [dev]
-black-forest-labs/FLUX.1-kontext-dev||FLUX.1 Kontext [dev]
-black-forest-labs/FLUX.1-kontext-max||FLUX.1 Kontext [max]
-black-forest-labs/FLUX.2-flex||FLUX.2 [flex]|||no-steps
-google/imagen-4.0-preview||Google Imagen 4.0 Preview|||no-steps
-ByteDance-Seed/Seedream-4.0|ByteDance|ByteDance Seedream 4.0
-black-forest-labs/FLUX.1.1-pro||FLUX1.1 [pro]|||image_pixel 0.04, no-steps
+black-forest-labs/FLUX.1-schnell-Free
+black-forest-labs/FLUX.1-dev
+black-forest-labs/FLUX.1-dev-lora||||loras
+black-forest-labs/FLUX.1-pro
+black-forest-labs/FLUX.1-redux
+black-forest-labs/FLUX.1-depth
+black-forest-labs/FLUX.1-canny
+black-forest-labs/FLUX.1-krea-dev
+black-forest-labs/FLUX.1-kontext-dev
+black-forest-labs/FLUX.1-kontext-max
+black-forest-labs/FLUX.2-flex||||no-steps
+google/imagen-4.0-preview||||no-steps
+ByteDance-Seed/Seedream-4.0|ByteDance
+black-forest-labs/FLUX.1.1-pro||||image_pixel 0.04, no-steps
 = language
-meta-llama/Llama-2-70b-hf|Meta|LLaMA-2 (70B)|4096|0.9/0.9
+meta-llama/Llama-2-70b-hf|Meta|4096|0.9/0.9
 = moderation
-Meta-Llama/Llama-Guard-7b|Meta|Llama Guard (7B)|4096|0.2/0.2
+Meta-Llama/Llama-Guard-7b|Meta|4096|0.2/0.2
 """
 UNIT_PRICES = {"image_pixel": "price_per_megapixel", "transcribe": "price_per_minute"}
 PRICED = {"image", "video", *UNIT_PRICES}
@@ -3970,9 +3961,7 @@ PRICED = {"image", "video", *UNIT_PRICES}
 
 def read_model(type: str, row: str) -> Model:
     """Make a model of one row of the table."""
-    columns = [*row.split("|"), "", "", "", "", ""][:6]
-    id, organization, display_name, context_length, prices, more = columns
-    owner, _, name = id.partition("/")
+    id, organization, context_length, prices, more = [*row.split("|"), "", "", "", ""][:5]
     facts = dict(fact.partition(" ")[::2] for fact in more.split(", "))
     pricing: Item = {}
     for unit in PRICED.intersection(facts):
@@ -3984,8 +3973,8 @@ def read_model(type: str, row: str) -> Model:
         type,
         id,
         ["known", *facts.keys() & TRAITS],
-        organization=organization or owner.replace("-", " ").title(),
-        display_name=display_name or name.replace("-", " "),
+        organization=organization or id.partition("/")[0].replace("-", " ").title(),
+        display_name=id.partition("/")[2].replace("-", " "),
         context_length=int(context_length) if context_length else None,
         prices=[float(price) for price in prices.split("/")] if prices else (0, 0),
         engine=facts.get("engine"),
@@ -4038,24 +4027,20 @@ def model_object(model: Model) -> Item:
     return item
 
 
-CAPABILITIES = {
-    "embedding": "EMBEDDING",
-    "rerank": "RERANKING",
-    "image": "IMAGE_GENERATION",
-    "video": "VIDEO_GENERATION",
-}
-# By the type of a model: what it takes, what it makes.
-MODALITIES = {
-    "image": ("TEXT", "IMAGE"),
-    "video": ("TEXT", "VIDEO"),
-    "audio": ("TEXT", "AUDIO"),
-    "transcribe": ("AUDIO", "TEXT"),
+# By the type of a model: what it can do, what it takes, what it makes.
+SUPPORTED = {
+    "embedding": ("EMBEDDING", "TEXT", "TEXT"),
+    "rerank": ("RERANKING", "TEXT", "TEXT"),
+    "image": ("IMAGE_GENERATION", "TEXT", "IMAGE"),
+    "video": ("VIDEO_GENERATION", "TEXT", "VIDEO"),
+    "audio": ("CHAT", "TEXT", "AUDIO"),
+    "transcribe": ("CHAT", "AUDIO", "TEXT"),
 }
 
 
 def supported_model(model: Model) -> Item:
     """Return a model as `GET /v2/supported-models` lists it."""
-    takes, gives = MODALITIES.get(model.type, ("TEXT", "TEXT"))
+    can, takes, gives = SUPPORTED.get(model.type, ("CHAT", "TEXT", "TEXT"))
     features = ["FEATURE_TOOL_CALLING", "FEATURE_STRUCTURED_OUTPUT"]
     features += ["FEATURE_REASONING"] if model.thinks else []
     day = format_time(CREATED).replace(".000", "")
@@ -4067,7 +4052,7 @@ def supported_model(model: Model) -> Item:
         "publisher": model.organization,
         "baseModel": "",
         "baseModelId": "",
-        "capabilities": ["CAPABILITY_" + CAPABILITIES.get(model.type, "CHAT")],
+        "capabilities": ["CAPABILITY_" + can],
         "inputModalities": ["MODALITY_" + takes],
         "outputModalities": ["MODALITY_" + gives],
         "products": ["PRODUCT_SERVERLESS"],
@@ -8545,7 +8530,7 @@ def enter_fine_tune(server: Server, job: Item, status: str) -> Item:
         changes["epochs_completed"] = job["n_epochs"]
         changes["token_count"] = job["TrainingFileSize"] // TRAIN_TOKEN_BYTES * job["n_epochs"]
         base, name = server.models.get(job["model"], UNKNOWN_MODEL), job["model_output_name"]
-        server._add_model(base.derive(name, USER, name.partition("/")[2], base.prices))
+        server._add_model(base.derive(name, USER, base.prices))
     return {**changes, "events": job["events"] + list_new_events({**job, **changes}, status)}
 
 
