@@ -808,8 +808,9 @@ class Fields(dict):  # type: ignore[type-arg]
         for name in self.required:
             if values.get(name) is None:
                 raise ApiError("missing", param=place + name)
+        find = self.get
         for name, value in values.items():
-            field, kind = self.get(name), type(value)
+            field, kind = find(name), type(value)
             if field is None or value is None or kind in field.free:
                 continue
             if kind is str and value in field.words:
@@ -2984,7 +2985,7 @@ NOTE_END = lazy_regex(r"\.\s|,? and [\"'`]\w+[\"'`] (?!or)|\)(?:,|,? and) [\"'`]
 
 
 def keep_ends(whole: Any, size: int) -> Any:
-    return whole[:size] + whole[size:][-size:]
+    return whole if len(whole) <= 2 * size else whole[:size] + whole[-size:]
 
 
 def is_asking(sentence: str) -> bool:
@@ -3757,8 +3758,8 @@ def has_hint(text: str) -> bool:
     return not HINTS.isdisjoint(text.replace("few words", "").split())
 
 
-def is_hinted(message: Item) -> bool:
-    return has_hint(keep_ends(message_text(message), 600))
+def is_hinted(text: str) -> bool:
+    return has_hint(keep_ends(text, 600))
 
 
 def read_form(messages: list[Item], json_mode: bool = False) -> WantedForm | None:
@@ -3768,9 +3769,7 @@ def read_form(messages: list[Item], json_mode: bool = False) -> WantedForm | Non
     users = [at for at in backwards if messages[at]["role"] == "user"][:24]
     systems = [at for at in backwards if messages[at]["role"] in ("system", "developer")][:2]
     begun = [at for at in users if not RESULT.search(texts[at][:80])] or users[-1:]
-    asked = [
-        at for at in dict.fromkeys([*users[:1], *begun[:1], *systems]) if is_hinted(messages[at])
-    ]
+    asked = [at for at in dict.fromkeys([*users[:1], *begun[:1], *systems]) if is_hinted(texts[at])]
     told = texts[systems[0]][:PROMPT_WINDOW] if systems else ""
     vague = None
     for number in asked:
@@ -6445,11 +6444,11 @@ SLOT, SLOT_NUMBER = "\udc00", "\udc01"
 
 def repeat_json(text: str, pieces: Iterable[str]) -> Iterator[str]:
     """Yield JSON for each piece of a text, which stands where SLOT does."""
-    text = text.replace(QUOTE(SLOT), "\0").replace(QUOTE(SLOT_NUMBER), "\1")  # no JSON has those
-    numbered = "\1" in text
+    is_numbered = SLOT_NUMBER in text
+    parts = text.replace(QUOTE(SLOT_NUMBER), "\0").split(QUOTE(SLOT))  # no JSON has that character
     for piece in pieces:
-        filled = text.replace("\0", QUOTE(piece))
-        yield filled.replace("\1", str(token_id(piece))) if numbered else filled
+        filled = QUOTE(piece).join(parts)
+        yield filled.replace("\0", str(token_id(piece))) if is_numbered else filled
 
 
 def describe_token(piece: str, logprob: float) -> Item:
@@ -6868,12 +6867,14 @@ class Answer:
 
 
 OVERRIDING = {"created", "finish_reason", "role", "usage"}  # in what a fixture says
-TEMPLATES: dict[Any, Any] = {}  # of plain answers, by what changes more than a value of them
+OPTIONAL = ("thoughts", "reasoning_tokens", "cached_tokens")  # none changes more than a value
+TEMPLATES: dict[Any, Any] = {}  # of plain answers, by what does so
 
 
 def make_template(answer: Answer, values: Item) -> tuple[str, Callable[[Item], Any]]:
     """Return the JSON of a plain answer with slots for values, and what picks those in order."""
-    slots: Any = {name: value and SLOT + name for name, value in values.items()}
+    slots: Any = {name: SLOT + name for name in values}
+    slots.update((name, values[name]) for name in OPTIONAL if not values[name])
     blank, choice = copy.copy(answer), copy.copy(answer.choices[0])
     blank.id, blank.model, blank.seed = slots["id"], slots["model"], slots["seed"]
     blank.usage = {name: slots[name] for name in answer.usage}
@@ -6907,11 +6908,13 @@ def encode_answer(answer: Answer) -> bytes:
         "seed": answer.find_seed(),
         **answer.usage,
     }
-    key = (answer.form, answer.objects[0], choice.finish_reason, *map(bool, values.values()))
+    lacks = not thoughts, not values["reasoning_tokens"], not values["cached_tokens"]
+    key = (answer.form, answer.objects, choice.finish_reason, lacks)
     if key not in TEMPLATES:
         TEMPLATES[key] = make_template(answer, values)
     template, pick = TEMPLATES[key]
-    return bytes(template % pick(values), "utf-8")
+    text: str = template % pick(values)
+    return text.encode()
 
 
 # --- Chat completions
@@ -7038,20 +7041,20 @@ def check_message(message: Item, place: str, model: Model) -> None:
             raise ApiError("no_eyes" if blind else "no_media", model=model.id)
 
 
-def count_messages(messages: list[Item], model: Model) -> tuple[int, int]:
+def count_messages(messages: list[Item], texts: list[str], model: Model) -> tuple[int, int]:
     """Check each message, and count its tokens: text, calls, media and the frame around it.
 
     Returned are those of all and of what was asked before: what precedes the last answer.
     """
     count, before = 1, 0
-    for number, message in enumerate(messages):
+    for number, (message, text) in enumerate(zip(messages, texts)):
         content, role = message.get("content"), message["role"]
         before = count if role == "assistant" else before
         if type(content) is not str or role == "tool":
             check_message(message, f"messages[{number}]", model)
         if type(content) is list:
             count += MEDIA_TOKENS * sum(part["type"] != "text" for part in content)
-        count += MESSAGE_TOKENS + count_tokens(message_text(message))
+        count += MESSAGE_TOKENS + count_tokens(text)
         if message.get("tool_calls"):
             count += count_tokens(ENCODE(message["tool_calls"]))
     return count, before
@@ -7068,8 +7071,11 @@ def find_budget(body: Item, model: Model, prompt_tokens: int) -> tuple[int, int]
     limit = room + 1 if model.engine == "A" else room  # recorded
     fits = prompt_tokens + (asked or 1) <= limit
     if fits or body.get("context_length_exceeded_behavior") == "truncate":
-        budget = min(DEFAULT_MAX_TOKENS if asked is None else asked, max(1, room - prompt_tokens))
-        return budget, min(prompt_tokens, max(1, room - budget))
+        budget, left = DEFAULT_MAX_TOKENS if asked is None else asked, room - prompt_tokens
+        if budget > left:
+            budget = min(budget, max(1, left))
+            prompt_tokens = min(prompt_tokens, max(1, room - budget))
+        return budget, prompt_tokens
     name = "too_long_prompt" if prompt_tokens >= room else "too_long"
     raise ApiError(
         "too_long_turbo" if model.engine == "A" else name,
@@ -7283,14 +7289,16 @@ def cut_calls(choice: Choice, budget: int) -> None:
         budget -= len(pieces)
 
 
-def read_prompt(server: Server, request: Request, messages: list[Item]) -> WantedForm | None:
+def read_prompt(
+    server: Server, request: Request, messages: list[Item], texts: Iterable[str]
+) -> WantedForm | None:
     """Return the form that a prompt asks for, where nothing stronger says what to answer."""
     if request.script or not server.read_prompts:
         return None
     format = request.body.get("response_format") or TEXT_FORMAT
     if format["type"] != "text" and (format["type"] != "json_object" or "schema" in format):
         return None
-    if not any(map(is_hinted, messages)):
+    if not any(map(is_hinted, texts)):
         return None
     form = read_form(messages, format["type"] == "json_object")
     if form is not None:
@@ -7458,7 +7466,8 @@ def compose_chat(server: Server, request: Request) -> Answer:
     """Write the answer to a conversation."""
     body = request.body
     model = resolve_model(server, body["model"], "chat")
-    prompt_tokens, before = count_messages(body["messages"], model)
+    messages, texts = body["messages"], list(map(message_text, body["messages"]))
+    prompt_tokens, before = count_messages(messages, texts, model)
     form = FORMS[model.engine]
     if body.get("tools") and body.get("tool_choice") == "none":
         form = FORMS.get(f"{model.engine} without tools", form)
@@ -7470,7 +7479,7 @@ def compose_chat(server: Server, request: Request) -> Answer:
         prompt_tokens += count_tokens(ENCODE(tools)) if tools else 0
     budget, prompt_tokens = find_budget(body, model, prompt_tokens)
     script = request.script = fill_forced_tool(body, request.script)
-    wanted = read_prompt(server, request, body["messages"])
+    wanted = read_prompt(server, request, messages, texts)
     choices = []
     for index in range(body.get("n") or 1):
         choice = Choice(index)
@@ -7484,7 +7493,7 @@ def compose_chat(server: Server, request: Request) -> Answer:
     cached = before // CACHED_TOKENS * CACHED_TOKENS
     answer = Answer(request, form, choices, count_usage(prompt_tokens, choices, cached))
     answer.key = rng.key
-    return finish_answer(answer, rng, map(message_text, body["messages"]))
+    return finish_answer(answer, rng, texts)
 
 
 @route("POST /v1/chat/completions", body=CHAT_FIELDS, kind="chat", response=TEXT)
@@ -7812,7 +7821,8 @@ def compose_completion(server: Server, request: Request) -> Answer:
         budget, read = find_budget(body, model, length)
         prompt_tokens += read
         own = HashRandom.of("prompt", [facts, prompt])
-        wanted = read_prompt(server, request, [{"role": "user", "content": input_text(prompt)}])
+        text = input_text(prompt)
+        wanted = read_prompt(server, request, [{"role": "user", "content": text}], [text])
         for index in range(body.get("n") or 1):
             choice = Choice(len(choices))
             if script:
