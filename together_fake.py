@@ -5246,7 +5246,7 @@ def compile_match(match: Item, trusted: bool) -> Item:
 
 
 TEMPLATE = lazy_regex(r"\{\{\s*([A-Za-z]\w*)((?:\.[\w-]+)*)\s*\}\}", re.ASCII)
-QUOTABLE = ("model", "systemMessage", "inputText", "body", "headers", "userMessage")
+QUOTABLE = ("model", "systemMessage", "inputText", "body", "userMessage")  # no key of a header
 
 
 def shorten_path(path: str) -> str:
@@ -5339,7 +5339,6 @@ class Fixture:
     owner: Fixtures | None = None
     list_calls: Callable[[], list[Call]] = list
     answers: Any = None  # a function of the request, or an iterator, that gives the content
-    is_model = False  # of pydantic, or the like
 
     def __init__(self, given: Any, place: str, source: str = "", when: Any = None) -> None:
         """Read an entry; raise ValueError naming the place in it that is wrong."""
@@ -5350,6 +5349,8 @@ class Fixture:
         self.counts: dict[str, int] = BoundedDict(MAX_TESTS)
         self.spell = to_snake if place.endswith("()") else str  # as its author writes keys
         self.said: Item = entry.get("response", {})
+        content = get_path(given, "response", "content")
+        self.is_model = as_json(content) is not content  # of pydantic, or the like
         self.normal: Item = self.type.normalise(self.said)
         self._quotes = self.type is TEXT and "{{" in ENCODE(self.said)
         self.options = {key: entry[key] for key in OPTIONS if key in entry}
@@ -5392,7 +5393,6 @@ class Fixture:
         if not self._quotes:
             return self.normal
         facts = MatchFacts(kind, request)
-        facts["headers"] = request.headers.masked
 
         def quote_fact(found: re.Match[str]) -> str:
             key = "userMessage" if found[1] == "lastUserMessage" else found[1]
@@ -5661,17 +5661,15 @@ def answer_with(fixture: Fixture, facts: MatchFacts) -> Fixture:
     given = facts.answer
     if not isinstance(fixture.answers, SharedIterator):
         given = run_code(fixture.source, fixture.answers, facts.request)
-    value = as_json(given)
-    said = {to_camel(str(key)): value[key] for key in value} if isinstance(value, dict) else {}
+    said = {to_camel(str(key)): given[key] for key in given} if isinstance(given, dict) else {}
     type = find_response_type(said)
     is_response = type is not None and all(
         key in type.fields and (said[key] is None or isinstance(said[key], type.fields[key].kinds))
         for key in said
     )
-    said = value if is_response else {"content": value}  # all else is JSON
+    said = given if is_response else {"content": given}  # all else is JSON
     entry = {"match": {}, "response": said, **fixture.options}
     answer: Fixture = run_code(fixture.source, Fixture, entry, "the answer", fixture.source)
-    answer.is_model = value is not given
     return answer
 
 
@@ -12285,11 +12283,11 @@ def list_unread(values: Item, fields: Fields, place: str = "") -> Iterator[str]:
         inner = table.nested.get(name)
         if inner is None:
             continue
-        if type(value) is dict:
-            yield from list_unread(value, inner, f"{place}{name}.")
-        for index, item in enumerate(value if type(value) is list else ()):
-            if type(item) is dict:
-                yield from list_unread(item, inner, f"{place}{name}[{index}].")
+        is_list = type(value) is list
+        for index, part in enumerate(value if is_list else [value]):
+            if type(part) is dict:
+                at = f"[{index}]" if is_list else ""
+                yield from list_unread(part, inner, f"{place}{name}{at}.")
 
 
 def warn_of_request(server: Server, route: Route, body: Item) -> Iterator[str]:
@@ -12583,7 +12581,6 @@ def fixture_from_keywords(
     entry = {key: entry[key] for key in entry if entry[key] or key != "response"}
     fixture = Fixture(entry, place, source, when=words.get("when"))
     fixture.answers = answers
-    fixture.is_model = as_json(content) is not content
     return fixture
 
 
