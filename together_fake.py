@@ -4980,8 +4980,12 @@ chaos:dict
 TYPES_BY_KEY: dict[str, ResponseType] = {}  # where keys tell of two types, the later is meant
 FOREIGN = "-openRouterProcessing,metadata"
 RESPONSE = Keys(*OPTIONS.values(), FOREIGN)  # and the rows of all types: a header mixes them
-RESPONSE_ROW = Field("response", dict, fields=RESPONSE)
-ENTRY = Keys(Field("match!", dict, fields=MATCH), RESPONSE_ROW, *OPTIONS.values(), FOREIGN)
+ENTRY = Keys(
+    Field("match!", dict, fields=MATCH),
+    Field("response", dict, fields=RESPONSE),
+    *OPTIONS.values(),
+    FOREIGN,
+)
 FIXTURE_FILE = Keys(
     "fixtures!:list models:dict exactTurns:bool",
     Field("normalise", list, each=Field("", str, test=("a regular expression", re.compile))),
@@ -6223,11 +6227,9 @@ class RateLimits(dict):  # type: ignore[type-arg]
         limit, now = self.find(unit, model), self.clock()
         if not limit:
             return 0.0
-        key = unit, model if isinstance(self.limits[unit], dict) else ""
-        left, at = self.get(key, (limit, now))
-        left = min(limit, left + max(0.0, now - at) * limit / 60) - count
-        self[key] = left, now
-        return float(max(0.0, (1 - left) * 60 / limit))
+        key, each = (unit, model if isinstance(self.limits[unit], dict) else ""), 60 / limit
+        full_at = self[key] = max(now, self.get(key, now)) + count * each
+        return float(max(0.0, full_at - now - (limit - 1) * each))
 
 
 # === Routes ===
@@ -10360,32 +10362,28 @@ def judge_halves(calls: Sequence[Call]) -> Iterator[Finding]:
                 break
 
 
-def find_wrong_results(messages: list[Item]) -> Iterator[str]:
-    """Say which tool results answer no call, and which calls have none."""
-    made: list[Any] = [None]
-    waiting: list[Any] = []
-    for message in messages:
-        if message.get("role") == "tool":
-            id = message.get("tool_call_id")
-            if id not in made:
-                yield f"sent a result for {preview(id)}, which no message before it calls"
-            waiting = [each for each in waiting if each != id]
-            continue
-        yield from (f"sent no result for {preview(id)}" for id in waiting)
-        calls = list_objects(message.get("tool_calls"))
-        waiting = [call["id"] for call in calls if isinstance(call.get("id"), str)]
-        made += waiting
-
-
 def judge_tools(calls: Iterable[Call]) -> Iterator[Finding]:
-    """Yield results of tools that no answer had called."""
-    told: list[str] = []
+    """Yield which tool results answer no call of a tool, and which calls have none."""
+    told: set[str] = set()
     for call in calls:
         if "item_reference" in ENCODE(call.body):  # to what is not here
             continue
-        for text in find_wrong_results(list_facts(call).messages):
+        made: list[Any] = [None]
+        waiting: list[Any] = []
+        wrong: list[str] = []
+        for message in list_facts(call).messages:
+            id = message.get("tool_call_id")
+            if message.get("role") != "tool":
+                wrong += [f"sent no result for {preview(each)}" for each in waiting]
+                calls_made = list_objects(message.get("tool_calls"))
+                waiting = [each["id"] for each in calls_made if isinstance(each.get("id"), str)]
+                made += waiting
+            elif id not in made:
+                wrong.append(f"sent a result for {preview(id)}, which no message before it calls")
+            waiting = [each for each in waiting if each != id]
+        for text in wrong:
             if text not in told:
-                told.append(text)
+                told.add(text)
                 yield Finding("tool_call_invented", text, call)
 
 
