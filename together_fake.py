@@ -4156,9 +4156,6 @@ class Collection(Shared):
     def __contains__(self, id: str) -> bool:
         return id in self._items
 
-    def __getitem__(self, id: str) -> Item:
-        return self.get(id)
-
     def __iter__(self) -> Iterator[Item]:
         """Yield all objects, the newest first."""
         with self._lock:
@@ -4178,6 +4175,8 @@ class Collection(Shared):
         if item is None:
             raise ApiError("no_object", param="id", noun=self.noun, id=id)
         return item
+
+    __getitem__ = get
 
     def update(self, id: str, **changes: Any) -> Item:
         with self._lock:
@@ -4428,10 +4427,6 @@ class Call:
     @property
     def has_ended(self) -> bool:
         return self.outcome != "running"
-
-    def holds(self, text: bytes) -> bool:
-        text = text.lower()
-        return not text or text in self._raw.lower() or text in self.raw_reply.lower()
 
     def as_request(self) -> Request:
         path = collapse_path(self.path, False)
@@ -10914,12 +10909,13 @@ def passes_filters(server: Server, call: Call, args: Item) -> bool:
     name, _, value = args.get("header", "").partition(":")  # "x-run: 7", or "x-run"
     header = call.headers.get(name.strip())
     alike = ("kind", "outcome", "test", "batch", "model")
+    text = args.get("text", "").encode().lower()
     return (
         args.get("path") in (None, call.path, collapse_path(call.path, server.strict))
         and str(args.get("status", "")) in ("", f"{call.status // 100}xx", str(call.status))
         and (not name or (header is not None and value.strip() in ("", header)))
         and all(args[name] == getattr(call, name) for name in alike if name in args)
-        and call.holds(args.get("text", "").encode())
+        and (not text or text in call._raw.lower() or text in call.raw_reply.lower())
     )
 
 
