@@ -5637,7 +5637,6 @@ class EndpointTests(LocalCase):
             ("", {"dedicated"}),
             ("?type=serverless", set()),
             ("?mine=true", {"dedicated"}),
-            ("?usage_type=reserved", set()),
         ):
             items = self.json("GET", "/v1/endpoints" + query)["data"]
             self.assertEqual({item["type"] for item in items}, found, query)

@@ -3831,11 +3831,11 @@ class Model:
         self.engine: str = "A" if re.search(r"-Turbo(-Free)?$", id) else "B"
         vars(self).update((name, facts[name]) for name in facts if facts[name] not in ("", None))
 
-    def derive(self, id: str, owner: str, prices: Sequence[float] = (0, 0)) -> Model:
+    def derive(self, id: str, owner: str) -> Model:
         """Return a model that answers as this one does under another id."""
         model = copy.copy(self)
         model.id = model.display_name = id
-        model.organization, model.prices, model.pricing = owner, prices, None
+        model.organization = owner
         return model
 
 
@@ -7956,6 +7956,7 @@ def rerank(server: Server, request: Request) -> Any:
 
 USER = "parlel"  # whose models and jobs these are
 USER_ID = "65f0c2a1b3d4e5f60718293a"
+UNKNOWN_MODEL = Model("chat", "", traits=())  # what a base that the catalogue lacks counts as
 OPENAI_PURPOSES = {"batch": "batch-api", "batch_output": "batch-generated"}
 JOBS: dict[str, Jobs] = {}
 # No size has more than 18 digits.
@@ -7984,8 +7985,7 @@ class Jobs:
 
     make      `make(server, item)` returns what an object has that its item lacks
     prefix    of ids
-    key       the member that is the id
-    status    the member that is the status
+    key       the member that is the id, as `status` is the one of the status
     fields    of who makes one, which seeds are checked by
     statuses  from the first to the last, one taken whenever a job is retrieved
     enter     `enter(server, job, status)` does the work of a status and returns what changes
@@ -8056,7 +8056,7 @@ class Jobs:
         for name in self.filters.split():
             wanted = request.args.get(name) or ""
             wanted = OPENAI_PURPOSES.get(wanted, wanted)
-            found = [job for job in found if wanted in ("", job.get(name, "on-demand"))]
+            found = [job for job in found if wanted in ("", job.get(name))]
         page, more = take_page(found, request.args, self.key)
         shown = [self.view(server, request, job) for job in page]
         if self.listed == "array":
@@ -8073,6 +8073,14 @@ class Jobs:
         if job["status"] != status:
             raise ApiError("bad_state", noun=jobs.noun, id=job["id"], status=job["status"])
         return self.view(server, request, job)
+
+
+def add_model(server: Server, id: str, base: str) -> None:
+    """Have a model answer as its base does; of too many the oldest goes."""
+    with server._lock:
+        server.models[id] = server.models.get(base, UNKNOWN_MODEL).derive(id, USER)
+        if len(server.models) > len(MODELS) + MAX_OBJECTS:
+            del server.models[next(id for id in server.models if id not in MODELS)]
 
 
 def serve_bytes(
@@ -8425,7 +8433,6 @@ def create_batch(server: Server, request: Request) -> Any:
 # --- Fine-tuning
 
 TRAINABLE = ("chat", "language", "code")  # types of models
-UNKNOWN_MODEL = Model("chat", "", traits=())  # what a base that the catalogue lacks counts as
 TRAIN_PRICE = 0.48  # USD for a million tokens
 TRAIN_TOKEN_BYTES = 4  # of a training file, by which its tokens are estimated
 MAX_METRICS = 1000  # points of a curve
@@ -8534,8 +8541,7 @@ def enter_fine_tune(server: Server, job: Item, status: str) -> Item:
         changes["model_output_path"] = f"s3://{USER}/{job['id']}/model"
         changes["epochs_completed"] = job["n_epochs"]
         changes["token_count"] = job["TrainingFileSize"] // TRAIN_TOKEN_BYTES * job["n_epochs"]
-        base, name = server.models.get(job["model"], UNKNOWN_MODEL), job["model_output_name"]
-        server._add_model(base.derive(name, USER, base.prices))
+        add_model(server, job["model_output_name"], job["model"])
     return {**changes, "events": job["events"] + list_new_events({**job, **changes}, status)}
 
 
@@ -8910,10 +8916,6 @@ autoscaling!:dict
 HARDWARE = (("h100", 80, "sxm", 5.65), ("a100", 80, "sxm", 4.28), ("l40s", 48, "pcie", 3.5))
 
 
-def add_model(server: Server, name: str, base: str) -> None:
-    server._add_model(server.models.get(base, UNKNOWN_MODEL).derive(name, USER))
-
-
 def enter_endpoint(server: Server, endpoint: Item, state: str) -> Item:
     server.models.pop(endpoint["name"], None)
     if state == "STARTED":
@@ -8938,7 +8940,7 @@ def endpoint_object(server: Server, item: Item) -> Item:
 ENDPOINTS = Jobs(
     "endpoints", "/v1/endpoints", endpoint_object, prefix="endpoint-", status="state",
     fields=ENDPOINT_FIELDS, enter=enter_endpoint, statuses="PENDING STARTING STARTED",
-    filters="type usage_type",
+    filters="type",
 )  # fmt: skip
 
 
@@ -13316,20 +13318,11 @@ class TogetherAiServer(Scripting, Shared):
         item = {"id": id, "content": data, "filename": filename, "purpose": purpose}
         return self._store("files", item)
 
-    def _add_model(self, model: Model) -> None:
-        with self._lock:
-            self.models[model.id] = model
-            if len(self.models) > len(MODELS) + MAX_OBJECTS:
-                del self.models[next(id for id in self.models if id not in MODELS)]
-
-    def _check_room(self, size: int, instead_of: str = "") -> None:
-        others = sum(len(data) for name, data in list(self.contents.items()) if name != instead_of)
-        if others + size > self.max_stored_bytes:
-            raise ApiError("storage_full", size=others + size, limit=self.max_stored_bytes)
-
     def _keep(self, name: str, data: bytes) -> None:
         with self._lock:
-            self._check_room(len(data), name)
+            size = sum(map(len, {**self.contents, name: data}.values()))
+            if size > self.max_stored_bytes:
+                raise ApiError("storage_full", size=size, limit=self.max_stored_bytes)
             self.contents[name] = data
 
     def _drop(self, id: str) -> None:
