@@ -8490,20 +8490,26 @@ FINE_TUNE: Item = {
 SETTINGS = {  # each with the member that tells its form; those of other forms stay as given
     "training_method": "method", "training_type": "type", "lr_scheduler": "lr_scheduler_type"
 }  # fmt: skip
-# What a job reports on entering a status: the status, a type and the documented message.
-FINE_TUNE_EVENTS = """\
-pending job_pending Fine tune request created
-running job_start Job started at {updated_at}
-running model_download_complete Model data downloaded for {model}
-running training_data_download_complete Data downloaded for {training_file}
-running training_start Training started for model {model}
-uploading epoch_complete Epoch completed, at step {step}
-uploading training_complete Training completed for {model}
-uploading model_uploading Uploading {artifact} model
-completed model_upload_complete Model upload complete
-completed job_complete Job finished at {updated_at}
-error job_error The job was scripted to fail
-cancelled job_stopped Job cancelled"""
+FINE_TUNE_EVENTS = {  # what a job reports on entering a status: types and documented messages
+    "pending": [("job_pending", "Fine tune request created")],
+    "running": [
+        ("job_start", "Job started at {updated_at}"),
+        ("model_download_complete", "Model data downloaded for {model}"),
+        ("training_data_download_complete", "Data downloaded for {training_file}"),
+        ("training_start", "Training started for model {model}"),
+    ],
+    "uploading": [
+        ("epoch_complete", "Epoch completed, at step {step}"),
+        ("training_complete", "Training completed for {model}"),
+        ("model_uploading", "Uploading output model"),
+    ],
+    "completed": [
+        ("model_upload_complete", "Model upload complete"),
+        ("job_complete", "Job finished at {updated_at}"),
+    ],
+    "error": [("job_error", "The job was scripted to fail")],
+    "cancelled": [("job_stopped", "Job cancelled")],
+}
 
 
 def list_steps(job: Item, count: int) -> list[int]:
@@ -8514,22 +8520,18 @@ def list_steps(job: Item, count: int) -> list[int]:
 
 def list_new_events(job: Item, status: str) -> list[Item]:
     """Return what a job reports when it reaches a status; an epoch's end once for each."""
-    artifact = "output" if job["training_type"]["type"] == "Full" else "adapter"
-    steps, events = list_steps(job, job["n_epochs"]), []
-    for row in FINE_TUNE_EVENTS.split("\n"):
-        reached, type, message = row.split(" ", 2)
-        if reached != status:
-            continue
-        for step in steps if type == "epoch_complete" else [0]:
-            events.append({
-                "object": "fine-tune-event", "param_count": 0, "token_count": 0,
-                "training_offset": 0, "wandb_url": "", "checkpoint_path": "", "hash": "",
-                "created_at": job["updated_at"], "level": "error" if status == "error" else "info",
-                "total_steps": steps[-1], "model_path": job["model_output_path"], "type": type,
-                "step": step,
-                "message": message.format_map({**job, "step": step, "artifact": artifact}),
-            })  # fmt: skip
-    return events
+    steps = list_steps(job, job["n_epochs"])
+    return [
+        {
+            "object": "fine-tune-event", "param_count": 0, "token_count": 0, "training_offset": 0,
+            "wandb_url": "", "checkpoint_path": "", "hash": "", "created_at": job["updated_at"],
+            "level": "error" if status == "error" else "info", "total_steps": steps[-1],
+            "model_path": job["model_output_path"], "type": type, "step": step,
+            "message": message.format_map({**job, "step": step}),
+        }
+        for type, message in FINE_TUNE_EVENTS.get(status, ())
+        for step in (steps if type == "epoch_complete" else [0])
+    ]  # fmt: skip
 
 
 def enter_fine_tune(server: Server, job: Item, status: str) -> Item:
