@@ -9053,25 +9053,19 @@ def read_counts(pattern: str, text: Any, default: tuple[int, ...]) -> tuple[int,
     return counts if all(counts) else default
 
 
-def read_pair(text: str, separator: str, place: str) -> tuple[int, ...]:
-    pair = read_counts(rf"([1-9]\d{{0,4}}){separator}([1-9]\d{{0,4}})", text, ())
-    if not pair:
-        raise refuse_value(place, f"must be two numbers such as 16{separator}9", text)
-    return pair
-
-
 def read_image_size(body: Item) -> tuple[int, int]:
     """Return width and height from whichever fields give them."""
-    given = (body.get("width"), body.get("height"))
-    size, ratio = body.get("size"), body.get("aspect_ratio")
-    sides: Any = (DEFAULT_IMAGE_SIDE, DEFAULT_IMAGE_SIDE)
-    if size and size != "auto":
-        sides = read_pair(size, "x", "size")
-    elif ratio and not any(given):
-        across, down = read_pair(ratio, ":", "aspect_ratio")
-        root = (across / down) ** 0.5
-        sides = (16 * round(64 * root), 16 * round(64 / root))  # that every model takes
-    width, height = (own or side for own, side in zip(given, sides))
+    sides: tuple[int, ...] = (DEFAULT_IMAGE_SIDE, DEFAULT_IMAGE_SIDE)
+    for name in ("aspect_ratio", "size"):  # the latter counts
+        text = body.get(name) or "auto"
+        if text != "auto":
+            sides = read_counts(r"(\d{1,4})[x:](\d{1,4})", text, ())
+            if not sides:
+                raise refuse_value(name, "must be two numbers such as 16:9 or 1024x768", text)
+            if name == "aspect_ratio":
+                root = (sides[0] / sides[1]) ** 0.5
+                sides = (16 * round(64 * root), 16 * round(64 / root))  # that every model takes
+    width, height = (body.get("width") or sides[0], body.get("height") or sides[1])
     rule = f"must be from {MIN_IMAGE_SIDE} to {MAX_IMAGE_SIDE} pixels"
     for name, side in (("width", width), ("height", height)):
         if not MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE:
@@ -9080,17 +9074,27 @@ def read_image_size(body: Item) -> tuple[int, int]:
 
 
 # Seven letters, width and height, and how the format begins: sixteen as in production.
-IMAGE_TOKEN = lazy_regex(r"([0-9A-Za-z]{7})([0-9]{4})([0-9]{4})([jp])")
+IMAGE_TOKEN = lazy_regex(r"(\w{7})(\d{4})(\d{4})[jp]", re.ASCII)
+
+
+def read_name(
+    name: str, pattern: re.Pattern[str], noun: str, limits: Sequence[int]
+) -> tuple[HashRandom, list[int]]:
+    """Return what a file is drawn from, and the numbers that its name tells of it."""
+    found = pattern.fullmatch(name)
+    letters, *numbers = found.groups() if found else ("", "0")
+    counts = list(map(int, numbers))
+    if not all(0 < count <= limit for count, limit in zip(counts, limits)):
+        raise ApiError("no_object", param="name", noun=noun, id=name[:100])
+    return HashRandom.of_bytes(letters.encode()), counts
 
 
 def render_image(token: str) -> tuple[bytes, str]:
     """Return the file that an image's name stands for, and its format."""
-    found = IMAGE_TOKEN.fullmatch(token)
-    letters, width, height, end = found.groups() if found else ("", 0, 0, "")
-    if not all(MIN_IMAGE_SIDE <= int(side) <= MAX_IMAGE_SIDE for side in (width, height)):
-        raise ApiError("no_object", param="token", noun="Image", id=token[:100])
-    rng, format = HashRandom.of_bytes(letters.encode()), "png" if end == "p" else "jpeg"
-    return make_image(rng, int(width), int(height), format), format
+    limits = (MAX_IMAGE_SIDE, MAX_IMAGE_SIDE)
+    rng, (width, height) = read_name(token, IMAGE_TOKEN, "Image", limits)
+    format = "png" if token[-1] == "p" else "jpeg"
+    return make_image(rng, width, height, format), format
 
 
 def show_image(server: Server, request: Request, rng: HashRandom, size: tuple[int, int]) -> Item:
@@ -9351,7 +9355,7 @@ VIDEO_FIELDS = Fields(
     f"fps:int:0..{MAX_FPS} steps:int:10..50 output_format=MP4|WEBM generate_audio:bool",
     "frame_images,reference_images:list media:dict",
 )
-VIDEO_URL = lazy_regex(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4", re.ASCII)
+VIDEO_NAME = lazy_regex(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4", re.ASCII)
 
 
 def read_video_size(body: Item) -> str:
@@ -9431,13 +9435,9 @@ def create_video(server: Server, request: Request) -> Any:
 @route("GET /shrt/videos/{name}", open=True)
 def get_video_file(server: Server, request: Request) -> Any:
     """Serve a video that an answer pointed to; it needs no key."""
-    found = VIDEO_URL.fullmatch(request.params["name"])
-    letters, *facts = found.groups() if found else ("", 0)
     limits = (MAX_IMAGE_SIDE, MAX_IMAGE_SIDE, MAX_VIDEO_SECONDS, MAX_FPS)
-    if not all(0 < int(fact) <= limit for fact, limit in zip(facts, limits)):
-        raise ApiError("no_object", param="name", noun="Video", id=request.params["name"][:100])
-    video = make_video(HashRandom.of_bytes(letters.encode()), *map(int, facts))
-    return serve_bytes(request, video, "video/mp4")
+    rng, counts = read_name(request.params["name"], VIDEO_NAME, "Video", limits)
+    return serve_bytes(request, make_video(rng, *counts), "video/mp4")
 
 
 # === Realtime endpoints ===
