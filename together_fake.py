@@ -4982,7 +4982,7 @@ ENTRY = Keys(
     FOREIGN,
 )
 FIXTURE_FILE = Keys(
-    "fixtures!:list models:dict exactTurns:bool",
+    "fixtures:list models:dict exactTurns:bool",
     Field("normalise", list, each=Field("", str, test=("a regular expression", re.compile))),
     "-$schema,$comment,meta",
 )
@@ -5141,46 +5141,45 @@ def as_json(value: Any) -> Any:
     return dump(mode="json") if callable(dump) else value
 
 
-def clean(value: Any, row: Field, place: str, ignored: list[str]) -> Any:
-    """Copy JSON without nulls, comments and what its table ignores, whose places are noted."""
+def clean(value: Any, row: Field, ignored: set[str]) -> Any:
+    """Copy JSON without nulls, comments and what its table ignores, whose names are noted."""
     value, each = as_json(value), row.each or row
     if row.test is BASE64 and isinstance(value, (bytes, bytearray)):
         return base64.b64encode(value).decode()
     if isinstance(value, (list, tuple)):
-        return [clean(item, each, place, ignored) for item in value]
+        return [clean(item, each, ignored) for item in value]
     if not isinstance(value, dict):
         return value
     if row.fields is None:
-        return {key: clean(item, each, place, ignored) for key, item in value.items()}
+        return {key: clean(item, each, ignored) for key, item in value.items()}
     copy = {}
     for given, item in value.items():
         key = to_camel(given) if row.fields.closed else given
-        at = f"{place}.{key}"
         if key in row.fields.ignored and key not in row.fields:
-            ignored.append(at)
+            ignored.add(key)
         elif given[:1] != "_" and (item is not None or key == "json"):  # no comment
-            copy[key] = clean(item, row.fields.get(key, row), at, ignored)
+            copy[key] = clean(item, row.fields.get(key, row), ignored)
     return copy
 
 
-def check_clean(value: Any, fields: Fields, place: str, ignored: list[str]) -> Any:
+def check_clean(value: Any, fields: Fields, place: str, ignored: set[str]) -> Any:
     """Return a clean copy; raise ValueError naming the first place that is wrong."""
     row = Field("", dict, fields=fields)
     try:
-        return row.check(clean(value, row, place, ignored))
+        return row.check(clean(value, row, ignored))
     except ApiError as error:
         reason = error.facts.get("reason") or "is missing"
         raise ValueError(f"{place}{error.param}: {reason}") from None
 
 
-def check_response(said: Item, place: str, ignored: list[str]) -> ResponseType:
+def check_response(said: Item, place: str, ignored: set[str]) -> ResponseType:
     """Return the type of a response; refuse what it cannot say, note what it ignores."""
     type = find_response_type(said)
     if type is None:
         keys = ", ".join(TYPES_BY_KEY)
         raise ValueError(f"{place}: has none of the keys that say what to answer: {keys}")
     foreign = sorted(said.keys() - type.fields.keys())
-    ignored += (f"{place}.{key}" for key in foreign)
+    ignored.update(foreign)
     reason = f"does not go with a response of type {type.name}"
     wrong = {key: reason for key in foreign if key not in type.fields.ignored}
     if len({isinstance(item, list) for item in said.get("embedding", ())}) > 1:
@@ -5195,7 +5194,7 @@ def check_response(said: Item, place: str, ignored: list[str]) -> ResponseType:
     return type
 
 
-def parse_entry(given: Any, place: str, ignored: list[str]) -> tuple[ResponseType, Item]:
+def parse_entry(given: Any, place: str, ignored: set[str]) -> tuple[ResponseType, Item]:
     """Return the type of a fixture's response, and its entry, checked and clean."""
     entry, type = check_clean(given, ENTRY, place, ignored), GENERATED
     if "response" in entry:
@@ -5314,8 +5313,8 @@ def show_difference(wanted: Any, got: Any) -> str:
     if len(one) <= 60 and (len(other) <= 60 or isinstance(got, str)):
         return ""
     other = other[max(0, other.find(one[:20])) :]
-    same = (at for at, pair in enumerate(zip(one, other)) if pair[0] != pair[1])
-    start = max(0, next(same, min(len(one), len(other))) - 40)
+    alike = itertools.takewhile(bool, map(operator.eq, one, other))
+    start = max(0, len([*alike]) - 40)
     parts = (text[start : start + MAX_SHOWN].replace("\n", "\\n") for text in (one, other))
     return "\n".join(map("{} {}".format, "-+", parts))
 
@@ -5341,7 +5340,7 @@ class Fixture:
 
     def __init__(self, given: Any, place: str, source: str = "", when: Any = None) -> None:
         """Read an entry; raise ValueError naming the place in it that is wrong."""
-        self.ignored: list[str] = []  # places of what only others read
+        self.ignored: set[str] = set()  # keys that only others read
         self.type, entry = parse_entry(given, place, self.ignored)
         self.entry, self.source, self.when = entry, source, when
         # How often it was served, by test; of a sequence all its fixtures together.
@@ -5502,7 +5501,7 @@ def parse_models(rows: Mapping[str, Any]) -> dict[str, Model]:
     """Return the models that a script adds or changes, by their ids."""
     models = {}
     for id, row in rows.items():
-        told = snake_keys(check_clean(row, OWN_MODEL, f"models[{id!r}]", []))
+        told = snake_keys(check_clean(row, OWN_MODEL, f"models[{id!r}]", set()))
         traits = ["known", *told["traits"]] if "traits" in told else []
         price = told.pop("price", {})
         prices = [price.get(key, 0) for key in ("input", "output", "cachedInput")]
@@ -5515,10 +5514,7 @@ def read_file(data: Any) -> Item:
     if isinstance(data, dict) and data.keys() & {"match", "response"}:
         data = [data]
     file = {"fixtures": data} if isinstance(data, list) else data
-    if isinstance(file, dict) and "models" in file:
-        file = {"fixtures": [], **file}
-    read: Item = check_clean(file, FIXTURE_FILE, "file", [])
-    return read
+    return {"fixtures": [], **check_clean(file, FIXTURE_FILE, "file", set())}
 
 
 class Loaded(list):  # type: ignore[type-arg]
@@ -5539,7 +5535,8 @@ class Loaded(list):  # type: ignore[type-arg]
 
 def parse_fixtures(data: Any, place: str = "") -> Loaded:
     """Build the fixtures of a file's JSON; raise ValueError with a line for all that is wrong."""
-    loaded, ignored, problems = Loaded(), [], []
+    loaded, problems = Loaded(), []
+    ignored: set[str] = set()
     file: Item = {"fixtures": []}
     try:
         file = read_file(data)
@@ -5555,7 +5552,7 @@ def parse_fixtures(data: Any, place: str = "") -> Loaded:
         name = str(get_path(entry, "match", "endpoint"))
         said = find_response_type(get_path(entry, "response") or ())
         if FOREIGN_ENDPOINTS.match(name) and (name != "realtime" or said is TEXT):
-            ignored.append(at)
+            ignored.add(f"endpoint {name}")
             continue
         try:
             fixture = Fixture(entry, at, f"file {place}[{index}]" if place else "run time")
@@ -5563,13 +5560,15 @@ def parse_fixtures(data: Any, place: str = "") -> Loaded:
             problems.append(f"{error}")
             continue
         fixture.relaxed = is_relaxed
-        ignored += fixture.ignored
+        ignored |= fixture.ignored
         loaded.append(fixture)
     prefix = f"{place}: " if place else ""
     if problems:
         raise ValueError("\n".join(prefix + problem for problem in problems))
     if ignored:
-        loaded.warnings = [f"{prefix}ignored, for other providers only: {', '.join(ignored)}"]
+        loaded.warnings = [
+            f"{prefix}ignored, for other providers only: {', '.join(sorted(ignored))}"
+        ]
     return loaded
 
 
@@ -5643,12 +5642,10 @@ def parse_header(text: str) -> Fixture:
     try:
         entry = json.loads(text)
         if not isinstance(entry, dict) or entry.keys().isdisjoint(("match", "response")):
-            entry = check_clean(entry, RESPONSE, at, [])
+            entry = check_clean(entry, RESPONSE, at, set())
             said = {key: entry.pop(key) for key in [*entry] if key not in OPTIONS}
             entry.update({"response": said} if said else {})
-        fixture = Fixture({"match": {}, **entry}, at, "header")
-        fixture.sequence = None  # one request is no sequence
-        return fixture
+        return Fixture({"match": {}, **entry}, at, "header")
     except (ValueError, RecursionError) as error:
         raise ApiError("bad_fixture", reason=str(error)) from None
 
