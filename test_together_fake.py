@@ -10373,7 +10373,7 @@ class CommandLineTests(unittest.TestCase):
                 (("--fixtures", str(HERE / "nowhere.json")), r"nowhere\.json'?"),
                 (("--record", "x.json"), "record needs an upstream"),
                 (("--upstream", "nowhere"), "must be an http:// or https:// URL"),
-                ((*url, "--record", str(COPY)), "is a folder"),
+                ((*url, "--record", str(COPY)), "is no file"),
             ):
                 with self.subTest(options):
                     status, printed, logged = run_main(*options)
@@ -11358,11 +11358,11 @@ class RecordingTests(RecordingCase):
         url = self.service.url
         for options, kind, reason in (
             ({"record": self.file}, ValueError, "record needs an upstream"),
-            ({"upstream": url, "record": self.folder}, ValueError, "is a folder"),
+            ({"upstream": url, "record": self.folder}, OSError, "is no file"),
             ({"upstream": url, "record": plain / "x.json"}, OSError, "plain"),
             ({"upstream": url, "record": broken}, ValueError, "broken.json"),
             ({"upstream": url, "record": plain}, ValueError, "plain"),
-            ({"upstream": url, "record": os.devnull}, ValueError, "is no file"),
+            ({"upstream": url, "record": os.devnull}, OSError, "is no file"),
         ):  # fmt: skip
             with self.subTest(options), self.assertRaisesRegex(kind, reason):
                 TogetherAiServer(**options)

@@ -4709,8 +4709,7 @@ def convert_content(content: Any) -> Any:
         return {"type": "text", "text": content.get("text", content.get("refusal"))}
     if kind == "input_image" and content.get("image_url"):
         return {"type": "image_url", "image_url": {"url": content["image_url"]}}
-    is_file = isinstance(content, dict) and kind != "input_audio"
-    return {"type": "file", "file": content} if is_file else content
+    return content
 
 
 def convert_item(item: Item) -> Item:
@@ -10067,8 +10066,7 @@ def record_calls(calls: Iterable[Call], secrets: Iterable[str]) -> list[Item]:
 def check_target(path: str) -> str:
     path = os.path.realpath(path)
     if os.path.exists(path) and not os.path.isfile(path):
-        kind = "a folder" if os.path.isdir(path) else "no file"
-        raise OSError(errno.EINVAL, f"it is {kind}", path)
+        raise OSError(errno.EINVAL, "it is no file", path)
     return path
 
 
@@ -10122,11 +10120,7 @@ class Recorder(Shared):
     def __init__(self, path: str, change: Any = None) -> None:
         import tempfile
 
-        self._change = change
-        try:
-            self.path = check_target(path)
-        except OSError as error:
-            raise ValueError(f"record needs a file, and {error}") from None
+        self._change, self.path = change, check_target(path)
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         tempfile.TemporaryFile(dir=os.path.dirname(self.path)).close()  # there can be a draft
         self._recording = Recording()
