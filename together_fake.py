@@ -6728,7 +6728,7 @@ class Answer:
             "matched_stop": stop,
         }
 
-    def frame(self, kind: str, choices: list[Item], usage: Any) -> Item:
+    def frame(self, kind: str, choices: list[Item], has_usage: bool = True) -> Item:
         """Return the body of a whole answer, or of a chunk."""
         values = {
             "id": self.id,
@@ -6739,7 +6739,7 @@ class Answer:
             "metadata": {"weight_version": "default"},
             "prompt": self.prompt,
             "choices": choices,
-            "usage": usage,
+            "usage": self.list_usage() if has_usage else None,
         }
         return self.form.arrange(kind, "body", values)
 
@@ -6752,9 +6752,6 @@ class Answer:
         return self.form.arrange(kind, "choice", part)
 
     # The whole
-
-    def write_whole(self) -> Item:
-        return self.frame("whole", list(map(self.write_choice, self.choices)), self.list_usage())
 
     def write_choice(self, choice: Choice) -> Item:
         """Return one choice of a whole answer; what stands beside tool calls is the engine's."""
@@ -6789,7 +6786,7 @@ class Answer:
         turns = itertools.zip_longest(*map(self.stream_choice, self.choices))
         yield from filter(None, itertools.chain.from_iterable(turns))  # a chunk of each choice
         if "ends-with-usage" not in self.traits:
-            yield self.frame("usage", [], self.list_usage())
+            yield self.frame("usage", [])
 
     def stream_choice(self, choice: Choice) -> Iterator[Any]:
         """Yield the chunks of a choice: reasoning, text and tool calls, the end."""
@@ -6818,8 +6815,8 @@ class Answer:
         yield self.chunk("end", choice, {"token_id": number}, **ending)
 
     def chunk(self, kind: str, choice: Choice, said: Item, **more: Any) -> Item:
-        usage = more.get("usage") if "ends-with-usage" in self.traits else None
-        return self.frame(kind, [self.part(kind, choice, said, **more)], usage)
+        ends = bool(more.get("usage")) and "ends-with-usage" in self.traits
+        return self.frame(kind, [self.part(kind, choice, said, **more)], ends)
 
     def text(self, choice: Choice, piece: str, score: Any = None, **more: Any) -> Item:
         """Return the chunk of a token of the text, with its number where the engine tells it."""
@@ -6870,8 +6867,8 @@ def make_template(answer: Answer, values: Item) -> tuple[str, Callable[[Item], A
     blank.id, blank.model, blank.seed = slots["id"], slots["model"], slots["seed"]
     blank.usage = {name: slots[name] for name in answer.usage}
     choice.text, choice.thoughts = slots["text"], slots["thoughts"]
-    blank.choices = [choice]
-    whole, slot = ENCODE(blank.write_whole()).replace("%", "%%"), rf'"{SLOT}(\w+)"'
+    whole, slot = ENCODE(blank.frame("whole", [blank.write_choice(choice)])), rf'"{SLOT}(\w+)"'
+    whole = whole.replace("%", "%%")
     return re.sub(slot, "%s", whole), operator.itemgetter(*re.findall(slot, whole))
 
 
@@ -6885,9 +6882,7 @@ def encode_answer(answer: Answer) -> bytes:
     called = choice.tool_calls or choice.function_call
     is_bare = not (called or choice.scores or choice.stop_text or answer.prompt)
     if not is_bare or len(answer.choices) > 1 or (script and not OVERRIDING.isdisjoint(script)):
-        blank = copy.copy(answer)
-        blank.choices = []
-        head, mark, tail = ENCODE(blank.write_whole()).partition('"choices":[')
+        head, mark, tail = ENCODE(answer.frame("whole", [])).partition('"choices":[')
         choices = ",".join(map(ENCODE, map(answer.write_choice, answer.choices)))
         return f"{head}{mark}{choices}{tail}".encode()
     thoughts = "".join(choice.thoughts)
@@ -6998,10 +6993,11 @@ def refuse_chat(body: Item, model: Model, traits: Any, thinks: bool, strict: boo
     """Raise ApiError for what an engine does not take, and where strict a model or anyone."""
     choice, messages = body.get("tool_choice"), body["messages"]
     is_forced = choice not in (None, "auto", "none")
-    if strict and is_forced and type(choice) is str and choice != "required":
-        raise refuse_value("tool_choice", "must be auto, none, required or an object", choice)
-    if strict and is_forced and "no-grammar" in model.traits:
-        raise ApiError("no_grammar")
+    if strict and is_forced:
+        if type(choice) is str and choice != "required":
+            raise refuse_value("tool_choice", "must be auto, none, required or an object", choice)
+        if "no-grammar" in model.traits:
+            raise ApiError("no_grammar")
     for each in messages if strict and "needs-content" in traits else ():
         if each["role"] == "assistant" and each.get("content") is None:
             raise ApiError("empty_prompt")
@@ -7164,8 +7160,8 @@ def read_turn(messages: list[Item], names: Sequence[str]) -> tuple[str, list[str
     done: list[str] = []
     for message in messages:
         text, role = message_text(message), message["role"]
-        spoken = re.findall(r"""["']name["']: ["'](\w+)["']|tool `(\w+)`""", text)
-        found = [name for pair in spoken for name in pair if name in names]
+        spoken = re.findall(r"""(?:["']name["']: ["']|tool `)(\w+)["'`]""", text)
+        found = [name for name in spoken if name in names]
         ends = role in ("tool", "function")
         if role == "user":
             ends = written or bool(found) or bool(asked and RESULT.search(text[:80]))
@@ -7261,8 +7257,8 @@ def choose_calls(rng: HashRandom, form: Form, body: Item, index: int) -> list[It
         calls.append(tool_call(own, form, at, name, arguments))
     if body.get("tool_choice") not in (None, "auto"):
         return calls
-    given = [call for message in body["messages"] for call in message.get("tool_calls") or ()]
-    made = [call.get("function") for call in given]
+    told = [message.get("tool_calls") or () for message in body["messages"]]
+    made = [call.get("function") for call in itertools.chain(*told)]
     return [call for call in calls if call["function"] not in made]
 
 
