@@ -655,8 +655,6 @@ class Field:
 
     low, high = -math.inf, math.inf  # of a number, or the length of a string, array or object
     choices: Sequence[Any] = ()  # the values allowed, of their types
-    words: Any = ()  # those that are texts
-    chosen: Any = ()  # the types of all
     test: tuple[str, Callable[[Any], Any]] | None = None  # what a string shall be; it raises else
     each: Field | None = None  # of every item of an array, or value of an object without fields
     fields: Fields | None = None  # of a nested object
@@ -667,13 +665,11 @@ class Field:
         self.kinds = kinds  # an integer is a number, `True` is not an integer
         self.types = frozenset(kinds)
         vars(self).update(rules)
-        if self.choices:
-            self.words = {choice for choice in self.choices if type(choice) is str}
-            self.chosen = set(map(type, self.choices))
+        self.chosen = set(map(type, self.choices))
         self.bounded = "low" in rules or "high" in rules
-        # The types of which every value passes, so that most values cost one look-up.
-        limited = self.bounded or self.choices or self.test
-        self.free = frozenset() if limited else self.types - {list, dict}
+        # The types of which every value passes, or that within bounds: most cost one look-up.
+        self.sized = frozenset() if self.choices or self.test else self.types - {list, dict}
+        self.free = frozenset() if self.bounded else self.sized
 
     def check(self, value: Any) -> Any:
         """Return the value in its declared type; raise ApiError naming the place inside of it."""
@@ -813,7 +809,12 @@ class Fields(dict):  # type: ignore[type-arg]
             field, kind = find(name), type(value)
             if field is None or value is None or kind in field.free:
                 continue
-            if kind is str and value in field.words:
+            if kind in field.chosen and value in field.choices:
+                continue
+            if (
+                kind in field.sized
+                and field.low <= (len(value) if kind is str else value) <= field.high
+            ):
                 continue
             try:
                 checked = field.check(value)
@@ -1095,8 +1096,6 @@ def random_uuid(rng: HashRandom) -> str:
 # === Text ===
 
 MAX_WORD_BYTES = 40  # of a word: what counts of it for a vector, and what is worth remembering
-MAX_COUNTED_TEXT = 2**18  # characters of a text whose tokens are counted at once
-MAX_REMEMBERED_TEXT = 1000  # of one whose number is remembered
 
 
 def phrases(text: str, first: str = " ") -> tuple[str, ...]:
@@ -1226,17 +1225,13 @@ def split_tokens(text: str) -> list[str]:
     return TOKEN.findall(text)
 
 
-@functools.lru_cache(maxsize=1000)  # what was said before comes again with each turn
-def count_short(text: str) -> int:
-    return TOKEN.subn("", text)[1]  # faster than a list
-
-
 def count_tokens(text: str) -> int:
-    """Count tokens, of a long text piece by piece, where a cut may add one: others get turns."""
-    if len(text) <= MAX_REMEMBERED_TEXT:
-        return count_short(text)
-    starts = range(0, len(text), MAX_COUNTED_TEXT)
-    return sum([TOKEN.subn("", text[at : at + MAX_COUNTED_TEXT])[1] for at in starts])
+    return len(split_tokens(text))
+
+
+def estimate_tokens(text: str) -> int:
+    """Return how many tokens a text counts as that is only read; to cut a long one takes long."""
+    return max(text.count(" "), len(text.encode()) // 4) + 1
 
 
 @functools.cache  # there are 256 for each place
@@ -7041,9 +7036,9 @@ def count_messages(messages: list[Item], texts: list[str], model: Model) -> tupl
             check_message(message, f"messages[{number}]", model)
         if type(content) is list:
             count += MEDIA_TOKENS * sum(part["type"] != "text" for part in content)
-        count += MESSAGE_TOKENS + count_tokens(text)
+        count += MESSAGE_TOKENS + estimate_tokens(text)
         if message.get("tool_calls"):
-            count += count_tokens(ENCODE(message["tool_calls"]))
+            count += estimate_tokens(ENCODE(message["tool_calls"]))
     return count, before
 
 
@@ -7463,7 +7458,7 @@ def compose_chat(server: Server, request: Request) -> Answer:
     rng = HashRandom.of("chat", pick_facts(body, CHAT_FACTS))
     request.id = form.name_answer(rng)
     for tools in (body.get("tools"), body.get("functions")):
-        prompt_tokens += count_tokens(ENCODE(tools)) if tools else 0
+        prompt_tokens += estimate_tokens(ENCODE(tools)) if tools else 0
     budget, prompt_tokens = find_budget(body, model, prompt_tokens)
     script = request.script = fill_forced_tool(body, request.script)
     wanted = read_prompt(server, request, messages, texts)
@@ -7804,7 +7799,7 @@ def compose_completion(server: Server, request: Request) -> Answer:
     choices: list[Choice] = []
     prompt_tokens = 0
     for prompt in prompts:
-        length = count_tokens(prompt) if type(prompt) is str else len(prompt)
+        length = estimate_tokens(prompt) if type(prompt) is str else len(prompt)
         budget, read = find_budget(body, model, length)
         prompt_tokens += read
         own = HashRandom.of("prompt", [facts, prompt])
@@ -7934,7 +7929,7 @@ def rerank(server: Server, request: Request) -> Any:
         results.append({"index": index, "relevance_score": scores[index], "document": document})
     rng = HashRandom.of("rerank", [model.id, body["query"], documents])
     request.id = random_id(rng)
-    tokens = sum(map(count_tokens, texts)) + count_tokens(body["query"]) * len(texts)
+    tokens = sum(map(estimate_tokens, [*texts, *[body["query"]] * len(texts)]))
     return {
         "object": "rerank", "id": request.id, "model": model.id, "results": results,
         "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
