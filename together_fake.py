@@ -9360,10 +9360,11 @@ def read_video_size(body: Item) -> str:
 
 def video_object(server: Server, item: Item) -> Item:
     """Return what a video lacks; its URL says all that is needed to make the file."""
-    (seconds,) = read_counts(r"(\d{1,2})", item.get("seconds"), (DEFAULT_VIDEO_SECONDS,))
-    item.update(size=read_video_size(item), seconds=str(min(seconds, MAX_VIDEO_SECONDS)))
-    name = random_letters(HashRandom.of("video", item.pop("facts", item["id"])), 16)
-    name = f"{name}-{item['size']}-{item['seconds']}s{item.pop('fps', DEFAULT_FPS)}.mp4"
+    asked = item.pop("asked", item)
+    (seconds,) = read_counts(r"(\d{1,2})", asked.get("seconds"), (DEFAULT_VIDEO_SECONDS,))
+    item.update(size=read_video_size(asked), seconds=str(min(seconds, MAX_VIDEO_SECONDS)))
+    name = random_letters(HashRandom.of("video", asked), 16)
+    name += f"-{item['size']}-{item['seconds']}s{asked.get('fps') or DEFAULT_FPS}.mp4"
     url = f"{item.pop('origin', server.origin)}/shrt/videos/{name}"
     now = server._now()
     return {
@@ -9409,9 +9410,8 @@ def create_video(server: Server, request: Request) -> Any:
     """Start a video; it is completed when it is first retrieved."""
     body, script = request.body, request.script or {}
     item = {
-        "model": resolve_model(server, body["model"], "video").id, "size": read_video_size(body),
-        "seconds": body.get("seconds"), "fps": body.get("fps") or DEFAULT_FPS,
-        "origin": request.origin or server.origin, "facts": pick_given(body, VIDEO_FIELDS),
+        "model": resolve_model(server, body["model"], "video").id,
+        "origin": request.origin or server.origin, "asked": pick_given(body, VIDEO_FIELDS),
         **pick_given(script, ("id", "url")),
     }  # fmt: skip
     if script.get("error"):
@@ -9750,13 +9750,17 @@ class VoiceSession(Session):
 # --- Models
 
 
+def owned_model(model: Model) -> Item:
+    return {**model_object(model), "owned_by": model.organization or "user"}
+
+
 @route("GET /v1/models", query="dedicated:bool")
 def list_models(server: Server, request: Request) -> Any:
     """List the catalogue and the models that jobs have made."""
-    items = [model_object(model) for model in list(server.models.values())]
-    if is_openai(request):
-        items = [{**item, "owned_by": item["organization"] or "user"} for item in items]
-    return wrap_list(request, items, server.strict)
+    write = owned_model if is_openai(request) else model_object
+    return wrap_list(
+        request, [write(model) for model in list(server.models.values())], server.strict
+    )
 
 
 @route("GET /v1/models/{id...}")
@@ -9765,8 +9769,7 @@ def get_model(server: Server, request: Request) -> Any:
     model = server.models.get(request.params["id"])
     if model is None:
         raise ApiError("no_model", model=request.params["id"][:100])
-    item = model_object(model)
-    return {**item, "owned_by": item["organization"] or "user"}
+    return owned_model(model)
 
 
 @route("GET /v1/autoscale/models")
