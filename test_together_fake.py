@@ -7872,7 +7872,6 @@ class TypeTests(unittest.TestCase):
         typed = set()
         for name, known in (
             ("CallWords", fake.CALL_WORDS),
-            ("FailWords", fake.CALL_WORDS),
             ("ReplyWords", fake.REPLY_WORDS),
         ):
             typed |= set(re.findall(r"^ {8}(\w+):", classes[name], re.M))

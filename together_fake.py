@@ -5369,11 +5369,6 @@ class Fixture:
         self.needle_key = next(keys, "")
         self.needle: str = self.match.get(self.needle_key, "")
 
-    @property
-    def slow(self) -> bool:
-        """Whether it asks a pattern or a function, which may take their time."""
-        return bool(self.when or self.answers or '"pattern"' in self.group[0])
-
     def fits(self, kind: str) -> bool:
         if self.closes:
             return kind in OPERATIONS and OPERATIONS[kind].status == 101
@@ -5712,7 +5707,8 @@ class Fixtures(Shared):
     @property
     def slow(self) -> bool:
         """Whether one of them asks a pattern or a function."""
-        return bool(self._arrange()[2])
+        is_slow: bool = self._arrange()[2]
+        return is_slow
 
     @property
     def empty(self) -> bool:
@@ -5787,7 +5783,7 @@ class Fixtures(Shared):
     # Which one is served
 
     def _arrange(self) -> Any:
-        """Return the fixtures as they are asked, also in runs of one needle's key; any is slow."""
+        """Return the fixtures as they are asked, runs of them that look for one key, any slow."""
         with self._lock:
             if self._arranged is None:
                 sequences: dict[Any, dict[str, int]] = {}
@@ -5798,7 +5794,10 @@ class Fixtures(Shared):
                 order = sorted(self.every, key=lambda each: each.rank)
                 runs = itertools.groupby(order, key=lambda each: each.needle_key)
                 needles = [(key, [(each.needle, each) for each in run]) for key, run in runs]
-                self._arranged = order, needles, any(each.slow for each in order)
+                slow = any(
+                    each.when or each.answers or '"pattern"' in each.group[0] for each in order
+                )
+                self._arranged = order, needles, slow
             return self._arranged
 
     def find(self, facts: MatchFacts) -> tuple[Fixture | None, list[Any]]:
@@ -12571,6 +12570,8 @@ if TYPE_CHECKING:
     # The same words for mypy and editors, with their types.
     from typing_extensions import TypedDict, Unpack
 
+    Object = Mapping[str, Any]
+
     class CallWords(TypedDict, total=False):
         user_message: TextMatch
         system_message: TextMatch | Sequence[str]
@@ -12584,12 +12585,12 @@ if TYPE_CHECKING:
         test_id: TextMatch
         has_tool_result: bool
         turn_index: int
-        body: Mapping[str, Any]
+        body: Object
         body_digest: str
         headers: Mapping[str, TextMatch]
-        not_: Mapping[str, Any]
+        not_: Object
 
-    class FailWords(CallWords, total=False):
+    class ReplyWords(CallWords, total=False):
         endpoint: TextMatch
         sequence_index: int
         when: Callable[[Request], Any]
@@ -12598,7 +12599,7 @@ if TYPE_CHECKING:
         chunk_size: int
         chunk_sizes: Sequence[int]
         streaming_profile: Mapping[str, float]
-        recorded_timings: Mapping[str, Any]
+        recorded_timings: Object
         replay_speed: float
         should_retry: bool
         malformed: bool
@@ -12608,7 +12609,7 @@ if TYPE_CHECKING:
         disconnect_after_chunks: int
         error_after_chunks: int
         chaos: Mapping[str, float]
-        error: Mapping[str, Any]
+        error: Object
         retry_after: float
         retry_after_date: bool
         malformed_after_chunks: int
@@ -12618,28 +12619,26 @@ if TYPE_CHECKING:
         in_: str
         before: str
         insert: str
-
-    class ReplyWords(FailWords, total=False):
         reasoning: str
-        tool_calls: Sequence[Mapping[str, Any]]
-        blocks: Sequence[Mapping[str, Any]]
+        tool_calls: Sequence[Object]
+        blocks: Sequence[Object]
         embedding: Sequence[Any]
         image: Any
         images: Sequence[Any]
         audio: Any
         format: str
         transcription: Any
-        video: Mapping[str, Any]
+        video: Object
         scores: Sequence[float]
         json: Any
         raw: Mapping[str, str]
-        job: Mapping[str, Any]
+        job: Object
         status: int
         id: str
         created: int
         response_model: str
         response_headers: Mapping[str, str]
-        usage: Mapping[str, Any]
+        usage: Object
         finish_reason: str
         role: str
 
@@ -12720,7 +12719,7 @@ class Scripting:
     reply.__doc__ = f"{reply.__doc__}\n        Keywords: {', '.join(REPLY_WORDS)}"
 
     def fail(
-        self, status: int | str | Mapping[str, Any] | None = None, **words: Unpack[FailWords]
+        self, status: int | str | Mapping[str, Any] | None = None, /, **words: Unpack[ReplyWords]
     ) -> Fixture:
         """Script a fault: a status with its real body, or a reply that goes wrong on its way.
 
