@@ -1096,6 +1096,8 @@ def random_uuid(rng: HashRandom) -> str:
 # === Text ===
 
 MAX_WORD_BYTES = 40  # of a word: what counts of it for a vector, and what is worth remembering
+MAX_COUNTED_TEXT = 2**18  # characters of a text whose tokens are counted at once
+MAX_REMEMBERED_TEXT = 1000  # of one whose number is remembered
 
 
 def phrases(text: str, first: str = " ") -> tuple[str, ...]:
@@ -1225,13 +1227,17 @@ def split_tokens(text: str) -> list[str]:
     return TOKEN.findall(text)
 
 
+@functools.lru_cache(maxsize=1000)  # what was said before comes again with each turn
+def count_short(text: str) -> int:
+    return TOKEN.subn("", text)[1]  # faster than a list
+
+
 def count_tokens(text: str) -> int:
-    return len(split_tokens(text))
-
-
-def estimate_tokens(text: str) -> int:
-    """Return how many tokens a text counts as that is only read; to cut a long one takes long."""
-    return max(text.count(" "), len(text.encode()) // 4) + 1
+    """Count tokens, of a long text piece by piece, where a cut may add one: others get turns."""
+    if len(text) <= MAX_REMEMBERED_TEXT:
+        return count_short(text)
+    starts = range(0, len(text), MAX_COUNTED_TEXT)
+    return sum([TOKEN.subn("", text[at : at + MAX_COUNTED_TEXT])[1] for at in starts])
 
 
 @functools.cache  # there are 256 for each place
@@ -3834,120 +3840,127 @@ class Model:
         return model
 
 
-# A type's heading, then: id | organization, where the id does not say | context length | prices |
-# more, which are traits, the engine, dimensions and prices by another unit. All as it was seen up
-# to 2026-10; below the second `chat`, older ids that programs and tests still use. What is not
-# known is left out.
+# A type's heading, then: id | organization | display name | context length | prices | more, which
+# are traits, the engine, dimensions and prices by another unit. The id says who and what it is
+# where nothing else does.
+# Ids, lengths, names and prices as they were seen up to 2026-10; below the second `chat`, older
+# ids that programs and tests still use. What is not known is left out.
 MODEL_TABLE = """\
 = chat
-meta-llama/Llama-3.3-70B-Instruct-Turbo|Meta|131072|1.04/1.04
-openai/gpt-oss-120b|OpenAI|131072|0.15/0.6|always-thinks, engine gpt-oss-120b
-openai/gpt-oss-20b|OpenAI|131072|0.05/0.2|thinks, engine gpt-oss-20b
-deepseek-ai/DeepSeek-V4-Pro|Deepseek|512000|1.74/3.48/0.2|thinks, sees, watches, hears
-deepseek-ai/DeepSeek-V4-Pro-0813|Deepseek|1048576|1.32/3.96/0.13|thinks, engine DeepSeek
-deepseek-ai/DeepSeek-V4.1-Flash|Deepseek|1048576|0.3/1.2/0.006|thinks, engine DeepSeek
-deepseek-ai/DeepSeek-V4-Flash-0731|Deepseek|1048576|0.14/0.28/0.03|thinks
-moonshotai/Kimi-K3|Moonshot AI|1048576|3/15/0.3|thinks, sees, watches, engine C
-moonshotai/Kimi-K2.7-Code|Moonshot AI|262144|0.95/4/0.19|thinks, sees, watches, engine K2.7
-zai-org/GLM-5.3||1048575|1.4/4.4/0.26|thinks, engine GLM
-zai-org/GLM-5.3-Flash||1048575|0.15/0.5/0.03|always-thinks, sees, engine GLM
-zai-org/GLM-5.2||1048575|1.4/4.4/0.26|thinks, engine GLM
-Qwen/Qwen3.8-2.4T-A95B||1010000|2/6/0.25|thinks
-Qwen/Qwen3.8-Flash||1000000|0.15/0.47|thinks, engine Qwen
-Qwen/Qwen3.7-Max||1000000|2.5/7.5/0.5|thinks, engine Qwen
-Qwen/Qwen3.7-Plus||1000000|0.32/1.28|thinks, engine Qwen
-Qwen/Qwen3.6-Plus||1000000|0.5/3|thinks, sees, watches, engine Qwen
-Qwen/Qwen3.5-9B||262144|0.17/0.25|thinks, sees, watches
-Qwen/Qwen2.5-7B-Instruct-Turbo||32768|0.3/0.3|no-grammar
-MiniMaxAI/MiniMax-M3|MiniMaxAI|524288|0.3/1.2/0.06|thinks, sees
-MiniMaxAI/MiniMax-M2.7|MiniMaxAI|196608|0.3/1.2/0.06|thinks
-google/gemma-4-31B-it||262144|0.39/0.97|sees, watches
-google/gemma-3n-E4B-it||32768|0.06/0.12|sees, hears
-LiquidAI/LFM2.5-8B-A1B|LiquidAI|128000|0.03/0.12
-thinkingmachines/Inkling|Thinking Machines|524288|1/4.05/0.17
-meta-models/Muse-Glimmer-30B|Meta|131072|0.35/1.5/0.04
-together/Tev1-4B-experimental||32768|0.042/0
-deepcogito/cogito-v2-1-671b||163840|1.25/1.25|thinks
+meta-llama/Llama-3.3-70B-Instruct-Turbo|Meta|Meta Llama 3.3 70B Instruct Turbo|131072|1.04/1.04
+openai/gpt-oss-120b|OpenAI|OpenAI GPT-OSS 120B|131072|0.15/0.6|always-thinks, engine gpt-oss-120b
+openai/gpt-oss-20b|OpenAI|OpenAI GPT-OSS 20B|131072|0.05/0.2|thinks, engine gpt-oss-20b
+deepseek-ai/DeepSeek-V4-Pro|Deepseek|Deepseek V4 Pro|512000|1.74/3.48/0.2\
+|thinks, sees, watches, hears
+deepseek-ai/DeepSeek-V4-Pro-0813|Deepseek|Deepseek V4 Pro 0813|1048576|1.32/3.96/0.13\
+|thinks, engine DeepSeek
+deepseek-ai/DeepSeek-V4.1-Flash|Deepseek|Deepseek V4.1 Flash|1048576|0.3/1.2/0.006\
+|thinks, engine DeepSeek
+deepseek-ai/DeepSeek-V4-Flash-0731|Deepseek|Deepseek V4 Flash 0731|1048576|0.14/0.28/0.03|thinks
+moonshotai/Kimi-K3|Moonshot AI||1048576|3/15/0.3|thinks, sees, watches, engine C
+moonshotai/Kimi-K2.7-Code|Moonshot AI||262144|0.95/4/0.19|thinks, sees, watches, engine K2.7
+zai-org/GLM-5.3|||1048575|1.4/4.4/0.26|thinks, engine GLM
+zai-org/GLM-5.3-Flash|||1048575|0.15/0.5/0.03|always-thinks, sees, engine GLM
+zai-org/GLM-5.2|||1048575|1.4/4.4/0.26|thinks, engine GLM
+Qwen/Qwen3.8-2.4T-A95B|||1010000|2/6/0.25|thinks
+Qwen/Qwen3.8-Flash|||1000000|0.15/0.47|thinks, engine Qwen
+Qwen/Qwen3.7-Max|||1000000|2.5/7.5/0.5|thinks, engine Qwen
+Qwen/Qwen3.7-Plus|||1000000|0.32/1.28|thinks, engine Qwen
+Qwen/Qwen3.6-Plus|||1000000|0.5/3|thinks, sees, watches, engine Qwen
+Qwen/Qwen3.5-9B||Qwen3.5 9B FP8|262144|0.17/0.25|thinks, sees, watches
+Qwen/Qwen2.5-7B-Instruct-Turbo|||32768|0.3/0.3|no-grammar
+MiniMaxAI/MiniMax-M3|MiniMaxAI||524288|0.3/1.2/0.06|thinks, sees
+MiniMaxAI/MiniMax-M2.7|MiniMaxAI|MiniMax M2.7 FP4|196608|0.3/1.2/0.06|thinks
+google/gemma-4-31B-it||Gemma 4 31B-it FP8|262144|0.39/0.97|sees, watches
+google/gemma-3n-E4B-it||Gemma 3N E4B Instruct|32768|0.06/0.12|sees, hears
+LiquidAI/LFM2.5-8B-A1B|LiquidAI|LFM2.5-8B-A1B|128000|0.03/0.12
+thinkingmachines/Inkling|Thinking Machines||524288|1/4.05/0.17
+meta-models/Muse-Glimmer-30B|Meta||131072|0.35/1.5/0.04
+together/Tev1-4B-experimental||Tev1 4B Experimental|32768|0.042/0
+deepcogito/cogito-v2-1-671b||Cogito v2.1 671B|163840|1.25/1.25|thinks
 = moderation
-meta-llama/Llama-Guard-4-12B|Meta|1048576|0.2/0.2|sees
+meta-llama/Llama-Guard-4-12B|Meta||1048576|0.2/0.2|sees
 = code
-facebook/cwm|Meta|131072
+facebook/cwm|Meta|Facebook CWM|131072
 = language
-meta-llama/Meta-Llama-3.1-8B|Meta|16384|0.2/0.2
-mistralai/Mixtral-8x7B-v0.1|mistralai|32768
-Qwen/Qwen2-72B||32768
+meta-llama/Meta-Llama-3.1-8B|Meta||16384|0.2/0.2
+mistralai/Mixtral-8x7B-v0.1|mistralai|Mixtral 8X7b V0.1|32768
+Qwen/Qwen2-72B||Qwen 2 (72B)|32768
 = embedding
-intfloat/multilingual-e5-large-instruct||514|0.02/0.02|dimensions 1024
-BAAI/bge-base-en-v1.5|BAAI|512|0.008/0.008
+intfloat/multilingual-e5-large-instruct||Multilingual E5 Large Instruct|514|0.02/0.02\
+|dimensions 1024
+BAAI/bge-base-en-v1.5|BAAI|BAAI-Bge-Base-1.5|512|0.008/0.008
 = rerank
-Salesforce/Llama-Rank-V1|salesforce|8192|0.1/0.1
-mixedbread-ai/mxbai-rerank-large-v2|Mixedbread AI|32768
+Salesforce/Llama-Rank-V1|salesforce|Salesforce Llama Rank V1 (8B)|8192|0.1/0.1
+mixedbread-ai/mxbai-rerank-large-v2|Mixedbread AI|Mxbai Rerank Large V2|32768
 = image
-black-forest-labs/FLUX.1-schnell||||image_pixel 0.0027
-black-forest-labs/FLUX.2-dev||||image 0.0154
-black-forest-labs/FLUX.2-pro||||image 0.03, no-steps
-black-forest-labs/FLUX.1-kontext-pro||0||image_pixel 0.04
-google/flash-image-2.5||||image 0.039, no-steps
-stabilityai/stable-diffusion-xl-base-1.0|stabilityai|||image 0.0019
-Qwen/Qwen-Image||||image 0.0058
+black-forest-labs/FLUX.1-schnell||FLUX.1 Schnell|||image_pixel 0.0027
+black-forest-labs/FLUX.2-dev||FLUX.2 [dev]|||image 0.0154
+black-forest-labs/FLUX.2-pro||FLUX.2 [pro]|||image 0.03, no-steps
+black-forest-labs/FLUX.1-kontext-pro||FLUX.1 Kontext [pro]|0||image_pixel 0.04
+google/flash-image-2.5||Gemini Flash Image 2.5 (Nano Banana)|||image 0.039, no-steps
+stabilityai/stable-diffusion-xl-base-1.0|stabilityai|SD XL|||image 0.0019
+Qwen/Qwen-Image|||||image 0.0058
 = audio
-hexgrad/Kokoro-82M|||4/0
-canopylabs/orpheus-3b-0.1-ft|Canopy Labs||15/0
-cartesia/sonic||0|65/0
-cartesia/sonic-2||448|65/0
-cartesia/sonic-3||448|65/0
+hexgrad/Kokoro-82M||||4/0
+canopylabs/orpheus-3b-0.1-ft|Canopy Labs|Orpheus 3B 0.1 FT||15/0
+cartesia/sonic||Cartesia Sonic|0|65/0
+cartesia/sonic-2||Cartesia Sonic 2|448|65/0
+cartesia/sonic-3||Cartesia Sonic 3|448|65/0
 = transcribe
-openai/whisper-large-v3|OpenAI|1|0.27/0.85|transcribe 0.0015
-nvidia/parakeet-tdt-0.6b-v3||448||transcribe 0.0015
-nvidia/nemotron-3-asr-streaming-0.6b||||sockets-only
+openai/whisper-large-v3|OpenAI|Whisper large-v3|1|0.27/0.85|transcribe 0.0015
+nvidia/parakeet-tdt-0.6b-v3||Nvidia Parakeet TDT 0.6B V3|448||transcribe 0.0015
+nvidia/nemotron-3-asr-streaming-0.6b||Nemotron 3 ASR Streaming 0.6B|||sockets-only
 = video
-minimax/hailuo-02|MiniMaxAI|||video 0.56 768p / 10s
-minimax/video-01-director|MiniMaxAI
-openai/sora-2|OpenAI|||video 0.8 720p / 8s
-ByteDance/Seedance-1.0-pro|ByteDance|||video 0.565 720p / 5s
-Wan-AI/wan2.7-t2v|Wan-AI|||video 0.1 per 5 seconds
+minimax/hailuo-02|MiniMaxAI|MiniMax Hailuo 02|||video 0.56 768p / 10s
+minimax/video-01-director|MiniMaxAI|MiniMax 01 Director
+openai/sora-2|OpenAI|Sora 2|||video 0.8 720p / 8s
+ByteDance/Seedance-1.0-pro|ByteDance|ByteDance Seedance 1.0 Pro|||video 0.565 720p / 5s
+Wan-AI/wan2.7-t2v|Wan-AI|Wan 2.7 T2V|||video 0.1 per 5 seconds
 = chat
-meta-llama/Llama-3.3-70B-Instruct-Turbo-Free|Meta|131072
-meta-llama/Llama-4-Scout-17B-16E-Instruct|Meta|1048576|0.18/0.59|sees, engine Scout
-meta-llama/Llama-Vision-Free|Meta|131072||sees
-deepseek-ai/DeepSeek-R1|DeepSeek|163840|3/7|thinks, engine A
-moonshotai/Kimi-K2.6|Moonshot AI|262144|1.2/4.5/0.2|thinks, sees, watches
-nvidia/nemotron-3-ultra-550b-a55b|NVIDIA|512288|0.6/3.6/0.2|thinks, retired
-Qwen/Qwen3.5-397B-A17B||262144|0.6/3.6|thinks, sees, watches
-Qwen/Qwen3-235B-A22B-Instruct-2507-tput||262144|0.2/0.6
-meta-llama/Meta-Llama-3.1-8B-Instruct-Turbo|Meta|131072|0.18/0.18|retired
-mistralai/Mixtral-8x7B-Instruct-v0.1|mistralai|32768|0.6/0.6|retired
-Qwen/Qwen2.5-72B-Instruct-Turbo||131072|1.2/1.2|retired
-meta-llama/Llama-3.1-405B-Instruct|Meta|4096|3.5/3.5|retired
-zai-org/GLM-5.1||202752|1.4/4.4/0.26|thinks, retired
+meta-llama/Llama-3.3-70B-Instruct-Turbo-Free|Meta|Meta Llama 3.3 70B Instruct Turbo Free|131072
+meta-llama/Llama-4-Scout-17B-16E-Instruct|Meta|Llama 4 Scout Instruct (17Bx16E)|1048576|0.18/0.59\
+|sees, engine Scout
+meta-llama/Llama-Vision-Free|Meta|Meta Llama Vision Free|131072||sees
+deepseek-ai/DeepSeek-R1|DeepSeek||163840|3/7|thinks, engine A
+moonshotai/Kimi-K2.6|Moonshot AI|Kimi K2.6 Fp4|262144|1.2/4.5/0.2|thinks, sees, watches
+nvidia/nemotron-3-ultra-550b-a55b|NVIDIA|NVIDIA Nemotron 3 Ultra 550B A55B NVFP4|512288\
+|0.6/3.6/0.2|thinks, retired
+Qwen/Qwen3.5-397B-A17B|||262144|0.6/3.6|thinks, sees, watches
+Qwen/Qwen3-235B-A22B-Instruct-2507-tput||Qwen3 235B A22B Instruct 2507 FP8|262144|0.2/0.6
+meta-llama/Meta-Llama-3.1-8B-Instruct-Turbo|Meta||131072|0.18/0.18|retired
+mistralai/Mixtral-8x7B-Instruct-v0.1|mistralai|Mixtral-8x7B Instruct v0.1|32768|0.6/0.6|retired
+Qwen/Qwen2.5-72B-Instruct-Turbo|||131072|1.2/1.2|retired
+meta-llama/Llama-3.1-405B-Instruct|Meta||4096|3.5/3.5|retired
+zai-org/GLM-5.1|||202752|1.4/4.4/0.26|thinks, retired
 = embedding
-togethercomputer/m2-bert-80M-8k-retrieval|Together|8192|0.008/0.008
-togethercomputer/m2-bert-80M-32k-retrieval|Together|32768|0.008/0.008
-togethercomputer/m2-bert-80M-2k-retrieval|Together|2048|0.008/0.008
-Alibaba-NLP/gte-modernbert-base||8192|0.08/0.08
-BAAI/bge-large-en-v1.5|BAAI|512|0.016/0.016|dimensions 1024
-WhereIsAI/UAE-Large-V1|WhereIsAI|512|0.016/0.016|dimensions 1024
+togethercomputer/m2-bert-80M-8k-retrieval|Together|M2-BERT-Retrieval-8k|8192|0.008/0.008
+togethercomputer/m2-bert-80M-32k-retrieval|Together|M2-BERT-Retrieval-32K|32768|0.008/0.008
+togethercomputer/m2-bert-80M-2k-retrieval|Together|M2-BERT-Retrieval-2K|2048|0.008/0.008
+Alibaba-NLP/gte-modernbert-base||Gte Modernbert Base|8192|0.08/0.08
+BAAI/bge-large-en-v1.5|BAAI|BAAI-Bge-Large-1.5|512|0.016/0.016|dimensions 1024
+WhereIsAI/UAE-Large-V1|WhereIsAI|UAE-Large v1|512|0.016/0.016|dimensions 1024
 = rerank
-Salesforce/Llama-Rank-v1|salesforce|8192|0.1/0.1
+Salesforce/Llama-Rank-v1|salesforce|Salesforce Llama Rank V1 (8B)|8192|0.1/0.1
 = image
-black-forest-labs/FLUX.1-schnell-Free
-black-forest-labs/FLUX.1-dev
-black-forest-labs/FLUX.1-dev-lora||||loras
-black-forest-labs/FLUX.1-pro
-black-forest-labs/FLUX.1-redux
-black-forest-labs/FLUX.1-depth
-black-forest-labs/FLUX.1-canny
-black-forest-labs/FLUX.1-krea-dev
-black-forest-labs/FLUX.1-kontext-dev
-black-forest-labs/FLUX.1-kontext-max
-black-forest-labs/FLUX.2-flex||||no-steps
-google/imagen-4.0-preview||||no-steps
-ByteDance-Seed/Seedream-4.0|ByteDance
-black-forest-labs/FLUX.1.1-pro||||image_pixel 0.04, no-steps
+black-forest-labs/FLUX.1-schnell-Free||FLUX.1 [schnell] Free
+black-forest-labs/FLUX.1-dev||FLUX.1 [dev]
+black-forest-labs/FLUX.1-dev-lora||FLUX.1 [dev] LoRA|||loras
+black-forest-labs/FLUX.1-pro||FLUX.1 [pro]
+black-forest-labs/FLUX.1-redux||FLUX.1 [redux]
+black-forest-labs/FLUX.1-depth||FLUX.1 [depth]
+black-forest-labs/FLUX.1-canny||FLUX.1 [canny]
+black-forest-labs/FLUX.1-krea-dev||FLUX.1 Krea [dev]
+black-forest-labs/FLUX.1-kontext-dev||FLUX.1 Kontext [dev]
+black-forest-labs/FLUX.1-kontext-max||FLUX.1 Kontext [max]
+black-forest-labs/FLUX.2-flex||FLUX.2 [flex]|||no-steps
+google/imagen-4.0-preview||Google Imagen 4.0 Preview|||no-steps
+ByteDance-Seed/Seedream-4.0|ByteDance|ByteDance Seedream 4.0
+black-forest-labs/FLUX.1.1-pro||FLUX1.1 [pro]|||image_pixel 0.04, no-steps
 = language
-meta-llama/Llama-2-70b-hf|Meta|4096|0.9/0.9
+meta-llama/Llama-2-70b-hf|Meta|LLaMA-2 (70B)|4096|0.9/0.9
 = moderation
-Meta-Llama/Llama-Guard-7b|Meta|4096|0.2/0.2
+Meta-Llama/Llama-Guard-7b|Meta|Llama Guard (7B)|4096|0.2/0.2
 """
 UNIT_PRICES = {"image_pixel": "price_per_megapixel", "transcribe": "price_per_minute"}
 PRICED = {"image", "video", *UNIT_PRICES}
@@ -3955,7 +3968,9 @@ PRICED = {"image", "video", *UNIT_PRICES}
 
 def read_model(type: str, row: str) -> Model:
     """Make a model of one row of the table."""
-    id, organization, context_length, prices, more = [*row.split("|"), "", "", "", ""][:5]
+    columns = [*row.split("|"), "", "", "", "", ""][:6]
+    id, organization, display_name, context_length, prices, more = columns
+    owner, _, name = id.partition("/")
     facts = dict(fact.partition(" ")[::2] for fact in more.split(", "))
     pricing: Item = {}
     for unit in PRICED.intersection(facts):
@@ -3967,8 +3982,8 @@ def read_model(type: str, row: str) -> Model:
         type,
         id,
         ["known", *facts.keys() & TRAITS],
-        organization=organization or id.partition("/")[0].replace("-", " ").title(),
-        display_name=id.partition("/")[2].replace("-", " "),
+        organization=organization or owner.replace("-", " ").title(),
+        display_name=display_name or name.replace("-", " "),
         context_length=int(context_length) if context_length else None,
         prices=[float(price) for price in prices.split("/")] if prices else (0, 0),
         engine=facts.get("engine"),
@@ -7035,9 +7050,9 @@ def count_messages(messages: list[Item], texts: list[str], model: Model) -> tupl
             check_message(message, f"messages[{number}]", model)
         if type(content) is list:
             count += MEDIA_TOKENS * sum(part["type"] != "text" for part in content)
-        count += MESSAGE_TOKENS + estimate_tokens(text)
+        count += MESSAGE_TOKENS + count_tokens(text)
         if message.get("tool_calls"):
-            count += estimate_tokens(ENCODE(message["tool_calls"]))
+            count += count_tokens(ENCODE(message["tool_calls"]))
     return count, before
 
 
@@ -7457,7 +7472,7 @@ def compose_chat(server: Server, request: Request) -> Answer:
     rng = HashRandom.of("chat", pick_facts(body, CHAT_FACTS))
     request.id = form.name_answer(rng)
     for tools in (body.get("tools"), body.get("functions")):
-        prompt_tokens += estimate_tokens(ENCODE(tools)) if tools else 0
+        prompt_tokens += count_tokens(ENCODE(tools)) if tools else 0
     budget, prompt_tokens = find_budget(body, model, prompt_tokens)
     script = request.script = fill_forced_tool(body, request.script)
     wanted = read_prompt(server, request, messages, texts)
@@ -7798,7 +7813,7 @@ def compose_completion(server: Server, request: Request) -> Answer:
     choices: list[Choice] = []
     prompt_tokens = 0
     for prompt in prompts:
-        length = estimate_tokens(prompt) if type(prompt) is str else len(prompt)
+        length = count_tokens(prompt) if type(prompt) is str else len(prompt)
         budget, read = find_budget(body, model, length)
         prompt_tokens += read
         own = HashRandom.of("prompt", [facts, prompt])
@@ -7928,7 +7943,7 @@ def rerank(server: Server, request: Request) -> Any:
         results.append({"index": index, "relevance_score": scores[index], "document": document})
     rng = HashRandom.of("rerank", [model.id, body["query"], documents])
     request.id = random_id(rng)
-    tokens = sum(map(estimate_tokens, [*texts, *[body["query"]] * len(texts)]))
+    tokens = sum(map(count_tokens, [*texts, *[body["query"]] * len(texts)]))
     return {
         "object": "rerank", "id": request.id, "model": model.id, "results": results,
         "usage": {"prompt_tokens": tokens, "completion_tokens": 0, "total_tokens": tokens},
