@@ -6505,14 +6505,13 @@ def arrange(keys: str, values: Mapping[str, Any]) -> Item:
 # NAME` in the catalogue. What a group lacks is as in the one that its heading names. It has the
 # keys of each object, in one kind of bodies or else in all (`whole`; the chunks `mark`, `opener`,
 # `thought`, `text`, `head` and `rest` of a call, `close`, `usage`, `end`), and traits. In full:
-#   opens-calls                   alone, no stream of a text
-#   blank                         "" stands for reasoning and ids that a chunk has not
-#   marks                         two chunks of a tag come before reasoning
-#   closes-thoughts, closes-calls with an empty piece
-#   whole-arguments               come with the end, not in pieces
-#   ends-with-text, ends-with-usage  has the last token, where it is cut, and the usage at the end
-#   hides-thoughts, any-effort    of `reasoning_effort`: none hides them, and any word is taken
-#   needs-content                 where strict, in the messages of an assistant too
+#   compact: tokens have numbers, a text no opener; the end brings the usage, the last token of a
+#     text that was cut, and arguments in one piece
+#   blank: "" stands for reasoning and ids that a chunk has not
+#   marks: two chunks of a tag come before reasoning
+#   closes-thoughts, closes-calls: with an empty piece
+#   hides-thoughts, any-effort: of `reasoning_effort`, none hides them and any word is taken
+#   needs-content: where strict, in the messages of an assistant too
 FORM_TABLE = """\
 = B
 whole body: id object created model metadata prompt choices usage
@@ -6547,14 +6546,13 @@ usage: prompt_tokens completion_tokens total_tokens cached_tokens
 whole logprobs: tokens
 logprobs: number
 call id: call_{letters}
-traits: opens-calls whole-arguments ends-with-text ends-with-usage null-content numbers-tokens \
-tells-seed thinks-in-content
+traits: compact null-content tells-seed thinks-in-content
 = completion like A
 whole choice: text finish_reason logprobs index
 usage: prompt_tokens completion_tokens total_tokens
 whole logprobs: offsets
 logprobs: offsets
-traits: opens-calls whole-arguments ends-with-text ends-with-usage null-content numbers-tokens
+traits: compact null-content
 = completion of A like A
 whole choice: text finish_reason seed logprobs index
 whole logprobs: offsets
@@ -6790,11 +6788,11 @@ class Answer:
             for text, number, logprob in marks:
                 said = {"token_id": number, "content": text}
                 yield self.chunk("mark", choice, said, logprobs=logprob)
-            if choice.tool_calls or "opens-calls" not in self.traits:
+            if choice.tool_calls or "compact" not in self.traits:
                 yield self.chunk("opener", choice, {"reasoning_content": ""})
         turns = itertools.zip_longest(*map(self.stream_choice, self.choices))
         yield from filter(None, itertools.chain.from_iterable(turns))  # a chunk of each choice
-        if "ends-with-usage" not in self.traits:
+        if "compact" not in self.traits:
             yield self.frame("usage", [])
 
     def stream_choice(self, choice: Choice) -> Iterator[Any]:
@@ -6805,7 +6803,7 @@ class Answer:
             yield from repeat_json(ENCODE(self.chunk("thought", choice, said)), pieces)
         if "comments" in self.traits:
             yield KEEPALIVE
-        is_cut = choice.finish_reason == "length" and "ends-with-text" in self.traits
+        is_cut = choice.finish_reason == "length" and "compact" in self.traits
         has_calls = choice.tool_calls or choice.function_call
         last = choice.pieces[-1:] if is_cut and not has_calls else []
         parts = [self.texts(choice, len(choice.pieces) - len(last)), self.calls(choice)]
@@ -6820,17 +6818,17 @@ class Answer:
             yield self.text(choice, last[0], *choice.scores[-1:], **ending)
             return
         starts = (number for start, number in END_TOKENS.items() if self.model.startswith(start))
-        number = next(starts, 1) if "numbers-tokens" in self.traits else None
+        number = next(starts, 1) if "compact" in self.traits else None
         yield self.chunk("end", choice, {"token_id": number}, **ending)
 
     def chunk(self, kind: str, choice: Choice, said: Item, **more: Any) -> Item:
-        ends = bool(more.get("usage")) and "ends-with-usage" in self.traits
+        ends = bool(more.get("usage")) and "compact" in self.traits
         return self.frame(kind, [self.part(kind, choice, said, **more)], ends)
 
     def text(self, choice: Choice, piece: str, score: Any = None, **more: Any) -> Item:
         """Return the chunk of a token of the text, with its number where the engine tells it."""
         number = SLOT_NUMBER if piece == SLOT else token_id(piece)
-        said = {"token_id": number if "numbers-tokens" in self.traits else None, "content": piece}
+        said = {"token_id": number if "compact" in self.traits else None, "content": piece}
         if score:
             more["logprobs"] = shape_logprobs(self.form.rows["logprobs"], [piece], [score])
         return self.chunk("text", choice, said, **more)
@@ -6844,15 +6842,15 @@ class Answer:
 
     def calls(self, choice: Choice) -> Iterator[Any]:
         """Yield each tool call: its head, then its arguments in pieces."""
-        is_cut = "whole-arguments" not in self.traits
+        is_compact = "compact" in self.traits
         for call in choice.tool_calls:
             text = call["function"]["arguments"]
+            pieces = call.get("pieces") or ([text] if is_compact else split_tokens(text))
             yield self.call("head", choice, call, {**call["function"], "arguments": ""})
             rest = {**call, "id": self.blank}
             chunk = ENCODE(self.call("rest", choice, rest, {"arguments": SLOT}))
-            pieces = call.get("pieces") or (split_tokens(text) if is_cut else [text])
-            yield from repeat_json(chunk, pieces if is_cut else pieces[:-1])
-            if not is_cut:  # the last one tells the end already
+            yield from repeat_json(chunk, pieces[:-1] if is_compact else pieces)
+            if is_compact:
                 last = {"arguments": pieces[-1]}
                 yield self.call("rest", choice, rest, last, finish_reason=choice.finish_reason)
             if "closes-calls" in self.traits:
