@@ -6631,7 +6631,6 @@ traits: marks blank closes-calls counts-text only-streams
 USAGE_SIDES = (("prompt", "cached_tokens"), ("completion", "reasoning_tokens"))
 THOUGHT_MARKS = (("<think>", 128798, 0), ("\n", 201, -1.7881393e-06))  # text, token id and logprob
 END_TOKENS = {"meta-llama/": 128009, "Qwen/": 151645}  # what ends a turn, by the start of an id
-LOWER16 = b"0123456789abcdef" * 16
 
 
 class Form:
@@ -6656,7 +6655,7 @@ class Form:
     def name_call(self, rng: HashRandom, name: str, index: int) -> str:
         """Return the id of a tool call."""
         return self.rows["call id"].format(
-            hex=random_letters(rng.child("id"), 24, LOWER16),
+            hex=rng.child("id").hex(24),
             letters=random_letters(rng.child("id"), 24, LOWER36),
             uuid=random_uuid(rng.child("uuid")),
             name=name,
@@ -7115,14 +7114,18 @@ def read_tool_choice(body: Item) -> tuple[str, list[str]]:
             return "named", [choice]
         mode = "required" if choice == "any" else choice
         return (mode if mode in ("none", "required") else "auto"), []
-    allowed = choice.get("allowed_tools")
-    wanted = [choice] if allowed is None else allowed.get("tools") or []
-    limited = [(tool.get("function") or tool).get("name") for tool in wanted]
+    is_limit = choice.get("type") == "allowed_tools" or "allowed_tools" in choice
+    allowed = choice.get("allowed_tools") or choice  # a response has it flat
+    wanted = (allowed.get("tools") or []) if is_limit else [choice]
+    own = [tool for tool in wanted if tool.get("type", "function") == "function"]
+    if not own:  # hosted tools are never called
+        return "none", []
+    limited = [(tool.get("function") or tool).get("name") for tool in own]
     for name in limited:
         if name not in names:
             rule = f"must name one of the tools: {', '.join(names) or 'there are none'}"
             raise refuse_value("tool_choice", rule, name)
-    return "named" if allowed is None else allowed.get("mode") or "auto", limited
+    return (allowed.get("mode") or "auto") if is_limit else "named", limited
 
 
 def fill_forced_tool(body: Item, script: Item | None) -> Any:
@@ -7566,18 +7569,6 @@ def chat_tool(tool: Item) -> Item:
     return {"type": "function", "function": given}
 
 
-def chat_choice(choice: Any) -> Any:
-    """Return `tool_choice` as a chat has it; hosted tools are never called."""
-    if type(choice) is str:
-        return choice
-    limited = choice["type"] == "allowed_tools"
-    chosen = choice["tools"] if limited else [choice]
-    tools = [chat_tool({"name": tool["name"]}) for tool in chosen if tool["type"] == "function"]
-    if not limited or not tools:
-        return tools[0] if tools else "none"
-    return {"type": "allowed_tools", "allowed_tools": {"mode": choice["mode"], "tools": tools}}
-
-
 def chat_body(body: Item) -> Item:
     """Return the body of a chat that asks the same."""
     messages, format = convert_items(body), get_path(body, "text", "format")
@@ -7597,7 +7588,7 @@ def chat_body(body: Item) -> Item:
     }
     choice = body.get("tool_choice")
     if choice is not None and (tools or choice != "required" or not body.get("tools")):
-        chat["tool_choice"] = chat_choice(choice)
+        chat["tool_choice"] = choice
     if body.get("truncation") == "auto":
         chat["context_length_exceeded_behavior"] = "truncate"
     if "message.output_text.logprobs" in (body.get("include") or ()):
