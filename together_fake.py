@@ -8332,8 +8332,7 @@ BATCH: Item = {
 
 
 def batch_object(server: Server, item: Item) -> Item:
-    made, deadline = (format_time(server._now() + wait) for wait in (0, 86400))
-    return {"created_at": made, "job_deadline": deadline, **BATCH}
+    return {"job_deadline": format_time(server._now() + 86400), **BATCH}
 
 
 def run_line(server: Server, job: Item, number: int, line: bytes, seen: set[str]) -> Item:
@@ -8551,7 +8550,7 @@ def fine_tune_object(server: Server, item: Item) -> Item:
     file = server.files.get(file_id) if file_id in server.files else FILE
     item["events"] = None
     facts = {"TrainingFileNumLines": file["LineCount"], "TrainingFileSize": file["bytes"]}
-    template = {"created_at": now, "updated_at": now, **FINE_TUNE, **facts}
+    template = {"updated_at": now, **FINE_TUNE, **facts}
     for name, key in SETTINGS.items():
         if (item.get(name) or {}).get(key, FINE_TUNE[name][key]) != FINE_TUNE[name][key]:
             template[name] = {}
@@ -8838,9 +8837,8 @@ def note_status(server: Server, status: str, updates: Any = ()) -> Item:
 
 def evaluation_object(server: Server, item: Item) -> Item:
     return {
-        "type": "classify", "owner_id": USER_ID, "results": None,
-        "created_at": format_time(server._now()),
-        **note_status(server, item.get("status", "pending")), "parameters": {},
+        "type": "classify", "owner_id": USER_ID, "results": None, "parameters": {},
+        **note_status(server, item.get("status", "pending")),
     }  # fmt: skip
 
 
@@ -8923,7 +8921,7 @@ def endpoint_object(server: Server, item: Item) -> Item:
         "object": "endpoint", "name": name, "display_name": name, "model": model,
         "hardware": "1x_nvidia_h100_80gb_sxm", "type": "dedicated", "owner": USER,
         "state": "PENDING", "autoscaling": {"min_replicas": 1, "max_replicas": 1},
-        "inactive_timeout": None, "created_at": format_time(server._now()),
+        "inactive_timeout": None,
     }, item)  # fmt: skip
     enter_endpoint(server, endpoint, endpoint["state"])
     return endpoint
@@ -9841,7 +9839,7 @@ def get_identity(server: Server, request: Request) -> Any:
 
 def upload_job_object(server: Server, item: Item) -> Item:
     return {
-        "type": "model_upload", "created_at": format_time(server._now()),
+        "type": "model_upload",
         "args": {"description": "", "modelName": f"{USER}/model", "modelSource": ""},
         **note_status(server, item.get("status", "Queued")),
     }  # fmt: skip
@@ -13262,7 +13260,7 @@ class TogetherAiServer(Scripting, Shared):
         ids = given.pop(jobs.key, None), given.pop("id", None)
         id = ids[0] or ids[1] or self._next_id(jobs.prefix)
         given[jobs.key] = id
-        made = {jobs.key: id, **jobs.make(self, given)}
+        made = {jobs.key: id, "created_at": format_time(self._now()), **jobs.make(self, given)}
         return jobs.objects(self).add(id, merge(made, given))
 
     # Scripts and stored objects
