@@ -5553,10 +5553,6 @@ class EvaluationTests(LocalCase):
         verdicts = [line["verdict"] for line in lines]
         self.assertEqual({label: verdicts.count(label) for label in counts}, counts)
 
-    def test_ids_do_not_collide(self):
-        made = self.server.seed("evaluations", [{}] * 600)
-        self.assertEqual(len({job["workflow_id"] for job in made}), 600)
-
     def test_no_secret_is_kept(self):
         judge = {**CLASSIFY["judge"], "external_api_token": "sk-secret"}
         asked = {**CLASSIFY, "judge": judge, "model_to_evaluate": judge | {"input_template": "x"}}

@@ -8151,14 +8151,13 @@ def find_format(row: Item) -> str:
 
 def validate_lines(data: bytes, purpose: str) -> Item:
     """Check the first `PARSED_BYTES` of a JSONL file; return the report."""
-    report: Item = {"valid": True, "nlines": 0}
+    report: Item = {"valid": True, "nlines": sum(1 for _ in read_lines(data))}
     wrong = {"valid": False, "error": "The file has no lines.", "error_type": "INVALID_FORMAT"}
     fields, size = LINES[purpose], 0
     for number, line in read_lines(data):
-        report["nlines"] += 1
         size += len(line)
         if size > PARSED_BYTES:
-            continue
+            break
         try:
             row = parse_line(line)
             if purpose == "fine-tune":
@@ -8643,18 +8642,18 @@ def list_checkpoints(server: Server, request: Request) -> Any:
 def list_metrics(server: Server, request: Request) -> Any:
     """List the loss curve of a fine-tuning job as far as it has come; it falls."""
     job, args = server.fine_tunes.get(request.params["id"]), request.args
-    (total,) = list_steps(job, 1)
-    done = {"running": (total + 1) // 2, "uploading": total, "completed": total}
+    steps, loss = list_steps(job, MAX_METRICS), 2 + HashRandom.of("loss", job["id"]).random()
+    total = steps[-1]
+    done = {"running": total / 2, "uploading": total, "completed": total}
+    first = args.get("global_step_from") or 0
     last = min(done.get(job["status"], 0), args.get("global_step_to") or total)
-    first = args.get("global_step_from") or 1
-    points = min(args.get("resolution") or MAX_METRICS, MAX_METRICS, last - first + 1)
-    steps = [first + (last - first) * n // max(1, points - 1) for n in range(points)]
-    loss = 2 + HashRandom.of("loss", job["id"]).random()
+    found = [step for step in steps if first <= step <= last]
+    apart = -(-len(found) // (args.get("resolution") or MAX_METRICS)) or 1
     return {"metrics": [
         {"train/global_step": step, "train/epoch": round(step / total * job["n_epochs"], 4),
          "train/loss": round(loss / (1 + 8 * step / total), 6),
          "train/learning_rate": round(job["learning_rate"] * (1 - (step - 1) / total), 12)}
-        for step in steps
+        for step in found[::apart]
     ]}  # fmt: skip
 
 
@@ -8702,7 +8701,7 @@ def download_model(server: Server, request: Request) -> Any:
     import tarfile
 
     args, tar = request.args, io.BytesIO()
-    job = server.fine_tunes.get(args.get("ft_id") or "")
+    job = server.fine_tunes.get(args["ft_id"])
     if job["status"] != "completed":
         raise ApiError("bad_state", noun="Fine-tune", id=job["id"], status=job["status"])
     steps = list_steps(job, job["n_checkpoints"])
