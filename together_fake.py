@@ -10888,21 +10888,18 @@ def seed_objects(server: Server, request: Request) -> Any:
 
 
 RECORD_FILTERS = Keys(
-    "path model kind outcome header test text batch status:int|str since:int:0.. limit:int:1..",
+    "path model kind outcome test text batch status:int|str since:int:0.. limit:int:1..",
     "view=calls|rows",
 )
 
 
 def passes_filters(server: Server, call: Call, args: Item) -> bool:
     """Tell whether the query of the record's list asks for a call."""
-    name, _, value = args.get("header", "").partition(":")  # "x-run: 7", or "x-run"
-    header = call.headers.get(name.strip())
     alike = ("kind", "outcome", "test", "batch", "model")
     text = args.get("text", "").encode().lower()
     return (
         args.get("path") in (None, call.path, collapse_path(call.path, server.strict))
         and str(args.get("status", "")) in ("", f"{call.status // 100}xx", str(call.status))
-        and (not name or (header is not None and value.strip() in ("", header)))
         and all(args[name] == getattr(call, name) for name in alike if name in args)
         and (not text or text in call._raw.lower() or text in call.raw_reply.lower())
     )
@@ -11088,9 +11085,10 @@ def get_recorded_call(server: Server, request: Request) -> Any:
 def get_recorded_reply(server: Server, request: Request) -> Any:
     """Return the bytes that one call got."""
     call = find_numbered("Call", server.requests, request)
-    reply = serve_bytes(request, call.raw_reply, call.reply_type)
+    data, kind = call.raw_reply, call.reply_type
     if call.sound:
-        reply = serve_bytes(request, wrap_wav(bytes(call.sound), call.sound_rate), "audio/wav")
+        data, kind = wrap_wav(bytes(call.sound), call.sound_rate), "audio/wav"
+    reply = serve_bytes(request, data, kind)
     policy = {"Content-Security-Policy": "sandbox; default-src 'none'"}
     reply.headers = {**reply.headers, "X-Content-Type-Options": "nosniff", **policy}
     return reply
@@ -11817,9 +11815,8 @@ class Workers:
         self.server.call_soon(end)
 
     def end_task(self, take: Callable[..., None], came: list[Any]) -> None:
-        """Take what a worker has done; one too many ends."""
         self.idle += 1
-        if self.idle > MAX_IDLE_WORKERS:
+        if self.idle > MAX_IDLE_WORKERS:  # one too many ends
             self.idle -= 1
             self.count -= 1
             self.given.put(None)
@@ -12449,12 +12446,11 @@ def check_page(server: Server, request: Request) -> None:
 
 def write_line(call: Call) -> str:
     """Return what the log says of a call."""
-    row = call.as_row()
     path = call.path + (f"?{call.query}" if call.query else "")
-    tokens = get_path(row["usage"], "total_tokens")
+    at, tokens = format_time(call.at), get_path(call.usage, "total_tokens")
     parts = (
-        f'{row["at"]} "{call.method} {path}" {call.status} {row["duration_ms"]:.1f} ms',
-        row["model"] if isinstance(row["model"], str) else "",
+        f'{at} "{call.method} {path}" {call.status} {call.duration * 1000:.1f} ms',
+        call.model if isinstance(call.model, str) else "",
         "" if tokens is None else f"{tokens} tokens",
         call.fixture,
         "" if call.outcome == "complete" else call.outcome,
