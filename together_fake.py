@@ -8029,12 +8029,12 @@ class Jobs:
                     break
         return job
 
-    def start(self, server: Server, request: Request, item: Item) -> Item:
+    def start(self, server: Server, request: Request, item: Item) -> Any:
         job = server._store(self.collection, item)
         id = job[self.key]
         end = (request.script or {}).get("status", "")
         server.starts[id] = end, pick_given(request.headers, ["x-test-id"])
-        return self.advance(server, id) if server.instant_jobs else job
+        return self.view(server, request, self.advance(server, id) if server.instant_jobs else job)
 
     def get(self, server: Server, request: Request) -> Any:
         """Describe a job, one step on."""
@@ -8413,7 +8413,7 @@ JOB: Any = {"kind": "job", "response": ResponseType("job", ENDS, operator.itemge
 def create_batch(server: Server, request: Request) -> Any:
     """Start a batch job from a file of requests."""
     file = find_file(server, request.body["input_file_id"], "input_file_id", "batch-api")
-    given = pick_given(request.body, ("endpoint", "input_file_id", "model_id", "metadata"))
+    given = pick_given(request.body, BATCH_FIELDS)
     job = BATCHES.start(server, request, {**given, "file_size_bytes": file["bytes"]})
     return {"job": job}
 
@@ -8447,8 +8447,7 @@ training_method:dict
 training_type:dict
   type!=Full|Lora lora_r:int:1..64 lora_alpha:int:1.. lora_dropout:float:0..1
   lora_trainable_modules""")  # fmt: skip
-SECRETS = ("wandb_api_key", "hf_api_token")  # no answer shows them
-FINE_TUNE_FIELDS = Fields(*ESTIMATE_FIELDS.values(), *SECRETS, """\
+FINE_TUNE_FIELDS = Fields(*ESTIMATE_FIELDS.values(), """\
 n_epochs:int:1..20 n_checkpoints:int:1..100 batch_size:int|str:1..128=max max_seq_length:int:1..
 train_on_inputs:bool|str=auto learning_rate:float:1e-06..1 warmup_ratio:float:0..1
 lr_scheduler:dict
@@ -8457,7 +8456,7 @@ lr_scheduler:dict
 max_grad_norm,weight_decay:float:0.. random_seed:int packing:bool multimodal_params:dict
   train_vision:bool
 suffix:..40 from_hf_model hf_model_revision hf_output_repo_name wandb_base_url
-wandb_project_name wandb_name wandb_entity""")  # fmt: skip
+wandb_project_name wandb_name wandb_entity wandb_api_key hf_api_token""")  # fmt: skip
 FINE_TUNE: Item = {
     "object": "fine-tune", "status": "pending", "user_id": USER_ID,
     "model": "meta-llama/Meta-Llama-3.1-8B-Instruct-Reference", "model_output_path": "",
@@ -8598,9 +8597,9 @@ def create_fine_tune(server: Server, request: Request) -> Any:
     for name in ("training_file", "validation_file"):
         if body.get(name):
             find_file(server, body[name], name, "fine-tune")
-    item = {name: body[name] for name in body if name in FINE_TUNE_FIELDS and name not in SECRETS}
+    item = redact(pick_given(body, FINE_TUNE_FIELDS))
     item["model"] = resolve_trainable(server, model).id
-    return show_fine_tune(server, request, FINE_TUNES.start(server, request, item))
+    return FINE_TUNES.start(server, request, item)
 
 
 @route("GET /v1/fine-tunes/{id}/events")
@@ -8877,12 +8876,9 @@ route("GET /v1/evaluation/{id}/status")(EVALUATION_JOBS.get)
 @route("POST /v1/evaluation", body=EVALUATION_FIELDS, **JOB)
 def create_evaluation(server: Server, request: Request) -> Any:
     """Start to judge the rows of a data file."""
-    type, parameters = request.body["type"], request.body["parameters"]
-    EVALUATIONS[type][0].check(parameters, "parameters.")
-    for model in parameters.values():
-        if isinstance(model, dict):
-            model.pop("external_api_token", None)  # no answer shows it
-    job = EVALUATION_JOBS.start(server, request, {"type": type, "parameters": parameters})
+    item = pick_given(request.body, EVALUATION_FIELDS)
+    EVALUATIONS[item["type"]][0].check(item["parameters"], "parameters.")
+    job = EVALUATION_JOBS.start(server, request, redact(item))
     return {"workflow_id": job["workflow_id"], "status": "pending"}
 
 
@@ -8939,7 +8935,7 @@ def create_endpoint(server: Server, request: Request) -> Any:
     if server.strict:
         raise ApiError("no_new_endpoints")
     resolve_model(server, request.body["model"], "chat")
-    item = pick_given(request.body, ("model", "hardware", *CHANGE_FIELDS))
+    item = pick_given(request.body, ENDPOINT_FIELDS)
     item["state"] = "STOPPED" if item.get("state") == "STOPPED" else "PENDING"
     return ENDPOINTS.start(server, request, item)
 
@@ -9416,7 +9412,7 @@ def create_video(server: Server, request: Request) -> Any:
     }  # fmt: skip
     if script.get("error"):
         item["error"] = {"code": None, "message": script["error"]}
-    return show_video(server, request, VIDEOS.start(server, request, item))
+    return VIDEOS.start(server, request, item)
 
 
 @route("GET /shrt/videos/{name}", open=True)
@@ -9863,10 +9859,11 @@ UPLOADS = Jobs(
 )
 def upload_model(server: Server, request: Request) -> Any:
     """Start to upload a model or an adapter from elsewhere."""
-    name, source = request.body["model_name"], request.body["model_source"].partition("?")[0]
-    name = name if "/" in name else f"{USER}/{name}"  # and no query: its signature is a secret
-    args = {"modelName": name, "modelSource": source, **pick_given(request.body, ["description"])}
-    job = UPLOADS.start(server, request, {"args": {"description": "", **args}})
+    body = redact(request.body)
+    name, source = body["model_name"], body["model_source"]
+    name = name if "/" in name else f"{USER}/{name}"
+    args = {"modelName": name, "modelSource": source, "description": body.get("description")}
+    job = UPLOADS.start(server, request, {"args": args})
     kind = "remote" if "://" in source else "huggingface"
     data = {"job_id": job["job_id"], "model_name": name, "model_source": kind}
     data["model_id"] = server._next_id("model-")
