@@ -3714,22 +3714,6 @@ class PromptTests(LocalCase):
                 form = self.read(prompt)
                 self.assertIsNone(form, form and form.label)
 
-    def test_answers_of_one_shape_tell_it(self):
-        for pattern, *turns in (
-            ("pos|neg", "I love it", "pos", "I hate it", "neg", "Fine!", "pos", "It rains"),
-            (r'\{"age": -?[\d.]+\}', "Ann, 3", '{"age": 3}', "Bob, 4", '{"age": 4}', "Eve, 5"),
-        ):
-            made = self.read(*turns).write(fake.HashRandom.of("test", 1))
-            self.assertRegex(made, rf"\A(?:{pattern})\Z")
-        for turns in (
-            ("Is it red?", "Yes", "Is it big?", "No", "Is it old?", "Yes", "Is it new?"),
-            ("Of France?", "Paris", "Of Norway?", "Oslo", "Of Italy?"),
-            ("A user!", '{"age": 3}', "Another!", '{"age": 4}', "Thanks! Why are they so young?"),
-            ("hi", "hello", "And now?", "fine", "So what?"),
-            ("a", '{"a": 1}', "b", "It has a key.", "c"),
-        ):
-            self.assertIsNone(self.read(*turns), turns)
-
     def test_the_last_message_goes_first(self):
         asked = [
             {"role": "system", "content": "Respond only with one of: a, b."},

@@ -2780,7 +2780,7 @@ OFFER = lazy_regex(
 )
 TOLD_OF = lazy_regex(
     r"(?:(?:\(s\))? ?[:=\u2208]| (?:are|is(?= one| either)|may be|from|(?=[(\"'`])))"
-    rf"(?: one of| either| any of)?:? ?[\[({{]?({ROW_OFFERED})"
+    rf"(?: one of| either| any of)?:? ?[\[({{]?({ROW_OFFERED}|{NUMBER} ?(?:-|to) ?{NUMBER})"
 )
 ARRAY = lazy_regex(
     r"(?i)(?:(?!key|field|propert)[^\"'`:]){0,60}\b(?:JSON (?:array|list)|(?:array|list)"
@@ -2789,7 +2789,7 @@ ARRAY = lazy_regex(
 COUNTS = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 COUNT = rf"(\d{{1,2}}{'|'.join(COUNTS)})"
 ENTRIES = lazy_regex(
-    rf"(?<![\w.-])(?:\d{{1,2}}-)?(?!one){COUNT} (?!columns|words|\w+ words|per )"
+    rf"(?<![\w.-])(?:\d{{1,2}}-)?(?!one){COUNT} (?!columns|words)"
     r"(?=[A-Za-z])((?:[\w-]+ ?){1,4})"
 )
 MANY = lazy_regex(
@@ -2850,12 +2850,11 @@ def as_array(items: Item, count: int = 2) -> Item:
 def read_phrase(text: str, note: str = "") -> Item:
     """Return the schema of a value by what is said of it, and by a note beside its name."""
     text = re.sub(r"(?:\s?\|\s?|\s+or\s+)(?:null|None)\b", "", text.strip())
-    plain = text.strip(" <>(){}$*`")
-    plain = plain.replace("_", " ") if text[:1] == "<" else plain
-    many = MANY.fullmatch(plain if "[" not in plain else text)
+    plain = text.strip(" <>(){}$*`").replace("_", " ")
+    many = MANY.fullmatch(plain)
     if many:
         each = many[1] or many[2] or ""
-        return as_array(read_phrase(each, note if each else ""), read_count(each) or 2)
+        return as_array(read_phrase(each, note), read_count(each) or 2)
     if "YYYY-MM-DD" in text + note:
         return {"type": "string", "format": "date"}
     if re.fullmatch(WORDS_OFFERED, plain) or re.fullmatch(QUOTED_ROW, text):
@@ -2863,12 +2862,9 @@ def read_phrase(text: str, note: str = "") -> Item:
     letters = re.fullmatch(r"(?:\w+ )?\(?([A-H])(?:-| to )([A-H])\)?", plain)
     if letters:
         return {"enum": [chr(at) for at in range(ord(letters[1]), ord(letters[2]) + 1)]}
-    kind = "integer" if text == "<number>" else read_type(plain)
-    if text[:1] == "<" and NUMBER_WORD.match(plain) and not kind:
-        return {"type": "number"}
-    bounds = NUMBER_RANGE.search(plain)
-    near = bounds and len(plain) < 40
-    offer = read_offer(plain if re.search(r"\bone of\b|^either\b", plain) else note)
+    kind = read_type(plain) or ("number" if text[:1] == "<" and NUMBER_WORD.match(plain) else "")
+    near = NUMBER_RANGE.search(plain[:40])
+    offer = read_offer(plain) or read_offer(note)
     if offer and kind in ("", "string") and not near:
         return offer
     if kind in ("integer", "number") or near or (not kind and NUMBER_WORD.search(note[:60])):
@@ -2883,7 +2879,7 @@ def read_phrase(text: str, note: str = "") -> Item:
 EXAMPLE_TOKEN = lazy_regex(
     r"(?://|\#|\\)[^\n]*|\.\.\.|\u2026|(?P<end>;)"
     r"|(?P<name>[\"']?[\w$-]{1,60}[\"']?)\??(?=\s{0,9}:(?!//))"
-    r"|(?P<text>\"[^\n]*?(?:\"(?=\s{0,99}[,;}\]]|\s{0,99}(?://|#|\n|\Z))|(?=\n)|\Z)"
+    r"|(?P<text>\"[^\n]*?(?:\"(?=\s{0,99}(?:[,;}\]#\n]|//|\Z))|(?=\n)|\Z)"
     r"|'[^'\n]*'(?=\s{0,99}[,;}\]])|[^\s{}\[\],:;](?:\[\]|<[^<>\n]*>|[^,;\n{}\]/]|/(?!/))*)"
 )
 
@@ -2928,8 +2924,8 @@ DATA = (
     "|history|sources?|reviews?|messages?|file|diff|code|logs?"
 )
 LABEL = lazy_regex(
-    r"[#*\s>\[-]{0,6}(?:((?:question|query|user|task|instructions?|now)\b[^:]{0,20})"
-    rf"|(?:{DATA})[\]*\s]{{0,4}}):"
+    r"\W{0,6}(?:((?:question|query|user|task|instructions?|now)\b[^:]{0,20})"
+    rf"|(?:{DATA})\W{{0,4}}):"
 )
 CONTEXT = lazy_regex(rf"(?i)(?:following|below|these|this)\b.{{0,60}}\b(?:{DATA}|pieces)\b")
 PROSE_TASK = lazy_regex(
@@ -2941,7 +2937,7 @@ PROSE_TASK = lazy_regex(
 )
 EXAMPLE_START = lazy_regex(
     r"(?<![$\w])\{\s{0,99}(?:\n|[\"'][^\"'\n]{0,60}[\"']\s?:|[\w-]{1,60}\??\s?:\s|//|#)"
-    r"|(?:(?<=[\n:=])|(?<=[:=] )|(?<=such as )|(?<=e\.g\. )|\A)(?!\[\[\w+\]\])"
+    r"|(?:(?<=[\n:=])|(?<=[:=] )|(?<=like )|(?<=such as )|(?<=e\.g\. )|\A)(?!\[\[\w+\]\])"
     r"\[\s{0,99}(?:\n|[{\"\[]|\d{1,9}\s?,)"
 )
 FENCE = lazy_regex(
@@ -2955,29 +2951,24 @@ ASKS = lazy_regex(
     r"|\([^()]{1,99}\)\?|\A\W?\w+(?:/| or )\w+(?:\W{0,3}\Z| ?[:?,])"
 )
 TOLD = lazy_regex(
-    r"\d\d|[>|]|\[[a-z]+\]|\W*(?:(?:my|our|i|i'm|he|she|they|we|it|"
+    r"\d\d|[>|]|\W*(?:(?:my|our|i|i'm|he|she|they|we|it|"
     r"the (?!.{0,30}(?:answer|response|output|reply|line|label|verdict|json)))\b|"
     r"(?:explain|translate)\b(?!.*(?:,| and ))|is it\b|(?:can you )?review\b"
     r"|(?:\w+ )?(?:how|why|what|who)\b|(?:please )?(?:write|create|build|make|implement|design"
     r"|draft|add)\b.{0,50}\b(?:function|script|tests?|component|prompt|program|app|class|docs|endpoint|"
-    r"essay|story|e-?mail|letter|notes|dialogue|code)\b)"
-    r"|.*\b(?:how (?:do|can|could|should|would|does|to)|(?:if|where|when|as) (?:it is |they are )?"
-    r"(?:useful|helpful|appropriate|needed|necessary|possible))\b"
+    r"essay|story|tutorial|e-?mail|letter|notes|dialogue|code)\b)"
+    r"|.*\b(?:how (?:do|can|could|should|would|does|to)|(?:useful|helpful|appropriate|needed))\b"
 )
 SAID_END = lazy_regex(r" (?<=[.!?] )(?<!\A\d\. ) *(?=[^a-z])")
 LIST_ITEM = lazy_regex(
     r"\s{0,9}(?:(?:[-*]|\(?([A-Za-z0-9]{1,2})[.):]) +|(?=\w+ \([^()\n]+\):))(\S.*)"
 )
-INLINE_ITEM = lazy_regex(
-    r"(?<![\w.])\(?(\d|[A-H])[.)] ?([\w' -]{1,40}?)(?=[,;.?]|\Z| \(?(?:\d|[A-H])[.)])"
-)
+INLINE_ITEM = lazy_regex(r"(?<![\w.])\(?(\d|[A-H])[.)] ?([\w' -]{1,40}?)(?=[,;.?]|\Z| \(?\w[.)])")
 ASKS_LINES = lazy_regex(
     r"(?i)\b(?:format|template|follows|structure|exactly|like this|XML|lines|tags)\b[^\n]{0,60}\Z"
     r"|\b(?:form|shape|session|with)\W{0,4}\Z"
 )
-SHOWN_LINE = lazy_regex(
-    r"[ \t>*]{0,9}(?:[A-Z][\w /()-]{0,40}\**:\**(?:[ \t]+\S|$)|</?\w+[^<>]*>(?! \w))"
-)
+SHOWN_LINE = lazy_regex(r"[ \t>*]{0,9}(?:[A-Z][\w /()-]{0,40}\**:|</?\w+[^<>]*>(?! \w))")
 SPEAKER = lazy_regex(r"[A-Z]\w{0,15}:(?= )")
 NOTE = lazy_regex(
     r"(?i)(?:[\"'`*#>\] ]{0,9}(\()|[\"'`*]+[:,]? (?!only|and\b|[\"'`{])|[\"'`]?\??:.*?(?://|#))"
@@ -3024,10 +3015,10 @@ class Prompt:
         said = keep_ends("\n".join(filter(None, self.lines)), MAX_SAID).split("\n")
         said = [part[:MAX_SENTENCE] for line in said for part in SAID_END.split(line)]
         self.said = keep_ends(said, MAX_LINES // 4)
-        self.asking = keep_ends(list(filter(is_asking, self.said)), 4)
+        self.asking = keep_ends(list(filter(is_asking, self.said)), 3)
         self.whole = " ".join(self.asking)
-        last = self.lines[-1].strip(" #*-") if self.lines and not task else ""
-        self.tail = last[:-1] if last.endswith(":") and len(last) < 80 else ""
+        last = self.lines[-1][:80].strip(" #*-") if self.lines and not task else ""
+        self.tail = last[:-1] if last.endswith(":") else ""
 
     @functools.cached_property
     def offers(self) -> list[tuple[str, Item]]:
@@ -3038,7 +3029,7 @@ class Prompt:
             for row in TOLD_OF.finditer(said)
         ]
         lists = [(told, [head for _, head in items]) for told, items in self.lists.items()]
-        return [(told, read_row(row)) for told, row in rows] + [
+        return [(told, read_row(row) or read_numbers(row)) for told, row in rows] + [
             (told, as_enum(heads)) for told, heads in lists
         ]
 
@@ -3049,8 +3040,7 @@ class Prompt:
     def _take_fence(self, found: re.Match[str]) -> str:
         text = found[2].strip()
         mark = self._add_example(found.string[: found.start()], found[1].lower(), text)
-        shown = not found[1] and SHOWN_LINE.match(text) and ASKS_LINES.search(self.examples[-1][0])
-        return f"\n{text if shown else mark}\n"
+        return f"\n{text if not found[1] and SHOWN_LINE.match(text) else mark}\n"
 
     def _take_examples(self, text: str) -> str:
         """Replace JSON in a text by marks, and keep it as examples."""
@@ -3088,12 +3078,11 @@ class Prompt:
             self.lines.append(line)
             item = LIST_ITEM.match(line[:MAX_SENTENCE])
             if item:
-                head = re.split(r":| [-(]", item[2].strip("*\"'` "))[0].strip("*\"'` ")
+                head = re.split(r":| [-(]", item[2])[0].strip("*\"'` ")
                 self.lists.setdefault(before, []).append((item[1] or "", head))
             elif bare.strip("-=_"):
                 before = bare
-            slots = showing or re.search(r": <\w+>.*: <\w+>", line)
-            if slots and len(self.shown) < 3 * MAX_ASKING and SHOWN_LINE.match(line):
+            if showing and len(self.shown) < 3 * MAX_ASKING and SHOWN_LINE.match(line):
                 self.shown.append(line[:MAX_SENTENCE])
             elif bare and bare[:3] != "...":
                 told = (bare[-1] == ":" or "form" in bare) and not self.shown
@@ -3125,8 +3114,8 @@ def find_offered(prompt: Prompt, about: str) -> Item:
 
 
 def count_entries(prompt: Prompt, name: str = "") -> int:
-    given = re.findall(r"^\[.+\]$", prompt.text, re.M) if "equal" in prompt.text.lower() else []
-    count = len((given and read_example(given[-1])) or ())
+    given = re.findall(r"^\[.+\]$", prompt.text, re.M) if "equal" in prompt.text.lower() else ["0"]
+    count = len(read_example(given[-1]) or ())
     return min(count, 50) or read_count(prompt.whole, name) or 2
 
 
@@ -3185,10 +3174,11 @@ def read_words(prompt: Prompt, text: str, name: str) -> Item:
     if type(schema) is dict:
         return {**schema, "$id": name, "minItems": 1}
     note = find_note(prompt, name) if name else ""
+    text = text.strip(".\u2026")
     kind = re.search(r"\b(?:an? |list|array|int|num|float|bool|true|str|dict|one of)\b", note[:60])
     text = text or (note[kind.start() :].partition(")")[0] if kind else note)
     schema = read_phrase(text, note)
-    if "items" in schema and name:
+    if "items" in schema:
         return as_array(schema["items"], max(schema["minItems"], count_entries(prompt, name)))
     if schema != TEXT_SCHEMA:
         return schema
@@ -3199,10 +3189,10 @@ def read_words(prompt: Prompt, text: str, name: str) -> Item:
     if not text and re.search(r"(?:\b|_)(?:age|year|count|score|rating|quantity)\Z", name, re.I):
         return {"type": "integer"}
     named = re.search("name|person|people|place|compan|entit|cit(y|ies)", name or prompt.whole)
-    taken = named and prompt.about and "xtract" in prompt.whole
+    taken = named and "xtract" in prompt.whole
     if text[:1].isupper() and (" " in text or text.isupper()):
         taken = prompt.text.count(text) > 1
-    copied = re.search(r"verbatim|\bexact (?:text|word)|as it appears", text + note, re.I)
+    copied = re.search(r"verbatim|exact (?:text|word)|as it appears", text + note)
     copies = find_copies(prompt) if taken or copied else []
     return {"enum": copies} if copies else schema
 
@@ -3216,11 +3206,10 @@ def read_value(prompt: Prompt, value: Any, name: str = "") -> Item:
     if type(value) is dict:
         return as_object({key: read_value(prompt, field, key) for key, field in value.items()})
     if type(value) is list:
-        items = [item for item in value[:MAX_LINES] if item != "..."] or [""]
+        items = value[:MAX_LINES] or [""]
         if all(type(item) is dict for item in items):
             items = [{key: field for item in items for key, field in item.items()}]
         each = read_value(prompt, items[0], name)
-        each = each.get("items", each) if type(items[0]) is str else each
         return as_array(each, count_entries(prompt, name))
     if type(value) is float and 0 <= value <= 1:
         return {"type": "number", "minimum": 0, "maximum": 1}
@@ -3253,9 +3242,9 @@ class WantedForm:
 
 
 JSON_ASKED = lazy_regex(
-    r"(?i)(?<!bout )(?<!ompare )(?<!this )(?<!escribe a )(?<![a-z])JSONL?(?![a-z.(_]| (?:API|file|"
-    r"output schema))|(?:(?<= [ai][sn])|(?<= be)|(?<=nto)|(?<=lid)|(?<=nly)) JSONL?\.(?!\w)"
-    r"|\bPython dict(?:ionary)?(?= (?:with|that has|containing)\b)"
+    r"(?i)(?<!bout )(?<!ompare )(?<!this )(?<!escribe a )(?<![a-z])JSONL?"
+    r"(?![a-z(_]|\.\w| (?:API|file|output schema))"
+    r"|\bPython dict"
 )
 OUTPUT_INTRO = lazy_regex(
     r"(?i)output|respon|answer|reply|return\b|format|schema|structure|generate|must"
@@ -3283,8 +3272,8 @@ PROSE_KEYS = lazy_regex(
 )
 VALUES_ROW = lazy_regex(rf"(?:{QUOTED}(?:, |/| \| ))*{QUOTED},? or {QUOTED}")
 FENCED = lazy_regex(  # not where it is forbidden
-    r"(?i)\A(?!.*(?:\bno|n't|without|avoid)\b[^.]{0,60}(?:```|code|fence|tick))"
-    r".*(?:```|(?:code|fenced) ?-?(?:block|snippet)\b|backtick)"
+    r"(?i)\A(?!.*(?:\bno|n't|without)\b[^.]{0,60}(?:```|code|tick)).*"
+    r"(?:```|(?:code|fenced) ?-?(?:block|snippet)\b|backtick)"
 )
 
 
@@ -3314,8 +3303,8 @@ def read_keys(prompt: Prompt, asked: str) -> list[str]:
 
 def rank_example(prompt: Prompt, asked: list[str], example: tuple[str, str, str]) -> int:
     intro, text = example[0].rpartition(". ")[2], example[2]
-    rank = -4 * bool(INPUT_INTRO.search(intro)) - 9 * (text[:1] not in ("{", "["))
-    if OUTPUT_INTRO.search(intro) and (asked or intro.count(" ") < 4 or is_asking(intro)):
+    rank = -4 * bool(INPUT_INTRO.search(intro))
+    if OUTPUT_INTRO.search(intro) and (asked or is_asking(intro)):
         rank += 3
     return rank + 4 * any(f'"{key}"' in text or f"{key}:" in text for key in prompt.keys)
 
@@ -3356,7 +3345,7 @@ EXACTLY = lazy_regex(
 )
 CONDITION = lazy_regex(r"(?i)\b(?:if|when|whenever|unless|until|once|otherwise|after)\b")
 ENDING = lazy_regex(
-    r"(?i:(?:repl|respond|say|output|return|issu|end|append|command)[^.\n]{0,60}?[\"'`]?"
+    r"(?i:(?:repl|respond|say|output|return|end|command)[^.\n]{0,60}?[\"'`]?"
     r"((?-i:(?:echo )?(?<![|\w])<?[A-Z][A-Z_]{5,60}>?))[\"'`]?)"
 )
 ENDED = lazy_regex(r"(?i)done|complet|finish|solved|submit|terminat|address|(?-i:\bEND\b)")
@@ -3367,7 +3356,7 @@ def read_said(prompt: Prompt) -> WantedForm | None:
     for said in prompt.asking:
         found = None if CONDITION.search(said) else EXACTLY.search(said)
         text = "".join(filter(None, found.groups())) if found else ""
-        if text and not re.search(r"[$<\[{]|: ?[\"'`]", text):
+        if text and not re.search(r"[$<\[{]", text):
             text = text[1:-1] if re.fullmatch(QUOTED, text) else text.strip()
             return WantedForm(f"exactly {text[:60]}", text)
         found = ENDING.search(said) if prompt.answered else None
@@ -3409,7 +3398,7 @@ def fill_shown(prompt: Prompt, lines: list[str], tools: Sequence[str] = ()) -> W
 
 def read_agent(prompt: Prompt) -> WantedForm | None:
     """Read the next lines, or JSON, of an agent that thinks and acts."""
-    lines = [line for line in prompt.shown if line[:9] != "Question:"]
+    lines = prompt.shown
     heads = [line.partition(":")[0].strip() for line in [*lines, "Observation"]]
     acts = "Thought" in heads and "Action" in heads
     is_json = '"action_input"' in prompt.text
@@ -3436,7 +3425,7 @@ def read_shown(prompt: Prompt) -> WantedForm | None:
     """Read lines, or YAML, that show how the answer shall look."""
     lines = [] if "Observation" in "".join(prompt.shown) else prompt.shown
     if re.search(r"(?<!this )(?<!bout )\bYAML\b(?! (?:file|for))", prompt.whole):
-        blocks = [text for _, kind, text in prompt.examples if kind in ("yaml", "yml", "")]
+        blocks = [text for _, kind, text in prompt.examples if kind[:1] in "y"]
         keys = [f"{key}: ..." for key in read_keys(prompt, "")]
         rest = "\n".join(prompt.lines).partition("YAML")[2]
         lines = blocks[-1:] or keys or re.findall(r"(?m)^ *[\w-]+:(?: .*)?$|^ +- .*", rest)
@@ -3475,7 +3464,8 @@ def read_marks(prompt: Prompt) -> WantedForm | None:
             continue
         for found in TAG.finditer(said):
             tag, before = found[1], said[at : found.start()]
-            shown[tag].update(dict.fromkeys(filter(None, [(found[2] or "").strip(".")])))
+            if found[2]:
+                shown[tag][found[2].strip(".")] = 1
             offer = {"enum": [*shown[tag]]} if len(shown[tag]) > 1 else read_offer(before)
             told = AFTER_TAG.match(said, found.end())
             words, where = told.groups("") if told else ("", "")
@@ -3521,7 +3511,7 @@ def read_label(prompt: Prompt) -> WantedForm | None:
 
 
 ONLY_CODE = lazy_regex(
-    r"(?i)\b(?:only|just) (?:the |a |valid |raw )*(SQL|regex|code|command)(?! ?\w)"
+    r"(?i)\b(?:only|just) (?:the |a |valid |raw )*(SQL|regex|code|command)\b(?! (?!query)\w)"
 )
 
 
@@ -3562,12 +3552,10 @@ LISTS = (
     (r"numbered list|ordered list", "\nN. "),
     (r"bullet|markdown list", "\n- "),
     (r"checklist", "\n- [ ] "),
-    (r"comma[ -]separated(?=\W*\Z|[,:]| \w*(?:list|values?|\w+s)\b)|separated by commas", ", "),
+    (r"comma[ -]separated(?! essay)|separated by commas", ", "),
     (r"\b(?:one|each) (?:\w+ )?(?:per|on (?:a|its own)) line|separated by (?:new ?|line )", "\n"),
 )
-RECORD_SHAPE = lazy_regex(
-    r"\b(?:form|format|as|like)(?: of|:)? [\"'`]?(\(?\w+(?:(?:; | ?\| ?)\w+)+\)?)"
-)
+RECORD_SHAPE = lazy_regex(r"[\"'`]?(\(?\w+(?:(?:; | ?\| ?)\w+)+\)?)")
 TABLE = lazy_regex(
     r"(?i)\bCSV\b(?! file)(?<!is CSV)(?<!the CSV)|markdown table|comma-separated rows"
     r"|table (?:with|of|that has|in) (?:the |\w+ )*(?:columns|markdown)"
@@ -3582,7 +3570,7 @@ def read_list(prompt: Prompt) -> WantedForm | None:
     for said in prompt.asking:
         if said[:3] == "If ":
             continue
-        count = max(read_count(said) or read_count(prompt.whole) or 3, 2)
+        count = read_count(prompt.whole) or 3
         table, words = TABLE.search(said), WORDS_ASKED.search(said)
         if table:
             named = COLUMNS.search(IN_BRACKETS.sub("", said)) or COLUMNS.search(said)
@@ -3638,7 +3626,7 @@ def read_offered(prompt: Prompt, said: str) -> Item:
         names = list(dict.fromkeys(re.findall(r"(?m)^\[\d+\]", prompt.text) or ["[1]", "[2]"]))
         return {"enum": [" > ".join(names[at:] + names[:at]) for at in range(len(names))]}
     words = re.findall(r"\[\[([A-Z])\]\]", said)
-    if not words and re.search(r"(?i)\b(?:if|when)\b", said) and re.search(SPOKEN, said, re.I):
+    if not words:
         words = ["".join(found) for found in CONDITIONS.findall(said)]
     if len(words) > 1 and not re.search(NOT_SAID, " ".join(prompt.said)):
         return {"enum": [word.strip("\"'`") for word in words]}
@@ -3651,28 +3639,21 @@ def read_offered(prompt: Prompt, said: str) -> Item:
 
 def read_restricted(prompt: Prompt, said: str) -> Item:
     """Return the schema of what a sentence or the label at the end restricts to, or nothing."""
-    heads = {before.strip(" *#:").lower().rstrip("s") for before in prompt.lists}
-    limited, of_list = RESTRICTED.search(said), OF_LIST.search(said) or said.lower() in heads
+    limited, of_list = RESTRICTED.search(said), OF_LIST.search(said)
     at_end = said and said == prompt.tail
-    told = "\n".join(prompt.said)
-    if at_end or limited:
-        bounds = re.search(rf"\b{re.escape(prompt.tail)}\W{{0,3}}\(([\d. to-]{{3,12}})\)", told)
-        asked = QUESTION_ROW.search(told)
-        if bounds and at_end:
-            return read_numbers(bounds[1])
-        if asked and not NUMBER_WORD.search(said):
-            return read_row(asked[1] or asked[2])
-    if not (limited or of_list or RESTRICTED.search(prompt.whole)):
+    if not (at_end or limited or of_list or RESTRICTED.search(prompt.whole)):
         return {}
     items = {} if LIST_ITEM.match(said) else find_items(prompt, "number" in said)
     if items and (of_list or (limited and type(items.get("enum", "")[0]) is int)):
         return items
     kind = re.search(r"\b(?:int|float|num|bool|digit)(?:eger|ber|ean)?\b(?! of)", said)
     if limited and (kind or NUMBER_WORD.search(said)):
-        limits = filter(None, map(read_numbers, (said, *keep_ends(prompt.said, 5))))
+        limits = filter(None, map(read_numbers, prompt.said))
         typed = {"type": read_type(kind[0])} if kind else {}
         return max(limits, key=measure_width, default=typed)
-    return find_offered(prompt, said) or (items if limited else {})
+    asked = QUESTION_ROW.search("\n".join(prompt.said)) if at_end or limited else None
+    offer = find_offered(prompt, said) or (read_row(asked[1] or asked[2]) if asked else {})
+    return offer or (items if limited else {})
 
 
 def read_choice(prompt: Prompt) -> WantedForm | None:
@@ -3699,52 +3680,31 @@ FEW_LABELS = lazy_regex(
     r"(?!(?:.*\n)*(?i:yes|no|ok|okay|hi|hello|thanks|done)\b)"
     r"[\w-]+(?: [\w-]+)?(?:\n[\w-]+(?: [\w-]+)?)+"
 )
-NEW_TURN = lazy_regex(r"(?i)\W*(?:explain|thanks?|how|wh\w+|tell|now)\b")
 
 
-def read_shots(answers: list[str], about: str) -> WantedForm | None:
-    """Read what answers given before share: keys of JSON, or labels."""
-    answers = [text.strip() for text in answers[-6:] if 0 < len(text) < 1200]
-    shown = [read_example(text) if text[:1] == "{" else {"": text} for text in answers]
+def read_shots(prompt: Prompt) -> WantedForm | None:
+    """Read what a label at the end had behind it before: JSON with the same keys, or labels."""
+    before, _, end = prompt.text.strip().rpartition("\n")
+    named = re.fullmatch(r"[A-Z][\w ]{0,30}:", end)
+    shots = re.findall(rf"(?m)^{end}\s*(\{{[^{{}}]*\}}|\S.*)", before)[-6:] if named else []
+    shown = [read_example(text) if text[:1] == "{" else {end: text} for text in shots]
     if len(shown) < 2 or not shown[0] or len({tuple(each or ()) for each in shown}) > 1:
         return None
     fields: Item = {}
     for key, value in shown[0].items():
         labels = [*dict.fromkeys(str(each[key]) for each in shown)]
-        few = len(labels) < len(shown) and not labels[0].istitle()
-        if (
-            (few or SORTS.search(key or about))
-            and type(value) is str
-            and FEW_LABELS.fullmatch("\n".join(labels))
-        ):
-            fields[key] = {"enum": labels}
-        elif key:
-            fields[key] = read_value(Prompt(""), value, key)
-    if "" in shown[0]:
-        return as_choice(fields[""], "\1answer\1") if fields else None
-    return WantedForm("JSON as before", "\1JSON\1", {"JSON": as_object(fields)})
-
-
-def read_pairs(prompt: Prompt) -> WantedForm | None:
-    """Read what follows a label that ends the text, where it stands before."""
-    before, _, label = prompt.text.strip().rpartition("\n")
-    named = re.fullmatch(r"[A-Z][\w ]{0,30}:", label)
-    shots = named and re.findall(rf"(?m)^{label}\s*(\{{[^{{}}]*\}}|\S.*)", before)
-    return read_shots(shots, label + before[:99]) if shots else None
-
-
-def read_turns(messages: list[Item], texts: list[str]) -> WantedForm | None:
-    """Read the form that the turns of the assistant share so far, unless the last one asks anew."""
-    new = NEW_TURN.match(texts[-1])
-    if new and not any(text.startswith(new[0]) for text in texts[:-1]):
-        return None
-    given = [text for each, text in zip(messages, texts) if each["role"] == "assistant"]
-    return read_shots(given, texts[0][:999])
+        repeated = len(labels) < len(shown) and not labels[0].istitle()
+        sorts = (repeated or SORTS.search(key + before[:99])) and type(value) is str
+        few = sorts and FEW_LABELS.fullmatch("\n".join(labels))
+        fields[key] = {"enum": labels} if few else read_value(prompt, value, key)
+    if end not in fields:
+        return WantedForm("JSON as before", "\1JSON\1", {"JSON": as_object(fields)})
+    return as_choice(fields[end], "\1answer\1") if "enum" in fields[end] else None
 
 
 FORM_READERS = (
     read_marks, read_agent, read_json, read_said, read_block, read_shown,
-    read_label, read_records, read_list, read_choice, read_pairs,
+    read_label, read_records, read_list, read_choice, read_shots,
 )  # fmt: skip
 RESULT = lazy_regex(
     r"(?i)\A\W*(?:observation|tool|result|output|returncode|error|format error|for context|"
@@ -3785,8 +3745,7 @@ def read_form(messages: list[Item], json_mode: bool = False) -> WantedForm | Non
             if form.schemas.get("JSON") is not JSON_MODE_SCHEMA:
                 return form
             vague = vague or form
-    shots = len(messages) > 4 and read_turns(messages, texts)
-    return shots if shots and (not json_mode or "JSON" in shots.schemas) else vague
+    return vague
 
 
 # === Catalogue ===
