@@ -8735,23 +8735,21 @@ def get_tokenized_dataset(server: Server, request: Request) -> Any:
 # --- Evaluations
 
 JUDGE_ROWS = """
-  model!,system_template!:1.. model_source!=serverless|dedicated|external
-  external_api_token external_base_url num_workers,max_tokens:int:1.. temperature:float:0..2
-"""
-PARAMETERS = Fields(f"""\
-judge!:dict{JUDGE_ROWS}\
-input_data_file_path!:1.. model_to_evaluate,model_a,model_b:str|dict{JUDGE_ROWS}\
-  input_template!""")  # fmt: skip
-LABELS = "labels!,pass_labels!:list[str]:1.."
-SCORES = "min_score!,max_score!,pass_threshold!:float:-1e9..1e9"
-EVALUATIONS: dict[str, tuple[Fields, Callable[[Item], Sequence[Any]]]] = {
-    # by type: its parameters, and the verdicts that a row may get
-    "classify": (Fields(*PARAMETERS.values(), LABELS), lambda p: p["labels"]),
-    "compare": (PARAMETERS, lambda p: ("A", "A", "B", "B", "Tie")),
-    "score": (Fields(*PARAMETERS.values(), SCORES), lambda p: (
-        p["min_score"], p["pass_threshold"], p["max_score"])),
-}  # fmt: skip
-EVALUATION_FIELDS = Fields(f"type!={'|'.join(EVALUATIONS)} parameters!:dict")
+      model!,system_template!:1.. model_source!=serverless|dedicated|external
+      external_api_token external_base_url num_workers,max_tokens:int:1.. temperature:float:0..2"""
+PARAMETERS = f"""
+  parameters!:dict
+    judge!:dict{JUDGE_ROWS}
+    disable_position_bias_correction:bool
+    input_data_file_path!:1.. model_to_evaluate,model_a,model_b:str|dict{JUDGE_ROWS}
+      input_template!"""
+EVALUATION_FIELDS = Fields(f"""\
+type!=classify|compare|score parameters!:dict
+@classify:dict{PARAMETERS}
+    labels!,pass_labels!:list[str]:1..
+@compare:dict{PARAMETERS}
+@score:dict{PARAMETERS}
+    min_score!,max_score!,pass_threshold!:float:-1e9..1e9""")
 
 
 def summarize_verdicts(type: str, verdicts: list[Any], said: Item) -> Item:
@@ -8776,10 +8774,15 @@ def judge_rows(server: Server, job: Item) -> Item:
     type, facts = job["type"], dict(job["parameters"])
     id = server.files.get(facts.pop("input_data_file_path", ""))["id"]
     judged = [parse_line(line) for _, line in read_lines(server.contents.get(id, b""))]
-    source, choices = HashRandom.of("evaluation", [type, facts]), EVALUATIONS[type][1](facts)
+    source = HashRandom.of("evaluation", [type, facts])
+    choices: dict[str, Any] = {
+        "classify": facts.get("labels"),
+        "compare": ["A", "A", "B", "B", "Tie"],
+        "score": [facts.get(name) for name in ("min_score", "pass_threshold", "max_score")],
+    }
     for row in judged:
         rng = source.child(ENCODE(row))
-        row.update(verdict=rng.choice(choices), feedback=make_text(rng.child("feedback"), 1))
+        row.update(verdict=rng.choice(choices[type]), feedback=make_text(rng.child("feedback"), 1))
     lines = "".join([ENCODE(row) + "\n" for row in judged]).encode()
     file_id = store_lines(server, f"{job['workflow_id']}_results.jsonl", "eval-output", lines)
     counts = {"generation_fail_count": 0, "judge_fail_count": 0, "result_file_id": file_id}
@@ -8816,8 +8819,7 @@ def enter_evaluation(server: Server, job: Item, status: str) -> Item:
 def show_evaluation(server: Server, request: Request, job: Item) -> Item:
     """Return a job; generated clients want the counts of labels as JSON text."""
     results = job["results"]
-    generated = is_together(request) and "x-stainless-lang" in request.headers
-    if generated and get_path(results, "label_counts"):
+    if "x-stainless-lang" in request.headers and get_path(results, "label_counts"):
         results["label_counts"] = ENCODE(results["label_counts"])
     if request.route.path.endswith("/status"):
         return {"status": job["status"], "results": results}
@@ -8836,7 +8838,6 @@ route("GET /v1/evaluation/{id}/status")(EVALUATION_JOBS.get)
 def create_evaluation(server: Server, request: Request) -> Any:
     """Start to judge the rows of a data file."""
     item = pick_given(request.body, EVALUATION_FIELDS)
-    EVALUATIONS[item["type"]][0].check(item["parameters"], "parameters.")
     job = EVALUATION_JOBS.start(server, request, redact(item))
     return {"workflow_id": job["workflow_id"], "status": "pending"}
 
