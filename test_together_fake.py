@@ -4578,7 +4578,7 @@ class CompletionTests(LocalCase):
         for prompt, param in (
             ([], "prompt"),
             ([1, "a"], "prompt"),
-            ([[]], "prompt[0]"),
+            ([[]], "prompt"),
             (5, "prompt"),
         ):
             with self.subTest(prompt=prompt):

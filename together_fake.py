@@ -6676,11 +6676,11 @@ class Answer:
         return {**arrange(keys, counts), **given}
 
     def find_seed(self) -> int | None:
-        """Return the seed asked for, else one made of the id: up to 2 ** 64, of 16 digits."""
+        """Return the seed asked for, else one made of the id: up to 2 ** 64."""
         if "tells-seed" not in self.traits:
             return None
         if self.seed is None:
-            return zlib.crc32(self.id.encode()) * 2**32 // 1000 * 1000
+            return zlib.crc32(self.id.encode()) * 10**9
         return self.seed
 
     def find_ending(self, choice: Choice) -> Item:
@@ -7220,7 +7220,7 @@ def choose_calls(rng: HashRandom, form: Form, body: Item, index: int) -> list[It
     calls = []
     for at, function in enumerate(choose_tools(body)):
         name = function["name"]
-        own = rng.child("tools", index).child("call", at, name)
+        own = rng.child("call", index, at, name)
         schema = function.get("parameters") or {"type": "object"}
         arguments = make_valid(own, schema, f"tools.{name}.parameters")
         calls.append(tool_call(own, form, at, name, arguments))
@@ -7729,16 +7729,13 @@ COMPLETION_FACTS = frozenset((*COMPLETION_FIELDS, "suffix")) - UNDRAWN
 
 def read_inputs(value: Any, place: str) -> list[Any]:
     """Return a list of texts or token lists, whichever way they were sent."""
-    kinds = {str} if type(value) is str else set(map(type, value))
-    if kinds not in ({str}, {int}, {list}):
-        raise refuse_value(place, "must be a string, or an array of strings or token ids", value)
-    inputs = [value] if type(value) is str or kinds == {int} else value
-    if len(inputs) > MAX_INPUT_ITEMS:
-        raise refuse_value(place, f"must have at most {MAX_INPUT_ITEMS} items", len(inputs))
-    for index, item in enumerate(inputs):
-        if type(item) is list and not (item and all(type(id) is int and id >= 0 for id in item)):
-            where = f"{place}[{index}]" if kinds == {list} else place
-            raise refuse_value(where, "must be an array of token ids", item)
+    inputs = [value] if type(value) is str or int in map(type, value) else value
+    if not 0 < len(inputs) <= MAX_INPUT_ITEMS:
+        raise refuse_value(place, f"must have 1 to {MAX_INPUT_ITEMS} items", len(inputs))
+    for item in inputs:
+        is_ids = type(item) is list and item and all(type(id) is int and id >= 0 for id in item)
+        if not (is_ids or type(item) is str):
+            raise refuse_value(place, "must be a string, or an array of strings or token ids", item)
     return list(inputs)
 
 
