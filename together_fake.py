@@ -4149,8 +4149,7 @@ class Collection(Shared):
 
     def update(self, id: str, **changes: Any) -> Item:
         with self._lock:
-            if id in self._items:
-                self._items[id].update(copy_json(changes))
+            self._items.get(id, {}).update(copy_json(changes))
         return self.get(id)
 
     def remove(self, id: str) -> Item:
@@ -8653,9 +8652,10 @@ def list_trainable(server: Server, request: Request) -> Any:
 )
 def download_model(server: Server, request: Request) -> Any:
     """Return the archive of a trained model, or a range of it."""
+    import gzip
     import tarfile
 
-    args, tar = request.args, io.BytesIO()
+    args = request.args
     job = server.fine_tunes.get(args["ft_id"])
     if job["status"] != "completed":
         raise ApiError("bad_state", noun="Fine-tune", id=job["id"], status=job["status"])
@@ -8664,12 +8664,10 @@ def download_model(server: Server, request: Request) -> Any:
     if step not in steps:
         raise ApiError("no_object", param="checkpoint_step", noun="Checkpoint", id=step)
     weights = HashRandom.of("weights", [job["id"], step, args.get("checkpoint")])
-    with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        entry = tarfile.TarInfo("model.safetensors")
-        entry.size = 65536
-        archive.addfile(entry, io.BytesIO(weights.randbytes(entry.size)))
-    packer = zlib.compressobj(0, zlib.DEFLATED, 16 + zlib.MAX_WBITS)  # gzip
-    packed = bytearray(packer.compress(tar.getvalue()) + packer.flush())
+    entry = tarfile.TarInfo("model.safetensors")
+    entry.size = 65536
+    data = entry.tobuf(tarfile.USTAR_FORMAT) + weights.randbytes(entry.size) + bytes(1024)
+    packed = bytearray(gzip.compress(data, 0, mtime=0))
     packed[8:10] = b"\0\xff"  # no word of the level and the system: the same on all
     return serve_bytes(request, bytes(packed), "application/x-tar")
 
@@ -8806,8 +8804,7 @@ def enter_evaluation(server: Server, job: Item, status: str) -> Item:
         try:
             results = judge_rows(server, job)
         except ApiError as error:
-            status = "error" if error.name == "storage_full" else "user_error"
-            results = {"error": error.message}
+            status, results = "user_error", {"error": error.message}
     elif status in ("queued", "running"):
         results = None
     return {**note_status(server, status, job["status_updates"]), "results": results}
