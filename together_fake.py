@@ -11482,20 +11482,19 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if isinstance(error, MemoryError):
                 yield LOOK_SECONDS  # for workers to leave some
                 error = ApiError("no_memory")
-            head = reader.head or Head("", "", b"GET / HTTP/1.0\r\n")
-            if reader.head is None:  # all that is known is how it begins
+            head = reader.head
+            if head is None:  # all that is known is how it begins
                 line = reader.data[reader.at : reader.at + 100].partition(b"\r")[0]
                 request = Request("", line.decode("latin-1"))
+                head = Head("", "", b"GET / HTTP/1.0\r\n")
             elif request is None:
                 request = Request(head.method, head.path, query=head.query, headers=head.fields)
-            reply = app.answer(request, error)
-            self.unsent += b"".join(write_whole(reply, head, True))
+            self.unsent += b"".join(write_whole(app.answer(request, error), head, True))
             yield from self.linger()
 
     def linger(self) -> Generator[Any, Any, None]:
         """Let the client read what was sent last: closing before it ends would reset that away."""
-        while self.unsent:
-            yield ROOM
+        yield ROOM
         self.socket.shutdown(socket.SHUT_WR)
         while not self.has_ended:
             yield END
@@ -11503,8 +11502,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     def see_off(self) -> Generator[Any, Any, None]:
         """Tell who has left from who only reads on, which what is sent to them shows."""
-        while self.unsent:
-            yield ROOM
+        yield ROOM
         yield RESET_SECONDS
         gone = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         self.end_call("left" if gone else "complete")
@@ -11724,7 +11722,7 @@ class Workers:
 
     def give_tasks(self) -> None:
         """Give what waits to who is idle, and begin with one more: each waits for its turn."""
-        if self.waiting and not self.idle and self.count < self.most:
+        if not self.idle and self.count < self.most:
             try:
                 self.server.start_thread(self.work)
                 self.count += 1
@@ -11808,7 +11806,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.held: list[Connection] = []  # that may have something to be sent
         self.timers: list[tuple[float, int, Callable[[], None]]] = []  # a heap
         self.timer_numbers = itertools.count()
-        self.soon: deque[Callable[[], None]] = deque()  # what workers want to be called
+        self.soon: deque[Callable[[], Any]] = deque()  # what workers want to be called
         self.threads: list[threading.Thread] = []
         self.workers = {kind: Workers(self, MAX_WORKERS[kind]) for kind in MAX_WORKERS}
         self.accepting = self.looks = False
@@ -11876,7 +11874,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.send_held()
         if not self.stopping.is_set():
             for workers in self.workers.values():
-                workers.give_tasks()
+                if workers.waiting:
+                    workers.give_tasks()
 
     def send_held(self) -> None:
         """Send the replies held back; who has more to be sent comes again in the next round."""
@@ -11893,7 +11892,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         due = time.monotonic() + seconds
         heapq.heappush(self.timers, (due, next(self.timer_numbers), act))
 
-    def call_soon(self, act: Callable[[], None]) -> None:
+    def call_soon(self, act: Callable[[], Any]) -> None:
         """Have the loop call something, from any thread."""
         self.soon.append(act)
         with contextlib.suppress(OSError):  # it is awake already, or it is over
@@ -11952,8 +11951,8 @@ class HttpServer(http.server.ThreadingHTTPServer):
         for connection in list(self.clients):
             if most < math.inf and connection.awaited is IDLE:
                 connection.act(selectors.EVENT_READ)  # it may just have asked
-            patience = self.patience.get(connection.awaited, math.inf)
-            if self.now < connection.since + min(patience, most) or patience == math.inf:
+            patience = self.patience.get(connection.awaited)
+            if patience is None or self.now < connection.since + min(patience, most):
                 continue
             if connection.awaited is PARTIAL:
                 connection.go_on(error=ApiError("slow_request", seconds=patience))
@@ -11971,9 +11970,9 @@ class HttpServer(http.server.ThreadingHTTPServer):
         add = waiting.appendleft if has_begun else waiting.append
         add((work, take))
 
-    def start_thread(self, target: Callable[..., None], *args: Any) -> None:
+    def start_thread(self, target: Callable[[], None]) -> None:
         bytes(SPARE_BYTES)
-        thread = threading.Thread(target=target, args=args, name="together-fake", daemon=True)
+        thread = threading.Thread(target=target, name="together-fake", daemon=True)
         thread.start()
         self.threads = [*filter(threading.Thread.is_alive, self.threads), thread]
 
@@ -11982,7 +11981,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def stop(self) -> None:
         """End the connections and free the port; wait for the loop, and a moment for workers."""
         self.stopping.set()
-        self.call_soon(lambda: None)
+        self.call_soon(int)
         if not self.threads:
             self.close_sockets()
         elif self.threads[0] is not threading.current_thread():  # the loop, which starts others
@@ -12034,7 +12033,6 @@ class UpstreamReader(io.RawIOBase):
         self.buffered = io.BufferedReader(self, RECEIVE_BYTES)
 
     def makefile(self, mode: str) -> Any:
-        """Return what `http.client` reads each head from."""
         return self.buffered
 
     def readable(self) -> bool:
