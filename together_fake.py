@@ -3714,7 +3714,7 @@ RESULT = lazy_regex(
 
 @functools.lru_cache(maxsize=256)  # system messages come again
 def has_hint(text: str) -> bool:
-    if "{" in text or "<" in text or "`" in text or text[-2:].rstrip()[-1:] == ":":
+    if "{" in text or "<" in text or "`" in text or text.endswith((":", ": ", ":\n")):
         return True
     return not HINTS.isdisjoint(text.replace("few words", "").split())
 
@@ -6646,7 +6646,6 @@ class Answer:
     role = "assistant"
     objects = ("chat.completion", "chat.completion.chunk")  # of the whole, of a chunk
     unended = 0  # choices whose stream goes on
-    key = b""  # 32 bytes, drawn, for what has ids of another form
 
     def __init__(self, request: Request, form: Form, choices: list[Choice], usage: Item) -> None:
         self.request = request
@@ -7058,7 +7057,8 @@ def count_usage(prompt_tokens: int, choices: list[Choice], cached_tokens: int = 
 
 
 def find_tools(body: Item) -> list[Item]:
-    return [tool["function"] for tool in body.get("tools") or ()] or body.get("functions") or []
+    tools = [tool.get("function") or tool for tool in body.get("tools") or ()]  # or a response's
+    return tools or body.get("functions") or []
 
 
 def read_tool_choice(body: Item) -> tuple[str, list[str]]:
@@ -7447,7 +7447,6 @@ def compose_chat(server: Server, request: Request) -> Answer:
         choices.append(choice)
     cached = before // CACHED_TOKENS * CACHED_TOKENS
     answer = Answer(request, form, choices, count_usage(prompt_tokens, choices, cached))
-    answer.key = rng.key
     return finish_answer(answer, rng, texts)
 
 
@@ -7522,26 +7521,18 @@ OTHER_IN_CHAT = {
 }  # fmt: skip
 
 
-def chat_tool(tool: Item) -> Item:
-    given = pick_given(tool, ("name", "description", "parameters"))
-    return {"type": "function", "function": given}
-
-
 def chat_body(body: Item) -> Item:
     """Return the body of a chat that asks the same."""
-    messages, format = convert_items(body), get_path(body, "text", "format")
+    messages = convert_items(body)
     if len(messages) == bool(body.get("instructions")):
         raise ApiError("missing", param="input")
-    if format and format["type"] == "json_schema":
-        schema = {name: format.get(name) for name in ("name", "schema", "strict")}
-        format = {"type": "json_schema", "json_schema": schema}
-    tools = [chat_tool(tool) for tool in body.get("tools") or () if tool["type"] == "function"]
+    tools = [tool for tool in body.get("tools") or () if tool["type"] == "function"]
     chat = {
         **pick_given(body, SAME_IN_CHAT),
         "messages": messages,
         "max_tokens": body.get("max_output_tokens"),
         "reasoning_effort": get_path(body, "reasoning", "effort"),
-        "response_format": format or None,
+        "response_format": get_path(body, "text", "format"),
         "tools": tools or None,
     }
     choice = body.get("tool_choice")
@@ -7699,7 +7690,7 @@ def create_response(server: Server, request: Request) -> Any:
     except ApiError as error:
         param = OTHER_IN_CHAT.get(error.param or "", error.param)
         raise ApiError(error.name, param=param, **error.facts) from None
-    digits = answer.key.hex()
+    digits = HashRandom.of("response", answer.id).hex(62)
     summarised = bool((body.get("reasoning") or {}).get("summary"))
     items = list_items(answer.choices[0], summarised, digits[32:62])
     if not (request.script or {}).get("id"):
