@@ -1721,7 +1721,7 @@ MAX_MORE_DEPTH = 30  # levels that a schema may need beyond the depth it is mean
 MAX_BRANCHES = 48  # ways through anyOf and oneOf that are tried in one place
 TRIES = 12  # values made for one way before it is given up
 MAX_SEARCHED = 1_000_000  # characters in which a pattern is looked for
-MANY_STEPS = 10_000  # after which optional properties are left out
+FEW_STEPS = 30_000  # with less left, optional properties are left out
 
 
 class Unsatisfiable(Exception):
@@ -1747,10 +1747,6 @@ def spend(count: int = 1) -> None:
         raise OutOfSteps
 
 
-def is_late() -> bool:
-    return WORK.steps < MAX_STEPS - MANY_STEPS
-
-
 @contextlib.contextmanager
 def bound_work() -> Iterator[None]:
     """Bound the work on one value, also by what is left for all values of a request."""
@@ -1758,11 +1754,9 @@ def bound_work() -> Iterator[None]:
     WORK.steps = most = min(MAX_STEPS, left)
     try:
         yield
-    except (OutOfSteps, RecursionError):
+    except (OutOfSteps, RecursionError, ValueError):  # the last from urljoin()
         reason = "too large, too deep or too entangled for the values that are asked for"
-        raise Unsatisfiable(f"it is {reason}") from None
-    except ValueError as error:  # from urljoin()
-        raise Unsatisfiable(f"a URI is malformed: {error}") from None
+        raise Unsatisfiable(f"it is {reason}, or has a malformed URI") from None
     finally:
         WORK.steps = left - most + max(0, WORK.steps)
 
@@ -1770,7 +1764,7 @@ def bound_work() -> Iterator[None]:
 # Only what ECMA-262 and Python read alike. Whether a repeat is lazy does not change the texts.
 ESCAPE = r"\\(?:x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[dDwWsStnrfv]|[^0-9A-Za-z])"
 PATTERN_TOKEN = lazy_regex(
-    r"(?P<flags>\A\(\?[aims]+\))|(?P<open>\((?!\?)|\(\?(?:P?<[A-Za-z_]\w*>|[:=!]))|(?P<mark>[|)])"
+    r"(?P<flags>\(\?[aims]+\))|(?P<open>\((?!\?)|\(\?(?:P?<[A-Za-z_]\w*>|[:=!]))|(?P<mark>[|)])"
     r"|(?P<at>[\^$]|\\[AZbB])|(?P<repeat>[*+?]|\{[0-9]{1,6}(?:,[0-9]{0,6})?\})\??(?![*+?{])"
     rf"|(?P<set>\.|{ESCAPE}|\[(?!\^?\])\^?(?:{ESCAPE}|\\b|[^\\\]])+\])"
     r"|(?P<text>(?:[^\\()\[|^$.*+?{](?![*+?{]))+|[^\\(\[*+?{]|\{(?![0-9,]))|(?P<rest>.)",
@@ -1798,24 +1792,18 @@ class Pattern:
     ("text", expression, size, text), ("set", expression, 1, characters), ("at", expression, 0, ""),
     ("all", nodes), ("any", nodes), ("repeat", node, low, high, expression of a run),
     ("look", node, wanted).
-
-    whole  it is for whole texts
     """
 
-    def __init__(self, source: str, whole: bool = False) -> None:
+    def __init__(self, source: str) -> None:
         self.source = source
+        self._flags = 0
         self._spare = 0  # characters that repeats may still add
         spend(len(source))
-        found = [(token.lastgroup or "", token) for token in PATTERN_TOKEN.finditer(source)]
+        found = [(str(token.lastgroup), token) for token in PATTERN_TOKEN.finditer(source)]
         self._tokens = [(kind, token[kind]) for kind, token in reversed(found)]  # the next one last
-        flags = self._tokens.pop()[1] if found and found[0][0] == "flags" else ""
-        self._flags = re.compile(flags).flags
         self.tree = self._read()
         if self._tokens:
             raise self._refusal("a parenthesis closes nothing")
-        if whole:
-            start, end = self._read_leaf("at", r"\A"), self._read_leaf("at", r"\Z")
-            self.tree = ("all", [start, self.tree, end])
 
     def _refusal(self, reason: str) -> Unsatisfiable:
         return Unsatisfiable(f"pattern {self.source[:200]!r}: {reason}")
@@ -1827,6 +1815,8 @@ class Pattern:
             kind, text = self._tokens.pop()
             if kind == "mark":
                 options.append([])
+            elif kind == "flags":  # for what follows
+                self._flags = re.compile(text).flags
             elif kind == "repeat":
                 options[-1].append(self._read_repeat(options[-1], text))
             elif kind == "open":
@@ -1986,12 +1976,12 @@ s: 0|1|2|3|4|5
 x: 0|1|2|3|4|5|6|7|8|9|a|b|c|d|e|f
 first: Ada|Ben|Clara|David|Elena|Felix|Grace|Hugo|Ines|Jonas|Lena|Marco|Nora|Omar
 last: Bauer|Chen|Diaz|Evans|Fischer|Garcia|Haddad|Ito|Jensen|Kaya|Lopez|Moreau
-user: ada|ben|clara|david|elena|felix|grace|hugo|ines|jonas|lena|marco|nora|omar
 site: example.com|example.org|example.net
 adjective: bright|calm|clear|careful|fresh|gentle|modern|quick|quiet|simple|steady
 noun: bridge|garden|harbor|journey|letter|market|meadow|notebook|plan|river|signal
 verb: check|compare|explain|improve|measure|prepare|review|share|update
 """)
+SAMPLES["user"] = SAMPLES["first"].lower()
 # By format, or by a name that calls for it; Base64 takes four characters for three bytes.
 FORMATS = read_table("""\
 date day birthday deadline dob: 202{d}-0{c}-1{d}
@@ -2019,17 +2009,17 @@ FORMATS.update((f"uuid{n}", FORMATS["uuid"].replace("-4", f"-{n}")) for n in ran
 # By the words of a property's name: the longest end of the name first, then single words.
 TEXTS = FORMATS | read_table("""\
 *: {adjective} {noun}
-name full_name author person contact: {first} {last}
+name author person contact: {first} {last}
 first_name given_name firstname: {first}
 last_name family_name surname lastname: {last}
-user_name username login handle: {user}{d2}
-phone phone_number telephone mobile: +1-555-01{d2}
+user_name username login: {user}{d2}
+phone telephone mobile: +1-555-01{d2}
 image avatar photo image_url: https://{site}/{noun}.png
-city town location place destination origin: {Berlin|Boston|Cairo|Kyoto|Lagos|Lima|Oslo|Paris}
-address street: {c}{d} {Cedar|Elm|Garden|Harbor|Hill|Lake|Maple|Mill|Oak|Park|River|Station} Street
-zip postcode postal_code zip_code: {d5}
-country: {Brazil|Canada|Egypt|France|Germany|India|Japan|Kenya|Norway|Portugal}
-language locale: {de|en|es|fr|it|ja|pt}
+city town location place destination origin: {Berlin|Boston|Cairo|Kyoto|Lima|Oslo}
+address street: {c}{d} {Elm|Garden|Lake|Mill|Oak|River} Street
+zip zip_code postcode postal_code: {d5}
+country: {Brazil|Canada|France|Japan|Kenya|Norway}
+language locale: {de|en|es|fr|ja|pt}
 currency: {EUR|GBP|JPY|USD}
 timezone time_zone: {Africa/Cairo|America/Lima|Asia/Tokyo|Europe/Berlin|UTC}
 title subject headline heading: A {adjective} {noun}
@@ -2037,13 +2027,13 @@ description summary text content body reason reasoning explanation comment messa
 review bio thought analysis: The {adjective} {noun} is easy to {verb} and leads to a {adjective} \
 {noun}.
 question prompt: How would you {verb} the {adjective} {noun}?
-company organization employer brand: {Alder|Borealis|Cobalt|Ember|Granite} {Group|Labs|Studio|Works}
-role job occupation profession position: {analyst|architect|designer|editor|engineer|nurse|teacher}
-type category kind group: {basic|custom|general|internal|primary|public|standard}
+company organization employer brand: {Alder|Borealis|Cobalt|Ember} {Group|Labs|Studio|Works}
+role job occupation profession: {analyst|architect|designer|editor|engineer|teacher}
+type category kind group: {basic|custom|general|primary|public|standard}
 status state: {active|approved|completed|open|pending|ready}
-color colour: {amber|blue|coral|green|indigo|red|silver|teal|violet|white}
+color colour: {amber|blue|coral|green|silver|violet}
 id key token: {noun}_{x8}
-sku product_code order_code promo_code error_code reference: {A|B|C|D}{d3}-{d4}
+sku product_code order_code error_code reference: {A|B|C|D}{d3}-{d4}
 file filename file_name: {noun}.txt
 tag label slug word: {noun}
 code snippet script python: print("{adjective} {noun}")
@@ -2186,8 +2176,8 @@ VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
         <= sum(r.accepts(a, item) for item in v) <= s.get("maxContains", len(v))),
     "unevaluatedItems": ("schema", "array", lambda r, a, v, s: all(
         r.accepts(a, v[number]) for number in r.find_rest(s, v, range(len(v))))),
-    "dependentSchemas": ("needs", "object", lambda r, a, v, s: all(
-        r.accepts(a[key], v) for key in a if key in v)),
+    "dependentSchemas": ("needs", "object", lambda r, a, v, s: r.accepts_all(
+        r.list_branches(s, v), v)),
     "required": ("names", "object", lambda r, a, v, s: all(name in v for name in a)),
     "propertyNames": ("schema", "object", lambda r, a, v, s: all(r.accepts(a, key) for key in v)),
     "properties": ("map", "object", lambda r, a, v, s: all(
@@ -2227,9 +2217,8 @@ def rewrite(schema: Item) -> Any:
             needs = schema.setdefault("dependentSchemas", {})
             needs[key] = {"allOf": [part, needs[key]]} if key in needs else part
     if "const" in schema:
-        if "enum" in schema:
-            schema["allOf"] = [*schema.get("allOf", ()), {"enum": schema["enum"]}]
-        schema["enum"] = [schema.pop("const")]
+        only = [schema.pop("const")]
+        schema["enum"] = [value for value in only if is_among(value, schema.get("enum", only))]
     return False if schema.get("not") in (True, {}) else schema
 
 
@@ -2238,7 +2227,7 @@ def list_types(schemas: Sequence[Any]) -> list[str]:
     given = [schema["type"] for schema in schemas if "type" in schema]
     if given:
         first, *others = given
-        return [name for name in first if not others or all(name in other for other in others)]
+        return [name for name in first if all(name in other for other in others)]
     spoken_of = [VOCABULARY[keyword][1] for schema in schemas for keyword in schema]
     return [kind for kind in dict.fromkeys([*spoken_of, *TYPES]) if kind in TYPES]
 
@@ -2265,9 +2254,8 @@ class SchemaReader:
     @functools.cached_property
     def _names(self) -> tuple[Item, dict[int, str]]:
         """The parts by URI, and the URIs that references in a part start from, by its id()."""
-        base = str(self.document.get("id", "")).partition("#")[0]  # which draft 4 has
-        named, bases = {"#": self.document, f"{base}#": self.document}, {}
-        todo = [(self.document, base)]
+        named, bases = {"#": self.document}, {}
+        todo = [(self.document, "")]
         for part, base in todo:  # grows on the way
             spend(len(part) // 16)
             if type(part) is dict:
@@ -2408,15 +2396,15 @@ TESTED = {
     *("unevaluatedItems", "unevaluatedProperties"),
 }
 NAMING = {"enum", "examples", "default"}  # keywords with values
-NULL = {"type": ("null",)}
 MAPS = ("additionalProperties", "patternProperties", "unevaluatedProperties")
 
 
 class ValueMaker:
-    """One place of an instance: makes its value, which meets all of `schemas`, and those inside."""
+    """One place of an instance: makes its value, which meets what is given, and those inside."""
 
-    arguments: dict[str, list[Any]]  # what the schemas give to each keyword
-    attempts: Sequence[int] = range(TRIES)  # late ones make less, or longer ones
+    schemas: list[Any]  # that are to be met
+    arguments: dict[str, list[Any]]  # what they give to each keyword
+    attempts: Sequence[int] = range(TRIES + 6)  # the late ones make only what must be there
     attempt = 0  # this one's number
     depth = 6  # levels that are left before only what must be there is made
     minimal = False  # only that is made
@@ -2434,17 +2422,20 @@ class ValueMaker:
         low = int(max(self.arguments["min" + what], default=0))
         high = int(min([limit, *self.arguments["max" + what]]))
         if low > high:
-            raise self.refusal(f"min{what} {low} is above {high}")
-        if self.attempt > TRIES - 4:  # for what must not be short
-            low = min(max(low, 2 ** (self.attempt - 5)), high)
+            raise self.no_value()
+        late = self.attempt - TRIES  # for a bound within `not`
+        if 0 <= late < 3:
+            low = min(max(low, 16 << late), high)
+        elif late >= 3 and what != "Properties":
+            high = low
         return low, high
 
     def refusal(self, reason: str) -> Unsatisfiable:
         return Unsatisfiable(f"{self.path}: {reason}")
 
-    def no_value(self, kind: str) -> Unsatisfiable:
+    def no_value(self) -> Unsatisfiable:
         keywords = ", ".join(filter(self.arguments.get, self.arguments))
-        return self.refusal(f"no {kind} was found that meets {keywords}")
+        return self.refusal(f"no value was found that meets {keywords}")
 
     def make_inside(self, key: str | int, schemas: list[Any], name: str) -> Any:
         inner = ValueMaker(self.reader, self.rng.child(key, self.attempt), schemas)
@@ -2457,34 +2448,39 @@ class ValueMaker:
         if self.depth < -MAX_MORE_DEPTH:
             raise self.refusal("nests too deep")
         spend(4)
-        self.minimal = self.minimal or self.depth <= 0 or is_late()
-        if all(type(schema) is dict and COMBINING.isdisjoint(schema) for schema in self.given):
-            return self._fill(self.given)
-        trail, minimal, problem = self.trail, self.minimal, None
+        self.minimal = self.minimal or self.depth <= 0
+        for schema in self.given:
+            if schema is False:
+                raise self.refusal("no value is allowed here")
+            if schema is True or not COMBINING.isdisjoint(schema):
+                break
+        else:
+            self.schemas = self.given
+            return self._fill()
+        problem: Any = None
         for number in range(MAX_BRANCHES):
+            way = copy.copy(self)
             try:
-                schemas, refs, left = self._choose(number)
-                if left and left == number:  # there is nothing to choose
-                    break
+                left = way._choose(number)
                 if not left:
-                    self.minimal, self.trail = minimal or not refs.isdisjoint(trail), trail | refs
-                    return self._fill(schemas)
+                    return way._fill()
+                if left == number:  # there is nothing to choose
+                    break
             except Unsatisfiable as error:
                 problem = problem or error
-            self.minimal, self.trail = minimal, trail
-        raise problem or self.no_value("value")
+        raise problem
 
-    def _choose(self, number: int) -> tuple[list[Any], set[str], int]:
-        """Return all schemas to be met together, their references, and what is left of a number.
+    def _choose(self, number: int) -> int:
+        """List all schemas to be met together, by one way through anyOf and oneOf.
 
-        The number chooses one way through anyOf and oneOf; where there are fewer, some is left.
+        Returns what is left of the way's number, above 0 where there are fewer.
         """
         schemas: list[Any] = []
         refs: set[str] = set()
         todo = list(self.given)
         for schema in todo:  # grows on the way
             if schema is False:
-                raise self.refusal("no value is allowed here")
+                raise self.refusal("the way that was tried ends here")
             if schema is True:
                 continue
             spend(2)
@@ -2494,14 +2490,17 @@ class ValueMaker:
                 refs.add(schema["$ref"])
                 todo.append(self.reader.resolve(schema["$ref"]))
             is_simple = self.minimal or not refs.isdisjoint(self.trail)
-            order = self._count_refs if is_simple else lambda part: part == NULL  # null last
+            # null last, or where it is deep the simplest first
+            order = self._count_refs if is_simple else lambda part: part == {"type": ("null",)}
             for parts in filter(None, (schema.get("anyOf"), schema.get("oneOf"))):
                 if id(parts) not in self.starts:
                     self.starts[id(parts)] = self.rng.randbelow(len(parts))
                 start = self.starts[id(parts)]
                 number, place = divmod(number, len(parts))
                 todo.append(sorted(parts[start:] + parts[:start], key=order)[place])
-        return schemas, refs, number
+        self.minimal = self.minimal or not refs.isdisjoint(self.trail)
+        self.schemas, self.trail = schemas, self.trail | refs
+        return number
 
     def _count_refs(self, schema: Any) -> int:
         """Return how often a schema, or the one that it names, refers to others."""
@@ -2511,9 +2510,9 @@ class ValueMaker:
         spend(len(text) // 100)
         return text.count("'$ref'")
 
-    def _fill(self, schemas: list[Any]) -> Any:
+    def _fill(self) -> Any:
         """Return a value that meets the schemas: one that they name, else one made."""
-        self.schemas = schemas
+        schemas = self.schemas
         self.arguments = defaultdict(list)
         for schema in schemas:
             for keyword, argument in schema.items():
@@ -2524,7 +2523,7 @@ class ValueMaker:
                 return value
         kinds = [] if self.arguments["enum"] else list_types(schemas)
         if len(kinds) > 1:
-            kinds.sort(key=(("array", "object") if self.minimal else ("null",)).__contains__)
+            kinds.sort(key="null".__eq__)
         attempts = self.attempts if is_tested else self.attempts[:1]
         problem = None
         for kind in kinds:
@@ -2537,14 +2536,14 @@ class ValueMaker:
                         return self._make_again(value)
             except Unsatisfiable as error:
                 problem = problem or error
-        raise problem or self.no_value("value")
+        raise problem or self.no_value()
 
     def _make_again(self, value: Any) -> Any:
         """Make a value with what it, as it was made, calls for by `if` and the like."""
         parts = [part for each in self.schemas for part in self.reader.list_branches(each, value)]
         new = [part for part in parts if part is not True and part not in self.given]
         if not new:
-            raise self.no_value("value")
+            raise self.no_value()
         again = copy.copy(self)
         again.rng, again.attempts = HashRandom(self.rng.key), [self.attempt]
         again.given = [*self.given, *new]
@@ -2570,7 +2569,8 @@ class ValueMaker:
         patterns = [self.reader.pattern(source) for source in self.arguments["pattern"]]
         named = self.arguments["format"] + self.arguments["contentMediaType"]
         formats = [name for name in named if name in FORMATS]
-        template = FORMATS[formats[0]] if formats else find_by_name(TEXTS, self.name)
+        name = self.name if self.attempt < TRIES // 2 else ""  # whose few texts may be in use
+        template = FORMATS[formats[0]] if formats else find_by_name(TEXTS, name)
         for _ in range(TRIES if formats or patterns else 1):
             text = fill_template(self.rng, template)
             if low <= len(text) <= high and all(pattern.is_in(text) for pattern in patterns):
@@ -2578,8 +2578,6 @@ class ValueMaker:
         if patterns:
             rng = self.rng.child(self.attempt) if self.attempt else self.rng
             return patterns[0].make(rng, low, high, patterns[1:])
-        if formats:
-            raise self.refusal(f"no {formats[0]} has {low} to {high} characters")
         while len(text) < low:
             text += fill_template(self.rng, " {noun}")
         return text[:high]
@@ -2591,7 +2589,7 @@ class ValueMaker:
         for value in self._list_numbers(least_step):
             if self.reader.accepts_all(self.schemas, value):
                 return value
-        raise self.no_value("number")
+        raise self.no_value()
 
     def _list_numbers(self, least_step: float) -> Iterator[Any]:
         """Yield multiples of the step, else of 0.01: of a natural range, then by the bounds."""
@@ -2650,30 +2648,26 @@ class ValueMaker:
         low, high = self.count_range("Properties", MAX_ITEMS)
         declared = dict.fromkeys(itertools.chain(*self.arguments["properties"]))
         required = dict.fromkeys(itertools.chain(*self.arguments["required"]))
-        if len(required) > high:
-            raise self.no_value("object")
         made = {name: self._make_property(name) for name in required}
-        optional = [] if self.minimal or self.attempt > TRIES // 2 else list(declared)
-        if optional and self.attempt:
-            skipped = self.rng.child("skip", self.attempt).randbytes(len(declared))
-            optional = [name for name, byte in zip(declared, skipped) if byte % 2]
+        optional = [] if self.minimal or self.attempt >= TRIES else list(declared)
+        if self.attempt:
+            skipped = self.rng.child("skip", self.attempt).randbytes(len(optional))
+            optional = [name for name, byte in zip(optional, skipped) if byte % 2]
         is_map = any(any(self.arguments[keyword]) for keyword in MAPS)
         if is_map and not (declared or required or self.minimal or self.attempt):
             low = max(low, min(2, high))
-        for place, key in enumerate([*optional, *declared, *range(4 * low + TRIES)]):
-            if key in made:
-                continue
-            enough = high if place < len(optional) and not is_late() else low
-            name = self._random_name(key) if isinstance(key, int) and len(made) < enough else key
-            if len(made) < enough and name not in made:
-                with contextlib.suppress(Unsatisfiable):
-                    made[name] = self._make_property(name)
+        for keys, enough in ((optional, high), ([*declared, *range(4 * low + TRIES)], low)):
+            for key in keys:
+                if key not in made and len(made) < (enough if WORK.steps > FEW_STEPS else low):
+                    with contextlib.suppress(Unsatisfiable):
+                        name = self._random_name(key) if isinstance(key, int) else key
+                        made[name] = self._make_property(name)
         return {name: made[name] for name in (*declared, *made) if name in made}
 
     def _make_property(self, name: str) -> Any:
         rules = self.arguments["propertyNames"]
         if rules and not self.reader.accepts_all(rules, name):
-            raise self.refusal(f"propertyNames forbids the name {name[:60]!r}")
+            raise self.no_value()
         asked = self.reader.list_inside(self.schemas, name)
         schemas = asked or self.arguments["unevaluatedProperties"]
         return self.make_inside(name, schemas, name)
@@ -2693,10 +2687,9 @@ class ValueMaker:
 def make_instance(rng: HashRandom, schema: Any) -> Any:
     """Return a value that is valid against a JSON schema, the same for the same draw.
 
-    Unknown keywords are ignored. Beyond six levels, and inside a recursive schema, only
-    what must be there is made. Raises `Unsatisfiable` where no valid value is found.
+    Beyond six levels, and inside a recursive schema, only what must be there is made.
+    Raises `Unsatisfiable` where no valid value is found.
     """
-
     with bound_work():
         reader = SchemaReader(schema)
         value = ValueMaker(reader, rng, [reader.root]).make()
@@ -2708,7 +2701,7 @@ def make_instance(rng: HashRandom, schema: Any) -> Any:
 def make_matching(rng: HashRandom, pattern: str) -> str:
     """Return a text that the pattern matches as a whole, or raise `Unsatisfiable`."""
     with bound_work():
-        return Pattern(pattern, whole=True).make(rng, 0, MAX_TEXT)
+        return Pattern(rf"\A(?:{pattern})\Z").make(rng, 0, MAX_TEXT)
 
 
 # === Prompts ===
