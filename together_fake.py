@@ -8254,23 +8254,19 @@ def delete_file(server: Server, request: Request) -> Any:
 
 MAX_BATCH_LINES = 50_000  # documented
 
-BATCH_ENDPOINTS = (
-    "/v1/chat/completions", "/v1/responses", "/v1/completions", "/v1/embeddings",
-    "/v1/audio/transcriptions", "/v1/audio/translations",
-)  # fmt: skip
-BATCH_FIELDS = Fields(
-    f"endpoint!={'|'.join(BATCH_ENDPOINTS)} metadata:dict",
-    "input_file_id! completion_window model_id priority:int",
-)
-BATCH: Item = {
-    "user_id": USER_ID, "status": "VALIDATING", "endpoint": BATCH_ENDPOINTS[0], "progress": 0.0,
-    "input_file_id": "", "file_size_bytes": 0, "model_id": "", "output_file_id": None,
-    "error_file_id": None, "error": "", "completed_at": None,
-}  # fmt: skip
+BATCH_FIELDS = Fields("""\
+endpoint!=/v1/chat/completions|/v1/responses|/v1/completions|/v1/embeddings\
+|/v1/audio/transcriptions|/v1/audio/translations
+metadata:dict input_file_id! completion_window model_id priority:int""")
 
 
 def batch_object(server: Server, item: Item) -> Item:
-    return {"job_deadline": format_time(server._now() + 86400), **BATCH}
+    return {
+        "job_deadline": format_time(server._now() + 86400), "user_id": USER_ID,
+        "status": "VALIDATING", "endpoint": "/v1/chat/completions", "progress": 0.0,
+        "input_file_id": "", "file_size_bytes": 0, "model_id": "", "output_file_id": None,
+        "error_file_id": None, "error": "", "completed_at": None,
+    }  # fmt: skip
 
 
 def run_line(server: Server, job: Item, number: int, line: bytes, seen: set[str]) -> Item:
