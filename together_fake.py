@@ -5227,8 +5227,6 @@ def run_code(source: str, code: Callable[..., Any], *args: Any) -> Any:
 
             value = asyncio.run(settle(value))
         return value
-    except ApiError:
-        raise
     except BaseException as error:  # SystemExit, too
         import traceback
 
@@ -5384,8 +5382,6 @@ class Fixture:
 
     def explain(self, facts: MatchFacts, differs: str, by: Fixture | None) -> Item:
         """Say how a request differs, or what was served instead."""
-        if differs == "shadowed" and self.turn not in (None, facts["turnIndex"]):
-            differs = "match.turnIndex"
         sequence = self.spell("sequenceIndex")
         kinds = ", ".join(filter(self.fits, OPERATIONS))
         later = ", added later," if by is not None and by.number > self.number >= 0 else ""
