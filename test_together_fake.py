@@ -10819,7 +10819,7 @@ class UpstreamTests(UpstreamCase):
             ("drip", drip, "nothing came from it within 0.2 seconds"),
         ):
             seconds = 0.2 if name in ("stall", "drip") else PATIENCE
-            with self.subTest(name), mock.patch.object(fake.Upstream, "seconds", seconds):
+            with self.subTest(name), mock.patch.object(fake, "UPSTREAM_SECONDS", seconds):
                 service = self.stand_before_service(act, record=self.file)
                 got = self.ask("POST", CHAT, HELLO)
                 self.assertEqual((got.status, got.json["error"]["type"]), (502, "server_error"))
@@ -10849,7 +10849,7 @@ class UpstreamTests(UpstreamCase):
             ("stall", lambda client: (client.sendall(size + b'{"a": '), client.recv(1))),
         ):
             seconds = 0.2 if name in ("stall", "drip") else PATIENCE
-            with self.subTest(name), mock.patch.object(fake.Upstream, "seconds", seconds):
+            with self.subTest(name), mock.patch.object(fake, "UPSTREAM_SECONDS", seconds):
                 self.stand_before_service(act, record=self.file)
                 got = self.ask("POST", CHAT, HELLO)
                 self.assertEqual((got.status, got.is_cut), (200, True))
@@ -10923,7 +10923,7 @@ class UpstreamTests(UpstreamCase):
     def test_an_answer_that_is_too_large_to_keep_is_passed_on(self):
         body = b'{"a": "%b"}' % (b"x" * 300_000)
         answer = OK_HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
-        with mock.patch.object(fake.Upstream, "max_recorded", 200_000):
+        with mock.patch.object(fake, "MAX_RECORDED_ANSWER_BYTES", 200_000):
             self.stand_before_service(send(answer), record=self.file)
             self.assertEqual(self.post(CHAT, HELLO).raw, body)
             self.server.stop()

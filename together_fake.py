@@ -10912,10 +10912,10 @@ def list_requests(server: Server, request: Request) -> Any:
     ]
     calls = calls[-(args.get("limit") or len(calls)) :]
     # One after the other, so that others are served in between.
-    items = [ENCODE(show_row(call) if rows else call.as_json()) for call in calls]
+    items = ",".join([ENCODE(show_row(call) if rows else call.as_json()) for call in calls])
     more = {"last": last, "next": following, "epoch": epoch} if rows else {}
-    head, tail = '{"rows":[' if rows else '{"requests":[', ENCODE({"count": len(items), **more})
-    return Reply(f"{head}{','.join(items)}],{tail[1:]}".encode())
+    name, tail = "rows" if rows else "requests", ENCODE({"count": len(calls), **more})
+    return Reply(f'{{"{name}":[{items}],{tail[1:]}'.encode())
 
 
 CONNECTION_HEADERS = {  # that concern one connection alone
@@ -12002,10 +12002,10 @@ class UpstreamReader(io.RawIOBase):
     head_end  when the whole head must be here; 0 once it is, and each byte has its own time
     """
 
-    def __init__(self, sock: Any, client: Any, stopping: Any, seconds: float):
-        sock.settimeout(min(seconds, LOOK_SECONDS))
-        self.sock, self.client, self.stopping, self.seconds = sock, client, stopping, seconds
-        self.head_end = time.monotonic() + seconds
+    def __init__(self, sock: Any, client: Any, stopping: Any):
+        sock.settimeout(LOOK_SECONDS)
+        self.sock, self.client, self.stopping = sock, client, stopping
+        self.head_end = time.monotonic() + UPSTREAM_SECONDS
         self.buffered = io.BufferedReader(self, RECEIVE_BYTES)
 
     def makefile(self, mode: str) -> Any:
@@ -12016,7 +12016,7 @@ class UpstreamReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Receive some bytes; raise `Left` when nobody wants them any more."""
-        end = self.head_end or time.monotonic() + self.seconds
+        end = self.head_end or time.monotonic() + UPSTREAM_SECONDS
         while time.monotonic() < end:
             try:
                 size: int = self.sock.recv_into(buffer)
@@ -12028,14 +12028,11 @@ class UpstreamReader(io.RawIOBase):
                 raise ConnectionError("it closed the connection within the head of its answer")
             if size >= 0:
                 return size
-        raise socket.timeout(f"nothing came from it within {self.seconds:g} seconds")
+        raise socket.timeout(f"nothing came from it within {UPSTREAM_SECONDS:g} seconds")
 
 
 class Upstream:
     """Sends what no fixture answers to another server; a recorder, if any, keeps the answers."""
-
-    seconds = UPSTREAM_SECONDS
-    max_recorded = MAX_RECORDED_ANSWER_BYTES
 
     def __init__(self, url: str, recorder: Recorder | None, stopping: Any) -> None:
         """Raise ValueError where the URL cannot be one of an upstream."""
@@ -12049,14 +12046,14 @@ class Upstream:
         self.url, self.recorder, self.stopping = url, recorder, stopping
         is_secure = parts.scheme == "https"
         kind: Any = http.client.HTTPSConnection if is_secure else http.client.HTTPConnection
-        seconds = min(self.seconds, CONNECT_SECONDS)
-        self.connect = functools.partial(kind, parts.hostname, parts.port, timeout=seconds)
+        self.connect = functools.partial(kind, parts.hostname, parts.port, timeout=CONNECT_SECONDS)
         self.prefix = re.sub(r"(?:/v1)?/*$", "", parts.path.rstrip("/"))
         self.name = f"1.1 together-fake-{os.getpid():x}-{id(self):x}"  # in `Via`
 
     def pass_on(self, kind: str, request: Request) -> Reply:
         """Return what the upstream answers, as it comes; raise ApiError 502 where it does not."""
         started = time.perf_counter()
+        recorder: Any = self.recorder
         if self.name in request.headers.get("via", ""):
             raise self.refuse("it is this server")
         if ".." in re.split(r"[/\\]", unquote(unquote(request.path))):
@@ -12078,7 +12075,6 @@ class Upstream:
             kept = Reply(body, reply.status, reply.content_type, reply.headers)
             recorder.add(kind, request, kept, [(size, at - started) for size, at in times])
 
-        recorder: Any = self.recorder
         has_body = request.method != "HEAD" and response.status not in BODILESS
         is_packed = "Content-Encoding" in reply.headers  # though nobody asked for that
         is_kept = recorder is not None and has_body and not is_packed
@@ -12097,7 +12093,7 @@ class Upstream:
         connection.connect()
         target = self.prefix + request.path + (f"?{request.query}" if request.query else "")
         connection.request(request.method, target, request.raw or None, headers)
-        source: Any = UpstreamReader(connection.sock, request.client, self.stopping, self.seconds)
+        source: Any = UpstreamReader(connection.sock, request.client, self.stopping)
         while True:
             response = http.client.HTTPResponse(source, method=request.method)
             response.begin()
@@ -12139,7 +12135,7 @@ class Upstream:
                 if missing and not piece:
                     raise Cut
                 missing = missing and missing - len(piece)
-                if record and len(kept) + len(piece) > self.max_recorded:
+                if record and len(kept) + len(piece) > MAX_RECORDED_ANSWER_BYTES:
                     record = None
                 if record:
                     kept += piece
@@ -13390,9 +13386,7 @@ class TogetherAiServer(Scripting, Shared):
             kind = headers.get("content-type", "")
             request.body = parse_body(request.raw, kind, route.body)
             request.answers = route.count_answers(request.body)
-            if len(request.raw) > MAX_RECORDED_BODY_BYTES:
-                call.warnings = tuple(warn_of_request(self, route, request.body))
-            elif not route.open:
+            if not route.open:
                 call.doubt = functools.partial(warn_of_request, self, route)
         request.route = route
         return route
