@@ -8405,9 +8405,6 @@ FINE_TUNE: Item = {
     },
     "lr_scheduler": {"lr_scheduler_type": "linear", "lr_scheduler_args": {"min_lr_ratio": 0.0}},
 }  # fmt: skip
-SETTINGS = {  # each with the member that tells its form; those of other forms stay as given
-    "training_method": "method", "training_type": "type", "lr_scheduler": "lr_scheduler_type"
-}  # fmt: skip
 FINE_TUNE_EVENTS = {  # what a job reports on entering a status: types and documented messages
     "pending": [("job_pending", "Fine tune request created")],
     "running": [
@@ -8480,9 +8477,9 @@ def fine_tune_object(server: Server, item: Item) -> Item:
     item["events"] = None
     facts = {"TrainingFileNumLines": file["LineCount"], "TrainingFileSize": file["bytes"]}
     template = {"updated_at": now, **FINE_TUNE, **facts}
-    for name, key in SETTINGS.items():
-        if (item.get(name) or {}).get(key, FINE_TUNE[name][key]) != FINE_TUNE[name][key]:
-            template[name] = {}
+    for name in ("training_method", "training_type", "lr_scheduler"):
+        if item.get(name):
+            template[name] = {}  # each has forms, of which only the usual one has defaults here
     job = merge(template, item)
     if job["batch_size"] == "max":
         limits = LIMITS[job["training_type"]["type"].lower() + "_training"]
@@ -8864,7 +8861,6 @@ def create_endpoint(server: Server, request: Request) -> Any:
     """Create an endpoint; it is pending, then starting, then started."""
     if server.strict:
         raise ApiError("no_new_endpoints")
-    resolve_model(server, request.body["model"], "chat")
     item = pick_given(request.body, ENDPOINT_FIELDS)
     item["state"] = "STOPPED" if item.get("state") == "STOPPED" else "PENDING"
     return ENDPOINTS.start(server, request, item)
@@ -8959,6 +8955,9 @@ IMAGE_FACTS = frozenset(IMAGE_FIELDS) - {  # what draws another picture
 }  # fmt: skip
 
 
+PAIR = r"(\d{1,4})[x:](\d{1,4})"  # a size, or a ratio
+
+
 def read_counts(pattern: str, text: Any, default: tuple[int, ...]) -> tuple[int, ...]:
     """Return the numbers of a text such as `720p`, or the default."""
     found = re.fullmatch(pattern, str(text), re.ASCII)
@@ -8972,7 +8971,7 @@ def read_image_size(body: Item) -> tuple[int, int]:
     for name in ("aspect_ratio", "size"):  # the latter counts
         text = body.get(name) or "auto"
         if text != "auto":
-            sides = read_counts(r"(\d{1,4})[x:](\d{1,4})", text, ())
+            sides = read_counts(PAIR, text, ())
             if not sides:
                 raise refuse_value(name, "must be two numbers such as 16:9 or 1024x768", text)
             if name == "aspect_ratio":
@@ -9274,13 +9273,13 @@ VIDEO_NAME = lazy_regex(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4"
 def read_video_size(body: Item) -> str:
     """Return width and height from whichever fields give them, as `1366x768`."""
     given = (body.get("width") or 0, body.get("height") or 0)
-    width, height = read_counts(r"(\d{1,4})x(\d{1,4})", body.get("size"), given)
-    across, down = read_counts(r"(\d{1,3}):(\d{1,3})", body.get("ratio"), (16, 9))
+    width, height = read_counts(PAIR, body.get("size"), given)
+    across, down = read_counts(PAIR, body.get("ratio"), (16, 9))
     if not (width or height):
         (lines,) = read_counts(r"(\d{1,4})[pP]", body.get("resolution"), (768,))
         width, height = (0, lines) if across >= down else (lines, 0)
-    width = width or -(-height * across // (2 * down)) * 2
-    height = height or -(-width * down // (2 * across)) * 2
+    width = width or 2 * round(height * across / down / 2)
+    height = height or 2 * round(width * down / across / 2)
     return "x".join(str(max(MIN_IMAGE_SIDE, min(n, MAX_IMAGE_SIDE))) for n in (width, height))
 
 
