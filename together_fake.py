@@ -11134,13 +11134,12 @@ def parse_fields(lines: str) -> Headers:
     fields = FIELD.findall(lines)
     if len(fields) > MAX_HEADERS:
         raise ApiError("headers_too_large")
-    headers = Headers([(name.lower(), value) for name, value in fields])
-    if len(headers) < len(fields):
-        for name in headers:
-            values = [value for other, value in fields if other.lower() == name]
-            if len(values) > 1 and name in SINGLE:
-                raise ApiError("bad_http", reason=f"it has {len(values)} {name} headers")
-            headers[name] = ", ".join(values)
+    headers = Headers()
+    for field, value in fields:
+        name = field.lower()
+        if name in headers and name in SINGLE:
+            raise ApiError("bad_http", reason=f"it has several {name} headers")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     return headers
 
 
