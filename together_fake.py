@@ -6361,10 +6361,10 @@ class Choice:
             self.finish_reason = "length"
         self.text, self.token_count = text, count
 
-    def think(self, thoughts: str | None, budget: int, hidden: bool = False) -> int:
+    def think(self, thoughts: str | None, budget: int) -> int:
         """Take what of some reasoning is within the budget; return how many tokens that are."""
-        pieces = split_tokens(thoughts)[: max(budget, 0)] if thoughts else []
-        self.thoughts, self.thought_count = [] if hidden else pieces, len(pieces)
+        self.thoughts = split_tokens(thoughts)[: max(budget, 0)] if thoughts else []
+        self.thought_count = len(self.thoughts)
         return self.thought_count
 
     @functools.cached_property
@@ -7318,8 +7318,9 @@ def compose_choice(
     if model.thinks and "skips-reasoning" not in form.traits:
         thoughts = make_thoughts(rng.child("reasoning", index), model, effort)
         if "thinks-in-content" not in form.traits:
-            hidden = "hides-thoughts" in form.traits and effort == "none"
-            budget -= choice.think(thoughts, budget, hidden)
+            budget -= choice.think(thoughts, budget)
+            if effort == "none" and "hides-thoughts" in form.traits:
+                choice.thoughts = ()
     if budget <= 0:
         choice.finish_reason = "length"
     elif calls:
@@ -7518,10 +7519,8 @@ def chat_body(body: Item) -> Item:
     tools = [tool for tool in body.get("tools") or () if tool["type"] == "function"]
     chat = {
         **pick_given(body, SAME_IN_CHAT),
+        **{name: get_path(body, *place.split(".")) for name, place in OTHER_IN_CHAT.items()},
         "messages": messages,
-        "max_tokens": body.get("max_output_tokens"),
-        "reasoning_effort": get_path(body, "reasoning", "effort"),
-        "response_format": get_path(body, "text", "format"),
         "tools": tools or None,
     }
     choice = body.get("tool_choice")
