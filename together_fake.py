@@ -6457,7 +6457,7 @@ def arrange(keys: str, values: Mapping[str, Any]) -> Item:
 #   blank: "" stands for reasoning and ids that a chunk has not
 #   marks: two chunks of a tag come before reasoning
 #   closes-thoughts, closes-calls: with an empty piece
-#   hides-thoughts, any-effort: of `reasoning_effort`, none hides them and any word is taken
+#   any-effort: any word is taken as `reasoning_effort`, and none hides the reasoning
 #   needs-content: where strict, in the messages of an assistant too
 FORM_TABLE = """\
 = B
@@ -6525,7 +6525,7 @@ usage: prompt_tokens completion_tokens total_tokens prompt_tokens_details comple
 whole message: role content tool_calls function_call? reasoning?
 whole call: id type function
 call id: call_{uuid}
-traits: needs-content talks-beside-calls hides-thoughts any-effort
+traits: needs-content talks-beside-calls any-effort
 = C like K2.7
 whole body: id object created model prompt? choices usage system_fingerprint
 whole choice: index message logprobs? finish_reason matched_stop?
@@ -7130,12 +7130,11 @@ def read_turn(messages: list[Item], names: Sequence[str]) -> tuple[str, list[str
     return asked, done, ends
 
 
-def find_final(messages: list[Item], tools: list[Item]) -> list[Item]:
+def find_final(texts: list[str], tools: list[Item]) -> list[Item]:
     """Return the tools that end a task, by their names or as the prompt says.
 
     Where there is one tool, to run commands, it may be a command.
     """
-    texts = [message_text(m)[-PROMPT_WINDOW:] for m in messages if m["role"] in ("user", "system")]
     named = {name for text in texts for found in FINAL_CALL.findall(text) for name in found}
     final = [tool for tool in tools if tool["name"] in named or FINAL_NAME.fullmatch(tool["name"])]
     fields = get_path(tools[0], "parameters", "properties")
@@ -7160,7 +7159,8 @@ def choose_tools(body: Item) -> list[Item]:
     if mode in ("none", "named") or not tools:
         return offered[:1] if mode == "named" else []
     asked, done, ends = read_turn(body["messages"], [tool["name"] for tool in offered])
-    final = find_final(body["messages"], offered)
+    texts = [message_text(message)[-PROMPT_WINDOW:] for message in body["messages"]]
+    final = find_final(texts, offered)
     is_passed = bool(done) and HANDS_OVER.search(done[-1] or "")
     if ends and (final or (mode == "auto" and not is_passed)):
         return final[:1]
@@ -7176,7 +7176,7 @@ def choose_tools(body: Item) -> list[Item]:
     best = max(shared)
     if best == 0 and len(offered) == 1:  # a form to fill in is known by its fields
         fields = get_path(offered[0], "parameters", "properties")
-        asks = any(EXTRACTS.search(message_text(m)[-PROMPT_WINDOW:]) for m in body["messages"])
+        asks = any(map(EXTRACTS.search, texts))
         best = shared[0] = bool(fields and (asks or wanted & topic_words(ENCODE(fields))))
     if not best:
         return offered[:1] if mode == "required" else []
@@ -7319,7 +7319,7 @@ def compose_choice(
         thoughts = make_thoughts(rng.child("reasoning", index), model, effort)
         if "thinks-in-content" not in form.traits:
             budget -= choice.think(thoughts, budget)
-            if effort == "none" and "hides-thoughts" in form.traits:
+            if effort == "none" and "any-effort" in form.traits:
                 choice.thoughts = ()
     if budget <= 0:
         choice.finish_reason = "length"
@@ -9365,7 +9365,6 @@ DETECTION = {  # of turns: the defaults, documented
     "threshold": 0.3, "min_silence_duration_ms": 500, "min_speech_duration_ms": 250,
     "max_speech_duration_s": 5.0,
 }  # fmt: skip
-NO_DETECTION = {**dict.fromkeys(DETECTION, math.inf), "threshold": DETECTION["threshold"]}
 DETECTION_ROWS = f"{','.join(DETECTION)}:float:0.."
 REALTIME_ROWS = f"""\
 turn_detection:str|dict=server_vad|none
@@ -9489,7 +9488,7 @@ class HearingSession(Session):
         asked = self.settings.get("turn_detection", "server_vad") or "none"
         given = asked if type(asked) is dict else {**self.settings, "type": asked}
         if given.get("type") == "none":
-            return NO_DETECTION
+            return {**dict.fromkeys(DETECTION, math.inf), "threshold": DETECTION["threshold"]}
         return {**DETECTION, **pick_given(given, DETECTION)}
 
     def clear(self, message: Item) -> None:
