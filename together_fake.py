@@ -1773,7 +1773,6 @@ PATTERN_TOKEN = lazy_regex(
 SET_OPERATOR = lazy_regex(r"\\.|(?!^)[\[&|~]", re.DOTALL)  # some day Python may read sets in sets
 ENDLESS = MAX_SEARCHED  # repeats
 REPEATS = {"*": (0, ENDLESS), "+": (1, ENDLESS), "?": (0, 1)}
-LEAVES = ("text", "set", "at")
 PRINTABLE = "".join(map(chr, range(32, 127)))
 
 
@@ -1789,9 +1788,8 @@ class Pattern:
     """A regular expression, for making texts and for matching them.
 
     Matching follows all ways at once, so that no expression takes exponential time. Tree nodes:
-    ("text", expression, size, text), ("set", expression, 1, characters), ("at", expression, 0, ""),
-    ("all", nodes), ("any", nodes), ("repeat", node, low, high, expression of a run),
-    ("look", node, wanted).
+    ("leaf", expression, size, texts to write, plain ones), ("all", nodes), ("any", nodes),
+    ("repeat", node, low, high, expression of a run), ("look", node, wanted).
     """
 
     def __init__(self, source: str) -> None:
@@ -1836,10 +1834,10 @@ class Pattern:
     def _read_repeat(self, before: list[Any], text: str) -> Any:
         first, comma, last = text.strip("{}").partition(",")
         low, high = REPEATS.get(text) or (int(first), int(last or ENDLESS if comma else first))
-        if not before or before[-1][0] == "at" or low > high:
+        if not before or before[-1][3:] == ([""], [""]) or low > high:
             raise self._refusal(f"{text} repeats nothing, or not as often as it says")
         part, run = before.pop(), None
-        if part[0] in LEAVES and part[2] == 1:
+        if part[0] == "leaf" and part[2] == 1:
             run = re.compile(f"(?:{part[1].pattern})*", self._flags)
         return ("repeat", part, low, high, run)
 
@@ -1853,17 +1851,20 @@ class Pattern:
         except re.error:
             raise self._refusal(f"{text[:60]} is not supported") from None
         if kind != "set":
-            return (kind, expression, len(text) * (kind == "text"), text)
+            texts = [text if kind == "text" else ""]
+            return ("leaf", expression, len(texts[0]), texts, texts)
         members = list_members(expression)
-        if max(members, default="\x7f") > "~":  # which took long to find
+        if not members:
+            raise self._refusal(f"{text[:60]} has no characters")
+        if max(members) > "~":  # which took long to find
             spend(2000)
-        return (kind, expression, 1, members)
+        return ("leaf", expression, 1, members, "".join(filter(str.islower, members)) or members)
 
     def _ends(self, node: Any, text: str, starts: Any) -> Any:
         """Return where the node can end, given where it may start: a set, or the range of all."""
         spend(1 + len(starts) // 8)
         kind, content = node[:2]
-        if kind in LEAVES:
+        if kind == "leaf":
             if type(starts) is range:
                 return {found.start() + node[2] for found in content.finditer(text)}
             return {at + node[2] for at in starts if content.match(text, at)}
@@ -1922,12 +1923,8 @@ class Pattern:
         """
         spend()
         kind, content = node[:2]
-        if kind == "text":
-            return str(node[3])
-        if kind == "set":
-            if not node[3]:
-                raise self._refusal(f"{content.pattern[:60]} has no characters")
-            return str(rng.choice("".join(filter(str.islower, node[3])) * plain or node[3]))
+        if kind == "leaf":
+            return str(rng.choice(node[3 + plain]))
         if kind == "any":
             return self._write(rng, rng.choice(content), plain)
         if kind == "all":
@@ -2411,12 +2408,12 @@ class ValueMaker:
     path = "#"  # where this is in the instance
     name = ""  # of the property, for values that look natural
     trail = frozenset(("#",))  # references on the way
+    start: int  # which of some schemas is tried first
 
     def __init__(self, reader: SchemaReader, rng: HashRandom, given: list[Any]) -> None:
         self.reader = reader
         self.rng = rng
         self.given = given
-        self.starts: dict[int, int] = {}  # which of some schemas is tried first, by their id()
 
     def count_range(self, what: str, limit: int) -> tuple[int, int]:
         low = int(max(self.arguments["min" + what], default=0))
@@ -2457,6 +2454,7 @@ class ValueMaker:
         else:
             self.schemas = self.given
             return self._fill()
+        self.start = self.rng.randbelow(1 << 16)
         problem: Any = None
         for number in range(MAX_BRANCHES):
             way = copy.copy(self)
@@ -2493,9 +2491,7 @@ class ValueMaker:
             # null last, or where it is deep the simplest first
             order = self._count_refs if is_simple else lambda part: part == {"type": ("null",)}
             for parts in filter(None, (schema.get("anyOf"), schema.get("oneOf"))):
-                if id(parts) not in self.starts:
-                    self.starts[id(parts)] = self.rng.randbelow(len(parts))
-                start = self.starts[id(parts)]
+                start = self.start % len(parts)
                 number, place = divmod(number, len(parts))
                 todo.append(sorted(parts[start:] + parts[:start], key=order)[place])
         self.minimal = self.minimal or not refs.isdisjoint(self.trail)
@@ -2561,7 +2557,7 @@ class ValueMaker:
         return None
 
     def make_boolean(self) -> bool:
-        return (self.rng.key[0] + self.attempt) % 2 == 0
+        return self.rng.randbelow(2) == 0
 
     def make_string(self) -> str:
         """Return a text by format, by name or by pattern."""
