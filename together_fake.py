@@ -1214,7 +1214,7 @@ LATER_FORMS = (
     (ADVICE, STEPS, *CAUSE), (LINKS, *SUBJECT, *PREDICATE, TAILS), (RESULTS, *PREDICATE, *CAUSE),
     (OPENINGS, CLAUSES, *CAUSE), (ADVICE, STEPS, TAILS),
 )  # fmt: skip
-PLACES = 8  # of a sentence in a text, which have sentences of their own
+PLACES = 8  # of a sentence in a text, each with its own sentences
 
 # ASCII classes only: other letters differ between the Unicode tables of Python versions.
 TOKEN = lazy_regex(
@@ -1271,9 +1271,8 @@ def make_text(rng: HashRandom, sentences: int | None = None) -> str:
 
 
 REQUESTS = phrases("""\
-asks for a direct reply/wants something they can use/seems to expect a few sentences
-gives enough context to begin/asks an open question/wants a clear explanation
-does not ask for a long list/likely knows the basics""")
+asks an open question/wants a clear explanation/seems to expect a few sentences
+gives enough context to begin""")
 
 
 def make_thought(rng: HashRandom) -> str:
@@ -1299,11 +1298,8 @@ def make_alternatives(rng: HashRandom, piece: str, count: int) -> list[tuple[str
     data = rng.randbytes(24)
     unit = int.from_bytes(data[:2], "big") / 65536
     chosen = -round(unit * unit * unit * unit * 3.5 + 0.00001, 6)  # mostly near 0
-    # exp(x) > 1 + x leaves the others a share of at least x / (1 + x), more than twice
-    # 2 ** -halvings; each next one gets less than half of the one before.
-    millionths = round(-chosen * 1000000)
-    halvings = ((1000000 + millionths) // millionths).bit_length() + 1
-    logprob = min(-0.693148 * halvings, chosen - 0.1)
+    # The others share what is left: each gets less than half of the one before.
+    logprob = min(math.log(-math.expm1(chosen)) - 0.7, chosen - 0.1)
     table = NOUNS if piece.strip().isalpha() else MARKS
     others = [table[(data[2] + 5 * place) & 255] for place in range(min(count, 20))]
     if piece[:1] != " ":
