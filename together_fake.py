@@ -9184,7 +9184,7 @@ def create_speech(server: Server, request: Request) -> Any:
 def transcribe(body: Item, task: str) -> tuple[list[str], float]:
     """Return the words that a sound or its URL stands for, and its seconds."""
     file = body["file"]
-    data = file.encode("utf-8", "replace") if type(file) is str else file.data
+    data = file.encode() if type(file) is str else file.data
     if not data:
         raise ApiError("invalid", param="file", reason="is empty")
     facts = pick_given(body, ("model", "language", "prompt", "temperature"))
