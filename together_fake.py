@@ -6851,7 +6851,6 @@ def encode_answer(answer: Answer) -> bytes:
 
 MAX_TOOLS = 1024  # of one chat request
 DEFAULT_MAX_TOKENS = 2048  # recorded: where several models stop when nothing is asked
-MAX_CONTEXT_TOKENS = 2**40  # of a model whose context length is unknown
 MEDIA_TOKENS = 256  # of an image, video or sound in a prompt
 MESSAGE_TOKENS = 3  # of the frame around a message
 CACHED_TOKENS = 64  # the cached part of a prompt is a multiple of so many (recorded)
@@ -6998,7 +6997,7 @@ def find_budget(body: Item, model: Model, prompt_tokens: int) -> tuple[int, int]
     """
     asked = body.get("max_completion_tokens")
     asked = body.get("max_tokens") if asked is None else asked
-    room = model.context_length or MAX_CONTEXT_TOKENS
+    room = model.context_length or sys.maxsize
     limit = room + 1 if model.engine == "A" else room  # recorded
     fits = prompt_tokens + (asked or 1) <= limit
     if fits or body.get("context_length_exceeded_behavior") == "truncate":
@@ -7295,11 +7294,6 @@ def find_effort(body: Item, model: Model) -> str:
     return "none" if any(each is False for each in told) else effort
 
 
-def make_thoughts(rng: HashRandom, model: Model, effort: str) -> str:
-    length = EFFORT_THOUGHTS.get(effort, 1) or int("always-thinks" in model.traits)
-    return " ".join([make_thought(rng.child(number)) for number in range(length)])
-
-
 def compose_choice(
     choice: Choice, model: Model, effort: str, wanted: Any, rng: HashRandom, form: Form,
     body: Item, budget: int,
@@ -7308,7 +7302,9 @@ def compose_choice(
     index, thoughts = choice.index, ""
     calls = choose_calls(rng, form, body, index)
     if model.thinks and "skips-reasoning" not in form.traits:
-        thoughts = make_thoughts(rng.child("reasoning", index), model, effort)
+        count = EFFORT_THOUGHTS.get(effort, 1) or int("always-thinks" in model.traits)
+        own = rng.child("reasoning", index)
+        thoughts = " ".join([make_thought(own.child(number)) for number in range(count)])
         if "thinks-in-content" not in form.traits:
             budget -= choice.think(thoughts, budget)
             if effort == "none" and "any-effort" in form.traits:
