@@ -5661,8 +5661,7 @@ class Fixtures(Shared):
     @property
     def slow(self) -> bool:
         """Whether one of them asks a pattern or a function."""
-        is_slow: bool = self._arrange()[2]
-        return is_slow
+        return bool(self._arrange()[2])
 
     @property
     def empty(self) -> bool:
@@ -12812,10 +12811,12 @@ class Scripting:
     def explain(self) -> str:
         """Tell of misses, fixtures never served, and warnings; or nothing."""
         calls = self.requests[-MAX_NEAR_MISSES:]
-        missed = [(call, explain_call(call)) for call in calls if not call.fixture]
+        missed = [
+            f"{call!r}{why}" for call in calls if not call.fixture and (why := explain_call(call))
+        ]
         told = [f"{call!r}: {warning}" for call in calls for warning in call.warnings]
         parts: dict[str, Iterable[str]] = {
-            "answered by no fixture": [f"{call!r}{reason}" for call, reason in missed if reason],
+            "answered by no fixture": missed,
             "never served": self._list_unused(),
             "warnings": [*self.script.files.warnings, *told],
         }
