@@ -2423,12 +2423,9 @@ class ValueMaker:
             high = low
         return low, high
 
-    def refusal(self, reason: str) -> Unsatisfiable:
-        return Unsatisfiable(f"{self.path}: {reason}")
-
     def no_value(self) -> Unsatisfiable:
         keywords = ", ".join(filter(self.arguments.get, self.arguments))
-        return self.refusal(f"no value was found that meets {keywords}")
+        return Unsatisfiable(f"{self.path}: no value was found that meets {keywords}")
 
     def make_inside(self, key: str | int, schemas: list[Any], name: str) -> Any:
         inner = ValueMaker(self.reader, self.rng.child(key, self.attempt), schemas)
@@ -2439,12 +2436,12 @@ class ValueMaker:
     def make(self) -> Any:
         """Return a value by the first way that is not blocked."""
         if self.depth < -MAX_MORE_DEPTH:
-            raise self.refusal("nests too deep")
+            raise Unsatisfiable(f"{self.path}: nests too deep")
         spend(4)
         self.minimal = self.minimal or self.depth <= 0
         for schema in self.given:
             if schema is False:
-                raise self.refusal("no value is allowed here")
+                raise Unsatisfiable(f"{self.path}: no value is allowed here")
             if schema is True or not COMBINING.isdisjoint(schema):
                 break
         else:
@@ -2473,10 +2470,10 @@ class ValueMaker:
         refs: set[str] = set()
         todo = list(self.given)
         for schema in todo:  # grows on the way
-            if schema is False:
-                raise self.refusal("the way that was tried ends here")
             if schema is True:
                 continue
+            if schema is False:
+                raise Unsatisfiable(f"{self.path}: no value is allowed here")
             spend(2)
             schemas.append(schema)
             todo += schema.get("allOf", ())
@@ -2568,8 +2565,7 @@ class ValueMaker:
             if low <= len(text) <= high and all(pattern.is_in(text) for pattern in patterns):
                 return text
         if patterns:
-            rng = self.rng.child(self.attempt) if self.attempt else self.rng
-            return patterns[0].make(rng, low, high, patterns[1:])
+            return patterns[0].make(self.rng.child(self.attempt), low, high, patterns[1:])
         while len(text) < low:
             text += fill_template(self.rng, " {noun}")
         return text[:high]
