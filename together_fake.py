@@ -6588,13 +6588,10 @@ class Form:
 
     def name_call(self, rng: HashRandom, name: str, index: int) -> str:
         """Return the id of a tool call."""
-        return self.rows["call id"].format(
-            hex=rng.child("id").hex(24),
-            letters=random_letters(rng.child("id"), 24, LOWER36),
-            uuid=random_uuid(rng.child("uuid")),
-            name=name,
-            index=index,
-        )
+        own = rng.child("id")
+        uuid, letters = random_uuid(own), random_letters(own, 24, LOWER36)
+        row = self.rows["call id"]
+        return row.format(hex=own.hex(24), letters=letters, uuid=uuid, name=name, index=index)
 
 
 def read_forms(table: str) -> dict[str, Form]:
@@ -6949,14 +6946,15 @@ def refuse_chat(body: Item, model: Model, traits: Any, thinks: bool, strict: boo
         raise ApiError("forced_while_thinking")
 
 
-def check_message(message: Item, place: str, model: Model) -> None:
-    """Check the rules between the fields of a message, and that a listed model takes its media."""
+def check_message(message: Item, place: str, model: Model) -> int:
+    """Check the rules between a message's fields and the model; return how many media it has."""
     role, content = message["role"], message.get("content")
+    parts = content if type(content) is list else ()
     if role == "tool" and not message.get("tool_call_id"):
         raise ApiError("missing", param=place + ".tool_call_id")
     if content is None and role != "assistant":
         raise ApiError("missing", param=place + ".content")
-    for index, part in enumerate(content if type(content) is list else ()):
+    for index, part in enumerate(parts):
         kind = part["type"]
         trait = MEDIA_TRAITS.get(kind)
         if (trait or kind == "text") and part.get(kind) is None:
@@ -6964,6 +6962,7 @@ def check_message(message: Item, place: str, model: Model) -> None:
         if trait and trait not in model.traits and "known" in model.traits:
             blind = model.engine != "A" and model.traits.isdisjoint(MEDIA_TRAITS.values())
             raise ApiError("no_eyes" if blind else "no_media", model=model.id)
+    return sum(part["type"] != "text" for part in parts)
 
 
 def count_messages(messages: list[Item], texts: list[str], model: Model) -> tuple[int, int]:
@@ -6976,9 +6975,7 @@ def count_messages(messages: list[Item], texts: list[str], model: Model) -> tupl
         content, role = message.get("content"), message["role"]
         before = count if role == "assistant" else before
         if type(content) is not str or role == "tool":
-            check_message(message, f"messages[{number}]", model)
-        if type(content) is list:
-            count += MEDIA_TOKENS * sum(part["type"] != "text" for part in content)
+            count += MEDIA_TOKENS * check_message(message, f"messages[{number}]", model)
         count += MESSAGE_TOKENS + count_tokens(text)
         if message.get("tool_calls"):
             count += count_tokens(ENCODE(message["tool_calls"]))
