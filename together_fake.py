@@ -11648,7 +11648,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
                 self.end_call("left")
         except Exception:
             complain_of_bug()
-        self.server.forget(self)
+        self.socket.close()
+        self.server.clients.discard(self)
+        if not self.server.stopping.is_set():
+            self.server.accept_or_not()
 
     def write(self, data: bytes) -> None:
         """Send something before long; who does not read loses the connection."""
@@ -11885,12 +11888,6 @@ class HttpServer(http.server.ThreadingHTTPServer):
         elif self.accepting and not room:
             self.selector.unregister(self.socket)
         self.accepting = room
-
-    def forget(self, connection: Connection) -> None:
-        self.clients.discard(connection)
-        connection.socket.close()
-        if not self.stopping.is_set():
-            self.accept_or_not()
 
     def look(self) -> None:
         """Give up who keeps us waiting; where others wait for a place, that is soon."""
@@ -13154,8 +13151,6 @@ class TogetherAiServer(Scripting, Shared):
         given[jobs.key] = id
         made = {jobs.key: id, "created_at": format_time(self._now()), **jobs.make(self, given)}
         return jobs.objects(self).add(id, merge(made, given))
-
-    # Scripts and stored objects
 
     def test(self, name: str) -> OneTest:
         """Return a view of one test, by its `X-Test-Id`."""
