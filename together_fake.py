@@ -7571,14 +7571,13 @@ def echo_request(body: Item) -> Item:
 
 def response_object(answer: Answer, echo: Item, items: list[Item]) -> Item:
     """Return a response that has ended."""
-    created = (answer.request.script or {}).get("created") or CREATED
     reason = INCOMPLETE.get(answer.choices[0].finish_reason)
     return {
         "id": answer.id,
         "object": "response",
-        "created_at": created,
+        "created_at": answer.created,
         "status": "incomplete" if reason else "completed",
-        "completed_at": None if reason else created,
+        "completed_at": None if reason else answer.created,
         "error": None,
         "incomplete_details": {"reason": reason} if reason else None,
         "model": answer.model,
