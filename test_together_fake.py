@@ -7646,6 +7646,9 @@ class CallTests(ScriptingCase):
             whole, r"reply\(\) at .*: chunkSize, truncateAfterChunks had no effect on a whole reply"
         )
         self.assertNotIn("no effect", stream)
+        self.server.reply("x", malformed_after_chunks=1)
+        self.ask("POST", CHAT, HELLO)  # half of it comes
+        self.assertEqual(self.server.requests[-1].warnings, ())
 
     def test_batch_lines_are_recorded_and_marked(self):
         self.server.seed("files", SEEDS["files"])
@@ -11366,15 +11369,16 @@ class RecordingTests(RecordingCase):
         for _ in range(2):
             self.stand_before(record=self.file)
             servers.append(self.server)
-        for number in range(12):
+        for number in range(13):
             self.server = servers[number % 2]
             self.text(f"question {number}")
+            self.server._upstream.recorder.finish()
         for server in servers:
             server.stop()
         self.server = self.service
-        wanted = [self.text(f"question {number}") for number in range(12)]
+        wanted = [self.text(f"question {number}") for number in range(13)]
         self.replay()
-        got = [self.text(f"question {number}") for number in range(12)]
+        got = [self.text(f"question {number}") for number in range(13)]
         self.assertEqual(got, wanted)  # question 1 is in question 10
 
     def test_what_a_file_says_beside_its_fixtures_stays(self):

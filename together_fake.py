@@ -9906,6 +9906,15 @@ def read_loosely(request: Request) -> None:
             request.body = parse_body(request.raw, kind, NO_FIELDS)
 
 
+def rank_fixture(fixture: Item) -> tuple[int, int]:
+    """Return what sorts fixtures: one that holds for other requests, too, has fewer words."""
+    match = fixture["match"]
+    name = {key: match[key] for key in match if key not in ("body", "sequenceIndex")}
+    if name.get("endpoint") == "chat":  # said of some alone
+        del name["endpoint"]
+    return -len(CANONICAL(name)), -len(CANONICAL(match.get("body", {})))
+
+
 class Recording:
     """Fixtures for recorded calls: a sequence where one had several answers."""
 
@@ -9924,10 +9933,10 @@ class Recording:
         alike.setdefault(CANONICAL(body), []).append(answer)
 
     def list_fixtures(self) -> list[Item]:
-        """Return the fixtures; those that hold for other requests, too, have fewer words."""
+        """Return the fixtures, sorted."""
         fixtures = []
-        rows = [(name, body) for name in self._names for body in self._names[name]]
-        for name, body in sorted(rows, key=lambda row: (-len(row[0]), -len(row[1]))):
+        rows = [(name, body) for name, alike in self._names.items() for body in alike]
+        for name, body in rows:
             match, answers = json.loads(name), self._names[name][body]
             if any(answer["response"].keys() & {"json", "raw"} for answer in answers):
                 match = {"endpoint": "chat", **match}  # the answer does not say what it is
@@ -9936,7 +9945,7 @@ class Recording:
             for at, answer in enumerate(answers):
                 number = {"sequenceIndex": at} if at < len(answers) - 1 else {}
                 fixtures.append({"match": {**match, **number}, **answer})
-        return fixtures
+        return sorted(fixtures, key=rank_fixture)
 
 
 def write_fixtures(file: Item) -> bytes:
@@ -10020,6 +10029,7 @@ class Recorder(Shared):
         tempfile.TemporaryFile(dir=os.path.dirname(self.path)).close()  # there can be a draft
         self._recording = Recording()
         self._mine: set[str] = set()  # the JSON of what it last wrote
+        self._before = set(map(ENCODE, self._read()["fixtures"]))  # by hand, maybe: they stay first
         self._unwritten = False
         self._waiting: list[tuple[str, Request, Reply, Any]] = []
         self._hurry = threading.Event()
@@ -10067,17 +10077,23 @@ class Recorder(Shared):
             self._write()
             self._hurry.wait(REST * (time.perf_counter() - began))
 
+    def _read(self) -> Item:
+        """Return the file, with the fixtures of earlier runs and of other programs."""
+        data = load_json(self.path, self.path) if os.path.exists(self.path) else []
+        file: Item = data if isinstance(data, dict) and "match" not in data else {}
+        return {**file, "fixtures": read_file(data)["fixtures"]}
+
     def _write(self) -> None:
         """Write the file; where that fails, it is tried again later."""
         is_told, self._unwritten = self._unwritten, True
         try:
             with lock_folder(self.path):
-                data = load_json(self.path, self.path) if os.path.exists(self.path) else []
-                file: Item = data if isinstance(data, dict) and "match" not in data else {}
-                others = read_file(data)["fixtures"]  # of earlier runs and of other programs
-                others = [entry for entry in others if ENCODE(entry) not in self._mine]
-                mine = self._recording.list_fixtures()
-                file["fixtures"] = others + mine
+                file, mine = self._read(), self._recording.list_fixtures()
+                rows = [(ENCODE(entry), entry) for entry in file["fixtures"]]
+                first = [entry for text, entry in rows if text in self._before]
+                known = self._mine | self._before
+                others = [entry for text, entry in rows if text not in known]
+                file["fixtures"] = first + sorted(others + mine, key=rank_fixture)
                 write_file(self.path, write_fixtures(file))
                 self._mine = set(map(ENCODE, mine))
             self._unwritten = False
@@ -12134,7 +12150,7 @@ MODEL_TYPES = {  # by kind of operation, where these are called otherwise
 FINISH_REASONS = ("stop", "eos", "length", "tool_calls", "function_call")
 STREAM_OPTIONS = (  # that a whole reply does not know
     "chunkSize", "chunkSizes", "streamingProfile", "recordedTimings", "truncateAfterChunks",
-    "malformedAfterChunks", "endAfterChunks", "insert", *STRIKE_PLACES,
+    "endAfterChunks", "insert", *STRIKE_PLACES,
 )  # fmt: skip
 
 
