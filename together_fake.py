@@ -2740,33 +2740,30 @@ def message_text(message: Item) -> str:
 # A list in a row: of items in quotes, of single words the last behind "or", or of phrases.
 QUOTED = r"""(?:"[^"\n]{1,60}"|'[^'\n]{1,60}'|`[^`\n]{1,60}`)"""
 ONE_WORD = r"[\w'-]{1,30}"
-JOINING = r"(?:and|or|for|with|based|that|which|if|when|as|to|by|in|on|is|are|only|it)\b"
+JOINING = r"(?:and|or|for|with|based|that|if|as|to|by|in|on|is|it)\b"
 PHRASE = rf"(?:{QUOTED}|\w[\w'+-]{{0,29}}(?: (?!{JOINING})[\w+][\w'+-]{{0,29}}){{0,2}})"
 BETWEEN = r"(?: ?\([^()\n]{0,80}\))?(?:\s?[|/,;]\s?(?:or |and )?| or )"
 QUOTED_ROW = (
     rf"{QUOTED}(?:(?:: [^,;\n\"'`]{{0,80}})?{BETWEEN}{QUOTED}){{0,20}}"
-    rf"(?:,? (?:or|and) | ?[|/;] ?){QUOTED}"
+    rf"(?:,? or | ?[|/] ?){QUOTED}"
 )
 WORDS_OFFERED = rf"(?:{ONE_WORD}(?:, ?| ?[/|] ?)){{0,20}}{ONE_WORD}(?:,? or | ?[/|] ?){ONE_WORD}"
 ROW_OFFERED = rf"{PHRASE}(?:{BETWEEN}{PHRASE}){{1,20}}(?: and {PHRASE})?"
 OFFER = lazy_regex(
     rf"({QUOTED_ROW})|(?i:\b(yes ?(?:/|\||or) ?no|true ?(?:/|\||or) ?false)\b)"
     r"|(?i:\b(?:(?:one|any|some)(?: or more)? of|either|single letter|literal|(?:choose|pick"
-    r"|select)(?: one)? from|(?:categor|label|option|choice|value)\w*(?= ?:| are)"
+    r"|select|one) from|(?:option|choice|value)s?(?= ?:| are)"
     r"|(?:label|classif|tag|mark)\w*\b[^.\n]{0,80} as)"
-    r"(?: (?:the|these|following|words|categories|options|labels|are)\b)*"
+    r"(?: (?:the|these|following|\w+(?=:))\b)*"
     rf"\s?[:,=]?\s?[\[({{]?)({ROW_OFFERED}|[A-Z]{{2,8}}\b)"
-    rf"|\((?=[^()\n]{{0,99}}(?:\bor\b|[/|]))({ROW_OFFERED})\)"
-    rf"|(?:one|single) (?:word|label)[:,] ({WORDS_OFFERED})"
+    rf"|\(({WORDS_OFFERED})\)"
+    rf"|(?:word|label)[:,] ({WORDS_OFFERED})"
 )
 TOLD_OF = lazy_regex(
     r"(?:(?:\(s\))? ?[:=\u2208]| (?:are|is(?= one| either)|may be|from|(?=[(\"'`])))"
     rf"(?: one of| either| any of)?:? ?[\[({{]?({ROW_OFFERED}|{NUMBER} ?(?:-|to) ?{NUMBER})"
 )
-ARRAY = lazy_regex(
-    r"(?i)(?:(?!key|field|propert)[^\"'`:]){0,60}\b(?:JSON (?:array|list)|(?:array|list)"
-    r" of)"
-)
+ARRAY = lazy_regex(r"(?i)[^\"'`]{0,60}\b(?:JSON (?:array|list)|(?:array|list) of)")
 COUNTS = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 COUNT = rf"(\d{{1,2}}{'|'.join(COUNTS)})"
 ENTRIES = lazy_regex(
@@ -2777,9 +2774,8 @@ MANY = lazy_regex(
     r"(?i)(?:an? )?(?:list|array)(?:(?: of |\[)([^\n]{1,60}?)\]?)?|([^\n]{1,60}?)\[\]"
 )
 TYPE_WORD = lazy_regex(
-    r"(?i)(?:an? |one |<|single )?(?:(?P<string>str|text)|(?P<integer>int|whole|digit)|(?P<number>"
-    r"float|num|double|decimal|percent)|(?P<boolean>bool|true(?:.| or )false)|(?P<object>dict|"
-    r"object)|(?P<array>array))"
+    r"(?i)(?:an? )?(?:(?P<string>str|text)|(?P<integer>int|whole|digit)|(?P<number>float|num|"
+    r"decimal|percent)|(?P<boolean>bool|true)|(?P<object>dict|object)|(?P<array>array))"
 )
 NUMBER_WORD = lazy_regex(
     r"(?i)integer|\bint\b|float|decimal|number|digit|\bscor|\brat(?:e|ing)|scale|probab|confiden|"
@@ -2809,7 +2805,7 @@ def read_row(text: str) -> Item:
     """Return the schema of what a row offers, such as `a, b or c`."""
     if re.match(QUOTED, text):
         return as_enum(re.findall(QUOTED, IN_BRACKETS.sub("", text)))
-    return as_enum(re.split(rf"{BETWEEN}| and ", text))
+    return as_enum(re.split(rf"{BETWEEN}| and ", text)) or read_numbers(text)
 
 
 def read_offer(text: str) -> Item:
@@ -2843,7 +2839,8 @@ def read_phrase(text: str, note: str = "") -> Item:
     letters = re.fullmatch(r"(?:\w+ )?\(?([A-H])(?:-| to )([A-H])\)?", plain)
     if letters:
         return {"enum": [chr(at) for at in range(ord(letters[1]), ord(letters[2]) + 1)]}
-    kind = read_type(plain) or ("number" if text[:1] == "<" and NUMBER_WORD.match(plain) else "")
+    kind = "integer" if text == "<number>" else read_type(plain)
+    kind = kind or ("number" if text[:1] == "<" and NUMBER_WORD.match(plain) else "")
     near = NUMBER_RANGE.search(plain[:40])
     offer = read_offer(plain) or read_offer(note)
     if offer and kind in ("", "string") and not near:
@@ -2975,7 +2972,6 @@ class Prompt:
         self.answered = answered
         self.text = text
         self.notes = more + text
-        self.keys: list[str] = []
         self.examples: list[tuple[str, str, str]] = []  # the line before it, language, text
         self.lines: list[str] = []
         self.lists: dict[str, list[tuple[str, str]]] = {}
@@ -3005,14 +3001,10 @@ class Prompt:
     def offers(self) -> list[tuple[str, Item]]:
         """What may be chosen, behind the words that tell of what: rows, then lists."""
         said = "\n".join([*self.said, self.tail])
-        rows = [
-            (re.split(r"[.,;\n]", said[: row.start()])[-1][-40:], row[1])
-            for row in TOLD_OF.finditer(said)
-        ]
-        lists = [(told, [head for _, head in items]) for told, items in self.lists.items()]
-        return [(told, read_row(row) or read_numbers(row)) for told, row in rows] + [
-            (told, as_enum(heads)) for told, heads in lists
-        ]
+        rows = [(said[: row.start()], read_row(row[1])) for row in TOLD_OF.finditer(said)]
+        rows = [(re.split(r"[.,;\n]", told)[-1][-40:].lower(), offer) for told, offer in rows]
+        lists = [(told.lower(), [head for _, head in each]) for told, each in self.lists.items()]
+        return rows + [(told, as_enum(heads)) for told, heads in lists]
 
     def _add_example(self, before: str, language: str, text: str) -> str:
         self.examples.append((before[-150:].rstrip().rpartition("\n")[2].strip(), language, text))
@@ -3089,7 +3081,7 @@ def find_offered(prompt: Prompt, about: str) -> Item:
     """Return the schema of what a noun may be, as is told elsewhere: `tones: calm, angry`."""
     for noun in re.findall(r"\b[a-z]{4,7}", about.lower())[:-8:-1]:
         for told, schema in prompt.offers:
-            if noun in told.lower() and schema:
+            if noun in told and schema:
                 return schema
     return {}
 
@@ -3167,11 +3159,11 @@ def read_words(prompt: Prompt, text: str, name: str) -> Item:
     offered = find_offered(prompt, about) if len(text) < 20 else {}
     if offered:
         return offered
-    if not text and re.search(r"(?:\b|_)(?:age|year|count|score|rating|quantity)\Z", name, re.I):
+    if re.search(r"(?:\b|_)(?:age|year|count|score|rating|quantity)\Z", name, re.I):
         return {"type": "integer"}
-    named = re.search("name|person|people|place|compan|entit|cit(y|ies)", name or prompt.whole)
+    named = re.search("name|person|people|place|compan|entit|cit(y|ies)", name)
     taken = named and "xtract" in prompt.whole
-    if text[:1].isupper() and (" " in text or text.isupper()):
+    if text[:1].isupper():
         taken = prompt.text.count(text) > 1
     copied = re.search(r"verbatim|exact (?:text|word)|as it appears", text + note)
     copies = find_copies(prompt) if taken or copied else []
@@ -3227,9 +3219,7 @@ JSON_ASKED = lazy_regex(
     r"(?![a-z(_]|\.\w| (?:API|file|output schema))"
     r"|\bPython dict"
 )
-OUTPUT_INTRO = lazy_regex(
-    r"(?i)output|respon|answer|reply|return\b|format|schema|structure|generate|must"
-)
+OUTPUT_INTRO = lazy_regex(r"(?i)output|respon|answer|reply|return\b|format|schema|structure")
 INPUT_INTRO = lazy_regex(
     r"(?i)\b(?:input|context|documents?|messages?|rubric|previous|tools?|given|existing|summar\w*|arguments|"
     r"explain|well-formatted|feedback|for the schema)\b"
@@ -3243,7 +3233,7 @@ KEY_NAMES = (
 KEY_WORD = r"\b(?:keys?|fields?|properties|property|attributes?)\b"
 KEYS = lazy_regex(
     rf"({QUOTED}(?:(?:,? (?:and |then )?|,){QUOTED}){{0,20}}) {KEY_WORD}"
-    r"|\b(?:objects?|JSON) (?:with|of|containing) (?=[^.:;]*(?:,| and ))"
+    r"|\b(?:objects?|JSON) (?:with|of|containing) (?![\"'`])(?=[^.:;]*(?:,| and ))"
     rf"({KEY_NAMES}){KEYS_END}"
     rf"|{KEY_WORD}(?: (?:named|called|of|are|is|one)){{0,3}}:? ?({KEY_NAMES})"
 )
@@ -3282,12 +3272,12 @@ def read_keys(prompt: Prompt, asked: str) -> list[str]:
     return list(dict.fromkeys(filter(re.compile(r"(?!it\Z)[^\W\d][\w-]*\Z").match, names)))
 
 
-def rank_example(prompt: Prompt, asked: list[str], example: tuple[str, str, str]) -> int:
+def rank_example(keys: list[str], asked: list[str], example: tuple[str, str, str]) -> int:
     intro, text = example[0].rpartition(". ")[2], example[2]
     rank = -4 * bool(INPUT_INTRO.search(intro))
     if OUTPUT_INTRO.search(intro) and (asked or is_asking(intro)):
         rank += 3
-    return rank + 4 * any(f'"{key}"' in text or f"{key}:" in text for key in prompt.keys)
+    return rank + 4 * any(f'"{key}"' in text or f"{key}:" in text for key in keys)
 
 
 def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
@@ -3296,11 +3286,11 @@ def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
     if wanted or prompt.tail.upper().endswith("JSON"):
         asked.append("JSON")
     said = " ".join(asked)
-    keys = prompt.keys = read_keys(prompt, said) if asked else []
+    keys = read_keys(prompt, said) if asked else []
     array = any(map(ARRAY.match, asked))
     shown: Any = dict.fromkeys(keys, "") or ("" if array else None)
     label, value = f"JSON with {', '.join(keys) or 'a list'}", [shown] if array else shown
-    rank = functools.partial(rank_example, prompt, asked)
+    rank = functools.partial(rank_example, keys, asked)
     for example in sorted(prompt.examples, key=rank)[-1:-4:-1]:
         read = read_example(example[2]) if rank(example) >= (0 if asked else 3) else None
         if read and type(read) in (dict, list):
@@ -3324,7 +3314,7 @@ EXACTLY = lazy_regex(
     rf"{SPOKEN}[^:\n]{{0,30}}(?:exactly|verbatim|(?:only|just)\b[^:\n]{{0,20}}(?:text|phrase|words?"
     r"|message))[^:\n]{0,30}:\s(\S.*)"
 )
-CONDITION = lazy_regex(r"(?i)\b(?:if|when|whenever|unless|until|once|otherwise|after)\b")
+CONDITION = lazy_regex(r"(?i)\b(?:if|when|whenever|unless|until|once|after)\b")
 ENDING = lazy_regex(
     r"(?i:(?:repl|respond|say|output|return|end|command)[^.\n]{0,60}?[\"'`]?"
     r"((?-i:(?:echo )?(?<![|\w])<?[A-Z][A-Z_]{5,60}>?))[\"'`]?)"
@@ -3350,7 +3340,7 @@ def read_said(prompt: Prompt) -> WantedForm | None:
 
 SLOT_SHOWN = lazy_regex(
     r"([A-Za-z][\w /-]{0,40}?)(\**:\**[ \t]+)([^\s|>\0][^\n]*?(?=, [A-Z]\w*: |\n|\Z))|(?<=<)([\w-]"
-    r"{1,40})(>)([^<>\n]+)(?=</)|([\w-]{1,40})(=\")([^\"\n]+)|()((?<=\">))([^<>\n]+)(?=</)"
+    r"{1,40})(>)([^<>\n]+)(?=</)|([\w-]{1,40})(=\")([^\"\n]+)"
     r"|()()(\.\.\.|\0\d*\0)"
 )
 TOOLS = lazy_regex(r"(?i)\b(?:tools|actions)\b[^\n]{0,99}?:\s+([^\0]{1,400})")
@@ -3392,7 +3382,7 @@ def read_agent(prompt: Prompt) -> WantedForm | None:
     tools = TOOL.findall(told[1]) if told else find_offered(prompt, "tool").get("enum", ())
     stop = heads.index("Observation")
     last = next((at for at in range(stop, len(lines)) if "Answer" in heads[at]), 0)
-    if acts and acted and last:
+    if acted and last:
         return fill_shown(prompt, lines[stop + 1 : last + 1])
     if not is_json:
         return fill_shown(prompt, lines[heads.index("Thought") : stop], tools)
@@ -3420,7 +3410,7 @@ LABELLED = lazy_regex(
     rf"({SPOT}|\d+(?=/\d)|)(/\d{{1,3}}|\)|)"
 )
 OPTION = lazy_regex(r" ?[\"'`]?(\w{1,12})\b")
-WRAPPED = lazy_regex(r"(?i)\btags?\b|\bin \W?<|wrap|inside|enclos|surround|between|ending|</|xml")
+WRAPPED = lazy_regex(r"(?i)\btags?\b|\bin \W?<|wrap|inside|enclos|between|</|xml")
 TAG = lazy_regex(r"<([A-Za-z][\w-]{0,40})(?: [^<>]*)?>([^<>]{1,30}(?=</))?")
 AFTER_TAG = lazy_regex(
     rf"(?:</[\w-]+>)?(?: tags? (?:with|as|containing) ({WORDS_OFFERED})\W*\Z"
@@ -3450,7 +3440,7 @@ def read_marks(prompt: Prompt) -> WantedForm | None:
             offer = {"enum": [*shown[tag]]} if len(shown[tag]) > 1 else read_offer(before)
             told = AFTER_TAG.match(said, found.end())
             words, where = told.groups("") if told else ("", "")
-            offer = offer or read_row(words) or read_numbers(where) or read_numbers(before)
+            offer = offer or read_row(words) or read_numbers(where or before)
             tags[tag] = offer or read_value(prompt, "".join(shown[tag]), tag)
             at = found.end()
     text = "\n".join(f"<{tag}>\1{tag}\1</{tag}>" for tag in tags)
@@ -3538,7 +3528,7 @@ LISTS = (
 )
 RECORD_SHAPE = lazy_regex(r"[\"'`]?(\(?\w+(?:(?:; | ?\| ?)\w+)+\)?)")
 TABLE = lazy_regex(
-    r"(?i)\bCSV\b(?! file)(?<!is CSV)(?<!the CSV)|markdown table|comma-separated rows"
+    r"(?i)\bCSV\b(?! file)(?<!is CSV)(?<!the CSV)|comma-separated rows|markdown table"
     r"|table (?:with|of|that has|in) (?:the |\w+ )*(?:columns|markdown)"
     r"|\b(?:as|in|into|return|output|make) an? (?:\w+ )?table\b"
 )
@@ -3565,9 +3555,7 @@ def read_list(prompt: Prompt) -> WantedForm | None:
             if re.search(pattern, said, re.I):
                 offered = []
                 if before == ", ":
-                    named = said.rstrip(".").partition("separated: ")[2]
-                    offer = read_row(named) or find_offered(prompt, f"apply {said}")
-                    offered = offer.get("enum", [])
+                    offered = find_offered(prompt, f"apply {said}").get("enum", [])
                 pairs = list(map(", ".join, zip(offered, offered[1:])))
                 if pairs:
                     return as_choice({"enum": pairs}, "\1answer\1")
@@ -3589,10 +3577,9 @@ CONDITIONS = lazy_regex(
 NOT_SAID = r"\b(?:function|method|program|script|code|test)|\w\(|and explain|in detail"
 OF_LIST = lazy_regex(r"(?i)categor|option|choice|label|letter|one of|\Aanswer\Z")
 RESTRICTED = lazy_regex(
-    r"(?i)\b(?:only|just)(?! about| on| if| when| in\b| from)|\balone\b|nothing (?:else|more)|do"
-    r" not explain|\b(?:one|single) (?:word|letter|digit|number|label)|\b(?:as|output|"
-    r"with|return) (?:an? )?(?:single )?(?:int|float|num|bool)|classif|categor|\blabel|without (?:"
-    r"any )?(?:punct|expla|other)|\bno (?:other|further|extra|preamble|expla)"
+    r"(?i)\b(?:(?:only|just)(?! from)|alone|nothing (?:else|more)|single|do not explain|classif"
+    r"|label|one (?:word|letter|digit|number)|without (?:any )?(?:punct|expla)|categor"
+    r"|no (?:other|extra|preamble|expla)|(?:as|return) an? (?:int|float|num|bool))"
 )
 
 
@@ -3611,7 +3598,7 @@ def read_offered(prompt: Prompt, said: str) -> Item:
         words = ["".join(found) for found in CONDITIONS.findall(said)]
     if len(words) > 1 and not re.search(NOT_SAID, " ".join(prompt.said)):
         return {"enum": [word.strip("\"'`") for word in words]}
-    if re.search(r"\[\[(?:\d+|\w*(?:rating|score))\]\]", said):
+    if "[[" in said and not words:
         return next(filter(None, map(read_numbers, [said, *prompt.said])), {})
     bounds, numeric = NUMBER_RANGE.search(said), NUMBER_WORD.search(said)
     near = bounds and numeric and numeric.start() < bounds.end() and said[:2] != "If"
@@ -3657,10 +3644,7 @@ def read_choice(prompt: Prompt) -> WantedForm | None:
 
 
 SORTS = lazy_regex(r"(?i)label|class|categ|sentiment|intent|topic")
-FEW_LABELS = lazy_regex(
-    r"(?!(?:.*\n)*(?i:yes|no|ok|okay|hi|hello|thanks|done)\b)"
-    r"[\w-]+(?: [\w-]+)?(?:\n[\w-]+(?: [\w-]+)?)+"
-)
+FEW_LABELS = lazy_regex(r"[\w-]+(?: [\w-]+)?(?:\n[\w-]+(?: [\w-]+)?)+")
 
 
 def read_shots(prompt: Prompt) -> WantedForm | None:
@@ -3697,7 +3681,7 @@ RESULT = lazy_regex(
 def has_hint(text: str) -> bool:
     if "{" in text or "<" in text or "`" in text or text.endswith((":", ": ", ":\n")):
         return True
-    return not HINTS.isdisjoint(text.replace("few words", "").split())
+    return not HINTS.isdisjoint(text.split())
 
 
 def is_hinted(text: str) -> bool:
@@ -3710,7 +3694,7 @@ def read_form(messages: list[Item], json_mode: bool = False) -> WantedForm | Non
     backwards = range(len(messages) - 1, -1, -1)
     users = [at for at in backwards if messages[at]["role"] == "user"][:24]
     systems = [at for at in backwards if messages[at]["role"] in ("system", "developer")][:2]
-    begun = [at for at in users if not RESULT.search(texts[at][:80])] or users[-1:]
+    begun = [at for at in users if not RESULT.search(texts[at][:80])]
     asked = [at for at in dict.fromkeys([*users[:1], *begun[:1], *systems]) if is_hinted(texts[at])]
     told = texts[systems[0]][:PROMPT_WINDOW] if systems else ""
     vague = None
