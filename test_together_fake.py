@@ -3163,9 +3163,15 @@ FORMS = {
         'Answer "fraud" if the claim looks wrong, "fine" if it does not.\n\nClaim: x',
         "Reply with `fraud` when the claim is wrong, otherwise say `fine`.\n\nClaim: x",
     ),
+    "one that the last words of a sentence offer": (
+        "APPROVE|REJECT",
+        "Decide whether to APPROVE or REJECT. Output only the decision.",
+        'Should it be "APPROVE", or "REJECT"? Answer with a single word.\n\nRequest: x',
+    ),
     "one as it is written": ("True|False", "Is it spam? Output True if it is, False otherwise."),
     "one of a noun's": (
         "low|medium|high",
+        "Priority must be low, medium or high. Return only the priority.\n\nTicket: x",
         "Decide the priority of the ticket (low, medium, high). Answer with the priority only.",
         "State the level (low, medium, high) of the risk below. Return only the level.\n\nRisk: x",
     ),
@@ -3683,6 +3689,7 @@ PROSE = (
     'Write the docs for this.\n\nPOST /answer\nReturns: {"answer": "yes|no"}',
     'Our API returns JSON: {"id": 1, "status": "on|off"}. Errors look like {"error": 1}.\n\nWhy?',
     "Yes or no questions are boring. Why?",
+    'Only one of my tests fails: expected "a" or "b". Why?',
 )
 
 

@@ -2760,7 +2760,7 @@ OFFER = lazy_regex(
     rf"|(?:word|label)[:,] ({WORDS_OFFERED})"
 )
 TOLD_OF = lazy_regex(
-    r"(?:(?:\(s\))? ?[:=\u2208]| (?:are|is(?= one| either)|may be|from|(?=[(\"'`])))"
+    r"(?:(?:\(s\))? ?[:=\u2208]| (?:are|is(?= one| either)|(?:may|must) be|from|(?=[(\"'`])))"
     rf"(?: one of| either| any of)?:? ?[\[({{]?({ROW_OFFERED}|{NUMBER} ?(?:-|to) ?{NUMBER})"
 )
 ARRAY = lazy_regex(r"(?i)[^\"'`]{0,60}\b(?:JSON (?:array|list)|(?:array|list) of)")
@@ -2915,7 +2915,7 @@ PROSE_TASK = lazy_regex(
 )
 EXAMPLE_START = lazy_regex(
     r"(?<![$\w])\{\s{0,99}(?:\n|[\"'][^\"'\n]{0,60}[\"']\s?:|[\w-]{1,60}\??\s?:\s|//|#)"
-    r"|(?:(?<=[\n:=])|(?<=[:=] )|(?<=like )|(?<=such as )|(?<=e\.g\. )|\A)(?!\[\[\w+\]\])"
+    r"|\[\{|(?:(?<=[\n:=])|(?<=[:=] )|(?<=like )|(?<=such as )|(?<=e\.g\. )|\A)(?!\[\[\w+\]\])"
     r"\[\s{0,99}(?:\n|[{\"\[]|\d{1,9}\s?,)"
 )
 FENCE = lazy_regex(
@@ -2924,7 +2924,7 @@ FENCE = lazy_regex(
 ASKS = lazy_regex(
     r"\b(?:provide|give|print|write|produce|use|put|present|convert|follow|show|keep|compare|create"
     r"|name|suggest|summari[sz]e|describe|enclose|fill|contain|consist|adhere|(?:must|should) be|"
-    rf"only|just|format|schema|structure|template|one (?:word|line)|{ASKING})\b"
+    rf"only(?! one of)|just|format|schema|structure|template|one (?:word|line)|{ASKING})\b"
     r"|\b(?:antwort|r[e\xe9]pond|devuelv|respond[ae]|rispond)|\u8fd4\u56de|\u8f93\u51fa|\u56de\u7b54"
     r"|\([^()]{1,99}\)\?|\A\W?\w+(?:/| or )\w+(?:\W{0,3}\Z| ?[:?,])"
 )
@@ -3583,7 +3583,10 @@ RESTRICTED = lazy_regex(
 )
 
 
-QUESTION_ROW = lazy_regex(rf"(?m)(?:({QUOTED_ROW}|{WORDS_OFFERED})\?|[?:] ({WORDS_OFFERED})\.?)$")
+ROW_AT_END = lazy_regex(
+    rf"(?m)(?:({QUOTED_ROW}|{WORDS_OFFERED})\?"
+    rf"|(?:[?:]|\b(?:as|to|only|with)) ({WORDS_OFFERED})\.?)$"
+)
 
 
 def read_offered(prompt: Prompt, said: str) -> Item:
@@ -3619,7 +3622,7 @@ def read_restricted(prompt: Prompt, said: str) -> Item:
         limits = filter(None, map(read_numbers, prompt.said))
         typed = {"type": read_type(kind[0])} if kind else {}
         return max(limits, key=measure_width, default=typed)
-    asked = QUESTION_ROW.search("\n".join(prompt.said)) if at_end or limited else None
+    asked = ROW_AT_END.search("\n".join(prompt.said)) if at_end or limited else None
     offer = find_offered(prompt, said) or (read_row(asked[1] or asked[2]) if asked else {})
     return offer or (items if limited else {})
 
