@@ -2220,7 +2220,7 @@ def list_types(schemas: Sequence[Any]) -> list[str]:
     given = [schema["type"] for schema in schemas if "type" in schema]
     if given:
         first, *others = given
-        return [name for name in first if all(name in other for other in others)]
+        return [name for name in first if not others or all(name in other for other in others)]
     spoken_of = [VOCABULARY[keyword][1] for schema in schemas for keyword in schema]
     return [kind for kind in dict.fromkeys([*spoken_of, *TYPES]) if kind in TYPES]
 
