@@ -8597,7 +8597,7 @@ class WorkTests(FakeCase):
                 self.post(CHAT, {**body, "n": 3})
                 got = self.ask("POST", CHAT, {**body, "n": 128})
             self.assertEqual(got.status, 400, kind)
-            self.assertIn("for the values that are asked for", got.json["error"]["message"])
+            self.assertIn("it asks for too much", got.json["error"]["message"])
             self.assertEqual(getattr(fake.WORK, "steps", math.inf), math.inf)
 
     def test_patterns_of_added_fixtures_share_none(self):

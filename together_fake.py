@@ -1751,8 +1751,7 @@ def bound_work() -> Iterator[None]:
     try:
         yield
     except (OutOfSteps, RecursionError, ValueError):  # the last from urljoin()
-        reason = "too large, too deep or too entangled for the values that are asked for"
-        raise Unsatisfiable(f"it is {reason}, or has a malformed URI") from None
+        raise Unsatisfiable("it asks for too much or too deep, or has a malformed URI") from None
     finally:
         WORK.steps = left - most + max(0, WORK.steps)
 
@@ -1821,7 +1820,7 @@ class Pattern:
                 is_look = text in ("(?=", "(?!")
                 options[-1].append(("look", node, text == "(?=") if is_look else node)
             elif kind == "rest":
-                raise self._refusal(f"{text}, as it stands there, is not supported")
+                raise self._refusal(f"{text} is not supported there")
             else:
                 options[-1].append(self._read_leaf(kind, text))
         nodes = [option[0] if len(option) == 1 else ("all", option) for option in options]
@@ -1831,7 +1830,7 @@ class Pattern:
         first, comma, last = text.strip("{}").partition(",")
         low, high = REPEATS.get(text) or (int(first), int(last or ENDLESS if comma else first))
         if not before or before[-1][3:] == ([""], [""]) or low > high:
-            raise self._refusal(f"{text} repeats nothing, or not as often as it says")
+            raise self._refusal(f"{text} has nothing to repeat, or no count")
         part, run = before.pop(), None
         if part[0] == "leaf" and part[2] == 1:
             run = re.compile(f"(?:{part[1].pattern})*", self._flags)
@@ -1951,7 +1950,7 @@ class Pattern:
             text = padding + text if attempt % 2 else text + padding
             if low <= len(text) <= high and all(p.is_in(text) for p in ordered):
                 return text
-        raise self._refusal(f"no text of {low} to {high} characters that meets it was found")
+        raise self._refusal(f"no text of {low} to {high} characters was found")
 
 
 def read_table(text: str) -> dict[str, str]:
