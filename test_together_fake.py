@@ -5307,6 +5307,18 @@ class FileTests(StoreCase):
         self.assertEqual(gone, {"id": ids[0], "object": "file", "deleted": True})
         self.json("GET", f"/v1/files/{ids[0]}", status=404)
 
+    def test_a_list_has_the_members_that_are_documented(self):
+        for path, members in (
+            ("files", ["object", "data", "has_more"]),
+            ("fine-tunes", ["data"]),
+            ("jobs", ["data"]),
+            ("endpoints", ["object", "data"]),
+        ):
+            self.assertEqual(list(self.json("GET", f"/v1/{path}")), members)
+        self.server.seed("evaluations", [{}] * 12)
+        for query, count in (("", 10), ("?limit=11", 11)):
+            self.assertEqual(len(self.json("GET", f"/v1/evaluation{query}")), count)
+
     def test_ids_repeat_after_reset(self):
         first = self.server.add_file(TRAIN)["id"]
         self.server.reset()
@@ -5479,6 +5491,16 @@ class FineTuningTests(StoreCase):
             ({"model": None, "from_checkpoint": "ft-other:3"}, 404),
         ):
             self.create(status, **more)
+
+    def test_the_largest_batch_depends_on_the_training(self):
+        for method, kind, size in (
+            ("sft", "Lora", 128),
+            ("sft", "Full", 96),
+            ("dpo", "Lora", 64),
+            ("dpo", "Full", 48),
+        ):
+            job = self.create(training_method={"method": method}, training_type={"type": kind})
+            self.assertEqual(job["batch_size"], size)
 
     def test_instant(self):
         self.server.instant_jobs = True

@@ -7881,13 +7881,14 @@ class Jobs:
     view      `view(server, request, job)` returns a job as a client sees it
     cancelled the status of a job that is cancelled, and those that follow it
     filters   members by which a list is asked for
-    listed    what a list is: an object, or a bare array; "" where there is none
+    listed    the members of a list's answer, or "array"; "" where there is no list
+    most      of a list that is asked for no limit
     """
 
     key, status = "id", "status"
     prefix = statuses = cancelled = filters = ""
     fields = NO_FIELDS
-    listed = "object"
+    listed, most = "data", MAX_OBJECTS
     enter: Callable[[Any, Item, str], Item]
     view: Any = staticmethod(lambda server, request, job: job)
 
@@ -7946,11 +7947,11 @@ class Jobs:
             wanted = request.args.get(name) or ""
             wanted = OPENAI_PURPOSES.get(wanted, wanted)
             found = [job for job in found if wanted in ("", job.get(name))]
-        page, more = take_page(found, request.args, self.key)
+        page, more = take_page(found, request.args, self.key, self.most)
         shown = [self.view(server, request, job) for job in page]
         if self.listed == "array":
             return wrap_list(request, shown, server.strict, more)
-        return {"object": "list", "data": shown, "has_more": more}
+        return pick_given({"object": "list", "data": shown, "has_more": more}, self.listed.split())
 
     def cancel(self, server: Server, request: Request) -> Any:
         """Cancel a job that has not ended."""
@@ -8100,8 +8101,9 @@ def file_object(server: Server, item: Item) -> Item:
 
 
 FILES = Jobs(
-    "files", "/v1/files", file_object, prefix="file-", fields=UPLOAD_FIELDS, filters="purpose"
-)
+    "files", "/v1/files", file_object, prefix="file-", fields=UPLOAD_FIELDS, filters="purpose",
+    listed="object data has_more",
+)  # fmt: skip
 route("POST /v1/files/{id}/preprocess")(FILES.get)
 
 
@@ -8447,7 +8449,10 @@ def fine_tune_object(server: Server, item: Item) -> Item:
     job = merge(template, item)
     if job["batch_size"] == "max":
         limits = LIMITS[job["training_type"]["type"].lower() + "_training"]
-        item["batch_size"] = job["batch_size"] = limits["max_batch_size"]
+        most = (
+            "max_batch_size_dpo" if job["training_method"]["method"] == "dpo" else "max_batch_size"
+        )
+        item["batch_size"] = job["batch_size"] = limits[most]
     words = [job["model"].rpartition("/")[2], job.get("suffix") or ""]
     words.append(HashRandom.of("fine-tune", job["id"]).hex(8))
     job = {"model_output_name": f"{USER}/{'-'.join(filter(None, words))}", **job}
@@ -8760,7 +8765,7 @@ def show_evaluation(server: Server, request: Request, job: Item) -> Item:
 EVALUATION_JOBS = Jobs(
     "evaluations", "/v1/evaluation", evaluation_object, prefix="eval-", key="workflow_id",
     fields=EVALUATION_FIELDS, enter=enter_evaluation, view=show_evaluation,
-    statuses="pending queued running completed", filters="status", listed="array",
+    statuses="pending queued running completed", filters="status", listed="array", most=10,
 )  # fmt: skip
 route("GET /v1/evaluation/{id}/status")(EVALUATION_JOBS.get)
 
@@ -8816,7 +8821,7 @@ def endpoint_object(server: Server, item: Item) -> Item:
 ENDPOINTS = Jobs(
     "endpoints", "/v1/endpoints", endpoint_object, prefix="endpoint-", status="state",
     fields=ENDPOINT_FIELDS, enter=enter_endpoint, statuses="PENDING STARTING STARTED",
-    filters="type",
+    filters="type", listed="object data",
 )  # fmt: skip
 
 
