@@ -3163,6 +3163,10 @@ FORMS = {
         'Answer "fraud" if the claim looks wrong, "fine" if it does not.\n\nClaim: x',
         "Reply with `fraud` when the claim is wrong, otherwise say `fine`.\n\nClaim: x",
     ),
+    "an example that looks as a schema": (
+        r'\{"type": "[^"]+", "items": \["[^"]+", "[^"]+"\]\}',
+        'Return JSON: {"type": "shirt", "items": ["collar", "cuff"]}',
+    ),
     "one that the last words of a sentence offer": (
         "APPROVE|REJECT",
         "Decide whether to APPROVE or REJECT. Output only the decision.",

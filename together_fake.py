@@ -2890,7 +2890,7 @@ def as_schema(value: Any) -> Any:
     """Return a value that is a JSON schema, or a schema for each field; else None."""
     if type(value) is not dict:
         return None
-    if type(value.get("properties")) is dict or {"type", "items"} <= value.keys():
+    if type(value.get("properties")) is dict or value.get("type") == "array":
         return value
     told = [type(field) is dict and read_type(str(field.get("type"))) for field in value.values()]
     return as_object(value) if told and all(told) else None
@@ -3140,7 +3140,7 @@ def bound_numbers(prompt: Prompt, schema: Any, name: str = "") -> Any:
 
 def read_words(prompt: Prompt, text: str, name: str) -> Item:
     """Return the schema of a value that an example shows as a text."""
-    shown = prompt.notes[prompt.notes.find(f"{{{name}}}") :].partition("\n")[0]
+    shown = prompt.notes.rpartition(f"{{{name}}}")[2].partition("\n")[0]
     told = re.search(r"JSON schema: (\{.+\})", text or shown)
     schema = read_example(told[1].replace('\\"', '"')) if told else None
     if type(schema) is dict:
@@ -3240,7 +3240,6 @@ PROSE_KEYS = lazy_regex(
     r"(?i)\b(?:extract|return|give me|list|find|provide|identify) ([^.:]{3,99}) (?:as|in) "
     r"[\w ]{0,9}JSON\b"
 )
-VALUES_ROW = lazy_regex(rf"(?:{QUOTED}(?:, |/| \| ))*{QUOTED},? or {QUOTED}")
 FENCED = lazy_regex(  # not where it is forbidden
     r"(?i)\A(?!.*(?:\bno|n't|without)\b[^.]{0,60}(?:```|code|tick)).*"
     r"(?:```|(?:code|fenced) ?-?(?:block|snippet)\b|backtick)"
@@ -3259,7 +3258,7 @@ def split_names(text: str) -> list[str]:
 
 def read_keys(prompt: Prompt, asked: str) -> list[str]:
     """Return the names of the keys that the prompt lists or names."""
-    whole, asked = (VALUES_ROW.sub("", IN_BRACKETS.sub("", s)) for s in (prompt.whole, asked))
+    whole, asked = (re.sub(QUOTED_ROW, "", IN_BRACKETS.sub("", s)) for s in (prompt.whole, asked))
     texts = [found[found.lastindex or 0] for found in KEYS.finditer(whole)]
     texts = texts or re.findall(QUOTED, asked.partition("JSON")[2])
     lists = [items for before, items in prompt.lists.items() if re.search(KEY_WORD, before)]
@@ -3632,7 +3631,7 @@ def read_choice(prompt: Prompt) -> WantedForm | None:
     for read, said in itertools.product((read_offered, read_restricted), asking):
         schema = read(prompt, said)
         if schema:
-            if schema.keys() == {"type"} and schema["type"] in ("integer", "number"):
+            if schema in ({"type": "integer"}, {"type": "number"}):
                 name = next(filter(NUMBERS.get, re.findall(r"\w+", said.lower())), "number")
                 return as_choice(schema, f"\1{name}\1", name)
             if schema == {"type": "boolean"} and "True" in said:
