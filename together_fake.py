@@ -2340,16 +2340,13 @@ class SchemaReader:
         asked: list[Any] = []
         for schema in schemas:
             if type(key) is int:
-                fixed = schema.get("prefixItems", ())[key : key + 1]
-                asked += fixed or ([schema["items"]] if "items" in schema else [])
-                continue
-            named = schema.get("properties", {})
-            parts = [named[key]] if key in named else []
-            for source, part in schema.get("patternProperties", {}).items():
-                parts += [part] if self.matches(source, key) else []
-            if not parts and "additionalProperties" in schema:
-                parts = [schema["additionalProperties"]]
-            asked += parts
+                parts, others = schema.get("prefixItems", ())[key : key + 1], "items"
+            else:
+                named, others = schema.get("properties", {}), "additionalProperties"
+                parts = [named[key]] if key in named else []
+                for source, part in schema.get("patternProperties", {}).items():
+                    parts += [part] if self.matches(source, key) else []
+            asked += parts or ([schema[others]] if others in schema else [])
         return asked
 
     def list_branches(self, schema: Any, value: Any) -> list[Any]:
