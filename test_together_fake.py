@@ -5003,6 +5003,19 @@ class ResponseTests(ResponseCase):
             with self.subTest(fields=fields):
                 self.assertRefused(RESPONSES_PATH, {"model": LLAMA, "input": "x", **fields}, param)
 
+    def test_keys_of_a_chat_mean_nothing_in_tools_and_formats(self):
+        for odd in (5, "f", [5], {"name": [1]}, {"tools": 5}, {"schema": 5}):
+            tool = {"type": "function", "name": "f", "function": odd}
+            body = {
+                "model": LLAMA,
+                "input": "x",
+                "tools": [tool],
+                "text": {"format": {"type": "json_object", "json_schema": odd}},
+            }
+            for choice in ("required", {**tool, "allowed_tools": odd}):
+                status = self.post(RESPONSES_PATH, {**body, "tool_choice": choice}).status
+                self.assertLess(status, 500, (odd, choice))
+
 
 class ResponseStreamTests(ResponseCase):
     def test_the_events_of_a_text(self):

@@ -6638,13 +6638,10 @@ class Answer:
 
     def find_ending(self, choice: Choice) -> Item:
         """Return what tells of the end of a choice."""
-        token = self.form.rows.get(f"{choice.finish_reason} token")
+        reason = choice.finish_reason
+        token = self.form.rows.get(f"{reason} token")
         stop = token and (choice.stop_text or int(token))
-        return {
-            "finish_reason": choice.finish_reason,
-            "seed": self.find_seed(),
-            "matched_stop": stop,
-        }
+        return {"finish_reason": reason, "seed": self.find_seed(), "matched_stop": stop}
 
     def frame(self, kind: str, choices: list[Item], has_usage: bool = True) -> Item:
         """Return the body of a whole answer, or of a chunk."""
@@ -6823,7 +6820,6 @@ def encode_answer(answer: Answer) -> bytes:
 
 # --- Chat completions
 
-MAX_TOOLS = 1024  # of one chat request
 DEFAULT_MAX_TOKENS = 2048  # recorded: where several models stop when nothing is asked
 MEDIA_TOKENS = 256  # of an image, video or sound in a prompt
 MESSAGE_TOKENS = 3  # of the frame around a message
@@ -6842,7 +6838,7 @@ echo:bool safety_model user
 """
 TEXT_FORMAT = {"type": "text"}
 # What SDKs send back of a message is ignored by name, as production does.
-CHAT_FIELDS = Fields(SAMPLING_ROWS + f"""\
+CHAT_FIELDS = Fields(SAMPLING_ROWS + """\
 messages!:list:1..
   role!=system|developer|user|assistant|tool|function content:str|list
     type!=text|image_url|video_url|audio_url|input_audio|file|refusal|reasoning|thinking
@@ -6861,7 +6857,7 @@ messages!:list:1..
 max_completion_tokens:int:0.. logprobs:int|bool:0..20 top_logprobs:int:0..20 response_format:dict
   type!=text|json_object|json_schema|regex schema:dict|bool pattern json_schema:dict
     name:..64 strict:bool schema:dict|bool -description
-tools:list:..{MAX_TOOLS}
+tools:list:..1024
   type function!:dict
     name!:1.. description parameters:dict -strict
 tool_choice:str|dict
@@ -6929,7 +6925,7 @@ def refuse_chat(body: Item, model: Model, traits: Any, thinks: bool, strict: boo
 
 
 def check_message(message: Item, place: str, model: Model) -> int:
-    """Check the rules between a message's fields and the model; return how many media it has."""
+    """Check a message by its rules and its model; return how many media it has."""
     role, content = message["role"], message.get("content")
     parts = content if type(content) is list else ()
     if role == "tool" and not message.get("tool_call_id"):
@@ -7011,8 +7007,7 @@ def count_usage(prompt_tokens: int, choices: list[Choice], cached_tokens: int = 
 
 
 def find_tools(body: Item) -> list[Item]:
-    tools = [tool.get("function") or tool for tool in body.get("tools") or ()]  # or a response's
-    return tools or body.get("functions") or []
+    return [tool["function"] for tool in body.get("tools") or ()] or body.get("functions") or []
 
 
 def read_tool_choice(body: Item) -> tuple[str, list[str]]:
@@ -7027,12 +7022,13 @@ def read_tool_choice(body: Item) -> tuple[str, list[str]]:
         mode = "required" if choice == "any" else choice
         return (mode if mode in ("none", "required") else "auto"), []
     is_limit = choice.get("type") == "allowed_tools" or "allowed_tools" in choice
-    allowed = choice.get("allowed_tools") or choice  # a response has it flat
-    wanted = (allowed.get("tools") or []) if is_limit else [choice]
+    given = choice.get("allowed_tools")
+    allowed = given if type(given) is dict else choice  # a response has it flat
+    wanted = list_objects(allowed.get("tools")) if is_limit else [choice]
     own = [tool for tool in wanted if tool.get("type", "function") == "function"]
     if not own:  # hosted tools are never called
         return "none", []
-    limited = [(tool.get("function") or tool).get("name") for tool in own]
+    limited: Any = [get_path(tool, "function", "name") or tool.get("name") for tool in own]
     for name in limited:
         if name not in names:
             rule = f"must name one of the tools: {', '.join(names) or 'there are none'}"
@@ -7411,8 +7407,6 @@ def create_chat_completion(server: Server, request: Request) -> Any:
 # --- Responses
 
 INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
-ITEM_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}  # of ids
-BROUGHT_LATER = ("summary", "content", "arguments")  # by the events of an item
 ECHO: Item = {  # what a response repeats of its request, and the defaults
     "parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "temperature": 1.0,
     "top_p": 1.0, "max_output_tokens": None, "max_tool_calls": None,
@@ -7442,7 +7436,7 @@ input!:str|list
     call_id!,name!:1.. arguments! -id,status
   @function_call_output
     call_id!:1.. -id,status output!:str|list{ITEM_PARTS}
-tools:list:..{MAX_TOOLS}
+tools:list:..1024
   type!
   @function
     name!:1.. description parameters:dict -strict
@@ -7478,15 +7472,18 @@ def chat_body(body: Item) -> Item:
     messages = convert_items(body)
     if len(messages) == bool(body.get("instructions")):
         raise ApiError("missing", param="input")
-    tools = [tool for tool in body.get("tools") or () if tool["type"] == "function"]
+    given = body.get("tools") or ()
+    tools = [{"function": tool} for tool in given if tool["type"] == "function"]
+    format = get_path(body, "text", "format") or {}
     chat = {
         **pick_given(body, SAME_IN_CHAT),
         **{name: get_path(body, *place.split(".")) for name, place in OTHER_IN_CHAT.items()},
         "messages": messages,
         "tools": tools or None,
+        "response_format": pick_given(format, ("type", "schema", "pattern")) or None,
     }
     choice = body.get("tool_choice")
-    if choice is not None and (tools or choice != "required" or not body.get("tools")):
+    if choice is not None and (tools or choice != "required" or not given):
         chat["tool_choice"] = choice
     if body.get("truncation") == "auto":
         chat["context_length_exceeded_behavior"] = "truncate"
@@ -7499,8 +7496,8 @@ def list_items(choice: Choice, summarised: bool, digits: str) -> list[tuple[Item
     """Return reasoning, text and calls as items, with their pieces; the last one may be cut."""
     items: list[tuple[Item, Any]] = []
 
-    def add(pieces: Any, type: str, **fields: Any) -> None:
-        id = f"{ITEM_PREFIXES[type]}_{digits}{len(items):02x}"
+    def add(prefix: str, type: str, pieces: Any, **fields: Any) -> None:
+        id = f"{prefix}_{digits}{len(items):02x}"
         items.append(({"id": id, "type": type, "status": "completed", **fields}, pieces))
 
     if choice.thoughts:
@@ -7508,15 +7505,15 @@ def list_items(choice: Choice, summarised: bool, digits: str) -> list[tuple[Item
         parts = [{"type": kind, "text": "".join(choice.thoughts)}]
         summary, content = (parts, []) if summarised else ([], parts)
         more = {"summary": summary, "content": content, "encrypted_content": None}
-        add(choice.thoughts, "reasoning", **more)
+        add("rs", "reasoning", choice.thoughts, **more)
     cut = choice.finish_reason in INCOMPLETE
     if choice.text or not (choice.tool_calls or (choice.thoughts and cut)):
         logprobs = list_logprobs(choice.pieces, choice.scores)
         part = {"type": "output_text", "text": choice.text, "annotations": [], "logprobs": logprobs}
-        add(choice.pieces, "message", role="assistant", content=[part])
+        add("msg", "message", choice.pieces, role="assistant", content=[part])
     for call in choice.tool_calls:
         pieces = call.get("pieces") or split_tokens(call["function"]["arguments"])
-        add(pieces, "function_call", call_id=call["id"], **call["function"])
+        add("fc", "function_call", pieces, call_id=call["id"], **call["function"])
     items[-1][0]["status"] = "incomplete" if cut else "completed"
     return items
 
@@ -7605,7 +7602,8 @@ def response_events(response: Item, items: list[tuple[Item, Any]]) -> Iterator[A
     yield "created", opened
     yield "in_progress", opened
     for at, (item, pieces) in enumerate(items):
-        blank = {key: type(item[key])() for key in BROUGHT_LATER if key in item}
+        later = [key for key in ("summary", "content", "arguments") if key in item]
+        blank: Item = {key: type(item[key])() for key in later}
         added = {**item, "status": "in_progress", **blank}
         yield "output_item.added", {"output_index": at, "item": added}
         yield from item_events({"item_id": item["id"], "output_index": at}, item, pieces)
