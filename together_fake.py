@@ -2737,7 +2737,8 @@ def message_text(message: Item) -> str:
 QUOTED = r"""(?:"[^"\n]{1,60}"|'[^'\n]{1,60}'|`[^`\n]{1,60}`)"""
 ONE_WORD = r"[\w'-]{1,30}"
 JOINING = r"(?:and|or|for|with|based|that|if|as|to|by|in|on|is|it)\b"
-PHRASE = rf"(?:{QUOTED}|\w[\w'+-]{{0,29}}(?: (?!{JOINING})[\w+][\w'+-]{{0,29}}){{0,2}})"
+NO_ITEM = r"(?!(?:and|or|reply|respond|answer|return) )"  # the sentence goes on
+PHRASE = rf"(?:{QUOTED}|{NO_ITEM}\w[\w'+-]{{0,29}}(?: (?!{JOINING})[\w+][\w'+-]{{0,29}}){{0,2}})"
 BETWEEN = r"(?: ?\([^()\n]{0,80}\))?(?:\s?[|/,;]\s?(?:or |and )?| or )"
 QUOTED_ROW = (
     rf"{QUOTED}(?:(?:: [^,;\n\"'`]{{0,80}})?{BETWEEN}{QUOTED}){{0,20}}"
@@ -2747,7 +2748,7 @@ WORDS_OFFERED = rf"(?:{ONE_WORD}(?:, ?| ?[/|] ?)){{0,20}}{ONE_WORD}(?:,? or | ?[
 ROW_OFFERED = rf"{PHRASE}(?:{BETWEEN}{PHRASE}){{1,20}}(?: and {PHRASE})?"
 OFFER = lazy_regex(
     rf"({QUOTED_ROW})|(?i:\b(yes ?(?:/|\||or) ?no|true ?(?:/|\||or) ?false)\b)"
-    r"|(?i:\b(?:(?:one|any|some)(?: or more)? of|either|single letter|literal|(?:choose|pick"
+    r"|(?i:\b(?:(?:one|any|some|more) of|either|single letter|literal|(?:choose|pick"
     r"|select|one) from|(?:option|choice|value)s?(?= ?:| are)"
     r"|(?:label|classif|tag|mark)\w*\b[^.\n]{0,80} as)"
     r"(?: (?:the|these|following|\w+(?=:))\b)*"
@@ -2832,7 +2833,7 @@ def read_phrase(text: str, note: str = "") -> Item:
         return {"type": "string", "format": "date"}
     if re.fullmatch(WORDS_OFFERED, plain) or re.fullmatch(QUOTED_ROW, text):
         return read_row(text) or TEXT_SCHEMA
-    letters = re.fullmatch(r"(?:\w+ )?\(?([A-H])(?:-| to )([A-H])\)?", plain)
+    letters = re.search(r"\b([A-H])(?:-| to )([A-H])\b", plain)
     if letters:
         return {"enum": [chr(at) for at in range(ord(letters[1]), ord(letters[2]) + 1)]}
     kind = "integer" if text == "<number>" else read_type(plain)
@@ -2934,9 +2935,7 @@ TOLD = lazy_regex(
     r"|.*\b(?:how (?:do|can|could|should|would|does|to)|(?:useful|helpful|appropriate|needed))\b"
 )
 SAID_END = lazy_regex(r" (?<=[.!?] )(?<!\A\d\. ) *(?=[^a-z])")
-LIST_ITEM = lazy_regex(
-    r"\s{0,9}(?:(?:[-*]|\(?([A-Za-z0-9]{1,2})[.):]) +|(?=\w+ \([^()\n]+\):))(\S.*)"
-)
+LIST_ITEM = lazy_regex(r"\s{0,9}(?:(?:[-*]|\(?(\w{1,2})[.):]) +|(?=\w+ \([^()\n]+\):))(\S.*)")
 INLINE_ITEM = lazy_regex(r"(?<![\w.])\(?(\d|[A-H])[.)] ?([\w' -]{1,40}?)(?=[,;.?]|\Z| \(?\w[.)])")
 ASKS_LINES = lazy_regex(
     r"(?i)\b(?:format|template|follows|structure|exactly|like this|XML|lines|tags)\b[^\n]{0,60}\Z"
@@ -2974,7 +2973,7 @@ class Prompt:
         self.shown: list[str] = []
         self.unread = MAX_LINES // 2
         tags = re.findall(rf"</((?!code){DATA})>", text) if "</" in text else []
-        marks = [(f"<{tag}", f"</{tag}>") for tag in dict.fromkeys(tags[:MAX_LINES])]
+        marks = [(f"<{tag}", f"</{tag}>") for tag in dict.fromkeys(tags)]
         for opening, closing in [*marks, ('"""', '"""'), ("BEGIN", "END")]:
             before, _, rest = text.partition(opening)
             data, _, after = rest.rpartition(closing)
@@ -3106,7 +3105,7 @@ def find_copies(prompt: Prompt) -> list[str]:
 
 
 SCORED = lazy_regex(r"(?i)\b(?:scor|rat(?:e|ing)\b|scale|grade)")
-SCORE_TOLD = lazy_regex(r"(?i)\W*(?:score|rating|grade)?[ _]?(\d\d?)(?:_\w+)?\s?[:=-] ")
+SCORE_TOLD = lazy_regex(r"(?i)\W*(?:score|rating|grade)?[ _]?(\d\d?)\w*\s?[:=-] ")
 
 
 def measure_width(numbers: Item) -> Any:
@@ -3180,7 +3179,7 @@ def read_value(prompt: Prompt, value: Any, name: str = "") -> Item:
             items = [{key: field for item in items for key, field in item.items()}]
         each = read_value(prompt, items[0], name)
         return as_array(each, count_entries(prompt, name))
-    if type(value) is float and 0 <= value <= 1:
+    if type(value) is float and value <= 1:
         return {"type": "number", "minimum": 0, "maximum": 1}
     if type(value) not in (str, int, float) or prompt.unread < 0:
         return {"type": KINDS[type(value)]}
@@ -3294,11 +3293,10 @@ def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
     if value is None and not asked:
         return None
     schema = JSON_MODE_SCHEMA if value is None else bound_numbers(prompt, read_value(prompt, value))
-    label = "JSON" if value is None else label
     lines = re.search(r"JSON[ -]?[Ll](?:ines)?\b|per line", said)
     text = "\n".join(["\1JSON\1"] * (count_entries(prompt) if lines else 1))
     text = f"```json\n{text}\n```" if FENCED.match(said) else text
-    return WantedForm(label, text, {"JSON": schema})
+    return WantedForm("JSON" if value is None else label, text, {"JSON": schema})
 
 
 SPOKEN = r"\b(?:repeat|echo|reply|respond|answer|say|output|return|print)\b"
@@ -3390,7 +3388,7 @@ def read_agent(prompt: Prompt) -> WantedForm | None:
 def read_shown(prompt: Prompt) -> WantedForm | None:
     """Read lines, or YAML, that show how the answer shall look."""
     lines = [] if "Observation" in "".join(prompt.shown) else prompt.shown
-    if re.search(r"(?<!this )(?<!bout )\bYAML\b(?! (?:file|for))", prompt.whole):
+    if re.search(r"(?<!bout )\bYAML\b(?! (?:file|for))", prompt.whole):
         blocks = [text for _, kind, text in prompt.examples if kind[:1] in "y"]
         keys = [f"{key}: ..." for key in read_keys(prompt, "")]
         rest = "\n".join(prompt.lines).partition("YAML")[2]
@@ -3566,7 +3564,7 @@ def read_list(prompt: Prompt) -> WantedForm | None:
 VERDICT = r"([\"'`][\w ]{1,20}[\"'`]|[A-Z]\w*|\d|yes|no|true|false)"
 CONDITIONS = lazy_regex(
     rf"{VERDICT},? (?:if|when|otherwise)\b|(?i:otherwise|else)(?:,? \w+)?:?,? {VERDICT}"
-    rf"|(?i:\b(?:if|when) [^.;\"'`\n]{{1,99}}, (?:then )?{SPOKEN}(?: with| only)? )"
+    rf"|(?i:\b(?:if|when) [^.;\"'`\n]{{1,99}}, (?:then )?{SPOKEN}(?: with)? )"
     r"([\"'`]\w+[\"'`])"
 )
 NOT_SAID = r"\b(?:function|method|program|script|code|test)|\w\(|and explain|in detail"
