@@ -3677,7 +3677,7 @@ RESULT = lazy_regex(
 def has_hint(text: str) -> bool:
     if "{" in text or "<" in text or "`" in text or text.endswith((":", ": ", ":\n")):
         return True
-    return not HINTS.isdisjoint(text.split())
+    return not HINTS.isdisjoint(text.replace("few words", "").split())
 
 
 def is_hinted(text: str) -> bool:
@@ -6819,8 +6819,8 @@ def encode_answer(answer: Answer) -> bytes:
 # --- Chat completions
 
 DEFAULT_MAX_TOKENS = 2048  # recorded: where several models stop when nothing is asked
-MEDIA_TOKENS = 256  # of an image, video or sound in a prompt
-MESSAGE_TOKENS = 3  # of the frame around a message
+MEDIA_TOKENS = 256  # of an image, video or sound
+MESSAGE_TOKENS = 3  # around a message
 CACHED_TOKENS = 64  # the cached part of a prompt is a multiple of so many (recorded)
 
 EFFORT_THOUGHTS = {"none": 0, "minimal": 1, "low": 1, "medium": 1, "high": 2, "xhigh": 3, "max": 4}
