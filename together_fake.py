@@ -2922,7 +2922,8 @@ ASKS = lazy_regex(
     r"\b(?:provide|give|print|write|produce|use|put|present|convert|follow|show|keep|compare|create"
     r"|name|suggest|summari[sz]e|describe|enclose|fill|contain|consist|adhere|(?:must|should) be|"
     rf"only(?! one of)|just|format|schema|structure|template|one (?:word|line)|{ASKING})\b"
-    r"|\b(?:antwort|r[e\xe9]pond|devuelv|respond[ae]|rispond)|\u8fd4\u56de|\u8f93\u51fa|\u56de\u7b54"
+    r"|\b(?:antwort|r[e\xe9]pond|devuelv|respond[ae]|rispond)"
+    r"|\u8fd4\u56de|\u8f93\u51fa|\u56de\u7b54"
     r"|\([^()]{1,99}\)\?|\A\W?\w+(?:/| or )\w+(?:\W{0,3}\Z| ?[:?,])"
 )
 TOLD = lazy_regex(
@@ -2930,8 +2931,8 @@ TOLD = lazy_regex(
     r"the (?!.{0,30}(?:answer|response|output|reply|line|label|verdict|json)))\b|"
     r"(?:explain|translate)\b(?!.*(?:,| and ))|is it\b|(?:can you )?review\b"
     r"|(?:\w+ )?(?:how|why|what|who)\b|(?:please )?(?:write|create|build|make|implement|design"
-    r"|draft|add)\b.{0,50}\b(?:function|script|tests?|component|prompt|program|app|class|docs|endpoint|"
-    r"essay|story|tutorial|e-?mail|letter|notes|dialogue|code)\b)"
+    r"|draft|add)\b.{0,50}\b(?:function|script|tests?|component|prompt|program|app|class|docs|"
+    r"endpoint|essay|story|tutorial|e-?mail|letter|notes|dialogue|code)\b)"
     r"|.*\b(?:how (?:do|can|could|should|would|does|to)|(?:useful|helpful|appropriate|needed))\b"
 )
 SAID_END = lazy_regex(r" (?<=[.!?] )(?<!\A\d\. ) *(?=[^a-z])")
@@ -3216,8 +3217,8 @@ JSON_ASKED = lazy_regex(
 )
 OUTPUT_INTRO = lazy_regex(r"(?i)output|respon|answer|reply|return\b|format|schema|structure")
 INPUT_INTRO = lazy_regex(
-    r"(?i)\b(?:input|context|documents?|messages?|rubric|previous|tools?|given|existing|summar\w*|arguments|"
-    r"explain|well-formatted|feedback|for the schema)\b"
+    r"(?i)\b(?:input|context|documents?|messages?|rubric|previous|tools?|given|existing|summar\w*|"
+    r"arguments|explain|well-formatted|feedback|for the schema)\b"
 )
 KEY_NAME = r"(?:(?:an?|the|its) (?!and\b))?(?!an? (?!and ))[A-Za-z][\w-]{0,40}(?: [A-Z]\w*)?"
 KEYS_END = r"(?=\W*\Z|[.,:;)\n]| (?:for|of|from|in|to)\b)"
@@ -8215,6 +8216,7 @@ metadata:dict input_file_id! completion_window model_id priority:int""")
 
 
 def batch_object(server: Server, item: Item) -> Item:
+    """Return what a batch lacks."""
     return {
         "job_deadline": format_time(server._now() + 86400), "user_id": USER_ID,
         "status": "VALIDATING", "endpoint": "/v1/chat/completions", "progress": 0.0,
@@ -11095,6 +11097,7 @@ HOPELESS = lazy_regex(rb"\A(?:\r\n)?[^!-~\r]|(?<!\r)\n|\r(?!\n|\Z)|\0")
 
 
 def explain_refusal(head: str) -> ApiError:
+    """Say why the start of what a client sent is no head of a request."""
     reason = "a line is neither METHOD /path HTTP/1.1 nor Name: value, and then CR LF"
     if head.startswith("\x16\x03"):
         reason = "this is TLS: have the client use http://, or give the server an ssl_context"
@@ -11715,8 +11718,9 @@ class Workers:
         self.server.call_soon(end)
 
     def end_task(self, take: Callable[..., None], came: list[Any]) -> None:
+        """Take what a worker has done; one too many ends."""
         self.idle += 1
-        if self.idle > MAX_IDLE_WORKERS:  # one too many ends
+        if self.idle > MAX_IDLE_WORKERS:
             self.idle -= 1
             self.count -= 1
             self.given.put(None)
@@ -13513,6 +13517,16 @@ SWITCHES = {  # of the command alone
 }
 
 
+def read_variables(names: Iterable[str]) -> dict[str, str]:
+    """Return what the environment says of options, and tell of variables for none."""
+    variables = {name: f"TOGETHER_FAKE_{name.upper()}" for name in names}
+    known = variables.values()
+    for variable in sorted(os.environ):
+        if variable.startswith("TOGETHER_FAKE_") and variable not in known:
+            print_line(f"nothing reads the variable {variable}{suggest(variable, known)}")
+    return {name: os.environ.get(variables[name], "") for name in variables}
+
+
 def read_options(args: Sequence[str] | None) -> Any:
     """Read the command line; what it does not say may stand in the environment."""
     import argparse  # not needed where the file is imported
@@ -13524,9 +13538,7 @@ def read_options(args: Sequence[str] | None) -> Any:
     )
     told = dict(re.findall(r"(?m)^    (\w+)  +(.+)", TogetherAiServer.__doc__ or ""), **SWITCHES)
     usual: Item = dict(TogetherAiServer.__init__.__kwdefaults__ or {}, port=None)
-    names = (*SERVER_OPTIONS, *SWITCHES, "fixtures")
-    variables = {name: f"TOGETHER_FAKE_{name.upper()}" for name in names}
-    given = {name: os.environ.get(variables[name], "") for name in names}
+    given = read_variables([*SERVER_OPTIONS, *SWITCHES, "fixtures"])
     for name in (*SERVER_OPTIONS, *SWITCHES):
         option, help = "--" + name.replace("_", "-"), told.get(name)
         value, default = given[name], usual.get(name, False)
@@ -13537,7 +13549,6 @@ def read_options(args: Sequence[str] | None) -> Any:
             kind: Any = int if name == "port" or type(default) is int else str
             help = f"{help} ({default})" if default else help
             parser.add_argument(option, type=kind, default=value or default, help=help)
-    fixtures = given["fixtures"].split(os.pathsep)
     parser.add_argument("--fixtures", action="append", metavar="PATH", help="file or folder")
     parser.add_argument("--check", metavar="PATH", help="say what is wrong in fixtures and exit")
     parser.add_argument("--routes", action="store_true", help="print the routes and exit")
@@ -13545,11 +13556,8 @@ def read_options(args: Sequence[str] | None) -> Any:
     help = "run this, which finds the server by itself, and exit with its status"
     parser.add_argument("--run", nargs=argparse.REMAINDER, metavar="COMMAND", help=help)
     options = parser.parse_args(args)
-    known = variables.values()
-    for variable in sorted(os.environ):
-        if variable.startswith("TOGETHER_FAKE_") and variable not in known:
-            print_line(f"nothing reads the variable {variable}{suggest(variable, known)}")
-    options.fixtures = options.fixtures or list(filter(None, fixtures))
+    paths = filter(None, given["fixtures"].split(os.pathsep))
+    options.fixtures = options.fixtures or list(paths)
     if options.run == []:
         parser.error("--run needs a command, as in --run npx vitest run")
     if options.port is None:
