@@ -1689,6 +1689,17 @@ class ScriptTests(unittest.TestCase):
         self.assertEqual(said, ["first", "second", "twice", "twice", "rest"])
         self.assertEqual([each["served"] for each in script.describe()["fixtures"]], [1, 1, 2, 1])
 
+    def test_times_and_the_place_in_a_sequence_are_counted_apart(self):
+        script = script_of(
+            entry({"userMessage": "x", "sequenceIndex": 0}, "first"),
+            entry({"userMessage": "x", "sequenceIndex": 1}, "second", times=1),
+            entry({"userMessage": "x", "sequenceIndex": 1}, "never"),
+            entry({}, "rest"),
+        )
+        said = [content_of(find(script, talk("user: x"))) for _ in range(3)]
+        self.assertEqual(said, ["first", "second", "rest"])
+        self.assertEqual([each.served for each in script.every], [1, 1, 0, 1])
+
     def test_reset_begins_the_sequences_of_files_again(self):
         first = entry({"userMessage": "x", "sequenceIndex": 0}, "first")
         script = script_of(first, entry({}, "rest"), in_file=True)
@@ -7387,6 +7398,28 @@ class CountTests(ScriptingCase):
         self.assertRaises(IndexError, answers.take, "", 3)
         self.assertEqual(answers.take("another test", 0), "a")
 
+    def test_an_iterator_goes_on_where_its_code_raised(self):
+        answers = iter(["one", ValueError("no"), "two"])
+
+        class Answers:
+            def __next__(self):
+                answer = next(answers)
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
+
+        self.server.reply(Answers(), user_message="hello", sequence_index=1)
+        self.server.reply("zero", user_message="hello", sequence_index=0)
+        self.assertEqual([self.text(), self.text()], ["zero", "one"])
+        self.server.reply(Answers())
+        self.assertEqual(self.ask("POST", CHAT, HELLO).status, 500)
+        self.assertEqual(self.text(), "two")
+
+    def test_an_answer_of_another_type_is_told(self):
+        self.server.reply(lambda request: {"scores": [1]})
+        error = self.json("POST", CHAT, HELLO, status=500)["error"]
+        self.assertRegex(error["message"], r"reply\(\) at .+ answers chat with .+ of type rerank")
+
     def test_how_often(self):
         self.assertIsNone(self.server.assert_called("chat", times=0))
         self.server.assert_not_called("chat")
@@ -10259,6 +10292,14 @@ class CommandLineTests(unittest.TestCase):
             finally:
                 program.kill()
 
+    def test_every_option_says_what_it_does(self):
+        with self.start(*PROGRAM, "--help", COLUMNS="200") as program:
+            told, _ = program.communicate(timeout=PATIENCE)
+        options = re.findall(r"(?m)^  (--[a-z-]+)(?: [A-Z_]+| [.]{3})?(?:\n)? +(\S.+)", told)
+        self.assertGreater(len(options), 20)
+        for option, help in options:
+            self.assertRegex(help, r"^[A-Za-z0-9].* ", option)
+
     def test_a_signal_that_windows_cannot_send(self):
         """Popen.send_signal() knows SIGTERM and console events there."""
         handlers = []
@@ -11427,6 +11468,35 @@ class RecordingTests(RecordingCase):
         got = [self.text(f"question {number}") for number in range(13)]
         self.assertEqual(got, wanted)  # question 1 is in question 10
 
+    def test_what_was_there_is_not_written_twice(self):
+        self.stand_before(record=self.file)
+        self.text("one")
+        self.server.stop()
+        self.stand_before(record=self.file)
+        self.server.script.replace_files(fake.Loaded())  # as where others are watched
+        for text in ("one", "two", "three"):
+            self.text(text)
+            self.server._upstream.recorder.finish()
+        self.server.stop()
+        self.assertEqual(len(json.loads(self.file.read_text())["fixtures"]), 3)
+
+    def test_what_others_write_wrongly_is_told_and_ends_nothing(self):
+        self.stand_before(record=self.file)
+        self.text("one")
+        recorder, stderr = self.server._upstream.recorder, io.StringIO()
+        recorder.finish()
+        right = self.file.read_text()
+        with contextlib.redirect_stderr(stderr):
+            for wrong in ('[{"response": {"content": "x"}}]', "[5]", "{"):
+                self.file.write_text(wrong)
+                self.text(wrong)
+                recorder.finish()
+                self.assertEqual(self.file.read_text(), wrong)
+        self.assertEqual(stderr.getvalue().count("cannot record"), 1)
+        self.file.write_text(right)
+        self.server.stop()
+        self.assertEqual(len(json.loads(self.file.read_text())["fixtures"]), 4)
+
     def test_what_a_file_says_beside_its_fixtures_stays(self):
         self.file.write_text('{"$schema": "x", "fixtures": []}')
         self.file.chmod(0o640)
@@ -12242,6 +12312,12 @@ class LimitTests(LocalCase):
         self.server.reset()
         self.assertEqual(self.statuses(1), [200])
 
+    def test_all_that_are_allowed_may_come_at_once(self):
+        self.now = 1_700_000_000.0
+        for limit in (7, 9, 23):
+            self.start(rpm=limit)
+            self.assertEqual(self.statuses(limit + 1), [200] * limit + [429])
+
     def test_tokens_count_when_they_are_written(self):
         self.start(tpm=100)
         usage = {"prompt_tokens": 20, "completion_tokens": 100, "total_tokens": 120}
@@ -12360,6 +12436,10 @@ class WatchTests(UpstreamCase):
                 {"match": {"turnIndex": 2}, "response": {"content": "y"}},
                 {"match": {}, "response": {"embedding": [1]}},
             ],
+            "apart.json": [  # a completion has no tool calls
+                {**good, "response": {"toolCalls": [{"name": "f", "arguments": {}}]}},
+                good,
+            ],
         }.items():
             (self.folder / name).write_text(json.dumps({"fixtures": fixtures}))
         (self.folder / "cut.json").write_text('{"fixtures": [')
@@ -12377,6 +12457,7 @@ class WatchTests(UpstreamCase):
                 r" match\n\S+: 4 fixtures, nothing wrong\n$",
             ),
             ("sub", 0, r"^\S+sub: 1 fixtures, nothing wrong\n$"),
+            ("apart.json", 0, r"^\S+: 2 fixtures, nothing wrong\n$"),
             ("foreign.json", 0, r"endpoint fal\n.*1 fixtures, nothing wrong\n$"),
             ("typo.json", 1, r"^typo\.json: fixtures\[1\]\.match\.userMesage: .*userMessage\?\n$"),
             ("type.json", 1, r"^type\.json: fixtures\[0\]\.times: .+\n$"),

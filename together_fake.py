@@ -5111,6 +5111,11 @@ def check_response(said: Item, place: str, ignored: set[str]) -> ResponseType:
     ignored.update(foreign)
     reason = f"does not go with a response of type {type.name}"
     wrong = {key: reason for key in foreign if key not in type.fields.ignored}
+    named = [key for key in ("toolCalls", "blocks", "images", "raw") if key in type.fields]
+    empty = [key for key in named if said.get(key) in ([], {})]
+    for image in list_objects([said.get("image"), *said.get("images", ())]):
+        empty += [] if image.keys() & {"url", "b64Json"} else ["image"]
+    wrong.update(dict.fromkeys(empty, "says nothing"))
     if len({isinstance(item, list) for item in said.get("embedding", ())}) > 1:
         wrong["embedding"] = "must be numbers, or a list of numbers each"
     status = said.get("status", 400)
@@ -5270,8 +5275,8 @@ class Fixture:
         self.ignored: set[str] = set()  # keys that only others read
         self.type, entry = parse_entry(given, place, self.ignored)
         self.entry, self.source, self.when = entry, source, when
-        # How often it was served, by test; of a sequence all its fixtures together.
-        self.counts: dict[str, int] = BoundedDict(MAX_TESTS)
+        self.counts: dict[str, int] = BoundedDict(MAX_TESTS)  # how often it was served, by test
+        self.sequel: dict[str, int] = self.counts  # the same of all fixtures of its sequence
         self.spell = to_snake if place.endswith("()") else str  # as its author writes keys
         self.said: Item = entry.get("response", {})
         content = get_path(given, "response", "content")
@@ -5339,18 +5344,20 @@ class Fixture:
 
     def find_use(self, test: str) -> str:
         """Return the same for what was served before."""
-        if self.sequence not in (None, self.counts.get(test, 0)):
+        if self.sequence not in (None, self.sequel.get(test, 0)):
             return "match.sequenceIndex"
         is_used_up = self.times is not None and self.counts.get(test, 0) >= self.times
         return "times" if is_used_up else ""
 
-    def count_held(self, differs: str) -> int:
-        """Return how many keys hold before the one that differs."""
-        keys = ["response", "handshake", *(f"match.{key}" for key in self.wanted), differs]
-        return keys.index(differs)
+    def count_holding(self, facts: MatchFacts) -> int:
+        if not self.fits(facts.kind):
+            return -1
+        return sum(holds_key(key, wanted, facts) for key, wanted in self.wanted.items())
 
     def explain(self, facts: MatchFacts, differs: str, by: Fixture | None) -> Item:
         """Say how a request differs, or what was served instead."""
+        if differs == "shadowed" and self.turn not in (None, facts["turnIndex"]):
+            differs = "match.turnIndex"
         sequence = self.spell("sequenceIndex")
         kinds = ", ".join(filter(self.fits, OPERATIONS))
         later = ", added later," if by is not None and by.number > self.number >= 0 else ""
@@ -5397,13 +5404,14 @@ class Fixture:
 
     @property
     def served(self) -> int:
-        counts = self.counts.values()
-        return sum(counts if self.sequence is None else (n > self.sequence for n in counts))
+        return sum(self.counts.values())
 
     def count(self, test: str, change: int) -> int:
         """Count that it is served, or not; return how often it was before."""
         before = self.counts.get(test, 0)
         self.counts[test] = before + change
+        if self.sequel is not self.counts:
+            self.sequel[test] = self.sequel.get(test, 0) + change
         return before
 
     def __repr__(self) -> str:
@@ -5533,14 +5541,15 @@ def find_unreachable(fixtures: Iterable[Fixture]) -> list[str]:
     first: dict[Any, Fixture] = {}
     for fixture in (each for each in fixtures if each.sequence is None):
         type, same = fixture.type.name, fixture.group[0]
+        own = type if fixture.fits("completion") else f"{type} without content"
         wider = [{}, {"endpoint": fixture.match.get("endpoint")}] if fixture.turn is None else []
-        others = [first.get((type, match)) for match in (same, *map(CANONICAL, wider))]
-        other = next(filter(None, others), None)
+        keys = itertools.product((type, own), (same, *map(CANONICAL, wider)))
+        other = next(filter(None, map(first.get, keys)), None)
         if other is not None:
             how = "the same" if other.match == fixture.match else "a wider"
             found.append(f"{fixture.source}: never answers, since {other.source} has {how} match")
         elif fixture.times is None:
-            first[type, same] = fixture
+            first[own, same] = fixture
     return found
 
 
@@ -5565,7 +5574,9 @@ def parse_header(text: str) -> Fixture:
             entry = check_clean(entry, RESPONSE, at, set())
             said = {key: entry.pop(key) for key in [*entry] if key not in OPTIONS}
             entry.update({"response": said} if said else {})
-        return Fixture({"match": {}, **entry}, at, "header")
+        fixture = Fixture({"match": {}, **entry}, at, "header")
+        fixture.sequence = None  # one request is no sequence
+        return fixture
     except (ValueError, RecursionError) as error:
         raise ApiError("bad_fixture", reason=str(error)) from None
 
@@ -5610,7 +5621,7 @@ def explain_misses(
 ) -> list[Item]:
     """Tell why each of them did not answer, the nearest first."""
     known = [(each, each.find_obstacle(facts) if key is None else key) for each, key in misses]
-    known.sort(key=lambda miss: -miss[0].count_held(miss[1]))
+    known.sort(key=lambda miss: -miss[0].count_holding(facts))
     return [fixture.explain(facts, differs, by) for fixture, differs in known]
 
 
@@ -5719,8 +5730,10 @@ class Fixtures(Shared):
                 sequences: dict[Any, dict[str, int]] = {}
                 for each in self.every:
                     each.relaxed = each.relaxed and not self.exact_turns
-                    if each.sequence is not None:
-                        each.counts = sequences.setdefault(each.group, each.counts)
+                for each in [each for each in self.every if each.sequence is not None]:
+                    each.sequel = sequences.setdefault(each.group, BoundedDict(MAX_TESTS))
+                    for test, count in each.counts.items():
+                        each.sequel[test] = each.sequel.get(test, 0) + count
                 order = sorted(self.every, key=lambda each: each.rank)
                 runs = itertools.groupby(order, key=lambda each: each.needle_key)
                 needles = [(key, [(each.needle, each) for each in run]) for key, run in runs]
@@ -5761,6 +5774,10 @@ class Fixtures(Shared):
                 with self._lock:
                     chosen.count(facts.test, -1)
                     chosen.times = len(chosen.answers.known)
+            except ApiError:  # its code raised
+                with self._lock:
+                    chosen.count(facts.test, -1)
+                raise
         reasons.update(dict.fromkeys(matching, "shadowed"))
         others = (each for each in order if each not in found)  # why is told when asked
         misses = (
@@ -6144,7 +6161,8 @@ class RateLimits(dict):  # type: ignore[type-arg]
             return 0.0
         key, each = (unit, model if isinstance(self.limits[unit], dict) else ""), 60 / limit
         full_at = self[key] = max(now, self.get(key, now)) + count * each
-        return float(max(0.0, full_at - now - (limit - 1) * each))
+        wait = float(full_at - now - (limit - 1) * each)
+        return wait if wait > 0.001 else 0.0  # sums of fractions are not exact
 
 
 # === Routes ===
@@ -10074,10 +10092,12 @@ class Recorder(Shared):
         try:
             with lock_folder(self.path):
                 file, mine = self._read(), self._recording.list_fixtures()
+                mine = [entry for entry in mine if ENCODE(entry) not in self._before]
                 rows = [(ENCODE(entry), entry) for entry in file["fixtures"]]
                 first = [entry for text, entry in rows if text in self._before]
                 known = self._mine | self._before
                 others = [entry for text, entry in rows if text not in known]
+                parse_fixtures(others, self.path)  # names what is wrong
                 file["fixtures"] = first + sorted(others + mine, key=rank_fixture)
                 write_file(self.path, write_fixtures(file))
                 self._mine = set(map(ENCODE, mine))
@@ -12617,6 +12637,7 @@ class Scripting:
         `fail(429, retry_after=1, times=2)`, `fail(disconnect_after_chunks=3)`, a name in `FAULTS`,
         or `fail("timeout")`, which never answers.
         """
+        status = words.pop("status", None) if status is None else status
         return self._add_fixture("fail", {**read_fault(status), **words})
 
     @contextlib.contextmanager
@@ -12815,8 +12836,7 @@ class Scripting:
     def _list_unused(self) -> Iterator[str]:
         calls = [(call, list_facts(call)) for call in self.requests[-MAX_NEAR_MISSES:]]
         for fixture in self.script.unused(self.test_id):
-            differing = [(call, fixture.find_obstacle(facts)) for call, facts in calls]
-            nearest = sorted(differing, key=lambda row: fixture.count_held(row[1]))[-1:]
+            nearest = sorted(calls, key=lambda each: fixture.count_holding(each[1]))[-1:]
             told = [explain_mismatch(fixture, call) for call, _ in nearest]
             yield "\nnearest: ".join([json.dumps(fixture.describe()), *told])
 
@@ -12995,7 +13015,8 @@ class TogetherAiServer(Scripting, Shared):
                     error.strerror = f"port {self._wanted_port} is taken; port 0 takes any free one"
                 raise
             http_server.start()
-            self._http, self._parent_port = http_server, 0
+            with self._lock:
+                self._http, self._parent_port = http_server, 0
             STARTED.add(self)
             if self.log is not None:
                 logger = threading.Thread(target=self._write_log, name="log", daemon=True)
@@ -13428,6 +13449,9 @@ class TogetherAiServer(Scripting, Shared):
         call.answered_by, call.fixture = fixture, fixture.source
         request.chunk_sizes = fixture.chunk_sizes
         answer = answer_with(fixture, facts)
+        if not answer.fits(route.kind):
+            reason = f"{fixture.source} answers {route.kind} with a response of type"
+            raise ApiError("script_failed", reason=f"{reason} {answer.type.name}")
         if answer.is_whole and answer.closes:
             request.script = answer.normal
             return self._handle(route, request, call)
@@ -13508,12 +13532,16 @@ SERVER_OPTIONS = (  # those of the class, whose docstring says what they do
     "host", "port", "strict", "on_miss", "exact_turns", "upstream", "record", "instant_jobs",
     "max_stored_bytes", "record_limit", "seed", "allow_origin", "allow_host",
 )  # fmt: skip
-SWITCHES = {  # of the command alone
+SWITCHES = ("no_auth", "no_read_prompts", "strict_scripts", "quiet", "watch")
+COMMAND_HELP = {  # of what is of the command alone, or said otherwise there
     "no_auth": "answer without a key too",
     "no_read_prompts": "answer in prose, whatever form a prompt asks for",
     "strict_scripts": "a call with a warning is a 500 that tells it",
     "quiet": "no line for each request",
     "watch": "follow changes of the fixture files",
+    "port": f"0 takes any free one ({DEFAULT_PORT}; with --run 0)",
+    "on_miss": "without a fixture: generate, error, or kinds: chat,embedding",
+    "allow_origin": "pages that may reach what is stored, with commas between",
 }
 
 
@@ -13536,7 +13564,8 @@ def read_options(args: Sequence[str] | None) -> Any:
         description="A local, repeatable stand-in for the Together AI API.",
         epilog="Every option may be a variable, too: TOGETHER_FAKE_PORT, TOGETHER_FAKE_STRICT=1.",
     )
-    told = dict(re.findall(r"(?m)^    (\w+)  +(.+)", TogetherAiServer.__doc__ or ""), **SWITCHES)
+    rows = re.sub(r"\n {8,}", " ", TogetherAiServer.__doc__ or "")  # 3.13 has no indent there
+    told = {**dict(re.findall(r"(?m)^ *(\w+)  +(.+)", rows)), **COMMAND_HELP}
     usual: Item = dict(TogetherAiServer.__init__.__kwdefaults__ or {}, port=None)
     given = read_variables([*SERVER_OPTIONS, *SWITCHES, "fixtures"])
     for name in (*SERVER_OPTIONS, *SWITCHES):
