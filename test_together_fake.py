@@ -3123,6 +3123,11 @@ FORMS = {
         'Write 5 short questions on bees. Return JSON: {"questions": ["...", "..."]}',
         'Return JSON with a key "questions", a list of five strings.',
     ),
+    "equal, but to no list": (
+        r'\[("[^"]+"(, )?){2}\]|\{"equal": (true|false), "steps": \["[^"]+", "[^"]+"\]\}',
+        "Treat everyone equally. Respond with a JSON list of names.",
+        'Is 2 equal to 3? Respond with JSON: {"equal": true, "steps": ["..."]}',
+    ),
     "as many as given": (
         r'\{"verdicts": \[(\{"verdict": "(yes|no)"\}(, )?){3}\]\}',
         "Judge each statement. The number of verdicts must be equal to that of statements. Return "
@@ -3636,6 +3641,10 @@ FORMS = {
         "yes or no: is water wet?",
         "one word: the capital of France?",
         "number only: how many legs has a spider?",
+    ),
+    "true or false, listed": (
+        "true|false",
+        "Is the earth flat? Respond with only one word:\n- true\n- false",
     ),
 }
 # What only looks as if it asked for a form.

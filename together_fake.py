@@ -3083,8 +3083,8 @@ def find_offered(prompt: Prompt, about: str) -> Item:
 
 
 def count_entries(prompt: Prompt, name: str = "") -> int:
-    given = re.findall(r"^\[.+\]$", prompt.text, re.M) if "equal" in prompt.text.lower() else ["0"]
-    count = len(read_example(given[-1]) or ())
+    given = re.findall(r"^\[.+\]$", prompt.text, re.M) if "equal" in prompt.text.lower() else []
+    count = len(read_example(given[-1]) or ()) if given else 0
     return min(count, 50) or read_count(prompt.whole, name) or 2
 
 
@@ -3609,7 +3609,7 @@ def read_restricted(prompt: Prompt, said: str) -> Item:
     if not (at_end or limited or of_list or RESTRICTED.search(prompt.whole)):
         return {}
     items = {} if LIST_ITEM.match(said) else find_items(prompt, "number" in said)
-    if items and (of_list or (limited and type(items.get("enum", "")[0]) is int)):
+    if items and (of_list or (limited and type(items.get("enum", [""])[0]) is int)):
         return items
     kind = re.search(r"\b(?:int|float|num|bool|digit)(?:eger|ber|ean)?\b(?! of)", said)
     if limited and (kind or NUMBER_WORD.search(said)):
