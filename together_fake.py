@@ -7103,6 +7103,9 @@ def read_turn(messages: list[Item], names: Sequence[str]) -> tuple[str, list[str
             if not ends:
                 asked, done = text, []
         done += [get_path(call, "function", "name") for call in message.get("tool_calls") or ()]
+INSTRUCTS = {"user", "system", "developer"}  # what a tool returns must not steer
+
+
         if role != "system":
             done, written = done + found, bool(found) and role == "assistant"
     return asked, done, ends
@@ -7138,7 +7141,8 @@ def choose_tools(body: Item) -> list[Item]:
         return offered[:1] if mode == "named" else []
     asked, done, ends = read_turn(body["messages"], [tool["name"] for tool in offered])
     texts = [message_text(message)[-PROMPT_WINDOW:] for message in body["messages"]]
-    final = find_final(texts, offered)
+    told = [text for text, each in zip(texts, body["messages"]) if each["role"] in INSTRUCTS]
+    final = find_final(told, offered)
     is_passed = bool(done) and HANDS_OVER.search(done[-1] or "")
     if ends and (final or (mode == "auto" and not is_passed)):
         return final[:1]
