@@ -2890,6 +2890,7 @@ class ToolTests(LocalCase):
             ("any", ["get_weather"]),
             ("final_result", ["final_result"]),
             (tool("final_result"), ["final_result"]),
+            ({"type": "tool", "name": "final_result"}, ["final_result"]),  # as Anthropic has it
             ("tool_name", []),
         ):
             with self.subTest(choice=choice):
@@ -2897,6 +2898,13 @@ class ToolTests(LocalCase):
                 self.assertEqual(got, names)
 
     def test_bad_choices(self):
+        kinds = ("required", "any", "auto", "none", "web_search", "allowed_tools")
+        for choice in ({"allowed_tools": None}, *({"type": kind} for kind in kinds)):
+            body = {**HELLO, "tools": [WEATHER], "tool_choice": choice}
+            with self.subTest(choice=choice):
+                self.assertRefused(CHAT, body, "tool_choice")
+                message = self.ask("POST", CHAT, body).json["error"]["message"]
+                self.assertIn("one of the tools: get_weather", message)
         for fields, param in (
             ({"tools": [WEATHER], "tool_choice": tool("nothing")}, "tool_choice"),
             ({"tool_choice": "required"}, "tools"),
@@ -2950,14 +2958,6 @@ class ToolTests(LocalCase):
                 self.assertEqual(called, names)
         self.assertIn("echo ALL_DONE_NOW", str(calls))
 
-    def test_the_same_call_is_not_made_twice(self):
-        tools = [tool("list_files", parameters={"type": "object", "properties": {}})]
-        message = self.chat("list the files", tools=tools)["choices"][0]["message"]
-        asked = [*say("list the files"), message, *map(result_of, message["tool_calls"])]
-        asked += [{"role": "assistant", "content": "a, b"}, *say("list the files again")]
-        self.assertEqual(self.called(messages=asked, tools=tools), [])
-        self.assertEqual(
-            self.called(messages=asked, tools=tools, tool_choice="required"), ["list_files"]
     def test_who_says_which_tool_ends_the_task(self):
         tools = [tool("look_up"), tool("report")]
         said = "When you are done, call the `report` tool."
@@ -2971,6 +2971,14 @@ class ToolTests(LocalCase):
                 messages.insert(0, {"role": role, "content": said})
             self.assertEqual(self.called(messages=messages, tools=tools), names, role)
 
+    def test_the_same_call_is_not_made_twice(self):
+        tools = [tool("list_files", parameters={"type": "object", "properties": {}})]
+        message = self.chat("list the files", tools=tools)["choices"][0]["message"]
+        asked = [*say("list the files"), message, *map(result_of, message["tool_calls"])]
+        asked += [{"role": "assistant", "content": "a, b"}, *say("list the files again")]
+        self.assertEqual(self.called(messages=asked, tools=tools), [])
+        self.assertEqual(
+            self.called(messages=asked, tools=tools, tool_choice="required"), ["list_files"]
         )
 
     def test_a_hand_over_happens_once(self):
@@ -4918,6 +4926,9 @@ class ResponseTests(ResponseCase):
         ):
             with self.subTest(choice=choice, text=text):
                 self.assertEqual(self.called(text, tools=tools, tool_choice=choice), names)
+        counted = self.chat(tools=[WEATHER])["usage"]["prompt_tokens"]
+        nulls = {**WEATHER_FLAT, "strict": None}
+        self.assertEqual(self.respond(tools=[nulls])["usage"]["input_tokens"], counted)
         single = {"tools": tools, "parallel_tool_calls": False}
         self.assertEqual(self.called("the end of the weather", **single), ["get_weather"])
         (item,) = self.respond("How is the weather?", tools=tools)["output"]
@@ -4935,6 +4946,17 @@ class ResponseTests(ResponseCase):
             got = self.respond("search the web", tools=tools, tool_choice=choice)
             self.assertEqual((got["tools"], got["tool_choice"]), (tools, choice))
             self.assertEqual([item["type"] for item in got["output"]], ["message"])
+        tools.append(WEATHER_FLAT)
+        wiki = {"type": "mcp", "server_label": "wiki"}
+        limit = {"type": "allowed_tools", "mode": "auto", "tools": [wiki]}
+        none = self.respond("weather", model=THINKER, tools=tools, tool_choice="none")
+        qwen = {"model": QWEN, "input": "weather", "tools": tools, "stream": True}
+        for choice in ({"type": "web_search"}, {"type": "file_search"}, wiki, limit):
+            with self.subTest(choice=choice):
+                got = self.respond("weather", model=THINKER, tools=tools, tool_choice=choice)
+                self.assertEqual(got["output"], none["output"])
+                body = {**qwen, "tool_choice": choice}
+                self.assertEqual(self.ask("POST", RESPONSES_PATH, body).status, 200)
         secret = {**WIKI, "authorization": "sesame", "headers": {"X-Key": "sesame"}}
         self.assertEqual(self.respond(tools=[secret])["tools"], [WIKI])
 

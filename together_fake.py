@@ -7038,19 +7038,14 @@ def read_tool_choice(body: Item) -> tuple[str, list[str]]:
             return "named", [choice]
         mode = "required" if choice == "any" else choice
         return (mode if mode in ("none", "required") else "auto"), []
-    is_limit = choice.get("type") == "allowed_tools" or "allowed_tools" in choice
-    given = choice.get("allowed_tools")
-    allowed = given if type(given) is dict else choice  # a response has it flat
-    wanted = list_objects(allowed.get("tools")) if is_limit else [choice]
-    own = [tool for tool in wanted if tool.get("type", "function") == "function"]
-    if not own:  # hosted tools are never called
-        return "none", []
-    limited: Any = [get_path(tool, "function", "name") or tool.get("name") for tool in own]
+    allowed = choice.get("allowed_tools")
+    wanted = [choice] if allowed is None else allowed.get("tools") or []
+    limited = [(tool.get("function") or tool).get("name") for tool in wanted]
     for name in limited:
         if name not in names:
             rule = f"must name one of the tools: {', '.join(names) or 'there are none'}"
             raise refuse_value("tool_choice", rule, name)
-    return (allowed.get("mode") or "auto") if is_limit else "named", limited
+    return "named" if allowed is None else allowed.get("mode") or "auto", limited
 
 
 def fill_forced_tool(body: Item, script: Item | None) -> Any:
@@ -7103,12 +7098,12 @@ def read_turn(messages: list[Item], names: Sequence[str]) -> tuple[str, list[str
             if not ends:
                 asked, done = text, []
         done += [get_path(call, "function", "name") for call in message.get("tool_calls") or ()]
-INSTRUCTS = {"user", "system", "developer"}  # what a tool returns must not steer
-
-
         if role != "system":
             done, written = done + found, bool(found) and role == "assistant"
     return asked, done, ends
+
+
+INSTRUCTS = {"user", "system", "developer"}  # what a tool returns must not steer
 
 
 def find_final(texts: list[str], tools: list[Item]) -> list[Item]:
@@ -7488,13 +7483,30 @@ OTHER_IN_CHAT = {
 }  # fmt: skip
 
 
+def chat_tool(tool: Item) -> Item:
+    given = pick_given(tool, ("name", "description", "parameters", "strict"))
+    return {"type": "function", "function": given}
+
+
+def chat_choice(choice: Any) -> Any:
+    """Return `tool_choice` as a chat has it; hosted tools are never called."""
+    if type(choice) is str:
+        return choice
+    is_limit = choice["type"] == "allowed_tools"
+    chosen = choice["tools"] if is_limit else [choice]
+    tools = [chat_tool({"name": tool["name"]}) for tool in chosen if tool["type"] == "function"]
+    if not is_limit or not tools:
+        return tools[0] if tools else "none"
+    return {"allowed_tools": {"mode": choice["mode"], "tools": tools}}
+
+
 def chat_body(body: Item) -> Item:
     """Return the body of a chat that asks the same."""
     messages = convert_items(body)
     if len(messages) == bool(body.get("instructions")):
         raise ApiError("missing", param="input")
     given = body.get("tools") or ()
-    tools = [{"function": tool} for tool in given if tool["type"] == "function"]
+    tools = [chat_tool(tool) for tool in given if tool["type"] == "function"]
     format = get_path(body, "text", "format") or {}
     chat = {
         **pick_given(body, SAME_IN_CHAT),
@@ -7505,7 +7517,7 @@ def chat_body(body: Item) -> Item:
     }
     choice = body.get("tool_choice")
     if choice is not None and (tools or choice != "required" or not given):
-        chat["tool_choice"] = choice
+        chat["tool_choice"] = chat_choice(choice)
     if body.get("truncation") == "auto":
         chat["context_length_exceeded_behavior"] = "truncate"
     if "message.output_text.logprobs" in (body.get("include") or ()):
