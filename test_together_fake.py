@@ -788,6 +788,7 @@ KEYWORDS = (
         [1],
         ["a"],
     ),
+    ({"id": "http://e.org/a", "$ref": "a#/x", "x": WHOLE}, [1], ["a"]),
     (
         {"$id": "urn:x:a", "$ref": "urn:x:a#b", "$defs": {"b": {"$id": "#b", **WHOLE}}},
         [1],
@@ -929,6 +930,23 @@ class SchemaTests(unittest.TestCase):
             for schema in HEAVY:
                 with self.subTest(str(schema)[:100]), self.assertRaises(fake.Unsatisfiable):
                     make_instance(schema)
+
+    def test_long_repeats_are_quick(self):
+        began = time.monotonic()
+        for pattern in (".{0,5000}timeout", "[^,]{1,5000}@"):
+            self.assertFalse(fake.Pattern(pattern).search("y" * 100_000))
+            self.assertTrue(fake.Pattern(pattern).search("y" * 9_000 + "timeout@"))
+        self.assertLess(time.monotonic() - began, PATIENCE)
+        many = "[a-z]{0,9999}"
+        text = make_instance({**TEXT, "minLength": 9990, "pattern": rf"^{many}-?{many}\d?{many}$"})
+        self.assertGreaterEqual(len(text), 9990)
+
+    def test_where_repeats_end(self):
+        for pattern in ("ya{1,3}b", "a{2,3}b", "(a|y)a{3,4}y", "a{2,}y", "a{0,2}ya?b"):
+            for text in ("yaab", "yaaaab", "ab", "aayaaay", "yab", "aaaayb"):
+                with self.subTest(pattern=pattern, text=text):
+                    found = re.search(pattern, text) is not None
+                    self.assertIs(fake.Pattern(pattern).search(text), found)
 
     def test_formats(self):
         readers = {

@@ -1857,11 +1857,14 @@ class Pattern:
 
     def _ends(self, node: Any, text: str, starts: Any) -> Any:
         """Return where the node can end, given where it may start: a set, or the range of all."""
-        spend(1 + len(starts) // 8)
+        everywhere = type(starts) is range  # where a search is quick
+        spend(1 + len(starts) // (64 if everywhere else 8))
         kind, content = node[:2]
         if kind == "leaf":
-            if type(starts) is range:
-                return {found.start() + node[2] for found in content.finditer(text)}
+            if everywhere:
+                ends = {found.start() + node[2] for found in content.finditer(text)}
+                spend(len(ends) // 8)
+                return ends
             return {at + node[2] for at in starts if content.match(text, at)}
         if kind == "look":
             return {at for at in starts if bool(self._ends(content, text, {at})) is node[2]}
@@ -1878,13 +1881,13 @@ class Pattern:
         _, part, low, high, run = node
         ends = set() if low else set(starts)
         if run:
-            end = -1
+            end = following = -1
             for start in sorted(starts):
                 if start > end:
                     end = run.match(text, start).end()
-                elif high == ENDLESS:
-                    continue
-                ends.update(range(start + low, min(start + high, end) + 1))
+                last = min(start + high, end)
+                ends.update(range(max(start + low, following), last + 1))  # each end once
+                following = last + 1
             spend(len(ends) // 8)
             return ends
         for count in range(1, high + 1):
@@ -2246,8 +2249,9 @@ class SchemaReader:
     @functools.cached_property
     def _names(self) -> tuple[Item, dict[int, str]]:
         """The parts by URI, and the URIs that references in a part start from, by its id()."""
-        named, bases = {"#": self.document}, {}
-        todo = [(self.document, "")]
+        base = str(self.document.get("id", "")).partition("#")[0]  # which draft 4 has
+        named, bases = {"#": self.document, f"{base}#": self.document}, {}
+        todo = [(self.document, base)]
         for part, base in todo:  # grows on the way
             spend(len(part) // 16)
             if type(part) is dict:
