@@ -5315,6 +5315,7 @@ class FileTests(StoreCase):
         self.assertEqual(self.json("POST", complete, end)["file"]["LineCount"], 2)
         self.assertEqual(list(self.server.contents.values()), [TRAIN])
         upload = self.json("POST", initiate, IN_PARTS)
+        self.json("POST", abort, {"upload_id": upload["upload_id"], "file_id": "no"}, status=404)
         self.json("POST", abort, {key: upload[key] for key in ("upload_id", "file_id")})
         self.assertEqual(len(self.server.files), 1)
 
@@ -5582,6 +5583,27 @@ class FineTuningTests(StoreCase):
         ):
             self.create(status, **more)
 
+    def test_settings_that_are_given_in_part_have_the_other_defaults(self):
+        for given, name, wanted in (
+            ({"type": "Lora"}, "training_type", {"lora_r": 64, "lora_alpha": 128}),
+            ({"method": "dpo"}, "training_method", {"dpo_beta": 0.1}),
+            ({"lr_scheduler_type": "cosine"}, "lr_scheduler", {"lr_scheduler_args": mock.ANY}),
+        ):
+            job = self.create(**{name: given})
+            self.assertEqual(job[name], {**job[name], **given, **wanted})
+        (job,) = self.server.seed("fine_tunes", [{"training_type": {"lora_r": 8}}])
+        self.assertEqual((job["training_type"]["type"], job["batch_size"]), ("Lora", 128))
+
+    def test_a_curve_reaches_the_last_step_in_so_many_points(self):
+        self.server.instant_jobs = True
+        lines = write_lines({"text": f"line {n}"} for n in range(100))
+        job = self.create(training_file=self.server.add_file(lines)["id"], batch_size=1)
+        for points in (2, 3, 60, 99):
+            path = f"/v1/fine-tunes/{job['id']}/metrics?resolution={points}"
+            rows = self.json("GET", path)["metrics"]
+            steps = [row["train/global_step"] for row in rows]
+            self.assertEqual((len(steps), steps[0], steps[-1]), (points, 1, 200))
+
     def test_the_largest_batch_depends_on_the_training(self):
         for method, kind, size in (
             ("sft", "Lora", 128),
@@ -5655,6 +5677,10 @@ class EvaluationTests(LocalCase):
         lines = read_lines(self.server.contents[results["result_file_id"]])
         verdicts = [line["verdict"] for line in lines]
         self.assertEqual({label: verdicts.count(label) for label in counts}, counts)
+
+    def test_no_score_lies_outside_of_its_bounds(self):
+        results = self.evaluate("score", {**SCORE, "pass_threshold": 50})
+        self.assertLessEqual(results["aggregated_scores"]["mean_score"], 5)
 
     def test_no_secret_is_kept(self):
         judge = {**CLASSIFY["judge"], "external_api_token": "sk-secret"}
@@ -5815,6 +5841,8 @@ class ImageTests(LocalCase):
         for fields, size in (
             ({"size": "128x64", "width": None, "height": None}, (128, 64)),
             ({"width": 100, "height": None}, (100, 1024)),
+            ({"width": 100, "height": None, "aspect_ratio": "16:9"}, (100, 1024)),
+            ({"aspect_ratio": "9:1", "width": None, "height": None}, (2048, 336)),
             ({"aspect_ratio": "16:9", "width": None, "height": None}, (1360, 768)),
         ):
             with self.subTest(fields=fields):
@@ -9140,17 +9168,14 @@ class CrowdTests(SocketCase):
         _, _, data = receive_all(client).partition(b"\r\n\r\n")
         self.assertEqual(dechunk(data), ([b"a", b"a"], False))
 
-    def test_who_sends_when_memory_is_out_is_answered_when_there_is_some(self):
+    def test_who_sends_when_memory_is_out_is_told_so(self):
         self.serve()
         client = self.connect()
         self.assertEqual(self.status(client), 200)
         (connection,) = self.server.clients
-        real = connection.socket
-        with mock.patch.object(connection, "socket", mock.Mock(wraps=real)) as wrapped:
-            wrapped.recv.side_effect = itertools.chain(
-                [MemoryError], iter(lambda: real.recv(99), 0)
-            )
-            self.assertEqual(self.status(client), 200)
+        with mock.patch.object(connection, "socket", mock.Mock(wraps=connection.socket)) as wrapped:
+            wrapped.recv.side_effect = [MemoryError, b""]
+            self.assertEqual(self.status(client), 503)
 
     def test_a_call_without_memory_has_failed_in_the_record(self):
         handler = mock.patch.object(fake.EXACT["POST", CHAT], "handler", side_effect=MemoryError)
@@ -10128,6 +10153,15 @@ def make_certificate():
 
 class ForkTests(FakeCase):
     """Life beside other processes and threads."""
+
+    def test_a_child_of_a_busy_process_takes_turns_as_usual(self):
+        usual = sys.getswitchinterval()
+        self.addCleanup(sys.setswitchinterval, usual)
+        names = {"BUSY": [usual, fake.TURN_SECONDS], "STARTED": set()}
+        with mock.patch.multiple(fake, **names):
+            sys.setswitchinterval(fake.TURN_SECONDS)
+            fake.leave_parents()
+            self.assertEqual((sys.getswitchinterval(), fake.BUSY), (usual, []))
 
     @unittest.skipUnless(hasattr(os, "fork"), "no fork here")
     def test_a_child_process_keeps_nothing_open_and_stops_nothing(self):
@@ -11126,6 +11160,18 @@ class UpstreamTests(UpstreamCase):
             self.server.stop()
             with contextlib.suppress(OSError, http.client.HTTPException):
                 self.assertEqual(call.result(PATIENCE).status, 502)
+
+    def test_two_servers_that_ask_each_other_say_so(self):
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        self.server = TogetherAiServer(0, upstream=f"http://127.0.0.1:{port}/v1").start()
+        self.addCleanup(self.server.stop)
+        other = TogetherAiServer(port, upstream=self.server.base_url).start()
+        self.addCleanup(other.stop)
+        self.assertIn(
+            "it is this server", self.json("POST", CHAT, HELLO, status=502)["error"]["message"]
+        )
+        self.assertEqual((len(self.server.requests), len(other.requests)), (2, 1))
 
     def test_a_server_that_is_its_own_upstream_says_so(self):
         with socket.create_server(("127.0.0.1", 0)) as closed:

@@ -4915,7 +4915,7 @@ ENTRY = Keys(
     FOREIGN,
 )
 FIXTURE_FILE = Keys(
-    "fixtures:list models:dict exactTurns:bool",
+    "fixtures!:list models:dict exactTurns:bool",
     Field("normalise", list, each=Field("", str, test=("a regular expression", re.compile))),
     "-$schema,$comment,meta",
 )
@@ -5446,7 +5446,10 @@ def read_file(data: Any) -> Item:
     if isinstance(data, dict) and data.keys() & {"match", "response"}:
         data = [data]
     file = {"fixtures": data} if isinstance(data, list) else data
-    return {"fixtures": [], **check_clean(file, FIXTURE_FILE, "file", set())}
+    if isinstance(file, dict) and "models" in file:
+        file = {"fixtures": [], **file}
+    read: Item = check_clean(file, FIXTURE_FILE, "file", set())
+    return read
 
 
 class Loaded(list):  # type: ignore[type-arg]
@@ -8143,10 +8146,11 @@ def find_file(server: Server, id: str, param: str, purpose: str = "") -> Item:
     if id not in server.files:
         raise ApiError("no_object", param=param, noun="File", id=id)
     file, reason = server.files.get(id), ""
+    report = file.get("validation_report") or {"valid": file["Processed"]}
     if purpose not in ("", file["purpose"]):
         reason = f"its purpose is {file['purpose']}, not {purpose}"
-    elif purpose == "fine-tune" and file["processing_status"] != "COMPLETED":
-        reason = get_path(file, "validation_report", "error") or "its data was never put"
+    elif purpose == "fine-tune" and not report["valid"]:
+        reason = report.get("error") or "its data was never put"
     if reason:
         raise ApiError("bad_file", param=param, id=id, reason=reason)
     return file
@@ -8215,7 +8219,7 @@ def put_file(server: Server, request: Request) -> Any:
 def end_upload(server: Server, request: Request) -> Any:
     """Join the parts of a large file, or forget it."""
     body, id = request.body, request.body["upload_id"]
-    if id not in server.files or id in server.contents:
+    if id not in server.files or id in server.contents or id != body["file_id"]:
         raise ApiError("no_object", param="upload_id", noun="Upload", id=id)
     if request.route.path.endswith("abort"):
         server.files.remove(id)
@@ -8386,22 +8390,31 @@ max_grad_norm,weight_decay:float:0.. random_seed:int packing:bool multimodal_par
   train_vision:bool
 suffix:..40 from_hf_model hf_model_revision hf_output_repo_name wandb_base_url
 wandb_project_name wandb_name wandb_entity wandb_api_key hf_api_token""")  # fmt: skip
+TRAINING_SETTINGS = (
+    ("training_method", "method", "sft"), ("training_type", "type", "Lora"),
+    ("lr_scheduler", "lr_scheduler_type", "linear"),
+)  # fmt: skip
+TRAINING_FORMS: dict[str, Item] = {  # with their documented defaults
+    "sft": {"train_on_inputs": "auto"},
+    "dpo": {"dpo_beta": 0.1, "dpo_normalize_logratios_by_length": False},
+    "Lora": {
+        "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.0,
+        "lora_trainable_modules": "all-linear",
+    },
+    "Full": {},
+    "linear": {"lr_scheduler_args": {"min_lr_ratio": 0.0}},
+    "cosine": {"lr_scheduler_args": {"min_lr_ratio": 0.0, "num_cycles": 0.5}},
+}  # fmt: skip
 FINE_TUNE: Item = {
     "object": "fine-tune", "status": "pending", "user_id": USER_ID,
     "model": "meta-llama/Meta-Llama-3.1-8B-Instruct-Reference", "model_output_path": "",
     "adapter_output_name": None, "training_file": "", "validation_file": "", "from_checkpoint": "",
     "job_id": "", "started_at": None, "multimodal_params": None, "n_epochs": 1, "n_checkpoints": 1,
-    "n_evals": 0, "batch_size": "max", "learning_rate": 1e-05, "max_grad_norm": 1.0,
-    "warmup_ratio": 0.0, "weight_decay": 0.0, "train_on_inputs": "auto", "token_count": 0,
+    "n_evals": 0, "learning_rate": 1e-05, "max_grad_norm": 1.0, "warmup_ratio": 0.0,
+    "weight_decay": 0.0, "train_on_inputs": "auto", "token_count": 0,
     "param_count": 0, "total_price": 0, "epochs_completed": 0, "queue_depth": 0,
     "wandb_project_name": "", "wandb_url": "", "events": [],
     "progress": {"estimate_available": False, "seconds_remaining": 0},
-    "training_method": {"method": "sft", "train_on_inputs": "auto"},
-    "training_type": {
-        "type": "Lora", "lora_r": 64, "lora_alpha": 128, "lora_dropout": 0.0,
-        "lora_trainable_modules": "all-linear",
-    },
-    "lr_scheduler": {"lr_scheduler_type": "linear", "lr_scheduler_args": {"min_lr_ratio": 0.0}},
 }  # fmt: skip
 FINE_TUNE_EVENTS = {  # what a job reports on entering a status: types and documented messages
     "pending": [("job_pending", "Fine tune request created")],
@@ -8414,7 +8427,7 @@ FINE_TUNE_EVENTS = {  # what a job reports on entering a status: types and docum
     "uploading": [
         ("epoch_complete", "Epoch completed, at step {step}"),
         ("training_complete", "Training completed for {model}"),
-        ("model_uploading", "Uploading output model"),
+        ("model_uploading", "Uploading {artifact} model"),
     ],
     "completed": [
         ("model_upload_complete", "Model upload complete"),
@@ -8423,6 +8436,19 @@ FINE_TUNE_EVENTS = {  # what a job reports on entering a status: types and docum
     "error": [("job_error", "The job was scripted to fail")],
     "cancelled": [("job_stopped", "Job cancelled")],
 }
+
+
+def complete_training(item: Item) -> Item:
+    """Return the nested settings of a job with defaults, and the batch size."""
+    settings: Item = {}
+    for name, key, usual in TRAINING_SETTINGS:
+        given = item.get(name) or {}
+        form = given.get(key) or usual
+        settings[name] = merge({key: form, **TRAINING_FORMS[form]}, given)
+    limits = LIMITS[f"{settings['training_type']['type'].lower()}_training"]
+    dpo = settings["training_method"]["method"] == "dpo"
+    size, most = item.get("batch_size"), limits["max_batch_size_dpo" if dpo else "max_batch_size"]
+    return {**settings, "batch_size": min(size, most) if type(size) is int else most}
 
 
 def list_steps(job: Item, count: int) -> list[int]:
@@ -8434,13 +8460,14 @@ def list_steps(job: Item, count: int) -> list[int]:
 def list_new_events(job: Item, status: str) -> list[Item]:
     """Return what a job reports when it reaches a status; an epoch's end once for each."""
     steps = list_steps(job, job["n_epochs"])
+    artifact = "output" if job["training_type"]["type"] == "Full" else "adapter"
     return [
         {
             "object": "fine-tune-event", "param_count": 0, "token_count": 0, "training_offset": 0,
             "wandb_url": "", "checkpoint_path": "", "hash": "", "created_at": job["updated_at"],
             "level": "error" if status == "error" else "info", "total_steps": steps[-1],
             "model_path": job["model_output_path"], "type": type, "step": step,
-            "message": message.format_map({**job, "step": step}),
+            "message": message.format_map({**job, "step": step, "artifact": artifact}),
         }
         for type, message in FINE_TUNE_EVENTS.get(status, ())
         for step in (steps if type == "epoch_complete" else [0])
@@ -8474,17 +8501,8 @@ def fine_tune_object(server: Server, item: Item) -> Item:
     file = server.files.get(file_id) if file_id in server.files else FILE
     item["events"] = None
     facts = {"TrainingFileNumLines": file["LineCount"], "TrainingFileSize": file["bytes"]}
-    template = {"updated_at": now, **FINE_TUNE, **facts}
-    for name in ("training_method", "training_type", "lr_scheduler"):
-        if item.get(name):
-            template[name] = {}  # each has forms, of which only the usual one has defaults here
-    job = merge(template, item)
-    if job["batch_size"] == "max":
-        limits = LIMITS[job["training_type"]["type"].lower() + "_training"]
-        most = (
-            "max_batch_size_dpo" if job["training_method"]["method"] == "dpo" else "max_batch_size"
-        )
-        item["batch_size"] = job["batch_size"] = limits[most]
+    item.update(complete_training(item))
+    job = merge({"updated_at": now, **FINE_TUNE, **facts}, item)
     words = [job["model"].rpartition("/")[2], job.get("suffix") or ""]
     words.append(HashRandom.of("fine-tune", job["id"]).hex(8))
     job = {"model_output_name": f"{USER}/{'-'.join(filter(None, words))}", **job}
@@ -8548,7 +8566,7 @@ def delete_fine_tune(server: Server, request: Request) -> Any:
 
 @route("GET /v1/fine-tunes/{id}/checkpoints")
 def list_checkpoints(server: Server, request: Request) -> Any:
-    """List the checkpoints of a fine-tuning job, the final ones when it has completed."""
+    """List the checkpoints of a fine-tuning job that has completed."""
     job = server.fine_tunes.get(request.params["id"])
     *steps, last = list_steps(job, job["n_checkpoints"])
     full = job["training_type"]["type"] == "Full"
@@ -8570,18 +8588,17 @@ def list_checkpoints(server: Server, request: Request) -> Any:
 def list_metrics(server: Server, request: Request) -> Any:
     """List the loss curve of a fine-tuning job as far as it has come; it falls."""
     job, args = server.fine_tunes.get(request.params["id"]), request.args
-    steps, loss = list_steps(job, MAX_METRICS), 2 + HashRandom.of("loss", job["id"]).random()
-    total = steps[-1]
-    done = {"running": total / 2, "uploading": total, "completed": total}
-    first = args.get("global_step_from") or 0
-    last = min(done.get(job["status"], 0), args.get("global_step_to") or total)
-    found = [step for step in steps if first <= step <= last]
-    apart = -(-len(found) // (args.get("resolution") or MAX_METRICS)) or 1
+    total, loss = list_steps(job, 1)[0], 2 + HashRandom.of("loss", job["id"]).random()
+    done = {"pending": 0, "queued": 0, "uploading": total, "completed": total}
+    last = min(done.get(job["status"], (total + 1) // 2), args.get("global_step_to") or total)
+    first = args.get("global_step_from") or 1
+    points = min(args.get("resolution") or MAX_METRICS, MAX_METRICS, max(0, last - first + 1))
+    steps = [first + (last - first) * n // max(1, points - 1) for n in range(points)]
     return {"metrics": [
         {"train/global_step": step, "train/epoch": round(step / total * job["n_epochs"], 4),
          "train/loss": round(loss / (1 + 8 * step / total), 6),
          "train/learning_rate": round(job["learning_rate"] * (1 - (step - 1) / total), 12)}
-        for step in found[::apart]
+        for step in steps
     ]}  # fmt: skip
 
 
@@ -8744,10 +8761,13 @@ def judge_rows(server: Server, job: Item) -> Item:
     id = server.files.get(facts.pop("input_data_file_path", ""))["id"]
     judged = [parse_line(line) for _, line in read_lines(server.contents.get(id, b""))]
     source = HashRandom.of("evaluation", [type, facts])
+    scores: list[Any] = [facts.get(n) for n in ("min_score", "pass_threshold", "max_score")]
+    if type == "score":
+        scores[1] = min(max(scores[0], scores[1]), scores[2])
     choices: dict[str, Any] = {
         "classify": facts.get("labels"),
         "compare": ["A", "A", "B", "B", "Tie"],
-        "score": [facts.get(name) for name in ("min_score", "pass_threshold", "max_score")],
+        "score": scores,
     }
     for row in judged:
         rng = source.child(ENCODE(row))
@@ -8956,9 +8976,6 @@ IMAGE_FACTS = frozenset(IMAGE_FIELDS) - {  # what draws another picture
 }  # fmt: skip
 
 
-PAIR = r"(\d{1,4})[x:](\d{1,4})"  # a size, or a ratio
-
-
 def read_counts(pattern: str, text: Any, default: tuple[int, ...]) -> tuple[int, ...]:
     """Return the numbers of a text such as `720p`, or the default."""
     found = re.fullmatch(pattern, str(text), re.ASCII)
@@ -8966,19 +8983,26 @@ def read_counts(pattern: str, text: Any, default: tuple[int, ...]) -> tuple[int,
     return counts if all(counts) else default
 
 
+def read_pair(text: str, separator: str, place: str) -> tuple[int, ...]:
+    pair = read_counts(rf"(\d{{1,4}}){separator}(\d{{1,4}})", text, ())
+    if not pair:
+        raise refuse_value(place, f"must be two numbers such as 16{separator}9", text)
+    return pair
+
+
 def read_image_size(body: Item) -> tuple[int, int]:
     """Return width and height from whichever fields give them."""
-    sides: tuple[int, ...] = (DEFAULT_IMAGE_SIDE, DEFAULT_IMAGE_SIDE)
-    for name in ("aspect_ratio", "size"):  # the latter counts
-        text = body.get(name) or "auto"
-        if text != "auto":
-            sides = read_counts(PAIR, text, ())
-            if not sides:
-                raise refuse_value(name, "must be two numbers such as 16:9 or 1024x768", text)
-            if name == "aspect_ratio":
-                root = (sides[0] / sides[1]) ** 0.5
-                sides = (16 * round(64 * root), 16 * round(64 / root))  # that every model takes
-    width, height = (body.get("width") or sides[0], body.get("height") or sides[1])
+    given = [body.get("width"), body.get("height")]
+    size, ratio = body.get("size"), body.get("aspect_ratio")
+    sides: Any = (DEFAULT_IMAGE_SIDE, DEFAULT_IMAGE_SIDE)
+    if size and size != "auto":
+        sides = read_pair(size, "x", "size")
+    elif ratio and not any(given):
+        across, down = read_pair(ratio, ":", "aspect_ratio")
+        root = min(max(across / down, 1 / 16), 16) ** 0.5
+        steps = (round(64 * root), round(64 / root))  # that every model takes
+        sides = [min(16 * count, MAX_IMAGE_SIDE) for count in steps]
+    width, height = (own or side for own, side in zip(given, sides))
     rule = f"must be from {MIN_IMAGE_SIDE} to {MAX_IMAGE_SIDE} pixels"
     for name, side in (("width", width), ("height", height)):
         if not MIN_IMAGE_SIDE <= side <= MAX_IMAGE_SIDE:
@@ -9272,8 +9296,8 @@ VIDEO_NAME = lazy_regex(r"(\w{16})-(\d{1,4})x(\d{1,4})-(\d{1,2})s(\d{1,3})\.mp4"
 def read_video_size(body: Item) -> str:
     """Return width and height from whichever fields give them, as `1366x768`."""
     given = (body.get("width") or 0, body.get("height") or 0)
-    width, height = read_counts(PAIR, body.get("size"), given)
-    across, down = read_counts(PAIR, body.get("ratio"), (16, 9))
+    width, height = read_counts(r"(\d{1,4})x(\d{1,4})", body.get("size"), given)
+    across, down = read_counts(r"(\d{1,3}):(\d{1,3})", body.get("ratio"), (16, 9))
     if not (width or height):
         (lines,) = read_counts(r"(\d{1,4})[pP]", body.get("resolution"), (768,))
         width, height = (0, lines) if across >= down else (lines, 0)
@@ -11606,6 +11630,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
             data = self.socket.recv(RECEIVE_BYTES)  # more than a record of TLS has
         except self.server.not_yet:
             return
+        except MemoryError:
+            if self.awaited in BYTES:  # else the worker may leave some
+                self.go_on(error=ApiError("no_memory"))
+            return
         except OSError as error:
             if (reason := getattr(error, "reason", "")) and self.awaited is IDLE:  # no TLS
                 self.go_on(error=ApiError("bad_http", reason=f"this port speaks TLS ({reason})"))
@@ -12101,7 +12129,8 @@ class Upstream:
 
     def send(self, connection: Any, request: Request) -> Any:
         """Send a request and return the head of the answer, from which its body can be read."""
-        headers = drop_headers({**request.headers, "via": self.name}, NOT_PASSED)
+        via = ", ".join(filter(None, [request.headers.get("via"), self.name]))
+        headers = drop_headers({**request.headers, "via": via}, NOT_PASSED)
         headers["Connection"] = "close"
         connection.connect()
         target = self.prefix + request.path + (f"?{request.query}" if request.query else "")
@@ -12890,6 +12919,9 @@ STARTED: weakref.WeakSet[TogetherAiServer] = weakref.WeakSet()  # servers, once 
 
 def leave_parents() -> None:
     Shared._lock = threading.RLock()
+    if BUSY:  # whose workers do not live here
+        sys.setswitchinterval(BUSY[0])
+        BUSY.clear()
     for server in list(STARTED):
         server._leave_parent()
 
