@@ -4589,6 +4589,10 @@ class BudgetTests(LocalCase):
                     self.assertEqual(usage["completion_tokens"], written)
                     self.assertEqual(usage["total_tokens"], usage["prompt_tokens"] + written)
 
+    def test_a_context_of_unknown_length_is_never_too_short(self):
+        got = self.chat(model="acme/unknown", max_tokens=2**70)
+        self.assertEqual(got["choices"][0]["finish_reason"], "stop")
+
     def test_one_choice_is_what_absent_n_means(self):
         self.assertEqual(self.chat(n=1), self.chat())
         self.assertNotEqual(self.chat(n=2)["id"], self.chat()["id"])
@@ -4648,7 +4652,7 @@ class CompletionTests(LocalCase):
         for prompt, param in (
             ([], "prompt"),
             ([1, "a"], "prompt"),
-            ([[]], "prompt"),
+            ([[]], "prompt[0]"),
             (5, "prompt"),
         ):
             with self.subTest(prompt=prompt):
@@ -4712,8 +4716,24 @@ class EmbeddingTests(LocalCase):
     def test_numbers_of_tokens_start_at_zero(self):
         self.assertEqual(len(self.embed([0, 5])), 1)
         self.assertEqual(len(self.embed([[0], [5]])), 2)
-        body = {"model": "BAAI/bge-base-en-v1.5", "input": [-1, 5]}
-        self.assertRefused("/v1/embeddings", body, "input")
+
+    def test_what_is_no_input_is_refused_and_named(self):
+        for given, place in (
+            ([-1, 5], ""),
+            (["a", [1]], ""),
+            ([[1], "a"], ""),
+            ([1, "a"], ""),
+            ([None], ""),
+            ([], ""),
+            ([[]], "[0]"),
+            ([[1], ["a"]], "[1]"),
+        ):
+            with self.subTest(given=given):
+                self.assertRefused(
+                    "/v1/embeddings", {"model": "m", "input": given}, f"input{place}"
+                )
+                body = {"model": "m", "prompt": given}
+                self.assertRefused("/v1/completions", body, f"prompt{place}")
 
     def test_texts_without_a_topic_differ_too(self):
         the, of, nothing = self.embed(["the", "of", ""])

@@ -6993,7 +6993,7 @@ def find_budget(body: Item, model: Model, prompt_tokens: int) -> tuple[int, int]
     asked = body.get("max_tokens") if asked is None else asked
     room = model.context_length or sys.maxsize
     limit = room + 1 if model.engine == "A" else room  # recorded
-    fits = prompt_tokens + (asked or 1) <= limit
+    fits = not model.context_length or prompt_tokens + (asked or 1) <= limit
     if fits or body.get("context_length_exceeded_behavior") == "truncate":
         budget, left = DEFAULT_MAX_TOKENS if asked is None else asked, room - prompt_tokens
         if budget > left:
@@ -7706,13 +7706,16 @@ COMPLETION_FACTS = frozenset((*COMPLETION_FIELDS, "suffix")) - UNDRAWN
 
 def read_inputs(value: Any, place: str) -> list[Any]:
     """Return a list of texts or token lists, whichever way they were sent."""
-    inputs = [value] if type(value) is str or int in map(type, value) else value
+    kinds = {str} if type(value) is str else set(map(type, value))
+    inputs = [value] if type(value) is str or kinds == {int} else value
     if not 0 < len(inputs) <= MAX_INPUT_ITEMS:
         raise refuse_value(place, f"must have 1 to {MAX_INPUT_ITEMS} items", len(inputs))
-    for item in inputs:
-        is_ids = type(item) is list and item and all(type(id) is int and id >= 0 for id in item)
-        if not (is_ids or type(item) is str):
-            raise refuse_value(place, "must be a string, or an array of strings or token ids", item)
+    if kinds not in ({str}, {int}, {list}):
+        raise refuse_value(place, "must be a string, or an array of strings or token ids", value)
+    for index, item in enumerate(inputs):
+        if type(item) is list and not (item and all(type(id) is int and id >= 0 for id in item)):
+            where = f"{place}[{index}]" if kinds == {list} else place
+            raise refuse_value(where, "must be an array of token ids", item)
     return list(inputs)
 
 
