@@ -8980,7 +8980,7 @@ class HostileFormTests(LocalCase):
         path = f"/v1/files/{file['id']}/content"
         digits = "9" * 5000
         for asked, status, data in (
-            ("bytes=5-2", 416, None),
+            ("bytes=5-2", 200, b"0123456789"),
             ("bytes=2-5", 206, b"2345"),
             (f"bytes=2-{digits}", 206, b"23456789"),
             (f"bytes=-{digits}", 206, b"0123456789"),
