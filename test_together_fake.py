@@ -3681,6 +3681,24 @@ FORMS = {
         "one word: the capital of France?",
         "number only: how many legs has a spider?",
     ),
+    "all but a form is forbidden": (
+        r'\{"a": "[^"]+", "b": "[^"]+"\}',
+        "Do not output anything other than JSON with keys a and b.",
+        "Never forget to return JSON with keys a and b.",
+        "Return a JSON object with keys a and b. Do not wrap the JSON in ```json fences.",
+        "Explain your choice and give the answer as JSON with keys a and b.",
+    ),
+    "another form is forbidden": (
+        "(?i:yes|no)",
+        "Do not use tables and answer yes or no.",
+        "Think about it and answer yes or no. Don't return JSON.",
+    ),
+    "a text beside a number": (
+        r'\{"name": "[^"]+", "(rank|age)": \d+\}',
+        "Return JSON with fields `name` (string) and `rank` (1 to 5).",
+        "Return JSON with the fields name (string) and age (integer between 0 and 120).",
+        'Return JSON: {"name": "text of 5 to 10 words about the product", "age": 4}',
+    ),
     "true or false, listed": (
         "true|false",
         "Is the earth flat? Respond with only one word:\n- true\n- false",
@@ -3753,6 +3771,33 @@ PROSE = (
     'Our API returns JSON: {"id": 1, "status": "on|off"}. Errors look like {"error": 1}.\n\nWhy?',
     "Yes or no questions are boring. Why?",
     'Only one of my tests fails: expected "a" or "b". Why?',
+    "Never respond in JSON. Be friendly.",
+    "Don't return JSON. Hello!",
+    "Never use bullet points.",
+    "Don't use bullet points or numbered lists.",
+    "Do not provide numbered lists unless asked",
+    "Do not create a table.",
+    "Don't answer with yes or no, explain.",
+    "Don't answer in one word.",
+    "Avoid JSON.",
+    "Answer without bullet points.",
+    "Do not use markdown tables or JSON.",
+    "Respond in prose rather than in a table.",
+    "Do not wrap the answer in <answer> tags.",
+    "Tell me about the <b> tag in HTML.",
+    "Explain the <div> tag and the <span> tag.",
+    "Give me an overview of JSON.",
+    "Show me the structure of a JSON Web Token.",
+    "Write about the history of JSON.",
+    "Can you show JSON parsing in Rust?",
+    "Show an example of a CSV.",
+    "Show me how a numbered list works in Word.",
+    "Just curious, is it left or right?",
+    "Only tell me if you are sure: is it A or B?",
+    "Can you label the parts of a flower? Petal or sepal?",
+    "Start your answer with 'Yes' or 'No', then explain.",
+    "Give me some background on JSON.",
+    "Write a poem about a bullet list.",
 )
 
 
@@ -3783,6 +3828,13 @@ class PromptTests(LocalCase):
             with self.subTest(prompt=prompt):
                 form = self.read(prompt)
                 self.assertIsNone(form, form and form.label)
+
+    def test_a_share_in_an_example_is_no_negative_number(self):
+        form = self.read('Return JSON like {"share": 0.4, "lon": -73.98, "profit": -2000.5}')
+        share, *others = form.schemas["JSON"]["properties"].values()
+        self.assertEqual((share["minimum"], share["maximum"]), (0, 1))
+        for schema in others:
+            self.assertTrue(schema.keys().isdisjoint(("minimum", "maximum")), schema)
 
     def test_the_last_message_goes_first(self):
         asked = [

@@ -2775,8 +2775,9 @@ MANY = lazy_regex(
     r"(?i)(?:an? )?(?:list|array)(?:(?: of |\[)([^\n]{1,60}?)\]?)?|([^\n]{1,60}?)\[\]"
 )
 TYPE_WORD = lazy_regex(
-    r"(?i)(?:an? )?(?:(?P<string>str|text)|(?P<integer>int|whole|digit)|(?P<number>float|num|"
-    r"decimal|percent)|(?P<boolean>bool|true)|(?P<object>dict|object)|(?P<array>array))"
+    r"(?i)(?:an? )?(?:(?P<string>str|text|[^,(]*\d (?:word|sentence))|(?P<integer>int|whole|"
+    r"digit)|(?P<number>float|num|decimal|percent)|(?P<boolean>bool|true)|(?P<object>dict|object)|"
+    r"(?P<array>array))"
 )
 NUMBER_WORD = lazy_regex(
     r"(?i)integer|\bint\b|float|decimal|number|digit|\bscor|\brat(?:e|ing)|scale|probab|confiden|"
@@ -2846,7 +2847,8 @@ def read_phrase(text: str, note: str = "") -> Item:
     offer = read_offer(plain) or read_offer(note)
     if offer and kind in ("", "string") and not near:
         return offer
-    if kind in ("integer", "number") or near or (not kind and NUMBER_WORD.search(note[:60])):
+    told = not kind and (near or NUMBER_WORD.search(note[:60]))
+    if told or kind in ("integer", "number"):
         numbers = read_numbers(f"{plain} {note}")
         if numbers or kind:
             return {"type": kind or "number", **numbers}
@@ -2923,9 +2925,10 @@ FENCE = lazy_regex(
     r"```(?<![^\s:]```)[ \t]?([\w+-]*)[ \t]*\n([^`]*(?:`{1,2}(?!`)[^`]*)*)(?:```|\Z)"
 )
 ASKS = lazy_regex(
-    r"\b(?:provide|give|print|write|produce|use|put|present|convert|follow|show|keep|compare|create"
-    r"|name|suggest|summari[sz]e|describe|enclose|fill|contain|consist|adhere|(?:must|should) be|"
-    rf"only(?! one of)|just|format|schema|structure|template|one (?:word|line)|{ASKING})\b"
+    r"\b(?<!> )(?:provide|give|print|write|produce|use|put|present|convert|follow|show(?=.* as )"
+    r"|keep|compare|create|name|suggest|summari[sz]e|describe|enclose|fill|contain|consist|adhere|"
+    r"(?:must|should) be|(?:only|just) (?:an? )?(?:the|yes|json|code|word|number|letter|single)|"
+    rf"only(?! \w)|format|schema|structure|template|one (?:word|line)|{ASKING})\b"
     r"|\b(?:antwort|r[e\xe9]pond|devuelv|respond[ae]|rispond)"
     r"|\u8fd4\u56de|\u8f93\u51fa|\u56de\u7b54"
     r"|\([^()]{1,99}\)\?|\A\W?\w+(?:/| or )\w+(?:\W{0,3}\Z| ?[:?,])"
@@ -2933,11 +2936,21 @@ ASKS = lazy_regex(
 TOLD = lazy_regex(
     r"\d\d|[>|]|\W*(?:(?:my|our|i|i'm|he|she|they|we|it|"
     r"the (?!.{0,30}(?:answer|response|output|reply|line|label|verdict|json)))\b|"
-    r"(?:explain|translate)\b(?!.*(?:,| and ))|is it\b|(?:can you )?review\b"
-    r"|(?:\w+ )?(?:how|why|what|who)\b|(?:please )?(?:write|create|build|make|implement|design"
-    r"|draft|add)\b.{0,50}\b(?:function|script|tests?|component|prompt|program|app|class|docs|"
+    r"(?:explain|translate)\b(?!.*(?:, | and )(?!(?:the|an?)\b|how|wh))|is it\b|"
+    r"(?:can you )?review\b|can you label\b(?!.* as )"
+    r"|(?:show me |\w+ )?(?:how|why|what|who)\b|(?:please )?(?:write|create|build|make|implement|"
+    r"design|draft|add)\b.{0,50}\b(?:function|script|tests?|component|prompt|program|app|class|docs|"
     r"endpoint|essay|story|tutorial|e-?mail|letter|notes|dialogue|code)\b)"
-    r"|.*\b(?:how (?:do|can|could|should|would|does|to)|(?:useful|helpful|appropriate|needed))\b"
+    r"|.*\b(?:then explain|how (?:do|can|could|should|would|does|to)|useful|helpful|appropriate|"
+    r"needed)\b"
+)
+UNASKED = lazy_regex(  # a form that is forbidden or only talked of
+    r"(?i)(?:(?<!is )(?<!or )\b(?:not|no(?<![/|]..)(?! (?:and|as|in|or|with)\b))|n['\u2019]t"
+    r"|\bnever|\bavoid|\bwithout|refrain|instead|rather|about(?!.*\b(?:in|as|with)\b))\b"
+    r"(?: of| than)?(?: (?!(?:and|than|except|anything|but|forget|hesitate|fail|outside|before"
+    r"|after|is|if|know)\b)[^\s,.;:]+){0,5}? \W?(?:```|(?:JSON|YAML|CSV|XML|(?:\w+ )?(?:tables?"
+    r"|tags)|lists?|bullet|numbered|code|fences|backticks|yes or no|(?:one|single)[ -](?:word|line"
+    rf"|sentence|letter))\b)(?:(?! (?:but|and (?:{ASKING}))\b)[^,.;:?!\n])*"
 )
 SAID_END = lazy_regex(r" (?<=[.!?] )(?<!\A\d\. ) *(?=[^a-z])")
 LIST_ITEM = lazy_regex(r"\s{0,9}(?:(?:[-*]|\(?(\w{1,2})[.):]) +|(?=\w+ \([^()\n]+\):))(\S.*)")
@@ -2991,6 +3004,7 @@ class Prompt:
         self._read_lines(keep_ends(self._take_examples(text).split("\n"), MAX_LINES))
         said = keep_ends("\n".join(filter(None, self.lines)), MAX_SAID).split("\n")
         said = [part[:MAX_SENTENCE] for line in said for part in SAID_END.split(line)]
+        said = [UNASKED.sub("", part) for part in said]
         self.said = keep_ends(said, MAX_LINES // 4)
         self.asking = keep_ends(list(filter(is_asking, self.said)), 3)
         self.whole = " ".join(self.asking)
@@ -3002,7 +3016,7 @@ class Prompt:
         """What may be chosen, behind the words that tell of what: rows, then lists."""
         said = "\n".join([*self.said, self.tail])
         rows = [(said[: row.start()], read_row(row[1])) for row in TOLD_OF.finditer(said)]
-        rows = [(re.split(r"[.,;\n]", told)[-1][-40:].lower(), offer) for told, offer in rows]
+        rows = [(re.split(r"\) a|[.,;\n]", told)[-1][-40:].lower(), offer) for told, offer in rows]
         lists = [(told.lower(), [head for _, head in each]) for told, each in self.lists.items()]
         return rows + [(told, as_enum(heads)) for told, heads in lists]
 
@@ -3184,7 +3198,7 @@ def read_value(prompt: Prompt, value: Any, name: str = "") -> Item:
             items = [{key: field for item in items for key, field in item.items()}]
         each = read_value(prompt, items[0], name)
         return as_array(each, count_entries(prompt, name))
-    if type(value) is float and value <= 1:
+    if type(value) is float and 0 <= value <= 1:
         return {"type": "number", "minimum": 0, "maximum": 1}
     if type(value) not in (str, int, float) or prompt.unread < 0:
         return {"type": KINDS[type(value)]}
@@ -3215,8 +3229,8 @@ class WantedForm:
 
 
 JSON_ASKED = lazy_regex(
-    r"(?i)(?<!bout )(?<!ompare )(?<!this )(?<!escribe a )(?<![a-z])JSONL?"
-    r"(?![a-z(_]|\.\w| (?:API|file|output schema))"
+    r"(?i)(?<!ompare )(?<!this )(?<!escribe a )(?<![a-z])JSONL?"
+    r"(?![a-z(_]|\.\w|(?<= o[fn] JSON)(?! obj)| (?:API|file|output schema|Web|pars))"
     r"|\bPython dict"
 )
 OUTPUT_INTRO = lazy_regex(r"(?i)output|respon|answer|reply|return\b|format|schema|structure")
@@ -3241,10 +3255,7 @@ PROSE_KEYS = lazy_regex(
     r"(?i)\b(?:extract|return|give me|list|find|provide|identify) ([^.:]{3,99}) (?:as|in) "
     r"[\w ]{0,9}JSON\b"
 )
-FENCED = lazy_regex(  # not where it is forbidden
-    r"(?i)\A(?!.*(?:\bno|n't|without)\b[^.]{0,60}(?:```|code|tick)).*"
-    r"(?:```|(?:code|fenced) ?-?(?:block|snippet)\b|backtick)"
-)
+FENCED = lazy_regex(r"(?i)\A.*(?:```|(?:code|fenced) ?-?(?:block|snippet)\b|backtick)")
 
 
 KEYS_BETWEEN = r",? (?:and|then) |\s?[,|]\s?"
@@ -3526,7 +3537,7 @@ LISTS = (
 )
 RECORD_SHAPE = lazy_regex(r"[\"'`]?(\(?\w+(?:(?:; | ?\| ?)\w+)+\)?)")
 TABLE = lazy_regex(
-    r"(?i)\bCSV\b(?! file)(?<!is CSV)(?<!the CSV)|comma-separated rows|markdown table"
+    r"(?i)\bCSV\b(?! file)(?<!is CSV)(?<!the CSV)(?<!of a CSV)|comma-separated rows|markdown table"
     r"|table (?:with|of|that has|in) (?:the |\w+ )*(?:columns|markdown)"
     r"|\b(?:as|in|into|return|output|make) an? (?:\w+ )?table\b"
 )
