@@ -3687,6 +3687,7 @@ FORMS = {
         "Never forget to return JSON with keys a and b.",
         "Return a JSON object with keys a and b. Do not wrap the JSON in ```json fences.",
         "Explain your choice and give the answer as JSON with keys a and b.",
+        "Respond with JSON (not markdown) with keys a and b.",
     ),
     "another form is forbidden": (
         "(?i:yes|no)",
@@ -3782,6 +3783,7 @@ PROSE = (
     "Avoid JSON.",
     "Answer without bullet points.",
     "Do not use markdown tables or JSON.",
+    "Do not format your response using markdown, tables, or bullet lists.",
     "Respond in prose rather than in a table.",
     "Do not wrap the answer in <answer> tags.",
     "Tell me about the <b> tag in HTML.",
@@ -3797,6 +3799,7 @@ PROSE = (
     "Can you label the parts of a flower? Petal or sepal?",
     "Start your answer with 'Yes' or 'No', then explain.",
     "Give me some background on JSON.",
+    "Explain the <answer> tag, the <think> tag and their use.",
     "Write a poem about a bullet list.",
 )
 

@@ -2936,7 +2936,7 @@ ASKS = lazy_regex(
 TOLD = lazy_regex(
     r"\d\d|[>|]|\W*(?:(?:my|our|i|i'm|he|she|they|we|it|"
     r"the (?!.{0,30}(?:answer|response|output|reply|line|label|verdict|json)))\b|"
-    r"(?:explain|translate)\b(?!.*(?:, | and )(?!(?:the|an?)\b|how|wh))|is it\b|"
+    r"(?:explain|translate)\b(?!.*(?:, | and )(?!(?:the|an?|its|their)\b|how|wh))|is it\b|"
     r"(?:can you )?review\b|can you label\b(?!.* as )"
     r"|(?:show me |\w+ )?(?:how|why|what|who)\b|(?:please )?(?:write|create|build|make|implement|"
     r"design|draft|add)\b.{0,50}\b(?:function|script|tests?|component|prompt|program|app|class|docs|"
@@ -2949,8 +2949,9 @@ UNASKED = lazy_regex(  # a form that is forbidden or only talked of
     r"|\bnever|\bavoid|\bwithout|refrain|instead|rather|about(?!.*\b(?:in|as|with)\b))\b"
     r"(?: of| than)?(?: (?!(?:and|than|except|anything|but|forget|hesitate|fail|outside|before"
     r"|after|is|if|know)\b)[^\s,.;:]+){0,5}? \W?(?:```|(?:JSON|YAML|CSV|XML|(?:\w+ )?(?:tables?"
-    r"|tags)|lists?|bullet|numbered|code|fences|backticks|yes or no|(?:one|single)[ -](?:word|line"
-    rf"|sentence|letter))\b)(?:(?! (?:but|and (?:{ASKING}))\b)[^,.;:?!\n])*"
+    r"|tags)|lists?|bullet|numbered|markdown|code|fences|backticks|yes or no|(?:one|single)[ -]"
+    r"(?:word|line|sentence|letter))\b)"
+    rf"(?:(?! (?:but|and (?:{ASKING}))\b)[^,.;:?!)\n]|,(?=(?: \w+,)? n?or ))*"
 )
 SAID_END = lazy_regex(r" (?<=[.!?] )(?<!\A\d\. ) *(?=[^a-z])")
 LIST_ITEM = lazy_regex(r"\s{0,9}(?:(?:[-*]|\(?(\w{1,2})[.):]) +|(?=\w+ \([^()\n]+\):))(\S.*)")
@@ -3537,8 +3538,8 @@ LISTS = (
 )
 RECORD_SHAPE = lazy_regex(r"[\"'`]?(\(?\w+(?:(?:; | ?\| ?)\w+)+\)?)")
 TABLE = lazy_regex(
-    r"(?i)\bCSV\b(?! file)(?<!is CSV)(?<!the CSV)(?<!of a CSV)|comma-separated rows|markdown table"
-    r"|table (?:with|of|that has|in) (?:the |\w+ )*(?:columns|markdown)"
+    r"(?i)\bCSV\b(?! file)(?<!is CSV)(?<!the CSV)(?<!of a CSV)(?<! on CSV)|comma-separated rows"
+    r"|markdown table|table (?:with|of|that has|in) (?:the |\w+ )*(?:columns|markdown)"
     r"|\b(?:as|in|into|return|output|make) an? (?:\w+ )?table\b"
 )
 COLUMNS = lazy_regex(rf"(?:columns?|headers?)(?: row| are| is|:)* ({KEY_NAMES})")
