@@ -812,6 +812,11 @@ ENTANGLED = (
     {**WHOLE, "not": {"allOf": [{"minimum": -999}, {"maximum": 999}]}},
     {**TEXT, "allOf": [{"pattern": "^ab"}, {"pattern": "-mid-"}, {"pattern": "yz$"}]},
     {**TEXT, "pattern": "^[ab]{3}$", "not": {"pattern": "^a"}},
+    {**TEXT, "not": {"maxLength": 200}},
+    {"required": ["a", "b"], **A_WHOLE, "not": {"properties": {"a": {"maximum": 999}, "b": {}}}},
+    {"type": "array", "minItems": 2, "items": WHOLE, "not": {"items": {"minimum": -5}}},
+    {"type": "array", "minItems": 3}
+    | {"items": {"type": "object", **A_WHOLE, "not": {"properties": {"a": {"minimum": 10}}}}},
     {**TEXT, "pattern": "(?i)^AB[c-e]{3}$"},
     {
         "required": ["score", "url"],
@@ -3079,6 +3084,19 @@ class FormatTests(LocalCase):
         ):
             with self.subTest(format=format):
                 self.assertRefused(CHAT, {**HELLO, "response_format": format}, param)
+
+    def test_what_is_wrong_with_a_pattern(self):
+        for pattern, told in (
+            ("(?<=x)y", "pattern '(?<=x)y': ( is not supported there"),
+            ("a)(b", "pattern 'a)(b': a parenthesis closes nothing"),
+            ("a{20000}", "it asks for too much, or nests too deep"),
+        ):
+            body = {**HELLO, "response_format": {"type": "regex", "pattern": pattern}}
+            self.assertIn(told, self.ask("POST", CHAT, body).json["error"]["message"])
+        schema = {"$id": "http://e.org/", "$ref": "http://["}
+        body = {**HELLO, "response_format": {"type": "json_schema", "schema": schema}}
+        told = self.ask("POST", CHAT, body).json["error"]["message"]
+        self.assertIn("it has a malformed URI", told)
 
 
 PLACE = json.dumps(

@@ -1750,8 +1750,10 @@ def bound_work() -> Iterator[None]:
     WORK.steps = most = min(MAX_STEPS, left)
     try:
         yield
-    except (OutOfSteps, RecursionError, ValueError):  # the last from urljoin()
-        raise Unsatisfiable("it asks for too much or too deep, or has a malformed URI") from None
+    except (OutOfSteps, RecursionError):
+        raise Unsatisfiable("it asks for too much, or nests too deep") from None
+    except ValueError:  # from urljoin()
+        raise Unsatisfiable("it has a malformed URI") from None
     finally:
         WORK.steps = left - most + max(0, WORK.steps)
 
@@ -1886,7 +1888,7 @@ class Pattern:
                 if start > end:
                     end = run.match(text, start).end()
                 last = min(start + high, end)
-                ends.update(range(max(start + low, following), last + 1))  # each end once
+                ends.update(range(max(start + low, following), last + 1))
                 following = last + 1
             spend(len(ends) // 8)
             return ends
@@ -2417,9 +2419,9 @@ class ValueMaker:
         if low > high:
             raise self.no_value()
         late = self.attempt - TRIES  # for a bound within `not`
-        if 0 <= late < 3:
-            low = min(max(low, 16 << late), high)
-        elif late >= 3 and what != "Properties":
+        if late >= 3:
+            low = min(max(low, 16 << 3 * (late - 3)), high)
+        elif late >= 0:
             high = low
         return low, high
 
@@ -2431,6 +2433,12 @@ class ValueMaker:
         inner = ValueMaker(self.reader, self.rng.child(key, self.attempt), schemas)
         inner.path, inner.name = f"{self.path}/{key}"[:200], name
         inner.depth, inner.minimal, inner.trail = self.depth - 1, self.minimal, self.trail
+        unwanted = filter(None, self.arguments["not"] if self.attempt == 1 else ())
+        for part in self.reader.list_inside([*unwanted], key):
+            with contextlib.suppress(Unsatisfiable):
+                inner.given = [*schemas, {"not": part}]
+                return inner.make()
+            inner.given = schemas
         return inner.make()
 
     def make(self) -> Any:
@@ -2638,7 +2646,7 @@ class ValueMaker:
         required = dict.fromkeys(itertools.chain(*self.arguments["required"]))
         made = {name: self._make_property(name) for name in required}
         optional = [] if self.minimal or self.attempt >= TRIES else list(declared)
-        if self.attempt:
+        if self.attempt > 1:
             skipped = self.rng.child("skip", self.attempt).randbytes(len(optional))
             optional = [name for name, byte in zip(optional, skipped) if byte % 2]
         is_map = any(any(self.arguments[keyword]) for keyword in MAPS)
@@ -2689,7 +2697,10 @@ def make_instance(rng: HashRandom, schema: Any) -> Any:
 def make_matching(rng: HashRandom, pattern: str) -> str:
     """Return a text that the pattern matches as a whole, or raise `Unsatisfiable`."""
     with bound_work():
-        return Pattern(rf"\A(?:{pattern})\Z").make(rng, 0, MAX_TEXT)
+        whole = Pattern(pattern)
+        start, end = (whole._read_leaf("at", mark) for mark in (r"\A", r"\Z"))
+        whole.tree = ("all", [start, whole.tree, end])
+        return whole.make(rng, 0, MAX_TEXT)
 
 
 # === Prompts ===
