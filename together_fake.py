@@ -2414,6 +2414,7 @@ class ValueMaker:
         self.given = given
 
     def count_range(self, what: str, limit: int) -> tuple[int, int]:
+        """Return how few and how many `minItems` and the like allow."""
         low = int(max(self.arguments["min" + what], default=0))
         high = int(min([limit, *self.arguments["max" + what]]))
         if low > high:
@@ -2430,6 +2431,7 @@ class ValueMaker:
         return Unsatisfiable(f"{self.path}: no value was found that meets {keywords}")
 
     def make_inside(self, key: str | int, schemas: list[Any], name: str) -> Any:
+        """Return the value of a property or an item."""
         inner = ValueMaker(self.reader, self.rng.child(key, self.attempt), schemas)
         inner.path, inner.name = f"{self.path}/{key}"[:200], name
         inner.depth, inner.minimal, inner.trail = self.depth - 1, self.minimal, self.trail
@@ -3373,6 +3375,7 @@ def fill_shown(prompt: Prompt, lines: list[str], tools: Sequence[str] = ()) -> W
     schemas: Item = {}
 
     def fill(found: re.Match[str]) -> str:
+        """Return a label with a slot, whose schema is read at its first place."""
         name, between, value = filter(lambda part: part is not None, found.groups())
         slot, value = name.strip() or "note", value.strip().replace("...", "")
         if slot not in schemas:
@@ -5627,6 +5630,9 @@ def answer_with(fixture: Fixture, facts: MatchFacts) -> Fixture:
     said = given if is_response else {"content": given}  # all else is JSON
     entry = {"match": {}, "response": said, **fixture.options}
     answer: Fixture = run_code(fixture.source, Fixture, entry, "the answer", fixture.source)
+    if not answer.fits(facts.kind):
+        reason = f"{fixture.source} answers {facts.kind} with a response of type"
+        raise ApiError("script_failed", reason=f"{reason} {answer.type.name}")
     return answer
 
 
@@ -5800,14 +5806,12 @@ class Fixtures(Shared):
             try:
                 facts.answer = chosen.answers.take(facts.test, place)
                 break
-            except IndexError:  # it has ended; another one may answer
+            except (IndexError, ApiError) as error:  # it has ended, or its code raised
                 with self._lock:
                     chosen.count(facts.test, -1)
-                    chosen.times = len(chosen.answers.known)
-            except ApiError:  # its code raised
-                with self._lock:
-                    chosen.count(facts.test, -1)
-                raise
+                if isinstance(error, ApiError):
+                    raise
+                chosen.times = len(chosen.answers.known)  # another one may answer
         reasons.update(dict.fromkeys(matching, "shadowed"))
         others = (each for each in order if each not in found)  # why is told when asked
         misses = (
@@ -12944,6 +12948,7 @@ STARTED: weakref.WeakSet[TogetherAiServer] = weakref.WeakSet()  # servers, once 
 
 
 def leave_parents() -> None:
+    """Let go, in a child process, of what belongs to its parent."""
     Shared._lock = threading.RLock()
     if BUSY:  # whose workers do not live here
         sys.setswitchinterval(BUSY[0])
@@ -13527,9 +13532,6 @@ class TogetherAiServer(Scripting, Shared):
         call.answered_by, call.fixture = fixture, fixture.source
         request.chunk_sizes = fixture.chunk_sizes
         answer = answer_with(fixture, facts)
-        if not answer.fits(route.kind):
-            reason = f"{fixture.source} answers {route.kind} with a response of type"
-            raise ApiError("script_failed", reason=f"{reason} {answer.type.name}")
         if answer.is_whole and answer.closes:
             request.script = answer.normal
             return self._handle(route, request, call)
