@@ -122,7 +122,7 @@ if TYPE_CHECKING:
 __all__ = ["FAULTS", "ApiError", "Call", "TogetherAiServer", "main"]
 __version__ = "0.6.0"
 # pragma: allowlist nextline secret - the digest of this file without it; .ci/stamp.py
-RELEASED = "6f745cd1aa656b4b4d7cf3cc766fb3d0d47ddebd6c1b3b7800922d6df97125ad"
+RELEASED = "f855d4b56e07460521184b7833940397d1cb42c7802877c3d879778b15af9be4"
 
 DEFAULT_PORT = 4863
 DEFAULT_RECORD_LIMIT = 1000  # calls
