@@ -7455,6 +7455,15 @@ class MessageTests(ScriptingCase):
             self.assertIn(f"nothing reached {self.server.url}; ", said)
         self.assertIn("was the client built before the variables were set?", said)
 
+    def test_long_texts_are_compared_for_the_nearest_three(self):
+        for number in range(5):
+            self.server.reply("x", user_message=f"{'word ' * 40}{number}")
+        self.chat("word " * 40)
+        reasons = [miss["reason"] for miss in self.server.requests[-1].near_misses]
+        compared = ["user_message differs:\n- " in reason for reason in reasons]
+        self.assertEqual(compared, [True] * 3 + [False] * 2)
+        self.assertRegex(reasons[3], 'user_message "word .+ does not contain "word ')
+
     def test_case_is_told_where_it_alone_differs(self):
         self.server.reply("x", user_message="Hello")
         self.chat("well, hello")

@@ -4642,6 +4642,7 @@ MAX_NEAR_MISSES = 20
 MAX_FIXTURES = 10_000
 MAX_TESTS = 10_000  # whose calls are counted apart
 MAX_COMPARED = 4000  # characters of two texts that are compared
+MAX_DIFFS = 3  # of the nearest misses of one call
 MAX_SHOWN = 200  # characters of a text: where two differ, and in the list of calls
 
 
@@ -5281,6 +5282,17 @@ def show_difference(wanted: Any, got: Any) -> str:
     return "\n".join(map("{} {}".format, "-+", parts))
 
 
+# Why a fixture does not answer, where it is not what one key wants.
+OBSTACLES = {
+    "": "it matches",
+    "response": "it answers {kinds}, and this is {kind}",
+    "handshake": "of a socket a status refuses the handshake, all else is a turn",
+    "match.not": "what it excludes holds",
+    "match.sequenceIndex": "it was not the turn of {sequence} {0.sequence}",
+    "when": "its function says no",
+    "times": "it is used up: served {0.times} of {0.times}",
+    "shadowed": "it matched, but {by.source}{later} was served",
+}
 # What sorts fixtures: a header's, limited ones, steps (a reply(), a POST; the last first), files.
 FIRST, LIMITED, LAST = -math.inf, -sys.maxsize, 1
 
@@ -5384,33 +5396,31 @@ class Fixture:
             return -1
         return sum(holds_key(key, wanted, facts) for key, wanted in self.wanted.items())
 
-    def explain(self, facts: MatchFacts, differs: str, by: Fixture | None) -> Item:
+    def explain(self, facts: MatchFacts, differs: str, by: Fixture | None, with_diff: bool) -> Item:
         """Say how a request differs, or what was served instead."""
         if differs == "shadowed" and self.turn not in (None, facts["turnIndex"]):
             differs = "match.turnIndex"
-        sequence = self.spell("sequenceIndex")
-        kinds = ", ".join(filter(self.fits, OPERATIONS))
-        later = ", added later," if by is not None and by.number > self.number >= 0 else ""
-        reasons = {
-            "": "it matches",
-            "response": f"it answers {kinds}, and this is {facts.kind or 'another operation'}",
-            "handshake": "of a socket a status refuses the handshake, all else is a turn",
-            "match.not": "what it excludes holds",
-            "match.sequenceIndex": f"it was not the turn of {sequence} {self.sequence}",
-            "when": "its function says no",
-            "times": f"it is used up: served {self.times} of {self.times}",
-            "shadowed": f"it matched, but {by and by.source}{later} was served",
-        }
-        reason = reasons.get(differs) or self._compare(differs[6:], facts)
+        if differs in OBSTACLES:
+            later = ", added later," if by is not None and by.number > self.number >= 0 else ""
+            reason = OBSTACLES[differs].format(
+                self,
+                by=by,
+                later=later,
+                kinds=", ".join(filter(self.fits, OPERATIONS)),
+                kind=facts.kind or "another operation",
+                sequence=self.spell("sequenceIndex"),
+            )
+        else:
+            reason = self._compare(differs[6:], facts, with_diff)
         return {"fixture": self.source, "differs": differs, "reason": reason}
 
-    def _compare(self, key: str, facts: MatchFacts) -> str:
+    def _compare(self, key: str, facts: MatchFacts, with_diff: bool) -> str:
         name, wanted, got = self.spell(key), self.match[key], facts[key]
         if key == "headers":
             got = {name.lower(): facts.request.headers.masked.get(name) for name in wanted}
         elif key == "body":
             got = redact({name: got[name] for name in wanted if name in got})
-        if diff := show_difference(wanted, got):
+        if diff := show_difference(wanted, got) if with_diff else "":
             return f"{name} differs:\n{diff}\n"
         if got in (None, ()):
             return f"there is no {name}, wanted {preview(wanted)}"
@@ -5655,10 +5665,13 @@ def choose(fixtures: list[Fixture], turn: int) -> Fixture | None:
 def explain_misses(
     misses: Iterable[Any], facts: MatchFacts, by: Fixture | None = None
 ) -> list[Item]:
-    """Tell why each of them did not answer, the nearest first."""
+    """Tell why each of them did not answer, the nearest first, and of those what differs."""
     known = [(each, each.find_obstacle(facts) if key is None else key) for each, key in misses]
     known.sort(key=lambda miss: -miss[0].count_holding(facts))
-    return [fixture.explain(facts, differs, by) for fixture, differs in known]
+    return [
+        fixture.explain(facts, differs, by, index < MAX_DIFFS)
+        for index, (fixture, differs) in enumerate(known)
+    ]
 
 
 class Fixtures(Shared):
@@ -12240,7 +12253,8 @@ STREAM_OPTIONS = (  # that a whole reply does not know
 )  # fmt: skip
 
 
-def suggest_near(name: str, names: Iterable[str]) -> str:
+@functools.lru_cache(maxsize=256)  # a program misspells the same each time
+def suggest_near(name: str, names: tuple[str, ...]) -> str:
     near = suggest(name, names)
     return near if near.endswith("?") else ""
 
@@ -12252,7 +12266,7 @@ def list_unread(values: Item, fields: Fields, place: str = "") -> Iterator[str]:
         return
     for name, value in values.items():
         if name not in table and name not in table.ignored:
-            yield f"{place}{name}{suggest_near(name, table)}"
+            yield f"{place}{name}{suggest_near(name, tuple(table))}"
         inner = table.nested.get(name)
         if inner is None:
             continue
@@ -12274,7 +12288,7 @@ def warn_of_request(server: Server, route: Route, body: Item) -> Iterator[str]:
     model = server.models.get(id)
     if model is None:
         if all(each["name"] != id for each in server.endpoints):
-            near = suggest_near(id[:100], server.models)
+            near = suggest_near(id[:100], tuple(server.models))
             yield f"the model {id[:100]!r} is listed nowhere{near}"
     elif SERVED_AS.get(model.type, model.type) != MODEL_TYPES.get(kind, kind):
         yield f"{id} is a model of type {model.type}, which does not serve {kind}"
@@ -12537,7 +12551,7 @@ def fixture_from_keywords(
     entry: Item = {"match": {}, "response": {}, "": {}}
     for word in words:
         if word not in known:
-            hint = suggest_near(word, known) or f" (of the body: body={{{word!r}: ...}})"
+            hint = suggest_near(word, tuple(known)) or f" (of the body: body={{{word!r}: ...}})"
             raise TypeError(f"{place} has no keyword {word!r}{hint}")
         if words[word] is not None and word != "when":
             part, key = KEYWORDS[word]
