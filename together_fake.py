@@ -1277,6 +1277,7 @@ gives enough context to begin""")
 
 def make_thought(rng: HashRandom) -> str:
     data = rng.randbytes(5)
+    # Of the steps an even one, then an odd one: never the same twice.
     return (
         f"We need to{STEPS[data[0] & 254]}. The user{REQUESTS[data[1]]}. So it is best to"
         f"{STEPS[data[2] | 1]} and then mention{AMOUNTS[data[3]]}{QUALITIES[data[4]]}."
@@ -2952,8 +2953,8 @@ TOLD = lazy_regex(
     r"(?:explain|translate)\b(?!.*(?:, | and )(?!(?:the|an?|its|their)\b|how|wh))|is it\b|"
     r"(?:can you )?review\b|can you label\b(?!.* as )"
     r"|(?:show me |\w+ )?(?:how|why|what|who)\b|(?:please )?(?:write|create|build|make|implement|"
-    r"design|draft|add)\b.{0,50}\b(?:function|script|tests?|component|prompt|program|app|class|docs|"
-    r"endpoint|essay|story|tutorial|e-?mail|letter|notes|dialogue|code)\b)"
+    r"design|draft|add)\b.{0,50}\b(?:function|script|tests?|component|prompt|program|app|class|"
+    r"docs|endpoint|essay|story|tutorial|e-?mail|letter|notes|dialogue|code)\b)"
     r"|.*\b(?:then explain|how (?:do|can|could|should|would|does|to)|useful|helpful|appropriate|"
     r"needed)\b"
 )
@@ -5072,7 +5073,7 @@ BODY = ResponseType(
     "body",
     Keys(
         "json:str|int|float|bool|list|dict status:int:200..4999",
-        Field("raw", dict, fields=RAW),
+        Field("raw", dict, low=1, fields=RAW),
         "headers:dict[str] -billableUnits",
     ),
     normalise_body,
@@ -5142,8 +5143,8 @@ def check_response(said: Item, place: str, ignored: set[str]) -> ResponseType:
     ignored.update(foreign)
     reason = f"does not go with a response of type {type.name}"
     wrong = {key: reason for key in foreign if key not in type.fields.ignored}
-    named = [key for key in ("toolCalls", "blocks", "images", "raw") if key in type.fields]
-    empty = [key for key in named if said.get(key) in ([], {})]
+    # No bound of its row: others say both sound and no calls.
+    empty = ["toolCalls"] if type is TEXT and said.get("toolCalls") == [] else []
     for image in list_objects([said.get("image"), *said.get("images", ())]):
         empty += [] if image.keys() & {"url", "b64Json"} else ["image"]
     wrong.update(dict.fromkeys(empty, "says nothing"))
