@@ -2959,7 +2959,8 @@ TOLD = lazy_regex(
     r"needed)\b"
 )
 UNASKED = lazy_regex(  # a form that is forbidden or only talked of
-    r"(?i)(?:(?<!is )(?<!or )\b(?:not|no(?<![/|]..)(?! (?:and|as|in|or|with)\b))|n['\u2019]t"
+    r"(?i)(?=[nairw])(?:"
+    r"(?<!is )(?<!or )\b(?:not|no(?<![/|]..)(?! (?:and|as|in|or|with)\b))|n['\u2019]t"
     r"|\bnever|\bavoid|\bwithout|refrain|instead|rather|about(?!.*\b(?:in|as|with)\b))\b"
     r"(?: of| than)?(?: (?!(?:and|than|except|anything|but|forget|hesitate|fail|outside|before"
     r"|after|is|if|know)\b)[^\s,.;:]+){0,5}? \W?(?:```|(?:JSON|YAML|CSV|XML|(?:\w+ )?(?:tables?"
@@ -3019,8 +3020,7 @@ class Prompt:
         self._read_lines(keep_ends(self._take_examples(text).split("\n"), MAX_LINES))
         said = keep_ends("\n".join(filter(None, self.lines)), MAX_SAID).split("\n")
         said = [part[:MAX_SENTENCE] for line in said for part in SAID_END.split(line)]
-        said = [UNASKED.sub("", part) for part in said]
-        self.said = keep_ends(said, MAX_LINES // 4)
+        self.said = [UNASKED.sub("", part) for part in keep_ends(said, MAX_LINES // 4)]
         self.asking = keep_ends(list(filter(is_asking, self.said)), 3)
         self.whole = " ".join(self.asking)
         last = self.lines[-1][:80].strip(" #*-") if self.lines and not task else ""
@@ -3030,8 +3030,11 @@ class Prompt:
     def offers(self) -> list[tuple[str, Item]]:
         """What may be chosen, behind the words that tell of what: rows, then lists."""
         said = "\n".join([*self.said, self.tail])
-        rows = [(said[: row.start()], read_row(row[1])) for row in TOLD_OF.finditer(said)]
-        rows = [(re.split(r"\) a|[.,;\n]", told)[-1][-40:].lower(), offer) for told, offer in rows]
+        rows = []
+        for row in TOLD_OF.finditer(said):
+            told = said[max(0, row.start() - 60) : row.start()]
+            told = re.split(r"\) a|[.,;\n]", told)[-1][-40:].lower()
+            rows.append((told, read_row(row[1])))
         lists = [(told.lower(), [head for _, head in each]) for told, each in self.lists.items()]
         return rows + [(told, as_enum(heads)) for told, heads in lists]
 
