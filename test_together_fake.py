@@ -761,6 +761,7 @@ KEYWORDS = (
     ({"propertyNames": {"maxLength": 1}}, [{"a": 1}], [{"ab": 1}]),
     ({**A_WHOLE, "unevaluatedProperties": False}, [{"a": 1}], [{"a": 1, "b": 1}]),
     ({"anyOf": [A_WHOLE, {}], "unevaluatedProperties": False}, [{"a": 1}], [{"a": ""}, {"b": 1}]),
+    ({"if": A_WHOLE, "unevaluatedProperties": False}, [{}, {"a": 1}], [{"a": ""}, {"b": 1}]),
     (
         {"dependentSchemas": {"a": {"properties": {"b": {}}}}, **A_WHOLE}
         | {"unevaluatedProperties": False},
@@ -839,25 +840,98 @@ ENTANGLED = (
         "unevaluatedProperties": False,
     },
 )
+INSIDE = {"$ref": "#/$defs/n"}
+# A schema, and the reason that is given.
 IMPOSSIBLE = (
-    False,
-    {**WHOLE, "not": WHOLE},
-    {"allOf": [{"const": 1}, {"const": 2}]},
-    {"required": ["a"], "properties": {"b": False}, "dependentRequired": {"a": ["b"]}}
-    | {"type": "object"},
-    {"type": "object", "required": ["z"], "unevaluatedProperties": False},
-    {"type": "array", "items": WHOLE, "contains": TEXT},
-    {"type": "array", "items": {"const": 1}, "contains": {"const": 1}, "maxContains": 1}
-    | {"minItems": 2},
-    {"type": "array", "items": {"enum": [1, 1.0]}, "uniqueItems": True, "minItems": 2},
-    {"$ref": "#/$defs/none"},
-    {"$ref": "http://e.org/elsewhere"},
-    {"properties": {"a": {"type": "strin"}}},
-    {"dependencies": {"a": 1}},
-    {"required": ["a", 1]},
-    {**TEXT, "pattern": "a{3,2}"},
-    {**TEXT, "minLength": 3, "maxLength": 2},
-    {**TEXT, "maxLength": 2, "pattern": "^a{3}$"},
+    (False, "#: no value is allowed here"),
+    ({"anyOf": [False, {"allOf": [False]}]}, "#: no value is allowed here"),
+    ({**WHOLE, "not": WHOLE}, "#: no value was found that meets type, not"),
+    ({"allOf": [{"const": 1}, {"const": 2}]}, "#: no value was found that meets allOf, enum"),
+    (
+        {"required": ["a"], "properties": {"b": False}, "dependentRequired": {"a": ["b"]}}
+        | {"type": "object"},
+        "#: no value was found that meets required, properties, type, dependentSchemas",
+    ),
+    (
+        {"type": "object", "required": ["z"], "unevaluatedProperties": False},
+        "#/z: no value is allowed here",
+    ),
+    (
+        {"type": "object", "required": ["ab"], "propertyNames": {"maxLength": 1}},
+        "#: no value was found that meets type, required, propertyNames",
+    ),
+    (
+        {"type": "array", "items": WHOLE, "contains": TEXT},
+        "#/0: no value was found that meets type",
+    ),
+    (
+        {"type": "array", "items": {"const": 1}, "contains": {"const": 1}, "maxContains": 1}
+        | {"minItems": 2},
+        "#/0: no value was found that meets enum, not",
+    ),
+    (
+        {"type": "array", "items": {"enum": [1, 1.0]}, "uniqueItems": True, "minItems": 2},
+        "#/1: no value was found that meets enum, not",
+    ),
+    (
+        {"type": "array", "minItems": 3, "maxItems": 2},
+        "#: no value was found that meets type, minItems, maxItems",
+    ),
+    (
+        {
+            **INSIDE,
+            "$defs": {"n": {"type": "object", "required": ["n"]} | {"properties": {"n": INSIDE}}},
+        },
+        "#" + "/n" * 37 + ": nests too deep",
+    ),
+    ({"$ref": "#/$defs/none"}, "$ref '#/$defs/none': names nothing in this schema"),
+    ({"$ref": "http://e.org/x"}, "$ref 'http://e.org/x#': names nothing in this schema"),
+    ({"properties": {"a": {"type": "strin"}}}, "#/properties/a: type must be one of string, "),
+    ({"dependencies": {"a": 1}}, "#/dependencies/a: a schema is an object or a boolean"),
+    ({"required": ["a", 1]}, "#: required must be a string, not 1"),
+    ({**TEXT, "pattern": "a{3,2}"}, "'a{3,2}': {3,2} has nothing to repeat, or no count"),
+    ({**TEXT, "pattern": "*a"}, "'*a': * has nothing to repeat, or no count"),
+    ({**TEXT, "pattern": r"[^\s\S]"}, r": [^\s\S] has no characters"),
+    ({**TEXT, "pattern": "^a{3}$"} | {"maxLength": 2}, "no text of 0 to 2 characters was found"),
+    ({**TEXT, "pattern": "^a$", "minLength": 5}, "no text of 5 to 10000 characters was found"),
+    (
+        {**TEXT, "minLength": 3, "maxLength": 2},
+        "#: no value was found that meets type, minLength, maxLength",
+    ),
+)
+A_TO_F = {"type": "object", "properties": dict.fromkeys("abcdef", WHOLE)}
+# A schema, and the values that the first two draws give.
+DRAWN = (
+    ({**TEXT, "pattern": "^(?!.*xx)[xy]{4}$"}, "xyyx", "yyyx"),
+    ({**TEXT, "pattern": "^(ab|c)+?$", "minLength": 5}, "abcccc", "abababc"),
+    ({"type": ["null", "string"], "maxLength": 3}, "gen", "sim"),
+    ({"type": ["string", "integer"], "maxLength": 2, "minLength": 3}, 47, 90),
+    ({**TEXT, "not": {"minLength": 3}}, "", ""),
+    ({"type": "array", "items": WHOLE, "not": {"minItems": 2}}, [], []),
+    ({"type": "array", "contains": {"const": 7}, "minContains": 2}, [7, 7], [7, 7, "quick plan"]),
+    ({**A_TO_F, "propertyNames": {"enum": ["a", "g"]}}, {"a": 19}, {"a": 9}),
+    ({**A_TO_F, "not": {"required": ["c"]}}, {"b": 68, "e": 8, "f": 93}, {"e": 62, "f": 39}),
+    (
+        {**A_TO_F, "oneOf": [{"required": ["a"]}, {"required": ["b"]}]},
+        {"a": 17, "c": 86, "d": 25},
+        {"a": 9, "e": 62, "f": 39},
+    ),
+    (
+        {**INSIDE, "$defs": {"n": {**A_TO_F, "required": ["a"], "properties": {"a": WHOLE}}}},
+        {"a": 19},
+        {"a": 9},
+    ),
+    (
+        {**INSIDE, "$defs": {"n": {"type": "object", "properties": {"n": INSIDE, "v": WHOLE}}}},
+        {"n": {}, "v": 20},
+        {"n": {}, "v": 12},
+    ),
+    (
+        {"items": {"anyOf": [{"type": "array", "minItems": 1, "items": INSIDE}, INSIDE]}}
+        | {"type": "array", "$defs": {"n": {"enum": [1, 2]}}, "minItems": 2},
+        [2, 1],
+        [[1, 1], [1, 2, 2], 2],
+    ),
 )
 HEAVY = (
     {"allOf": [{"anyOf": [{"const": n}, {"const": -n}]} for n in range(1, 60)]},
@@ -894,6 +968,11 @@ class SchemaTests(unittest.TestCase):
                     self.assertTrue(reader.accepts(reader.root, value), value)
             self.assertEqual(value, make_instance(schema, number))
 
+    def test_drawn(self):
+        for schema, *wanted in DRAWN:
+            with self.subTest(schema=schema):
+                self.assertEqual([make_instance(schema, number) for number in range(2)], wanted)
+
     def test_maps_and_lists_are_not_empty(self):
         for keyword in ("additionalProperties", "unevaluatedProperties"):
             self.assertTrue(make_instance({"type": "object", keyword: WHOLE}))
@@ -926,9 +1005,11 @@ class SchemaTests(unittest.TestCase):
         self.assertEqual(gc.collect(), 0)
 
     def test_impossible(self):
-        for schema in IMPOSSIBLE:
-            with self.subTest(schema=schema), self.assertRaises(fake.Unsatisfiable):
-                make_instance(schema)
+        for schema, reason in IMPOSSIBLE:
+            with self.subTest(schema=schema):
+                with self.assertRaises(fake.Unsatisfiable) as caught:
+                    make_instance(schema)
+                self.assertIn(reason, str(caught.exception))
 
     def test_the_work_is_bounded(self):
         with mock.patch.object(fake, "MAX_STEPS", fake.MAX_STEPS // 10):
@@ -947,7 +1028,7 @@ class SchemaTests(unittest.TestCase):
         self.assertGreaterEqual(len(text), 9990)
 
     def test_where_repeats_end(self):
-        for pattern in ("ya{1,3}b", "a{2,3}b", "(a|y)a{3,4}y", "a{2,}y", "a{0,2}ya?b"):
+        for pattern in ("ya{1,3}b", "a{2,3}b", "(a|y)a{3,4}y", "a{2,}y", "a{0,2}ya?b", "(?:a|)*b"):
             for text in ("yaab", "yaaaab", "ab", "aayaaay", "yab", "aaaayb"):
                 with self.subTest(pattern=pattern, text=text):
                     found = re.search(pattern, text) is not None
@@ -1242,6 +1323,10 @@ BAD_ENTRIES = read_pairs(r"""
     fixtures[0].response.status: must be at least 200, not 99
 {"response": {"embedding": ["a"]}}
     fixtures[0].response.embedding[0]: must be a number or an array, not "a"
+{"response": {"embedding": [1, [2]]}}
+    fixtures[0].response.embedding: must be numbers, or a list of numbers each
+{"response": {"images": [{"url": "https://e.org/a"}, {}]}}
+    fixtures[0].response.image: says nothing
 {"response": {"audio": "*"}}
     fixtures[0].response.audio: must be base64, not "*"
 {"response": {"scores": [NaN]}}
@@ -7020,6 +7105,8 @@ class OrderTests(ScriptingCase):
         with TogetherAiServer(port=0, on_miss="error") as self.server:
             self.load(a=[entry({"turnIndex": 0}, "zero"), entry({"turnIndex": 2}, "two")])
             self.assertEqual([self.talk(turn) for turn in range(4)], ["zero", "zero", "two", "two"])
+            (miss,) = self.server.requests[1].near_misses
+        self.assertEqual(miss["reason"], "turnIndex 1 is not 2")
 
     def test_turns_of_one_file_may_be_exact(self):
         entries = [entry({"turnIndex": turn}, str(turn)) for turn in (0, 2)]
@@ -7463,6 +7550,19 @@ class MessageTests(ScriptingCase):
         compared = ["user_message differs:\n- " in reason for reason in reasons]
         self.assertEqual(compared, [True] * 3 + [False] * 2)
         self.assertRegex(reasons[3], 'user_message "word .+ does not contain "word ')
+
+    def test_a_long_text_is_looked_for_by_its_first_letters(self):
+        self.server.reply("x", user_message="Where is the station? " + "a" * 60)
+        self.server.reply("x", user_message={"pattern": "^bye$"})
+        self.chat("Good day. " * 9 + "Where is the station? " + "b" * 60)
+        pattern, text = (miss["reason"] for miss in self.server.requests[0].near_misses)
+        if "differs" in pattern:
+            pattern, text = text, pattern
+        wanted, got = text.splitlines()[1:]
+        self.assertEqual(
+            (wanted[:24], got[:24]), tuple(f"{sign} Where is the station? " for sign in "-+")
+        )
+        self.assertIn("does not match the pattern", pattern)
 
     def test_case_is_told_where_it_alone_differs(self):
         self.server.reply("x", user_message="Hello")
