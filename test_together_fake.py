@@ -2852,11 +2852,25 @@ class PathTests(FakeCase):
             got, 401, "invalid_request_error", None, message, code="invalid_api_key"
         )
 
+    def test_ids_and_headers_of_images_tell_where(self):
+        for prompt in ("a lake", ""):
+            body = {"model": FLUX, "prompt": prompt, "width": 64, "height": 48}
+            got = self.ask("POST", "/v1/images/generations", body)
+            self.assertRegex(got.json["id"], r"^\w{7}-\w{6}-[0-9a-f]{16}-SEA$")
+            self.assertEqual(got.headers["cf-ray"], got.json["id"][-20:])
+            self.assertEqual(got.headers["x-image-version"], "v2")
+            self.assertFalse({"x-inference-version", "x-amzn-trace-id", "vary"} & {*got.headers})
+
     def test_the_id_is_in_the_headers_too(self):
         got = self.ask("POST", CHAT, HELLO)
         id = got.json["id"]
         self.assertEqual(got.headers["cf-ray"], id[-16:] + "-SEA")
         self.assertEqual(got.headers["etag"], f'W/"{len(got.raw):x}-{id}"')
+        self.assertIn("x-api-call-end", got.headers)
+        for body in ({**HELLO, "stream": True}, {}):
+            other = self.ask("POST", CHAT, body).headers
+            self.assertTrue({"x-api-call-start", "x-inference-version"} <= {*other})
+            self.assertNotIn("x-api-call-end", other)
         trace = r"^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-a[0-9a-f]{3}-[0-9a-f]{12}-noamzn$"
         self.assertRegex(got.headers["x-amzn-trace-id"], trace)
         for method, path, body in (
@@ -5989,6 +6003,15 @@ class ImageTests(LocalCase):
     def draw(self, prompt="a lake", **fields):
         body = {"model": FLUX, "prompt": prompt, "width": 64, "height": 48, **fields}
         return self.ask("POST", "/v1/images/generations", body)
+
+    def test_flux_2_tells_milliseconds_and_first(self):
+        flux = {"model": "black-forest-labs/FLUX.2-dev", "response_format": "url"}
+        (item,) = self.draw(**flux).json["data"]
+        self.assertEqual([*item], ["timings", "index", "url"])
+        self.assertGreater(item["timings"]["inference"], 99)
+        (item,) = self.draw(response_format="url").json["data"]
+        self.assertEqual([*item], ["index", "url", "timings"])
+        self.assertLess(item["timings"]["inference"], 1)
 
     def test_forms(self):
         both = self.draw().json["data"][0]

@@ -5863,6 +5863,7 @@ class Fixtures(Shared):
 # === Faults ===
 
 NAMED_BYTES = 2**20
+COLO = "-SEA"  # where it was answered: ends the ids of images
 STATUS_ERRORS = {401: "bad_key", 404: "no_model"}  # for the others: status_...
 PROXY_STATUSES = (520, 521, 522, 523, 524)  # sent as text by the proxy in front of production
 RATE_LIMIT_HEADERS = {  # recorded, but for the seconds
@@ -5877,6 +5878,7 @@ def name_request(request: Request) -> str:
     if not request.id:
         facts = f"{request.method} {request.path}\n".encode("utf-8", "replace")
         request.id = random_id(HashRandom.of_bytes(facts + request.raw[-NAMED_BYTES:]))
+        request.id += COLO if request.path.startswith("/v1/images/") else ""
     return request.id
 
 
@@ -9142,14 +9144,18 @@ def create_images(server: Server, request: Request) -> Any:
             raise ApiError("no_parameter", parameter=name)
     size = read_image_size(body)
     rng = HashRandom.of("image", pick_facts(body, IMAGE_FACTS))
-    request.id = random_id(rng) + "-SEA"  # where it was made
+    request.id = random_id(rng) + COLO
     items = []
     images = request.script["images"] if request.script else [{}] * (body.get("n") or 1)
     for index, image in enumerate(images):
         own = rng.child("image", index)
         given = pick_given(image, image) or show_image(server, request, own, size)
-        timings = {"inference": (100 + own.randbelow(900)) / 1000}  # as every image says
-        items.append({"index": index, **given, "timings": timings})
+        item = {"index": index, **given}
+        inference = 100 + own.randbelow(900)  # milliseconds
+        if "FLUX.2" in model.id:  # recorded
+            items.append({"timings": {"inference": inference}, **item})
+        else:
+            items.append({**item, "timings": {"inference": inference / 1000}})
     return {"id": request.id, "model": model.id, "object": "list", "data": items}
 
 
@@ -11175,10 +11181,7 @@ CROSS_ORIGIN = (  # other origins may read a reply, and these headers of it
     " x-api-received, x-api-call-start, x-api-call-end, x-inference-version, content-range,"
     " accept-ranges, location, x-together-file-id\r\n"
 )
-API_TIMES = (  # of an answer, as production tells them
-    "x-api-received: {at}\r\nx-api-call-start: {at}\r\nx-api-call-end: {at}\r\n"
-    "x-inference-version: v2\r\nvary: accept-encoding\r\n"
-)
+API_TIMES = "x-api-received: {at}\r\nx-api-call-start: {at}\r\n"  # of an answer
 UNCACHED = {"Cache-Control": "no-cache, no-transform"}  # a proxy shall not gather a stream
 CHUNKED = "Transfer-Encoding: chunked\r\n"
 BODILESS = {101, 204, 304}  # statuses whose replies end with the head
@@ -11380,16 +11383,23 @@ def common_headers(second: int) -> tuple[str, str]:
 
 
 def answer_headers(reply: Reply, times: str) -> str:
-    """Return the headers that production gives every answer, made of its id."""
+    """Return the headers that production gives every answer, made of its id (recorded)."""
     id = clean_header(reply.id)
-    own = id[-17:-16] == "-"  # in Together's form; there are others
-    ray = id[-16:] if own else hashlib.blake2b(id.encode(), digest_size=8).hexdigest()
-    trace = f"{ray[:8]}-{ray[8:12]}-4{ray[1:4]}-a{ray[4:7]}-{ray[:12]}"
-    etag = f'etag: W/"{len(reply.body):x}-{id}"\r\n' if reply.events is None else ""
-    return (
-        f"x-request-id: {id}\r\n{times}cf-ray: {ray}-SEA\r\n"
-        f"x-amzn-trace-id: {trace}-noamzn\r\n{etag}"
-    )
+    short = id[: -len(COLO)] if id.endswith(COLO) else id
+    own = short[-17:-16] == "-"  # in Together's form; there are others
+    ray = short[-16:] if own else hashlib.blake2b(id.encode(), digest_size=8).hexdigest()
+    fields = f"x-request-id: {id}\r\n{times}cf-ray: {ray}{COLO}\r\n"
+    if short is id:
+        trace = f"{ray[:8]}-{ray[8:12]}-4{ray[1:4]}-a{ray[4:7]}-{ray[:12]}"
+        fields += "x-inference-version: v2\r\nvary: accept-encoding\r\n"
+        fields += f"x-amzn-trace-id: {trace}-noamzn\r\n"
+    else:  # of images
+        fields += "x-image-version: v2\r\n"
+    if reply.events is None:
+        fields += f'etag: W/"{len(reply.body):x}-{id}"\r\n'
+        if reply.status < 400:
+            fields += times.splitlines(True)[1].replace("start", "end")
+    return fields
 
 
 def write_head(reply: Reply, closes: bool, framing: str) -> bytes:
