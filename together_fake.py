@@ -3846,8 +3846,8 @@ intfloat/multilingual-e5-large-instruct||Multilingual E5 Large Instruct|514|0.02
 |dimensions 1024
 BAAI/bge-base-en-v1.5|BAAI|BAAI-Bge-Base-1.5|512|0.008/0.008
 = rerank
-Salesforce/Llama-Rank-V1|salesforce|Salesforce Llama Rank V1 (8B)|8192|0.1/0.1
-mixedbread-ai/mxbai-rerank-large-v2|Mixedbread AI|Mxbai Rerank Large V2|32768
+Salesforce/Llama-Rank-V1|salesforce|Salesforce Llama Rank V1 (8B)|8192|0.1/0.1|retired
+mixedbread-ai/mxbai-rerank-large-v2|Mixedbread AI|Mxbai Rerank Large V2|32768||retired
 = image
 black-forest-labs/FLUX.1-schnell||FLUX.1 Schnell|||image_pixel 0.0027
 black-forest-labs/FLUX.2-dev||FLUX.2 [dev]|||image 0.0154
@@ -3896,7 +3896,7 @@ Alibaba-NLP/gte-modernbert-base||Gte Modernbert Base|8192|0.08/0.08
 BAAI/bge-large-en-v1.5|BAAI|BAAI-Bge-Large-1.5|512|0.016/0.016|dimensions 1024
 WhereIsAI/UAE-Large-V1|WhereIsAI|UAE-Large v1|512|0.016/0.016|dimensions 1024
 = rerank
-Salesforce/Llama-Rank-v1|salesforce|Salesforce Llama Rank V1 (8B)|8192|0.1/0.1
+Salesforce/Llama-Rank-v1|salesforce|Salesforce Llama Rank V1 (8B)|8192|0.1/0.1|retired
 = image
 black-forest-labs/FLUX.1-schnell-Free||FLUX.1 [schnell] Free
 black-forest-labs/FLUX.1-dev||FLUX.1 [dev]
@@ -3964,7 +3964,9 @@ STOP_TOKENS = {
     "openai": ["<|return|>"],
     "Qwen": ["<|im_end|>"],
 }
-PRICING_KEYS = ("hourly", "base", "finetune", "image_pixel", "transcribe", "image", "video")
+PRICING_KEYS = (
+    "hourly", "input", "output", "base", "finetune", "image_pixel", "transcribe", "image", "video"
+)  # fmt: skip
 
 
 def model_object(model: Model) -> Item:
@@ -3983,11 +3985,12 @@ def model_object(model: Model) -> Item:
         "organization": model.organization,
         "link": f"https://huggingface.co/{model.id}",
         "license": "other",
+        "context_length": model.context_length,
         "config": {"chat_template": None, "stop": stop, "bos_token": None, "eos_token": None},
         "pricing": pricing,
     }
-    if model.context_length is not None:
-        item["context_length"] = model.context_length
+    if model.context_length is None:
+        del item["context_length"]
     return item
 
 
