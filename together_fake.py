@@ -6550,7 +6550,6 @@ logprobs: offsets
 usage: prompt_tokens total_tokens completion_tokens
 = gpt-oss-20b like B
 whole message: role content tool_calls function_call? reasoning?
-traits: needs-content
 = gpt-oss-20b without tools like B
 whole choice: index logprobs finish_reason seed message
 whole message: role content tool_calls reasoning?
@@ -6558,7 +6557,7 @@ opener body: id object created choices model usage
 choice: index text logprobs finish_reason matched_stop delta
 message: token_id role content tool_calls? reasoning?
 stop token: 200002
-traits: needs-content skips-reasoning
+traits: skips-reasoning
 = K2.7 like B
 whole body: id object created model system_fingerprint prompt choices usage
 whole choice: index message logprobs? finish_reason seed
@@ -6567,7 +6566,7 @@ usage: prompt_tokens completion_tokens total_tokens prompt_tokens_details comple
 whole message: role content tool_calls function_call? reasoning?
 whole call: id type function
 call id: call_{uuid}
-traits: needs-content talks-beside-calls any-effort
+traits: needs-content talks-beside-calls any-effort tight-arguments
 = C like K2.7
 whole body: id object created model prompt? choices usage system_fingerprint
 whole choice: index message logprobs? finish_reason matched_stop?
@@ -6586,7 +6585,7 @@ rest function: arguments
 logprobs: content
 id: chatcmpl-{hex:.24}
 call id: {name}_{index}
-traits: closes-thoughts comments null-content
+traits: closes-thoughts comments null-content tight-arguments
 = DeepSeek like C
 whole message: role content reasoning_content tool_calls? function_call?
 choice: index delta logprobs finish_reason matched_stop?
@@ -6706,7 +6705,7 @@ class Answer:
         if "tells-seed" not in self.traits:
             return None
         if self.seed is None:
-            return zlib.crc32(self.id.encode()) * 10**9
+            return zlib.crc32(self.id.encode()) * 4 * 10**9
         return self.seed
 
     def find_ending(self, choice: Choice) -> Item:
@@ -7218,9 +7217,10 @@ def choose_tools(body: Item) -> list[Item]:
     return matching[:1] if alone else matching
 
 
-def make_valid(rng: HashRandom, schema: Any, place: str) -> str:
+def make_valid(rng: HashRandom, schema: Any, place: str, is_tight: bool = False) -> str:
     try:
-        return json.dumps(make_instance(rng, schema), ensure_ascii=False)
+        value = make_instance(rng, schema)
+        return ENCODE(value) if is_tight else json.dumps(value, ensure_ascii=False)
     except Unsatisfiable as error:
         raise ApiError("invalid", param=place, reason=f"cannot be satisfied: {error}") from None
 
@@ -7243,7 +7243,8 @@ def choose_calls(rng: HashRandom, form: Form, body: Item, index: int) -> list[It
         name = function["name"]
         own = rng.child("call", index, at, name)
         schema = function.get("parameters") or {"type": "object"}
-        arguments = make_valid(own, schema, f"tools.{name}.parameters")
+        place = f"tools.{name}.parameters"
+        arguments = make_valid(own, schema, place, "tight-arguments" in form.traits)
         calls.append(tool_call(own, form, at, name, arguments))
     if body.get("tool_choice") not in (None, "auto"):
         return calls
@@ -7451,7 +7452,8 @@ def compose_chat(server: Server, request: Request) -> Answer:
     rng = HashRandom.of("chat", pick_facts(body, CHAT_FACTS))
     request.id = form.name_answer(rng)
     for tools in (body.get("tools"), body.get("functions")):
-        prompt_tokens += count_tokens(ENCODE(tools)) if tools else 0
+        is_told = tools and body.get("tool_choice") != "none"
+        prompt_tokens += count_tokens(ENCODE(tools)) if is_told else 0
     budget, prompt_tokens = find_budget(body, model, prompt_tokens)
     script = request.script = fill_forced_tool(body, request.script)
     wanted = read_prompt(server, request, messages, texts)
