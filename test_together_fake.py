@@ -4016,13 +4016,17 @@ class PromptTests(LocalCase):
             self.assertNotIn('"age"', content)
 
 
+V4, R1 = "deepseek-ai/DeepSeek-V4-Pro", "deepseek-ai/DeepSeek-R1"
+
+
 class ThoughtTests(LocalCase):
     def thoughts(self, model=THINKER, **fields):
         got = self.chat(model=model, **fields)
         message, usage = got["choices"][0]["message"], got["usage"]
         if message.get("reasoning"):
             tokens = len(fake.split_tokens(message["reasoning"]))
-            self.assertEqual(usage["reasoning_tokens"], tokens)
+            counted = tokens if model == V4 else 0
+            self.assertEqual(usage["reasoning_tokens"], counted)
             self.assertGreater(usage["completion_tokens"], tokens)
         return message.get("reasoning", "absent")
 
@@ -4040,6 +4044,41 @@ class ThoughtTests(LocalCase):
                 self.assertIsNone(self.thoughts("Qwen/Qwen3.5-9B", **fields))
         low, high = (self.thoughts(reasoning_effort=effort) for effort in ("low", "high"))
         self.assertGreater(len(high), len(low))
+
+    def test_only_deepseek_v4_counts_them_beside_the_rest(self):
+        self.assertTrue(self.thoughts(V4))
+
+    def test_a_stop_text_ends_them_and_the_answer(self):
+        for model in (V4, THINKER, "Qwen/Qwen3.5-9B", KIMI):
+            with self.subTest(model=model):
+                whole = self.chat(model=model)["choices"][0]["message"]
+                key = "reasoning_content" if model == KIMI else "reasoning"
+                before, word = whole[key][:20], whole[key][20:26]
+                got = self.chat(model=model, stop=["~", word])
+                (choice,) = got["choices"]
+                message, ended = choice["message"], choice["finish_reason"]
+                self.assertEqual((message[key], message["content"], ended), (before, "", "stop"))
+                count = len(fake.split_tokens(before))
+                self.assertEqual(got["usage"]["completion_tokens"], count)
+                events = self.stream(model=model, stop=word)
+                self.assertEqual(fold_choices(events), flatten_whole(got))
+                cut = self.chat(model=model, stop=word, max_tokens=count - 1)["choices"][0]
+                self.assertEqual(cut["finish_reason"], "length")
+        first = self.chat(model=THINKER)["choices"][0]["message"]["reasoning"][:3]
+        (choice,) = self.chat(model=THINKER, stop=first)["choices"]
+        self.assertEqual([*choice["message"]], ["role", "content", "tool_calls"])
+
+    def test_a_stop_text_ends_scripted_ones_too(self):
+        with TogetherAiServer(port=0) as self.server:
+            self.server.reply("Rome", reasoning="It is in Italy.")
+            for fields, wanted in (({"stop": "is"}, "It "), ({}, "It is in Italy.")):
+                message = self.chat(model=V4, **fields)["choices"][0]["message"]
+                said = (message["reasoning"], message["content"])
+                self.assertEqual(said, (wanted, "" if fields else "Rome"))
+
+    def test_deepseek_r1_writes_its_marks_in_one_piece(self):
+        texts = [event["choices"][0]["delta"]["content"] for event in self.stream(model=R1)]
+        self.assertEqual((texts[0], texts.count("</think>")), ("<think>", 1))
 
 
 class LogprobTests(LocalCase):
@@ -4071,6 +4110,20 @@ class LogprobTests(LocalCase):
         self.assertEqual(list(asked), ["content"])
         named = self.chat(model=OTHER, logprobs=True, top_logprobs=2)
         self.assertEqual(named["choices"][0]["logprobs"], asked)
+
+    def test_a_whole_answer_has_those_of_what_was_thought(self):
+        (choice,) = self.chat(model=THINKER, logprobs=2)["choices"]
+        message, entries = choice["message"], choice["logprobs"]["content"]
+        said = "".join(entry["token"] for entry in entries)
+        self.assertEqual(said, message["reasoning"] + message["content"])
+        events = self.stream(model=THINKER, logprobs=2)
+        chunks = [event["choices"][0] for event in events if event["choices"]]
+        told = [chunk["logprobs"] for chunk in chunks if chunk["text"]]
+        tops = [each["top_logprobs"][0][0]["logprob"] for each in told]
+        wanted = [entry["top_logprobs"][0]["logprob"] for entry in entries[-len(told) :]]
+        self.assertEqual(tops, wanted)
+        thought = [chunk["logprobs"] for chunk in chunks if chunk["delta"]["reasoning"]]
+        self.assertEqual(thought, [None] * (len(entries) - len(told)))
 
 
 class ChatTests(LocalCase):
@@ -4280,6 +4333,11 @@ WHOLES = {
     ),
     "B": (
         OTHER,
+        WHOLE_B % B_SAYS + USAGE_B,
+        WHOLE_B % B_SAYS.replace("tool_calls", CALL_B) + USAGE_B,
+    ),
+    "V4": (
+        V4,
         WHOLE_B % B_SAYS + USAGE_B,
         WHOLE_B % B_SAYS.replace("tool_calls", CALL_B) + USAGE_B,
     ),
@@ -5051,7 +5109,8 @@ class ResponseTests(ResponseCase):
         def types(**fields):
             return [item["type"] for item in self.respond(**fields)["output"]]
 
-        thoughts = self.chat(model=THINKER)["usage"]["reasoning_tokens"]
+        thinking = self.chat(model=THINKER)["choices"][0]["message"]["reasoning"]
+        thoughts = len(fake.split_tokens(thinking))
         called = {"tools": [{"type": "function", **WEATHER["function"]}], "tool_choice": "required"}
         for fields, wanted in (
             ({"model": THINKER}, ["reasoning", "message"]),

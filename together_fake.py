@@ -1218,7 +1218,7 @@ PLACES = 8  # of a sentence in a text, each with its own sentences
 
 # ASCII classes only: other letters differ between the Unicode tables of Python versions.
 TOKEN = lazy_regex(
-    r" ?(?:[A-Za-z]{1,7}|[0-9]{1,3}|[^\x00-\x7F]{1,2}|[!-/:-@\[-`{-~])"
+    r"</?think>| ?(?:[A-Za-z]{1,7}|[0-9]{1,3}|[^\x00-\x7F]{1,2}|[!-/:-@\[-`{-~])"
     r"|\n+|[ \t]+(?= )|[\x00-\x20\x7F]"
 )
 
@@ -3759,7 +3759,7 @@ TRAITS = (
 MAX_DIMENSIONS = 16384  # of an embedding
 # What serves a model in production; `FORMS` has the form of each one's answers.
 ENGINE_NAMES = (
-    "A", "B", "Scout", "gpt-oss-20b", "gpt-oss-120b", "K2.7", "C", "DeepSeek", "GLM", "Qwen"
+    "A", "B", "V4", "Scout", "gpt-oss-20b", "gpt-oss-120b", "K2.7", "C", "DeepSeek", "GLM", "Qwen"
 )  # fmt: skip
 
 
@@ -3806,12 +3806,13 @@ meta-llama/Llama-3.3-70B-Instruct-Turbo|Meta|Meta Llama 3.3 70B Instruct Turbo|1
 openai/gpt-oss-120b|OpenAI|OpenAI GPT-OSS 120B|131072|0.15/0.6|always-thinks, engine gpt-oss-120b
 openai/gpt-oss-20b|OpenAI|OpenAI GPT-OSS 20B|131072|0.05/0.2|thinks, engine gpt-oss-20b
 deepseek-ai/DeepSeek-V4-Pro|Deepseek|Deepseek V4 Pro|512000|1.74/3.48/0.2\
-|thinks, sees, watches, hears
+|thinks, sees, watches, hears, engine V4
 deepseek-ai/DeepSeek-V4-Pro-0813|Deepseek|Deepseek V4 Pro 0813|1048576|1.32/3.96/0.13\
 |thinks, engine DeepSeek
 deepseek-ai/DeepSeek-V4.1-Flash|Deepseek|Deepseek V4.1 Flash|1048576|0.3/1.2/0.006\
 |thinks, engine DeepSeek
-deepseek-ai/DeepSeek-V4-Flash-0731|Deepseek|Deepseek V4 Flash 0731|1048576|0.14/0.28/0.03|thinks
+deepseek-ai/DeepSeek-V4-Flash-0731|Deepseek|Deepseek V4 Flash 0731|1048576|0.14/0.28/0.03\
+|thinks, engine V4
 moonshotai/Kimi-K3|Moonshot AI||1048576|3/15/0.3|thinks, sees, watches, engine C
 moonshotai/Kimi-K2.7-Code|Moonshot AI||262144|0.95/4/0.19|thinks, sees, watches, engine K2.7
 zai-org/GLM-5.3|||1048575|1.4/4.4/0.26|thinks, engine GLM
@@ -6382,7 +6383,7 @@ class Choice:
     tool_calls: Sequence[Item] = ()
     calls_first = False  # in a stream, before the text
     function_call: Item | None = None  # the older form of one tool call
-    scores: Sequence[Any] = ()  # a token's (logprob, alternatives), where asked for
+    scores: Sequence[Any] = ()  # logprob and alternatives of each thought and text, if asked for
     text = ""
     token_count = 0  # of the text
     finish_reason = "tool_calls"
@@ -6394,20 +6395,31 @@ class Choice:
         """Take what of a text of `count` tokens is before a stop text and within the budget."""
         self.finish_reason = "stop"
         if stop:
-            for ending in [stop] if type(stop) is str else stop:
-                text, found, _ = text.partition(ending) if ending else (text, "", "")
-                self.stop_text = found or self.stop_text
+            text = self.end(text, stop)
             count = count_tokens(text)
         if count > budget:
             text, count = "".join(split_tokens(text)[:budget]), budget
             self.finish_reason = "length"
         self.text, self.token_count = text, count
 
-    def think(self, thoughts: str | None, budget: int) -> int:
-        """Take what of some reasoning is within the budget; return how many tokens that are."""
-        self.thoughts = split_tokens(thoughts)[: max(budget, 0)] if thoughts else []
+    def end(self, text: str, stop: Any) -> str:
+        """Return a text up to the first stop text."""
+        for ending in filter(None, [stop] if type(stop) is str else stop):
+            text, found, _ = text.partition(ending)
+            self.stop_text = found or self.stop_text
+        return text
+
+    def think(self, thoughts: str, stop: Any, budget: int) -> int:
+        """Take what of some reasoning is within the budget; return what is left of that.
+
+        Nothing is where a stop text ends it: engines look for those in all that is written
+        (recorded).
+        """
+        self.thoughts = split_tokens(self.end(thoughts, stop or ()))
+        if len(self.thoughts) > budget:
+            self.thoughts, self.stop_text = self.thoughts[: max(budget, 0)], ""
         self.thought_count = len(self.thoughts)
-        return self.thought_count
+        return 0 if self.stop_text else budget - self.thought_count
 
     @functools.cached_property
     def pieces(self) -> list[str]:
@@ -6499,6 +6511,7 @@ def arrange(keys: str, values: Mapping[str, Any]) -> Item:
 #   blank: "" stands for reasoning and ids that a chunk has not
 #   marks: two chunks of a tag come before reasoning
 #   closes-thoughts, closes-calls: with an empty piece
+#   counts-thoughts: where `reasoning_tokens` stand by themselves; else they are 0
 #   any-effort: any word is taken as `reasoning_effort`, and none hides the reasoning
 #   needs-content: where strict, in the messages of an assistant too
 FORM_TABLE = """\
@@ -6512,7 +6525,7 @@ choice: index text logprobs finish_reason delta
 message: token_id role content tool_calls? function_call? reasoning
 call: id index type function
 function: name arguments
-usage: prompt_tokens total_tokens completion_tokens reasoning_tokens prompt_tokens_details?
+usage: prompt_tokens total_tokens completion_tokens prompt_tokens_details? reasoning_tokens
 whole logprobs: content
 logprobs: nested
 call id: call_{hex}
@@ -6535,7 +6548,7 @@ usage: prompt_tokens completion_tokens total_tokens cached_tokens
 whole logprobs: tokens
 logprobs: number
 call id: call_{letters}
-traits: compact null-content tells-seed thinks-in-content
+traits: compact null-content tells-seed thinks-in-content tight-arguments
 = completion like A
 whole choice: text finish_reason logprobs index
 usage: prompt_tokens completion_tokens total_tokens
@@ -6546,6 +6559,8 @@ traits: compact null-content
 whole choice: text finish_reason seed logprobs index
 whole logprobs: offsets
 logprobs: offsets
+= V4 like B
+traits: counts-thoughts
 = Scout like B
 usage: prompt_tokens total_tokens completion_tokens
 = gpt-oss-20b like B
@@ -6691,6 +6706,8 @@ class Answer:
     def list_usage(self) -> Item:
         """Return the usage as the engine tells it; what a fixture adds to it stands last."""
         keys, counts = self.form.rows["usage"], dict(self.usage)
+        if "reasoning_tokens" in keys and "counts-thoughts" not in self.traits:
+            counts["reasoning_tokens"] = 0
         for side, part in USAGE_SIDES if "details" in keys else ():
             name, details = f"{side}_tokens_details", {part: counts[part]}
             if "counts-text" in self.traits:
@@ -6754,7 +6771,7 @@ class Answer:
         style, scores, told = self.form.rows["whole logprobs"], choice.scores, None
         if scores:
             style = "content" if self.request.body["logprobs"] is True else style
-            told = shape_logprobs(style, choice.pieces, scores)
+            told = shape_logprobs(style, [*choice.thoughts, *choice.pieces], scores)
         more = {"text": choice.text, "logprobs": told, **self.find_ending(choice)}
         return self.part("whole", choice, said, **more)
 
@@ -6815,7 +6832,7 @@ class Answer:
 
     def texts(self, choice: Choice, count: int) -> Iterator[Any]:
         pieces = choice.pieces[:count]
-        for piece, score in zip(pieces, choice.scores):
+        for piece, score in zip(pieces, choice.scores[len(choice.thoughts) :]):
             yield self.text(choice, piece, score)
         if not choice.scores:
             yield from repeat_json(ENCODE(self.text(choice, SLOT)), pieces)
@@ -7349,11 +7366,11 @@ def compose_choice(
         own = rng.child("reasoning", index)
         thoughts = " ".join([make_thought(own.child(number)) for number in range(count)])
         if "thinks-in-content" not in form.traits:
-            budget -= choice.think(thoughts, budget)
+            budget = choice.think(thoughts, body.get("stop"), budget)
             if effort == "none" and "any-effort" in form.traits:
                 choice.thoughts = ()
     if budget <= 0:
-        choice.finish_reason = "length"
+        choice.finish_reason = "stop" if choice.stop_text else "length"
     elif calls:
         if "talks-beside-calls" in form.traits and body.get("tools"):
             text = make_text(rng.child("beside", index), 1)
@@ -7381,12 +7398,16 @@ def script_choice(
     """Write one choice that a fixture scripts; the limits on its length hold too."""
     ended = "finish_reason" in script  # as it was recorded
     most = sys.maxsize if ended else budget
-    most -= choice.think(script["reasoning"], most)
+    stop = None if ended else body.get("stop")
+    most = choice.think(script["reasoning"] or "", stop, most)
+    if choice.stop_text:
+        choice.finish_reason = "stop"
+        return
     blocks = script["blocks"]
     calls = [block for block in blocks if block["type"] == "tool_call"]
     if script["content"] is not None or not calls:
         text = script["content"] or ""
-        choice.write(text, count_tokens(text), None if ended else body.get("stop"), max(most, 0))
+        choice.write(text, count_tokens(text), stop, max(most, 0))
     if calls:
         choice.finish_reason = "tool_calls"
         choice.calls_first = blocks[0] is calls[0]
@@ -7421,7 +7442,7 @@ def finish_answer(answer: Answer, rng: HashRandom, texts: Iterable[str]) -> Answ
         count = (body.get("top_logprobs") or 0) if asked is True else asked
         for choice in answer.choices:
             own = rng.child("logprobs", choice.index)
-            choice.scores = make_scores(own, choice.pieces, count)
+            choice.scores = make_scores(own, [*choice.thoughts, *choice.pieces], count)
     if body.get("echo"):
         answer.prompt = [{"text": "\n".join(texts)}]
         if asked:
@@ -7599,7 +7620,7 @@ def list_items(choice: Choice, summarised: bool, digits: str) -> list[tuple[Item
         add("rs", "reasoning", choice.thoughts, **more)
     cut = choice.finish_reason in INCOMPLETE
     if choice.text or not (choice.tool_calls or (choice.thoughts and cut)):
-        logprobs = list_logprobs(choice.pieces, choice.scores)
+        logprobs = list_logprobs(choice.pieces, choice.scores[len(choice.thoughts) :])
         part = {"type": "output_text", "text": choice.text, "annotations": [], "logprobs": logprobs}
         add("msg", "message", choice.pieces, role="assistant", content=[part])
     for call in choice.tool_calls:
