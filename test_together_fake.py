@@ -2640,6 +2640,117 @@ SEEDS = {
 }
 
 
+# CRC-32 of what GoldenTests get, where the clock stands still.
+GOLDEN = """\
+A logprobs 563a7c87
+A schema 72c3bd55
+A text 3e131dbb
+A tools 8026e466
+B logprobs b9cc5836
+B schema 95371ab5
+B text c745b3dd
+B tools 5a8341bf
+C logprobs 68ebb3a6
+C schema 01c14d49
+C text 4e1f868d
+C tools ade8b311
+DELETE /v1/endpoints/{id} b1726ea5
+DELETE /v1/endpoints/{id}/adapters 640d11ef
+DELETE /v1/files/{id} 62893e05
+DELETE /v1/fine-tunes/{id} 5fe398f2
+DeepSeek logprobs 0c578b05
+DeepSeek schema 8f983385
+DeepSeek text 365ff9f7
+DeepSeek tools 61f88f1d
+GET /v1/autoscale/models 42610f3b
+GET /v1/batches 68062ab9
+GET /v1/batches/{id} c5dd9e94
+GET /v1/clusters/availability-zones b57c6cf4
+GET /v1/endpoints d4a9ee0d
+GET /v1/endpoints/{id} 74cec67b
+GET /v1/endpoints/{id}/adapters 872c90f8
+GET /v1/evaluation 8e96035c
+GET /v1/evaluation/model-list 579c7b94
+GET /v1/evaluation/{id} 8aae37b1
+GET /v1/evaluation/{id}/status f988750a
+GET /v1/files 79c30675
+GET /v1/files/{id} b0a54ccf
+GET /v1/files/{id}/content fa0c4a88
+GET /v1/fine-tunes db639e00
+GET /v1/fine-tunes/models/limits 2816dfa8
+GET /v1/fine-tunes/models/supported c9e6af1b
+GET /v1/fine-tunes/{id} a2af8f9d
+GET /v1/fine-tunes/{id}/checkpoints c60333d7
+GET /v1/fine-tunes/{id}/download-tokenized-dataset e93651de
+GET /v1/fine-tunes/{id}/events 3fe77c5a
+GET /v1/fine-tunes/{id}/metrics 23891834
+GET /v1/hardware 5eccc5c9
+GET /v1/jobs 0c91f481
+GET /v1/jobs/{id} 199a2c95
+GET /v1/models 3e983ef0
+GET /v1/models/{id...} d751bd42
+GET /v1/projects 744ac014
+GET /v1/voices aa9dda73
+GET /v2/projects/{project}/models d8bd9635
+GET /v2/supported-models d5fb3ee9
+GET /v2/supported-models/{id...} 035f3d90
+GET /v2/videos/{id} a1bd21b4
+GET /v2/whoami 1496641f
+GET /v3/whoami 1496641f
+GLM logprobs 4e83b079
+GLM schema 43b5a6b4
+GLM text 00d69d12
+GLM tools 10ee3ff4
+K2.7 logprobs b5e20b31
+K2.7 schema 298d002a
+K2.7 text c2f9316b
+K2.7 tools 3214716f
+PATCH /v1/endpoints/{id} 626cc5b9
+POST /v1/audio/speech 4de15127
+POST /v1/audio/transcriptions 3cac45be
+POST /v1/audio/translations 3226f3ef
+POST /v1/batches 577cb88d
+POST /v1/batches/{id}/cancel e3b6f6df
+POST /v1/chat/completions 0235a362
+POST /v1/completions 6bf6bc68
+POST /v1/embeddings c4a8798d
+POST /v1/endpoints a5b77873
+POST /v1/endpoints/{id}/adapters 6887a246
+POST /v1/evaluation c9763bc6
+POST /v1/files 5954bb3a
+POST /v1/files/multipart/initiate 2349346a
+POST /v1/files/{id}/preprocess b0a54ccf
+POST /v1/fine-tunes 38615d60
+POST /v1/fine-tunes/estimate-price 33fd0d0c
+POST /v1/fine-tunes/preview b37fe6db
+POST /v1/fine-tunes/{id}/cancel 7117ddbf
+POST /v1/models 8a77fd2f
+POST /v1/rerank 8f8fef18
+POST /v1/responses 044203d0
+POST /v2/videos 97d3a283
+Qwen logprobs 5e4493ee
+Qwen schema aaa73a5a
+Qwen text 5b23f066
+Qwen tools 4607e32c
+Scout logprobs fa39a2b6
+Scout schema fa845edc
+Scout text d905a7b6
+Scout tools 0e4b2461
+V4 logprobs b373422a
+V4 schema 0b0f6a41
+V4 text b4f1cf5d
+V4 tools 62f2dc53
+gpt-oss-120b logprobs a67b69a7
+gpt-oss-120b schema 77644cad
+gpt-oss-120b text 1c1754e0
+gpt-oss-120b tools dc2bc659
+gpt-oss-20b logprobs 4bdca87f
+gpt-oss-20b schema 899a6e2e
+gpt-oss-20b text 5c2a2938
+gpt-oss-20b tools 2e18d603
+"""
+
+
 def add_call(calls, fragment):
     """Add what a chunk says of a tool call: its head, or a piece of its arguments."""
     call = calls.setdefault(fragment["index"], {"id": None, "name": None, "arguments": ""})
@@ -2703,30 +2814,35 @@ def name_of(route):
     return f"{route.method} {route.path}"
 
 
+def seed(server):
+    server.reset()
+    for collection, items in SEEDS.items():
+        server.seed(collection, items)
+
+
+def cases(server):
+    """Yield each route with a path and a body that are good where the seeds are."""
+    seed(server)
+    for route in fake.ROUTES:
+        name = name_of(route)
+        path = PATHS.get(name, re.sub(r"{\w+}", "id", route.path))
+        yield route, path, VALID.get(name, {} if route.body else None)
+
+
 class RouteTests(FakeCase):
     """What holds for each operation there is."""
 
     over_http = False
 
-    def seed(self):
-        self.server.reset()
-        for collection, items in SEEDS.items():
-            self.server.seed(collection, items)
-
     def cases(self):
-        """Yield each route with a path and a body that are good where the seeds are."""
-        self.seed()
-        for route in fake.ROUTES:
-            name = name_of(route)
-            path = PATHS.get(name, re.sub(r"{\w+}", "id", route.path))
-            yield route, path, VALID.get(name, {} if route.body else None)
+        return cases(self.server)
 
     def test_a_good_request_gets_the_declared_status(self):
         self.over_http = True
         for route, path, body in self.cases():
             with self.subTest(route=name_of(route)):
                 if name_of(route) not in STEPS:
-                    self.seed()
+                    seed(self.server)
                     headers = UPGRADE if route.status == 101 else KEY
                     got = self.ask(route.method, path, body, headers)
                     wanted = 302 if name_of(route) == "POST /v1/files" else route.status
@@ -2806,6 +2922,43 @@ class RouteTests(FakeCase):
                         whole = self.post(path, {**body, "n": n}).json
                         events = self.post(path, {**body, "n": n, "stream": True}).events
                         self.assertEqual(FOLDS[route.kind](events), FOLDS["whole"](whole))
+
+
+class GoldenTests(FakeCase):
+    """The bytes of each answer are those of this version; asked often, a job comes to its end."""
+
+    options = MappingProxyType({"clock": lambda: 1.7e9})
+    over_http = False
+    origin = "http://here"
+
+    def requests(self):
+        """Yield names of rows with what is asked five times."""
+        for route, path, body in cases(self.server):
+            name = name_of(route)
+            is_step = name in STEPS or route.status == 101
+            if path.startswith(("/v1", "/v2", "/v3")) and not is_step:
+                yield name, route.method, path, [body] * 5
+        for engine, model in FormTests.MODELS.items():
+            for name, fields in (
+                ("text", {}),
+                ("tools", {"tools": [WEATHER], "messages": say("the weather in Rome")}),
+                ("logprobs", {"logprobs": 2, "n": 2, "max_tokens": 60}),
+                ("schema", {"response_format": {"type": "json_object", "schema": CITY}}),
+            ):
+                body = {**HELLO, "model": model, **fields}
+                yield f"{engine} {name}", "POST", CHAT, [body, {**body, "stream": True}]
+
+    def test_golden(self):
+        """To change a row is to change answers: say so under Changes, raise the minor version."""
+        told = dict(line.rsplit(" ", 1) for line in GOLDEN.splitlines())
+        for name, method, path, bodies in self.requests():
+            seed(self.server)
+            raw = b"\n".join(self.answer(method, path, body).raw for body in bodies)
+            if b"\x1f\x8b" in raw or b'"b64_json"' in raw:  # compressed by this machine's zlib
+                continue
+            with self.subTest(row=name):
+                self.assertEqual(f"{zlib.crc32(raw):08x}", told.pop(name, None), raw[:999])
+        self.assertEqual(told, {})
 
 
 class PathTests(FakeCase):
