@@ -5412,7 +5412,7 @@ class ResponseTests(ResponseCase):
                 output = self.respond(given, **tools)["output"]
                 calls = [item for item in output if item["type"] == "function_call"]
                 names += [item["name"] for item in calls]
-                if not calls or "final_result" in names:
+                if not calls or (choice == "required" and "final_result" in names):
                     break
                 given = [*given, *output]
                 for item in calls:

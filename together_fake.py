@@ -7196,8 +7196,8 @@ def find_final(texts: list[str], tools: list[Item]) -> list[Item]:
 def choose_tools(body: Item) -> list[Item]:
     """Return the functions to call: those that share most words with the user's last request.
 
-    With `auto`, none when no word is shared. After a result it is the tool that ends the task, if
-    one does; else none with `auto`, and with `required` one that was not called: so loops end.
+    With `auto`, none when no word is shared. After a result it is the tool that ends the task, once
+    if one does; else none with `auto`, and with `required` one that was not called: so loops end.
     """
     tools = find_tools(body)
     mode, names = read_tool_choice(body)
@@ -7212,7 +7212,7 @@ def choose_tools(body: Item) -> list[Item]:
     final = find_final(told, offered)
     is_passed = bool(done) and HANDS_OVER.search(done[-1] or "")
     if ends and (final or (mode == "auto" and not is_passed)):
-        return final[:1]
+        return [tool for tool in final[:1] if mode == "required" or tool["name"] not in done]
     left = [tool for tool in offered if tool["name"] not in done and tool not in final]
     left = [tool for tool in left if not ends or not HANDS_OVER.search(tool["name"])] or left
     offered = (left if left or ends else final) or offered
