@@ -6838,6 +6838,7 @@ class SocketScriptTests(TalkCase):
         self.server.fail(503, endpoint="voice", times=1)
         got = self.ask("GET", VOICE, None, UPGRADE)
         self.assertEqual((got.status, self.server.requests[-1].kind), (503, "voice"))
+        self.assertEqual(fake.record_calls(self.server.requests, ()), [])
         self.assertEqual(self.kinds(self.speak())[-1], "done")
 
     def test_close_codes(self):

@@ -10085,7 +10085,8 @@ def record_calls(calls: Iterable[Call], secrets: Iterable[str]) -> list[Item]:
         request = call.as_request()
         # What was refused for its key or JSON would refuse others again.
         unread = (call.status == 401 and not call.fixture) or (request.raw and call.body is None)
-        if call.kind in OPERATIONS and call.outcome == "complete" and call.is_kept and not unread:
+        is_said = call.kind in OPERATIONS and OPERATIONS[call.kind].status != 101
+        if is_said and call.outcome == "complete" and call.is_kept and not unread:
             reply = Reply(call.raw_reply, call.status, call.reply_type, call.reply_headers)
             answer = put_answer(call.kind, request, reply)
             with contextlib.suppress(ValueError):
