@@ -11942,6 +11942,8 @@ class RecordingTests(RecordingCase):
         self.stand_before(record=self.file)
         headers = {"Authorization": f"Bearer {key}", "X-Api-Key": word, "Cookie": f"session={word}"}
         hidden = {"wandb_api_key": word, "deep": {"hf_token": word, "list": [{"password": word}]}}
+        plain = {"max_token": 5, "eos_token": "</s>", "prompt_cache_key": "tenant-7"}
+        self.assertEqual(fake.redact(plain), plain)
         for path, body in (
             (CHAT, {**HELLO, **hidden}),
             (CHAT, {**HELLO, **hidden, "seed": 1}),

@@ -176,9 +176,9 @@ SECRET_NAME = lazy_regex(  # of a header, or in a query
     re.IGNORECASE,
 )
 SECRET_FIELD = lazy_regex(  # of a body, as `hf_token` is one, and `tokens` are none
-    r"(?:(?:^|[^a-z]|(?-i:[a-z](?=[A-Z])))(?:auth|authorization|authz|bearer|jwt|key|credentials?)"
-    r"|(?:api|access|secret|private|auth)[-_]?keys?|passphrase|passwd|passwords?|secrets?|token"
-    r"|cookies?)(?:value|string|text|pem|header|[^a-z])*\Z",
+    r"(?:(?:^|[^a-z]|(?-i:[a-z](?=[A-Z])))(?:auth|authorization|authz|bearer|jwt|credentials?"
+    r"|(?<!cache)(?<!cache.)key)|(?:api|access|secret|private|auth)[-_]?keys?|passphrase|passwd"
+    r"|passwords?|secrets?|(?<!max.)(?<![bep][ao][sd].)token|cookies?)(?:value|string|text|pem|header|[^a-z])*\Z",
     re.IGNORECASE,
 )
 URL = lazy_regex(r"[A-Za-z][\w+.-]*://[^\s\"'<>`]+")
