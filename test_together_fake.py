@@ -3262,6 +3262,15 @@ class ToolTests(LocalCase):
         tools = [tool("transfer_to_agent"), tool("find_refund")]
         self.assertEqual(self.called(messages=messages[:1], tools=tools), ["transfer_to_agent"])
         self.assertNotIn("transfer_to_agent", self.called(messages=messages, tools=tools))
+        for name in ("transfer_back_to_supervisor", "delegate_task"):
+            back = {"id": "c", "type": "function", "function": {"name": name, "arguments": "{}"}}
+            talk = [
+                *say("delegate the task to the weather agent"),
+                {"role": "assistant", "content": "", "tool_calls": [back]},
+                {"role": "tool", "tool_call_id": "c", "content": "Done: 22 degrees."},
+            ]
+            tools = [tool("transfer_to_math_agent"), tool("delegate_task")]
+            self.assertEqual(self.called(messages=talk, tools=tools), [])
 
     def test_a_call_of_a_tool_of_another_kind_is_passed_over(self):
         call = {"id": "a", "type": "custom", "custom": {"name": "x", "input": "y"}}

@@ -7143,8 +7143,8 @@ FINAL_CALL = lazy_regex(
     r"use|invoke)\b(?: the)? \W?(\w+)[^.\n]{0,60}\b(?:when|once)\b.{0,40}(?:done|finish|compl)",
     re.IGNORECASE,
 )
-HANDS_OVER = lazy_regex(r"transfer|hand_?off|delegate", re.IGNORECASE)
-EXTRACTS = lazy_regex(r"extract|pars(?:e|ing)\b|fill|structured", re.IGNORECASE)
+HANDS_OVER = lazy_regex(r"transfer|hand_?off", re.IGNORECASE)
+EXTRACTS = lazy_regex(r"extract|pars(?:e|ing)\b|\bfill|structured", re.IGNORECASE)
 
 
 def topic_words(text: str) -> set[bytes]:
@@ -7210,9 +7210,11 @@ def choose_tools(body: Item) -> list[Item]:
     texts = [message_text(message)[-PROMPT_WINDOW:] for message in body["messages"]]
     told = [text for text, each in zip(texts, body["messages"]) if each["role"] in INSTRUCTS]
     final = find_final(told, offered)
-    is_passed = bool(done) and HANDS_OVER.search(done[-1] or "")
+    last = (done and done[-1]) or ""
+    is_passed = HANDS_OVER.search(last) and "back" not in last  # the next agent has not begun
     if ends and (final or (mode == "auto" and not is_passed)):
-        return [tool for tool in final[:1] if mode == "required" or tool["name"] not in done]
+        ended = {tool["name"] for tool in final if tool in offered}.intersection(done)
+        return [] if ended and mode == "auto" else final[:1]
     left = [tool for tool in offered if tool["name"] not in done and tool not in final]
     left = [tool for tool in left if not ends or not HANDS_OVER.search(tool["name"])] or left
     offered = (left if left or ends else final) or offered
