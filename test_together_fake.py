@@ -968,6 +968,31 @@ class SchemaTests(unittest.TestCase):
                     self.assertTrue(reader.accepts(reader.root, value), value)
             self.assertEqual(value, make_instance(schema, number))
 
+    def test_numbers_vary_within_their_bounds(self):
+        for bounds in (
+            {"minimum": 0, "maximum": 1},
+            {"minimum": -1, "maximum": 1},
+            {"minimum": 100},
+            {"exclusiveMaximum": 1},
+        ):
+            for kind in ("number", "integer"):
+                with self.subTest(bounds=bounds, kind=kind):
+                    schema = {"type": kind, **bounds}
+                    self.assertGreater(len({make_instance(schema, n) for n in range(20)}), 1)
+
+    def test_a_number_goes_before_a_text(self):
+        """As pydantic takes a Decimal, which may be any text by its schema."""
+        for number in range(5):
+            made = make_instance({"anyOf": [TEXT, {"type": "null"}, {"type": "number"}]}, number)
+            self.assertIsInstance(made, float)
+
+    def test_content_of_texts(self):
+        inside = {"type": "object", "required": ["a"], **A_WHOLE}
+        text = make_instance({**TEXT, "contentSchema": inside})
+        self.assertIsInstance(json.loads(text)["a"], int)
+        base64.b64decode(make_instance({**TEXT, "contentEncoding": "base64"}), validate=True)
+        self.assertRegex(make_instance({**TEXT, "format": "phone"}), r"\A\+1-555-01\d\d\Z")
+
     def test_drawn(self):
         for schema, *wanted in DRAWN:
             with self.subTest(schema=schema):

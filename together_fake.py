@@ -2029,7 +2029,7 @@ company organization employer brand: {Alder|Borealis|Cobalt|Ember} {Group|Labs|S
 role job occupation profession: {analyst|architect|designer|editor|engineer|teacher}
 type category kind group: {basic|custom|general|primary|public|standard}
 status state: {active|approved|completed|open|pending|ready}
-color colour: {amber|blue|coral|green|silver|violet}
+color colour: {aqua|blue|coral|green|silver|violet}
 id key token: {noun}_{x8}
 sku product_code order_code error_code reference: {A|B|C|D}{d3}-{d4}
 file filename file_name: {noun}.txt
@@ -2192,7 +2192,8 @@ VOCABULARY: dict[str, tuple[str, str, Callable[[Any, Any, Any, Any], bool]]] = {
 # Keywords that others look at, or that are rewritten: the argument's shape.
 LOOKED_AT = {
     "default": "any", "examples": "any", "description": "any", "format": "text",
-    "contentMediaType": "text", "minContains": "count", "maxContains": "count", "const": "any",
+    "contentMediaType": "text", "contentEncoding": "text", "contentSchema": "schema",
+    "minContains": "count", "maxContains": "count", "const": "any",
     "then": "schema", "else": "schema", "additionalItems": "schema",
     "dependencies": "needs", "dependentRequired": "needs",
 }  # fmt: skip
@@ -2395,6 +2396,13 @@ NAMING = {"enum", "examples", "default"}  # keywords with values
 MAPS = ("additionalProperties", "patternProperties", "unevaluatedProperties")
 
 
+def rank_types(parts: list[Any]) -> Callable[[Any], bool]:
+    """Return a sort key: null is last, a text after a number, as pydantic's Decimal is either."""
+    kinds = [part.get("type") for part in parts if isinstance(part, dict)]
+    late = [("null",), ("string",)] if ("number", "integer") in kinds else [("null",)]
+    return lambda part: isinstance(part, dict) and part.get("type") in late and "enum" not in part
+
+
 class ValueMaker:
     """One place of an instance: makes its value, which meets what is given, and those inside."""
 
@@ -2492,11 +2500,11 @@ class ValueMaker:
                 refs.add(schema["$ref"])
                 todo.append(self.reader.resolve(schema["$ref"]))
             is_simple = self.minimal or not refs.isdisjoint(self.trail)
-            # null last, or where it is deep the simplest first
-            order = self._count_refs if is_simple else lambda part: part == {"type": ("null",)}
             for parts in filter(None, (schema.get("anyOf"), schema.get("oneOf"))):
                 start = self.start % len(parts)
                 number, place = divmod(number, len(parts))
+                # where it is deep, the simplest first
+                order = self._count_refs if is_simple else rank_types(parts)
                 todo.append(sorted(parts[start:] + parts[:start], key=order)[place])
         self.minimal = self.minimal or not refs.isdisjoint(self.trail)
         self.schemas, self.trail = schemas, self.trail | refs
@@ -2567,10 +2575,12 @@ class ValueMaker:
         """Return a text by format, by name or by pattern."""
         low, high = self.count_range("Length", MAX_TEXT)
         patterns = [self.reader.pattern(source) for source in self.arguments["pattern"]]
-        named = self.arguments["format"] + self.arguments["contentMediaType"]
-        formats = [name for name in named if name in FORMATS]
+        keywords = ("format", "contentMediaType", "contentEncoding")
+        formats = [name for each in keywords for name in self.arguments[each] if name in TEXTS]
         name = self.name if self.attempt < TRIES // 2 else ""  # whose few texts may be in use
-        template = FORMATS[formats[0]] if formats else find_by_name(TEXTS, name)
+        template = TEXTS[formats[0]] if formats else find_by_name(TEXTS, name)
+        if self.arguments["contentSchema"]:
+            return ENCODE(self.make_inside("content", self.arguments["contentSchema"], ""))
         for _ in range(TRIES if formats or patterns else 1):
             text = fill_template(self.rng, template)
             if low <= len(text) <= high and all(pattern.is_in(text) for pattern in patterns):
@@ -2602,7 +2612,9 @@ class ValueMaker:
         low = max([-math.inf, *self.arguments["minimum"], *self.arguments["exclusiveMinimum"]])
         high = min([math.inf, *self.arguments["maximum"], *self.arguments["exclusiveMaximum"]])
         beyond = (natural[1], natural[1] + MAX_ITEMS * step)
-        spans = [natural, (low, low + 100 * step), (high - 100 * step, high), beyond]
+        spans = [natural, (low, high), (low, low + 100 * step), (high - 100 * step, high), beyond]
+        if min(natural[1], high) - max(natural[0], low) < step:
+            del spans[0]  # the bounds leave one of its numbers
         for start, end in (*spans, (1e9, 1e9 + step), (-1e9, step - 1e9)):
             start, end = max(start, low), min(end, high)
             if -1e300 <= start <= end <= 1e300:
