@@ -13352,6 +13352,25 @@ class PageTests(FakeCase):
                 self.assertEqual((again.status, again.raw), (first.status, first.raw))
                 self.assertNotEqual(self.server.requests[1].fixture, "")
 
+    def test_a_copied_answer_says_what_it_is_for(self):
+        self.ask("POST", CHAT, {**HELLO, "messages": []})
+        self.assertIn("endpoint='chat'", self.copied(1))
+        self.post(CHAT, {**HELLO, "tools": [WEATHER], "tool_choice": "required"})
+        self.assertIn("has_tool_result=False", self.copied(2))
+        self.chat("hello")
+        self.assertNotIn("tool_result", self.copied(3))
+        self.assertNotIn("endpoint", self.copied(3))
+        body = {"model": FLUX, "prompt": "a lake", "width": 64, "height": 64, "n": 2}
+        self.post("/v1/images/generations", body)
+        self.assertNotIn("Path(", self.copied(4))
+
+    def test_code_is_not_edited(self):
+        self.server.reply(lambda request: "x", user_message="hi")
+        self.server.reply("x", when=lambda request: True)
+        self.server.reply("x")
+        rows = self.json("GET", FIXTURES)["fixtures"]
+        self.assertEqual(["has_code" in row for row in rows], [True, True, False])
+
     def test_what_is_filtered_is_downloaded_as_fixtures(self):
         self.chat("about apples")
         self.chat("about pears")

@@ -5478,8 +5478,10 @@ class Fixture:
         return f"<Fixture {self.source}: {self.type.name}, served {self.served} times>"
 
     def describe(self) -> Item:
-        number = {} if self.number < 0 else {"number": self.number}
-        return {**self.entry, **number, "source": self.source, "served": self.served}
+        more = {} if self.number < 0 else {"number": self.number}
+        if self.answers or self.when:  # which JSON cannot say
+            more["has_code"] = True
+        return {**self.entry, **more, "source": self.source, "served": self.served}
 
 
 FOREIGN_ENDPOINTS = lazy_regex(r"(audio-gen|elevenlabs-.+|fal|fal-audio|openai-live|realtime.*)\Z")
@@ -10489,10 +10491,11 @@ button, input, textarea {
   padding: 4px 10px; border: 1px solid var(--line); border-radius: 6px;
   background: none; color: inherit; font: inherit;
 }
-button:hover, [aria-selected=true] { border-color: currentcolor; }
+button:hover, [aria-pressed=true] { border-color: currentcolor; }
 header, .bar { display: flex; flex-wrap: wrap; gap: 6px 10px; align-items: center; }
 header { padding: 8px 12px; border-bottom: 1px solid var(--line); background: var(--panel); }
 h1, h2, h3 { margin: 8px 0 0; font-size: 15px; }
+header h1 { margin: 0; }
 h2, pre, .card > * { white-space: pre-wrap; overflow-wrap: anywhere; }
 input { flex: 1 1 180px; }
 main { display: flex; flex: 1; min-height: 0; }
@@ -10507,13 +10510,17 @@ summary { padding: 2px 8px; }
 .row {
   display: grid; width: 100%; gap: 0 12px; padding: 4px 8px; text-align: left;
   border-color: transparent transparent var(--line); border-radius: 0;
-  grid-template-columns: 72px 3fr 4fr 2fr 36px 66px 84px;
+  grid-template-columns: 72px 3fr 4fr 2fr 68px 66px 84px;
 }
 .row > * { min-width: 0; overflow: hidden; white-space: nowrap; text-overflow: ellipsis; }
-.row img { height: 40px; }
+.row img { height: 40px; vertical-align: top; }
+.answer .warn:not(:empty) {
+  display: inline-block; max-width: 45%; margin-right: 8px; overflow: hidden;
+  text-overflow: ellipsis; vertical-align: top;
+}
 .row[aria-current=true], h4, pre { background: var(--panel); }
 @container (max-width: 800px) {
-  .row { grid-template-columns: 1fr 36px 66px; }
+  .row { grid-template-columns: 1fr 68px 66px; }
   .time, .tokens, .model { display: none; }
   .answer { grid-area: 2 / 1 / 3 / 4; }
 }
@@ -10524,17 +10531,17 @@ summary { padding: 2px 8px; }
 .card > * { margin: 0; padding: 5px 10px; }
 pre, textarea { font: 12px/1.5 ui-monospace, Menlo, monospace; }
 pre { margin: 4px 0; padding: 6px 10px; }
-textarea { width: 100%; height: 180px; }
+textarea { width: 100%; max-height: 400px; field-sizing: content; }
 .card :is(img, audio, video) { display: block; max-width: 100%; max-height: 420px; }
 .sides {
   display: grid; gap: 0 16px;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr));
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 240px), 1fr));
 }
 meter { width: 100%; }
 </style>
 <header>
   <h1>together_fake</h1>
-  <button id="calls" aria-selected="true">Calls</button>
+  <button id="calls" aria-pressed="true">Calls</button>
   <button id="fixtures">Fixtures</button>
   <input id="filter" type="search" aria-label="Filter"
     placeholder="Filter ( / ): words, kind:chat, status:4xx, test:id">
@@ -10545,7 +10552,7 @@ meter { width: 100%; }
 <main>
   <section id="list"></section>
   <section id="scripted" hidden></section>
-  <section id="detail" hidden></section>
+  <section id="detail" tabindex="-1" hidden></section>
 </main>
 <script>
 "use strict";
@@ -10625,29 +10632,34 @@ function readTool({ name, description, parameters, function: nested }) {
 
 function drawTimeline({ first_event_ms: first, duration_ms: whole, events_sent: events, outcome }) {
   if (!events) return "";
-  const pace = whole > first ? Math.round((events - 1) / (whole - first) * 1000) : events;
+  const rest = whole - first;
+  const pace = rest > 5 ? Math.round((events - 1) / rest * 1000) + " a second, " : "";
   const meter = make("meter");
-  meter.value = whole ? 1 - first / whole : 0;
+  meter.value = whole ? first / whole : 0; // what it waited
   return make("div." + outcome, meter, `first event after ${first} ms, ` +
-    `${events} events in ${whole} ms, ${pace} a second, ${outcome}`);
+    `${events} events in ${whole} ms, ${pace}${outcome}`);
 }
 
 function drawCall(call) {
   const { method, body } = call;
   const url = call.path + (call.query && "?" + call.query);
   const headers = { "Content-Type": "application/json", Authorization: "Bearer any" };
+  if (call.test) headers["X-Test-Id"] = call.test;
+  const isForm = /^(multipart|application.x-www)/.test(call.headers["content-type"]);
+  const misses = call.fixture ? [] : call.near_misses;
   const { messages, input, tools = [], ...settings } = Object(body);
   detail.replaceChildren(
     make("h2", `#${call.n} ${call.status} ${method} ${url}`),
     make("div.bar",
       Object.entries(call.copy).map(([name, text]) =>
         text && makeButton("Copy " + name, (button) => copyText(text, button))),
-      body && makeButton("Send again", () =>
-        fetch(url, { method, headers, body: JSON.stringify(body) })),
+      !isForm && makeButton("Send again", () =>
+        fetch(url, { method, headers, body: body && JSON.stringify(body) })),
       makeButton("Close", closeCall)),
-    make("div.dim", "answered by " + (call.fixture || "the generator"),
-      call.form && ", form: " + call.form),
-    ...[call.error, ...call.verdict].map((text) => make("div.bad", text)),
+    make("div.dim", [call.fixture ? "answered by " + call.fixture : !call.error && "generated",
+      call.form && "form: " + call.form, call.model, tellTime(call.duration_ms),
+      tellTokens(call.usage), call.test].filter(Boolean).join(", ")),
+    ...[!misses.length && call.error, ...call.verdict].map((text) => make("div.bad", text)),
     ...call.warnings.map((text) => make("div.warn", text)),
     drawTimeline(call),
     make("div.sides",
@@ -10655,7 +10667,7 @@ function drawCall(call) {
         tools.length > 0 && makeCard("tools", "", tools.map(readTool)),
         makeCard("settings", "", makePre(settings))),
       make("section", make("h3", "Reply"), call.said.map(readMessage))),
-    ...(call.status === 404 ? call.near_misses : []).map((miss) =>
+    ...misses.map((miss) =>
       makeCard(miss.fixture, miss.differs, makePre(miss.reason))),
     make("details", make("summary", "As JSON"), makePre(call)));
 }
@@ -10691,21 +10703,28 @@ async function copyText(text, button) {
 
 // === The list ===
 
+const tellTime = (ms) => ms < 1000 ? ms.toFixed(1) + " ms" : (ms / 1000).toFixed(2) + " s";
+const tellTokens = (usage) =>
+  usage && `${usage.prompt_tokens} + ${usage.completion_tokens ?? 0} tokens`;
+
 function drawRow(call) {
-  const { n, status, duration_ms: ms, usage, outcome } = call;
+  const { n, status, usage, outcome } = call;
   const colour = { 0: "dim", 4: "warn", 5: "bad" }[Math.floor(status / 100)] ?? "good";
-  const row = makeButton("", () => openCall(n));
+  const row = makeButton("", () => {
+    openCall(n);
+    detail.focus();
+  });
   row.append(
     make("span.time", new Date(call.at).toTimeString().slice(0, 8)),
     make("span", call.question || call.operation),
-    make("span.answer", make("span.warn", call.warning && call.warning + " "),
+    make("span.answer", make("span.warn", call.warning),
       call.images.map((url) => makeMedia("image", url)),
       make(status < 400 ? "span" : "span.bad", call.answer)),
     make("span.model", call.model),
     make("b." + (outcome === "complete" ? colour : outcome),
-      outcome === "running" ? "..." : String(status)),
-    make("span", ms < 1000 ? ms.toFixed(1) + " ms" : (ms / 1000).toFixed(2) + " s"),
-    make("span.tokens", usage && `${usage.prompt_tokens} + ${usage.completion_tokens ?? 0}`));
+      { running: "...", complete: String(status) }[outcome] ?? `${status} ${outcome}`),
+    make("span", tellTime(call.duration_ms)),
+    make("span.tokens", tellTokens(usage)));
   return Object.assign(row, { className: "row", id: "call-" + n, ariaCurrent: n === opened, call });
 }
 
@@ -10713,7 +10732,7 @@ function place(call) {
   const { n, test, thread } = call;
   const key = test || thread || n;
   if (!groups.has(key))
-    groups.set(key, Object.assign(make("details.group", make("summary")), { open: true }));
+    groups.set(key, Object.assign(make("details.group", make("summary")), { open: true, key }));
   const group = groups.get(key);
   const row = drawRow(call);
   if (rows.has(n)) rows.get(n).replaceWith(row);
@@ -10723,13 +10742,18 @@ function place(call) {
   }
   rows.set(n, row);
   for (const [old, node] of [...rows].slice(0, -1000)) {
+    const rest = node.parentNode;
     node.remove();
     rows.delete(old);
+    if (!rest.children[1]) {
+      rest.remove();
+      groups.delete(rest.key);
+    }
   }
   const calls = [...group.children].slice(1).map((node) => node.call);
   const tokens = calls.reduce((sum, { usage }) => sum + (usage?.total_tokens ?? 0), 0);
   group.firstChild.textContent =
-    `${test ? "test " + test : "conversation"}, ${calls.length} calls, ${tokens} tokens`;
+    `${test ? "test " + test : calls.at(-1).question}, ${calls.length} calls, ${tokens} tokens`;
   group.classList.toggle("single", calls.length === 1 && !test);
 }
 
@@ -10752,7 +10776,7 @@ function clear() {
 
 // === Fixtures ===
 
-function drawFixture({ number, source, served, ...entry }) {
+function drawFixture({ number, source, served, has_code: isCode, ...entry }) {
   const area = make("textarea", JSON.stringify(entry, null, 2));
   const problem = make("div.bad");
   const change = async (text) => {
@@ -10765,7 +10789,7 @@ function drawFixture({ number, source, served, ...entry }) {
     }
   };
   return makeCard(source, served ? "served: " + served : "never served", area,
-    number >= 0 && make("div.bar", makeButton("Save", () => change(area.value)),
+    number >= 0 && make("div.bar", !isCode && makeButton("Save", () => change(area.value)),
       makeButton("Remove", () => change())), problem);
 }
 
@@ -10777,9 +10801,10 @@ async function drawFixtures() {
 
 function show(tab) {
   for (const [button, section] of [[calls, list], [fixtures, scripted]]) {
-    button.ariaSelected = button === tab;
+    button.ariaPressed = button === tab;
     section.hidden = button !== tab;
   }
+  closeCall();
   if (tab === fixtures) drawFixtures();
 }
 
@@ -10820,6 +10845,8 @@ async function poll() {
     answer.rows.forEach(place);
     if (!rows.size) drawEmpty(filtered);
     if (answer.rows.some(({ n }) => n === opened)) openCall(opened);
+    const isRead = scripted.contains(document.activeElement); // or changed
+    if (answer.rows.length && !scripted.hidden && !isRead) drawFixtures();
     since = answer.next;
     state.textContent = rows.size + (filtered ? " of " + answer.last : "") + " calls";
   } catch (error) {
@@ -10832,6 +10859,7 @@ calls.onclick = () => show(calls);
 fixtures.onclick = () => show(fixtures);
 filter.oninput = () => {
   clear();
+  if (!list.offsetParent) closeCall(); // on a phone it hides the list
   poll();
 };
 reset.onclick = async () => {
@@ -10850,7 +10878,7 @@ document.onkeydown = (event) => {
   else if (key === "/") filter.focus();
   else if (step) {
     const shown = [...document.querySelectorAll("details[open] > .row")];
-    const next = shown[Math.max(0, shown.indexOf(target) + step)];
+    const next = shown[Math.max(0, shown.indexOf(rows.get(opened) ?? target) + step)];
     next?.focus();
     if (opened) next?.click();
   } else return;
@@ -10987,8 +11015,9 @@ def list_said(call: Call) -> list[Item]:
     if said or reply is None or call.events_sent:
         return said
     if kind:
+        size = {"type": "text", "text": f"{kind}, {reply['bytes']} bytes"}
         file = {"type": kind.partition("/")[0], "url": place}
-        return [{"role": f"{kind}, {reply['bytes']} bytes", "content": [file]}]
+        return [{"role": "reply", "content": [size, file]}]
     images = [
         {"type": "image", "url": item.get("url") or f"data:image/png;base64,{item['b64_json']}"}
         for item in list_objects(get_path(reply, "data"))
@@ -11101,14 +11130,18 @@ def write_python(call: Call, entry: Item) -> str:
         if finish not in (None, "stop", "tool_calls"):
             words["finishReason"] = finish
     lines = [repr(words.pop("content"))] if "content" in words else []
-    if said and said[0]["role"] == "images":
+    if said and said[0]["role"] == "images" and len(said[0]["content"]) == 1:
         words.pop("json")
         lines.append(f'image=Path("call-{call.number}.png").read_bytes()')
     for key, value in words.items():
         prefix = "response_" if key in ("model", "headers") else ""
         lines.append(f"{prefix}{to_snake(key)}={value!r}")
-    wanted = ("userMessage", "inputText", "hasToolResult", "turnIndex")
-    lines += [f"{to_snake(key)}={match[key]!r}" for key in wanted if match.get(key)]
+    if not match.keys() & {"userMessage", "inputText"}:  # and else every operation
+        lines.append(f"endpoint={match.get('endpoint', call.kind)!r}")
+    is_agent = bool(get_path(call.body, "tools"))
+    for key in ("userMessage", "inputText", "hasToolResult", "turnIndex"):
+        if match.get(key) or (is_agent and match.get(key) is False):
+            lines.append(f"{to_snake(key)}={match[key]!r}")
     short = f"server.reply({', '.join(lines)})"
     return short if len(short) <= 88 else "server.reply(\n    " + ",\n    ".join(lines) + ",\n)"
 

@@ -181,7 +181,7 @@ test('calls of a test and of a conversation fold together, with their tokens', (
     await readRows(page, 5);
     const titles = await page.locator('summary:visible').allInnerTexts();
     const tokens = answer.usage.total_tokens + next.usage.total_tokens;
-    assert.equal(titles[0], `conversation, 2 calls, ${tokens} tokens`);
+    assert.equal(titles[0], `hello, 2 calls, ${tokens} tokens`);
     assert.match(titles[1], /^test test-apples, 2 calls, \d+ tokens$/);
     assert.equal(titles.length, 2);
     await page.locator('summary:visible').first().click();
@@ -295,13 +295,27 @@ test('an opened call shows conversation, tools and reply', () =>
     }
   }));
 
+test('a reply stands beside what was asked, misses where none answered', () =>
+  visit(async (page) => {
+    await addFixture('other', { content: 'No.' });
+    await ask('hello');
+    await readRows(page, 1);
+    await page.setViewportSize({ width: 1200, height: 800 });
+    await open(page, 1);
+    const tops = [];
+    for (const name of ['Request', 'Reply']) tops.push((await side(page, name).boundingBox()).y);
+    assert.equal(tops[0], tops[1]);
+    await page.getByText('does not contain "other"').waitFor();
+  }));
+
 test('a stream that was cut shows what had come, and where', () =>
   visit(async (page) => {
     await addFixture('break', { content: 'one two three four five' }, { disconnectAfterChunks: 3 });
     await ask('break', { stream: true }).catch(() => '');
     await readRows(page, 1);
     await open(page, 1);
-    await page.getByText(/events in [\d.]+ ms, \d+ a second, cut/).waitFor();
+    await page.getByText(/\d+ events in [\d.]+ ms, .*cut/).waitFor();
+    await row(page, 1).getByText('200 cut').waitFor();
     assert.match(await side(page, 'Reply').textContent(), /one/);
   }));
 
@@ -445,6 +459,9 @@ test('the keyboard does everything', () =>
     assert.equal(await focused(page), 'call-59');
     await press('Enter');
     await page.locator('h2', { hasText: '#59 ' }).waitFor();
+    assert.equal(await focused(page), 'detail');
+    await press('Tab');
+    assert.match(await page.evaluate(() => document.activeElement.textContent), /^Copy/);
     await press('k');
     await page.locator('h2', { hasText: '#60 ' }).waitFor();
     await press('Escape');
@@ -454,6 +471,19 @@ test('the keyboard does everything', () =>
     await press('Enter');
     await page.locator('h2', { hasText: '#60 ' }).waitFor();
     assert.equal(await page.locator('#list').isVisible(), false); // a phone shows one of the two
+    await page.getByText(/generated, .*Llama-3.*, [\d.]+ ms, \d+ \+ \d+ tokens/).waitFor();
+    await page.locator('#fixtures').click();
+    assert.equal(await page.locator('#scripted').isVisible(), true);
+    await page.locator('#calls').click();
+    await row(page, 60).focus();
+    await press('Enter', '/');
+    await page.keyboard.type('question 60');
+    await readRows(page, 1);
+    assert.equal(await page.locator('#list').isVisible(), true);
+    await page.locator('#filter').fill('');
+    await readRows(page, 60);
+    await row(page, 60).focus();
+    await press('Enter');
     assert.equal(await page.evaluate(() => document.documentElement.scrollWidth), 420);
     await press('Escape');
     assert.equal(await page.locator('#list').isVisible(), true);
