@@ -10216,6 +10216,9 @@ class ForeignPageTests(SocketCase):
                     self.assertEqual(b"access-control-allow-methods" in head, known)
             self.assertEqual(self.ask(path, Sec_Fetch_Site="cross-site")[0], 403)
             self.assertNotEqual(self.ask(path)[0], 403)
+        for option in ("allow_origin", "allow_host"):
+            with self.assertRaisesRegex(ValueError, "are lists"):
+                TogetherAiServer(**{option: "https://app.test"})
         named = TogetherAiServer(port=0, allow_origin=["https://app.test"], allow_host=["fake"])
         for origin, host, status in (
             ("https://app.test", "fake:1", 200),
@@ -13612,7 +13615,7 @@ def test_options(together_fake):
 def test_a_typo(together_fake):
     pass
 
-@pytest.mark.together_fake(upstream="http://127.0.0.1:1")
+@pytest.mark.together_fake(seed=3)
 def test_an_option_of_the_start(together_fake):
     pass
 
@@ -13645,8 +13648,8 @@ def test_each_fault(together_fake, together_fault):
             )
         passed = 3 + len(fake.FAULTS)
         self.assertIn(f"1 failed, {passed} passed, 2 errors", done.stdout)
-        self.assertIn("has no attribute 'on_mis'", done.stdout)
-        self.assertIn("has no attribute 'upstream'", done.stdout)
+        self.assertIn("takes no on_mis, did you mean on_miss?", done.stdout)
+        self.assertIn("takes no seed; valid here: strict, on_miss", done.stdout)
         (section,) = re.findall(r"^-+ together_fake -+\n(.*?)^==", done.stdout, re.M | re.S)
         self.assertRegex(section, r"^answered by no fixture:\n  <Call 1: POST /v1/chat/completions")
         self.assertIn("never served:\n", section)

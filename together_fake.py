@@ -13147,6 +13147,8 @@ class TogetherAiServer(Scripting, Shared):
         self.instant_jobs, self.max_stored_bytes = instant_jobs, max_stored_bytes
         self.rpm, self.tpm, self.ssl_context = rpm, tpm, ssl_context
         self.allow_origin, self.allow_host = allow_origin, allow_host
+        if isinstance(allow_origin, str) or isinstance(allow_host, str):
+            raise ValueError("allow_origin and allow_host are lists: one name is ['name']")
         self.record_limit, self.log, self.clock = record_limit, log, clock
         self.script = Fixtures(seed, exact_turns, normalise)
         self._prepare(models or {}, upstream, record)
@@ -13904,6 +13906,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 # === Test runners ===
 
+# What a running server can change.
+MARKED = ("strict", "on_miss", "warnings", "require_auth", "read_prompts", "instant_jobs")
 
 if "pytest" in sys.modules:  # which asks for what follows
     pytest: Any = sys.modules["pytest"]
@@ -13923,6 +13927,9 @@ if "pytest" in sys.modules:  # which asks for what follows
         server.reset()
         for mark in reversed(list(request.node.iter_markers("together_fake"))):
             for name, value in mark.kwargs.items():
+                if name not in MARKED:
+                    near = suggest(name, MARKED)
+                    raise ValueError(f"the marker together_fake takes no {name}{near}")
                 monkeypatch.setattr(server, name, value)
         for name, value in server.test(request.node.nodeid).env.items():
             monkeypatch.setenv(name, value)
