@@ -1,4 +1,4 @@
-# together_fake 0.6.0: a stand-in for the Together AI HTTP API, to be copied into a repository.
+# together_fake 0.7.0: a stand-in for the Together AI HTTP API, to be copied into a repository.
 # SPDX-License-Identifier: MIT
 # From the repository together_fake. To renew it, copy a newer together_fake.py over this file;
 # `python -m together_fake --version` says whether this one was changed since it was released.
@@ -120,7 +120,7 @@ if TYPE_CHECKING:
     TextMatch = Union[str, re.Pattern[str], Mapping[str, str]]  # a text, or a pattern
 
 __all__ = ["FAULTS", "ApiError", "Call", "TogetherAiServer", "main"]
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 # pragma: allowlist nextline secret - the digest of this file without it; .ci/stamp.py
 RELEASED = "f855d4b56e07460521184b7833940397d1cb42c7802877c3d879778b15af9be4"
 
