@@ -1360,7 +1360,7 @@ def find_words(text: str) -> list[bytes]:
 
 
 def normalise(lanes: Sequence[int], floor: int, copies: int = 1) -> list[int]:
-    """Scale what numbers have above a floor so that so many copies are a unit vector.
+    """Take what numbers have above a floor, scaled so that its copies are a unit vector.
 
     Nothing is below 0, so that no two texts point away from each other.
     """
@@ -2367,7 +2367,7 @@ class SchemaReader:
         return branches
 
     def find_rest(self, schema: Any, value: Any, keys: Iterable[Any]) -> list[Any]:
-        """Return those properties or items that a schema, which the value meets, speaks not of."""
+        """Return the properties or items that a schema does not mention; the value meets it."""
         spend(len(value))
         wanted = isinstance(value, list) and schema.get("contains", False)
         all_others = "unevaluatedItems" if isinstance(value, list) else "unevaluatedProperties"
@@ -2483,7 +2483,7 @@ class ValueMaker:
     def _choose(self, number: int) -> int:
         """List all schemas to be met together, by one way through anyOf and oneOf.
 
-        Returns what is left of the way's number, above 0 where there are fewer.
+        Returns the rest of the way's number: above 0 there is no such way.
         """
         schemas: list[Any] = []
         refs: set[str] = set()
@@ -2547,7 +2547,7 @@ class ValueMaker:
         raise problem or self.no_value()
 
     def _make_again(self, value: Any) -> Any:
-        """Make a value with what it, as it was made, calls for by `if` and the like."""
+        """Make it again with what `if` and the like ask for now that a value is there."""
         parts = [part for each in self.schemas for part in self.reader.list_branches(each, value)]
         new = [part for part in parts if part is not True and part not in self.given]
         if not new:
@@ -3732,7 +3732,7 @@ def is_hinted(text: str) -> bool:
 
 
 def read_form(messages: list[Item], json_mode: bool = False) -> WantedForm | None:
-    """Return the form that the user's last message that is no result, or the system, asks for."""
+    """Return the form that the user's last message (no result), or else the system, asks for."""
     texts = list(map(message_text, messages))
     backwards = range(len(messages) - 1, -1, -1)
     users = [at for at in backwards if messages[at]["role"] == "user"][:24]
@@ -4110,7 +4110,7 @@ def copy_json(value: Any) -> Any:
 def take_page(
     items: list[Item], args: Item, key: str = "id", most: int = MAX_OBJECTS
 ) -> tuple[list[Item], bool]:
-    """Return the items after `after`, none where it is gone, up to `limit`; are there more?"""
+    """Return `limit` items after `after`, none where that is gone, and whether more follow."""
     after, ids = args.get("after"), [item[key] for item in items]
     start = (ids.index(after) + 1 if after in ids else len(ids)) if after else 0
     end = start + (args.get("limit") or most)
@@ -4368,7 +4368,7 @@ class Call:
 
     @property
     def body_key(self) -> Any:
-        """What is equal where bodies are; a form has another boundary each time."""
+        """A key that equal bodies share; forms are compared without their boundary."""
         is_form = "multipart/" in self.headers.get("content-type", "")
         return self.identity or (self.body if is_form else self._raw)
 
@@ -4465,7 +4465,7 @@ TEXT_FRAME, BINARY_FRAME, CLOSE, PING, PONG = 1, 2, 8, 9, 10  # 0 goes on with a
 
 
 class Closed(Exception):
-    """Raised to close a socket: a code, words, the call's outcome, and a message's error before."""
+    """Raised to close a socket: code, reason, outcome of the call, and an error to send first."""
 
     def __init__(self, code: int, reason: str, outcome: str = "cut", error: Any = None) -> None:
         super().__init__(code, reason)
@@ -4505,7 +4505,7 @@ def write_frame(kind: int, data: bytes) -> bytes:
 
 
 def take_frame(data: bytearray) -> tuple[bool, int, bytes] | None:
-    """Take a client's next frame, once it is whole: if it ends its message, its kind, its bytes."""
+    """Take the next whole frame: whether it ends its message, its kind, its bytes."""
     if len(data) < 2:
         return None
     is_last, kind, size = data[0] > 127, data[0] & 15, data[1] & 127
@@ -5021,7 +5021,7 @@ def normalise_error(said: Item) -> Item:
 
 
 def normalise_body(said: Item) -> Item:
-    """Return the arguments of the `Reply` that a scripted body is."""
+    """Return a scripted body as the arguments of `Reply`."""
     reply: Item = {key: said[key] for key in ("status", "headers") if key in said}
     if "json" in said:
         return {**reply, "body": ENCODE(said["json"]).encode()}
@@ -5391,7 +5391,7 @@ class Fixture:
         return normalise_message(json.loads(TEMPLATE.sub(quote_fact, ENCODE(self.said))))
 
     def find_obstacle(self, facts: MatchFacts) -> str:
-        """Return the first key for which it does not answer."""
+        """Return why it does not match; nothing where it does."""
         if not self.fits(facts.kind):
             return "response"
         if facts.is_handshake not in (None, self.is_whole):
@@ -5405,7 +5405,7 @@ class Fixture:
         return "when" if says_no else ""
 
     def find_use(self, test: str) -> str:
-        """Return the same for what was served before."""
+        """Return why it is used up; nothing where it is not."""
         if self.sequence not in (None, self.sequel.get(test, 0)):
             return "match.sequenceIndex"
         is_used_up = self.times is not None and self.counts.get(test, 0) >= self.times
@@ -5671,8 +5671,8 @@ def answer_with(fixture: Fixture, facts: MatchFacts) -> Fixture:
 def choose(fixtures: list[Fixture], turn: int) -> Fixture | None:
     """Choose among fixtures that all match, by the number of assistant messages so far.
 
-    Of the first rank the latest turn that was reached wins, except at its exact turn against an
-    earlier fixture without one; a turn that lies ahead is the last resort.
+    Turns that lie ahead come last. Else the lowest rank wins, and of that the nearest turn; one
+    without a turn gives way to others of its rank, but where one is exact, to none added before.
     """
     exact = {each.rank for each in fixtures if each.turn == turn}
 
@@ -5699,7 +5699,9 @@ def explain_misses(
 class Fixtures(Shared):
     """The fixtures of one server: which is served next, counted under one lock.
 
-    They are asked by rank; `choose` takes one of those that match.
+    Each is asked whether it matches, and is not used up; of those that do, `choose()` takes the
+    one of lowest rank: a header's, then those with `times` in the order they came, then the last
+    that was added, then files. Turns that lie ahead come after all others.
     """
 
     def __init__(self, seed: int = 0, exact_turns: bool = False, normalise: Any = ()) -> None:
@@ -5795,7 +5797,7 @@ class Fixtures(Shared):
     # Which one is served
 
     def _arrange(self) -> Any:
-        """Return the fixtures as they are asked, runs of them that look for one key, any slow."""
+        """Return the fixtures by rank, in runs by the key they look for, and if any is slow."""
         with self._lock:
             if self._arranged is None:
                 sequences: dict[Any, dict[str, int]] = {}
@@ -6059,7 +6061,7 @@ class Fault:
             self.strikes["errorAfterChunks" if error else "disconnectAfterChunks"] = 0
 
     def shorten(self) -> None:
-        """Leave what happens to a whole reply, sent in halves: it only waits, or is cut."""
+        """Keep what a whole reply, sent in halves, can meet: it waits, or is cut."""
         self.latency += self.options.get("latency", 0)
         most = {"disconnectAfterMs": MAX_MS, "disconnectAfterChunks": 1, "stallAfterChunks": 1}
         self.options = {
@@ -10021,7 +10023,7 @@ NAMES = {"userMessage", "inputText"}  # keys that tell most requests from others
 
 
 def identify(kind: str, request: Request) -> tuple[Item, Item]:
-    """Return the match that names a request, and the body that tells it from its namesakes."""
+    """Return the match of a request, and its body for where others share that match."""
     facts, body = MatchFacts(kind, request), say_body(kind, request.body)
     name: Item = {}
     if kind != "chat":
@@ -10049,7 +10051,7 @@ def read_loosely(request: Request) -> None:
 
 
 def rank_fixture(fixture: Item) -> tuple[int, int]:
-    """Return what sorts fixtures: one that holds for other requests, too, has fewer words."""
+    """Return the sort key of a fixture: more words match fewer requests, and go first."""
     match = fixture["match"]
     name = {key: match[key] for key in match if key not in ("body", "sequenceIndex")}
     if name.get("endpoint") == "chat":  # said of some alone
@@ -11543,6 +11545,7 @@ def write_events(reply: Reply, head: Head) -> Iterator[Any]:
 
 # === Sockets ===
 
+# Which thread answers is told at `HttpServer`, and chosen by `_begin()` of the server.
 # At once; further ones wait in the backlog. select() alone, on Windows, watches 512.
 MAX_CONNECTIONS = 4000 if hasattr(select, "poll") else 500
 CROWDED_SECONDS = 1.0  # to ask, send on or read, where all places are taken and somebody waits
@@ -11647,7 +11650,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.reader.data = b""
 
     def see_off(self) -> Generator[Any, Any, None]:
-        """Tell who has left from who only reads on, which what is sent to them shows."""
+        """Find out by sending whether the client has left or still reads."""
         yield ROOM
         yield RESET_SECONDS
         gone = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -11730,8 +11733,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
 
     # What the loop does with it
 
-    def go_on(self, result: Any = None, error: BaseException | None = None) -> None:
-        """Go on with its life until something has to happen first."""
+    def resume(self, result: Any = None, error: BaseException | None = None) -> None:
+        """Run `converse()` up to what it waits for next."""
         if self.is_closed:
             if isinstance(result, Reply) and result.events is None:
                 self.end_call("left")
@@ -11744,10 +11747,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
             if not isinstance(end, (StopIteration, Cut, OSError)):
                 complain_of_bug()
         if type(self.awaited) is tuple:
-            self.server.run(*self.awaited, self.go_on)
+            self.server.run(*self.awaited, self.resume)
         elif type(self.awaited) is float:
             is_closed = self.handler is not None and self.handler.closed
-            self.server.call_later(0 if is_closed else self.awaited, self.go_on)
+            self.server.call_later(0 if is_closed else self.awaited, self.resume)
         elif self.awaited is not before:
             self.since = self.server.now
         self.server.held.append(self)
@@ -11763,11 +11766,11 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return
         except MemoryError:
             if self.awaited in BYTES:  # else the worker may leave some
-                self.go_on(error=ApiError("no_memory"))
+                self.resume(error=ApiError("no_memory"))
             return
         except OSError as error:
             if (reason := getattr(error, "reason", "")) and self.awaited is IDLE:  # no TLS
-                self.go_on(error=ApiError("bad_http", reason=f"this port speaks TLS ({reason})"))
+                self.resume(error=ApiError("bad_http", reason=f"this port speaks TLS ({reason})"))
             self.close()
             return
         self.has_ended = not data
@@ -11776,7 +11779,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             return
         self.reader.feed(data)
         if data and self.awaited in BYTES:
-            self.go_on()
+            self.resume()
         else:
             self.server.held.append(self)
 
@@ -11786,7 +11789,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.handler.on_bytes(data)
             pauses = type(self.awaited) is float
             if self.awaited is SOCKET or (pauses and self.handler.closed):
-                self.go_on()
+                self.resume()
             self.server.held.append(self)
 
     def run(self, work: Any, take: Any) -> None:
@@ -11816,7 +11819,7 @@ class Connection(http.server.BaseHTTPRequestHandler):
         elif self.awaited is OVER:
             self.close()
         else:
-            self.go_on()
+            self.resume()
 
     def watch(self) -> None:
         """Have the selector watch for what can be done next."""
@@ -11874,7 +11877,7 @@ class Workers:
         self.count = self.idle = 0
 
     def give_tasks(self) -> None:
-        """Give what waits to who is idle, and begin with one more: each waits for its turn."""
+        """Give tasks to idle workers, and start one more where there is none."""
         if not self.idle and self.count < self.most:
             try:
                 self.server.start_thread(self.work)
@@ -11917,7 +11920,7 @@ class Workers:
         self.server.call_soon(end)
 
     def end_task(self, take: Callable[..., None], came: list[Any]) -> None:
-        """Take what a worker has done; one too many ends."""
+        """Pass on what a worker has done; end a worker too many."""
         self.idle += 1
         if self.idle > MAX_IDLE_WORKERS:
             self.idle -= 1
@@ -12091,7 +12094,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
         self.accepting = room
 
     def look(self) -> None:
-        """Give up who keeps us waiting; where others wait for a place, that is soon."""
+        """Close who waits too long; sooner where others wait for a place."""
         self.looks = bool(self.clients)
         if self.looks:
             self.call_later(LOOK_SECONDS, self.look)
@@ -12103,7 +12106,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
             if patience is None or self.now < connection.since + min(patience, most):
                 continue
             if connection.awaited is PARTIAL:
-                connection.go_on(error=ApiError("slow_request", seconds=patience))
+                connection.resume(error=ApiError("slow_request", seconds=patience))
             else:
                 connection.close()
 
@@ -12112,7 +12115,7 @@ class HttpServer(http.server.ThreadingHTTPServer):
     def run(self, kind: str, work: Any, has_begun: bool, take: Callable[..., None]) -> None:
         """Have a worker do something; the loop is then given its result and its error.
 
-        What has begun goes before what has not: it fills memory until it is sent.
+        What has begun goes first: it fills memory until it is sent.
         """
         waiting = self.workers[kind].waiting
         add = waiting.appendleft if has_begun else waiting.append
@@ -13679,7 +13682,7 @@ class TogetherAiServer(Scripting, Shared):
         return WAITING
 
     def _take_turn(self, server: Server, request: Request) -> Any:
-        """Handle what is heavy behind what waits."""
+        """Run a handler whose work is heavy: a few at once, in the order they came."""
         with self._heavy:
             return request.route.handler(self, request)
 
