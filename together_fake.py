@@ -2526,9 +2526,10 @@ class ValueMaker:
             for keyword, argument in schema.items():
                 self.arguments[keyword].append(argument)
         is_tested = not TESTED.isdisjoint(self.arguments)
-        for value in self._list_known_values() if not NAMING.isdisjoint(self.arguments) else ():
-            if self.reader.accepts_all(schemas, value):
-                return value
+        if not NAMING.isdisjoint(self.arguments):
+            for value in self._list_known_values():
+                if self.reader.accepts_all(schemas, value):
+                    return value
         kinds = [] if self.arguments["enum"] else list_types(schemas)
         if len(kinds) > 1:
             kinds.sort(key="null".__eq__)
@@ -4794,8 +4795,9 @@ class Normaliser:
             return {name: self(inner) for name, inner in value.items()}
         if isinstance(value, list):
             return list(map(self, value))
-        for pattern, text in self.patterns if isinstance(value, str) else ():
-            value = pattern.sub(text, value)
+        if isinstance(value, str):
+            for pattern, text in self.patterns:
+                value = pattern.sub(text, value)
         return value
 
 
@@ -5825,7 +5827,8 @@ class Fixtures(Shared):
         likely = [parse_header(own)] if own else []
         if not facts.normaliser.is_idle:
             likely += order
-        for key, run in needles if facts.normaliser.is_idle else ():
+            needles = []
+        for key, run in needles:
             text = facts[key] if key else ""
             text = text if type(text) in (str, tuple) else ""
             likely += [each for needle, each in run if needle in text]
@@ -6716,15 +6719,16 @@ class Answer:
         self.seed: int | None = request.body.get("seed")
         self.choices = choices
         self.usage = usage
-        for choice in choices if request.chunk_sizes else ():
-            choice.cut(request.chunk_sizes)
+        if request.chunk_sizes:
+            for choice in choices:
+                choice.cut(request.chunk_sizes)
 
     def list_usage(self) -> Item:
         """Return the usage as the engine tells it; what a fixture adds to it stands last."""
         keys, counts = self.form.rows["usage"], dict(self.usage)
         if "reasoning_tokens" in keys and "counts-thoughts" not in self.traits:
             counts["reasoning_tokens"] = 0
-        for side, part in USAGE_SIDES if "details" in keys else ():
+        for side, part in USAGE_SIDES:  # told where the engine has details
             name, details = f"{side}_tokens_details", {part: counts[part]}
             if "counts-text" in self.traits:
                 details["text_tokens"] = counts[f"{side}_tokens"]
@@ -7016,9 +7020,10 @@ def refuse_chat(body: Item, model: Model, traits: Any, thinks: bool, strict: boo
             raise refuse_value("tool_choice", "must be auto, none, required or an object", choice)
         if "no-grammar" in model.traits:
             raise ApiError("no_grammar")
-    for each in messages if strict and "needs-content" in traits else ():
-        if each["role"] == "assistant" and each.get("content") is None:
-            raise ApiError("empty_prompt")
+    if strict and "needs-content" in traits:
+        for each in messages:
+            if each["role"] == "assistant" and each.get("content") is None:
+                raise ApiError("empty_prompt")
     if "only-streams" not in traits:
         return
     if not body.get("stream"):
