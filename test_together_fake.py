@@ -2665,6 +2665,69 @@ SEEDS = {
 }
 
 
+# Two digits for each step of SessionTests.
+SESSION = """\
+chats:
+f2914e3443b6f5d8c855fc8480f521ab0b61fee8846fb2cfd453ec5573df25d6064c25caead3b3006e1fdff813b4e5f2
+4a5ce866ec7a5d65baa0de6021662eab868a2f528bde0d4e0056af1354a1e0109cf7dcc1fbfca3f42f6b730f730aac28
+abe2a1568411134c420cbe86d1d84ae000d00076a89401abf5e41db8b91ed09c9ed6b43bf90c7b4bd7215ff4e957ff47
+e3eb8434f1bfcd9a3110f64ee1b0332767bc5f38c720d933663a83c50cccb8d39176fcb1014e5152da84c81f491c9f5e
+90333685137558315a4793b77bc714e322a65868352ceb2a6059a10f2aa506697c36b3bc13e4d15fef08bce7260af859
+598761b0d4cb6d32f1f0dc3145cc15ce0cb22d177780074f04062579e1fbfeb3409ee7acf6dd26851356d77b8b4cde53
+45fb9930e1c9c96604020257e09879ab4f7476b273a71f3ec3ac2786168e59bcb43b05a538a5cdc5459d9c5ea6380570
+59c57d413b98
+
+faults:
+8dd1e586d1e581d1292bd1e59fd1e597d1e511d12905d129fad1e5b2d1e5b2d129ebd1e5b8d129c9d12925d129c0d129
+f8d1292cd12953d1296ed12984d129
+
+files and batches:
+73e773d3d3b9a3b9424270d1700c0cffdbff8793f2373737ded013077abfbfbfeb89d73fd79b6c276c56793f799bfb25
+fbfbd73fd79b477133
+
+jobs and accounts:
+8a3e843c3c3cd1a142f3ffffffd69f8cc9b7b7b76d7079252525257b7b7b7b7b7b7676767676767d4928282828eb81a5
+b9b5686868686868686868686868f5f5f5f5f5f5fe1fababababeb59a5b9b52b807e7e7e7e202020202020e3e3e3e3e3
+e3e8e6bdbdbdbdeb57a5b9b586a5c8c8c8c840fbdddddddd4299b6b6b6b652e3ededededebfba0a0a0a0a4a592929292
+0109e0e0f3f357573e3e53533a3a
+
+media:
+ba7755d0558947bcf27468d8ff99ef02293105a064611bbd86aa5d5d5d5d5d335a5a5a5a5aae121212121286
+
+misses:
+82716d73330997a15115dbfdc0e17550330997a15115dbfdc0e175330997a151865bdbfdc0e160cacacacacacacacaca
+cacaca
+
+record:
+81f901d081877aa47f5a02f2dc027a46f3a8615d7fbb0d29b91e971bb2b629
+
+refusals:
+4e9c28da10945aa34bc74352f1112569b9d7bc9931c93ab24d9862821bc9db21b266b0abde67b2585a24f6f6f6727c41
+fb4c58350c8af8196891f858536b5fa2d6ea325bb2b4fbbb6a0b4ec02001e97e4c9f41624efe6c6056b266b0abe8f421
+fe9eb5b4b4b4f45c711fe72e350c5c914468
+
+responses:
+c6e7065213e664efbb7e9b03149c1d2d2b9dd795c3a122b2769ac7c740b1b266907933d8945d384ebfe65b12d5663e69
+6136f8be889006062384cac4918cb1d379756ca7a5d0dd193d2025fa0c653866a5ef5d5d
+
+scripts:
+00bd6097ed78714c55997f6e268a90b16f714c55997f4c1479dc48fb714c55997fc3ebc49cca68714c5599bc9726c575
+4f6c714c55997fbfa57e025bf8f47db588a2cecececececececececea280808080808080808080a2d1050040b1685f4c
+5599b8d1050040b16871775599b8d1050040b168714cb499b8d1050040b168714c5599f9d1050040b168714c5546b879
+0a32c23657714c55997f33110040b168714c55997b9eb90040b168714c55997b
+
+texts and vectors:
+601bf83f8dc37f4ec673df6a791402224c0d4c0d424867f119759669b656eb8ed158aa5afd46fd466ccbf4c5668fa244
+373ddeee2035b2a849a049a0a3678dc6050a7cfdbefc4c6cc2
+
+trainings:
+dbc4e3aa38e65f1ee9e630ec05e630932b5c30932b5c30932b5c307bf6fbab7999c513e65f0e30e666fc2ee6976cc103
+976cc103976cc103977b75f6f54f818838e65fa1e9e64c1f05e64c1eb6b84c1eb6b84c1eb6b84c7b0006cec4dada38e6
+5fbde9e6025005e6024988a3024988a3024988a3027b2ce65440a3b238e65f7ce9e67b7905e67be7ffed7be7ffed7be7
+ffed7b7bd2e580c4bdf538e65f96e9e6962305e696caaf5596caaf5596caaf55967b202154ebb8c589c4fec589c4fec5
+89c4fec589c4fec589c4fec589c4fe656676c4851acccbbf1acccbbf1acccbbf1acccbbf1acccbbf1acccbbf1d0654cb
+21
+"""
 # CRC-32 of what GoldenTests get, where the clock stands still.
 GOLDEN = """\
 A logprobs 563a7c87
@@ -2984,6 +3047,403 @@ class GoldenTests(FakeCase):
             with self.subTest(row=name):
                 self.assertEqual(f"{zlib.crc32(raw):08x}", told.pop(name, None), raw[:999])
         self.assertEqual(told, {})
+
+
+class SessionTests(FakeCase):
+    """What a whole session gets and leaves, group by group, is that of this version."""
+
+    options = MappingProxyType({"clock": lambda: 1.7e9})
+    over_http = False
+    origin = "http://here"
+
+    def setUp(self):
+        super().setUp()
+        self.steps = []
+
+    def note(self, step, *parts):
+        """Take a step, which SESSION knows by two digits of what it gives."""
+        told = [part if isinstance(part, bytes) else str(part).encode() for part in parts]
+        # Where a script stands in this file is no matter.
+        told = [re.sub(rb"[\w./-]+\.py:\d+", b"", part[:9999]) + part[9999:] for part in told]
+        raw = b"\n".join(told)
+        self.steps.append((f"{zlib.crc32(raw) & 255:02x}", step, raw))
+
+    def send(self, method, path, body=None, headers=KEY):
+        """Ask, and note what came; a picture's bytes depend on this machine's zlib."""
+        got = self.answer(method, path, body, headers)
+        is_packed = b'"b64_json"' in got.raw or got.raw[:2] in (b"\x1f\x8b", b"\x89P")
+        call = self.server.requests[-1]
+        told = (call.warnings, call.form, call.fixture, call.error, call.usage)
+        raw = b"" if is_packed else got.raw
+        self.note((path, body), got.status, sorted(got.headers.items()), told, raw)
+        return got
+
+    def give(self, method, path, *bodies, headers=KEY):
+        for body in bodies:
+            self.send(method, path, body, headers)
+
+    def climb(self, path):
+        for _ in range(5):
+            self.send("GET", path)
+
+    def check(self, name):
+        """To change SESSION is to change answers: it is noted in README, Changes."""
+        known = SESSION.partition(f"{name}:\n")[2].partition("\n\n")[0].replace("\n", "")
+        digits = "".join(step[0] for step in self.steps)
+        for at, (two, step, raw) in enumerate(self.steps):
+            self.assertEqual(two, known[2 * at : 2 * at + 2], (digits, at, step, raw[:999]))
+        self.assertEqual(len(digits), len(known))
+
+    def test_chats(self):
+        call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        asked = [*say("hi"), {"role": "assistant", "content": None, "tool_calls": [call]}]
+        answered = [*asked, {"role": "tool", "tool_call_id": "c", "content": "1"}]
+        picture = {"type": "image_url", "image_url": {"url": "https://e.org/a.png"}}
+        for model in (LLAMA, OTHER, THINKER, V4, KIMI, QWEN, R1, "mine/x-Turbo", "mine/x"):
+            for fields in (
+                {"stop": ["a", "e"]},
+                {"max_tokens": 9, "n": 2},
+                {"echo": True, "logprobs": 1, "max_tokens": 5},
+                {"logprobs": True, "top_logprobs": 2, "max_tokens": 5, "temperature": 0.5},
+                {"seed": 7, "stream_options": {"include_usage": True}},
+                {"response_format": CITY_FORMAT},
+                {"response_format": {"type": "json_object"}},
+                {"response_format": {"type": "regex", "pattern": "^[a-c]{3}$"}},
+                {"tools": [WEATHER, FINAL], "tool_choice": "required"},
+                {"tools": [WEATHER], "tool_choice": "none"},
+                {"tools": [WEATHER], "messages": answered},
+                {"tools": [WEATHER, tool("transfer_to_bob")], "messages": asked},
+                {"functions": [WEATHER["function"]], "function_call": {"name": "get_weather"}},
+                {"reasoning_effort": "high"},
+                {"reasoning": {"enabled": False}},
+                {"messages": [{"role": "user", "content": [picture]}]},
+                {"messages": [{"role": "developer", "content": "Be brief."}, *say("hi")]},
+                {"messages": answered},
+                {"max_token": 5, "user": "u", "metadata": {"a": 1}},
+            ):
+                body = {**HELLO, "model": model, **fields}
+                self.give("POST", CHAT, body, {**body, "stream": True})
+        self.check("chats")
+
+    def test_refusals(self):
+        wrong = ({"messages": []}, {"messages": [{}]}, {"messages": [{"role": "x"}]}, {"n": 0})
+        wrong += ({"stop": 1}, {"temperature": 9}, {"tools": [{}]}, {"tool_choice": "f"})
+        wrong += ({"tool_choice": tool("g"), "tools": [WEATHER]}, {"reasoning_effort": "x"})
+        wrong += ({"response_format": {"type": "json_schema"}}, {"max_tokens": 10**7})
+        wrong += ({"response_format": {"type": "x"}}, {"logprobs": 99}, {"model": "none"})
+        for strict in (False, True):
+            self.server.strict = strict
+            for fields in wrong:
+                for model in (LLAMA, OTHER, QWEN):
+                    self.send("POST", CHAT, {**HELLO, "model": model, **fields})
+            for model in ("Qwen/Qwen2.5-72B-Instruct-Turbo", "a/b-Lora", FLUX, RERANKER):
+                self.send("POST", CHAT, {**HELLO, "model": model})
+            self.give("POST", "/v1/rerank", RERANK, {**RERANK, "top_n": 0})
+            self.give("HEAD", "/v1/models", None)
+            self.give("GET", "/v1/chat", None)
+            self.give("POST", CHAT, b"{", b"[1]", b"")
+            self.give("GET", "/v1/models", None, headers={})
+        self.check("refusals")
+
+    def test_responses(self):
+        message = [{"role": "user", "content": [{"type": "input_text", "text": "the weather"}]}]
+        call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+        result = {"type": "function_call_output", "call_id": "c", "output": "it is sunny"}
+        thought = {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]}
+        look = {"type": "input_image", "image_url": "https://e.org/a.png"}
+        for model in (LLAMA, THINKER, KIMI):
+            for fields in (
+                {},
+                {"instructions": "Be brief.", "metadata": {"a": "b"}, "temperature": 0.3},
+                {"tools": [WEATHER_FLAT], "tool_choice": "required"},
+                {"input": message, "tools": [WEATHER_FLAT, WIKI]},
+                {"input": [*message, thought, call, result], "tools": [WEATHER_FLAT]},
+                {"input": [{"role": "user", "content": [look]}]},
+                {"input": [{"role": "assistant", "content": "Hm?"}, *message]},
+                {"max_output_tokens": 4},
+                {"reasoning": {"effort": "high", "summary": "auto"}},
+                {"text": {"format": {"type": "json_schema", "name": "c", "schema": CITY}}},
+                {"include": ["message.output_text.logprobs"], "top_logprobs": 1},
+                {"previous_response_id": "x"},
+                {"background": True},
+                {"tool_choice": {"type": "function", "name": "g"}, "tools": [WEATHER_FLAT]},
+            ):
+                body = {"model": model, "input": "hello", **fields}
+                self.give("POST", RESPONSES_PATH, body, {**body, "stream": True})
+        self.check("responses")
+
+    def test_texts_and_vectors(self):
+        for model in (LLAMA, "mistralai/Mixtral-8x7B-v0.1", "Qwen/Qwen2-72B"):
+            for fields in (
+                {},
+                {"prompt": ["one", "two"], "n": 2},
+                {"echo": True, "logprobs": 2, "max_tokens": 4},
+                {"stop": "a", "suffix": "end", "seed": 3},
+                {"prompt": ""},
+            ):
+                body = {"model": model, "prompt": "Once upon", **fields}
+                for headers in (KEY, OPENAI):
+                    self.give(
+                        "POST", "/v1/completions", body, {**body, "stream": True}, headers=headers
+                    )
+        vectors = {"model": "BAAI/bge-base-en-v1.5", "input": "a text"}
+        for fields in (
+            {},
+            {"input": ["a", "b c"]},
+            {"input": [1, 2]},
+            {"dimensions": 8},
+            {"input": []},
+        ):
+            for form in ("float", "base64"):
+                self.send("POST", "/v1/embeddings", {**vectors, "encoding_format": form, **fields})
+        for fields in (
+            {},
+            {"top_n": 1, "return_documents": True},
+            {"documents": [{"a": "x", "b": "y"}], "rank_fields": ["a"]},
+        ):
+            self.send("POST", "/v1/rerank", {**RERANK, **fields})
+        self.check("texts and vectors")
+
+    def test_media(self):
+        for fields in (
+            {"response_format": "url", "n": 2},
+            {"response_format": "url", "aspect_ratio": "16:9"},
+            {"response_format": "base64", "output_format": "jpeg"},
+            {"steps": 4, "seed": 3, "response_format": "url"},
+            {"width": 63},
+            {"prompt": ""},
+        ):
+            body = {"model": FLUX, "prompt": "a lake", "width": 64, "height": 64, **fields}
+            self.send("POST", "/v1/images/generations", body)
+        for fields in (
+            {},
+            {"response_format": "raw", "sample_rate": 16000, "response_encoding": "pcm_f32le"},
+            {"response_format": "mp3"},
+            {"stream": True, "response_format": "raw"},
+            {"response_format": "opus"},
+            {"voice": "nobody"},
+            {"language": "de", "speed": 1.5},
+        ):
+            self.send("POST", "/v1/audio/speech", {**SPEECH, **fields})
+        for path in ("/v1/audio/transcriptions", "/v1/audio/translations"):
+            for fields in (
+                {},
+                {"response_format": "verbose_json", "timestamp_granularities": ["word", "segment"]},
+                {"response_format": "verbose_json", "diarize": True, "max_speakers": 2},
+                {"language": "de", "prompt": "names", "temperature": 0.2},
+                {"model": "nobody"},
+                {"file": "no"},
+            ):
+                self.send("POST", path, {"file": "https://example.com/a.mp3", **fields})
+        for fields in ({}, {"seconds": "4", "fps": 12, "width": 640, "height": 480}, {"width": 9}):
+            got = self.send("POST", "/v2/videos", {"model": HAILUO, "prompt": "a lake", **fields})
+            self.climb(f"/v2/videos/{got.json.get('id')}")
+        self.send("GET", "/v1/voices?model=cartesia/sonic")
+        self.check("media")
+
+    def test_files_and_batches(self):
+        seed(self.server)
+        server = self.server
+        for purpose, text in (
+            ("fine-tune", '{"messages": [{"role": "user", "content": "a"}]}\n'),
+            ("fine-tune", '{"text": 1}\n[]\n{'),
+            ("eval", "a,b\n1,2\n"),
+            ("batch-api", batch_lines(["a", "b"]) + b'{"custom_id": "c"}\n{"body": 1}\nx\n'),
+        ):
+            file = server.add_file(text, purpose=purpose)
+            for part in ("", "/content"):
+                self.send("GET", f"/v1/files/{file['id']}{part}")
+            self.send("POST", f"/v1/files/{file['id']}/preprocess", {})
+            body = {"endpoint": CHAT, "input_file_id": file["id"], "completion_window": "24h"}
+            for headers in (KEY, OPENAI):
+                made = self.send("POST", "/v1/batches", body, headers)
+                if made.status < 300:
+                    id = made.json.get("job", made.json)["id"]
+                    self.climb(f"/v1/batches/{id}")
+                    for name in ("output_file_id", "error_file_id"):
+                        self.send("GET", f"/v1/files/{server.batches[id].get(name)}/content")
+        for query in ("", "?limit=1", "?purpose=eval", "?limit=2&after=id", "?order=asc"):
+            for headers in (KEY, OPENAI):
+                self.give("GET", f"/v1/files{query}", None, headers=headers)
+                self.give("GET", f"/v1/batches{query}", None, headers=headers)
+        self.give("POST", "/v1/batches/id/cancel", None)
+        self.give("DELETE", "/v1/files/rows", None)
+        self.give("GET", "/v1/files/rows", None)
+        self.check("files and batches")
+
+    def test_trainings(self):
+        seed(self.server)
+        for fields in (
+            {},
+            {"n_epochs": 2, "n_checkpoints": 2, "suffix": "mine", "learning_rate": 1e-4},
+            {"lora": False, "batch_size": 8, "validation_file": "id", "n_evals": 2},
+            {"training_method": {"method": "dpo", "dpo_beta": 0.2}},
+            {"training_type": {"type": "Lora", "lora_r": 8}, "wandb_api_key": "secret"},
+            {"from_checkpoint": "done"},
+            {"training_file": "none"},
+            {"n_epochs": 0},
+        ):
+            body = {"training_file": "id", "model": "m", **fields}
+            got = self.send("POST", "/v1/fine-tunes", body)
+            self.send("POST", "/v1/fine-tunes/estimate-price", body)
+            self.send("POST", "/v1/fine-tunes/preview", body)
+            id = got.json.get("id")
+            for _ in range(6):
+                for part in ("", "/events", "/checkpoints", "/metrics"):
+                    self.send("GET", f"/v1/fine-tunes/{id}{part}")
+            self.send("GET", f"/v1/finetune/download?ft_id={id}")
+            self.send("POST", f"/v1/fine-tunes/{id}/cancel", {})
+            if got.status == 200:
+                named = {**HELLO, "model": got.json["model_output_name"]}
+                self.send("POST", CHAT, named)
+        self.give("GET", "/v1/fine-tunes?limit=2", None)
+        self.give("GET", "/v1/fine-tunes/models/limits?model_name=none", None)
+        self.give("DELETE", "/v1/fine-tunes/done?force=true", None)
+        self.check("trainings")
+
+    def test_jobs_and_accounts(self):
+        seed(self.server)
+        compare = {**EVALUATION, "model_a": "a", "model_b": "b"}
+        for type, parameters in (("classify", CLASSIFY), ("score", SCORE), ("compare", compare)):
+            body = {"type": type, "parameters": parameters}
+            id = self.send("POST", "/v1/evaluation", body).json.get("workflow_id")
+            self.climb(f"/v1/evaluation/{id}")
+            self.send("GET", f"/v1/evaluation/{id}/status")
+        for fields in ({}, {"display_name": "d", "state": "STOPPED"}, {"hardware": "x"}):
+            id = self.send("POST", "/v1/endpoints", {**ENDPOINT, **fields}).json.get("id")
+            self.climb(f"/v1/endpoints/{id}")
+            for change in ({"state": "STOPPED"}, {"display_name": "e"}, {"state": "STARTED"}):
+                self.send("PATCH", f"/v1/endpoints/{id}", change)
+                self.climb(f"/v1/endpoints/{id}")
+            path = f"/v1/endpoints/{id}/adapters"
+            self.give("POST", path, {"model_id": "e:lora"}, {})
+            self.give("GET", path, None)
+            self.give("DELETE", path, {"model_id": "e:lora"}, {"model_id": "e:lora"})
+        for source in ("unsloth/Qwen2.5", "https://e.org/model.tgz", "s3://b/m"):
+            for more in ({}, {"model_type": "adapter", "base_model": "b", "description": "d"}):
+                body = {"model_name": "mine", "model_source": source, **more}
+                id = self.send("POST", "/v1/models", body).json["data"]["job_id"]
+                self.climb(f"/v1/jobs/{id}")
+        for path in (
+            "/v1/models?dedicated=true",
+            "/v1/endpoints?type=dedicated&mine=true",
+            "/v1/hardware?model=" + LLAMA,
+            "/v2/supported-models?limit=2",
+            "/v2/supported-models/none/such",
+            "/v1/projects",
+            "/v3/whoami",
+        ):
+            for headers in (KEY, OPENAI):
+                self.give("GET", path, None, headers=headers)
+        self.check("jobs and accounts")
+
+    def test_scripts(self):
+        server, words = self.server, {"name": "f", "arguments": {"a": 1}}
+        scripts = (
+            {"content": "Said."},
+            {"content": "Said.", "reasoning": "Thought.", "finish_reason": "length"},
+            {"content": {"city": "Rome"}, "usage": {"prompt_tokens": 2}, "id": "x", "created": 5},
+            {"tool_calls": [words, {**words, "id": "c2"}]},
+            {"blocks": [{"type": "toolCall", **words}, {"type": "text", "text": "After."}]},
+            {"error": {"message": "No.", "code": "c"}, "status": 418},
+            {"json": {"any": [1]}, "response_headers": {"x-a": "b"}, "status": 202},
+            {"raw": {"text": "data: 1\n\n", "contentType": "text/event-stream"}},
+            {"embedding": [0.5, 0.25]},
+            {"scores": [0.1, 0.9, 0.5]},
+            {"image": {"url": "https://e.org/a.png"}},
+            {"audio": "UklGRg=="},
+            {"transcription": {"text": "Heard."}},
+            {"content": lambda request: f"{request.path} {len(request.raw)}"},
+            {"content": iter(["one", "two"])},
+            {"content": "{{model}} {{lastUserMessage}}", "times": 2},
+        )
+        for script in scripts:
+            server.reset()
+            try:
+                server.reply(**script)
+            except ValueError as error:
+                self.note(script, error)
+                continue
+            for path, body in (
+                (CHAT, HELLO),
+                (CHAT, {**HELLO, "stream": True, "tools": [WEATHER]}),
+                (CHAT, {**HELLO, "model": KIMI, "stream": True}),
+                (RESPONSES_PATH, {"model": THINKER, "input": "hello"}),
+                (RESPONSES_PATH, {"model": THINKER, "input": "hello", "stream": True}),
+                ("/v1/completions", {"model": LLAMA, "prompt": "hello", "logprobs": 1}),
+                ("/v1/embeddings", {"model": "BAAI/bge-base-en-v1.5", "input": ["a", "b"]}),
+                ("/v1/rerank", RERANK),
+                ("/v1/images/generations", {"model": FLUX, "prompt": "a lake"}),
+                ("/v1/audio/transcriptions", {"file": "https://example.com/a.mp3"}),
+            ):
+                self.send("POST", path, body)
+            self.note(script, [fixture.served for fixture in server.script.every])
+        self.check("scripts")
+
+    def test_misses(self):
+        server = self.server
+        server.on_miss = {"chat": "error", "embedding": "error"}
+        for match in (
+            {"user_message": "bye"},
+            {"user_message": re.compile("^bye$")},
+            {"system_message": ["a", "b"]},
+            {"model": "other"},
+            {"tool_name": "f", "has_tool_result": True},
+            {"turn_index": 2},
+            {"body": {"n": 2}},
+            {"headers": {"x-a": "b"}},
+            {"response_format": "json_object"},
+            {"context": "c"},
+            {"when": lambda request: False},
+        ):
+            server.reply("x", **match)
+        server.reply("y", user_message="hello", times=1)
+        for body in (HELLO, HELLO, {**HELLO, "messages": say("HELLO " * 40)}):
+            self.send("POST", CHAT, body)
+        self.send("POST", "/v1/embeddings", {"model": "m", "input": "x"})
+        for call in server.requests:
+            for miss in call.near_misses:
+                self.note(miss["differs"], miss["reason"])
+        self.check("misses")
+
+    def test_faults(self):
+        for name in fake.FAULTS:
+            self.server.reset()
+            with self.server.fault(name):
+                if name in ("slow_first_token", "stall", "rate_limit_date"):  # by the clock
+                    continue
+                for body in ({**HELLO, "stream": True, "tools": [WEATHER]}, HELLO):
+                    self.send("POST", CHAT, body)
+                self.note(name, [finding.name for finding in self.server.verdict()])
+        self.check("faults")
+
+    def test_what_is_recorded(self):
+        times = re.compile(rb'"(at|duration_ms|first_event_ms|epoch)":\s*[^,}]+')
+        for path, body in (
+            (CHAT, HELLO),
+            (CHAT, {**HELLO, "stream": True, "model": THINKER}),
+            (CHAT, {**HELLO, "tools": [WEATHER], "tool_choice": "required", "seed": 3}),
+            (CHAT, {**HELLO, "messages": []}),
+            (CHAT, {**HELLO, "max_token": 3, "wandb_api_key": "secret"}),
+            (RESPONSES_PATH, {"model": THINKER, "input": "hello", "stream": True}),
+            ("/v1/completions", {"model": LLAMA, "prompt": ["a", "b"]}),
+            ("/v1/embeddings", {"model": "BAAI/bge-base-en-v1.5", "input": ["a", "b"]}),
+            ("/v1/rerank", RERANK),
+            ("/v1/audio/speech", SPEECH),
+            ("/v1/audio/transcriptions", {"file": "https://example.com/a.mp3"}),
+            ("/v1/nothing?key=secret", {"a": 1}),
+        ):
+            self.answer("POST", path, body, {**KEY, "X-Test-Id": "t", "user-agent": "x/1"})
+        for path in ("", "?view=rows", "?kind=chat&status=4xx", "?text=hello", "?test=t"):
+            got = self.answer("GET", "/__parlel/requests" + path)
+            self.note(path, times.sub(b"", got.raw))
+        for number in range(1, 13):
+            for part in ("", "/reply"):
+                got = self.answer("GET", f"/__parlel/requests/{number}{part}")
+                self.note(number, times.sub(b"", got.raw))
+        self.note("fixtures", self.answer("GET", FIXTURES + "?from=requests").raw)
+        self.note("verdict", self.server.verdict())
+        self.check("record")
 
 
 class PathTests(FakeCase):
