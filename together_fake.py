@@ -1218,7 +1218,7 @@ PLACES = 8  # of a sentence in a text, each with its own sentences
 
 # ASCII classes only: other letters differ between the Unicode tables of Python versions.
 TOKEN = lazy_regex(
-    r"</?think>| ?(?:[A-Za-z]{1,7}|[0-9]{1,3}|[^\x00-\x7F]{1,2}|[!-/:-@\[-`{-~])"
+    r" ?(?:[A-Za-z]{1,7}|[0-9]{1,3}|[^\x00-\x7F]{1,2}|</?think>|[!-/:-@\[-`{-~])"
     r"|\n+|[ \t]+(?= )|[\x00-\x20\x7F]"
 )
 
