@@ -4464,6 +4464,23 @@ FORMS = {
         "Return JSON with the fields name (string) and age (integer between 0 and 120).",
         'Return JSON: {"name": "text of 5 to 10 words about the product", "age": 4}',
     ),
+    "exactly one of several": (
+        "red|blue",
+        "Reply with exactly one of: red, blue",
+        "Output exactly one word: red or blue\n\nText: roses",
+        "Respond with exactly one of the following: red, blue.",
+    ),
+    "exactly so many": (
+        r"[a-z ]+(?:, [a-z ]+){4}|(?:- [a-z ]+\n?){3}",
+        "Return exactly 5 keywords: no explanations.\n\nText: x",
+        "Reply with exactly three bullet points: one per topic.",
+    ),
+    "exactly this JSON": (r'\{"a": 1\}', 'Respond with exactly the following JSON: {"a": 1}'),
+    "a line of slots": (
+        r"[\w' ]+ - \d+|(feat|fix)\([^()]+\): [\w ]+",
+        "Answer with exactly this format: NAME - AGE",
+        "Use this template: <type>(<scope>): <subject>, where type is one of feat, fix.",
+    ),
     "true or false, listed": (
         "true|false",
         "Is the earth flat? Respond with only one word:\n- true\n- false",

@@ -3286,6 +3286,14 @@ PROSE_KEYS = lazy_regex(
     r"(?i)\b(?:extract|return|give me|list|find|provide|identify) ([^.:]{3,99}) (?:as|in) "
     r"[\w ]{0,9}JSON\b"
 )
+SPOKEN = r"\b(?:repeat|echo|reply|respond|answer|say|output|return|print)\b"
+EXACTLY = lazy_regex(
+    rf"(?i){SPOKEN}(?: (?:back|with|only|just|the|exactly|words?|phrase|following|text)\b|:)*\s(?:"
+    rf"({QUOTED})(?:[.!]?\Z| and nothing)|(?<=only the word )(\w+)[.!]?\Z"
+    r"|(?<=\Arespond with )((?-i:[A-Z]+))[.!]?\Z)|"
+    rf"{SPOKEN}(?![^:\n]*\b(?:one of|form|exactly {COUNT}\b))[^:\n]{{0,30}}(?:exactly|verbatim|"
+    r"(?:only|just)\b[^:\n]{0,20}(?:text|phrase|words?|message))[^:\n]{0,30}:\s(\S.*)"
+)
 FENCED = lazy_regex(r"(?i)\A.*(?:```|(?:code|fenced) ?-?(?:block|snippet)\b|backtick)")
 
 
@@ -3335,6 +3343,9 @@ def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
     for example in sorted(prompt.examples, key=rank)[-1:-4:-1]:
         read = read_example(example[2]) if rank(example) >= (0 if asked else 3) else None
         if read and type(read) in (dict, list):
+            is_open = re.search(r'[<|]|\.\.|"(?:str|int|num|float|bool)|\w \w', example[2])
+            if EXACTLY.search(f"{example[0]} .") and not is_open:
+                return WantedForm("exactly this JSON", example[2])
             value, label = read, f"JSON by {'schema' if as_schema(read) else 'example'}"
             break
     if value is None and not asked:
@@ -3346,14 +3357,6 @@ def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
     return WantedForm("JSON" if value is None else label, text, {"JSON": schema})
 
 
-SPOKEN = r"\b(?:repeat|echo|reply|respond|answer|say|output|return|print)\b"
-EXACTLY = lazy_regex(
-    rf"(?i){SPOKEN}(?: (?:back|with|only|just|the|exactly|words?|phrase|following|text)\b|:)*\s(?:"
-    rf"({QUOTED})(?:[.!]?\Z| and nothing)|(?<=only the word )(\w+)[.!]?\Z"
-    r"|(?<=\Arespond with )((?-i:[A-Z]+))[.!]?\Z)|"
-    rf"{SPOKEN}[^:\n]{{0,30}}(?:exactly|verbatim|(?:only|just)\b[^:\n]{{0,20}}(?:text|phrase|words?"
-    r"|message))[^:\n]{0,30}:\s(\S.*)"
-)
 CONDITION = lazy_regex(r"(?i)\b(?:if|when|whenever|unless|until|once|after)\b")
 ENDING = lazy_regex(
     r"(?i:(?:repl|respond|say|output|return|end|command)[^.\n]{0,60}?[\"'`]?"
@@ -3540,8 +3543,18 @@ def read_block(prompt: Prompt) -> WantedForm | None:
     return WantedForm(f"block of {kind}", f"```{kind}\n\1{kind}\1\n```")
 
 
+GAP = r"(?:<[a-z][\w -]*>|\b(?![YMDH]{2}|JSON|CSV)[A-Z]{3,}\b)"
+GAPS = lazy_regex(rf"\b(?:form|format|template)\b[^\w<|]{{1,9}}({GAP}(?:[^\w<>\n]{{1,4}}{GAP})+)")
+
+
 def read_records(prompt: Prompt) -> WantedForm | None:
-    """Read records whose fields a mark divides; names come from the text."""
+    """Read a line of slots, or records whose fields a mark divides; names come from the text."""
+    gaps = GAPS.search("\n".join(prompt.said)) if prompt.asking else None
+    if gaps:
+        text = re.sub(GAP, lambda gap: f"\1{gap[0].strip('<>').lower()}\1", gaps[1])
+        names = text.split("\1")[1::2]
+        slots = {at: find_offered(prompt, at) or read_value(prompt, "", at) for at in names}
+        return WantedForm(f"template {gaps[1]}", text, slots)
     mark = re.search(r"<\|[^|\w]{0,9}\|?>", prompt.text)
     if mark is None:
         return None
@@ -3564,7 +3577,7 @@ LISTS = (
     (r"numbered list|ordered list", "\nN. "),
     (r"bullet|markdown list", "\n- "),
     (r"checklist", "\n- [ ] "),
-    (r"comma[ -]separated(?! essay)|separated by commas", ", "),
+    (r"comma[ -]separated(?! essay)|separated by commas|exactly \w+ (?:keyword|tag)s", ", "),
     (r"\b(?:one|each) (?:\w+ )?(?:per|on (?:a|its own)) line|separated by (?:new ?|line )", "\n"),
 )
 RECORD_SHAPE = lazy_regex(r"[\"'`]?(\(?\w+(?:(?:; | ?\| ?)\w+)+\)?)")
