@@ -3876,6 +3876,36 @@ REACT_LINES = (
     "Thought: ...\nAction: the action\nAction Input: the input\nObservation: the result\n"
     "Final Answer: the answer\n\nQuestion: Who wrote Faust?"
 )
+REACT_BLOCKS = """Tools:
+> Tool Name: get_rain
+Tool Args: {"properties": {"day": {"type": "integer"}}, "required": ["day"], "type": "object"}
+
+Use the following format:
+
+```
+Thought: I need a tool.
+Action: tool name (one of get_rain) if using a tool.
+Action Input: the input, in JSON
+```
+
+If this is used, the tool will respond in the following format:
+
+```
+Observation: tool response
+```
+
+At the end, use one of two formats:
+
+```
+Thought: I can answer.
+Answer: [the answer]
+```
+
+```
+Thought: I cannot answer.
+Answer: [the answer]
+```
+"""
 FRAMES = (
     "Your output fields are:\n1. `mood` (Literal['sad', 'glad']):\n2. `sure` (float):\n"
     "3. `people` (list[P]):\n\n[[ ## text ## ]]\n{text}\n\n[[ ## mood ## ]]\n{mood}\n\n"
@@ -4642,6 +4672,18 @@ class PromptTests(LocalCase):
         later = [system, *say("Go!"), {"role": "assistant", "content": "Done."}, *say("And?")]
         for form in (self.read(asked, "running", "Result: 3 passed"), fake.read_form(later)):
             self.assertTrue(form.write(fake.HashRandom.of("test", 1)).endswith("TERMINATE"))
+
+    def test_an_agent_calls_its_tool_as_it_takes_it_and_ends(self):
+        asked = [{"role": "system", "content": REACT_BLOCKS}, *say("Will it rain?")]
+        said = fake.read_form(asked).write(fake.HashRandom.of("test", 1))
+        self.assertRegex(said, r'\AThought: .+\nAction: get_rain\nAction Input: \{"day": \d+\}\Z')
+        for told in (
+            "Observation: no",
+            "Analyze the result. If needs are met, provide the answer.",
+        ):
+            turns = [*asked, {"role": "assistant", "content": said}, *say(told)]
+            ended = fake.read_form(turns).write(fake.HashRandom.of("test", 1))
+            self.assertRegex(ended, r"\AThought: .+\nAnswer: .+\Z")
 
     def test_it_is_told_in_the_record(self):
         self.assertEqual(list(json.loads(self.text(self.ASKED))), ["age"])

@@ -2768,7 +2768,7 @@ def message_text(message: Item) -> str:
 QUOTED = r"""(?:"[^"\n]{1,60}"|'[^'\n]{1,60}'|`[^`\n]{1,60}`)"""
 ONE_WORD = r"[\w'-]{1,30}"
 JOINING = r"(?:and|or|for|with|based|that|if|as|to|by|in|on|is|it)\b"
-NO_ITEM = r"(?!(?:and|or|reply|respond|answer|return) )"  # the sentence goes on
+NO_ITEM = r"(?!(?:and|or|reply|respond|answer|return|give|provide|pick|without|do) )"
 PHRASE = rf"(?:{QUOTED}|{NO_ITEM}\w[\w'+-]{{0,29}}(?: (?!{JOINING})[\w+][\w'+-]{{0,29}}){{0,2}})"
 BETWEEN = r"(?: ?\([^()\n]{0,80}\))?(?:\s?[|/,;]\s?(?:or |and )?| or )"
 QUOTED_ROW = (
@@ -2871,7 +2871,7 @@ def read_phrase(text: str, note: str = "") -> Item:
     kind = "integer" if text == "<number>" else read_type(plain)
     kind = kind or ("number" if text[:1] == "<" and NUMBER_WORD.match(plain) else "")
     near = NUMBER_RANGE.search(plain[:40])
-    offer = read_offer(plain) or read_offer(note)
+    offer = read_offer(text) or read_offer(note)
     if offer and kind in ("", "string") and not near:
         return offer
     told = not kind and (near or NUMBER_WORD.search(note[:60]))
@@ -2923,8 +2923,13 @@ def as_schema(value: Any) -> Any:
         return None
     if type(value.get("properties")) is dict or value.get("type") == "array":
         return value
-    told = [type(field) is dict and read_type(str(field.get("type"))) for field in value.values()]
-    return as_object(value) if told and all(told) else None
+    fields = {}
+    for name, field in value.items():
+        kind = read_type(str(field.get("type"))) if type(field) is dict else ""
+        if not kind:
+            return None
+        fields[name] = {**field, "type": kind}
+    return as_object(fields) if fields else None
 
 
 DATA = (
@@ -3387,12 +3392,14 @@ SLOT_SHOWN = lazy_regex(
     r"|()()(\.\.\.|\0\d*\0)"
 )
 TOOLS = lazy_regex(r"(?i)\b(?:tools|actions)\b[^\n]{0,99}?:\s+([^\0]{1,400})")
-TOOL = lazy_regex(r"(?m)(?:^(?:> Tool Name: |[-*] )?|, )([a-z]\w*)(?=\[\w+\]|\(\w+:|: |:?$)")
+TOOL = lazy_regex(r"(?m)(?:^(?:(?:> )?Tool Name: |[-*] )?|, )([a-z]\w*)(?=\[\w+\]|\(\w+:|: |:?$)")
 
 
-def fill_shown(prompt: Prompt, lines: list[str], tools: Sequence[str] = ()) -> WantedForm | None:
+def fill_shown(
+    prompt: Prompt, lines: list[str], tools: Sequence[str] = (), takes: Item | None = None
+) -> WantedForm | None:
     """Return lines that are shown, with a slot for each value behind a label or in a tag."""
-    schemas: Item = {}
+    schemas: Item = {"Action": {"enum": tools[:1]}, "Action Input": takes} if takes else {}
 
     def fill(found: re.Match[str]) -> str:
         """Return a label with a slot, whose schema is read at its first place."""
@@ -3424,12 +3431,13 @@ def read_agent(prompt: Prompt) -> WantedForm | None:
     acted = prompt.answered or "\nObservation:" in seen
     told = TOOLS.search("\n".join(prompt.lines))
     tools = TOOL.findall(told[1]) if told else find_offered(prompt, "tool").get("enum", ())
-    stop = heads.index("Observation")
-    last = next((at for at in range(stop, len(lines)) if "Answer" in heads[at]), 0)
+    last = re.search(r"(?m)^(?:Thought: .*\n)?(?:Final )?Answer: .*", prompt.text)
     if acted and last:
-        return fill_shown(prompt, lines[stop + 1 : last + 1])
+        return fill_shown(prompt, last[0].split("\n"))
     if not is_json:
-        return fill_shown(prompt, lines[heads.index("Thought") : stop], tools)
+        lines = lines[heads.index("Thought") : heads.index("Observation")]
+        taken = [as_schema(read_example(text)) for at, _, text in prompt.examples if "Arg" in at]
+        return fill_shown(prompt, lines, tools, taken[0] if taken and tools else None)
     name = "Final Answer" if acted or not tools else tools[0]
     form = as_object({"action": {"const": name}, "action_input": TEXT_SCHEMA})
     text = "Thought: \1thought\1\nAction:\n" * acts + "```json\n\1JSON\1\n```"
