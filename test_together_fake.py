@@ -4511,6 +4511,12 @@ FORMS = {
         "Answer with exactly this format: NAME - AGE",
         "Use this template: <type>(<scope>): <subject>, where type is one of feat, fix.",
     ),
+    "fields that are schemas": (
+        r'\{"city": \{"name": "[^"]+"\}, "mood": "(sun|rain)", "note": ("[^"]+"|null)\}',
+        'Provide JSON. The properties for each field:\n{"city": {"$ref": "#/$defs/City"}, "mood": '
+        '{"enum": ["sun", "rain"]}, "note": {"anyOf": [{"type": "string"}, {"type": "null"}]}, '
+        '"$defs": {"City": {"name": {"type": "string"}}}}',
+    ),
     "true or false, listed": (
         "true|false",
         "Is the earth flat? Respond with only one word:\n- true\n- false",

@@ -2925,11 +2925,14 @@ def as_schema(value: Any) -> Any:
         return value
     fields = {}
     for name, field in value.items():
-        kind = read_type(str(field.get("type"))) if type(field) is dict else ""
-        if not kind:
+        kind = type(field) is dict and read_type(str(field.get("type")))
+        is_schema = type(field) is dict and not {"$ref", "enum", "anyOf"}.isdisjoint(field)
+        told = {**field, "type": kind} if kind else field if is_schema else as_schema(field)
+        if told is None:
             return None
-        fields[name] = {**field, "type": kind}
-    return as_object(fields) if fields else None
+        fields[name] = told
+    parts = fields.pop("$defs", {}).get("properties", {})
+    return {**as_object(fields), "$defs": parts} if fields else None
 
 
 DATA = (
