@@ -4517,6 +4517,20 @@ FORMS = {
         '{"enum": ["sun", "rain"]}, "note": {"anyOf": [{"type": "string"}, {"type": "null"}]}, '
         '"$defs": {"City": {"name": {"type": "string"}}}}',
     ),
+    "frames with names of one letter": (
+        r"\[\[ ## a ## \]\]\n.+\n\n\[\[ ## b ## \]\]\n.+\n\n\[\[ ## completed ## \]\]",
+        "Respond with the fields, starting with the field `[[ ## a ## ]]`, then `[[ ## b ## ]]`, "
+        "and then ending with the marker for `[[ ## completed ## ]]`.",
+    ),
+    "all fields in an order, whatever was quoted before": (
+        r'\{"why": "[^"]+", "b": -?[\d.]+, "ok": (true|false), "tags": \["[^"]+", "[^"]+"\], '
+        r'"next": "(get_rain|finish)"\}',
+        'It failed.\n\nTraceback: ValueError: got this response:\n{"wrong": 1}\n\n'
+        "Respond with a JSON object in the following order of fields: `why`, then `b` (must be "
+        "formatted as a valid Python float), then `ok` (must be formatted as a valid Python bool), "
+        "then `tags` (must be formatted as a valid Python list[str]), then `next` (must be "
+        "formatted as a valid Python Literal['get_rain', 'finish']).",
+    ),
     "true or false, listed": (
         "true|false",
         "Is the earth flat? Respond with only one word:\n- true\n- false",

@@ -2999,9 +2999,12 @@ ASKS_LINES = lazy_regex(
 SHOWN_LINE = lazy_regex(r"[ \t>*]{0,9}(?:[A-Z][\w /()-]{0,40}\**:|</?\w+[^<>]*>(?! \w))")
 SPEAKER = lazy_regex(r"[A-Z]\w{0,15}:(?= )")
 NOTE = lazy_regex(
-    r"(?i)(?:[\"'`*#>\] ]{0,9}(\()|[\"'`*]+[:,]? (?!only|and\b|[\"'`{])|[\"'`]?\??:.*?(?://|#))"
+    r"(?i)(?:[\"'`*#>\] ]{0,9}(\()|[\"'`*]+[:,]? (?!only|(?:and|then)\b|[\"'`{])"
+    r"|[\"'`]?\??:.*?(?://|#))"
 )
-NOTE_END = lazy_regex(r"\.\s|,? and [\"'`]\w+[\"'`] (?!or)|\)(?:,|,? and) [\"'`]| [0-9]\) ")
+NOTE_END = lazy_regex(
+    r"\.\s|,? and [\"'`]\w+[\"'`] (?!or)|\)(?:,|,? (?:and|then)) [\"'`]| [0-9]\) "
+)
 
 
 def keep_ends(whole: Any, size: int) -> Any:
@@ -3147,7 +3150,9 @@ def count_entries(prompt: Prompt, name: str = "") -> int:
 
 def find_note(prompt: Prompt, name: str) -> str:
     """Return what is said beside a name, in brackets, quotes or a comment."""
-    pieces = prompt.notes.split(name, 4)
+    quoted = f"`{name}`"
+    mark = quoted if len(name) == 1 and quoted in prompt.notes else name
+    pieces = prompt.notes.split(mark, 4)
     for before, rest in zip(pieces, pieces[1:]):
         rest = rest[:240].partition("\n")[0]
         found = None if before[-1:].isalnum() else NOTE.match(rest)
@@ -3201,7 +3206,9 @@ def read_words(prompt: Prompt, text: str, name: str) -> Item:
         return {**schema, "$id": name, "minItems": 1}
     note = find_note(prompt, name) if name else ""
     text = text.strip(".\u2026")
-    kind = re.search(r"\b(?:an? |list|array|int|num|float|bool|true|str|dict|one of)\b", note[:60])
+    kind = re.search(
+        r"\b(?:an? (?!valid)|list|array|int|num|float|bool|true|str|dict|one of)\b", note[:60]
+    )
     text = text or (note[kind.start() :].partition(")")[0] if kind else note)
     schema = read_phrase(text, note)
     if "items" in schema:
@@ -3317,7 +3324,9 @@ def split_names(text: str) -> list[str]:
 
 def read_keys(prompt: Prompt, asked: str) -> list[str]:
     """Return the names of the keys that the prompt lists or names."""
-    whole, asked = (re.sub(QUOTED_ROW, "", IN_BRACKETS.sub("", s)) for s in (prompt.whole, asked))
+    ordered = re.search(r"order of fields: [^\n]{1,2000}", prompt.text)
+    whole = ordered[0] if ordered else prompt.whole
+    whole, asked = (re.sub(QUOTED_ROW, "", IN_BRACKETS.sub("", s)) for s in (whole, asked))
     texts = [found[found.lastindex or 0] for found in KEYS.finditer(whole)]
     texts = texts or re.findall(QUOTED, asked.partition("JSON")[2])
     lists = [items for before, items in prompt.lists.items() if re.search(KEY_WORD, before)]
@@ -3334,7 +3343,8 @@ def rank_example(keys: list[str], asked: list[str], example: tuple[str, str, str
     rank = -4 * bool(INPUT_INTRO.search(intro))
     if OUTPUT_INTRO.search(intro) and (asked or is_asking(intro)):
         rank += 3
-    return rank + 4 * any(f'"{key}"' in text or f"{key}:" in text for key in keys)
+    named = any(f'"{key}"' in text or f"{key}:" in text for key in keys)
+    return rank + (4 if named else -4 * (len(keys) > 1))
 
 
 def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
@@ -3471,7 +3481,7 @@ AFTER_TAG = lazy_regex(
     rf"(?:</[\w-]+>)?(?: tags? (?:with|as|containing) ({WORDS_OFFERED})\W*\Z"
     r"|,? where \w+ is ([^<>]{1,60}))"
 )
-MARKER = lazy_regex(r"[`\"']([\[<=#*][\[<=#* ]{1,7}(\w{2,40})[\]>=#* ]{2,8})[`\"']")
+MARKER = lazy_regex(r"[`\"']([\[<=#*][\[<=#* ]{1,7}(\w{2,40}|(?<=# )\w)[\]>=#* ]{2,8})[`\"']")
 
 
 def read_marks(prompt: Prompt) -> WantedForm | None:
