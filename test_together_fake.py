@@ -4531,6 +4531,13 @@ FORMS = {
         "then `tags` (must be formatted as a valid Python list[str]), then `next` (must be "
         "formatted as a valid Python Literal['get_rain', 'finish']).",
     ),
+    "one of the labels": (
+        "red|blue",
+        "Output exactly one of the labels red, blue. Never anything but the label.",
+        "Assign the text to one of the categories red, blue. Output the category only.\n\nText: x",
+        "Options are red or blue; give just one of them.\n\nMail: x",
+        "Tools:\n- red: looks\n- blue: adds\n\nReply with its name exactly as listed.",
+    ),
     "true or false, listed": (
         "true|false",
         "Is the earth flat? Respond with only one word:\n- true\n- false",
@@ -4632,6 +4639,13 @@ PROSE = (
     "Give me some background on JSON.",
     "Explain the <answer> tag, the <think> tag and their use.",
     "Write a poem about a bullet list.",
+    "In our app a user can choose from the options: small, medium, large. Which would you take?",
+    'Could you please explain how {"type": "object"} differs from {"type": "array"}?',
+    "Compare YAML, XML and JSON for config files.",
+    'Under no circumstances return JSON such as {"a": "..."}. Why is the sky blue?',
+    "When should one use a bullet list in a book?",
+    "Rephrase: the output must be JSON or the parser fails.",
+    "Which of the labels on this jar matter for someone with a nut allergy? It says: vegan, nuts.",
 )
 
 

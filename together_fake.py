@@ -2734,7 +2734,7 @@ HINTS = frozenset(
     for word in (
         f"{ASKING}|json|yaml|csv|category|title|only|just|word|words|line|block|table|separated|"
         "comma|bullet|checklist|response|yes|yes/no|true/false|either|exactly|template|one-word|"
-        "comma-separated"
+        "comma-separated|nothing|else|single|headings|sections"
     ).split("|")
     for form in (word, word.capitalize(), word.upper())
     for mark in ("", "s", ".", ",", ":", "?")
@@ -2768,7 +2768,7 @@ def message_text(message: Item) -> str:
 QUOTED = r"""(?:"[^"\n]{1,60}"|'[^'\n]{1,60}'|`[^`\n]{1,60}`)"""
 ONE_WORD = r"[\w'-]{1,30}"
 JOINING = r"(?:and|or|for|with|based|that|if|as|to|by|in|on|is|it)\b"
-NO_ITEM = r"(?!(?:and|or|reply|respond|answer|return|give|provide|pick|without|do) )"
+NO_ITEM = r"(?!(?:and|or|reply|respond|answer|return|give|provide|pick|choose|without|do) )"
 PHRASE = rf"(?:{QUOTED}|{NO_ITEM}\w[\w'+-]{{0,29}}(?: (?!{JOINING})[\w+][\w'+-]{{0,29}}){{0,2}})"
 BETWEEN = r"(?: ?\([^()\n]{0,80}\))?(?:\s?[|/,;]\s?(?:or |and )?| or )"
 QUOTED_ROW = (
@@ -2782,16 +2782,18 @@ OFFER = lazy_regex(
     r"|(?i:\b(?:(?:one|any|some|more) of|either|single letter|literal|(?:choose|pick"
     r"|select|one) from|(?:option|choice|value)s?(?= ?:| are)"
     r"|(?:label|classif|tag|mark)\w*\b[^.\n]{0,80} as)"
-    r"(?: (?:the|these|following|\w+(?=:))\b)*"
+    r"(?: (?:are|the|these|following|(?:label|option|value|word|tag|choice|categorie|classe)s"
+    r"|\w+(?=:))\b)*"
     rf"\s?[:,=]?\s?[\[({{]?)({ROW_OFFERED}|[A-Z]{{2,8}}\b)"
     rf"|\(({WORDS_OFFERED})\)"
     rf"|(?:word|label)[:,] ({WORDS_OFFERED})"
 )
 TOLD_OF = lazy_regex(
-    r"(?:(?:\(s\))? ?[:=\u2208]| (?:are|is(?= one| either)|(?:may|must) be|from|(?=[(\"'`])))"
+    r"(?:(?:\(s\))? ?[:=\u2208]| (?:are|is(?= one| either)|(?:may|must"
+    r"|should(?= be [\"'`]?[A-Z])) be|from|(?=[(\"'`])))"
     rf"(?: one of| either| any of)?:? ?[\[({{]?({ROW_OFFERED}|{NUMBER} ?(?:-|to) ?{NUMBER})"
 )
-ARRAY = lazy_regex(r"(?i)[^\"'`]{0,60}\b(?:JSON (?:array|list)|(?:array|list) of)")
+ARRAY = lazy_regex(r"(?i)[^\"'`(]{0,60}\b(?:JSON (?:array|list)|(?:array|list) of)")
 COUNTS = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 COUNT = rf"(\d{{1,2}}{'|'.join(COUNTS)})"
 ENTRIES = lazy_regex(
@@ -2926,13 +2928,11 @@ def as_schema(value: Any) -> Any:
     fields = {}
     for name, field in value.items():
         kind = type(field) is dict and read_type(str(field.get("type")))
-        is_schema = type(field) is dict and not {"$ref", "enum", "anyOf"}.isdisjoint(field)
-        told = {**field, "type": kind} if kind else field if is_schema else as_schema(field)
-        if told is None:
-            return None
-        fields[name] = told
-    parts = fields.pop("$defs", {}).get("properties", {})
-    return {**as_object(fields), "$defs": parts} if fields else None
+        is_schema = type(field) is dict and field.keys() & {"$ref", "enum", "anyOf"}
+        fields[name] = {**field, "type": kind} if kind else field if is_schema else as_schema(field)
+    if not fields or None in fields.values():
+        return None
+    return {"$defs": fields.pop("$defs", {}).get("properties"), **as_object(fields)}
 
 
 DATA = (
@@ -2949,7 +2949,7 @@ PROSE_TASK = lazy_regex(
     r"paraphrase|correct|explain|review|reply to|draft|describe|fix|debug|refactor|improve|"
     r"analy[sz]e|what|why|how|who|help)\b(?:[^\n:]{0,200}:(?=\s{0,9}[\n\"'])"
     r"|[^\n:]{0,99}\b(?:following|this|these|below)\b[^\n:]{0,99}(?=\n+[^\n]+\Z))"
-    r"|(?:translate|rewrite)\b[^\n:.]{0,99}:(?= \w+ [a-z\"'`])"
+    r"|(?:translate|rewrite|rephrase|paraphrase)\b[^\n:.]{0,99}:(?= \w+ [a-z\"'`])"
 )
 EXAMPLE_START = lazy_regex(
     r"(?<![$\w])\{\s{0,99}(?:\n|[\"'][^\"'\n]{0,60}[\"']\s?:|[\w-]{1,60}\??\s?:\s|//|#)"
@@ -2961,19 +2961,22 @@ FENCE = lazy_regex(
 )
 ASKS = lazy_regex(
     r"\b(?<!> )(?:provide|give|print|write|produce|use|put|present|convert|follow|show(?=.* as )"
-    r"|keep|compare|create|name|suggest|summari[sz]e|describe|enclose|fill|contain|consist|adhere|"
-    r"(?:must|should) be|(?:only|just) (?:an? )?(?:the|yes|json|code|word|number|letter|single)|"
+    r"|json (?:keys|fields)|keep|compare|create|assign|name|suggest|summari[sz]e|describe|enclose"
+    r"|fill|contain|consist|adhere|"
+    r"(?:must|should|has to) (?:be|look)|(?:only|just) (?:an? )?(?:the|yes|json|code|word|number"
+    r"|letter|single)|"
     rf"only(?! \w)|format|schema|structure|template|one (?:word|line)|{ASKING})\b"
     r"|\b(?:antwort|r[e\xe9]pond|devuelv|respond[ae]|rispond)"
     r"|\u8fd4\u56de|\u8f93\u51fa|\u56de\u7b54"
     r"|\([^()]{1,99}\)\?|\A\W?\w+(?:/| or )\w+(?:\W{0,3}\Z| ?[:?,])"
 )
 TOLD = lazy_regex(
-    r"\d\d|[>|]|\W*(?:(?:my|our|i|i'm|he|she|they|we|it|"
+    r"\d\d|[>|]|\W*(?:(?:(?:in |here's |here is |this is )?(?:my|our)|i|i'm|he|she|they|we|it|"
     r"the (?!.{0,30}(?:answer|response|output|reply|line|label|verdict|json)))\b|"
-    r"(?:explain|translate)\b(?!.*(?:, | and )(?!(?:the|an?|its|their)\b|how|wh))|is it\b|"
-    r"(?:can you )?review\b|can you label\b(?!.* as )"
-    r"|(?:show me |\w+ )?(?:how|why|what|who)\b|(?:please )?(?:write|create|build|make|implement|"
+    r"(?:c\w+ you |please )*(?:explain|translate|review)\b(?!.*(?:, | and )(?!(?:the|an?|its"
+    r"|their)\b|how|wh))|is it\b|can you label\b(?!.* as )"
+    r"|(?:show me |\w+ )?(?:how|why|what|who|when (?:should|do|does))\b|(?:please )?(?:write"
+    r"|create|build|make|implement|"
     r"design|draft|add)\b.{0,50}\b(?:function|script|tests?|component|prompt|program|app|class|"
     r"docs|endpoint|essay|story|tutorial|e-?mail|letter|notes|dialogue|code)\b)"
     r"|.*\b(?:then explain|how (?:do|can|could|should|would|does|to)|useful|helpful|appropriate|"
@@ -3002,9 +3005,7 @@ NOTE = lazy_regex(
     r"(?i)(?:[\"'`*#>\] ]{0,9}(\()|[\"'`*]+[:,]? (?!only|(?:and|then)\b|[\"'`{])"
     r"|[\"'`]?\??:.*?(?://|#))"
 )
-NOTE_END = lazy_regex(
-    r"\.\s|,? and [\"'`]\w+[\"'`] (?!or)|\)(?:,|,? (?:and|then)) [\"'`]| [0-9]\) "
-)
+NOTE_END = lazy_regex(r"\.\s|\)(?:,|,? (?:and|then)) [\"'`]| [0-9]\) ")
 
 
 def keep_ends(whole: Any, size: int) -> Any:
@@ -3047,8 +3048,8 @@ class Prompt:
         self.said = [UNASKED.sub("", part) for part in keep_ends(said, MAX_LINES // 4)]
         self.asking = keep_ends(list(filter(is_asking, self.said)), 3)
         self.whole = " ".join(self.asking)
-        last = self.lines[-1][:80].strip(" #*-") if self.lines and not task else ""
-        self.tail = last[:-1] if last.endswith(":") else ""
+        last = self.lines[-1].strip(" #*-") if self.lines and not task else ""
+        self.tail = last[:-1] if last.endswith(":") and len(last) < 81 else ""
 
     @functools.cached_property
     def offers(self) -> list[tuple[str, Item]]:
@@ -3179,8 +3180,7 @@ def find_range(prompt: Prompt, name: str) -> str:
     """Return what is said of a number's widest range."""
     scored = SCORED.search(name.replace("_", " "))
     called = SCORED if scored else re.compile(rf"(?i)\b{re.escape(name)}s?\b")
-    told = [said for said in prompt.said if called.search(said)]
-    told = [f"{called.split(said, 1)[1]} {said}"[:199] for said in keep_ends(told, 1)]
+    told = keep_ends([said for said in prompt.said if called.search(said)], 1)
     marks = [int(at[1]) for at in map(SCORE_TOLD.match, prompt.lines) if scored and at]
     told += [f"{min(marks)}-{max(marks)}"] if len(marks) > 1 else []
     return max(told, key=lambda text: measure_width(read_numbers(text)), default="")
@@ -3275,7 +3275,7 @@ class WantedForm:
 
 
 JSON_ASKED = lazy_regex(
-    r"(?i)(?<!ompare )(?<!this )(?<!escribe a )(?<![a-z])JSONL?"
+    r"(?i)(?<!ompare )(?<!XML and )(?<!this )(?<!escribe a )(?<![a-z])JSONL?"
     r"(?![a-z(_]|\.\w|(?<= o[fn] JSON)(?! obj)| (?:API|file|output schema|Web|pars))"
     r"|\bPython dict"
 )
@@ -3339,7 +3339,7 @@ def read_keys(prompt: Prompt, asked: str) -> list[str]:
 
 
 def rank_example(keys: list[str], asked: list[str], example: tuple[str, str, str]) -> int:
-    intro, text = example[0].rpartition(". ")[2], example[2]
+    intro, text = UNASKED.sub("", example[0].rpartition(". ")[2]), example[2]
     rank = -4 * bool(INPUT_INTRO.search(intro))
     if OUTPUT_INTRO.search(intro) and (asked or is_asking(intro)):
         rank += 3
@@ -3408,11 +3408,9 @@ TOOLS = lazy_regex(r"(?i)\b(?:tools|actions)\b[^\n]{0,99}?:\s+([^\0]{1,400})")
 TOOL = lazy_regex(r"(?m)(?:^(?:(?:> )?Tool Name: |[-*] )?|, )([a-z]\w*)(?=\[\w+\]|\(\w+:|: |:?$)")
 
 
-def fill_shown(
-    prompt: Prompt, lines: list[str], tools: Sequence[str] = (), takes: Item | None = None
-) -> WantedForm | None:
+def fill_shown(prompt: Prompt, lines: list[str], known: Item | None = None) -> WantedForm | None:
     """Return lines that are shown, with a slot for each value behind a label or in a tag."""
-    schemas: Item = {"Action": {"enum": tools[:1]}, "Action Input": takes} if takes else {}
+    schemas: Item = {**(known or {})}
 
     def fill(found: re.Match[str]) -> str:
         """Return a label with a slot, whose schema is read at its first place."""
@@ -3421,14 +3419,12 @@ def fill_shown(
         if slot not in schemas:
             value = "object" if slot == "Action Input" and "JSON" in value else value
             schema = read_value(prompt, int(value) if value.isdecimal() else value, slot)
-            chosen = slot == "Action" and tools and "enum" not in schema
-            schemas[slot] = (
-                {"enum": tools} if chosen else bound_numbers(prompt, schema, f"{slot} {value}")
-            )
+            schemas[slot] = bound_numbers(prompt, schema, f"{slot} {value}")
         return f"{name}{between}\1{slot}\1{'%' * (value[-2:] == '>%')}"
 
     text = SLOT_SHOWN.sub(fill, "\n".join(lines).strip(), 2 * MAX_ASKING)
-    return WantedForm(f"lines {', '.join(schemas)[:200]}", text, schemas) if schemas else None
+    names = dict.fromkeys(text.split("\1")[1::2])
+    return WantedForm(f"lines {', '.join(names)[:200]}", text, schemas) if names else None
 
 
 def read_agent(prompt: Prompt) -> WantedForm | None:
@@ -3449,8 +3445,11 @@ def read_agent(prompt: Prompt) -> WantedForm | None:
         return fill_shown(prompt, last[0].split("\n"))
     if not is_json:
         lines = lines[heads.index("Thought") : heads.index("Observation")]
-        taken = [as_schema(read_example(text)) for at, _, text in prompt.examples if "Arg" in at]
-        return fill_shown(prompt, lines, tools, taken[0] if taken and tools else None)
+        takes = [as_schema(read_example(text)) for at, _, text in prompt.examples if "Arg" in at]
+        known = {"Action Input": takes[0]} if takes else {}
+        if tools:
+            known["Action"] = {"enum": tools[:1] if takes else tools}
+        return fill_shown(prompt, lines, known)
     name = "Final Answer" if acted or not tools else tools[0]
     form = as_object({"action": {"const": name}, "action_input": TEXT_SCHEMA})
     text = "Thought: \1thought\1\nAction:\n" * acts + "```json\n\1JSON\1\n```"
@@ -3575,7 +3574,7 @@ def read_records(prompt: Prompt) -> WantedForm | None:
         text = re.sub(GAP, lambda gap: f"\1{gap[0].strip('<>').lower()}\1", gaps[1])
         names = text.split("\1")[1::2]
         slots = {at: find_offered(prompt, at) or read_value(prompt, "", at) for at in names}
-        return WantedForm(f"template {gaps[1]}", text, slots)
+        return WantedForm("template", text, slots)
     mark = re.search(r"<\|[^|\w]{0,9}\|?>", prompt.text)
     if mark is None:
         return None
@@ -3654,7 +3653,8 @@ OF_LIST = lazy_regex(r"(?i)categor|option|choice|label|letter|one of|\Aanswer\Z"
 RESTRICTED = lazy_regex(
     r"(?i)\b(?:(?:only|just)(?! from)|alone|nothing (?:else|more)|single|do not explain|classif"
     r"|label|one (?:word|letter|digit|number)|without (?:any )?(?:punct|expla)|categor"
-    r"|no (?:other|extra|preamble|expla)|(?:as|return) an? (?:int|float|num|bool))"
+    r"|no (?:other|extra|preamble|expla|punct)|exactly as|anything else"
+    r"|(?:as|return) an? (?:\w+ )?(?:int|float|num|bool))"
 )
 
 
@@ -3676,8 +3676,6 @@ def read_offered(prompt: Prompt, said: str) -> Item:
         words = ["".join(found) for found in CONDITIONS.findall(said)]
     if len(words) > 1 and not re.search(NOT_SAID, " ".join(prompt.said)):
         return {"enum": [word.strip("\"'`") for word in words]}
-    if "[[" in said and not words:
-        return next(filter(None, map(read_numbers, [said, *prompt.said])), {})
     bounds, numeric = NUMBER_RANGE.search(said), NUMBER_WORD.search(said)
     near = bounds and numeric and numeric.start() < bounds.end() and said[:2] != "If"
     return read_offer(said) or (read_numbers(said) if near else {})
