@@ -4538,6 +4538,22 @@ FORMS = {
         "Options are red or blue; give just one of them.\n\nMail: x",
         "Tools:\n- red: looks\n- blue: adds\n\nReply with its name exactly as listed.",
     ),
+    "JSON of what is named": (
+        r'\{"name": "[^"]+", "age": \d+, "city": "[^"]+"\}',
+        "Give me the name, age and city as JSON.",
+        "Reply with the name, age and city as JSON.",
+        "Generate the name, age and city as JSON.",
+    ),
+    "three strings": (r'\["[^"]+"(, "[^"]+"){2}\]', "Return an array of 3 strings."),
+    "an int, a date": (
+        r"\d+|\d{4}-\d\d-\d\d",
+        "Give the count as an int.",
+        "Write the date as YYYY-MM-DD.",
+    ),
+    "those that apply, below": (
+        "a, b|b, c",
+        "Return those that apply, comma-separated:\na, b, c",
+    ),
     "true or false, listed": (
         "true|false",
         "Is the earth flat? Respond with only one word:\n- true\n- false",

@@ -2734,7 +2734,7 @@ HINTS = frozenset(
     for word in (
         f"{ASKING}|json|yaml|csv|category|title|only|just|word|words|line|block|table|separated|"
         "comma|bullet|checklist|response|yes|yes/no|true/false|either|exactly|template|one-word|"
-        "comma-separated|nothing|else|single|headings|sections"
+        "comma-separated|nothing|else|single|headings|sections|int|integer|array|yyyy-mm-dd"
     ).split("|")
     for form in (word, word.capitalize(), word.upper())
     for mark in ("", "s", ".", ",", ":", "?")
@@ -2791,7 +2791,7 @@ OFFER = lazy_regex(
 TOLD_OF = lazy_regex(
     r"(?:(?:\(s\))? ?[:=\u2208]| (?:are|is(?= one| either)|(?:may|must"
     r"|should(?= be [\"'`]?[A-Z])) be|from|(?=[(\"'`])))"
-    rf"(?: one of| either| any of)?:? ?[\[({{]?({ROW_OFFERED}|{NUMBER} ?(?:-|to) ?{NUMBER})"
+    rf"(?: one of| either| any of)?:?\s?[\[({{]?({ROW_OFFERED}|{NUMBER} ?(?:-|to) ?{NUMBER})"
 )
 ARRAY = lazy_regex(r"(?i)[^\"'`(]{0,60}\b(?:JSON (?:array|list)|(?:array|list) of)")
 COUNTS = ["", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -3277,7 +3277,7 @@ class WantedForm:
 JSON_ASKED = lazy_regex(
     r"(?i)(?<!ompare )(?<!XML and )(?<!this )(?<!escribe a )(?<![a-z])JSONL?"
     r"(?![a-z(_]|\.\w|(?<= o[fn] JSON)(?! obj)| (?:API|file|output schema|Web|pars))"
-    r"|\bPython dict"
+    r"|\bPython dict|\b(?:give|me|return|output|write|with|as) an array of (?:\w+ )?strings"
 )
 OUTPUT_INTRO = lazy_regex(r"(?i)output|respon|answer|reply|return\b|format|schema|structure")
 INPUT_INTRO = lazy_regex(
@@ -3298,8 +3298,8 @@ KEYS = lazy_regex(
     rf"|{KEY_WORD}(?: (?:named|called|of|are|is|one)){{0,3}}:? ?({KEY_NAMES})"
 )
 PROSE_KEYS = lazy_regex(
-    r"(?i)\b(?:extract|return|give me|list|find|provide|identify) ([^.:]{3,99}) (?:as|in) "
-    r"[\w ]{0,9}JSON\b"
+    rf"(?i)\b(?:give|write|find|print|provide|identify|{ASKING})(?: me| with)? ([^.:]{{3,99}}) "
+    r"(?:as|in) [\w ]{0,9}JSON\b"
 )
 SPOKEN = r"\b(?:repeat|echo|reply|respond|answer|say|output|return|print)\b"
 EXACTLY = lazy_regex(
@@ -3654,7 +3654,7 @@ RESTRICTED = lazy_regex(
     r"(?i)\b(?:(?:only|just)(?! from)|alone|nothing (?:else|more)|single|do not explain|classif"
     r"|label|one (?:word|letter|digit|number)|without (?:any )?(?:punct|expla)|categor"
     r"|no (?:other|extra|preamble|expla|punct)|exactly as|anything else"
-    r"|(?:as|return) an? (?:\w+ )?(?:int|float|num|bool))"
+    r"|(?:as|return) (?:YYYY|an? (?:\w+ )?(?:int|float|num|bool)))"
 )
 
 
