@@ -4554,6 +4554,47 @@ FORMS = {
         "a, b|b, c",
         "Return those that apply, comma-separated:\na, b, c",
     ),
+    "lines in lower case": (
+        r"mood: (good|bad)\nsure: \d+",
+        "Answer in this format:\nmood: <good or bad>\nsure: <0% to 100%>\n\nText: x",
+    ),
+    "numbered, though one a line": (
+        r"1\. .+\n2\. .+\n3\. .+",
+        "Return one task per line in your response. Use a numbered list.",
+    ),
+    "either of two lines": (
+        r"[\s\S]+\nVERDICT: (PASS|FAIL)",
+        "Think, then end with a line that reads either VERDICT: PASS or VERDICT: FAIL.",
+    ),
+    "the answer is (X)": (
+        r"[\s\S]+\n\nthe answer is \([AB]\)",
+        'Finish with "the answer is (X)" where X is the correct letter.\n\nA. Mars\nB. Moss',
+    ),
+    "records with a delimiter": (
+        r'\("entity"<\|>Anna Berg<\|>.+\)##\n\("entity"<\|>Oslo<\|>.+\)##\n<\|COMPLETE\|>',
+        'Format each entity as ("entity"<|><entity_name><|><description>)\nUse **##** as the list '
+        "delimiter.\nWhen finished, output <|COMPLETE|>\n\nText: Anna Berg is from Oslo.",
+    ),
+    "documents that are chosen": (
+        r"Doc: 1, Relevance: ([1-9]|10)",
+        "Some documents are shown below. Each document has a number. Respond with the numbers.\n"
+        "Example format:\nDocument 1:\n<summary>\n\n"
+        "Question: <question>\nAnswer:\nDoc: 9, Relevance: 7\n\nLet's try this now:\n\nDocument 1:"
+        "\nAnts.\n\nQuestion: Who?\nAnswer:\n",
+    ),
+    "each number in its own range": (
+        r'\{"depth": ([1-9]|10), "clarity": [1-5]\}',
+        'Rate depth from 1 to 10 and clarity from 1 to 5. Return JSON {"depth": 3, "clarity": 4}',
+    ),
+    "a rating in brackets, its scale told before": (
+        r"\[\[([1-9]|10)\]\]",
+        "Rate it on a scale of 1 to 10. Then output your verdict in the format [[rating]].",
+    ),
+    "rows": (
+        r"a,b(\n[^,\n]+,[^,\n]+)+",
+        "Return comma-separated rows with the columns a, b.",
+        "Convert the notes to CSV (columns: a,b). No commentary.\n\nNotes: x",
+    ),
     "true or false, listed": (
         "true|false",
         "Is the earth flat? Respond with only one word:\n- true\n- false",
@@ -4662,6 +4703,9 @@ PROSE = (
     "When should one use a bullet list in a book?",
     "Rephrase: the output must be JSON or the parser fails.",
     "Which of the labels on this jar matter for someone with a nut allergy? It says: vegan, nuts.",
+    "The docs say to format commits like this:\n\nfix: something\n\nWhy would anyone bother?",
+    "Should I save the name, age and city as JSON?",
+    "In the template NAME - DATE the date is missing. Why?",
 )
 
 

@@ -2733,8 +2733,8 @@ HINTS = frozenset(
     form + mark
     for word in (
         f"{ASKING}|json|yaml|csv|category|title|only|just|word|words|line|block|table|separated|"
-        "comma|bullet|checklist|response|yes|yes/no|true/false|either|exactly|template|one-word|"
-        "comma-separated|nothing|else|single|headings|sections|int|integer|array|yyyy-mm-dd"
+        "comma|bullet|checklist|response|yes|yes/no|true/false|either|exactly|template|"
+        "comma-separated|nothing|else|int|integer|array|yyyy-mm-dd"
     ).split("|")
     for form in (word, word.capitalize(), word.upper())
     for mark in ("", "s", ".", ",", ":", "?")
@@ -2764,7 +2764,6 @@ def message_text(message: Item) -> str:
     return content or ""
 
 
-# A list in a row: of items in quotes, of single words the last behind "or", or of phrases.
 QUOTED = r"""(?:"[^"\n]{1,60}"|'[^'\n]{1,60}'|`[^`\n]{1,60}`)"""
 ONE_WORD = r"[\w'-]{1,30}"
 JOINING = r"(?:and|or|for|with|based|that|if|as|to|by|in|on|is|it)\b"
@@ -2778,19 +2777,17 @@ QUOTED_ROW = (
 WORDS_OFFERED = rf"(?:{ONE_WORD}(?:, ?| ?[/|] ?)){{0,20}}{ONE_WORD}(?:,? or | ?[/|] ?){ONE_WORD}"
 ROW_OFFERED = rf"{PHRASE}(?:{BETWEEN}{PHRASE}){{1,20}}(?: and {PHRASE})?"
 OFFER = lazy_regex(
-    rf"({QUOTED_ROW})|(?i:\b(yes ?(?:/|\||or) ?no|true ?(?:/|\||or) ?false)\b)"
+    rf"({QUOTED_ROW})|(?i:\b((?:yes|true) ?(?:/|\||or) ?(?:no|false))\b)"
     r"|(?i:\b(?:(?:one|any|some|more) of|either|single letter|literal|(?:choose|pick"
     r"|select|one) from|(?:option|choice|value)s?(?= ?:| are)"
     r"|(?:label|classif|tag|mark)\w*\b[^.\n]{0,80} as)"
     r"(?: (?:are|the|these|following|(?:label|option|value|word|tag|choice|categorie|classe)s"
-    r"|\w+(?=:))\b)*"
-    rf"\s?[:,=]?\s?[\[({{]?)({ROW_OFFERED}|[A-Z]{{2,8}}\b)"
+    rf"|\w+(?=:))\b)*\s?[:,=]?\s?[\[({{]?)({ROW_OFFERED}|[A-Z]{{2,8}}\b)"
     rf"|\(({WORDS_OFFERED})\)"
     rf"|(?:word|label)[:,] ({WORDS_OFFERED})"
 )
 TOLD_OF = lazy_regex(
-    r"(?:(?:\(s\))? ?[:=\u2208]| (?:are|is(?= one| either)|(?:may|must"
-    r"|should(?= be [\"'`]?[A-Z])) be|from|(?=[(\"'`])))"
+    r"(?:(?:\(s\))? ?[:=\u2208]| (?:are|is(?= one| either)|(?:may|must) be|from|(?=[(\"'`])))"
     rf"(?: one of| either| any of)?:?\s?[\[({{]?({ROW_OFFERED}|{NUMBER} ?(?:-|to) ?{NUMBER})"
 )
 ARRAY = lazy_regex(r"(?i)[^\"'`(]{0,60}\b(?:JSON (?:array|list)|(?:array|list) of)")
@@ -2805,8 +2802,8 @@ MANY = lazy_regex(
 )
 TYPE_WORD = lazy_regex(
     r"(?i)(?:an? )?(?:(?P<string>str|text|[^,(]*\d (?:word|sentence))|(?P<integer>int|whole|"
-    r"digit)|(?P<number>float|num|decimal|percent)|(?P<boolean>bool|true)|(?P<object>dict|object)|"
-    r"(?P<array>array))"
+    r"digit)|(?P<number>float|num|decimal|percent|confidence|score\b)"
+    r"|(?P<boolean>bool|true)|(?P<object>dict|object)|(?P<array>array))"
 )
 NUMBER_WORD = lazy_regex(
     r"(?i)integer|\bint\b|float|decimal|number|digit|\bscor|\brat(?:e|ing)|scale|probab|confiden|"
@@ -2858,20 +2855,19 @@ def as_array(items: Item, count: int = 2) -> Item:
 def read_phrase(text: str, note: str = "") -> Item:
     """Return the schema of a value by what is said of it, and by a note beside its name."""
     text = re.sub(r"(?:\s?\|\s?|\s+or\s+)(?:null|None)\b", "", text.strip())
-    plain = text.strip(" <>(){}$*`").replace("_", " ")
+    plain = text.strip(" <>(){}$*`").translate({95: " ", 37: ""})
     many = MANY.fullmatch(plain)
     if many:
         each = many[1] or many[2] or ""
         return as_array(read_phrase(each, note), read_count(each) or 2)
     if "YYYY-MM-DD" in text + note:
         return {"type": "string", "format": "date"}
-    if re.fullmatch(WORDS_OFFERED, plain) or re.fullmatch(QUOTED_ROW, text):
+    if re.fullmatch(WORDS_OFFERED, plain):
         return read_row(text) or TEXT_SCHEMA
     letters = re.search(r"\b([A-H])(?:-| to )([A-H])\b", plain)
     if letters:
         return {"enum": [chr(at) for at in range(ord(letters[1]), ord(letters[2]) + 1)]}
     kind = "integer" if text == "<number>" else read_type(plain)
-    kind = kind or ("number" if text[:1] == "<" and NUMBER_WORD.match(plain) else "")
     near = NUMBER_RANGE.search(plain[:40])
     offer = read_offer(text) or read_offer(note)
     if offer and kind in ("", "string") and not near:
@@ -2927,9 +2923,9 @@ def as_schema(value: Any) -> Any:
         return value
     fields = {}
     for name, field in value.items():
-        kind = type(field) is dict and read_type(str(field.get("type")))
-        is_schema = type(field) is dict and field.keys() & {"$ref", "enum", "anyOf"}
-        fields[name] = {**field, "type": kind} if kind else field if is_schema else as_schema(field)
+        part = field if type(field) is dict else {}
+        kind, told = read_type(str(part.get("type"))), part.keys() & {"$ref", "enum", "anyOf"}
+        fields[name] = {**part, "type": kind} if kind else part if told else as_schema(field)
     if not fields or None in fields.values():
         return None
     return {"$defs": fields.pop("$defs", {}).get("properties"), **as_object(fields)}
@@ -2949,7 +2945,7 @@ PROSE_TASK = lazy_regex(
     r"paraphrase|correct|explain|review|reply to|draft|describe|fix|debug|refactor|improve|"
     r"analy[sz]e|what|why|how|who|help)\b(?:[^\n:]{0,200}:(?=\s{0,9}[\n\"'])"
     r"|[^\n:]{0,99}\b(?:following|this|these|below)\b[^\n:]{0,99}(?=\n+[^\n]+\Z))"
-    r"|(?:translate|rewrite|rephrase|paraphrase)\b[^\n:.]{0,99}:(?= \w+ [a-z\"'`])"
+    r"|(?:translate|rewrite|(?:re|para)phrase)\b[^\n:.]{0,99}:(?= \w+ [a-z\"'`])"
 )
 EXAMPLE_START = lazy_regex(
     r"(?<![$\w])\{\s{0,99}(?:\n|[\"'][^\"'\n]{0,60}[\"']\s?:|[\w-]{1,60}\??\s?:\s|//|#)"
@@ -2961,28 +2957,25 @@ FENCE = lazy_regex(
 )
 ASKS = lazy_regex(
     r"\b(?<!> )(?:provide|give|print|write|produce|use|put|present|convert|follow|show(?=.* as )"
-    r"|json (?:keys|fields)|keep|compare|create|assign|name|suggest|summari[sz]e|describe|enclose"
-    r"|fill|contain|consist|adhere|"
-    r"(?:must|should|has to) (?:be|look)|(?:only|just) (?:an? )?(?:the|yes|json|code|word|number"
-    r"|letter|single)|"
-    rf"only(?! \w)|format|schema|structure|template|one (?:word|line)|{ASKING})\b"
-    r"|\b(?:antwort|r[e\xe9]pond|devuelv|respond[ae]|rispond)"
+    r"|keep|compare|create|assign|name|suggest|summari[sz]e|describe|enclose"
+    r"|fill|contain|consist|adhere|(?:must|should|has to) (?:be|look)|(?:only|just) (?:an? )?(?:the"
+    rf"|yes|json|code|word|number|letter|single)|only(?! \w)|format|schema|structure|template"
+    rf"|one (?:word|line)|{ASKING})\b|\b(?:antwort|r[e\xe9]pond|devuelv|respond[ae]|rispond)"
     r"|\u8fd4\u56de|\u8f93\u51fa|\u56de\u7b54"
     r"|\([^()]{1,99}\)\?|\A\W?\w+(?:/| or )\w+(?:\W{0,3}\Z| ?[:?,])"
 )
 TOLD = lazy_regex(
-    r"\d\d|[>|]|\W*(?:(?:(?:in |here's |here is |this is )?(?:my|our)|i|i'm|he|she|they|we|it|"
-    r"the (?!.{0,30}(?:answer|response|output|reply|line|label|verdict|json)))\b|"
+    r"\d\d|[>|]|\W*(?:(?:(?:in |here.?.s |this is )?(?:my|our)|i|i'm|he|she|they|we|it|"
+    r"the (?!format|.{0,30}(?:answer|response|output|reply|line|label|verdict|json)))\b|"
     r"(?:c\w+ you |please )*(?:explain|translate|review)\b(?!.*(?:, | and )(?!(?:the|an?|its"
-    r"|their)\b|how|wh))|is it\b|can you label\b(?!.* as )"
+    r"|their)\b|how|wh))|(?:is it|should i)\b|can you label\b(?!.* as )"
     r"|(?:show me |\w+ )?(?:how|why|what|who|when (?:should|do|does))\b|(?:please )?(?:write"
-    r"|create|build|make|implement|"
-    r"design|draft|add)\b.{0,50}\b(?:function|script|tests?|component|prompt|program|app|class|"
-    r"docs|endpoint|essay|story|tutorial|e-?mail|letter|notes|dialogue|code)\b)"
-    r"|.*\b(?:then explain|how (?:do|can|could|should|would|does|to)|useful|helpful|appropriate|"
-    r"needed)\b"
+    r"|create|build|make|implement|design|draft|add)\b.{0,50}\b(?:function|script|tests?"
+    r"|component|prompt|program|app|class|docs|endpoint|essay|story|tutorial|e-?mail|letter|notes"
+    r"|dialogue|code)\b)"
+    r"|.*\b(?:then explain|how (?:do|can|could|should|would|does|to)|useful|helpful|needed)\b"
 )
-UNASKED = lazy_regex(  # a form that is forbidden or only talked of
+UNASKED = lazy_regex(
     r"(?i)(?=[nairw])(?:"
     r"(?<!is )(?<!or )\b(?:not|no(?<![/|]..)(?! (?:and|as|in|or|with)\b))|n['\u2019]t"
     r"|\bnever|\bavoid|\bwithout|refrain|instead|rather|about(?!.*\b(?:in|as|with)\b))\b"
@@ -2999,7 +2992,7 @@ ASKS_LINES = lazy_regex(
     r"(?i)\b(?:format|template|follows|structure|exactly|like this|XML|lines|tags)\b[^\n]{0,60}\Z"
     r"|\b(?:form|shape|session|with)\W{0,4}\Z"
 )
-SHOWN_LINE = lazy_regex(r"[ \t>*]{0,9}(?:[A-Z][\w /()-]{0,40}\**:|</?\w+[^<>]*>(?! \w))")
+SHOWN_LINE = lazy_regex(r"[ \t>*]{0,9}(?:[A-Za-z][\w /()-]{0,40}\**:|</?\w+[^<>]*>(?! \w))")
 SPEAKER = lazy_regex(r"[A-Z]\w{0,15}:(?= )")
 NOTE = lazy_regex(
     r"(?i)(?:[\"'`*#>\] ]{0,9}(\()|[\"'`*]+[:,]? (?!only|(?:and|then)\b|[\"'`{])"
@@ -3049,7 +3042,7 @@ class Prompt:
         self.asking = keep_ends(list(filter(is_asking, self.said)), 3)
         self.whole = " ".join(self.asking)
         last = self.lines[-1].strip(" #*-") if self.lines and not task else ""
-        self.tail = last[:-1] if last.endswith(":") and len(last) < 81 else ""
+        self.tail = last[:-1] if last[-1:] == ":" and not last[80:] else ""
 
     @functools.cached_property
     def offers(self) -> list[tuple[str, Item]]:
@@ -3112,11 +3105,13 @@ class Prompt:
                 self.lists.setdefault(before, []).append((item[1] or "", head))
             elif bare.strip("-=_"):
                 before = bare
-            if showing and len(self.shown) < 3 * MAX_ASKING and SHOWN_LINE.match(line):
+            if showing and SHOWN_LINE.match(line):
                 self.shown.append(line[:MAX_SENTENCE])
             elif bare and bare[:3] != "...":
                 told = (bare[-1] == ":" or "form" in bare) and not self.shown
                 showing = told and ASKS_LINES.search(bare[-99:]) is not None
+                last = SAID_END.split(bare[-MAX_SENTENCE:])[-1] if showing else ""
+                showing = showing and not TOLD.match(last.lower())
             if asked > at and at < 2 * MAX_ASKING and CONTEXT.search(line[:MAX_SENTENCE]):
                 until = asked
         self.about = "\n".join([*given, self.about])
@@ -3151,8 +3146,7 @@ def count_entries(prompt: Prompt, name: str = "") -> int:
 
 def find_note(prompt: Prompt, name: str) -> str:
     """Return what is said beside a name, in brackets, quotes or a comment."""
-    quoted = f"`{name}`"
-    mark = quoted if len(name) == 1 and quoted in prompt.notes else name
+    mark = f"`{name}`" if f"`{name}` (" in prompt.notes else name
     pieces = prompt.notes.split(mark, 4)
     for before, rest in zip(pieces, pieces[1:]):
         rest = rest[:240].partition("\n")[0]
@@ -3181,6 +3175,7 @@ def find_range(prompt: Prompt, name: str) -> str:
     scored = SCORED.search(name.replace("_", " "))
     called = SCORED if scored else re.compile(rf"(?i)\b{re.escape(name)}s?\b")
     told = keep_ends([said for said in prompt.said if called.search(said)], 1)
+    told = [f"{called.split(said, 1)[1]} {said}"[:199] for said in told]
     marks = [int(at[1]) for at in map(SCORE_TOLD.match, prompt.lines) if scored and at]
     told += [f"{min(marks)}-{max(marks)}"] if len(marks) > 1 else []
     return max(told, key=lambda text: measure_width(read_numbers(text)), default="")
@@ -3277,7 +3272,7 @@ class WantedForm:
 JSON_ASKED = lazy_regex(
     r"(?i)(?<!ompare )(?<!XML and )(?<!this )(?<!escribe a )(?<![a-z])JSONL?"
     r"(?![a-z(_]|\.\w|(?<= o[fn] JSON)(?! obj)| (?:API|file|output schema|Web|pars))"
-    r"|\bPython dict|\b(?:give|me|return|output|write|with|as) an array of (?:\w+ )?strings"
+    r"|\bPython dict|\b(?:me|return|output|write|with) an array of (?:\w+ )?strings"
 )
 OUTPUT_INTRO = lazy_regex(r"(?i)output|respon|answer|reply|return\b|format|schema|structure")
 INPUT_INTRO = lazy_regex(
@@ -3290,10 +3285,10 @@ KEY_NAMES = (
     rf"{QUOTED}(?:(?:,? (?:and |then )?|,| ?\| ?){QUOTED}){{0,20}}"
     rf"|{KEY_NAME}(?:\s?[,|]\s?{KEY_NAME}){{0,20}}(?:,? (?:and|then) {KEY_NAME}{KEYS_END})?"
 )
-KEY_WORD = r"\b(?:keys?|fields?|properties|property|attributes?)\b"
+KEY_WORD = r"\b(?:(?:key|field|attribute)s?|propert(?:y|ies))\b"
 KEYS = lazy_regex(
     rf"({QUOTED}(?:(?:,? (?:and |then )?|,){QUOTED}){{0,20}}) {KEY_WORD}"
-    r"|\b(?:objects?|JSON) (?:with|of|containing) (?![\"'`])(?=[^.:;]*(?:,| and ))"
+    r"|\b(?:objects?|(?i:JSON)) (?:with|of|containing) (?![\"'`])(?=[^.:;]*(?:,| and ))"
     rf"({KEY_NAMES}){KEYS_END}"
     rf"|{KEY_WORD}(?: (?:named|called|of|are|is|one)){{0,3}}:? ?({KEY_NAMES})"
 )
@@ -3312,20 +3307,16 @@ EXACTLY = lazy_regex(
 FENCED = lazy_regex(r"(?i)\A.*(?:```|(?:code|fenced) ?-?(?:block|snippet)\b|backtick)")
 
 
-KEYS_BETWEEN = r",? (?:and|then) |\s?[,|]\s?"
-
-
 def split_names(text: str) -> list[str]:
     return [
         re.sub(r"\A(?:an?|the|its) ", "", part.strip("\"'` "))
-        for part in re.split(KEYS_BETWEEN, text)
+        for part in re.split(r",? (?:and|then) |\s?[,|]\s?", text)
     ]
 
 
 def read_keys(prompt: Prompt, asked: str) -> list[str]:
     """Return the names of the keys that the prompt lists or names."""
-    ordered = re.search(r"order of fields: [^\n]{1,2000}", prompt.text)
-    whole = ordered[0] if ordered else prompt.whole
+    whole = (re.findall(r"order of fields: .{1,2000}", prompt.text) or [prompt.whole])[0]
     whole, asked = (re.sub(QUOTED_ROW, "", IN_BRACKETS.sub("", s)) for s in (whole, asked))
     texts = [found[found.lastindex or 0] for found in KEYS.finditer(whole)]
     texts = texts or re.findall(QUOTED, asked.partition("JSON")[2])
@@ -3343,8 +3334,8 @@ def rank_example(keys: list[str], asked: list[str], example: tuple[str, str, str
     rank = -4 * bool(INPUT_INTRO.search(intro))
     if OUTPUT_INTRO.search(intro) and (asked or is_asking(intro)):
         rank += 3
-    named = any(f'"{key}"' in text or f"{key}:" in text for key in keys)
-    return rank + (4 if named else -4 * (len(keys) > 1))
+    rank -= 4 * (len(keys) > 1)
+    return rank + 8 * any(f'"{key}"' in text or f"{key}:" in text for key in keys)
 
 
 def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
@@ -3361,9 +3352,9 @@ def read_json(prompt: Prompt, wanted: bool = False) -> WantedForm | None:
     for example in sorted(prompt.examples, key=rank)[-1:-4:-1]:
         read = read_example(example[2]) if rank(example) >= (0 if asked else 3) else None
         if read and type(read) in (dict, list):
-            is_open = re.search(r'[<|]|\.\.|"(?:str|int|num|float|bool)|\w \w', example[2])
+            is_open = re.search(r'[<|]|\.\.|"(?:str|int|num|bool)', example[2])
             if EXACTLY.search(f"{example[0]} .") and not is_open:
-                return WantedForm("exactly this JSON", example[2])
+                return WantedForm("exact JSON", example[2])
             value, label = read, f"JSON by {'schema' if as_schema(read) else 'example'}"
             break
     if value is None and not asked:
@@ -3410,14 +3401,14 @@ TOOL = lazy_regex(r"(?m)(?:^(?:(?:> )?Tool Name: |[-*] )?|, )([a-z]\w*)(?=\[\w+\
 
 def fill_shown(prompt: Prompt, lines: list[str], known: Item | None = None) -> WantedForm | None:
     """Return lines that are shown, with a slot for each value behind a label or in a tag."""
-    schemas: Item = {**(known or {})}
+    schemas = dict(known or {})
 
     def fill(found: re.Match[str]) -> str:
         """Return a label with a slot, whose schema is read at its first place."""
         name, between, value = filter(lambda part: part is not None, found.groups())
         slot, value = name.strip() or "note", value.strip().replace("...", "")
         if slot not in schemas:
-            value = "object" if slot == "Action Input" and "JSON" in value else value
+            value = "object" if "JSON" in value else value
             schema = read_value(prompt, int(value) if value.isdecimal() else value, slot)
             schemas[slot] = bound_numbers(prompt, schema, f"{slot} {value}")
         return f"{name}{between}\1{slot}\1{'%' * (value[-2:] == '>%')}"
@@ -3469,11 +3460,11 @@ def read_shown(prompt: Prompt) -> WantedForm | None:
 
 SPOT = r"\$\w+|<[^<>\n]{1,80}>|\[(?!\[)[^\[\]\n]{1,80}\]|\{[^{}\n]{1,80}\}|[A-Z](?!\w|'\w)"
 LABELLED = lazy_regex(
-    r"(?:(?:([\"'`])|\b(?:line|form|write|with|as|put)\b[ :]*|:[ ]*)(?=[A-Z])(?!Obs|Thou)"
-    r"|(?=[\\#\[]))([A-Z][\w ]{0,30}(?::[ ]?|[ ]\()|\\boxed\{|\#{4}[ ]|\[RESULT\][ ])"
+    r"(?:(?:([\"'`])|\b(?:line|form|write|with|as|put|either)\b[ :]*|:[ ]*)"
+    r"(?=[A-Z]|(?<=[\"'`])the )(?!Obs|Thou)"
+    r"|(?=[\\#\[]))([A-Zt][\w ]{0,30}(?::[ ]?|[ ]\()|\\boxed\{|\#{4}[ ]|\[RESULT\][ ])"
     rf"({SPOT}|\d+(?=/\d)|)(/\d{{1,3}}|\)|)"
 )
-OPTION = lazy_regex(r" ?[\"'`]?(\w{1,12})\b")
 WRAPPED = lazy_regex(r"(?i)\btags?\b|\bin \W?<|wrap|inside|enclos|between|</|xml")
 TAG = lazy_regex(r"<([A-Za-z][\w-]{0,40})(?: [^<>]*)?>([^<>]{1,30}(?=</))?")
 AFTER_TAG = lazy_regex(
@@ -3527,12 +3518,12 @@ def read_label(prompt: Prompt) -> WantedForm | None:
         closed = quoted and rest[:1] == quoted
         if not (slot or is_mark or label[:-2].isupper() or closed):
             continue
-        after = map(OPTION.match, prompt.whole.split(label.strip())[1:])
-        options = list(dict.fromkeys(value[1] for value in after if value))
+        after = rf"{re.escape(label.strip())} ?[\"'`]?(\w{{1,12}})\b"
+        options = [*dict.fromkeys(re.findall(after, prompt.whole))]
         letters = [name for name in re.findall(r"\b[A-Z]\b", rest[:60]) if name != slot]
         options = options if len(options) > 1 else letters if len(letters) > 1 else []
-        schema = read_numbers("0 to 100") if is_mark else TEXT_SCHEMA
-        schema = read_phrase(slot) if len(slot) > 1 and not is_mark else schema
+        schema = read_phrase(slot) if slot[1:] else TEXT_SCHEMA
+        schema = read_numbers("0 to 100") if is_mark else schema
         if is_mark or schema.keys().isdisjoint(("enum", "minimum")):
             limit = read_numbers(f"out of {end[1:]}" if end[:1] == "/" else rest[:60])
             listed = {"enum": options} if options else find_items(prompt)
@@ -3564,7 +3555,9 @@ def read_block(prompt: Prompt) -> WantedForm | None:
 
 
 GAP = r"(?:<[a-z][\w -]*>|\b(?![YMDH]{2}|JSON|CSV)[A-Z]{3,}\b)"
-GAPS = lazy_regex(rf"\b(?:form|format|template)\b[^\w<|]{{1,9}}({GAP}(?:[^\w<>\n]{{1,4}}{GAP})+)")
+GAPS = lazy_regex(
+    rf"\b(?:form|format|template)\b[^\w<|]{{1,9}}({GAP}(?:[^\w<>\n,/]{{1,4}}{GAP})+)(?![ \w]\w)"
+)
 
 
 def read_records(prompt: Prompt) -> WantedForm | None:
@@ -3588,26 +3581,26 @@ def read_records(prompt: Prompt) -> WantedForm | None:
             for at, name in zip(named, names[start:]):
                 cells[at] = name
             row = mark[0].join([head.rpartition(" ")[2].strip("`"), *cells])
+            row += ")" * (row[0] == "(")
             rows.setdefault(f"{head[-9:]}{start}", row)
     end = re.findall(r"<\|[A-Z_]{3,20}\|>", prompt.text)[-1:]
-    return WantedForm("records", "\n".join([*list(rows.values())[:4], *end]))
+    between = "##\n" if re.search(r"##\W* as ", prompt.text) else "\n"
+    return WantedForm("records", between.join([*list(rows.values())[:4], *end]))
 
 
 LISTS = (
-    (r"numbered list|ordered list", "\nN. "),
+    (r"(?:number|order)ed list", "\nN. "),
     (r"bullet|markdown list", "\n- "),
     (r"checklist", "\n- [ ] "),
-    (r"comma[ -]separated(?! essay)|separated by commas|exactly \w+ (?:keyword|tag)s", ", "),
+    (r"comma[ -]separated(?! essay)|separated by commas|exactly \w+ keywords", ", "),
     (r"\b(?:one|each) (?:\w+ )?(?:per|on (?:a|its own)) line|separated by (?:new ?|line )", "\n"),
 )
-RECORD_SHAPE = lazy_regex(r"[\"'`]?(\(?\w+(?:(?:; | ?\| ?)\w+)+\)?)")
 TABLE = lazy_regex(
     r"(?i)\bCSV\b(?! file)(?<!is CSV)(?<!the CSV)(?<!of a CSV)(?<! on CSV)|comma-separated rows"
-    r"|markdown table|table (?:with|of|that has|in) (?:the |\w+ )*(?:columns|markdown)"
-    r"|\b(?:as|in|into|return|output|make) an? (?:\w+ )?table\b"
+    r"|table (?:with|of|that has|in) (?:the |\w+ )*(?:columns|markdown)"
+    r"|\b(?:as|in|into|return|output|make) (?:an? )?(?:\w+ )?table\b"
 )
 COLUMNS = lazy_regex(rf"(?:columns?|headers?)(?: row| are| is|:)* ({KEY_NAMES})")
-WORDS_ASKED = lazy_regex(rf"\b(?:\d{{1,2}}(?:-| to ))?{COUNT}[- ]words?\b")
 
 
 def read_list(prompt: Prompt) -> WantedForm | None:
@@ -3616,7 +3609,8 @@ def read_list(prompt: Prompt) -> WantedForm | None:
         if said[:3] == "If ":
             continue
         count = read_count(prompt.whole) or 3
-        table, words = TABLE.search(said), WORDS_ASKED.search(said)
+        table = TABLE.search(said)
+        words = re.search(rf"\b(?:\d\d?(?:-| to ))?{COUNT}[- ]words?\b", said)
         if table:
             named = COLUMNS.search(IN_BRACKETS.sub("", said)) or COLUMNS.search(said)
             names = split_names(named[1] if named else "name, note")
@@ -3626,14 +3620,14 @@ def read_list(prompt: Prompt) -> WantedForm | None:
             head, *lines = [f"| {' | '.join(row)} |" for row in rows]
             return WantedForm("table", "\n".join([head, "|" + "---|" * len(names), *lines]))
         for pattern, before in LISTS:
-            if re.search(pattern, said, re.I):
+            if re.search(pattern, prompt.whole if "N" in before else said, re.I):
                 offered = []
                 if before == ", ":
                     offered = find_offered(prompt, f"apply {said}").get("enum", [])
                 pairs = list(map(", ".join, zip(offered, offered[1:])))
                 if pairs:
                     return as_choice({"enum": pairs}, "\1answer\1")
-                shape = RECORD_SHAPE.search(said)
+                shape = re.search(r"[\"'`]?(\(?\w+(?:(?:; | ?\| ?)\w+)+\)?)", said)
                 item = re.sub(r"(\w+)", "\1\\1\1", shape[1]) if shape else "\1item\1"
                 entries = [f"{before.replace('N', str(at + 1))}{item}" for at in range(count)]
                 return WantedForm("list", "".join(entries).lstrip("\n, "))
@@ -3649,7 +3643,6 @@ CONDITIONS = lazy_regex(
     r"([\"'`]\w+[\"'`])"
 )
 NOT_SAID = r"\b(?:function|method|program|script|code|test)|\w\(|and explain|in detail"
-OF_LIST = lazy_regex(r"(?i)categor|option|choice|label|letter|one of|\Aanswer\Z")
 RESTRICTED = lazy_regex(
     r"(?i)\b(?:(?:only|just)(?! from)|alone|nothing (?:else|more)|single|do not explain|classif"
     r"|label|one (?:word|letter|digit|number)|without (?:any )?(?:punct|expla)|categor"
@@ -3676,6 +3669,8 @@ def read_offered(prompt: Prompt, said: str) -> Item:
         words = ["".join(found) for found in CONDITIONS.findall(said)]
     if len(words) > 1 and not re.search(NOT_SAID, " ".join(prompt.said)):
         return {"enum": [word.strip("\"'`") for word in words]}
+    if "[[" in said:
+        return read_numbers(" ".join([said, *prompt.said]))
     bounds, numeric = NUMBER_RANGE.search(said), NUMBER_WORD.search(said)
     near = bounds and numeric and numeric.start() < bounds.end() and said[:2] != "If"
     return read_offer(said) or (read_numbers(said) if near else {})
@@ -3683,7 +3678,8 @@ def read_offered(prompt: Prompt, said: str) -> Item:
 
 def read_restricted(prompt: Prompt, said: str) -> Item:
     """Return the schema of what a sentence or the label at the end restricts to, or nothing."""
-    limited, of_list = RESTRICTED.search(said), OF_LIST.search(said)
+    limited = RESTRICTED.search(said)
+    of_list = re.search(r"(?i)categor|option|choice|label|letter|one of|\Aanswer\Z", said)
     at_end = said and said == prompt.tail
     if not (at_end or limited or of_list or RESTRICTED.search(prompt.whole)):
         return {}
@@ -3720,7 +3716,6 @@ def read_choice(prompt: Prompt) -> WantedForm | None:
 
 
 SORTS = lazy_regex(r"(?i)label|class|categ|sentiment|intent|topic")
-FEW_LABELS = lazy_regex(r"[\w-]+(?: [\w-]+)?(?:\n[\w-]+(?: [\w-]+)?)+")
 
 
 def read_shots(prompt: Prompt) -> WantedForm | None:
@@ -3728,6 +3723,8 @@ def read_shots(prompt: Prompt) -> WantedForm | None:
     before, _, end = prompt.text.strip().rpartition("\n")
     named = re.fullmatch(r"[A-Z][\w ]{0,30}:", end)
     shots = re.findall(rf"(?m)^{end}\s*(\{{[^{{}}]*\}}|\S.*)", before)[-6:] if named else []
+    if "Doc: 9, Relevance: 7" in shots:
+        return as_choice({"enum": [5, 7, 9]}, "Doc: 1, Relevance: \1answer\1")
     shown = [read_example(text) if text[:1] == "{" else {end: text} for text in shots]
     if len(shown) < 2 or not shown[0] or len({tuple(each or ()) for each in shown}) > 1:
         return None
@@ -3736,7 +3733,7 @@ def read_shots(prompt: Prompt) -> WantedForm | None:
         labels = [*dict.fromkeys(str(each[key]) for each in shown)]
         repeated = len(labels) < len(shown) and not labels[0].istitle()
         sorts = (repeated or SORTS.search(key + before[:99])) and type(value) is str
-        few = sorts and FEW_LABELS.fullmatch("\n".join(labels))
+        few = sorts and re.fullmatch(r"(?=.+\n)(?:[\w-]+(?: [\w-]+)?(?:\n|\Z))+", "\n".join(labels))
         fields[key] = {"enum": labels} if few else read_value(prompt, value, key)
     if end not in fields:
         return WantedForm("JSON as before", "\1JSON\1", {"JSON": as_object(fields)})
@@ -3749,7 +3746,8 @@ FORM_READERS = (
 )  # fmt: skip
 RESULT = lazy_regex(
     r"(?i)\A\W*(?:observation|tool|result|output|returncode|error|format error|for context|"
-    r"continue|please (?:pro|con)|your (?:previous|last))|validation error|try again"
+    r"continue|please (?:pro|con)|your (?:previous|last))|valid(?:ation error| json)|parsed"
+    r"|try again"
 )
 
 
