@@ -122,7 +122,7 @@ if TYPE_CHECKING:
 __all__ = ["FAULTS", "ApiError", "Call", "TogetherAiServer", "main"]
 __version__ = "0.7.0"
 # pragma: allowlist nextline secret - the digest of this file without it; .ci/stamp.py
-RELEASED = "f855d4b56e07460521184b7833940397d1cb42c7802877c3d879778b15af9be4"
+RELEASED = "e9bc5859b8f48622926f3cf6e22d79f65a458dd805ec61b5ddee2173ac8dbd7e"
 
 DEFAULT_PORT = 4863
 DEFAULT_RECORD_LIMIT = 1000  # calls
