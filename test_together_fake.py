@@ -14704,13 +14704,13 @@ class ClientScenarioCase(ClientCase):
 
     @each_client
     def test_reasoning(self, call):
-        reply = self.assertSameStream(call, model=THINKER)
+        reply = self.assertSameStream(call, model=V4)
         message = reply.choices[0].message
         self.assertTrue(message.content and message.reasoning, message)
         self.assertGreater(reply.usage.reasoning_tokens, 0)
         self.assertLess(reply.usage.reasoning_tokens, reply.usage.completion_tokens)
         low, high = (
-            call.chat(model=THINKER, reasoning_effort=effort).usage.reasoning_tokens
+            call.chat(model=V4, reasoning_effort=effort).usage.reasoning_tokens
             for effort in ("low", "high")
         )
         self.assertLess(low, high)
