@@ -4582,6 +4582,11 @@ FORMS = {
         "Question: <question>\nAnswer:\nDoc: 9, Relevance: 7\n\nLet's try this now:\n\nDocument 1:"
         "\nAnts.\n\nQuestion: Who?\nAnswer:\n",
     ),
+    "passages that are chosen": (
+        r"Passage: 1, Score: ([1-9]|10)",
+        "Which passages answer the question?\n\nQuestion: <question>\nAnswer:\n"
+        "Passage: 4, Score: 9\n\nNow this one:\n\nQuestion: Who?\nAnswer:\n",
+    ),
     "each number in its own range": (
         r'\{"depth": ([1-9]|10), "clarity": [1-5]\}',
         'Rate depth from 1 to 10 and clarity from 1 to 5. Return JSON {"depth": 3, "clarity": 4}',

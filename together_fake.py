@@ -175,10 +175,11 @@ SECRET_NAME = lazy_regex(  # of a header, or in a query
     r"|(?<![a-z])sig(?![a-z])",
     re.IGNORECASE,
 )
-SECRET_FIELD = lazy_regex(  # of a body, as `hf_token` is one, and `tokens` are none
+SECRET_FIELD = lazy_regex(  # of a body: `hf_token` is one; `tokens`, `max_token` are none
     r"(?:(?:^|[^a-z]|(?-i:[a-z](?=[A-Z])))(?:auth|authorization|authz|bearer|jwt|credentials?"
     r"|(?<!cache)(?<!cache.)key)|(?:api|access|secret|private|auth)[-_]?keys?|passphrase|passwd"
-    r"|passwords?|secrets?|(?<!max.)(?<![bep][ao][sd].)token|cookies?)(?:value|string|text|pem|header|[^a-z])*\Z",
+    r"|passwords?|secrets?|(?<!max.)(?<!eos.)(?<!bos.)(?<!pad.)token|cookies?)"
+    r"(?:value|string|text|pem|header|[^a-z])*\Z",
     re.IGNORECASE,
 )
 URL = lazy_regex(r"[A-Za-z][\w+.-]*://[^\s\"'<>`]+")
@@ -3330,6 +3331,7 @@ def read_keys(prompt: Prompt, asked: str) -> list[str]:
 
 
 def rank_example(keys: list[str], asked: list[str], example: tuple[str, str, str]) -> int:
+    """Return how likely an answer shall look like an example: (line before, language, text)."""
     intro, text = UNASKED.sub("", example[0].rpartition(". ")[2]), example[2]
     rank = -4 * bool(INPUT_INTRO.search(intro))
     if OUTPUT_INTRO.search(intro) and (asked or is_asking(intro)):
@@ -3723,8 +3725,9 @@ def read_shots(prompt: Prompt) -> WantedForm | None:
     before, _, end = prompt.text.strip().rpartition("\n")
     named = re.fullmatch(r"[A-Z][\w ]{0,30}:", end)
     shots = re.findall(rf"(?m)^{end}\s*(\{{[^{{}}]*\}}|\S.*)", before)[-6:] if named else []
-    if "Doc: 9, Relevance: 7" in shots:
-        return as_choice({"enum": [5, 7, 9]}, "Doc: 1, Relevance: \1answer\1")
+    rated = re.fullmatch(r"([A-Z]\w*: )\d+(, [A-Z]\w*: )\d+", shots[0]) if shots else None
+    if rated:
+        return as_choice({"enum": [5, 7, 9]}, f"{rated[1]}1{rated[2]}\1answer\1")
     shown = [read_example(text) if text[:1] == "{" else {end: text} for text in shots]
     if len(shown) < 2 or not shown[0] or len({tuple(each or ()) for each in shown}) > 1:
         return None
@@ -5704,7 +5707,7 @@ def choose(fixtures: list[Fixture], turn: int) -> Fixture | None:
     """Choose among fixtures that all match, by the number of assistant messages so far.
 
     Turns that lie ahead come last. Else the lowest rank wins, and of that the nearest turn; one
-    without a turn gives way to others of its rank, but where one is exact, to none added before.
+    without a turn gives way to others of its rank, but not to an exact one that comes after it.
     """
     exact = {each.rank for each in fixtures if each.turn == turn}
 
@@ -5731,8 +5734,8 @@ def explain_misses(
 class Fixtures(Shared):
     """The fixtures of one server: which is served next, counted under one lock.
 
-    Each is asked whether it matches, and is not used up; of those that do, `choose()` takes the
-    one of lowest rank: a header's, then those with `times` in the order they came, then the last
+    Each is asked whether it matches and is not used up; of those, `choose()` takes the one of
+    lowest rank: a header's, then those with `times` in the order they came, then the last
     that was added, then files. Turns that lie ahead come after all others.
     """
 
@@ -6758,12 +6761,13 @@ class Answer:
         keys, counts = self.form.rows["usage"], dict(self.usage)
         if "reasoning_tokens" in keys and "counts-thoughts" not in self.traits:
             counts["reasoning_tokens"] = 0
-        for side, part in USAGE_SIDES:  # told where the engine has details
-            name, details = f"{side}_tokens_details", {part: counts[part]}
-            if "counts-text" in self.traits:
-                details["text_tokens"] = counts[f"{side}_tokens"]
-            absent = f"{name}?" in keys and not counts[part]
-            counts.setdefault(name, None if absent else details)
+        if "details" in keys:
+            for side, part in USAGE_SIDES:
+                name, details = f"{side}_tokens_details", {part: counts[part]}
+                if "counts-text" in self.traits:
+                    details["text_tokens"] = counts[f"{side}_tokens"]
+                absent = f"{name}?" in keys and not counts[part]
+                counts.setdefault(name, None if absent else details)
         given = (self.request.script or {}).get("usage") or {}
         return {**arrange(keys, counts), **given}
 
@@ -11292,7 +11296,8 @@ CROSS_ORIGIN = (  # other origins may read a reply, and these headers of it
     " x-api-received, x-api-call-start, x-api-call-end, x-inference-version, content-range,"
     " accept-ranges, location, x-together-file-id\r\n"
 )
-API_TIMES = "x-api-received: {at}\r\nx-api-call-start: {at}\r\n"  # of an answer
+# Of an answer, as production tells them; the second of one that ended well.
+API_TIMES = ("x-api-received: {at}\r\nx-api-call-start: {at}\r\n", "x-api-call-end: {at}\r\n")
 UNCACHED = {"Cache-Control": "no-cache, no-transform"}  # a proxy shall not gather a stream
 CHUNKED = "Transfer-Encoding: chunked\r\n"
 BODILESS = {101, 204, 304}  # statuses whose replies end with the head
@@ -11487,20 +11492,20 @@ class RequestReader:
 
 
 @functools.lru_cache(maxsize=1)
-def common_headers(second: int) -> tuple[str, str]:
-    """Return the headers of every reply in a second of Unix time, and those of answers."""
-    date = formatdate(second, usegmt=True)
-    return f"Server: together-fake\r\nDate: {date}\r\n", API_TIMES.format(at=format_time(second))
+def common_headers(second: int) -> tuple[str, list[str]]:
+    """Return the headers of every reply in a second of Unix time, and the times of answers."""
+    date, at = formatdate(second, usegmt=True), format_time(second)
+    return f"Server: together-fake\r\nDate: {date}\r\n", [each.format(at=at) for each in API_TIMES]
 
 
-def answer_headers(reply: Reply, times: str) -> str:
+def answer_headers(reply: Reply, times: list[str]) -> str:
     """Return the headers that production gives every answer, made of its id (recorded)."""
     id = clean_header(reply.id)
-    short = id[: -len(COLO)] if id.endswith(COLO) else id
+    short = id.removesuffix(COLO)
     own = short[-17:-16] == "-"  # in Together's form; there are others
     ray = short[-16:] if own else hashlib.blake2b(id.encode(), digest_size=8).hexdigest()
-    fields = f"x-request-id: {id}\r\n{times}cf-ray: {ray}{COLO}\r\n"
-    if short is id:
+    fields = f"x-request-id: {id}\r\n{times[0]}cf-ray: {ray}{COLO}\r\n"
+    if short == id:
         trace = f"{ray[:8]}-{ray[8:12]}-4{ray[1:4]}-a{ray[4:7]}-{ray[:12]}"
         fields += "x-inference-version: v2\r\nvary: accept-encoding\r\n"
         fields += f"x-amzn-trace-id: {trace}-noamzn\r\n"
@@ -11508,8 +11513,7 @@ def answer_headers(reply: Reply, times: str) -> str:
         fields += "x-image-version: v2\r\n"
     if reply.events is None:
         fields += f'etag: W/"{len(reply.body):x}-{id}"\r\n'
-        if reply.status < 400:
-            fields += times.splitlines(True)[1].replace("start", "end")
+        fields += times[1] if reply.status < 400 else ""
     return fields
 
 
@@ -13185,8 +13189,6 @@ class TogetherAiServer(Scripting, Shared):
         self.instant_jobs, self.max_stored_bytes = instant_jobs, max_stored_bytes
         self.rpm, self.tpm, self.ssl_context = rpm, tpm, ssl_context
         self.allow_origin, self.allow_host = allow_origin, allow_host
-        if isinstance(allow_origin, str) or isinstance(allow_host, str):
-            raise ValueError("allow_origin and allow_host are lists: one name is ['name']")
         self.record_limit, self.log, self.clock = record_limit, log, clock
         self.script = Fixtures(seed, exact_turns, normalise)
         self._prepare(models or {}, upstream, record)
@@ -13195,6 +13197,8 @@ class TogetherAiServer(Scripting, Shared):
         self.server = self  # for what it shares with `test()`
         self._own_models = parse_models(models)
         self.stopping = threading.Event()
+        if isinstance(self.allow_origin, str) or isinstance(self.allow_host, str):
+            raise ValueError("allow_origin and allow_host are lists: one name is ['name']")
         if upstream is None and record is not None:
             raise ValueError("record needs an upstream, whose answers it records")
         self._recorder: Recorder | None = None
