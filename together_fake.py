@@ -122,7 +122,7 @@ if TYPE_CHECKING:
 __all__ = ["FAULTS", "ApiError", "Call", "TogetherAiServer", "main"]
 __version__ = "0.7.0"
 # pragma: allowlist nextline secret - the digest of this file without it; .ci/stamp.py
-RELEASED = "e9bc5859b8f48622926f3cf6e22d79f65a458dd805ec61b5ddee2173ac8dbd7e"
+RELEASED = "55516a4a6d73cd54a2e223e8ac8857847689e9cb51b53024f9e5b5fdc740cee4"
 
 DEFAULT_PORT = 4863
 DEFAULT_RECORD_LIMIT = 1000  # calls
